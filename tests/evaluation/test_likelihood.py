@@ -1,0 +1,63 @@
+"""Bits per byte against a plain float64 computation, one text at a time."""
+
+import math
+
+import pytest
+import torch
+
+from tests.pico import pico_model, pico_tokenizer
+from tmerge.errors import TokenizerError
+from tmerge.evaluation import score_texts
+from tmerge.models import LoadedModel, ModelReference
+
+TEXTS = ["Kucing itu tidur.", "A", "The cat sat on the mat while the rain fell.", "你好, สวัสดี", "one two three four"]
+
+
+def loaded(family="llama", **options):
+    model = pico_model(family)
+    tokenizer = pico_tokenizer(None, **options)
+    return LoadedModel(
+        ModelReference.parse("user/pico"), "sha256:0", model, tokenizer, None, torch.device("cpu"), torch.float32
+    )
+
+
+def by_hand(one, text):
+    tokenizer = one.tokenizer
+    ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    with torch.no_grad():
+        logits = one.model(torch.tensor([ids])).logits[0].double()
+    chances = torch.log_softmax(logits, -1)
+    return -sum(float(chances[place, token]) for place, token in enumerate(ids[1:])) / math.log(2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "cohere"])
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("batch_tokens", [8, 4096])
+def test_equals_the_sum_over_tokens(family, bos, batch_tokens):
+    one = loaded(family, bos=bos, pad=False)
+    scores = score_texts(one, TEXTS, batch_tokens=batch_tokens)
+    expected = torch.tensor([by_hand(one, text) for text in TEXTS], dtype=torch.float64)
+    # float32 logits and log-softmax: a few roundings of 6e-8 over tens of tokens.
+    torch.testing.assert_close(scores.bits, expected, rtol=2e-6, atol=1e-4)
+    assert scores.bytes.tolist() == [len(text.encode()) for text in TEXTS]
+    assert scores.bits_per_byte == pytest.approx(float(expected.sum()) / float(scores.bytes.sum()), rel=2e-6)
+
+
+def test_progress_counts_every_text_and_may_stop():
+    one, seen = loaded(), []
+    score_texts(one, TEXTS, batch_tokens=16, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (len(TEXTS), len(TEXTS)) and [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_texts(one, TEXTS, progress=stop)
+
+
+def test_no_token_to_start_from_is_said():
+    one = loaded()
+    one.tokenizer.bos_token = None
+    one.tokenizer.eos_token = None
+    with pytest.raises(TokenizerError, match="neither a BOS nor an EOS"):
+        score_texts(one, TEXTS)

@@ -1,0 +1,48 @@
+"""Memory that is really there."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+import torch
+
+from tmerge.errors import NotEnoughMemoryError
+from tmerge.models import available_memory, pick_device
+from tmerge.models import device as device_module
+from tmerge.models.device import check_memory, memory_errors
+
+CPU = torch.device("cpu")
+
+
+def test_a_containers_limit_counts_and_cached_files_do_not(tmp_path, monkeypatch):
+    for name, text in {
+        "max": "5000",
+        "current": "4000",
+        "stat": "anon 1500\nactive_file 500\ninactive_file 2000",
+    }.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(device_module, "_LIMITS", ((tmp_path / "max", tmp_path / "current", tmp_path / "stat"),))
+    assert available_memory(CPU) == 5000 - 4000 + 2500
+    (tmp_path / "max").write_text("max")
+    assert available_memory(CPU) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_what_fits_is_let_pass():
+    check_memory("a model", 1, CPU)
+    with pytest.raises(NotEnoughMemoryError, match="a model needs 1000000.0 GB on cpu"):
+        check_memory("a model", 10**15, CPU)
+
+
+def test_running_out_is_one_line_with_a_remedy():
+    with pytest.raises(NotEnoughMemoryError, match="a model does not fit .* use a smaller model"):
+        with memory_errors("a model", CPU):
+            raise MemoryError
+    with pytest.raises(RuntimeError, match="something else"):
+        with memory_errors("a model", CPU):
+            raise RuntimeError("something else")
+
+
+def test_auto_is_an_accelerator_where_there_is_one():
+    kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert pick_device("auto").type == kind
+    assert pick_device("cpu") == CPU

@@ -1,0 +1,80 @@
+"""What can be said from the configs alone, and what is refused before anything is read."""
+
+import pytest
+
+from tests.pico import PICO_RARE, save_pico
+from tmerge.check import check, keys_of, refuse_unfit
+from tmerge.errors import UnsupportedModelError
+from tmerge.pipeline import merge
+from tmerge.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for family in ("llama", "gpt2", "mixtral"):
+        save_pico(family, folder / family)
+    return folder
+
+
+def recipe_for(models, target, source, **sections):
+    return Recipe.from_mapping({"target": str(models / target), "source": str(models / source), **sections})
+
+
+def test_matches_skips_and_what_is_left_alone(models):
+    result = check(recipe_for(models, "llama", "gpt2", fusion={"projections": ["q", "gate", "up"]}))
+    assert result.projections == ["q", "up"] and set(result.skipped) == {"gate"}
+    assert any("experts" in line for line in check(recipe_for(models, "mixtral", "llama")).target_layout.left_alone)
+
+
+def test_nothing_in_common_is_refused(models):
+    with pytest.raises(UnsupportedModelError, match="share none"):
+        check(recipe_for(models, "llama", "gpt2", fusion={"projections": ["gate"]}))
+
+
+def test_weights_are_not_read(models, tmp_path):
+    save_pico("llama", tmp_path / "target")
+    weights = tmp_path / "target" / "model.safetensors"
+    header = int.from_bytes(weights.read_bytes()[:8], "little") + 8
+    body = bytearray(weights.read_bytes())
+    body[header:] = b"\xff" * (len(body) - header)  # all NaN
+    weights.write_bytes(body)
+    check(Recipe(target=str(tmp_path / "target"), source=str(models / "gpt2")))
+
+
+def test_a_source_base_of_another_shape_is_refused(models):
+    sections = {"source_base": str(models / "llama"), "fusion": {"what": "task-vector"}}
+    with pytest.raises(UnsupportedModelError, match="not of the source's shape"):
+        check(recipe_for(models, "llama", "gpt2", **sections))
+
+
+@pytest.mark.skipif("gemma4" not in PICO_RARE, reason="this transformers has no gemma4")
+def test_projections_of_uneven_size_are_skipped_and_named(models, tmp_path):
+    save_pico("gemma4", tmp_path / "source")
+    recipe = Recipe(
+        target=str(models / "llama"),
+        source=str(tmp_path / "source"),
+        fusion={"projections": ["q", "k", "v", "o", "up"]},
+    )
+    result = check(recipe)
+    assert "different sizes" in result.skipped["q"] and "up" in result.projections
+
+
+def test_the_estimate_names_bytes_that_a_run_then_takes(models, tmp_path):
+    sections = {
+        "calibration": {"dataset": "samples:malay", "max_tokens": 32, "held_out": 0.3},
+        "evaluation": {"bootstrap": 100},
+    }
+    recipe = recipe_for(models, "llama", "gpt2", **sections)
+    estimate = check(recipe).estimate
+    refuse_unfit(check(recipe), recipe, tmp_path / "fused")
+    merge(recipe, tmp_path / "fused")
+    taken = sum(path.stat().st_size for path in (tmp_path / "fused").rglob("*.safetensors"))
+    # Within a factor of three: headers, potentials and costs are not counted, and weigh on a pico model.
+    assert estimate.disk_bytes / 3 < taken < estimate.disk_bytes * 3
+    assert estimate.seconds > 0
+
+
+def test_feature_keys_are_shared():
+    assert keys_of(["q", "k", "v"]) == ["qkv.pre", "q.post", "k.post", "v.post"]
+    assert len(keys_of(["q", "k", "v", "o", "gate", "up", "down"])) == 11

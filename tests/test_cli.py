@@ -1,0 +1,231 @@
+"""The command line: what it prints where, its exit codes, and one line for every mistake with nothing left behind."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from tests.pico import save_pico
+from tmerge import cli
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_pico("llama", folder / "target", layers=2)
+    save_pico("gpt_neox", folder / "source", layers=3, seed=1)
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the console script with words; returns (exit code, stdout, stderr)."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["tmerge", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def small(pair, out):
+    return [
+        *("--target", pair / "target", "--source", pair / "source", "--dataset", "samples:english", "--out", out),
+        *("--set", "calibration.texts=60", "--set", "calibration.max_tokens=32", "--set", "calibration.held_out=0.3"),
+        *("--set", "evaluation.bootstrap=100", "--set", "fusion.top_k=0.25"),
+    ]
+
+
+def test_merge_then_inspect(run, pair, tmp_path):
+    out = tmp_path / "fused"
+    code, printed, progress = run("merge", *small(pair, out))
+    assert code == 0, progress
+    assert "bits per byte" in printed and "The merge" in printed
+    assert "[transport]" in progress and "[transport]" not in printed
+    code, printed, _ = run("inspect", out, "--json")
+    assert code == 0
+    report = json.loads(printed)
+    assert report["schema"] == 1
+    page = tmp_path / "page.html"
+    code, printed, _ = run("inspect", out, "--html", page)
+    assert code == 0 and printed == ""
+    assert report["verdict"] in page.read_text()
+    # The same command again recognises the finished run; --json prints the report alone.
+    code, printed, _ = run("merge", *small(pair, out), "--json", "--resume")
+    assert code == 0 and json.loads(printed) == report
+
+
+def test_check_and_dry_run_write_nothing(run, pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, printed, _ = run("check", "--target", pair / "target", "--source", pair / "source", "--json")
+    assert code == 0
+    facts = json.loads(printed)
+    assert facts["target"]["architecture"] == "llama" and facts["source"]["architecture"] == "gpt_neox"
+    assert list(facts["projections"]["matched"]) == ["q", "k", "v", "o"]
+    assert facts["estimate"]["seconds"] > 0 and facts["estimate"]["disk_bytes"] > 0
+    code, printed, _ = run("merge", *small(pair, tmp_path / "fused"), "--dry-run")
+    assert code == 0 and "expected:" in printed and "alpha: 0.1" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def _truncated(folder):
+    save_pico("llama", folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return folder
+
+
+def _pickled(folder):
+    save_pico("llama", folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    return folder
+
+
+def _without_tokenizer(folder):
+    save_pico("llama", folder)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    return folder
+
+
+def _wrong_gguf(folder):
+    folder.mkdir()
+    path = folder / "model.gguf"
+    path.write_bytes(b"GGML" + bytes(100))
+    return path
+
+
+def _encoder_decoder(folder):
+    from transformers import T5Config
+
+    T5Config(d_model=16, num_layers=1, d_kv=4, d_ff=16, num_heads=2, vocab_size=64).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: folder / "missing", ["missing"]),
+        (lambda folder: "./nowhere", ["nowhere"]),
+        (_truncated, ["model.safetensors"]),
+        (_pickled, ["safetensors"]),
+        (_without_tokenizer, ["tokenizer"]),
+        (_wrong_gguf, ["model.gguf"]),
+        (_encoder_decoder, ["t5"]),
+    ],
+)
+@pytest.mark.parametrize("side", ["target", "source"])
+def test_bad_models_are_one_line_and_leave_nothing(run, pair, tmp_path, make, words, side):
+    reference = make(tmp_path / "model")
+    words_of = {"target": pair / "target", "source": pair / "source"} | {side: reference}
+    out = tmp_path / "fused"
+    code, printed, said = run("merge", "--target", words_of["target"], "--source", words_of["source"], "--out", out)
+    error = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == 2, said
+    assert len(error) == 1 and said.rstrip().endswith(error[0])
+    assert all(word in error[0] for word in words), error
+    assert "Traceback" not in said and printed == ""
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "settings", "words"),
+    [
+        (None, [], ["texts.jsonl"]),
+        ([], [], ["texts.jsonl"]),
+        (['{"text": "one"}'] * 3, [], ["16"]),
+        (['{"text": "a", "title": "b"}'] * 40, ["calibration.column=titel"], ["titel", "title"]),
+        (['{"text": "a"}', "{nope"], [], ["line 2"]),
+    ],
+)
+def test_bad_datasets_are_one_line_and_leave_nothing(run, pair, tmp_path, lines, settings, words):
+    path = tmp_path / "texts.jsonl"
+    if lines is not None:
+        path.write_text("\n".join(lines))
+    out = tmp_path / "fused"
+    words_given = ["--target", pair / "target", "--source", pair / "source", "--dataset", path, "--out", out]
+    for setting in settings:
+        words_given += ["--set", setting]
+    code, _, said = run("merge", *words_given)
+    error = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(error) == 1 and "Traceback" not in said
+    assert all(word in error[0] for word in words), error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["merge"], "'target' is missing"),
+        (["merge", "nope.yaml"], "no such file"),
+        (["merge", "--target", "a", "--source", "b", "--set", "fusion.alpha=2"], "outside [0, 1]"),
+        (["merge", "--target", "a", "--source", "b", "--set", "fusion.alhpa=0.2"], "did you mean 'alpha'"),
+        (["merge", "--target", "a", "--source", "b", "--resume", "--out", "nowhere"], "no run in nowhere"),
+        (["inspect", "nowhere"], "not a run of tmerge"),
+        (["merge", "--nope"], "No such option"),
+        (["frobnicate"], "No such command"),
+        (["merge", "--target", "demo:nothing", "--source", "demo:gemma-3-270m"], "demo:nothing"),
+    ],
+)
+def test_bad_words_exit_2(run, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    code, printed, err = run(*words)
+    assert code == 2 and said in err and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_is_something_else_is_left_alone(run, pair, tmp_path):
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter1.txt").write_text("precious")
+    code, _, said = run("merge", *small(pair, out))
+    assert code == 2 and "not a run of tmerge" in said
+    assert [path.name for path in out.iterdir()] == ["chapter1.txt"]
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_to_change(run, pair, tmp_path, monkeypatch):
+    from tmerge import check
+
+    monkeypatch.setattr(check, "available_memory", lambda device: 1000)
+    code, _, said = run("merge", *small(pair, tmp_path / "fused"))
+    assert code == 2 and "free" in said and "batch_tokens" in said
+    monkeypatch.undo()
+    assert not (tmp_path / "fused").exists()
+
+
+def test_no_disk_is_refused_with_what_to_change(run, pair, tmp_path, monkeypatch):
+    import shutil
+
+    from tmerge import check
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    code, _, said = run("merge", *small(pair, tmp_path / "fused"))
+    assert code == 2 and "of disk" in said and "--out" in said
+    assert not (tmp_path / "fused").exists()
+
+
+def test_a_device_that_is_not_there(run, pair, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here, so the error cannot be seen")
+    code, _, said = run("merge", *small(pair, tmp_path / "fused"), "--device", "cuda")
+    assert code == 2 and "cuda" in said and not (tmp_path / "fused").exists()
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_exits_1(run, pair, tmp_path, monkeypatch):
+    from tmerge import pipeline
+
+    def broken(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(pipeline, "solve_features", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("merge", *small(pair, tmp_path / "fused"))

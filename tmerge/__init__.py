@@ -1,0 +1,47 @@
+"""tmerge: merge language models of different architectures by optimal transport, and know whether it helped.
+
+from tmerge import load_recipe, merge
+report = merge(load_recipe("demo"), "fused")
+print(report["verdict"])
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tmerge.check import check
+    from tmerge.pipeline import Step, merge
+    from tmerge.recipe import Recipe, load_recipe
+    from tmerge.run import Run
+
+__all__ = ["Recipe", "Run", "Step", "check", "load_recipe", "load_run", "merge"]
+
+_HOMES = {
+    "Recipe": "recipe",
+    "Run": "run",
+    "Step": "pipeline",
+    "check": "check",
+    "load_recipe": "recipe",
+    "merge": "pipeline",
+}
+
+
+def load_run(folder: str = "fused") -> Run:
+    """A finished run's folder: `Run.report`, `Run.recipe`, `Run.transport_path`."""
+    from pathlib import Path
+
+    from tmerge.run import Run
+
+    run = Run(Path(folder))
+    run.report()
+    return run
+
+
+def __getattr__(name: str) -> Any:
+    """Load torch and transformers only when something that needs them is asked for: `tmerge --help` is quick."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f"tmerge.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'tmerge' has no attribute {name!r}")

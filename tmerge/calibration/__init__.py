@@ -1,0 +1,24 @@
+"""Calibration: which texts are read, and the features that both models have on them."""
+
+from __future__ import annotations
+
+from tmerge.calibration.batches import length_batches
+from tmerge.calibration.capture import CaptureReport, bare_forward, capture
+from tmerge.calibration.features import FeatureStore, FeatureWriter
+from tmerge.calibration.samples import SAMPLES_PREFIX, sample_languages, sample_texts
+from tmerge.calibration.texts import TextSet, is_held_out, read_texts
+
+__all__ = [
+    "SAMPLES_PREFIX",
+    "CaptureReport",
+    "FeatureStore",
+    "FeatureWriter",
+    "TextSet",
+    "bare_forward",
+    "capture",
+    "is_held_out",
+    "length_batches",
+    "read_texts",
+    "sample_languages",
+    "sample_texts",
+]

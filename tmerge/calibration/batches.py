@@ -1,0 +1,159 @@
+"""Texts to token ids, token ids to batches of like length, and a batch through the base model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from tmerge.errors import NotEnoughMemoryError
+from tmerge.models import LoadedModel
+
+__all__ = ["EncodedTexts", "encode", "length_batches", "read_batches"]
+
+# Texts this much shorter than the longest of a batch (one part in) may join it; the rest would be padding.
+_SLACK = 8
+# No token is known to stand for more characters, so what lies behind them would be cut anyway.
+_CHARACTERS_PER_TOKEN = 128
+_TEXTS_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Token ids of all texts, in the texts' order.
+
+    Attributes:
+        ids: Per text, with the special tokens that the model's tokenizer adds by itself, and none else.
+        truncated: Texts that were cut.
+        limit: Where: the recipe's ``max_tokens``, or the model's own longest sequence.
+    """
+
+    ids: list[list[int]]
+    truncated: int
+    limit: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        return [len(ids) for ids in self.ids]
+
+
+def encode(loaded: LoadedModel, texts: Sequence[str], max_tokens: int) -> EncodedTexts:
+    """Tokenise all texts for a model.
+
+    Longer texts are cut at the end. They are cut here and not by the tokenizer, which would remember the limit and
+    be saved with it.
+
+    Args:
+        loaded: The model and its tokenizer.
+        texts: T texts.
+        max_tokens: Most tokens of a text.
+    """
+    # Models with learned positions cannot read further than their table.
+    positions = getattr(loaded.model.config, "max_position_embeddings", None)
+    limit = min(max_tokens, positions) if isinstance(positions, int) and positions > 0 else max_tokens
+    characters = limit * _CHARACTERS_PER_TOKEN
+    ids: list[list[int]] = []
+    truncated = 0
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        part = [text[:characters] for text in texts[start : start + _TEXTS_AT_ONCE]]
+        # Not verbose: it would warn of texts longer than the model reads, which are cut in the next line.
+        for tokens in loaded.tokenizer(part, truncation=False, padding=False, verbose=False)["input_ids"]:
+            truncated += len(tokens) > limit
+            ids.append(list(tokens[:limit]))
+    return EncodedTexts(ids, truncated, limit)
+
+
+def length_batches(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Batches of texts of like length, shortest first.
+
+    Args:
+        lengths: Tokens of each text.
+        limit: Most padded tokens of a batch; a longer text goes alone.
+
+    Returns:
+        Indices into `lengths`, each once; within a batch the lengths ascend. The same lengths always give the same
+        batches.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
+        length = lengths[index]
+        batch = batches[-1] if batches else None
+        if batch and length * (len(batch) + 1) <= limit and length - lengths[batch[0]] <= length // _SLACK:
+            batch.append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def read_batches(
+    loaded: LoadedModel,
+    encoded: EncodedTexts,
+    batch_tokens: int,
+    before: Callable[[list[int]], None] | None = None,
+) -> Iterator[tuple[list[int], float]]:
+    """Run the base model, without its head and without a cache, over all texts that have tokens.
+
+    The longest come first, so that what does not fit in memory shows at once.
+
+    Args:
+        loaded: The model.
+        encoded: Its token ids.
+        batch_tokens: Most padded tokens of a forward pass.
+        before: Called with the texts of a batch just before its forward pass.
+
+    Yields:
+        The texts of a batch, and the seconds its forward pass took.
+
+    Raises:
+        NotEnoughMemoryError: A batch did not fit.
+    """
+    filled = [place for place, ids in enumerate(encoded.ids) if ids]
+    base, was_training = loaded.base, loaded.base.training
+    base.eval()
+    try:
+        for batch in reversed(length_batches([len(encoded.ids[place]) for place in filled], batch_tokens)):
+            texts = [filled[place] for place in batch]
+            ids, mask = _padded([encoded.ids[place] for place in texts], loaded.pad_id)
+            ids, mask = ids.to(loaded.device), None if mask is None else mask.to(loaded.device)
+            if before is not None:
+                before(texts)
+            began = time.perf_counter()
+            with torch.inference_mode(), _memory_errors(loaded, batch_tokens):
+                base(input_ids=ids, attention_mask=mask, use_cache=False)
+                if loaded.device.type == "cuda":
+                    torch.cuda.synchronize(loaded.device)
+            yield texts, time.perf_counter() - began
+    finally:
+        base.train(was_training)
+
+
+def _padded(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids ``(B, S)`` padded on the right, and their mask ``(B, S)``; None where there is no padding."""
+    longest = max(map(len, sequences))
+    ids = torch.tensor([tokens + [pad_id] * (longest - len(tokens)) for tokens in sequences])
+    if all(len(tokens) == longest for tokens in sequences):
+        # Nothing to mask, and attention takes its quicker causal path.
+        return ids, None
+    lengths = torch.tensor([len(tokens) for tokens in sequences])
+    return ids, (torch.arange(longest) < lengths[:, None]).long()
+
+
+@contextmanager
+def _memory_errors(loaded: LoadedModel, batch_tokens: int) -> Iterator[None]:
+    try:
+        yield
+        return
+    except (torch.cuda.OutOfMemoryError, MemoryError):
+        pass  # raised below, where the error's traceback no longer keeps the batch's tensors alive
+    except RuntimeError as error:
+        # The allocators of the CPU and of Apple's GPUs have no class of their own.
+        if "can't allocate memory" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+    raise NotEnoughMemoryError(
+        f"{loaded.reference}: out of memory on {loaded.device}; lower calibration.batch_tokens (now {batch_tokens}) or "
+        "use --device cpu"
+    )

@@ -1,0 +1,285 @@
+"""Reading a model's features: hooks on its projections, means over each text's tokens (step 1 of the method).
+
+For every text and every feature, the mean over its real tokens is taken in float32, whatever the model computes in.
+Real tokens are those of the text and the special ones that the model's own tokenizer adds (a BOS token, for most that
+have one), not padding. The base model runs without its head, which for a large vocabulary is the dearest layer. One
+pre feature serves q, k and v, another gate and up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tmerge.calibration.batches import encode, read_batches
+from tmerge.calibration.features import FeatureWriter
+from tmerge.errors import Cancelled, CheckpointError, DeviceError, TmergeError, TokenizerError, UnsupportedModelError
+from tmerge.models import LoadedModel
+from tmerge.models.projections import Architecture, Tap
+
+__all__ = ["CaptureReport", "bare_forward", "capture"]
+
+# Pooled features that wait for the disk; a batch of many texts through a large model has more than fits in memory.
+_PENDING_BYTES = 256 * 2**20
+# Activations that the CPU sums at a time, per thread: a core's own cache holds about as much.
+_SLICE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """What was read.
+
+    Attributes:
+        texts: T.
+        tokens: Real tokens, after truncation.
+        truncated: Texts that were cut at `limit`.
+        limit: Most tokens of a text: the recipe's, or the model's longest sequence where that is less.
+        without_tokens: Texts that the tokenizer gives no token for; their features are the mean of all others.
+        padded_tokens: Tokens of all batches, padding included.
+        batches: Forward passes.
+        forward_seconds: Wall time of the forward passes, pooling included.
+        seconds: Wall time in all.
+    """
+
+    texts: int
+    tokens: int
+    truncated: int
+    limit: int
+    without_tokens: int
+    padded_tokens: int
+    batches: int
+    forward_seconds: float
+    seconds: float
+
+
+def capture(
+    loaded: LoadedModel,
+    architecture: Architecture,
+    texts: Sequence[str],
+    projections: Sequence[str],
+    folder: Path,
+    *,
+    max_tokens: int,
+    batch_tokens: int,
+    key: str,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> CaptureReport:
+    """Read the pre and post features of some projections over all texts, into a `FeatureStore`.
+
+    Args:
+        loaded: The model and its tokenizer.
+        architecture: Its projections, from `describe` of this very model.
+        texts: T texts.
+        projections: Names of those wanted; a layer that lacks one is passed over.
+        folder: The store's; an older store there is replaced.
+        max_tokens: Longer texts are cut.
+        batch_tokens: Most padded tokens of a forward pass.
+        key: Kept in the store: what decides its contents.
+        progress: Called with (texts done, T) after each batch; may raise to stop, and then there is no store.
+        cancelled: Asked before each batch whether to stop.
+
+    Raises:
+        Cancelled: `cancelled` said so.
+        CheckpointError: A feature is not finite though the model computes in float32.
+        DeviceError: A feature is not finite in a shorter dtype.
+        NotEnoughDiskError: The features do not fit.
+        NotEnoughMemoryError: A batch did not fit.
+        TokenizerError: The tokenizer gives no token for any text.
+        UnsupportedModelError: A projection did not run exactly once in a forward pass.
+    """
+    began = time.perf_counter()
+    encoded = encode(loaded, texts, max_tokens)
+    lengths = encoded.lengths
+    empty = [place for place, length in enumerate(lengths) if not length]
+    if len(empty) == len(texts):
+        raise TokenizerError(f"{loaded.reference}: the tokenizer gives no token for any text; use the model's own")
+    taps = architecture.taps(projections)
+    listed = json.dumps(list(texts), ensure_ascii=False)
+    facts = {
+        "model": loaded.reference.name,
+        "commit": loaded.commit,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "texts_sha256": hashlib.sha256(listed.encode()).hexdigest(),
+    }
+    forward_seconds, done, padded, batches = 0.0, len(empty), 0, 0
+    widths = {(tap.layer, tap.key): tap.features for tap in taps}
+    with FeatureWriter(folder, len(texts), widths, key=key, facts=facts) as writer:
+        pool = _Pool(loaded, taps, lengths, writer)
+        with pool.hooked():
+            for batch, seconds in read_batches(loaded, encoded, batch_tokens, pool.begin):
+                pool.end()
+                forward_seconds += seconds
+                done, batches = done + len(batch), batches + 1
+                padded += len(batch) * max(lengths[place] for place in batch)
+                if progress is not None:
+                    progress(done, len(texts))
+                if cancelled is not None and cancelled():
+                    raise Cancelled("stopped while reading features; the same command continues")
+        if empty:
+            writer.fill_with_mean(empty)
+        writer.finish()
+    return CaptureReport(
+        texts=len(texts),
+        tokens=sum(lengths),
+        truncated=encoded.truncated,
+        limit=encoded.limit,
+        without_tokens=len(empty),
+        padded_tokens=padded,
+        batches=batches,
+        forward_seconds=forward_seconds,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def bare_forward(loaded: LoadedModel, texts: Sequence[str], *, max_tokens: int, batch_tokens: int) -> float:
+    """Seconds of the forward passes that `capture` would run on these texts, without its hooks."""
+    encoded = encode(loaded, texts, max_tokens)
+    return sum(seconds for _, seconds in read_batches(loaded, encoded, batch_tokens))
+
+
+class _Pool:
+    """Takes the means of a batch as its forward pass goes by, and hands them to the writer.
+
+    A module is pooled whole, once for its input and once for its output, and the taps then read their features from
+    the means: a tap selects features and does not mix tokens, so the order makes no difference, and a fused
+    projection is not pooled once for each of its parts.
+    """
+
+    def __init__(self, loaded: LoadedModel, taps: Sequence[Tap], lengths: Sequence[int], writer: FeatureWriter) -> None:
+        self._loaded, self._lengths, self._writer = loaded, lengths, writer
+        self._served: dict[nn.Module, list[Tap]] = {}
+        for tap in taps:
+            self._served.setdefault(tap.module, []).append(tap)
+        self._expected = len(taps)
+        self.begin([])
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        handles = [module.register_forward_hook(partial(self._hook, served)) for module, served in self._served.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def begin(self, texts: list[int]) -> None:
+        """Say which texts the next forward pass reads, one a row."""
+        self._texts = texts
+        self._batch_lengths = [self._lengths[place] for place in texts]
+        # Rows of one length lie side by side in a batch, so they are summed together and padding is never touched.
+        self._runs: list[tuple[slice, int]] = []
+        row = 0
+        for length, run in groupby(self._batch_lengths):
+            start, row = row, row + len(list(run))
+            self._runs.append((slice(start, row), length))
+        self._divisors = torch.tensor(self._batch_lengths, dtype=torch.float32).unsqueeze(1)
+        self._masks: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._pending: dict[tuple[int, str], Tensor] = {}
+        self._pending_bytes = 0
+        self._seen: set[tuple[int, str]] = set()
+
+    def end(self) -> None:
+        """Write what the forward pass left."""
+        self._flush()
+        if len(self._seen) != self._expected:
+            missing = next(tap for taps in self._served.values() for tap in taps if _place(tap) not in self._seen)
+            raise self._unsupported(missing, "did not run")
+
+    def _hook(self, served: list[Tap], module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        # Nothing is returned: a tensor would take the place of the module's output.
+        means: dict[str, Tensor] = {}
+        for tap in served:
+            if tap.side not in means:
+                # (B, 1, n): one token, as far as the tap is concerned.
+                means[tap.side] = self._mean(inputs[0] if tap.side == "pre" else output).unsqueeze(1)
+            place, mean = _place(tap), means[tap.side]
+            if place in self._seen:
+                raise self._unsupported(tap, "ran twice")
+            self._seen.add(place)
+            rows = tap.read((mean,), mean).squeeze(1)
+            self._pending[place] = rows
+            self._pending_bytes += rows.nbytes
+        if self._pending_bytes > _PENDING_BYTES:
+            self._flush()
+
+    def _mean(self, features: Tensor) -> Tensor:
+        """Means over each row's real tokens, ``(B, S, n)`` or ``(B * S, n)`` in any dtype to ``(B, n)`` float32."""
+        if features.dim() == 2:
+            # Some models flatten their tokens before the MLP.
+            features = features.unflatten(0, (len(self._texts), -1))
+        if features.device.type != "cpu":
+            return self._masked_mean(features)
+        means = torch.empty(len(self._texts), features.shape[2])
+        slice_bytes = _SLICE_BYTES * torch.get_num_threads()
+        for rows, length in self._runs:
+            # Slices that stay in a core's cache, and the dtype of the sum: torch is three times as slow on a large
+            # tensor, and a converted copy of all activations costs more than the sums themselves.
+            step = max(1, slice_bytes // (length * features.shape[2] * features.element_size()))
+            for start in range(rows.start, rows.stop, step):
+                part = slice(start, min(start + step, rows.stop))
+                torch.sum(features[part, :length], 1, dtype=torch.float32, out=means[part])
+        return means.div_(self._divisors)
+
+    def _masked_mean(self, features: Tensor) -> Tensor:
+        """The same in few kernels, for devices where each run would be one to launch."""
+        if len(self._runs) == 1:
+            return features.sum(1, dtype=torch.float32).div_(self._runs[0][1])
+        padding, lengths = self._mask(features.device, features.shape[1])
+        return features.masked_fill(padding, 0).sum(1, dtype=torch.float32).div_(lengths)
+
+    def _mask(self, device: torch.device, longest: int) -> tuple[Tensor, Tensor]:
+        """Where the padding is ``(B, S, 1)``, and the lengths ``(B, 1)``, on the features' own device."""
+        if device not in self._masks:
+            lengths = torch.tensor(self._batch_lengths, device=device).unsqueeze(1)
+            padding = torch.arange(longest, device=device) >= lengths
+            self._masks[device] = (padding.unsqueeze(2), lengths.float())
+        return self._masks[device]
+
+    def _flush(self) -> None:
+        by_device: dict[torch.device, list[tuple[int, str]]] = {}
+        for place, rows in self._pending.items():
+            by_device.setdefault(rows.device, []).append(place)
+        for device, places in by_device.items():
+            if device.type != "cpu":
+                # One transfer for all.
+                widths = [self._pending[place].shape[1] for place in places]
+                moved = torch.cat([self._pending[place] for place in places], 1).cpu().split(widths, 1)
+                self._pending.update(zip(places, moved, strict=True))
+        for place, rows in self._pending.items():
+            # The sum first, as it is quicker; it may overflow where no value does.
+            if not math.isfinite(float(rows.sum())) and not bool(torch.isfinite(rows).all()):
+                raise self._not_finite(place, rows)
+        self._writer.write(self._texts, self._pending)
+        self._pending, self._pending_bytes = {}, 0
+
+    def _not_finite(self, place: tuple[int, str], rows: Tensor) -> TmergeError:
+        layer, key = place
+        text = self._texts[int((~torch.isfinite(rows)).any(1).nonzero()[0])]
+        what = f"{self._loaded.reference}: {key} of layer {layer} is not finite for text {text}"
+        if self._loaded.dtype == torch.float32:
+            return CheckpointError(f"{what}, in float32; the weights are damaged: download or convert them again")
+        short = str(self._loaded.dtype).removeprefix("torch.")
+        return DeviceError(f"{what}, in {short}; set dtype: float32")
+
+    def _unsupported(self, tap: Tap, what: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self._loaded.reference}: {tap.key} of layer {tap.layer} {what} in a forward pass, so it has no features "
+            "of its own; leave this projection out of fusion.projections, or choose another model"
+        )
+
+
+def _place(tap: Tap) -> tuple[int, str]:
+    return tap.layer, tap.key

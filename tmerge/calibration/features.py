@@ -1,0 +1,239 @@
+"""The features of one model over the calibration texts, on disk: one safetensors file a layer, mapped on reading.
+
+``layer-0007.safetensors`` holds ``qkv.pre`` ``(T, n)``, ``q.post`` ``(T, n)``, ... in float32, rows in the texts'
+order. ``store.json`` names the layers, their keys and what was captured. Both are written in a folder of another name,
+which takes the store's place when it is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tmerge.errors import NotEnoughDiskError, RunNotFoundError
+
+__all__ = ["FeatureStore", "FeatureWriter"]
+
+_NOTE = "store.json"
+_FLOAT = 4  # bytes of a float32
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # the second: not on Windows
+
+
+class FeatureWriter:
+    """Puts pooled features where they belong on disk, whatever order the texts come in.
+
+    Batches are of texts of like length, so rows come out of order. The layers' files are laid out in full when the
+    writer is made, and a batch's rows are written to their places: nothing is held in memory and nothing is written
+    twice. Use it as a context: what is not finished when the context ends is removed.
+
+    Args:
+        folder: The store's; a store that is there is removed first.
+        texts: T.
+        widths: (layer, feature key) -> n.
+        key: What decides the contents; `FeatureStore.key` gives it back.
+        facts: Kept with the store, for people.
+
+    Raises:
+        NotEnoughDiskError: The features do not fit.
+        ValueError: The folder holds something else than a store.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        texts: int,
+        widths: Mapping[tuple[int, str], int],
+        *,
+        key: str,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.texts = texts
+        self.key = key
+        self.facts = dict(facts or {})
+        self._scratch = self.folder.with_name(self.folder.name + ".partial")
+        self._places: dict[int, dict[str, tuple[int, int]]] = {}
+        for (layer, name), width in sorted(widths.items()):
+            self._places.setdefault(layer, {})[name] = (0, width)
+        for old in (self.folder, self._scratch):
+            _remove_store(old)
+        self._scratch.mkdir(parents=True)
+        free = shutil.disk_usage(self._scratch).free
+        if sum(widths.values()) * texts * _FLOAT > free:
+            self._scratch.rmdir()
+            raise self._no_room(free)
+        for layer, places in self._places.items():
+            self._lay_out(layer, places)
+
+    def __enter__(self) -> FeatureWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _remove_store(self._scratch)
+
+    def write(self, texts: Sequence[int], rows: Mapping[tuple[int, str], Tensor]) -> None:
+        """Write some texts' features.
+
+        Args:
+            texts: Which texts, by their place.
+            rows: (layer, feature key) -> ``(len(texts), n)`` float32 on the CPU.
+        """
+        by_layer: dict[int, dict[str, Tensor]] = {}
+        for (layer, name), values in rows.items():
+            by_layer.setdefault(layer, {})[name] = values
+        try:
+            for layer, tensors in by_layer.items():
+                # Written and not mapped: that is quicker, and a full disk is an error and not a crash.
+                with _path(self._scratch, layer).open("r+b", buffering=0) as file:
+                    for name, values in tensors.items():
+                        offset, width = self._places[layer][name]
+                        for text, row in zip(texts, values.numpy(), strict=True):
+                            file.seek(offset + text * width * _FLOAT)
+                            if file.write(row.data) != width * _FLOAT:
+                                raise OSError(errno.ENOSPC, "short write")
+        except OSError as error:
+            raise self._explained(error) from None
+
+    def fill_with_mean(self, texts: Sequence[int]) -> None:
+        """Give texts that have no features the mean of all others, which changes no covariance of any feature."""
+        others = np.setdiff1d(np.arange(self.texts), np.asarray(texts, dtype=np.int64))
+        for layer, places in self._places.items():
+            means: dict[tuple[int, str], Tensor] = {}
+            with safe_open(_path(self._scratch, layer), "pt") as stored:
+                for name in places:
+                    mean = stored.get_tensor(name)[others].mean(0, dtype=torch.float64).float()
+                    means[layer, name] = mean.expand(len(texts), -1).contiguous()
+            self.write(texts, means)
+
+    def finish(self) -> None:
+        """Make it a store. It is a cache: it survives the end of the process, and need not survive a power cut."""
+        note = {
+            "key": self.key,
+            "texts": self.texts,
+            "layers": {str(layer): list(places) for layer, places in self._places.items()},
+            "facts": self.facts,
+        }
+        (self._scratch / _NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
+        os.replace(self._scratch, self.folder)
+
+    def _lay_out(self, layer: int, places: dict[str, tuple[int, int]]) -> None:
+        """Write a layer's header, and size its file; `places` becomes key -> (offset in the file, n)."""
+        # By hand, as the library would write the tensors themselves too. The format: the header's length as 8 bytes,
+        # the header as JSON, the tensors one after the other; `safe_open` reads it below, and checks it.
+        header: dict[str, object] = {"__metadata__": {"key": self.key, "layer": str(layer), **self.facts}}
+        end = 0
+        for name, (_, width) in places.items():
+            begin, end = end, end + self.texts * width * _FLOAT
+            header[name] = {"dtype": "F32", "shape": [self.texts, width], "data_offsets": [begin, end]}
+            places[name] = (begin, width)
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        for name, (begin, width) in places.items():
+            places[name] = (8 + len(text) + begin, width)
+        with _path(self._scratch, layer).open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)
+
+    def _explained(self, error: OSError) -> Exception:
+        """A full disk in our words; other errors as they are."""
+        if error.errno not in _FULL:
+            return error
+        return self._no_room(shutil.disk_usage(self._scratch).free)
+
+    def _no_room(self, free: int) -> NotEnoughDiskError:
+        size = sum(width for places in self._places.values() for _, width in places.values()) * self.texts * _FLOAT
+        return NotEnoughDiskError(
+            f"the features of {self.texts} texts need {size / 1e9:.2f} GB of disk, where {free / 1e9:.2f} GB are free; "
+            "make room, lower calibration.texts, or choose fewer fusion.projections"
+        )
+
+
+class FeatureStore:
+    """What a `FeatureWriter` finished.
+
+    Args:
+        folder: The store's.
+
+    Attributes:
+        key: What was captured, as the writer was told.
+        texts: T.
+        facts: What else the writer was told.
+
+    Raises:
+        RunNotFoundError: The folder holds no finished store.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        try:
+            note = json.loads((self.folder / _NOTE).read_text(encoding="utf-8"))
+            self.key, self.texts = str(note["key"]), int(note["texts"])
+            self.facts: dict[str, str] = dict(note["facts"])
+            self._layers = {int(layer): tuple(keys) for layer, keys in note["layers"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise RunNotFoundError(
+                f"{self.folder.name!r} holds no captured features; run the merge again, and they are captured anew"
+            ) from None
+
+    @classmethod
+    def is_finished(cls, folder: Path, key: str) -> bool:
+        """Whether the folder holds a store of this very key."""
+        try:
+            return cls(folder).key == key
+        except RunNotFoundError:
+            return False
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that have any feature, ascending."""
+        return tuple(sorted(self._layers))
+
+    def keys(self, layer: int) -> tuple[str, ...]:
+        """Feature keys of a layer."""
+        return self._layers.get(layer, ())
+
+    def get(self, layer: int, key: str) -> Tensor:
+        """One feature: ``(T, n)`` float32, mapped from the file, so that only what is used is read.
+
+        Raises:
+            KeyError: That layer has no such feature.
+            RunNotFoundError: The layer's file is damaged.
+        """
+        if key not in self.keys(layer):
+            raise KeyError(f"no feature {key!r} of layer {layer}; there are {', '.join(self.keys(layer)) or 'none'}")
+        path = _path(self.folder, layer)
+        try:
+            with safe_open(path, "pt") as stored:
+                return stored.get_tensor(key)
+        except (SafetensorError, OSError):
+            raise RunNotFoundError(
+                f"the captured features in {path.name} are damaged; delete the run's cache folder and run it again"
+            ) from None
+
+
+def _path(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer:04d}.safetensors"
+
+
+def _remove_store(folder: Path) -> None:
+    """Remove a store, whole or half, and never anything else."""
+    if not folder.exists():
+        return
+    found = sorted(folder.iterdir())
+    foreign = [path for path in found if path.name != _NOTE and not path.match("layer-*.safetensors")]
+    if foreign:
+        raise ValueError(f"{folder} holds {foreign[0].name}, so it is no feature store and is not replaced")
+    # The note first: without it there is no store, should this be interrupted.
+    for path in sorted(found, key=lambda path: path.name != _NOTE):
+        path.unlink()
+    folder.rmdir()

@@ -1,0 +1,134 @@
+"""Rows of a local data file, one at a time, with errors that name the line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from tmerge.errors import DatasetError
+
+__all__ = ["FILE_SUFFIXES", "read_file"]
+
+Row = dict[str, Any]
+
+FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+"""Kinds of file that are read, by the end of their name."""
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """Read a data file row by row; memory does not grow with the file, but for ``.json``, which is read whole.
+
+    A ``.txt`` file has one text per line, in a column named ``text``. A ``.jsonl`` file has one object per line, a
+    ``.json`` file one list of objects, a ``.csv`` or ``.tsv`` file a header line. All are UTF-8.
+
+    Args:
+        path: The file; its suffix says what it is.
+
+    Raises:
+        DatasetError: No such file, another kind of file, or contents that are not what the suffix says.
+    """
+    name, suffix = path.name, path.suffix.lower()
+    if not path.exists():
+        raise DatasetError(f"dataset {str(path)!r}: no such file; check the path")
+    if path.is_dir():
+        raise DatasetError(f"dataset {str(path)!r} is a folder; name one of its {', '.join(FILE_SUFFIXES)} files")
+    if suffix not in FILE_SUFFIXES:
+        raise DatasetError(f"dataset {name!r}: not a kind of file that is read; use {', '.join(FILE_SUFFIXES)}")
+    readers = {".txt": _text, ".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
+    try:
+        yield from readers.get(suffix, _csv)(path)
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"dataset {name!r} is not UTF-8 text (byte {error.object[error.start]:#04x}); save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise DatasetError(f"dataset {name!r} cannot be read ({error.strerror or error}); check the file") from None
+
+
+def _text(path: Path) -> Iterator[Row]:
+    # utf-8-sig: a byte order mark, as some editors write, is not part of the first text.
+    with path.open(encoding="utf-8-sig") as lines:
+        for line in lines:
+            yield {"text": line}
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except (json.JSONDecodeError, RecursionError) as error:
+                    reason = getattr(error, "msg", "nested too deeply")
+                    raise DatasetError(
+                        f"dataset {path.name!r}, line {number}: not valid JSON ({reason}); one object a line"
+                    ) from None
+                yield _as_object(row, path, f"line {number}")
+
+
+def _json(path: Path) -> Iterator[Row]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        line, reason = getattr(error, "lineno", 1), getattr(error, "msg", "nested too deeply")
+        raise DatasetError(
+            f"dataset {path.name!r}, line {line}: not valid JSON ({reason}); "
+            "one list of objects is expected, and one object per line in a .jsonl file"
+        ) from None
+    if not isinstance(rows, list):
+        raise DatasetError(f"dataset {path.name!r}: a list of objects is expected, not one {type(rows).__name__}")
+    for number, row in enumerate(rows, 1):
+        yield _as_object(row, path, f"entry {number}")
+
+
+def _as_object(row: Any, path: Path, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise DatasetError(
+            f'dataset {path.name!r}, {where}: an object such as {{"text": "..."}} is expected, not {type(row).__name__}'
+        )
+    return row
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    # The library's own limit is 128 KiB per field, less than a long document; the largest that every platform takes.
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        try:
+            header = next(reader, None)
+            if header is None:
+                return
+            if len(set(header)) != len(header):
+                raise DatasetError(f"dataset {path.name!r}, line 1: a column name appears twice; rename one")
+            for fields in reader:
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    raise DatasetError(
+                        f"dataset {path.name!r}, line {reader.line_num}: {len(fields)} fields where the header has "
+                        f"{len(header)}; put fields with a delimiter or a line break in double quotes"
+                    )
+                yield dict(zip(header, fields, strict=True))
+        except csv.Error as error:
+            raise DatasetError(
+                f"dataset {path.name!r}, line {reader.line_num}: bad CSV ({error}); check its quotes"
+            ) from None
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DatasetError(
+            f"dataset {path.name!r} is not a readable Parquet file ({str(error).splitlines()[0]}); write it again"
+        ) from None

@@ -1,0 +1,139 @@
+"""Rows of a Hub dataset, streamed: nothing is downloaded but what is read, and no repo's code ever runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import pyarrow
+from datasets.exceptions import DatasetsError
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from tmerge.errors import DatasetError
+
+__all__ = ["RemoteRows", "open_remote"]
+
+# The HTTP library under the Hub's client has changed before: its error class is taken from where it is sure to be.
+_TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
+# What `datasets` raises for a repo it cannot read; it has few classes of its own.
+_READING_ERRORS = (DatasetsError, pyarrow.ArrowException, ValueError, RuntimeError, NotImplementedError, OSError)
+
+
+@dataclass(frozen=True)
+class RemoteRows:
+    """An opened Hub dataset.
+
+    Attributes:
+        repo: Hub id.
+        revision: Full commit hash, so that a repo that changes meanwhile is not mixed.
+        config: The configuration that was read; None where there is none to choose.
+        columns: Its columns, or None where only the rows tell.
+        stream: The rows, shuffled.
+    """
+
+    repo: str
+    revision: str
+    config: str | None
+    columns: tuple[str, ...] | None
+    stream: datasets.IterableDataset
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rows = iter(self.stream)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except (HfHubHTTPError, _TransportError, *_READING_ERRORS) as error:
+                raise _explain(self.repo, error) from None
+            yield row
+
+
+def open_remote(reference: str, config: str | None, split: str, *, seed: int, buffer: int) -> RemoteRows:
+    """Open a Hub dataset for streaming.
+
+    Args:
+        reference: Hub id, with ``@revision`` if wanted.
+        config: Its configuration; None for the only one.
+        split: Its split.
+        seed: Of the shuffling.
+        buffer: Rows that are shuffled at a time; the order of the shards is shuffled too.
+
+    Raises:
+        DatasetError: No such dataset, revision, configuration or split; no access, no network; or a dataset that only
+            its own script could read.
+    """
+    repo, _, asked = reference.partition("@")
+    try:
+        commit = HfApi().dataset_info(repo, revision=asked or None).sha
+        stream = datasets.load_dataset(repo, config, split=split, revision=commit, streaming=True)
+        columns = tuple(stream.features) if stream.features else None
+        if stream.features:
+            # Images and sound would be decoded row by row, and are not read here.
+            written = [name for name, kind in stream.features.items() if _is_written(kind)]
+            stream = stream.select_columns(written)
+        read = stream.info.config_name
+        shuffled = stream.shuffle(seed=seed, buffer_size=buffer)
+        return RemoteRows(repo, str(commit), config or (None if read == "default" else read), columns, shuffled)
+    except RevisionNotFoundError:
+        raise DatasetError(
+            f"dataset {repo!r} has no revision {asked!r}; see {constants.ENDPOINT}/datasets/{repo}/commits/main"
+        ) from None
+    except (HfHubHTTPError, HFValidationError, _TransportError, *_READING_ERRORS) as error:
+        raise _explain(repo, error, config, split) from None
+
+
+def _is_written(kind: Any) -> bool:
+    """Whether a feature is made of plain values, lists and structs."""
+    return isinstance(kind, (datasets.Value, datasets.ClassLabel, list, dict)) or hasattr(kind, "feature")
+
+
+def _explain(repo: str, error: Exception, config: str | None = None, split: str | None = None) -> DatasetError:
+    """One line for what went wrong; the Hub's own texts are not passed on, as they may quote a request."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    choices = re.search(r"\[(.*)\]", str(error))
+    known = choices.group(1).replace("'", "") if choices else ""
+    if isinstance(error, GatedRepoError) or "gated dataset" in str(error):
+        page = f"{constants.ENDPOINT}/datasets/{repo}"
+        return DatasetError(f"dataset {repo!r} is gated: request access at {page}, then run `hf auth login`")
+    if isinstance(error, RepositoryNotFoundError | datasets.exceptions.DatasetNotFoundError):
+        return DatasetError(
+            f"dataset {repo!r}: no such file here, and no such dataset on the Hub; check the spelling, or run "
+            "`hf auth login` if it is private"
+        )
+    if isinstance(error, HFValidationError):
+        return DatasetError(
+            f"dataset {repo!r} is neither a file here nor a Hub id (user/name); samples:english needs no download"
+        )
+    if isinstance(error, HfHubHTTPError):
+        return DatasetError(f"dataset {repo!r}: the Hub answered {error.response.status_code}; try again later")
+    if isinstance(error, (OfflineModeIsEnabled, ConnectionError, TimeoutError, _TransportError)):
+        return DatasetError(
+            f"dataset {repo!r}: the Hub ({constants.ENDPOINT}) cannot be reached; check the network and "
+            "HF_HUB_OFFLINE, or use a file or samples:english"
+        )
+    if "Bad split" in str(error):
+        return DatasetError(f"dataset {repo!r} has no split {split!r}; set calibration.split to one of {known}")
+    if "Config name is missing" in str(error):
+        return DatasetError(f"dataset {repo!r} has several configurations; set calibration.config to one of {known}")
+    if "BuilderConfig" in str(error):
+        return DatasetError(
+            f"dataset {repo!r} has no configuration {config!r}; set calibration.config to one of {known}"
+        )
+    if "scripts are no longer supported" in str(error):
+        return DatasetError(
+            f"dataset {repo!r} can only be read by a script of its own, which is never run; use a Parquet version of it"
+        )
+    reason = lines[0] if lines else type(error).__name__
+    return DatasetError(f"dataset {repo!r} cannot be read ({reason}); open its page on the Hub, or use another dataset")

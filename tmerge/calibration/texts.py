@@ -1,0 +1,256 @@
+"""The texts that both models read, and the held-out ones that neither sees before the verdict."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tmerge.calibration.columns import Renderer, choose_column
+from tmerge.calibration.files import FILE_SUFFIXES, read_file
+from tmerge.calibration.samples import SAMPLES_PREFIX, sample_texts
+from tmerge.errors import DatasetError, TooFewTextsError
+from tmerge.recipe import CalibrationSettings
+
+__all__ = ["MINIMUM_CALIBRATION", "MINIMUM_HELD_OUT", "TextSet", "is_held_out", "normalise", "read_texts"]
+
+MINIMUM_CALIBRATION = 16
+"""Fewest calibration texts: a correlation over less says nothing."""
+
+MINIMUM_HELD_OUT = 8
+"""Fewest held-out texts: an interval over less says nothing."""
+
+_EXAMPLES = 20  # rows looked at to find the column
+_ROWS_PER_TEXT = 50  # rows read at most per text asked for, so that an endless stream of empty rows ends
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Texts read once, for both models, in one order.
+
+    Attributes:
+        texts: To calibrate on.
+        held_out: Kept away from calibration.
+        dataset: Hub id, ``samples:LANGUAGE``, or the file's name without its folders.
+        revision: Commit hash of a Hub dataset.
+        config: Configuration of a Hub dataset.
+        split: Split of a Hub dataset; None for others.
+        column: What was read of each row; several joined by a newline as ``a+b``.
+        read: Rows read.
+        empty: Rows without text, dropped.
+        duplicates: Rows whose text had been read before, dropped.
+        sha256: Hex digest over the calibration texts, then the held-out ones, in order.
+        notes: Sentences for the report.
+    """
+
+    texts: tuple[str, ...]
+    held_out: tuple[str, ...]
+    dataset: str
+    revision: str | None
+    config: str | None
+    split: str | None
+    column: str
+    read: int
+    empty: int
+    duplicates: int
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the report records: everything but the texts, which are given by their number; JSON-serialisable."""
+        data = asdict(self)
+        return {**data, "texts": len(self.texts), "held_out": len(self.held_out), "notes": list(self.notes)}
+
+    def save(self, path: Path) -> None:
+        """Write it, texts and all, as one JSON file; a reader never sees half of it."""
+        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            partial.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1), encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> TextSet:
+        """Read what `save` wrote.
+
+        Raises:
+            DatasetError: The file is missing, or its texts are not those that its digest is of.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+            loaded = cls(**tuples)
+        except FileNotFoundError:
+            raise DatasetError(f"{path.name}: no texts are kept under this name; start the run again") from None
+        except (ValueError, TypeError, AttributeError, OSError):
+            loaded = None
+        if loaded is None or loaded.sha256 != _digest(loaded.texts, loaded.held_out):
+            raise DatasetError(f"{path.name}: the kept texts are damaged; delete the file and start the run again")
+        return loaded
+
+
+def normalise(text: str) -> str:
+    """The text as it is compared with others: Unicode NFC, runs of white space as one space.
+
+    Only for comparing; the models read the text as it was written.
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def is_held_out(text: str, seed: int, share: float) -> bool:
+    """Which side a text is on: True with probability `share`, decided by the text and the seed alone.
+
+    So a text's side does not depend on its place, on how many texts are read or on which others there are, and
+    texts that differ in white space or in Unicode form only are on one side.
+    """
+    digest = hashlib.sha256(f"{seed}\n{normalise(text)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def read_texts(
+    settings: CalibrationSettings,
+    *,
+    seed: int,
+    chat_tokenizer: Any | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> TextSet:
+    """Read, de-duplicate and split the calibration texts.
+
+    Rows are taken from a shuffle buffer with the seed until ``settings.texts`` distinct, non-empty texts are found,
+    or the dataset ends. A Hub dataset is streamed, from its shards in shuffled order.
+
+    Args:
+        settings: The recipe's ``calibration`` section.
+        seed: Of the shuffling and of the split.
+        chat_tokenizer: The target's tokenizer, whose chat template writes conversations for both models.
+        progress: Called with texts found and texts asked for.
+
+    Raises:
+        DatasetError: The dataset, its configuration, split or column cannot be found or read.
+        TooFewTextsError: Fewer than `MINIMUM_CALIBRATION` calibration or `MINIMUM_HELD_OUT` held-out texts.
+    """
+    buffer = max(1000, 4 * settings.texts)
+    source = _open(settings, seed, buffer)
+    rows = iter(source.rows)
+    examples = list(itertools.islice(rows, _EXAMPLES))
+    if not examples:
+        raise DatasetError(f"dataset {source.name!r} is empty; choose another dataset or split")
+    # Rows of one file need not have the same keys.
+    columns = source.columns or tuple(dict.fromkeys(name for row in examples for name in row))
+    column = choose_column(settings.column, columns, examples, repr(source.name))
+    render = Renderer(column, repr(source.name), chat_tokenizer)
+    kept: list[str] = []
+    seen: set[bytes] = set()
+    read = empty = 0
+    for row in itertools.chain(examples, itertools.islice(rows, _ROWS_PER_TEXT * settings.texts)):
+        read += 1
+        text = render(row, read)
+        compared = hashlib.sha256(normalise(text).encode()).digest()
+        if not text:
+            empty += 1
+        elif compared not in seen:
+            seen.add(compared)
+            kept.append(text)
+            if progress is not None:
+                progress(len(kept), settings.texts)
+            if len(kept) == settings.texts:
+                break
+    sides: tuple[list[str], list[str]] = ([], [])
+    for text in kept:
+        sides[is_held_out(text, seed, settings.held_out)].append(text)
+    texts, held_out = tuple(sides[0]), tuple(sides[1])
+    result = TextSet(
+        texts=texts,
+        held_out=held_out,
+        dataset=source.name,
+        revision=source.revision,
+        config=source.config,
+        split=settings.split if source.revision else None,
+        column=str(column),
+        read=read,
+        empty=empty,
+        duplicates=read - empty - len(kept),
+        sha256=_digest(texts, held_out),
+        notes=tuple(render.notes()),
+    )
+    _check_enough(result, settings)
+    return result
+
+
+@dataclass(frozen=True)
+class _Source:
+    name: str
+    rows: Iterable[dict[str, Any]]
+    revision: str | None = None
+    config: str | None = None
+    columns: tuple[str, ...] | None = None
+
+
+def _open(settings: CalibrationSettings, seed: int, buffer: int) -> _Source:
+    name = settings.dataset.strip()
+    path = Path(name).expanduser()
+    is_sample = name.startswith(SAMPLES_PREFIX)
+    is_file = not is_sample and (path.exists() or path.suffix.lower() in FILE_SUFFIXES or path.is_absolute())
+    if not is_sample and not is_file:
+        # The library behind it takes a second to import, and samples and files do without.
+        from tmerge.calibration.remote import open_remote
+
+        remote = open_remote(name, settings.config, settings.split, seed=seed, buffer=buffer)
+        return _Source(remote.repo, remote, remote.revision, remote.config, remote.columns)
+    if settings.config is not None:
+        raise DatasetError(
+            f"calibration.config is {settings.config!r}, but {name!r} is no Hub dataset; only those have configurations"
+        )
+    if is_sample:
+        rows: Iterable[dict[str, Any]] = ({"text": text} for text in sample_texts(name.removeprefix(SAMPLES_PREFIX)))
+        return _Source(name, _shuffled(rows, seed, buffer))
+    return _Source(path.name, _shuffled(read_file(path), seed, buffer))
+
+
+def _shuffled(rows: Iterable[dict[str, Any]], seed: int, size: int) -> Iterator[dict[str, Any]]:
+    """The rows in an order drawn with the seed, holding at most `size` of them at a time."""
+    draw = random.Random(seed)
+    held: list[dict[str, Any]] = []
+    for row in rows:
+        if len(held) < size:
+            held.append(row)
+            continue
+        place = draw.randrange(size)
+        yield held[place]
+        held[place] = row
+    draw.shuffle(held)
+    yield from held
+
+
+def _digest(texts: Iterable[str], held_out: Iterable[str]) -> str:
+    # As JSON, so that no two lists of texts have the same bytes.
+    listed = json.dumps([list(texts), list(held_out)], ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def _check_enough(found: TextSet, settings: CalibrationSettings) -> None:
+    if len(found.texts) >= MINIMUM_CALIBRATION and len(found.held_out) >= MINIMUM_HELD_OUT:
+        return
+    short = []
+    if len(found.texts) < MINIMUM_CALIBRATION:
+        short.append(f"{len(found.texts)} to calibrate on ({MINIMUM_CALIBRATION} needed)")
+    if len(found.held_out) < MINIMUM_HELD_OUT:
+        short.append(f"{len(found.held_out)} held out ({MINIMUM_HELD_OUT} needed)")
+    # Whether the dataset or the recipe is what ran out decides the remedy.
+    if len(found.texts) + len(found.held_out) == settings.texts:
+        remedy = f"raise calibration.texts (now {settings.texts})"
+    else:
+        remedy = "use a dataset with more texts"
+    remedy += f", or change calibration.held_out (now {settings.held_out})"
+    raise TooFewTextsError(
+        f"dataset {found.dataset!r}: {found.read} rows read, {found.empty} empty, {found.duplicates} duplicates; "
+        f"that leaves {' and '.join(short)}: {remedy}"
+    )

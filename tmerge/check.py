@@ -1,0 +1,316 @@
+"""What can be said of a merge from the two configs alone, before any weight is read.
+
+Matched projections, sizes and licences come from the models' configs, laid out on the meta device. Seconds come from
+this machine's own speed, measured for a moment here, times the operations that the run will do; they are an estimate
+and say what they assume.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from tmerge.calibration import SAMPLES_PREFIX, sample_texts
+from tmerge.errors import NotEnoughDiskError, NotEnoughMemoryError, UnsupportedModelError
+from tmerge.models import (
+    Architecture,
+    ModelFacts,
+    available_memory,
+    describe,
+    feature_key,
+    match,
+    meta_model,
+    model_commit,
+    pick_device,
+    read_facts,
+)
+from tmerge.recipe import Recipe
+from tmerge.transport import correlation_cost, sinkhorn, standardise, working_dtype
+
+__all__ = ["Check", "Estimate", "check", "keys_of", "refuse_unfit"]
+
+# What an estimate assumes of texts that it has not read.
+TOKENS_PER_TEXT = 64
+# Freed blocks that the C library keeps for itself; measured on the demo, where the peak was a tenth above the sum.
+_ALLOCATOR_SLACK = 1.1
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run is expected to take here.
+
+    Attributes:
+        seconds: Of the whole run, without download.
+        memory_bytes: Peak of this process.
+        disk_bytes: In the output folder.
+        assumes: In words.
+    """
+
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
+    assumes: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result of `check`.
+
+    Attributes:
+        target: Facts of the target.
+        source: Facts of the source.
+        target_layout: Its projections, on the meta device.
+        source_layout: Likewise.
+        projections: Those that both have and the recipe wants.
+        skipped: projection -> why not.
+        notes: What a user should know before starting.
+        estimate: Expected cost here.
+    """
+
+    target: ModelFacts
+    source: ModelFacts
+    target_layout: Architecture
+    source_layout: Architecture
+    projections: list[str]
+    skipped: dict[str, str]
+    notes: list[str]
+    estimate: Estimate
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``tmerge check --json`` prints it."""
+        return {
+            "target": _model(self.target, self.target_layout),
+            "source": _model(self.source, self.source_layout),
+            "projections": {
+                "matched": {
+                    name: {
+                        "target": _shape(self.target_layout, name),
+                        "source": _shape(self.source_layout, name),
+                    }
+                    for name in self.projections
+                },
+                "skipped": self.skipped,
+            },
+            "left_alone": {"target": self.target_layout.left_alone, "source": self.source_layout.left_alone},
+            "notes": self.notes,
+            "estimate": {
+                "seconds": round(self.estimate.seconds, 3),
+                "memory_bytes": self.estimate.memory_bytes,
+                "disk_bytes": self.estimate.disk_bytes,
+                "assumes": self.estimate.assumes,
+            },
+        }
+
+
+def check(recipe: Recipe) -> Check:
+    """Hold a recipe's two models against each other.
+
+    Raises:
+        ModelNotFoundError, GatedModelError: A reference cannot be read.
+        UnsupportedModelError: A model is not a causal decoder, or the two share no projection the recipe wants.
+    """
+    target, target_layout = _read(recipe.target, recipe)
+    source, source_layout = _read(recipe.source, recipe)
+    projections, skipped = match(target_layout, source_layout, recipe.fusion.projections)
+    for role, layout in (("target", target_layout), ("source", source_layout)):
+        for name in _uneven(layout, projections):
+            projections.remove(name)
+            skipped[name] = f"the {role}'s layers have it in different sizes, which one plan per feature cannot hold"
+    if not projections:
+        raise UnsupportedModelError(
+            f"{recipe.target} and {recipe.source} share none of the projections "
+            f"{', '.join(recipe.fusion.projections)} ({'; '.join(skipped.values())}); choose others in "
+            "fusion.projections"
+        )
+    notes = []
+    if target.commit == source.commit:
+        notes.append("target and source are the same model: nothing new can be transported")
+    for role, facts in (("target", target), ("source", source)):
+        if facts.gated:
+            notes.append(f"the {role}'s repo is gated: its terms must have been accepted by your account")
+        if facts.licence is None:
+            notes.append(f"the {role} states no licence")
+    if recipe.source_base is not None:
+        base, base_layout = _read(recipe.source_base, recipe)
+        if _shapes(base_layout, projections) != _shapes(source_layout, projections):
+            raise UnsupportedModelError(
+                f"source_base {recipe.source_base} is not of the source's shape; "
+                "name the model that the source was fine-tuned from"
+            )
+        if base.commit == source.commit:
+            notes.append("source and source_base are the same model: the task vector is zero")
+    estimate = _estimate(recipe, target, source, target_layout, source_layout, projections)
+    return Check(target, source, target_layout, source_layout, projections, skipped, notes, estimate)
+
+
+def refuse_unfit(result: Check, recipe: Recipe, out: Path) -> None:
+    """Refuse a run that cannot fit, saying what to change.
+
+    Raises:
+        NotEnoughMemoryError, NotEnoughDiskError: With the needed and the free bytes.
+    """
+    needed = result.estimate.memory_bytes - psutil.Process().memory_info().rss
+    device = pick_device(recipe.device)
+    free = available_memory(device)
+    if needed > free:
+        raise NotEnoughMemoryError(
+            f"this merge needs about {needed / 1e9:.1f} GB on {device}, where {free / 1e9:.1f} GB are free; "
+            "set dtype: bfloat16, choose a smaller source, or lower calibration.batch_tokens"
+        )
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if result.estimate.disk_bytes > free:
+        raise NotEnoughDiskError(
+            f"this merge needs about {result.estimate.disk_bytes / 1e9:.1f} GB of disk in {out}, where "
+            f"{free / 1e9:.1f} GB are free; lower calibration.texts, fuse fewer projections, or choose another --out"
+        )
+
+
+def _read(reference: str, recipe: Recipe) -> tuple[ModelFacts, Architecture]:
+    trusted = reference in recipe.trust_remote_code
+    facts = read_facts(reference, trust_remote_code=trusted)
+    if facts.commit is None:  # a local model: what identifies it is its contents
+        facts = replace(facts, commit=model_commit(reference))
+    return facts, describe(meta_model(facts.config, trusted))
+
+
+def _model(facts: ModelFacts, layout: Architecture) -> dict[str, Any]:
+    return {
+        "ref": facts.reference.text,
+        "commit": facts.commit,
+        "architecture": facts.model_type,
+        "parameters": facts.parameters,
+        "weight_bytes": facts.weight_bytes,
+        "layers": layout.num_layers,
+        "hidden_size": layout.hidden_size,
+        "heads": layout.heads,
+        "kv_heads": layout.kv_heads,
+        "licence": facts.licence,
+        "gated": facts.gated,
+        "private": facts.private,
+        "tied_embeddings": bool(getattr(facts.config, "tie_word_embeddings", False)),
+    }
+
+
+def _shape(layout: Architecture, name: str) -> list[int]:
+    view = layout.projections([name])[0]
+    return [view.out_features, view.in_features]
+
+
+def _shapes(layout: Architecture, projections: list[str]) -> list[list[int]]:
+    return [[view.layer, view.out_features, view.in_features] for view in layout.projections(projections)]
+
+
+def _body_parameters(layout: Architecture) -> int:
+    return sum(view.out_features * view.in_features for view in layout.projections())
+
+
+def _widths(layout: Architecture, projections: list[str]) -> dict[str, list[int]]:
+    """Feature key -> the width in every layer that has it."""
+    widths: dict[str, list[int]] = {}
+    for tap in layout.taps(projections):
+        widths.setdefault(tap.key, []).append(tap.features)
+    return widths
+
+
+def _uneven(layout: Architecture, projections: list[str]) -> list[str]:
+    """Projections whose inputs or outputs are not of one size in all layers, as with gemma4's two head sizes."""
+    widths = _widths(layout, projections)
+    return [
+        name for name in projections if any(len(set(widths[feature_key(name, side)])) > 1 for side in ("pre", "post"))
+    ]
+
+
+def _seconds_of(action: Any, at_least: float = 0.05) -> float:
+    """Seconds of one call, after a first that warms up, over enough calls to fill a moment."""
+    action()
+    calls, began = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - began) < at_least:
+        action()
+        calls += 1
+    return elapsed / calls
+
+
+def _estimate(
+    recipe: Recipe,
+    target: ModelFacts,
+    source: ModelFacts,
+    target_layout: Architecture,
+    source_layout: Architecture,
+    projections: list[str],
+) -> Estimate:
+    device = pick_device(recipe.device)
+    dtype = {"float32": torch.float32, "float16": torch.float16}.get(recipe.dtype, torch.bfloat16)
+    texts, dataset = recipe.calibration.texts, recipe.calibration.dataset
+    if dataset.startswith(SAMPLES_PREFIX):
+        texts = min(texts, len(sample_texts(dataset.removeprefix(SAMPLES_PREFIX))))
+    held_out = min(recipe.evaluation.texts, round(texts * recipe.calibration.held_out))
+    read = texts - held_out
+    tokens_per_text = min(recipe.calibration.max_tokens, TOKENS_PER_TEXT)
+
+    side = 1024
+    left = torch.randn(side, side, device=device).to(dtype)
+    # float16 products are emulated on most CPUs; the measured rate shows it.
+    flops = 2 * side**3 / _seconds_of(lambda: (left @ left).sum().item())
+    scored = 1 + 1 + len(recipe.evaluation.controls)
+
+    def forward(facts: ModelFacts, layout: Architecture, scorings: int) -> float:
+        vocabulary = int(facts.config.get_text_config().vocab_size)
+        head = layout.hidden_size * vocabulary
+        body = _body_parameters(layout)
+        tokens = read * tokens_per_text * body + scorings * held_out * tokens_per_text * (body + head)
+        return 2 * tokens / flops
+
+    seconds = forward(target, target_layout, scored) + forward(source, source_layout, 1)
+
+    width = 512
+    working = working_dtype(recipe.transport.epsilon)
+    features = standardise(torch.randn(read if read > 1 else 2, width), working).to(device)
+    cost = correlation_cost(features, features)
+    product = _seconds_of(lambda: correlation_cost(features, features)) / width**2
+    solving = _seconds_of(lambda: sinkhorn(cost, recipe.transport.epsilon)) / width**2
+    mine, theirs = _widths(target_layout, projections), _widths(source_layout, projections)
+    entries = sum(sum(mine[key]) * sum(theirs[key]) for key in mine if key in theirs)
+    seconds += entries * (product + solving)
+
+    weights = (target.parameters + source.parameters) * torch.finfo(dtype).bits // 8
+    vocabulary = max(int(facts.config.get_text_config().vocab_size) for facts in (target, source))
+    logits = min(1 << 26, recipe.calibration.batch_tokens * vocabulary) * (torch.finfo(dtype).bits // 8 + 1)
+    largest = max(max(mine[key]) * max(theirs[key]) for key in mine if key in theirs)
+    problem = 3 * largest * working.itemsize * torch.get_num_threads()
+    pooled = sum(map(sum, mine.values())) + sum(map(sum, theirs.values()))
+    feature_bytes = 4 * texts * pooled
+    checkpoint = target.parameters * torch.finfo(dtype).bits // 8
+    kept = min(recipe.transport.layers_kept, source_layout.num_layers)
+    record = sum(
+        sum(mine[key]) * min(recipe.transport.entries_kept, max(theirs[key])) * 4 * kept
+        for key in mine
+        if key in theirs
+    )
+    # A GGUF's weights are unpacked in float32 before they take the asked dtype.
+    unpacked = max((4 * facts.parameters for facts in (target, source) if facts.reference.kind == "gguf"), default=0)
+    # Reloading the checkpoint to compare it holds a second copy of the target, and the record exists twice while its
+    # parts are joined.
+    needed = weights + checkpoint + logits + problem + unpacked + 2 * record + min(feature_bytes, 1 << 30)
+    memory = psutil.Process().memory_info().rss + _ALLOCATOR_SLACK * needed
+    disk = checkpoint + feature_bytes + record
+    return Estimate(
+        seconds,
+        int(memory),
+        int(disk),
+        f"{texts} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device} at "
+        f"{flops / 1e9:.0f} GFLOP/s measured now; downloading and loading not counted",
+    )
+
+
+def keys_of(projections: list[str]) -> list[str]:
+    """Feature keys of some projections, each once, in their order."""
+    return list(dict.fromkeys(feature_key(name, side) for name in projections for side in ("pre", "post")))

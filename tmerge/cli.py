@@ -1,0 +1,219 @@
+"""The command line: parse, call, show. Progress goes to stderr, results to stdout.
+
+Exit codes: 0 done, 2 the user's mistake or bad input, 1 a fault of ours, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tmerge.errors import Cancelled, TmergeError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="tmerge",
+    help="Merge language models of different architectures by optimal transport, and know whether it helped.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[str | None, typer.Argument(help="A recipe file, or a preset's name.")]
+TargetOption = Annotated[str | None, typer.Option(help="Model that is changed: Hub id, folder or .gguf file.")]
+SourceOption = Annotated[str | None, typer.Option(help="Model that is read.")]
+BaseOption = Annotated[str | None, typer.Option(help="The source before its fine-tuning, for task vectors.")]
+DatasetOption = Annotated[str | None, typer.Option(help="samples:LANGUAGE, a Hub dataset, or a text file.")]
+OutOption = Annotated[Path, typer.Option(help="The run's folder.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, any key of the recipe.")]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+DtypeOption = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")]
+SeedOption = Annotated[int | None, typer.Option(help="Of the split, the controls and the bootstrap.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Only continue: fail if there is nothing to continue.")]
+DryOption = Annotated[bool, typer.Option("--dry-run", help="Check and show the plan; write nothing.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+RunArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
+
+
+@app.command()
+def merge(
+    recipe: RecipeArgument = None,
+    target: TargetOption = None,
+    source: SourceOption = None,
+    source_base: BaseOption = None,
+    dataset: DatasetOption = None,
+    out: OutOption = Path("fused"),
+    settings: SetOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    seed: SeedOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Merge a source into a target, score the result on held-out texts, and save it."""
+    from tmerge.recipe import load_recipe
+
+    overrides = {
+        "target": target,
+        "source": source,
+        "source_base": source_base,
+        "calibration.dataset": dataset,
+        "device": device,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    if source_base is not None:
+        overrides["fusion.what"] = "task-vector"
+    _run(load_recipe(recipe, overrides, settings or ()), out, resume, dry_run, json_output)
+
+
+@app.command()
+def demo(
+    out: OutOption = Path("fused"),
+    settings: SetOption = None,
+    device: DeviceOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Merge Gemma 3 270M into SmolLM2-135M-Instruct on the built-in Indonesian samples; no network needed."""
+    from tmerge.recipe import load_recipe
+
+    _run(load_recipe("demo", {"device": device}, settings or ()), out, resume, dry_run, json_output)
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument = None,
+    target: TargetOption = None,
+    source: SourceOption = None,
+    settings: SetOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Hold two models against each other from their configs alone: what matches, and what a merge would take."""
+    from tmerge.recipe import load_recipe
+    from tmerge.show import show_check
+
+    loaded = load_recipe(recipe, {"target": target, "source": source}, settings or ())
+    _quiet_libraries()
+    from tmerge.check import check as check_models
+
+    result = check_models(loaded)
+    if json_output:
+        _print_json(result.to_dict())
+    else:
+        show_check(result)
+
+
+@app.command()
+def inspect(
+    run: RunArgument = Path("fused"),
+    json_output: JsonOption = False,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page of pictures here.")] = None,
+) -> None:
+    """Show a finished run's report; --html writes its pictures."""
+    from tmerge.run import Run, write_text
+
+    opened = Run(run)
+    report = opened.report()
+    if html is not None:
+        from tmerge.fusion import TransportRecord
+        from tmerge.plots import report_page
+
+        page = report_page(report, TransportRecord.load(opened.transport_path))
+        try:
+            write_text(html, page)
+        except OSError as error:
+            raise TmergeError(f"{html} cannot be written: {error.strerror}; name another file after --html") from None
+        typer.echo(f"wrote {html}", err=True)
+    if json_output:
+        _print_json(report)
+    elif html is None:
+        from tmerge.show import show_report
+
+        show_report(report, run)
+
+
+def main() -> None:
+    """The console script: one line for what a user can mend, a traceback for what they cannot."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        app(standalone_mode=False)
+    except TmergeError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("stopped; finished stages are kept, and the same command continues", err=True)
+        sys.exit(Cancelled.exit_code)
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+    except typer.TyperException as error:
+        # A usage error shows the command's usage with itself; the class it comes from has no public name.
+        show = getattr(error, "show", None)
+        if show is None:
+            typer.echo(f"error: {error.format_message()}", err=True)
+        else:
+            show()
+        sys.exit(error.exit_code)
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool) -> None:
+    """What merge and demo share."""
+    _quiet_libraries()
+    from tmerge.errors import RunNotFoundError
+    from tmerge.show import listening, show_check, show_report
+
+    if resume and not (out / "tmerge").is_dir():
+        raise RunNotFoundError(f"there is no run in {out} to resume; leave --resume away to begin one")
+    if dry_run:
+        from tmerge.check import check as check_models
+
+        result = check_models(recipe)
+        if json_output:
+            _print_json(result.to_dict() | {"recipe": recipe.model_dump(mode="json")})
+        else:
+            show_check(result)
+            typer.echo(recipe.to_yaml())
+        return
+    from tmerge.pipeline import merge as run_merge
+
+    with listening() as listener:
+        report = run_merge(recipe, out, listener=listener)
+    if json_output:
+        _print_json(report)
+    else:
+        show_report(report, out)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
+
+
+def _quiet_libraries() -> None:
+    """Our own progress is shown; the libraries' bars and remarks would break its lines."""
+    import datasets
+    import huggingface_hub.utils
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+
+
+if __name__ == "__main__":
+    main()

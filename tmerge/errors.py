@@ -1,0 +1,107 @@
+"""What a user can do wrong, one class a kind, each with its message.
+
+Every error here is *the user's to mend*: its text names the value, the place and the remedy on one line,
+and the command line shows that line alone and exits with ``exit_code``. A fault of ours is any other
+exception; it keeps its traceback and exits with 1.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Cancelled",
+    "CheckpointError",
+    "DatasetError",
+    "DeviceError",
+    "GatedModelError",
+    "MissingExtraError",
+    "ModelNotFoundError",
+    "NotEnoughDiskError",
+    "NotEnoughMemoryError",
+    "OutputExistsError",
+    "RecipeError",
+    "RunNotFoundError",
+    "SavedModelMismatchError",
+    "TmergeError",
+    "TokenizerError",
+    "TooFewTextsError",
+    "TransportError",
+    "UnsupportedModelError",
+]
+
+
+class TmergeError(Exception):
+    """Base of every error that a user can mend; ``str(error)`` is one line with the remedy in it."""
+
+    exit_code = 2
+
+
+class RecipeError(TmergeError):
+    """A recipe's key or value is not one that tmerge knows."""
+
+
+class ModelNotFoundError(TmergeError):
+    """A model reference names nothing that can be reached: no such repo, folder or file, or no network."""
+
+
+class GatedModelError(TmergeError):
+    """The repo exists, but this account has no access to it."""
+
+
+class UnsupportedModelError(TmergeError):
+    """The model's architecture or block layout is not a causal decoder that tmerge can read."""
+
+
+class CheckpointError(TmergeError):
+    """A weights file is truncated, of the wrong kind, or one (a pickle) that tmerge does not open."""
+
+
+class TokenizerError(TmergeError):
+    """The model has no tokenizer, or one that cannot serve it."""
+
+
+class DatasetError(TmergeError):
+    """The calibration dataset, its column or its file cannot be read."""
+
+
+class TooFewTextsError(DatasetError):
+    """Fewer usable texts than a transport plan can be estimated from."""
+
+
+class OutputExistsError(TmergeError):
+    """The output folder exists and is not a run of this recipe."""
+
+
+class RunNotFoundError(TmergeError):
+    """The folder is not a (finished) run of tmerge."""
+
+
+class NotEnoughDiskError(TmergeError):
+    """The run does not fit on the disk."""
+
+
+class NotEnoughMemoryError(TmergeError):
+    """The run does not fit in memory, or ran out of it."""
+
+
+class DeviceError(TmergeError):
+    """The asked device or dtype is not to be had on this machine."""
+
+
+class MissingExtraError(TmergeError):
+    """An optional package is not installed; the message gives the pip command that brings it."""
+
+
+class TransportError(TmergeError):
+    """A transport problem that has no answer: not-finite costs, marginals that do not match, eps <= 0."""
+
+
+class SavedModelMismatchError(TmergeError):
+    """The checkpoint on disk does not compute what the model in memory computed. A fault, not bad input."""
+
+    exit_code = 1
+
+
+class Cancelled(TmergeError):
+    """The user stopped the run; finished stages are kept and the same command continues."""
+
+    exit_code = 130

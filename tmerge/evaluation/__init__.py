@@ -1,0 +1,23 @@
+"""Telling whether a merge helped: likelihood on held-out texts, intervals, and controls."""
+
+from __future__ import annotations
+
+from tmerge.evaluation.controls import Control, applied, control_generator, noise, shrink
+from tmerge.evaluation.intervals import Interval, Verdict, difference, resamples, score, verdict
+from tmerge.evaluation.likelihood import Scores, score_texts
+
+__all__ = [
+    "Control",
+    "Interval",
+    "Scores",
+    "Verdict",
+    "applied",
+    "control_generator",
+    "difference",
+    "noise",
+    "resamples",
+    "score",
+    "score_texts",
+    "shrink",
+    "verdict",
+]

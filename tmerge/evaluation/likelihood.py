@@ -1,0 +1,125 @@
+"""Bits per byte on held-out texts: a likelihood that models with different tokenizers can be compared by.
+
+    bits per byte = -sum_t log2 p(token_t | tokens before it) / bytes of the text
+
+Every token of a text is scored, the first one too, given the model's begin-of-text token (its end-of-text token
+where it has no other), as lm-evaluation-harness's rolling log-likelihood does. All models score the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tmerge.calibration import length_batches
+from tmerge.errors import NotEnoughMemoryError, TokenizerError
+from tmerge.models import LoadedModel
+
+__all__ = ["Scores", "score_texts"]
+
+# Logits of one batch: tokens x vocabulary. A 262k vocabulary would otherwise ask for gigabytes.
+_LOGITS_AT_ONCE = 1 << 26
+# Rows of logits that are turned into float32 log-probabilities together.
+_ROWS_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a model did on N texts.
+
+    Attributes:
+        bits: (N,) float64, -log2 of each text's probability.
+        bytes: (N,) float64, UTF-8 bytes of each text.
+        tokens: Tokens scored.
+        seconds: Wall time of the forward passes.
+    """
+
+    bits: Tensor
+    bytes: Tensor
+    tokens: int
+    seconds: float
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Over all texts together: sum of bits over sum of bytes."""
+        return float(self.bits.sum() / self.bytes.sum())
+
+
+@torch.inference_mode()
+def score_texts(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    *,
+    batch_tokens: int = 2048,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """Score every text under a causal model.
+
+    Args:
+        loaded: Model and tokenizer.
+        texts: N texts, not empty.
+        batch_tokens: Most padded tokens of one forward pass; fewer where the vocabulary is large.
+        progress: Called with (texts done, N); may raise to stop.
+
+    Raises:
+        TokenizerError: The tokenizer has neither a begin- nor an end-of-text token to start from.
+        NotEnoughMemoryError: A batch did not fit.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise TokenizerError(
+            f"{loaded.reference}: the tokenizer has neither a BOS nor an EOS token, so the first token of a text "
+            "cannot be scored; set one of them in its tokenizer_config.json"
+        )
+    encoded = [[start, *ids] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    bits = torch.zeros(len(texts), dtype=torch.float64)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    limit = max(1, min(batch_tokens, _LOGITS_AT_ONCE // vocabulary))
+    tokens = done = 0
+    began = time.perf_counter()
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in length_batches([len(ids) for ids in encoded], limit):
+            bits[batch] = _bits_of(model, [encoded[index] for index in batch], loaded.device)
+            tokens += sum(len(encoded[index]) - 1 for index in batch)
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(texts))
+    except torch.OutOfMemoryError:
+        raise NotEnoughMemoryError(
+            f"{loaded.reference}: out of memory on {loaded.device} while scoring; lower calibration.batch_tokens "
+            f"(now {batch_tokens}) or use --device cpu"
+        ) from None
+    finally:
+        model.train(was_training)
+    sizes = torch.tensor([len(text.encode()) for text in texts], dtype=torch.float64)
+    return Scores(bits, sizes, tokens, time.perf_counter() - began)
+
+
+def _bits_of(model: torch.nn.Module, sequences: list[list[int]], device: torch.device) -> Tensor:
+    """-log2 probability of each sequence given its first token: (B,) float64 on the CPU."""
+    longest = max(map(len, sequences))
+    # Padding is on the right and causal attention never looks there, so what it holds does not matter.
+    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, sequence in enumerate(sequences):
+        ids[index, : len(sequence)] = torch.tensor(sequence)
+        mask[index, : len(sequence)] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    # Without padding there is nothing to mask, and attention takes its quicker causal path.
+    attention = None if bool(mask.all()) else mask
+    logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+    rows, places = mask[:, 1:].nonzero(as_tuple=True)
+    total = torch.zeros(len(sequences), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
+    for part in range(0, len(rows), _ROWS_AT_ONCE):
+        row, place = rows[part : part + _ROWS_AT_ONCE], places[part : part + _ROWS_AT_ONCE]
+        loss = functional.cross_entropy(logits[row, place].float(), ids[row, place + 1], reduction="none")
+        total.index_add_(0, row.to(total.device), loss.to(total.device, torch.float64))
+    return total.cpu() / torch.log(torch.tensor(2.0, dtype=torch.float64))

@@ -1,0 +1,49 @@
+"""Maps from plans, neuron selection, and the fusion itself."""
+
+from __future__ import annotations
+
+from tmerge.fusion.carry import Carried, carry
+from tmerge.fusion.coupling import Coupling, coupling_tensors, couplings, layer_plans
+from tmerge.fusion.maps import FeatureStatistics, phi_in, phi_out, unit_factors
+from tmerge.fusion.merge import (
+    TransportedNeurons,
+    fuse,
+    fused_neurons,
+    layer_weights,
+    load_transported,
+    read_neurons,
+    save_transported,
+    transport_neurons,
+)
+from tmerge.fusion.record import MASS_AT, SparsePlans, TransportRecord, mass_of_top, sparsify
+from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_count, neuron_side, select_neurons
+
+__all__ = [
+    "COLUMN_PROJECTIONS",
+    "MASS_AT",
+    "Carried",
+    "Coupling",
+    "FeatureStatistics",
+    "SparsePlans",
+    "TransportRecord",
+    "TransportedNeurons",
+    "carry",
+    "coupling_tensors",
+    "couplings",
+    "fuse",
+    "fused_neurons",
+    "layer_plans",
+    "layer_weights",
+    "load_transported",
+    "mass_of_top",
+    "neuron_count",
+    "neuron_side",
+    "phi_in",
+    "phi_out",
+    "read_neurons",
+    "save_transported",
+    "select_neurons",
+    "sparsify",
+    "transport_neurons",
+    "unit_factors",
+]

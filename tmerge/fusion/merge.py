@@ -1,0 +1,187 @@
+"""Fusing the source's projections into the target's (Eq. 14).
+
+    W <- W + alpha * mask * (sum_m w[l, m] * Phi_out W_B^(m) Phi_in - W)
+
+over the selected neurons (the mask), with w the kept layer weights. For a task vector, what is transported is the
+difference W_B - W_B0 that fine-tuning made, and it is added: W <- W + alpha * mask * sum_m w[l, m] * transported.
+`transport_neurons` computes what alpha multiplies, for the selected neurons alone; `fused_neurons` applies it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tmerge.fusion.maps import Scale
+from tmerge.fusion.selection import COLUMN_PROJECTIONS
+from tmerge.models import PROJECTIONS, Projection
+
+__all__ = [
+    "TransportedNeurons",
+    "fuse",
+    "fused_neurons",
+    "layer_weights",
+    "load_transported",
+    "read_neurons",
+    "save_transported",
+    "transport_neurons",
+]
+
+
+@dataclass(frozen=True)
+class TransportedNeurons:
+    """What the source has to say about the selected neurons of one target projection.
+
+    Attributes:
+        layer: Target layer.
+        projection: Its name.
+        neurons: (k,) selected rows (q k v gate up) or columns (o down).
+        weight: (k, in) transported rows, or (out, k) transported columns, float32.
+        bias: (k,) for rows, (out,) for columns; None where it is not fused.
+        is_difference: Whether this is a task vector to be added, not a weight to move towards.
+    """
+
+    layer: int
+    projection: str
+    neurons: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    is_difference: bool = False
+
+
+def layer_weights(kept: Tensor, layers: int, scale: Scale) -> Tensor:
+    """Weights of the kept source layers of one target layer.
+
+    Args:
+        kept: (k,) entries sqrt(P_pre * P_post) of the target layer's row.
+        layers: L, the number of target layers.
+        scale: ``literal`` multiplies by L, as the official code does. Otherwise they are renormalised to sum to
+            one, so that the transported weight is an average over source layers.
+
+    Returns:
+        (k,).
+    """
+    return kept * layers if scale == "literal" else kept / kept.sum()
+
+
+def transport_neurons(
+    weight: Tensor, bias: Tensor | None, out_map: Tensor, in_map: Tensor, projection: str, neurons: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The selected rows or columns of Phi_out W_B Phi_in, and of Phi_out b_B (Theorem 4.1).
+
+    Args:
+        weight: (out', in') of the source projection.
+        bias: (out',) or None.
+        out_map: (out, out') Phi_out.
+        in_map: (in', in) Phi_in.
+        projection: Decides whether `neurons` are rows or columns.
+        neurons: (k,) int64.
+
+    Returns:
+        (k, in) and (k,), or for o and down (out, k) and (out,); float32.
+    """
+    if projection in COLUMN_PROJECTIONS:
+        # The thin factor first: (out', in') (in', k), then (out, out') (out', k).
+        carried = out_map @ (weight @ in_map[:, neurons])
+        return carried, None if bias is None else out_map @ bias
+    rows = out_map[neurons]
+    return (rows @ weight) @ in_map, None if bias is None else rows @ bias
+
+
+def read_neurons(projection: Projection, neurons: Tensor) -> Tensor:
+    """The target's own selected rows (k, in) or columns (out, k), float32."""
+    weight = projection.weight().to(torch.float32)
+    return weight[:, neurons] if projection.name in COLUMN_PROJECTIONS else weight[neurons]
+
+
+def fused_neurons(own: Tensor, transported: Tensor, alpha: float, *, is_difference: bool = False) -> Tensor:
+    """Eq. 14 on the selected neurons: own + alpha * (transported - own), or own + alpha * task vector."""
+    return own + alpha * (transported if is_difference else transported - own)
+
+
+def fuse(
+    layers: Sequence[dict[str, Projection]],
+    transported: Sequence[TransportedNeurons],
+    alpha: float,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the fused neurons into the target's own memory.
+
+    Everything else keeps its bytes: rows and columns that were not selected, embeddings, norms and the head; with
+    alpha 0 nothing is written at all.
+
+    Args:
+        layers: The target's projections, `Architecture.layers`.
+        transported: For every fused layer and projection.
+        alpha: Fusion strength.
+        progress: Called with (done, all).
+    """
+    if alpha == 0:
+        return
+    for done, item in enumerate(transported, start=1):
+        view = layers[item.layer][item.projection]
+        neurons = item.neurons
+        own = read_neurons(view, neurons)
+        # What was transported stays on the CPU; the target may not.
+        carried = item.weight.to(own.device)
+        fused = fused_neurons(own, carried, alpha, is_difference=item.is_difference)
+        by_columns = item.projection in COLUMN_PROJECTIONS
+        own_bias = view.bias()
+        bias = None
+        if item.bias is not None and own_bias is not None:
+            own = own_bias.to(torch.float32)
+            own = own if by_columns else own[neurons]
+            bias = fused_neurons(own, item.bias.to(own.device), alpha, is_difference=item.is_difference)
+        if by_columns:
+            view.write(fused, columns=neurons)
+            if bias is not None:
+                view.write(bias=bias)
+        else:
+            view.write(fused, bias=bias, rows=neurons)
+        if progress is not None:
+            progress(done, len(transported))
+
+
+def save_transported(transported: Sequence[TransportedNeurons], path: Path, key: str) -> None:
+    """Write transported neurons to one safetensors file, under a temporary name first.
+
+    Args:
+        transported: Of all layers.
+        path: The file.
+        key: Kept in the file's metadata.
+    """
+    tensors = {}
+    for item in transported:
+        name = f"{item.layer}.{item.projection}.{'difference' if item.is_difference else 'value'}"
+        tensors[f"{name}.neurons"] = item.neurons.contiguous()
+        tensors[f"{name}.weight"] = item.weight.contiguous()
+        if item.bias is not None:
+            tensors[f"{name}.bias"] = item.bias.contiguous()
+    temporary = path.with_name(path.name + ".part")
+    save_file(tensors, temporary, metadata={"key": key})
+    os.replace(temporary, path)
+
+
+def load_transported(path: Path) -> list[TransportedNeurons]:
+    """Read what `save_transported` wrote, in the order of layers and then of projections."""
+    tensors = load_file(path)
+    names = sorted({name.rpartition(".")[0] for name in tensors}, key=_place)
+    result = []
+    for name in names:
+        layer, projection, kind = name.split(".")
+        weight, neurons = tensors[f"{name}.weight"], tensors[f"{name}.neurons"]
+        bias = tensors.get(f"{name}.bias")
+        result.append(TransportedNeurons(int(layer), projection, neurons, weight, bias, kind == "difference"))
+    return result
+
+
+def _place(name: str) -> tuple[int, int]:
+    layer, projection, _ = name.split(".")
+    return int(layer), PROJECTIONS.index(projection)

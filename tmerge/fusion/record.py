@@ -1,0 +1,158 @@
+"""transport.safetensors: what a run keeps of its transport, enough to draw it and to fuse from it again.
+
+| tensor | shape | what |
+|---|---|---|
+| ``cost.KEY`` | (L, M) | ``<C, Q>`` of every layer pair, Eq. 10 |
+| ``layer_plan.KEY`` | (L, M) | P, Eq. 11-12 |
+| ``effective.PROJ`` | (L, M) | sqrt(P_pre P_post), Eq. 13 |
+| ``kept.PROJ.layers``, ``.weights`` | (L, k) | source layers kept per target layer (as columns of M), strongest first |
+| ``layers.target.KEY``, ``layers.source.KEY`` | (L,), (M,) | the models' own layer numbers of the rows and columns |
+| ``pairs.KEY`` | (K, 2) | the kept layer pairs, as (row of L, column of M) |
+| ``f.KEY``, ``g.KEY`` | (K, n), (K, n') | their potentials |
+| ``plan.KEY.offsets``, ``.columns``, ``.values`` | (K n + 1,), (E,), (E,) | sparse plans by rows: n * Q in float16 |
+| ``mass.KEY`` | (K, len(MASS_AT)) | share of a row's mass in its top entries, mean over 256 rows (Figure 3) |
+| ``neurons.PROJ`` | (L, k) | selected neurons, A.5 |
+| ``statistics.target.KEY.FIELD`` | (L, n) | mean, deviation, magnitude over the calibration set |
+| ``statistics.source.KEY.FIELD`` | (M, n') | likewise |
+
+KEY is a feature such as ``q.post`` or ``qkv.pre``; PROJ one of q k v o gate up down.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, safe_open, save_file
+from torch import Tensor
+
+from tmerge.errors import RunNotFoundError
+
+__all__ = ["MASS_AT", "SparsePlans", "TransportRecord", "mass_of_top", "sparsify"]
+
+_MASS_ROWS = 256
+MASS_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Numbers of entries at which a row's captured mass is recorded; past the row's length it is 1."""
+
+
+@dataclass(frozen=True)
+class SparsePlans:
+    """Some plans of one shape (n, n'), each row's kept entries one after the other.
+
+    Attributes:
+        offsets: (K * n + 1,) int64, where each row begins in `columns` and `values`.
+        columns: (E,) int16, or int32 where n' needs it.
+        values: (E,) float16, n * Q, so that a row of the whole plan sums to 1.
+        shape: (n, n').
+    """
+
+    offsets: Tensor
+    columns: Tensor
+    values: Tensor
+    shape: tuple[int, int]
+
+    def dense(self, index: int) -> Tensor:
+        """Plan number `index` as (n, n') float32, entries of n * Q, zeros where nothing was kept."""
+        n, m = self.shape
+        offsets = self.offsets[index * n : (index + 1) * n + 1]
+        start, stop = int(offsets[0]), int(offsets[-1])
+        plan = torch.zeros(n, m)
+        rows = torch.repeat_interleave(torch.arange(n), offsets.diff())
+        plan[rows, self.columns[start:stop].long()] = self.values[start:stop].float()
+        return plan
+
+
+def sparsify(plans: list[Tensor], masks: list[Tensor]) -> SparsePlans:
+    """Gather the masked entries of plans Q (n, n') of one shape, as n * Q in float16."""
+    counts, columns, values = [], [], []
+    for plan, mask in zip(plans, masks, strict=True):
+        rows, places = mask.nonzero(as_tuple=True)
+        counts.append(torch.bincount(rows, minlength=plan.shape[0]))
+        columns.append(places.to(torch.int16 if plan.shape[1] <= torch.iinfo(torch.int16).max else torch.int32))
+        values.append((plan[rows, places] * plan.shape[0]).to(torch.float16))
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(counts).cumsum(0)])
+    n, m = plans[0].shape
+    return SparsePlans(offsets, torch.cat(columns), torch.cat(values), (n, m))
+
+
+def mass_of_top(plan: Tensor) -> Tensor:
+    """Share of each row's mass in its largest entries, mean over rows, at the numbers in `MASS_AT` (Figure 3).
+
+    Args:
+        plan: (n, n'); of more than 256 rows, evenly spaced ones are read, 256 at most.
+
+    Returns:
+        (len(MASS_AT),) float32, rising to 1.
+    """
+    rows = plan[:: -(-plan.shape[0] // _MASS_ROWS)]
+    ordered = np.sort(rows.numpy(), axis=1)[:, ::-1]
+    share = np.cumsum(ordered, axis=1, dtype=np.float64)
+    share /= share[:, -1:]
+    return torch.tensor([share[:, min(k, plan.shape[1]) - 1].mean() for k in MASS_AT], dtype=torch.float32)
+
+
+class TransportRecord:
+    """A transport.safetensors, being gathered or read back.
+
+    Attributes:
+        tensors: Name to tensor, named as in this module's table.
+        facts: What goes beside them: models, commits, epsilon, eta, projections (JSON values).
+    """
+
+    def __init__(self, facts: Mapping[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
+        self.facts = dict(facts)
+        self.tensors = {} if tensors is None else tensors
+
+    def save(self, path: Path) -> None:
+        """Write to a temporary name, then rename."""
+        temporary = path.with_name(path.name + ".part")
+        tensors = {name: tensor.contiguous() for name, tensor in sorted(self.tensors.items())}
+        save_file(tensors, temporary, metadata={"tmerge": json.dumps(self.facts, sort_keys=True)})
+        # safetensors makes files for their owner alone; a run's folder is to be shared like any other.
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> TransportRecord:
+        """Read a file that `save` wrote.
+
+        Raises:
+            RunNotFoundError: It is not there, or not one of ours.
+        """
+        try:
+            with safe_open(path, "pt") as stored:
+                facts = json.loads((stored.metadata() or {})["tmerge"])
+            return cls(facts, load_file(path))
+        except (OSError, SafetensorError, KeyError, json.JSONDecodeError):
+            raise RunNotFoundError(f"{path}: no transport plans to read; run `tmerge merge` there first") from None
+
+    @property
+    def projections(self) -> list[str]:
+        """Fused projections, in the recipe's order."""
+        return list(self.facts["projections"])
+
+    @property
+    def keys(self) -> list[str]:
+        """Feature keys, in the order they were solved."""
+        return list(self.facts["keys"])
+
+    def pairs(self, key: str) -> list[tuple[int, int]]:
+        """The kept layer pairs of a feature key, as (row of L, column of M)."""
+        return [(int(row), int(column)) for row, column in self.tensors[f"pairs.{key}"].tolist()]
+
+    def plans(self, key: str) -> SparsePlans:
+        """The sparse plans of a feature key's kept pairs, in the order of `pairs`."""
+        shape = (self.tensors[f"f.{key}"].shape[1], self.tensors[f"g.{key}"].shape[1])
+        return SparsePlans(
+            self.tensors[f"plan.{key}.offsets"],
+            self.tensors[f"plan.{key}.columns"],
+            self.tensors[f"plan.{key}.values"],
+            shape,
+        )

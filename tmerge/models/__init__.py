@@ -1,0 +1,52 @@
+"""Models: references to them, loading, what their blocks are made of, and saving."""
+
+from __future__ import annotations
+
+from tmerge.models.configs import meta_model
+from tmerge.models.demo import DEMO_MODELS, DemoModel, demo_path
+from tmerge.models.device import available_memory, pick_device, pick_dtype
+from tmerge.models.facts import ModelFacts, read_facts
+from tmerge.models.loading import LoadedModel, load_model, load_tokenizer, model_commit
+from tmerge.models.projections import (
+    PROJECTIONS,
+    SIDES,
+    Architecture,
+    HeadLayout,
+    Projection,
+    Rows,
+    Tap,
+    describe,
+    feature_key,
+    match,
+)
+from tmerge.models.reference import ModelReference
+from tmerge.models.saving import save_checkpoint, verify_checkpoint
+
+__all__ = [
+    "DEMO_MODELS",
+    "PROJECTIONS",
+    "SIDES",
+    "Architecture",
+    "DemoModel",
+    "HeadLayout",
+    "LoadedModel",
+    "ModelFacts",
+    "ModelReference",
+    "Projection",
+    "Rows",
+    "Tap",
+    "available_memory",
+    "demo_path",
+    "describe",
+    "feature_key",
+    "load_model",
+    "load_tokenizer",
+    "match",
+    "meta_model",
+    "model_commit",
+    "pick_device",
+    "pick_dtype",
+    "read_facts",
+    "save_checkpoint",
+    "verify_checkpoint",
+]

@@ -1,0 +1,229 @@
+"""A checkpoint's files in a folder: which they are, whether they are whole, and what identifies them.
+
+Only safetensors are opened. A file's header is read here by hand, because a truncated file should be an error
+with its name in it before any memory is taken for its weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tmerge.errors import CheckpointError
+
+__all__ = [
+    "INDEX_FILE",
+    "TOKENIZER_FILES",
+    "WEIGHTS_FILE",
+    "StoredTensor",
+    "card_licence",
+    "explain_no_safetensors",
+    "file_digest",
+    "folder_digest",
+    "folder_licence",
+    "read_config",
+    "read_index",
+    "read_safetensors_header",
+    "tokenizer_files",
+    "weight_files",
+]
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Any one of them is a tokenizer; transformers makes an empty one without a word where there is none.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "tiktoken.model",
+)
+# Files beside these that change what the tokenizer does.
+_TOKENIZER_SETTINGS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor's entry in a safetensors header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A ``config.json`` as a dictionary.
+
+    Raises:
+        CheckpointError: It is not there, or not a JSON object.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{str(path)!r} is missing, so its folder is not a transformers model")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        config = None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{str(path)!r} is not a JSON object; download the model again")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the checkpoint in a folder, every one checked to be whole.
+
+    Raises:
+        CheckpointError: There are none, one is missing, or one is truncated.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        files = [folder / WEIGHTS_FILE]
+    elif (folder / INDEX_FILE).is_file():
+        files = [folder / name for name in read_index(folder / INDEX_FILE)]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise CheckpointError(
+                f"{str(folder)!r} lacks {len(missing)} of {len(files)} shards ({missing[0]}); download the model again"
+            )
+    else:
+        raise explain_no_safetensors(str(folder), [entry.name for entry in folder.iterdir()])
+    for file in files:
+        read_safetensors_header(file)
+    return files
+
+
+def read_index(path: Path) -> list[str]:
+    """Names of the shards that an index lists.
+
+    Raises:
+        CheckpointError: It is not an index, or points out of its folder.
+    """
+    try:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        inside = all(".." not in Path(name).parts and not Path(name).is_absolute() for name in names)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        inside = False
+    if not inside:
+        raise CheckpointError(f"{str(path)!r} is not an index of shards beside it; download or save the model again")
+    return names
+
+
+def explain_no_safetensors(where: str, names: Iterable[str]) -> CheckpointError:
+    """The error for a folder or repo without safetensors, by what it has instead."""
+    names = list(names)
+    if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
+        return CheckpointError(
+            f"{where!r} has its weights as pickles only ({pickles[0]}), which may run any code and are not opened; "
+            "convert it to safetensors"
+        )
+    if any(name == "adapter_model.safetensors" for name in names):
+        return CheckpointError(
+            f"{where!r} is an adapter, not a model; merge it into its base (peft: merge_and_unload) and save that"
+        )
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        return CheckpointError(f"{where!r} holds GGUF files; give the path of one: {ggufs[0]}")
+    return CheckpointError(f"{where!r} has no {WEIGHTS_FILE} nor {INDEX_FILE}; save the model as safetensors")
+
+
+def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
+    """Name to entry of every tensor, from the header alone.
+
+    Raises:
+        CheckpointError: Not a safetensors file, or one whose end is missing.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise CheckpointError(
+                f"{str(path)!r} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder"
+            )
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        raw = file.read(length) if 0 < length <= size - 8 else b""
+    try:
+        header = json.loads(raw)
+        tensors = {
+            name: StoredTensor(
+                entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise CheckpointError(
+            f"{str(path)!r} is truncated or no safetensors file ({size:,} bytes); download or save it again"
+        ) from None
+    if 8 + length + end > size:
+        raise CheckpointError(
+            f"{str(path)!r} is truncated: {size:,} of {8 + length + end:,} bytes; download or save it again"
+        )
+    return tensors
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Files in the folder that a tokenizer is built from, by name; empty if it has no tokenizer."""
+    found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    found += sorted(folder.glob("*.tiktoken"))
+    if not found:
+        return []
+    return sorted(found + [folder / name for name in _TOKENIZER_SETTINGS if (folder / name).is_file()])
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_digest(folder: Path, weights: Sequence[Path]) -> str:
+    """SHA-256 (hex) of what decides the model's numbers: weights, ``config.json`` and tokenizer.
+
+    Each file enters by its name and its own digest, in the order of names; times, README and tmerge/ do not.
+    """
+    digest = hashlib.sha256()
+    for path in sorted({folder / "config.json", *weights, *tokenizer_files(folder)}):
+        digest.update(f"{path.name}\n{file_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def folder_licence(readme: Path) -> str | None:
+    """The licence in a model card's front matter, if there is one."""
+    if not readme.is_file():
+        return None
+    lines = readme.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    if not lines or lines[0].strip() != "---":
+        return None
+    closing = next((number for number, line in enumerate(lines[1:], 1) if line.strip() == "---"), None)
+    if closing is None:
+        return None
+    try:
+        card = yaml.safe_load("\n".join(lines[1:closing]))
+    except yaml.YAMLError:
+        return None
+    return card_licence(card) if isinstance(card, dict) else None
+
+
+def card_licence(card: dict[str, Any]) -> str | None:
+    """The licence in a model card's metadata; of one that is not on the Hub's list, its name."""
+    licence = card.get("license")
+    if licence == "other":
+        licence = card.get("license_name") or licence
+    return str(licence) if licence else None

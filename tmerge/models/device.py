@@ -1,0 +1,127 @@
+"""Where a model goes and in which number format, and whether it fits there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+from tmerge.errors import DeviceError, NotEnoughMemoryError
+
+__all__ = ["DTYPES", "available_memory", "check_memory", "memory_errors", "pick_device", "pick_dtype"]
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+# Limits that a container puts on this process, cgroup version 2 and 1: the limit, what is used, and of what kinds.
+_CGROUP = Path("/sys/fs/cgroup")
+_LIMITS = (
+    (_CGROUP / "memory.max", _CGROUP / "memory.current", _CGROUP / "memory.stat"),
+    (
+        _CGROUP / "memory" / "memory.limit_in_bytes",
+        _CGROUP / "memory" / "memory.usage_in_bytes",
+        _CGROUP / "memory" / "memory.stat",
+    ),
+)
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device by name.
+
+    Args:
+        device: ``auto`` (CUDA, else MPS, else CPU), ``cpu``, ``cuda``, ``cuda:1``, ``mps`` and so on.
+
+    Raises:
+        DeviceError: No such device, or it is not on this machine.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if str(device) == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    here = ", ".join(["auto", "cpu"] + ["cuda"] * cuda + ["mps"] * mps)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise DeviceError(f"device {str(device)!r} is none that torch knows; on this machine: {here}") from None
+    there = {"cpu": True, "cuda": cuda, "mps": mps}.get(chosen.type, False)
+    if chosen.type == "cuda" and cuda and chosen.index is not None:
+        there = chosen.index < torch.cuda.device_count()
+        here = f"{here} (0 to {torch.cuda.device_count() - 1})"
+    if not there:
+        raise DeviceError(
+            f"device {str(device)!r} is not on this machine, or this torch is not built for it; use {here}"
+        )
+    return chosen
+
+
+def pick_dtype(dtype: str | torch.dtype, stored: torch.dtype) -> torch.dtype:
+    """The dtype by name; ``auto`` is the one that the checkpoint is stored in.
+
+    Raises:
+        DeviceError: Not a dtype that models are computed in.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return stored
+    if dtype not in DTYPES:
+        raise DeviceError(f"dtype {dtype!r} is none that tmerge computes in; use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device: a container's limit counts, swap does not."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    for limit, used, stat in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):
+            counts = dict(line.split() for line in stat.read_text().splitlines())
+            # Pages of files that were read count as used, and are given up when memory is asked for.
+            cached = int(counts.get("active_file", 0)) + int(counts.get("inactive_file", 0))
+            free = min(free, int(limit.read_text()) - int(used.read_text()) + cached)
+    return max(free, 0)
+
+
+def check_memory(what: str, needed: int, device: torch.device) -> None:
+    """Refuse what cannot fit before any of it is loaded.
+
+    Args:
+        what: Named in the message.
+        needed: Bytes.
+        device: Where they would go.
+
+    Raises:
+        NotEnoughMemoryError: More than there is.
+    """
+    free = available_memory(device)
+    if needed > free:
+        raise NotEnoughMemoryError(
+            f"{what} needs {needed / 1e9:.1f} GB on {device}, where {free / 1e9:.1f} GB are free; use a smaller model, "
+            "dtype: bfloat16, or a machine with more memory"
+        )
+
+
+@contextlib.contextmanager
+def memory_errors(what: str, device: torch.device) -> Iterator[None]:
+    """Turn running out of memory into one line.
+
+    Raises:
+        NotEnoughMemoryError: The device, or the host, ran out of memory inside.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # The CPU's allocator and Apple's have no class of their own.
+        said = "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
+        if not said and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            raise
+        raise NotEnoughMemoryError(
+            f"{what} does not fit in memory on {device} ({available_memory(device) / 1e9:.1f} GB free); "
+            "use a smaller model, dtype: bfloat16, or a machine with more memory"
+        ) from None

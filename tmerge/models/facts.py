@@ -1,0 +1,113 @@
+"""What can be known of a model without its weights: for ``tmerge check``, which runs in seconds for any size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedConfig
+
+from tmerge.models.checkpoint import weight_files
+from tmerge.models.configs import check_config, load_config, meta_model, stored_dtype, tidy_gguf_config
+from tmerge.models.demo import demo_model
+from tmerge.models.gguf import fast_reading, read_header
+from tmerge.models.loading import Place, gguf_file
+from tmerge.models.reference import ModelReference
+from tmerge.models.remote import weight_bytes
+
+__all__ = ["ModelFacts", "read_facts"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model from its config and headers alone.
+
+    Attributes:
+        reference: What the user asked for.
+        commit: Full hash of the Hub commit; None for local files, whose identity (`model_commit`) takes reading them.
+        config: As ``transformers`` makes it.
+        model_type: Of the decoder.
+        parameters: Number of trained values, tied ones counted once.
+        weight_bytes: Size of the weights as they are stored.
+        dtype: In which ``dtype: auto`` would load it.
+        licence: As the repo, card or file states it.
+        layers: Number of decoder blocks.
+        hidden_size: Width of the residual stream.
+        gated: Whether access to the repo has to be asked for.
+        private: Whether the repo is private.
+    """
+
+    reference: ModelReference
+    commit: str | None
+    config: PreTrainedConfig
+    model_type: str
+    parameters: int
+    weight_bytes: int
+    dtype: torch.dtype
+    licence: str | None
+    layers: int
+    hidden_size: int
+    gated: bool = False
+    private: bool = False
+
+
+def read_facts(
+    reference: str | ModelReference, *, trust_remote_code: bool = False, revision_override: str | None = None
+) -> ModelFacts:
+    """Read a model's facts: for a Hub repo two small requests, for local files their headers.
+
+    Raises:
+        TmergeError: As `load_model`, for what can be seen without the weights: not found, gated, no causal LM,
+            pickles only, truncated.
+    """
+    where = reference if isinstance(reference, ModelReference) else ModelReference.parse(reference)
+    if where.kind == "gguf":
+        return _gguf_facts(where)
+    place = Place.find(where, revision_override)
+    check_config(where, place.config, trust_remote_code)
+    snapshot = place.snapshot
+    if snapshot is None:
+        size: int | None = sum(path.stat().st_size for path in weight_files(place.folder))
+    else:
+        size = weight_bytes(snapshot)
+    config = load_config(where, place.pretrained, place.options, trust_remote_code)
+    facts = _facts(where, config, stored_dtype(place.config, {}), size, place.licence(), trust_remote_code)
+    if snapshot is None:
+        return facts
+    return replace(facts, commit=snapshot.commit, gated=snapshot.gated, private=snapshot.private)
+
+
+def _gguf_facts(reference: ModelReference) -> ModelFacts:
+    path = gguf_file(reference)
+    header = read_header(path)
+    with fast_reading(path) as folder:
+        config = load_config(reference, folder, {"gguf_file": path.name})
+    tidy_gguf_config(config)
+    licence = demo_model(reference.demo).licence if reference.demo is not None else header.licence
+    return _facts(reference, config, torch.bfloat16, header.weight_bytes, licence, False)
+
+
+def _facts(
+    reference: ModelReference,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    stored: int | None,
+    licence: str | None,
+    trust_remote_code: bool,
+) -> ModelFacts:
+    decoder = config.get_text_config(decoder=True)
+    # Parameters() passes over a tied tensor the second time.
+    parameters = sum(parameter.numel() for parameter in meta_model(config, trust_remote_code).parameters())
+    return ModelFacts(
+        reference=reference,
+        commit=None,
+        config=config,
+        model_type=decoder.model_type,
+        parameters=parameters,
+        # Where the Hub could not be asked, what they take in memory.
+        weight_bytes=stored or parameters * dtype.itemsize,
+        dtype=dtype,
+        licence=licence,
+        layers=int(decoder.num_hidden_layers),
+        hidden_size=int(decoder.hidden_size),
+    )

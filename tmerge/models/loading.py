@@ -1,0 +1,364 @@
+"""From a reference to a model in memory with its tokenizer: a Hub repo, a folder, a GGUF file or a demo model.
+
+Whatever it came from, the result is a plain ``transformers`` causal LM that can be saved as one. Weights are read
+from safetensors or GGUF, never from pickles, and a repo's own code runs only where the user named that repo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from tmerge.errors import CheckpointError, MissingExtraError, UnsupportedModelError
+from tmerge.models.checkpoint import (
+    StoredTensor,
+    file_digest,
+    folder_digest,
+    folder_licence,
+    read_config,
+    read_safetensors_header,
+    weight_files,
+)
+from tmerge.models.configs import check_config, load_config, stored_dtype, tidy_gguf_config
+from tmerge.models.demo import demo_model, demo_path
+from tmerge.models.device import check_memory, memory_errors, pick_device, pick_dtype
+from tmerge.models.gguf import fast_reading, read_header
+from tmerge.models.reference import ModelReference, first_line
+from tmerge.models.remote import Snapshot, fetch, fetch_weights, hub_errors, open_repo
+from tmerge.models.tokenizers import check_tokenizer, read_tokenizer
+
+__all__ = [
+    "LoadedModel",
+    "Place",
+    "gguf_file",
+    "load_model",
+    "load_tokenizer",
+    "model_commit",
+    "quiet",
+    "read_weights",
+    "runs_own_code",
+]
+
+
+@dataclass
+class LoadedModel:
+    """A causal LM in memory, in eval mode, with what identifies it.
+
+    Attributes:
+        reference: What the user asked for.
+        commit: The Hub commit (40 hex digits) that was loaded; for a folder or file ``sha256:<hex>`` of its contents.
+        model: Ready to run and to save; tied embeddings are tied.
+        tokenizer: As it will be saved. It may lack a pad token: batch with `pad_id`, and leave the tokenizer alone.
+        licence: As the repo, card or file states it.
+        device: Where the model is.
+        dtype: Of its weights.
+    """
+
+    reference: ModelReference
+    commit: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    licence: str | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The model without its head: what calibration runs, as it needs no logits."""
+        return cast(PreTrainedModel, self.model.base_model)
+
+    @property
+    def pad_id(self) -> int:
+        """A token id to fill batches with, at positions that the attention mask leaves out.
+
+        The tokenizer's own pad token, else its end of text, else 0. Which one it is changes no number, as padded
+        positions are masked and never pooled; pad on the right, so that real tokens keep their positions.
+        """
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None and token < self.embedding_rows:
+                return int(token)
+        return 0
+
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the input embedding; every token id of a text is below it."""
+        return int(cast(torch.Tensor, self.model.get_input_embeddings().weight).shape[0])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint's files are: a local folder, or a snapshot in the Hub's cache.
+
+    Attributes:
+        reference: What the user asked for.
+        folder: Holds ``config.json``.
+        snapshot: Of a repo; None for a folder.
+        config: The raw ``config.json``.
+    """
+
+    reference: ModelReference
+    folder: Path
+    snapshot: Snapshot | None
+    config: dict[str, Any]
+
+    @classmethod
+    def find(cls, reference: ModelReference, revision: str | None) -> Place:
+        """Find a Hub repo's or a folder's files; of a repo only ``config.json`` is fetched."""
+        if reference.kind == "hub":
+            snapshot = open_repo(reference, revision)
+            return cls(reference, snapshot.folder, snapshot, read_config(snapshot.folder / "config.json"))
+        assert reference.path is not None
+        config = reference.path / "config.json"
+        if not config.is_file() and (ggufs := sorted(reference.path.glob("*.gguf"))):
+            raise CheckpointError(
+                f"{reference.text!r} has no config.json but GGUF files; give the path of one: {ggufs[0].name}"
+            )
+        return cls(reference, reference.path, None, read_config(config))
+
+    @property
+    def pretrained(self) -> str:
+        """What ``transformers`` is given: the repo id, for which it has special cases, or the folder."""
+        return self.reference.repo or str(self.folder)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What ``transformers`` is told beside it: of a repo, the commit."""
+        return {} if self.snapshot is None else self.snapshot.options
+
+    def weights(self) -> list[Path]:
+        """Its safetensors files, fetched if need be."""
+        return weight_files(self.folder) if self.snapshot is None else fetch_weights(self.snapshot)
+
+    def licence(self) -> str | None:
+        """The licence that its card states."""
+        if self.snapshot is None:
+            return folder_licence(self.folder / "README.md")
+        # The card is fetched although the Hub has told the licence: without a network it is all that tells it again.
+        readme = fetch(self.snapshot, "README.md")
+        return self.snapshot.licence or (None if readme is None else folder_licence(readme))
+
+    def commit(self, weights: list[Path]) -> str:
+        """As `LoadedModel.commit`."""
+        return f"sha256:{folder_digest(self.folder, weights)}" if self.snapshot is None else self.snapshot.commit
+
+
+def load_model(
+    reference: str | ModelReference,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    trust_remote_code: bool = False,
+    revision_override: str | None = None,
+) -> LoadedModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        reference: Hub id (``@revision``), folder, ``.gguf`` file or ``demo:NAME``.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the one the checkpoint is stored in (float32 when
+            it does not say); for a GGUF file, whose weights have none of their own, bfloat16.
+        device: As `pick_device`.
+        trust_remote_code: Whether this repo's own Python code may run.
+        revision_override: Commit to load instead of what the reference says, for a run that is continued.
+
+    Raises:
+        ModelNotFoundError: Nothing by that name, or no way to it.
+        GatedModelError: No access to the repo.
+        UnsupportedModelError: Not a causal LM that this ``transformers`` knows, or stored quantised.
+        CheckpointError: Weights missing, truncated, or pickles only.
+        TokenizerError: No tokenizer, or one with more tokens than the embedding has rows.
+        DeviceError: No such device or dtype here.
+        NotEnoughMemoryError: It does not fit.
+        NotEnoughDiskError: The download does not fit.
+        MissingExtraError: A package that this model needs is not installed.
+    """
+    where = reference if isinstance(reference, ModelReference) else ModelReference.parse(reference)
+    there = pick_device(device)
+    if where.kind == "gguf":
+        return _load_gguf(where, dtype, there)
+    place = Place.find(where, revision_override)
+    check_config(where, place.config, trust_remote_code)
+    config = load_config(where, place.pretrained, place.options, trust_remote_code)
+    weights = place.weights()
+    headers: dict[str, StoredTensor] = {}
+    for path in weights:
+        headers |= read_safetensors_header(path)
+    number_format = pick_dtype(dtype, stored_dtype(place.config, headers))
+    values = sum(tensor.nbytes // _width(tensor.dtype) for tensor in headers.values())
+    check_memory(where.text, values * number_format.itemsize, there)
+    with hub_errors(where):
+        tokenizer = read_tokenizer(where, place.folder, place.pretrained, place.options, trust_remote_code)
+    options = place.options | ({} if there.type == "cpu" else {"device_map": {"": there}})
+    with _loading(where, there), hub_errors(where):
+        model, report = read_weights(
+            place.pretrained,
+            config=config,
+            dtype=number_format,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    if missing := sorted(report["missing_keys"]):
+        # transformers would leave them random and say so in its log only.
+        raise CheckpointError(
+            f"{where.text!r} lacks {len(missing)} of the weights of {type(model).__name__} ({missing[0]}); it is not a "
+            "whole causal LM: use the full model"
+        )
+    return _finish(where, place.commit(weights), model, tokenizer, place.licence(), there)
+
+
+def load_tokenizer(
+    reference: str | ModelReference, *, trust_remote_code: bool = False, revision_override: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer alone.
+
+    Raises:
+        TmergeError: As `load_model`, for what concerns the tokenizer.
+    """
+    where = reference if isinstance(reference, ModelReference) else ModelReference.parse(reference)
+    if where.kind == "gguf":
+        path = gguf_file(where)
+        read_header(path)
+        with fast_reading(path) as folder:
+            return read_tokenizer(where, path, folder, {"gguf_file": path.name})
+    place = Place.find(where, revision_override)
+    with hub_errors(where):
+        return read_tokenizer(where, place.folder, place.pretrained, place.options, trust_remote_code)
+
+
+def model_commit(reference: str | ModelReference, *, revision_override: str | None = None) -> str:
+    """What `LoadedModel.commit` would be, without loading: one request for a Hub repo, a hash of local files.
+
+    Raises:
+        TmergeError: As `load_model`, for what concerns finding the files.
+    """
+    where = reference if isinstance(reference, ModelReference) else ModelReference.parse(reference)
+    if where.kind == "gguf":
+        return _gguf_commit(where)
+    place = Place.find(where, revision_override)
+    return place.commit([] if place.snapshot is not None else place.weights())
+
+
+def gguf_file(reference: ModelReference) -> Path:
+    """The file of a ``gguf`` reference; a demo model's is put together and checked first."""
+    return demo_path(reference.demo) if reference.demo is not None else Path(reference.path or "").resolve()
+
+
+def _gguf_commit(reference: ModelReference) -> str:
+    # A demo file's hash has just been checked against the pinned one.
+    digest = demo_model(reference.demo).sha256 if reference.demo is not None else file_digest(gguf_file(reference))
+    return f"sha256:{digest}"
+
+
+def _load_gguf(reference: ModelReference, dtype: str | torch.dtype, device: torch.device) -> LoadedModel:
+    path = gguf_file(reference)
+    header = read_header(path)
+    number_format = pick_dtype(dtype, torch.bfloat16)
+    values = sum(tensor.values for tensor in header.tensors)
+    check_memory(reference.text, values * number_format.itemsize, device)
+    # Without it, current releases of transformers keep the weights packed; earlier ones know only to unpack them.
+    packing = getattr(transformers, "GgufConfig", None)
+    options: dict[str, Any] = {} if packing is None else {"quantization_config": packing(dequantize=True)}
+    with fast_reading(path) as folder:
+        config = load_config(reference, folder, {"gguf_file": path.name})
+        tokenizer = read_tokenizer(reference, path, folder, {"gguf_file": path.name})
+        with _loading(reference, device):
+            model, report = read_weights(folder, gguf_file=path.name, config=config, dtype=number_format, **options)
+            model.to(device)  # type: ignore[arg-type]
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"{reference.text!r} lacks {len(missing)} of the weights of {type(model).__name__} ({missing[0]}); "
+            "use another GGUF file of the model, or its safetensors"
+        )
+    # The weights are plain now. What remains of the packing would make transformers refuse to save them.
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        model.__dict__.pop(name, None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    tidy_gguf_config(model.config)
+    licence = demo_model(reference.demo).licence if reference.demo is not None else header.licence
+    return _finish(reference, _gguf_commit(reference), model, tokenizer, licence, device)
+
+
+def _finish(
+    reference: ModelReference,
+    commit: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    licence: str | None,
+    device: torch.device,
+) -> LoadedModel:
+    model.eval().requires_grad_(False)
+    model.config.architectures = [type(model).__name__]
+    # By default the folder that the files were read from: a path of this machine.
+    model.config._name_or_path = model.name_or_path = reference.repo or reference.name
+    # A class of transformers' own was used, so what is saved should not point to code in another repo.
+    if not runs_own_code(model) and hasattr(model.config, "auto_map"):
+        del model.config.auto_map
+    if not runs_own_code(tokenizer):
+        tokenizer.init_kwargs.pop("auto_map", None)
+    loaded = LoadedModel(reference, commit, model, tokenizer, licence, device, model.dtype)
+    check_tokenizer(reference, tokenizer, loaded.embedding_rows)
+    return loaded
+
+
+def read_weights(pretrained: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """``AutoModelForCausalLM.from_pretrained``, and its report: ``missing_keys``, ``unexpected_keys`` and others."""
+    # Typed as if it gave the model alone, whatever it is asked for.
+    found: Any = AutoModelForCausalLM.from_pretrained(pretrained, output_loading_info=True, **options)
+    return found
+
+
+def runs_own_code(thing: PreTrainedModel | PreTrainedTokenizerBase) -> bool:
+    """Whether the object's class came out of a model repo, not out of ``transformers``."""
+    return type(thing).__module__.partition(".")[0] == "transformers_modules"
+
+
+@contextlib.contextmanager
+def _loading(reference: ModelReference, device: torch.device) -> Iterator[None]:
+    """Say what goes wrong inside ``from_pretrained`` in our words."""
+    try:
+        with quiet(), memory_errors(reference.text, device):
+            yield
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{reference.text!r}: its safetensors cannot be read ({error}); download it again"
+        ) from None
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{reference.text!r} needs a package that is not installed: {first_line(error)}"
+        ) from None
+    except NotImplementedError as error:
+        raise UnsupportedModelError(f"{reference.text!r} cannot be unpacked: {first_line(error)}") from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{reference.text!r}: its weights have other shapes than its config.json says; download the model again"
+        ) from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the bars of ``transformers`` off the terminal: progress is the pipeline's to report."""
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _width(stored: str) -> int:
+    """Bytes per value of a safetensors dtype such as BF16 or F8_E4M3."""
+    digits = "".join(letter for letter in stored.partition("_")[0] if letter.isdigit())
+    return max(1, int(digits or 8) // 8)

@@ -1,0 +1,251 @@
+"""Model files on the Hub: found, fetched into the Hub's own cache, and every failure said in one line.
+
+Nothing here reads, keeps or prints a token: ``huggingface_hub`` takes the user's own, and the text of its errors
+is not passed on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from tmerge.errors import CheckpointError, GatedModelError, ModelNotFoundError, NotEnoughDiskError, TmergeError
+from tmerge.models.checkpoint import INDEX_FILE, WEIGHTS_FILE, card_licence, explain_no_safetensors, read_index
+from tmerge.models.reference import ModelReference
+
+__all__ = ["Snapshot", "fetch", "fetch_weights", "hub_errors", "open_repo", "weight_bytes"]
+
+# Seconds to wait for the Hub to say which files a repo has.
+_PATIENCE = 10.0
+
+# The HTTP library under the Hub's client has changed before: its error class is taken from where it is sure to be.
+_TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A repo at one commit, and what the Hub says of it beside its files.
+
+    Attributes:
+        reference: What the user asked for.
+        commit: Full hash; everything is taken at it, so that a repo that changes meanwhile is never mixed.
+        folder: Where the Hub's cache has the commit's files, as far as they are fetched.
+        files: Sizes by name; None when the Hub cannot be reached, and the cache is all there is.
+        gated: Whether access has to be asked for.
+        private: Whether only its owners see it.
+        licence: As the repo's card states it, where the Hub could be asked.
+    """
+
+    reference: ModelReference
+    commit: str
+    folder: Path
+    files: dict[str, int] | None
+    gated: bool = False
+    private: bool = False
+    licence: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What ``from_pretrained`` has to be told to read this very commit."""
+        return {"revision": self.commit, "local_files_only": self.files is None}
+
+
+@contextlib.contextmanager
+def hub_errors(reference: ModelReference) -> Iterator[None]:
+    """Turn the Hub client's errors into ours, each with its remedy.
+
+    Raises:
+        ModelNotFoundError: No such repo or revision, or the Hub cannot be reached.
+        GatedModelError: No access to the repo.
+        NotEnoughDiskError: The download does not fit.
+    """
+    try:
+        yield
+    except TmergeError:
+        raise
+    except HFValidationError:
+        raise ModelNotFoundError(
+            f"{reference.text!r} is neither a folder or .gguf file here nor a Hub id (user/name)"
+        ) from None
+    except GatedRepoError:
+        raise GatedModelError(
+            f"{reference.text!r} is gated: request access at {constants.ENDPOINT}/{reference.repo}, "
+            "then run `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelNotFoundError(
+            f"{reference.text!r}: no such folder here, and no such repo on the Hub; check the spelling, or run "
+            "`hf auth login` if the repo is private"
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelNotFoundError(
+            f"{reference.text!r}: the repo has no revision {reference.revision!r}; "
+            f"its branches and commits are at {constants.ENDPOINT}/{reference.repo}/commits/main"
+        ) from None
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(reference, error) from None
+    except EntryNotFoundError:
+        raise CheckpointError(f"{reference.text!r}: the repo lacks a file that its checkpoint needs") from None
+    except HfHubHTTPError as error:
+        raise _refused(reference, error.response.status_code) from None
+    except OfflineModeIsEnabled as error:
+        raise _unreachable(reference, error) from None
+    except _TransportError as error:
+        raise _unreachable(reference, error) from None
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise NotEnoughDiskError(
+                f"{reference.text!r}: the disk is full; make room, or set HF_HOME to another disk"
+            ) from None
+        raise
+
+
+def _unreachable(reference: ModelReference, error: BaseException) -> TmergeError:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, HfHubHTTPError):
+            return _refused(reference, cause.response.status_code)
+        if isinstance(cause, OfflineModeIsEnabled):
+            break
+        cause = cause.__cause__
+    if cause is not None or constants.HF_HUB_OFFLINE:
+        return ModelNotFoundError(
+            f"{reference.text!r} is not in the local cache and HF_HUB_OFFLINE is set; unset it, or download the model "
+            f"first: hf download {reference.repo}"
+        )
+    return ModelNotFoundError(
+        f"{reference.text!r}: no such folder here, and the Hub ({constants.ENDPOINT}) cannot be reached; check the "
+        "network, HF_ENDPOINT and the proxy, or give a folder or a .gguf file"
+    )
+
+
+def _refused(reference: ModelReference, status: int) -> TmergeError:
+    if status == 401:
+        return GatedModelError(f"{reference.text!r}: the Hub does not accept this token; renew it with `hf auth login`")
+    if status == 403:
+        return GatedModelError(
+            f"{reference.text!r}: the Hub refuses access (403); the token needs read access to it: `hf auth login`"
+        )
+    if status == 429:
+        return ModelNotFoundError(f"{reference.text!r}: too many requests to the Hub (429); wait, or `hf auth login`")
+    return ModelNotFoundError(f"{reference.text!r}: the Hub answered {status}; try again later")
+
+
+def open_repo(reference: ModelReference, revision: str | None = None) -> Snapshot:
+    """Find a repo at a revision and fetch its ``config.json``; when the Hub cannot be reached, from the cache.
+
+    Args:
+        reference: A ``hub`` reference.
+        revision: Taken instead of the reference's.
+
+    Raises:
+        TmergeError: As `hub_errors`; CheckpointError when the repo has no ``config.json``.
+    """
+    assert reference.repo is not None
+    wanted = revision or reference.revision
+    with hub_errors(reference):
+        # Asked once and without the client's half minute of retries: without a network the cache is next.
+        unreachable: Exception | None = None
+        try:
+            info = HfApi().model_info(reference.repo, revision=wanted, files_metadata=True, timeout=_PATIENCE)
+        except (OfflineModeIsEnabled, _TransportError) as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+                raise
+            info, unreachable = None, error
+        files = None if info is None else {entry.rfilename: entry.size or 0 for entry in info.siblings or []}
+        if files is not None and "config.json" not in files:
+            raise _no_config(reference, list(files))
+        try:
+            # By the revision's own name, which the cache then knows for a time without network.
+            path = Path(hf_hub_download(reference.repo, "config.json", revision=wanted, local_files_only=files is None))
+        except LocalEntryNotFoundError:
+            if unreachable is None:
+                raise
+            raise unreachable from None
+    commit = path.parent.name  # .../snapshots/<commit>/config.json
+    if info is None:
+        return Snapshot(reference, commit, path.parent, None)
+    card = info.card_data.to_dict() if info.card_data else {}
+    return Snapshot(reference, commit, path.parent, files, bool(info.gated), bool(info.private), card_licence(card))
+
+
+def _no_config(reference: ModelReference, names: list[str]) -> CheckpointError:
+    if "adapter_config.json" in names:
+        return CheckpointError(
+            f"{reference.text!r} is an adapter, not a model; merge it into its base (peft: merge_and_unload) "
+            "and save that"
+        )
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        return CheckpointError(
+            f"{reference.text!r} holds GGUF files; download one and give its path: "
+            f"hf download {reference.repo} {ggufs[0]}"
+        )
+    return CheckpointError(f"{reference.text!r} has no config.json, so it is not a transformers model")
+
+
+def fetch(snapshot: Snapshot, name: str) -> Path | None:
+    """One file of the repo, or None if it has no such file, or none that can be had without a network."""
+    assert snapshot.reference.repo is not None
+    if snapshot.files is not None and name not in snapshot.files:
+        return None
+    with hub_errors(snapshot.reference):
+        try:
+            return Path(hf_hub_download(snapshot.reference.repo, name, **snapshot.options))
+        except EntryNotFoundError:
+            return None
+
+
+def fetch_weights(snapshot: Snapshot) -> list[Path]:
+    """All safetensors files of the checkpoint, fetched.
+
+    Raises:
+        TmergeError: As `hub_errors`; CheckpointError when the repo has none (pickles are not opened).
+    """
+    reference = snapshot.reference
+    assert reference.repo is not None
+    # In the order in which transformers looks.
+    if (whole := fetch(snapshot, WEIGHTS_FILE)) is not None:
+        return [whole]
+    if (index := fetch(snapshot, INDEX_FILE)) is not None:
+        shards = read_index(index)
+        with hub_errors(reference):
+            return [Path(hf_hub_download(reference.repo, shard, **snapshot.options)) for shard in shards]
+    if snapshot.files is None:
+        raise _unreachable(reference, OfflineModeIsEnabled() if constants.HF_HUB_OFFLINE else ConnectionError())
+    raise explain_no_safetensors(reference.text, list(snapshot.files))
+
+
+def weight_bytes(snapshot: Snapshot) -> int | None:
+    """Size of the checkpoint's weights without fetching them, or None when the Hub cannot be reached.
+
+    Raises:
+        CheckpointError: The repo has no safetensors.
+    """
+    files = snapshot.files
+    if files is None:
+        return None
+    if WEIGHTS_FILE in files:
+        return files[WEIGHTS_FILE]
+    if INDEX_FILE in files:
+        # Repos also hold other copies of the weights (original/, consolidated): only the index's shards count.
+        stem = WEIGHTS_FILE.removesuffix(".safetensors")
+        return sum(
+            size for name, size in files.items() if name.startswith(f"{stem}-") and name.endswith(".safetensors")
+        )
+    raise explain_no_safetensors(snapshot.reference.text, list(files))

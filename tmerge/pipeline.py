@@ -1,0 +1,383 @@
+"""A merge's stages in order, with progress and cancellation. No maths here, and no printing.
+
+texts -> target -> source -> transport -> fuse -> evaluate -> save
+
+Each stage asks its `Run` whether it is finished under its key, and otherwise does its work and says so. A listener
+hears of every step; it may raise `Cancelled`, which stops between two steps and keeps what is finished.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tmerge.calibration import FeatureStore, TextSet, capture, read_texts
+from tmerge.check import keys_of, refuse_unfit
+from tmerge.evaluation import Scores, applied, control_generator, noise, shrink
+from tmerge.fusion import (
+    FeatureStatistics,
+    TransportedNeurons,
+    TransportRecord,
+    carry,
+    coupling_tensors,
+    couplings,
+    fuse,
+    layer_plans,
+    load_transported,
+    save_transported,
+)
+from tmerge.hub import write_card
+from tmerge.models import (
+    save_checkpoint,
+    verify_checkpoint,
+)
+from tmerge.recipe import Recipe
+from tmerge.report import build_report
+from tmerge.run import Run, stage_key, write_json, write_text
+from tmerge.session import STAGES, Listener, Session, Step
+from tmerge.transport import FeaturePlans, load_plans, save_plans, solve_features
+
+__all__ = ["STAGES", "Listener", "Step", "merge"]
+
+
+def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) -> dict[str, Any]:
+    """Run a recipe, or take up its unfinished run.
+
+    Args:
+        recipe: What to merge, and how.
+        out: The run's folder.
+        listener: Hears every `Step`; may raise `Cancelled`.
+
+    Returns:
+        The report, as report.json holds it.
+
+    Raises:
+        TmergeError: Bad input, one line; nothing is left behind if no stage had finished.
+    """
+    run = Run.open(Path(out), recipe)
+    try:
+        return _Merge(recipe, run, listener or (lambda step: None)).go()
+    except BaseException:
+        run.abandon()
+        raise
+
+
+class _Merge(Session):
+    """The stages, and what each of them has noted."""
+
+    def __init__(self, recipe: Recipe, run: Run, listener: Listener) -> None:
+        super().__init__(recipe, run, listener)
+        self.notes: dict[str, dict[str, Any]] = {}
+        self.keys: dict[str, str] = {}
+        self.transported: list[TransportedNeurons] | None = None
+        self.permuted: list[TransportedNeurons] | None = None
+
+    def go(self) -> dict[str, Any]:
+        """All stages, the report and the card."""
+        refuse_unfit(self.check, self.recipe, self.run.folder)
+        with self._stage("texts", recipe=self.recipe.digest("calibration", "seed"), target=self.check.target.commit):
+            self._texts()
+        for role in ("target", "source"):
+            with self._stage(role, texts=self.texts.sha256, **self._model_facts(role)):
+                self._read_model(role)
+        solved = {"target": self.keys["target"], "source": self.keys["source"]}
+        with self._stage("transport", recipe=self.recipe.digest("transport"), **solved):
+            self._transport()
+        # Alpha enters only when the neurons are written, so that another alpha could start from here.
+        fusion = self.recipe.fusion.model_dump(mode="json", exclude={"alpha"})
+        base = self.commit("source_base") if self.recipe.source_base else None
+        permuted = "permuted" in self.recipe.evaluation.controls
+        with self._stage(
+            "fuse", transport=self.keys["transport"], fusion=fusion, base=base, seed=self.recipe.seed, permuted=permuted
+        ):
+            self._fuse()
+        alpha = self.recipe.fusion.alpha
+        with self._stage("evaluate", fuse=self.keys["fuse"], alpha=alpha, evaluation=self.recipe.digest("evaluation")):
+            self._evaluate()
+        with self._stage("save", fuse=self.keys["fuse"], alpha=alpha, save=self.recipe.digest("save")):
+            self._save()
+        return self._report()
+
+    # -- stages ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _stage(self, name: str, **facts: Any) -> Iterator[None]:
+        """Time a stage and note that it finished; the work inside asks `_is_finished` first."""
+        self.keys[name] = key = stage_key(name, versions=_versions(), **facts)
+        self.notes[name] = self.run.finished(name, key) or {}
+        if self.notes[name]:
+            yield
+            return
+        began = time.perf_counter()
+        yield
+        note = self.notes[name]
+        note["seconds"] = time.perf_counter() - began
+        note.setdefault("forward_seconds", 0.0)
+        note["peak_rss_bytes"] = _peak_memory()
+        self.run.finish(name, key, note)
+
+    def _texts(self) -> None:
+        path = self.run.cache / "calibration.json"
+        if self.notes["texts"]:
+            self.texts = TextSet.load(path)
+            return
+        self.step("texts", "reading the calibration set", 0, 1, "datasets")
+        tokenizer = self.tokenizer("target")
+        if self.check.source.reference.kind != "gguf":
+            # Asked for now, so that its lack is seen before anything is kept; a GGUF file carries its own.
+            self.tokenizer("source")
+        self.texts = read_texts(self.recipe.calibration, seed=self.recipe.seed, chat_tokenizer=tokenizer)
+        self.texts.save(path)
+        self.notes["texts"] = {"texts": self.texts.to_dict()}
+        self.step("texts", "reading the calibration set", 1, 1, "datasets")
+
+    def _model_facts(self, role: str) -> dict[str, Any]:
+        calibration = self.recipe.calibration
+        return {
+            "commit": self.commit(role),
+            "dtype": self.recipe.dtype,
+            "device": self.recipe.device,
+            "projections": self.check.projections,
+            "max_tokens": calibration.max_tokens,
+            "batch_tokens": calibration.batch_tokens,
+            "held_out": self.recipe.evaluation.texts,
+        }
+
+    def _read_model(self, role: str) -> None:
+        """Capture a model's features, and score it on the held-out texts."""
+        if self.notes[role]:
+            return
+        model = self.model(role)
+        calibration = self.recipe.calibration
+        captured = capture(
+            model,
+            self.layout(role),
+            self.texts.texts,
+            self.check.projections,
+            self.feature_folder(role),
+            max_tokens=calibration.max_tokens,
+            batch_tokens=calibration.batch_tokens,
+            key=self.keys[role],
+            progress=lambda done, total: self.step(role, f"{role}: reading features", done, total, "texts"),
+        )
+        scores = self.score(role, role, f"{role}: held-out texts")
+        self.notes[role] = {
+            "scores": _note_scores(scores),
+            "tokens": captured.tokens,
+            "truncated": captured.truncated,
+            "forward_seconds": captured.forward_seconds + scores.seconds,
+        }
+
+    def _transport(self) -> None:
+        if self.notes["transport"]:
+            return
+        settings = self.recipe.transport
+        keys = keys_of(self.check.projections)
+        stores = {role: FeatureStore(self.feature_folder(role)) for role in ("target", "source")}
+        plans: dict[str, FeaturePlans] = {}
+        began = time.perf_counter()
+        layers = {role: {key: _layers(stores[role], key) for key in keys} for role in stores}
+        total, done = sum(len(layers["target"][key]) for key in keys), 0
+        for key in keys:
+
+            def solved(layer: int, costs: Tensor, key: str = key) -> None:
+                nonlocal done
+                done += 1
+                self.step("transport", f"feature plans of {key}", done, total, "layers", (key, layer, costs))
+
+            plans[key] = solve_features(
+                key,
+                partial(stores["target"].get, key=key),
+                partial(stores["source"].get, key=key),
+                layers["target"][key],
+                layers["source"][key],
+                epsilon=settings.epsilon,
+                max_iterations=settings.max_iterations,
+                tolerance=settings.tolerance,
+                device=self.device,
+                solved=solved,
+            )
+        save_plans(plans, self.run.cache / "plans.safetensors")
+        iterations = torch.cat([solved.iterations.reshape(-1) for solved in plans.values()])
+        errors = torch.cat([solved.marginal_error.reshape(-1) for solved in plans.values()])
+        converged = torch.cat([solved.converged.reshape(-1) for solved in plans.values()])
+        self.notes["transport"] = {
+            "problems": iterations.numel(),
+            "iterations": {"median": int(iterations.median()), "max": int(iterations.max())},
+            "worst_marginal_violation": float(errors.max()),
+            "converged": int(converged.sum()),
+            "solve_seconds": time.perf_counter() - began,
+        }
+
+    def _fuse(self) -> None:
+        """Transport the selected neurons, and keep the run's record of its plans."""
+        if self.notes["fuse"]:
+            return
+        settings, fusion = self.recipe.transport, self.recipe.fusion
+        plans = load_plans(self.run.cache / "plans.safetensors", keys_of(self.check.projections))
+        layers = layer_plans(plans, settings)
+        coupled = couplings(self.check.projections, plans, layers, settings.layers_kept)
+        stores = {role: FeatureStore(self.feature_folder(role)) for role in ("target", "source")}
+        statistics = {role: _statistics(store, plans) for role, store in stores.items()}
+        seed = self.recipe.seed
+
+        def shuffle(layer: int, key: str, neurons: int) -> Tensor:
+            return torch.randperm(neurons, generator=control_generator(seed, "permuted", layer, key))
+
+        carried = carry(
+            self.layout("target"),
+            self.layout("source"),
+            plans,
+            coupled,
+            (stores["target"].get, stores["source"].get),
+            (statistics["target"], statistics["source"]),
+            fusion,
+            settings,
+            source_base=self.layout("source_base") if self.recipe.source_base else None,
+            shuffle=shuffle if "permuted" in self.recipe.evaluation.controls else None,
+            progress=lambda done, total: self.step("fuse", "transporting weights", done, total, "layers"),
+        )
+        self.transported, self.permuted = carried.transported, carried.permuted
+        save_transported(carried.transported, self.run.cache / "transported.safetensors", self.keys["fuse"])
+        save_transported(carried.permuted, self.run.cache / "permuted.safetensors", self.keys["fuse"])
+        facts = {
+            "schema": 1,
+            "projections": self.check.projections,
+            "keys": list(plans),
+            "epsilon": settings.epsilon,
+            "target": {"ref": self.recipe.target, "commit": self.commit("target")},
+            "source": {"ref": self.recipe.source, "commit": self.commit("source")},
+        }
+        tensors = coupling_tensors(plans, layers, coupled, statistics) | carried.tensors
+        TransportRecord(facts, tensors).save(self.run.transport_path)
+        self.notes["fuse"] = {
+            "norm_ratios": carried.norm_ratios,
+            "layers": {name: list(coupling.target_layers) for name, coupling in coupled.items()},
+            "biases": carried.biases,
+            "eta": {key: plan.eta for key, plan in layers.items()},
+            "layer_plans_converged": all(plan.converged for plan in layers.values()),
+        }
+
+    def _evaluate(self) -> None:
+        if self.notes["evaluate"]:
+            return
+        layers, alpha = self.layout("target").layers, self.recipe.fusion.alpha
+        fused = self._transported()
+        candidates: dict[str, Callable[[], list[TransportedNeurons]]] = {
+            "shrink": lambda: shrink(fused),
+            "noise": lambda: noise(layers, fused, self.recipe.seed),
+            "permuted": self._permuted,
+        }
+        scores = {}
+        for name in ("fused", *self.recipe.evaluation.controls):
+            with applied(layers, fused if name == "fused" else candidates[name](), alpha):
+                scores[name] = self.score("target", "evaluate", f"{name}: held-out texts")
+        self.notes["evaluate"] = {
+            "scores": {name: _note_scores(result) for name, result in scores.items()},
+            "forward_seconds": sum(result.seconds for result in scores.values()),
+        }
+
+    def _save(self) -> None:
+        """Write the fused model beside the cache, compare it with the one in memory, then move it into place."""
+        if self.notes["save"]:
+            return
+        target = self.model("target")
+        self.loaded.pop("source", None)
+        self.loaded.pop("source_base", None)
+        self.step("save", "writing the checkpoint", 0, 2, "steps")
+        fuse(self.layout("target").layers, self._transported(), self.recipe.fusion.alpha)
+        fresh = self.run.cache / "checkpoint"
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        save_checkpoint(target, fresh, max_shard_size=self.recipe.save.max_shard_size)
+        self.step("save", "comparing the saved checkpoint with the model in memory", 1, 2, "steps")
+        verify_checkpoint(fresh, target, self.held_out()[:4])
+        # The config goes last: a folder without it is not mistaken for a whole checkpoint.
+        for path in fresh.iterdir():
+            path.chmod(0o644)  # safetensors makes files for their owner alone
+        for path in sorted(fresh.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+            os.replace(path, self.run.folder / path.name)
+        fresh.rmdir()
+        self.loaded.pop("target", None)
+        self.notes["save"] = {"dtype": str(target.dtype).removeprefix("torch.")}
+        self.step("save", "comparing the saved checkpoint with the model in memory", 2, 2, "steps")
+
+    def _report(self) -> dict[str, Any]:
+        resolved = self._resolved()
+        write_text(self.run.work / "recipe.yaml", resolved.to_yaml())
+        scores = {"base": self.notes["target"]["scores"], "source": self.notes["source"]["scores"]}
+        scores |= self.notes["evaluate"]["scores"]
+        report = build_report(resolved, self.check, self.notes, scores, _versions(), str(self.device))
+        write_json(self.run.work / "report.json", report)
+        write_card(self.run.folder, report, resolved)
+        return report
+
+    def _transported(self) -> list[TransportedNeurons]:
+        if self.transported is None:
+            self.transported = load_transported(self.run.cache / "transported.safetensors")
+        return self.transported
+
+    def _permuted(self) -> list[TransportedNeurons]:
+        if self.permuted is None:
+            self.permuted = load_transported(self.run.cache / "permuted.safetensors")
+        return self.permuted
+
+    def _resolved(self) -> Recipe:
+        """The recipe with Hub references pinned to the commits that were read."""
+        pinned = {}
+        for role in ("target", "source", "source_base"):
+            reference = getattr(self.recipe, role)
+            if reference is not None:
+                pinned[role] = _pin(reference, self.commit(role))
+        data = self.recipe.model_dump(mode="json") | pinned
+        if self.texts.revision is not None:
+            name = self.recipe.calibration.dataset.partition("@")[0]
+            data["calibration"]["dataset"] = f"{name}@{self.texts.revision}"
+        return Recipe.from_mapping(data)
+
+
+def _layers(store: FeatureStore, key: str) -> tuple[int, ...]:
+    return tuple(layer for layer in store.layers if key in store.keys(layer))
+
+
+def _statistics(store: FeatureStore, plans: Mapping[str, Any]) -> dict[tuple[int, str], FeatureStatistics]:
+    return {(layer, key): FeatureStatistics.of(store.get(layer, key)) for key in plans for layer in _layers(store, key)}
+
+
+def _note_scores(scores: Scores) -> dict[str, Any]:
+    """Exactly: a JSON float read back is the float that was written."""
+    return {"bits": scores.bits.tolist(), "bytes": scores.bytes.tolist(), "tokens": scores.tokens}
+
+
+def _pin(reference: str, commit: str) -> str:
+    """A Hub reference at its commit; what is local stays as it was written."""
+    return reference if commit.startswith("sha256:") else f"{reference.partition('@')[0]}@{commit}"
+
+
+def _peak_memory() -> int:
+    """Peak resident bytes of this process so far; Linux counts them in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _versions() -> dict[str, str]:
+    names = ("tmerge", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

@@ -1,0 +1,252 @@
+"""What a report's numbers look like: concentration, norm ratios, scores, and where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from tmerge.fusion import MASS_AT, TransportRecord
+from tmerge.plots.style import (
+    BAD,
+    GOOD,
+    NEUTRAL,
+    OWN,
+    PROJECTION_COLOURS,
+    PROJECTION_SYMBOLS,
+    escaped,
+    feature_name,
+    finish,
+)
+
+__all__ = ["norm_ratios", "scores", "timing", "top_mass"]
+
+# A shared input is drawn in the colour of the first projection that reads it.
+_SHARED_COLOUR = {"qkv": "q", "mlp": "gate"}
+
+
+def top_mass(record: TransportRecord) -> go.Figure:
+    """Share of a plan row's mass in its k largest entries, over k (Figure 3).
+
+    One line a feature, the mean over its kept layer pairs, and one for the mean over features. The dotted lines are
+    plans that prefer nothing, whose top k of n' entries hold k / n', one for each n' there is.
+    """
+    figure = go.Figure()
+    at = np.array(MASS_AT, dtype=np.float64)
+    widths = {key: record.tensors[f"g.{key}"].shape[1] for key in record.keys}
+    curves = {key: 100 * record.tensors[f"mass.{key}"].double().mean(dim=0).numpy() for key in record.keys}
+    shown = at <= 2 ** np.ceil(np.log2(max(widths.values())))
+    for key, width in widths.items():
+        x, even = _up_to(at, at, width, width), _up_to(at, 100 * at / width, width, 100.0)
+        projection, _, side = key.rpartition(".")
+        figure.add_trace(
+            go.Scatter(
+                x=x,
+                y=_up_to(at, curves[key], width, 100.0),
+                customdata=even,
+                name=feature_name(key),
+                mode="lines",
+                line={
+                    "color": PROJECTION_COLOURS[_SHARED_COLOUR.get(projection, projection)],
+                    "dash": "dash" if side == "pre" else "solid",
+                    "width": 1.5,
+                },
+                hovertemplate=f"{feature_name(key)}: top %{{x}} of {width:,} hold %{{y:.1f}} %"
+                " (even plan: %{customdata:.1f} %)<extra></extra>",
+            )
+        )
+    figure.add_trace(
+        go.Scatter(
+            x=at[shown],
+            y=np.mean(list(curves.values()), axis=0)[shown],
+            name="mean over features",
+            mode="lines",
+            line={"color": "#767B85", "width": 4},
+            hovertemplate="mean over features: top %{x} hold %{y:.1f} %<extra></extra>",
+        )
+    )
+    for place, width in enumerate(sorted(set(widths.values()))):
+        figure.add_trace(
+            go.Scatter(
+                x=_up_to(at, at, width, width),
+                y=_up_to(at, 100 * at / width, width, 100.0),
+                name="even plans, k / n'",
+                legendgroup="even",
+                showlegend=place == 0,
+                mode="lines",
+                line={"color": "#767B85", "width": 1.5, "dash": "dot"},
+                hovertemplate=f"even plan over {width:,}: top %{{x}} hold %{{y:.1f}} %<extra></extra>",
+            )
+        )
+    ticks = at[shown].astype(int)
+    return finish(
+        figure,
+        "How concentrated the feature plans are",
+        "share of a target neuron's mass in its k strongest source neurons",
+        560,
+        xaxis={
+            "type": "log",
+            "title": {"text": "k, entries per row"},
+            "tickvals": ticks,
+            "ticktext": ticks,
+            "ticklabelstandoff": 6,
+        },
+        yaxis={"title": {"text": "mass captured"}, "ticksuffix": " %", "range": [0, 103]},
+        # A line for every feature: above the picture it would cover the title.
+        legend={"y": -0.16, "yanchor": "top"},
+    )
+
+
+def norm_ratios(report: Mapping[str, Any]) -> go.Figure:
+    """Norm of the transported weight over the norm of the target's own, for each layer and projection.
+
+    It says how much there is to be fused: at 1 the transported neurons are as large as those they are mixed into, at
+    1e-9 nothing arrives and fusing only shrinks the target's.
+    """
+    figure = go.Figure()
+    layers: list[int] = []
+    for name, item in report["fusion"]["projections"].items():
+        layers += item["layers"]
+        figure.add_trace(
+            go.Scatter(
+                x=item["layers"],
+                y=[ratio if ratio > 0 else None for ratio in item["norm_ratio"]],  # a logarithm has no place for zero
+                name=escaped(name),
+                mode="lines+markers",
+                line={"color": PROJECTION_COLOURS.get(name, NEUTRAL), "width": 1.5},
+                marker={"symbol": PROJECTION_SYMBOLS.get(name, "circle"), "size": 7},
+                hovertemplate=f"{escaped(name)}, layer %{{x}}: %{{y:.3g}}<extra></extra>",
+            )
+        )
+    ratios = [ratio for item in report["fusion"]["projections"].values() for ratio in item["norm_ratio"] if ratio > 0]
+    powers = np.floor(np.log10(min([1.0, *ratios]))), np.ceil(np.log10(max([1.0, *ratios])))
+    ticks = 10.0 ** np.arange(powers[0], powers[1] + 1)
+    figure.add_trace(
+        go.Scatter(
+            x=[min(layers), max(layers)],
+            y=[1, 1],
+            name="equal norms",
+            mode="lines",
+            line={"color": "#767B85", "dash": "dot", "width": 2},
+            hoverinfo="skip",
+        )
+    )
+    return finish(
+        figure,
+        "Norm of what arrives, over the norm of the target's own",
+        "added to the target's, which keep their size"
+        if report["fusion"]["what"] == "task-vector"
+        else "where the ratio is 1e-9, nothing is left but shrinking",
+        420,
+        xaxis={"title": {"text": "target layer"}},
+        yaxis={
+            "type": "log",
+            "title": {"text": "norm ratio"},
+            "tickvals": ticks,
+            "ticktext": [f"{tick:g}" for tick in ticks],
+        },
+    )
+
+
+def scores(report: Mapping[str, Any]) -> go.Figure:
+    """Bits per byte of every model on the held-out texts, and paired differences to the unchanged target.
+
+    Bars are 95 % intervals over texts. The upper panel's overlap although models differ, because texts differ in
+    difficulty; the lower panel compares text by text.
+    """
+    evaluation = report["evaluation"]
+    controls = evaluation["controls"]
+    items = [("target, unchanged", evaluation["base"], OWN), ("fused", evaluation["fused"], None)]
+    items += [(f"control: {name}", item, NEUTRAL) for name, item in controls.items()]
+    items.append(("source", evaluation["source"], OWN))
+    changes = [("fused", evaluation["difference"])]
+    changes += [(f"control: {name}", item["difference"]) for name, item in controls.items()]
+    figure = make_subplots(
+        rows=2,
+        cols=1,
+        row_heights=[len(items) + 1, len(changes) + 1],
+        vertical_spacing=0.2,
+    )
+    for name, item, colour in items:
+        words = "%{x:.4f} bits per byte"
+        chosen = colour or _judged(evaluation["difference"])
+        figure.add_trace(_interval(name, item, chosen, words), row=1, col=1)
+    for name, item in changes:
+        words = "%{x:+.4f} bits per byte against the unchanged target"
+        figure.add_trace(_interval(name, item, _judged(item), words), row=2, col=1)
+    figure.add_vline(x=0, line={"color": "#767B85", "width": 2, "dash": "dot"}, row=2, col=1)
+    finish(
+        figure,
+        "Held-out bits per byte, lower is better",
+        "bars: 95 % intervals over texts; below, differences text by text, blue better, orange worse",
+        200 + 32 * (len(items) + len(changes)),
+        showlegend=False,
+    )
+    ends = [0.0, *(end for _, item in changes for end in item["ci95"])]
+    room = 0.08 * (max(ends) - min(ends)) or 0.01
+    figure.update_yaxes(autorange="reversed", showgrid=False, ticks="", ticklabelstandoff=8)
+    figure.update_xaxes(range=[min(ends) - room, max(ends) + room], row=2, col=1)
+    figure.update_xaxes(title_text="bits per byte", row=1, col=1)
+    figure.update_xaxes(title_text="difference to the target", zeroline=False, row=2, col=1)
+    return figure
+
+
+def timing(report: Mapping[str, Any]) -> go.Figure:
+    """Seconds of every stage, split into the models' forward passes and everything else."""
+    figure = go.Figure()
+    stages = report["stages"]
+    names = [escaped(stage["name"]) for stage in stages]
+    memory = [f"{stage['peak_rss_bytes'] / 1e9:.2f} GB" for stage in stages]
+    forward = [stage["forward_seconds"] for stage in stages]
+    rest = [stage["seconds"] - stage["forward_seconds"] for stage in stages]
+    for name, seconds, colour in (("forward passes", forward, GOOD), ("everything else", rest, "#E69F00")):
+        figure.add_trace(
+            go.Bar(
+                x=seconds,
+                y=names,
+                customdata=memory,
+                name=name,
+                orientation="h",
+                marker={"color": colour, "line": {"width": 0}},
+                hovertemplate=f"%{{y}}, {name}: %{{x:.1f}} s<br>peak memory by then %{{customdata}}<extra></extra>",
+            )
+        )
+    total = report["timing"]
+    share = total["forward_seconds"] / max(total["total_seconds"], 1e-9)
+    return finish(
+        figure,
+        f"Where the {total['total_seconds']:,.0f} seconds went",
+        f"{100 * share:.0f} % were forward passes of the two models",
+        150 + 34 * len(stages),
+        barmode="stack",
+        xaxis={"title": {"text": "seconds"}},
+        yaxis={"autorange": "reversed", "showgrid": False, "ticks": "", "ticklabelstandoff": 8},
+    )
+
+
+def _up_to(at: np.ndarray, values: np.ndarray, width: int, last: float) -> list[float]:
+    """A curve's values at the numbers below `width`, and its end there."""
+    return [*values[at < width].tolist(), float(last)]
+
+
+def _judged(change: Mapping[str, Any]) -> str:
+    """Better, worse, or neither, by an interval that excludes zero or does not."""
+    low, high = change["ci95"]
+    return GOOD if high < 0 else BAD if low > 0 else NEUTRAL
+
+
+def _interval(name: str, item: Mapping[str, Any], colour: str, words: str) -> go.Scatter:
+    value, (low, high) = item["value"], item["ci95"]
+    signed = "+" if "+" in words else ""
+    return go.Scatter(
+        x=[value],
+        y=[escaped(name)],
+        error_x={"type": "data", "array": [high - value], "arrayminus": [value - low], "thickness": 2, "width": 5},
+        mode="markers",
+        marker={"color": colour, "size": 11},
+        hovertemplate=f"{escaped(name)}: {words}<br>"
+        f"95 % interval {low:{signed}.4f} to {high:{signed}.4f}<extra></extra>",
+    )

@@ -1,0 +1,272 @@
+"""The report page: one HTML file with everything in it, plotly.js included, that asks nothing of any network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from tmerge.fusion import TransportRecord
+from tmerge.plots.assets import SCRIPT, STYLE
+from tmerge.plots.blocks import Blocks, Order, plan_blocks, plan_entries
+from tmerge.plots.charts import norm_ratios, scores, timing, top_mass
+from tmerge.plots.heatmaps import (
+    Side,
+    blocks_figure,
+    layer_coupling,
+    layer_flow,
+    layer_number,
+    log_density,
+    pair_words,
+    strongest_pairs,
+)
+from tmerge.plots.style import TEMPLATES, feature_name, numbers
+from tmerge.plots.words import facts, findings, model_rows, ratio_rows, score_rows
+
+__all__ = ["report_page"]
+
+# What the feature plans of a page may take, in bytes, and how many blocks they have along a side.
+_PLAN_BYTES = 5_000_000
+_PLAN_SIZE = 88
+_ORDERS: tuple[Order, ...] = ("structure", "natural")
+# Titles are HTML on the page, where they wrap; the room they take in a figure of its own is given back.
+_TITLE_HEIGHT = 72
+
+# Nothing may be fetched, even if a name from a model should slip through unescaped.
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "form-action 'none'; base-uri 'none'"
+)
+
+_SCORE_HEADINGS = ("model", "bits per byte\n95 % interval", "difference to the target\n95 % interval")
+_CAPTIONS = {
+    "scores": "How to read it: bits per byte is what a model needs, on average, for each byte of text it has not seen. "
+    "The upper intervals are wide because texts differ in difficulty; the lower panel compares text by text. A "
+    "difference whose interval leaves out zero is one that these texts show.",
+    "norms": "How to read it: the norm of what was carried over from the source, divided by the norm of the neurons it "
+    "is mixed into. Fusing weights with strength alpha takes alpha of the target's own away and gives alpha of the "
+    "transported back: far below 1 the neurons mostly become smaller, and 1e-9 means nothing but shrinking. A task "
+    "vector is added, and takes nothing away.",
+    "coupling": "The paper's Figure 7. How to read it: a row is a target layer; colours say how much more or less than "
+    "an even share it takes from each source layer. A bright diagonal means that layers at like depth match; an "
+    "even row, that all source layers fit it equally well. Dots mark the source layers that were fused.",
+    "flow": "How to read it: every target layer, right, takes one full width. A source layer that is tall, left, feeds "
+    "many of them. Only the kept layers are drawn.",
+    "plan": "The paper's Figure 8. How to read it: rows are neurons of the target and columns neurons of the source, "
+    "summed into blocks; a colour says how many times the mass of an even plan a block holds. The grouped order is "
+    "found from this very plan, so some diagonal shows even between unrelated features. What counts is how bright it "
+    "is, and what the models' own order shows, in which attention heads lie together. Drawn is each target layer's "
+    "strongest source layer.",
+    "mass": "The paper's Figure 3. How to read it: the further a line lies above the dotted one that ends with it, the "
+    "fewer source neurons each target neuron is an average of. Dashed lines are inputs, solid ones outputs.",
+    "timing": "How to read it: forward passes are the models reading texts, which any method must do that looks at "
+    "activations.",
+}
+
+
+def report_page(report: Mapping[str, Any], record: TransportRecord, folder_name: str | None = None) -> str:
+    """One self-contained HTML page on a finished run.
+
+    Args:
+        report: report.json.
+        record: transport.safetensors of the same run.
+        folder_name: Shown in the page's head; left out if None.
+
+    Returns:
+        The page, about 5 MB of plotly.js and at most about as much of data. It needs no network and no files.
+    """
+    pictures = {
+        "scores": scores(report),
+        "norms": norm_ratios(report),
+        "mass": top_mass(record),
+        "timing": timing(report),
+    }
+    book = {
+        "templates": {name: TEMPLATES[name].to_plotly_json() for name in ("light", "dark")},
+        "pictures": {name: _picture(figure) for name, figure in pictures.items()},
+        "coupling": {projection: _coupling(record, projection) for projection in record.projections},
+        "features": _features(record),
+    }
+    title = f"{_short(report['target']['ref'])} merged with {_short(report['source']['ref'])}"
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{html.escape(title)}: tmerge report</title>",
+            f"<style>{STYLE}</style>",
+            "</head>",
+            "<body>",
+            "<main>",
+            *_body(report, title, folder_name),
+            "</main>",
+            f'<script type="application/json" id="book">{_json(book)}</script>',
+            f"<script>{get_plotlyjs()}</script>",
+            f"<script>{SCRIPT}</script>",
+            "</body>",
+            "</html>",
+            "",
+        ]
+    )
+
+
+def _body(report: Mapping[str, Any], title: str, folder_name: str | None) -> Iterable[str]:
+    verdict = report["verdict"]
+    first, *rest = findings(report)
+    yield f"<header><h1>{html.escape(title)}</h1>"
+    where = f"<code>{html.escape(folder_name)}</code>, " if folder_name else ""
+    yield f'<p class="soft">{where}tmerge {html.escape(report["tmerge"])}</p></header>'
+    tone = verdict if verdict in ("helps", "hurts") else "none"
+    yield f'<section class="verdict {tone}" aria-label="Verdict"><p class="word">{html.escape(first)}</p>'
+    yield from (f"<p>{html.escape(sentence)}</p>" for sentence in rest)
+    yield "</section>"
+    yield "<noscript><p>The pictures on this page are drawn by its own script, which is switched off.</p></noscript>"
+
+    yield "<h2>Did it help?</h2>"
+    yield '<div class="side">'
+    yield _figure("scores")
+    yield _table(_SCORE_HEADINGS, score_rows(report), "Scores")
+    yield "</div>"
+
+    yield "<h2>What was merged</h2>"
+    yield '<div class="side">'
+    yield _table(("", "target", "source"), model_rows(report), "Models")
+    yield _table(("", ""), facts(report), "Settings and data")
+    yield "</div>"
+    remarks = [
+        *(f"{name} was skipped: {why}" for name, why in report["projections"]["skipped"].items()),
+        *report["projections"]["left_alone"],
+        *report["notes"],
+    ]
+    if remarks:
+        yield f"<ul>{''.join(f'<li>{html.escape(remark)}</li>' for remark in remarks)}</ul>"
+
+    yield "<h2>How much arrived</h2>"
+    yield '<div class="side">'
+    yield _figure("norms")
+    headings = ("projection", "neurons fused", "transported over own norm, by layer", "bias")
+    yield _table(headings, ratio_rows(report), "Projections")
+    yield "</div>"
+
+    yield "<h2>Which layers meet</h2>"
+    yield _choices(("projection", "projection"), ("which", "side"))
+    yield f'<div class="side">{_figure("coupling")}{_figure("flow")}</div>'
+
+    yield "<h2>Which neurons meet</h2>"
+    yield _choices(("feature", "feature"), ("layer", "target layer"), ("order", "order of neurons"))
+    yield f'<div class="side">{_figure("plan")}{_figure("mass")}</div>'
+
+    yield "<h2>Time</h2>"
+    yield _figure("timing")
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    yield f'<p class="soft">{html.escape(versions)}</p>'
+
+
+def _figure(name: str) -> str:
+    return (
+        f'<figure><h3 id="{name}-title"></h3><p class="subtitle" id="{name}-subtitle"></p>'
+        f'<div id="{name}" role="img"></div><figcaption>{html.escape(_CAPTIONS[name])}</figcaption></figure>'
+    )
+
+
+def _choices(*names: tuple[str, str]) -> str:
+    boxes = (f'<label>{html.escape(label)}<select id="choose-{name}"></select></label>' for name, label in names)
+    return f'<div class="choices">{"".join(boxes)}</div>'
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
+    head = "".join(f'<th scope="col">{_cell(heading)}</th>' for heading in headings)
+    body = "".join(
+        f'<tr><th scope="row">{_cell(first)}</th>' + "".join(f"<td>{_cell(cell)}</td>" for cell in cells) + "</tr>"
+        for first, *cells in rows
+    )
+    head = f"<thead><tr>{head}</tr></thead>" if any(headings) else ""
+    return (
+        f'<div class="scroll"><table><caption>{html.escape(caption)}</caption>{head}<tbody>{body}</tbody></table></div>'
+    )
+
+
+def _cell(text: str) -> str:
+    """A cell's text; its second line is a smaller one."""
+    first, _, second = text.partition("\n")
+    return html.escape(first) + (f"<small>{html.escape(second)}</small>" if second else "")
+
+
+def _coupling(record: TransportRecord, projection: str) -> dict[str, Any]:
+    sides: tuple[Side, ...] = ("effective", "pre", "post")
+    pictures: dict[str, Any] = {side: _picture(layer_coupling(record, projection, side)) for side in sides}
+    return {**pictures, "flow": _picture(layer_flow(record, projection))}
+
+
+def _features(record: TransportRecord) -> dict[str, Any]:
+    """Frames, and for every feature the strongest plan of every target layer, or of as many as there is room for."""
+    frames = {order: _picture(blocks_figure(order))["figure"] for order in _ORDERS}
+    each = 2 * (_PLAN_SIZE**2 * 4 / 3) + 2 * _PLAN_SIZE * 36
+    room = max(1, int(_PLAN_BYTES / each / len(record.keys)))
+    listed = []
+    for key in record.keys:
+        pairs = strongest_pairs(record, key)
+        if len(pairs) > room:
+            pairs = [pairs[place] for place in np.linspace(0, len(pairs) - 1, room).round().astype(int)]
+        listed.append({"key": key, "name": feature_name(key), "pairs": [_pair(record, key, *pair) for pair in pairs]})
+    return {"frames": frames, "list": listed}
+
+
+def _pair(record: TransportRecord, key: str, row: int, column: int) -> dict[str, Any]:
+    entries = plan_entries(record.plans(key), record.pairs(key).index((row, column)))
+    blocks = {order: plan_blocks(entries, _PLAN_SIZE, order) for order in _ORDERS}
+    target, source = layer_number(record, key, row, column)
+    title, subtitle = pair_words(record, key, row, column, blocks["structure"])
+    pictures: dict[str, Any] = {order: _levels(found) for order, found in blocks.items()}
+    return {
+        "target": target,
+        "source": source,
+        "shape": entries.shape,
+        "title": title,
+        "subtitle": subtitle,
+        **pictures,
+    }
+
+
+def _levels(blocks: Blocks) -> dict[str, Any]:
+    """A plan's colours as bytes: 1 at the lower end of its scale, 255 at the upper, 0 where no mass is."""
+    z, low, high = log_density(blocks)
+    levels = np.where(blocks.mass > 0, 1 + np.round(254 * (z - low) / (high - low)), 0).astype(np.uint8)
+    return {
+        "levels": base64.b64encode(levels.tobytes()).decode(),
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "rows": [numbers(group.tolist()) for group in blocks.rows],
+        "columns": [numbers(group.tolist()) for group in blocks.columns],
+    }
+
+
+def _picture(figure: go.Figure) -> dict[str, Any]:
+    """A figure's JSON without template and title, and its title and subtitle as plain text."""
+    content = json.loads(str(figure.to_json()))
+    layout = content["layout"]
+    title = layout.pop("title")
+    layout.pop("template")
+    layout["height"] -= _TITLE_HEIGHT
+    layout["margin"]["t"] -= _TITLE_HEIGHT
+    words = {"title": html.unescape(title["text"]), "subtitle": html.unescape(title["subtitle"]["text"])}
+    return {**words, "figure": {"data": content["data"], "layout": layout}}
+
+
+def _json(book: Mapping[str, Any]) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(book, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _short(reference: str) -> str:
+    return reference.partition("@")[0].rstrip("/").rpartition("/")[2].removeprefix("demo:")

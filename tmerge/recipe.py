@@ -1,0 +1,284 @@
+"""A recipe: everything that decides a run, as one YAML file.
+
+The recipe is frozen and strict. Two runs of one recipe on one machine give the same weights, so nothing
+that changes a weight may live anywhere else. Unknown keys are refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tmerge.errors import RecipeError
+
+__all__ = [
+    "CalibrationSettings",
+    "EvaluationSettings",
+    "FusionSettings",
+    "ProjectionName",
+    "Recipe",
+    "SaveSettings",
+    "TransportSettings",
+    "load_recipe",
+    "preset_names",
+]
+
+ProjectionName = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class CalibrationSettings(_Section):
+    """The texts that both models read, and how they are read."""
+
+    dataset: str = Field(
+        "samples:english",
+        description="`samples:LANGUAGE` (built in), a Hub dataset id (@revision), or a .txt/.jsonl/.csv/.parquet file",
+    )
+    config: str | None = Field(None, description="configuration of a Hub dataset")
+    split: str = Field("train", description="split of a Hub dataset")
+    column: str | None = Field(None, description="column that holds the text; found by itself when there is only one")
+    texts: Annotated[int, Field(ge=16)] = Field(2000, description="most texts to read, held-out ones included")
+    max_tokens: Annotated[int, Field(ge=8)] = Field(256, description="longer texts are cut here, per model")
+    batch_tokens: Annotated[int, Field(ge=64)] = Field(2048, description="padded tokens of one forward batch")
+    held_out: Annotated[float, Field(gt=0, lt=0.9)] = Field(
+        0.2, description="share of the texts kept away from calibration, chosen by hash, for the verdict"
+    )
+
+
+class TransportSettings(_Section):
+    """Feature plans (Eq. 7-9) and layer plans (Eq. 10-13)."""
+
+    epsilon: Annotated[float, Field(gt=0)] = Field(0.1, description="entropic regularisation of the feature plans")
+    max_iterations: Annotated[int, Field(ge=1)] = 200
+    tolerance: Annotated[float, Field(gt=0)] = Field(
+        1e-6, description="largest marginal violation, relative to the marginal's own entry 1/n"
+    )
+    eta: Annotated[float, Field(gt=0)] = Field(0.1, description="entropic regularisation of the layer plans")
+    layer_max_iterations: Annotated[int, Field(ge=1)] = 1000
+    layer_tolerance: Annotated[float, Field(gt=0)] = 1e-9
+    layer_cost: Literal["median-scaled", "plain"] = Field(
+        "median-scaled", description="divide the shifted layer cost by its median (official code) or take it as it is"
+    )
+    layer_marginals: Literal["balanced", "semi-relaxed"] = Field(
+        "balanced", description="semi-relaxed: a source layer may stay unused (only the target marginal is fixed)"
+    )
+    layers_kept: Annotated[int, Field(ge=1)] = Field(3, description="source layers kept per target layer")
+    entries_kept: Annotated[int, Field(ge=1)] = Field(
+        128, description="a plan's entry stays if it is among this many of its row and of its column"
+    )
+
+
+class FusionSettings(_Section):
+    """What is written into the target (Eq. 14, A.5)."""
+
+    what: Literal["weights", "task-vector"] = Field(
+        "weights", description="task-vector: what `source` learned since `source_base`, instead of its weights"
+    )
+    alpha: Annotated[float, Field(ge=0)] = 0.1
+    scale: Literal["barycentric", "literal", "row-norm"] = "barycentric"
+    units: Literal["none", "layer", "feature"] = "none"
+    top_k: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = Field(
+        128, description="neurons selected per projection and layer: a count, or a fraction such as 0.1"
+    )
+    projections: tuple[ProjectionName, ...] = ("q", "k", "v", "o")
+    biases: bool = True
+
+    @field_validator("projections")
+    @classmethod
+    def _some_and_distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("name at least one projection, each once")
+        return value
+
+    @model_validator(mode="after")
+    def _alpha_in_range(self) -> FusionSettings:
+        # A task vector may be overshot on purpose; a weight is interpolated, and past 1 it extrapolates.
+        if self.what == "weights" and self.alpha > 1:
+            raise ValueError(f"fusion.alpha is {self.alpha}, outside [0, 1]; choose a value between 0 and 1")
+        return self
+
+
+class EvaluationSettings(_Section):
+    """The held-out check that every merge ends with."""
+
+    texts: Annotated[int, Field(ge=8)] = Field(200, description="most held-out texts to score")
+    controls: tuple[Literal["shrink", "noise", "permuted"], ...] = ("shrink", "noise", "permuted")
+    bootstrap: Annotated[int, Field(ge=100)] = Field(2000, description="resamples of the paired bootstrap")
+
+
+class SaveSettings(_Section):
+    """How the checkpoint is written."""
+
+    max_shard_size: str = "5GB"
+
+
+class Recipe(_Section):
+    """Everything that decides a run.
+
+    Attributes:
+        target: The model that is changed: Hub id (with ``@revision``), folder or ``.gguf`` file.
+        source: The model that is read.
+        source_base: The source before its fine-tuning, for task vectors.
+        dtype: Of both models' weights and forward passes; ``auto`` is each checkpoint's own, bfloat16 for GGUF.
+        device: ``auto`` takes an accelerator when there is one.
+        trust_remote_code: The references, and no others, whose repos may run their own code.
+    """
+
+    target: str
+    source: str
+    source_base: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    seed: Annotated[int, Field(ge=0)] = 0
+    trust_remote_code: tuple[str, ...] = ()
+    calibration: CalibrationSettings = CalibrationSettings()
+    transport: TransportSettings = TransportSettings()
+    fusion: FusionSettings = FusionSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    save: SaveSettings = SaveSettings()
+
+    @model_validator(mode="after")
+    def _task_vector_has_a_base(self) -> Recipe:
+        if self.fusion.what == "task-vector" and self.source_base is None:
+            raise ValueError("fusion.what is task-vector, which needs source_base: the source before its fine-tuning")
+        if self.fusion.what == "weights" and self.source_base is not None:
+            raise ValueError("source_base is only read when fusion.what is task-vector; set that, or drop source_base")
+        return self
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """Validate a mapping.
+
+        Args:
+            data: The recipe's keys, as YAML gives them.
+            where: Named in the error: a file or a preset.
+
+        Raises:
+            RecipeError: One line that names the key, its value and what is allowed.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise RecipeError(_one_line(error, where)) from None
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out; reading it back gives an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def digest(self, *sections: str) -> str:
+        """SHA-256 (hex) of the named top-level sections, or of all; stages are recognised by it."""
+        data = self.model_dump(mode="json")
+        chosen = {name: data[name] for name in sections} if sections else data
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def preset_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = resources.files("tmerge") / "recipes"
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(
+    name: str | None = None, overrides: Mapping[str, Any] | None = None, settings: Sequence[str] = ()
+) -> Recipe:
+    """Read a recipe and lay the command line's words over it.
+
+    Args:
+        name: A YAML file, or a preset's name; None starts from the defaults.
+        overrides: Top-level or dotted keys to values; None values are passed over.
+        settings: ``section.key=value`` words of ``--set``; values are read as YAML.
+
+    Raises:
+        RecipeError: No such file or preset, not YAML, or not a valid recipe.
+    """
+    data, where = _read(name)
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            _put(data, key, value)
+    for word in settings:
+        key, separator, text = word.partition("=")
+        if not separator or not key:
+            raise RecipeError(f"--set {word!r} is not of the form section.key=value, for example fusion.alpha=0.1")
+        try:
+            _put(data, key.strip(), yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise RecipeError(f"--set {word!r}: the value is not YAML; quote it") from None
+    return Recipe.from_mapping(data, where)
+
+
+def _read(name: str | None) -> tuple[dict[str, Any], str]:
+    if name is None:
+        return {}, "recipe"
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"} or path.exists():
+        if not path.is_file():
+            raise RecipeError(f"recipe {name!r}: no such file; presets are {', '.join(preset_names())}")
+        text, where = path.read_text(encoding="utf-8", errors="replace"), name
+    elif name in preset_names():
+        text, where = (resources.files("tmerge") / "recipes" / f"{name}.yaml").read_text("utf-8"), f"preset {name}"
+    else:
+        close = difflib.get_close_matches(name, preset_names(), 1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; presets are {', '.join(preset_names())}"
+        raise RecipeError(f"recipe {name!r} is neither a file nor a preset{hint}")
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{where}{line}: not YAML ({getattr(error, 'problem', 'unreadable')})") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, starting with target: and source:")
+    return data, where
+
+
+def _put(data: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        inner = data.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{key!r}: {part!r} is a value, not a section")
+        data = inner
+    data[last] = value
+
+
+def _keys(path: tuple[int | str, ...]) -> list[str]:
+    """Known keys of the section that an error's location lies in."""
+    model: Any = Recipe
+    for part in path[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _one_line(error: ValidationError, where: str) -> str:
+    found = error.errors(include_url=False)
+    # A misspelt key often leaves another one missing: the misspelling is what to mend.
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+    # Union members and literals add their own names to the location; only the recipe's keys are the user's.
+    location = tuple(part for part in first["loc"] if isinstance(part, str) and part.isidentifier())
+    key = ".".join(location)
+    more = "" if error.error_count() == 1 else f" (and {error.error_count() - 1} more)"
+    if first["type"] == "extra_forbidden":
+        known = _keys(tuple(first["loc"]))
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, 1, cutoff=0.4)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key {key!r}; {hint}{more}"
+    if first["type"] == "missing":
+        return f"{where}: {key!r} is missing; name it in the recipe or as --{key.replace('_', '-')} REF{more}"
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if isinstance(first["input"], dict):  # said of a whole section, by a validator that names its keys itself
+        return f"{where}: {message}{more}"
+    return f"{where}: {key} is {first['input']!r}: {message[:1].lower() + message[1:]}{more}"

@@ -1,0 +1,189 @@
+"""report.json: what a run did and whether it helped, put together from what its stages measured.
+
+No number here is a constant: each comes from a stage's note of this run (or of the part of it that was resumed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tmerge.check import Check
+from tmerge.evaluation import Scores, difference, resamples, score, verdict
+from tmerge.fusion import neuron_count
+from tmerge.fusion.selection import COLUMN_PROJECTIONS
+from tmerge.models import Architecture, ModelFacts
+from tmerge.recipe import Recipe
+
+__all__ = ["SCHEMA", "build_report", "summary"]
+
+SCHEMA = 1
+_FORWARD_STAGES = ("target", "source", "evaluate")
+
+
+def build_report(
+    recipe: Recipe,
+    checked: Check,
+    notes: Mapping[str, Mapping[str, Any]],
+    scores: Mapping[str, Mapping[str, Any]],
+    versions: Mapping[str, str],
+    device: str,
+) -> dict[str, Any]:
+    """The report of a finished run.
+
+    Args:
+        recipe: Resolved.
+        checked: Facts of the two models.
+        notes: Stage -> what it measured.
+        scores: ``base``, ``fused``, ``source`` and the controls -> bits and bytes of every held-out text.
+        versions: Of the libraries that decide the numbers.
+        device: Where it ran.
+
+    Returns:
+        JSON values, schema 1 (DESIGN: report.json).
+    """
+    evaluation = _evaluation(recipe, scores)
+    texts = dict(notes["texts"]["texts"])
+    texts["held_out_texts"] = texts.pop("held_out")
+    solved = notes["transport"]
+    stages = [
+        {
+            "name": name,
+            "seconds": note["seconds"],
+            "forward_seconds": note["forward_seconds"],
+            "peak_rss_bytes": note["peak_rss_bytes"],
+        }
+        for name, note in notes.items()
+    ]
+    total = sum(stage["seconds"] for stage in stages)
+    forward = sum(stage["forward_seconds"] for stage in stages)
+    remarks = [*checked.notes, *texts.pop("notes", [])]
+    if solved["converged"] < solved["problems"]:
+        remarks.append(
+            f"{solved['problems'] - solved['converged']} of {solved['problems']} feature plans did not reach the "
+            f"tolerance (worst marginal violation {solved['worst_marginal_violation']:.1e}): raise "
+            "transport.max_iterations or transport.epsilon"
+        )
+    return {
+        "schema": SCHEMA,
+        "tmerge": versions["tmerge"],
+        "verdict": evaluation.pop("verdict"),
+        "target": _model(checked.target, checked.target_layout),
+        "source": _model(checked.source, checked.source_layout),
+        "source_base": recipe.source_base,
+        "same_model": checked.target.commit == checked.source.commit,
+        "calibration": {
+            **texts,
+            "tokens": {role: notes[role]["tokens"] for role in ("target", "source")},
+            "truncated": {role: notes[role]["truncated"] for role in ("target", "source")},
+        },
+        "transport": {
+            "problems": solved["problems"],
+            "iterations": solved["iterations"],
+            "worst_marginal_violation": solved["worst_marginal_violation"],
+            "converged": solved["converged"],
+            "seconds": solved["seconds"],
+            "epsilon": recipe.transport.epsilon,
+            "eta": recipe.transport.eta,
+            "eta_used": notes["fuse"]["eta"],
+            "layer_cost": recipe.transport.layer_cost,
+            "layer_marginals": recipe.transport.layer_marginals,
+            "layer_plans_converged": notes["fuse"]["layer_plans_converged"],
+        },
+        "projections": {
+            "fused": checked.projections,
+            "skipped": checked.skipped,
+            "left_alone": checked.target_layout.left_alone,
+        },
+        "fusion": _fusion(recipe, checked, notes["fuse"]),
+        "evaluation": evaluation,
+        "stages": stages,
+        "timing": {"total_seconds": total, "forward_seconds": forward, "other_seconds": total - forward},
+        "device": device,
+        "dtype": notes["save"]["dtype"],
+        "seed": recipe.seed,
+        "versions": dict(versions),
+        "notes": remarks,
+    }
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """The verdict as a sentence with its number and interval."""
+    change = report["evaluation"]["difference"]
+    value, (low, high) = change["value"], change["ci95"]
+    numbers = f"{value:+.4f} bits per byte on {report['evaluation']['texts']} held-out texts"
+    interval = f"95 % interval {low:+.4f} to {high:+.4f}"
+    sentence = {
+        "helps": "The merge helps",
+        "hurts": "The merge hurts: the fused model is worse than the target it was made from",
+        "no difference": "The merge makes no difference that these texts can show",
+    }[report["verdict"]]
+    return f"{sentence}: {numbers} ({interval}; lower is better)."
+
+
+def _evaluation(recipe: Recipe, notes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    scores = {
+        name: Scores(
+            torch.tensor(note["bits"], dtype=torch.float64),
+            torch.tensor(note["bytes"], dtype=torch.float64),
+            note["tokens"],
+            0.0,
+        )
+        for name, note in notes.items()
+    }
+    base = scores["base"]
+    counts = resamples(len(base.bits), recipe.evaluation.bootstrap, recipe.seed)
+    change = difference(scores["fused"], base, counts)
+    return {
+        "verdict": verdict(change),
+        "metric": "bits_per_byte",
+        "texts": len(base.bits),
+        "bytes": int(base.bytes.sum()),
+        **{name: score(scores[name], counts).to_dict() for name in ("base", "fused", "source")},
+        "difference": change.to_dict(),
+        "controls": {
+            name: {
+                **score(scores[name], counts).to_dict(),
+                "difference": difference(scores[name], base, counts).to_dict(),
+            }
+            for name in recipe.evaluation.controls
+        },
+    }
+
+
+def _fusion(recipe: Recipe, checked: Check, note: Mapping[str, Any]) -> dict[str, Any]:
+    settings = recipe.fusion
+    projections = {}
+    for name in checked.projections:
+        layers = note["layers"][name]
+        view = checked.target_layout.layers[layers[0]][name]
+        neurons = view.in_features if name in COLUMN_PROJECTIONS else view.out_features
+        projections[name] = {
+            "layers": layers,
+            "norm_ratio": note["norm_ratios"][name],
+            "neurons": neuron_count(settings.top_k, neurons),
+            "of": neurons,
+            "bias": note["biases"][name],
+        }
+    return {
+        "what": settings.what,
+        "alpha": settings.alpha,
+        "scale": settings.scale,
+        "units": settings.units,
+        "top_k": settings.top_k,
+        "projections": projections,
+    }
+
+
+def _model(facts: ModelFacts, layout: Architecture) -> dict[str, Any]:
+    return {
+        "ref": facts.reference.text,
+        "commit": facts.commit,
+        "architecture": facts.model_type,
+        "parameters": facts.parameters,
+        "layers": layout.num_layers,
+        "hidden_size": layout.hidden_size,
+        "licence": facts.licence,
+    }

@@ -1,0 +1,171 @@
+"""Run: one merge's folder, which of its stages are finished, and how it is taken up again.
+
+```
+fused/                        a plain transformers checkpoint, README.md (the card)
+  tmerge/recipe.yaml          resolved: every default written out, revisions as commit hashes
+  tmerge/report.json
+  tmerge/transport.safetensors
+  tmerge/cache/               features and finished stages; never pushed
+```
+
+A stage is finished when the cache holds a note of it under the right *key*: a hash over everything that decides its
+result (the recipe's words for it, the models' commits, the texts, the stages before it, the library versions). That
+a file is there proves nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tmerge.errors import OutputExistsError, RunNotFoundError
+from tmerge.recipe import Recipe, load_recipe
+
+__all__ = ["Run", "stage_key", "write_json", "write_text"]
+
+
+def stage_key(stage: str, **facts: Any) -> str:
+    """SHA-256 (hex) over a stage's name and all that decides its result."""
+    return hashlib.sha256(json.dumps([stage, facts], sort_keys=True).encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name, flush to disk, rename: a reader sees all of it or none."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """`write_text` of a JSON document."""
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+class Run:
+    """A run's folder.
+
+    Attributes:
+        folder: The model repo that the run makes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    @property
+    def work(self) -> Path:
+        """``tmerge/`` in the folder: recipe, report, transport."""
+        return self.folder / "tmerge"
+
+    @property
+    def cache(self) -> Path:
+        """``tmerge/cache/``: never pushed."""
+        return self.work / "cache"
+
+    @property
+    def transport_path(self) -> Path:
+        """transport.safetensors."""
+        return self.work / "transport.safetensors"
+
+    @classmethod
+    def open(cls, folder: Path, recipe: Recipe) -> Run:
+        """Begin a run in a new folder, or take up the one of this very recipe.
+
+        Args:
+            folder: May be missing or empty.
+            recipe: As asked for (before revisions are resolved).
+
+        Raises:
+            OutputExistsError: The folder holds something else, or a run of another recipe.
+        """
+        run = cls(folder)
+        request = run.cache / "request.json"
+        if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
+            if not run.work.is_dir():
+                raise OutputExistsError(
+                    f"{folder} exists and is not a run of tmerge; choose another --out, or move it away"
+                )
+            asked = _read_json(request)
+            if asked is None:
+                raise OutputExistsError(
+                    f"{folder} holds a run without its cache, which cannot be continued; choose another --out"
+                )
+            other = _differences(asked, recipe.model_dump(mode="json"))
+            if other:
+                raise OutputExistsError(
+                    f"{folder} is a run of another recipe ({', '.join(other[:3])}); choose another --out, "
+                    "or delete the folder"
+                )
+        else:
+            try:
+                run.cache.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OutputExistsError(f"{folder} cannot be made: {error.strerror}; choose another --out") from None
+            write_json(request, recipe.model_dump(mode="json"))
+        return run
+
+    def finished(self, stage: str, key: str) -> dict[str, Any] | None:
+        """What a stage noted when it finished under this key; None where it has not."""
+        note = _read_json(self.cache / f"{stage}.json")
+        return note["facts"] if note and note.get("key") == key else None
+
+    def finish(self, stage: str, key: str, facts: Mapping[str, Any]) -> None:
+        """Note that a stage's artifacts are all on disk."""
+        write_json(self.cache / f"{stage}.json", {"stage": stage, "key": key, "facts": dict(facts)})
+
+    def abandon(self) -> None:
+        """Leave nothing behind: remove the folder if no stage of it has finished."""
+        if not self.cache.is_dir():
+            return
+        finished = any("key" in (_read_json(path) or {}) for path in self.cache.glob("*.json"))
+        if not finished and not (self.folder / "config.json").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def report(self) -> dict[str, Any]:
+        """report.json.
+
+        Raises:
+            RunNotFoundError: There is none: not a run, or not a finished one.
+        """
+        report = _read_json(self.work / "report.json")
+        if report is None:
+            if self.cache.is_dir():
+                raise RunNotFoundError(f"{self.folder} is not finished; continue it with the command that began it")
+            raise RunNotFoundError(
+                f"{self.folder} is not a run of tmerge (no tmerge/report.json); name the folder that --out named"
+            )
+        return report
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        path = self.work / "recipe.yaml"
+        if not path.is_file():
+            raise RunNotFoundError(f"{self.folder} is not a finished run of tmerge (no tmerge/recipe.yaml)")
+        return load_recipe(str(path))
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """``key: old there, new here`` for every value that differs."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        mine, theirs = old.get(key), new.get(key)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            found += _differences(mine, theirs, f"{prefix}{key}.")
+        elif mine != theirs:
+            found.append(f"{prefix}{key}: {mine} there, {theirs} here")
+    return found

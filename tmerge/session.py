@@ -1,0 +1,149 @@
+"""What the stages of a run share: its two models, loaded once and let go, its texts, and who hears of progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tmerge.calibration import TextSet
+from tmerge.check import Check, check
+from tmerge.evaluation import Scores, score_texts
+from tmerge.models import (
+    Architecture,
+    LoadedModel,
+    describe,
+    load_model,
+    load_tokenizer,
+    model_commit,
+    pick_device,
+)
+from tmerge.recipe import Recipe
+from tmerge.run import Run
+
+__all__ = ["STAGES", "Listener", "Session", "Step"]
+
+STAGES = ("texts", "target", "source", "transport", "fuse", "evaluate", "save")
+# Characters of a held-out text that are scored, per token that calibration reads; one cut for all models.
+_SCORED_CHARACTERS = 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of progress.
+
+    Attributes:
+        stage: One of `STAGES`.
+        what: In words: what is being done.
+        done: Units done.
+        total: Units in all.
+        unit: ``texts``, ``layers``, ...
+        row: For the transport stage, (feature key, target layer, its (M,) transport costs).
+    """
+
+    stage: str
+    what: str
+    done: int
+    total: int
+    unit: str
+    row: tuple[str, int, Tensor] | None = None
+
+
+Listener = Callable[[Step], None]
+
+
+class Session:
+    """One run at work.
+
+    Attributes:
+        recipe: As asked for.
+        run: Its folder.
+        loaded: Role (``target``, ``source``, ``source_base``) -> model, while it is needed.
+        texts: The calibration set, once it has been read.
+    """
+
+    texts: TextSet
+
+    def __init__(self, recipe: Recipe, run: Run, listener: Listener) -> None:
+        self.recipe, self.run, self.listener = recipe, run, listener
+        self.loaded: dict[str, LoadedModel] = {}
+
+    @cached_property
+    def check(self) -> Check:
+        """What the two configs say."""
+        return check(self.recipe)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the models run."""
+        return pick_device(self.recipe.device)
+
+    def step(
+        self, stage: str, what: str, done: int, total: int, unit: str, row: tuple[str, int, Tensor] | None = None
+    ) -> None:
+        """Tell the listener of a step."""
+        self.listener(Step(stage, what, done, total, unit, row))
+
+    def commit(self, role: str) -> str:
+        """What identifies a role's model: a Hub commit, or the digest of local files."""
+        if role == "source_base":
+            return model_commit(self.recipe.source_base or "")
+        commit = (self.check.target if role == "target" else self.check.source).commit
+        assert commit is not None  # `check` sees to it
+        return commit
+
+    def model(self, role: str) -> LoadedModel:
+        """A model, loaded once and kept until it has served."""
+        if role not in self.loaded:
+            reference = getattr(self.recipe, role)
+            stage = role if role in STAGES else "fuse"
+            self.step(stage, f"loading {reference}", 0, 1, "models")
+            self.loaded[role] = load_model(
+                reference,
+                dtype=self.recipe.dtype,
+                device=self.recipe.device,
+                trust_remote_code=reference in self.recipe.trust_remote_code,
+                revision_override=_revision(self.commit(role)),
+            )
+        return self.loaded[role]
+
+    def tokenizer(self, role: str) -> PreTrainedTokenizerBase:
+        """A model's tokenizer, without its weights."""
+        reference = getattr(self.recipe, role)
+        return load_tokenizer(
+            reference,
+            trust_remote_code=reference in self.recipe.trust_remote_code,
+            revision_override=_revision(self.commit(role)),
+        )
+
+    def layout(self, role: str) -> Architecture:
+        """The projections of a loaded model."""
+        return describe(self.model(role).model)
+
+    def feature_folder(self, role: str) -> Path:
+        """Where a model's features are."""
+        return self.run.cache / "features" / role
+
+    def held_out(self) -> list[str]:
+        """The texts that decide the verdict, cut to one length for all models."""
+        limit = _SCORED_CHARACTERS * self.recipe.calibration.max_tokens
+        return [text[:limit] for text in self.texts.held_out[: self.recipe.evaluation.texts]]
+
+    def score(self, role: str, stage: str, what: str) -> Scores:
+        """Score a model, as it is in memory now, on the held-out texts."""
+        return score_texts(
+            self.model(role),
+            self.held_out(),
+            batch_tokens=self.recipe.calibration.batch_tokens,
+            progress=lambda done, total: self.step(stage, what, done, total, "texts"),
+        )
+
+
+def _revision(commit: str) -> str | None:
+    """The Hub commit to load, so that a repo that moves after the check is not mixed up; None for local models."""
+    return None if commit.startswith("sha256:") else commit

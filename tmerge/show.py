@@ -1,0 +1,196 @@
+"""How results and progress look on a terminal: rich tables on stdout, a progress line on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tmerge.check import Check
+from tmerge.pipeline import Listener, Step
+from tmerge.report import summary
+
+__all__ = ["listening", "show_check", "show_report"]
+
+
+@contextmanager
+def listening() -> Iterator[Listener]:
+    """A listener that shows every step: a live line on a terminal, plain lines elsewhere."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with _bar(console) as listener:
+            yield listener
+    else:
+        yield _plain(console)
+
+
+def show_check(result: Check) -> None:
+    """What `check` found, side by side."""
+    console = Console(soft_wrap=True)
+    facts = result.to_dict()
+    table = Table(title="tmerge check", title_justify="left")
+    for heading in ("", "target", "source"):
+        table.add_column(heading)
+    target, source = facts["target"], facts["source"]
+    for label, key in (
+        ("model", "ref"),
+        ("commit", "commit"),
+        ("architecture", "architecture"),
+        ("parameters", "parameters"),
+        ("weights", "weight_bytes"),
+        ("layers", "layers"),
+        ("width", "hidden_size"),
+        ("heads", "heads"),
+        ("key/value heads", "kv_heads"),
+        ("tied embeddings", "tied_embeddings"),
+        ("licence", "licence"),
+        ("gated", "gated"),
+    ):
+        table.add_row(label, _value(key, target[key]), _value(key, source[key]))
+    for name, shapes in facts["projections"]["matched"].items():
+        table.add_row(f"projection {name}", *("{} x {}".format(*shapes[side]) for side in ("target", "source")))
+    console.print(table)
+    for name, why in facts["projections"]["skipped"].items():
+        console.print(f"skipped: {name}: {why}", markup=False)
+    for side in ("target", "source"):
+        for line in facts["left_alone"][side]:
+            console.print(f"{side}: {line}", markup=False)
+    for note in facts["notes"]:
+        console.print(f"note: {note}", markup=False)
+    estimate = facts["estimate"]
+    console.print(
+        f"expected: {_duration(estimate['seconds'])}, {_bytes(estimate['memory_bytes'])} of memory, "
+        f"{_bytes(estimate['disk_bytes'])} of disk ({estimate['assumes']})",
+        markup=False,
+    )
+
+
+def show_report(report: Mapping[str, Any], folder: Path) -> None:
+    """A run's report: verdict, scores, what was moved, where the time went."""
+    console = Console(soft_wrap=True)
+    evaluation, timing = report["evaluation"], report["timing"]
+    scores = Table(
+        title=f"bits per byte on {evaluation['texts']} held-out texts, lower is better", title_justify="left"
+    )
+    for heading in ("", "bits per byte", "95 %", "difference to base", "95 %"):
+        scores.add_column(heading)
+    rows = [("base (target)", evaluation["base"], None), ("fused", evaluation["fused"], evaluation["difference"])]
+    rows += [(f"control: {name}", item, item["difference"]) for name, item in evaluation["controls"].items()]
+    rows.append(("source", evaluation["source"], None))
+    for name, item, change in rows:
+        cells = [f"{item['value']:.4f}", "{:.4f} to {:.4f}".format(*item["ci95"])]
+        if change:
+            cells += [f"{change['value']:+.4f}", "{:+.4f} to {:+.4f}".format(*change["ci95"])]
+        scores.add_row(name, *cells)
+    console.print(scores)
+    fusion = report["fusion"]
+    moved = Table(
+        title=f"fusion: alpha {fusion['alpha']}, scale {fusion['scale']}, {fusion['what']}", title_justify="left"
+    )
+    for heading in ("projection", "neurons", "transported / own norm", "bias"):
+        moved.add_column(heading)
+    for name, item in fusion["projections"].items():
+        ratios = item["norm_ratio"]
+        spread = f"{min(ratios):.3g} to {max(ratios):.3g}"
+        moved.add_row(name, f"{item['neurons']} of {item['of']}", spread, item["bias"])
+    console.print(moved)
+    stages = Table(title="time and memory", title_justify="left")
+    for heading in ("stage", "seconds", "of which forward passes", "peak memory"):
+        stages.add_column(heading)
+    for stage in report["stages"]:
+        seconds = (f"{stage['seconds']:.1f}", f"{stage['forward_seconds']:.1f}")
+        stages.add_row(stage["name"], *seconds, _bytes(stage["peak_rss_bytes"]))
+    stages.add_row("all", f"{timing['total_seconds']:.1f}", f"{timing['forward_seconds']:.1f}", "")
+    console.print(stages)
+    transport = report["transport"]
+    console.print(
+        f"transport: {transport['problems']} feature plans, {transport['converged']} converged, "
+        f"{transport['iterations']['median']} iterations in the median, {transport['iterations']['max']} at most, "
+        f"worst marginal violation {transport['worst_marginal_violation']:.1e}",
+        markup=False,
+    )
+    for name, why in report["projections"]["skipped"].items():
+        console.print(f"skipped: {name}: {why}", markup=False)
+    for line in (*report["projections"]["left_alone"], *report["notes"]):
+        console.print(f"note: {line}", markup=False)
+    console.print(summary(report), style="bold red" if report["verdict"] == "hurts" else "bold", markup=False)
+    console.print(f"The model is in {folder}; its pictures: tmerge inspect {folder} --html report.html", markup=False)
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Listener]:
+    columns = (
+        TextColumn("[bold]{task.fields[stage]:<9}"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[tuple[str, str], Any] = {}
+
+        def listener(step: Step) -> None:
+            place = (step.stage, step.what)
+            if place not in tasks:
+                tasks[place] = progress.add_task(step.what, total=step.total, stage=step.stage, rate="")
+            task = tasks[place]
+            speed = progress.tasks[task].speed
+            rate = f"{speed:.1f} {step.unit}/s" if speed else ""
+            progress.update(task, completed=step.done, total=step.total, rate=rate)
+
+        yield listener
+
+
+def _plain(console: Console) -> Listener:
+    """A line when something begins, at each quarter of it, and when it ends."""
+    began: dict[tuple[str, str], float] = {}
+    shown: dict[tuple[str, str], int] = {}
+
+    def listener(step: Step) -> None:
+        place = (step.stage, step.what)
+        now = time.perf_counter()
+        began.setdefault(place, now)
+        quarter = 4 * step.done // max(step.total, 1)
+        if shown.get(place) == quarter:
+            return
+        shown[place] = quarter
+        line = f"[{step.stage}] {step.what}: {step.done}/{step.total} {step.unit}"
+        elapsed = now - began[place]
+        if step.done and elapsed > 0.5:
+            rate = step.done / elapsed
+            line += f", {rate:.1f} {step.unit}/s"
+            if step.done < step.total:
+                line += f", {_duration((step.total - step.done) / rate)} remaining"
+        console.print(line, markup=False, highlight=False)
+
+    return listener
+
+
+def _value(key: str, value: Any) -> str:
+    if value is None:
+        return "not stated"
+    if key == "weight_bytes":
+        return _bytes(value)
+    if key == "commit":
+        return str(value).removeprefix("sha256:")[:12]
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

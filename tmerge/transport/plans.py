@@ -1,0 +1,351 @@
+"""Feature plans Q of every layer pair, the layer plan P over them, and how both are read.
+
+A feature plan is kept as its potentials: Q = exp((f + g - C)/eps) is n + n' numbers, since C is recomputed from
+the features whenever a row, a block or the whole of Q is wanted (Eq. 7-9). The layer plan P (L, M) couples the
+target's L layers with the source's M by the costs <C, Q> of their features (Eq. 10-12).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tmerge.transport.cost import correlation_cost, standardise
+from tmerge.transport.sinkhorn import SinkhornResult, plan_from_potentials, sinkhorn
+
+__all__ = [
+    "FeaturePlans",
+    "LayerPlan",
+    "couple_layers",
+    "effective_weights",
+    "feature_plan",
+    "load_plans",
+    "keep_layers",
+    "mutual_top",
+    "one_thread_each",
+    "save_plans",
+    "solve_features",
+    "solve_layers",
+    "working_dtype",
+]
+
+# Standardised source features of one key are held for all layers while they fit in this many bytes.
+_HOLD_BYTES = 1 << 30
+# Past this the official code raises eta, so that exp(-C/eta) stays away from underflow (Eq. 11).
+_LARGE_COST = 1000.0
+
+Read = Callable[[int], Tensor]
+
+
+def working_dtype(epsilon: float) -> torch.dtype:
+    """Float32 while its rounding of the cost, about 1e-7, stays below 1e-5 of the plan: 1e-7/eps; else float64."""
+    return torch.float32 if epsilon >= 0.05 else torch.float64
+
+
+@dataclass(frozen=True)
+class FeaturePlans:
+    """The feature plans of one feature key over all layer pairs.
+
+    Attributes:
+        key: The feature, such as ``q.post`` or ``qkv.pre``.
+        epsilon: Their regularisation.
+        target_layers: The L target layers that have this feature.
+        source_layers: The M source layers that have it.
+        f: (L, M, n) row potentials, float32 or float64.
+        g: (L, M, n') column potentials.
+        cost: (L, M) ``<C, Q>``, Eq. 10, float64.
+        iterations: (L, M) int64.
+        marginal_error: (L, M) largest relative marginal violation, float64.
+        converged: (L, M) bool.
+    """
+
+    key: str
+    epsilon: float
+    target_layers: tuple[int, ...]
+    source_layers: tuple[int, ...]
+    f: Tensor
+    g: Tensor
+    cost: Tensor
+    iterations: Tensor
+    marginal_error: Tensor
+    converged: Tensor
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer plan P and how it was made.
+
+    Attributes:
+        plan: (L, M) float64, sum 1.
+        eta: The regularisation in use, raised where the cost was large.
+        median: What the shifted cost was divided by; 1 where it was taken as it is.
+        converged: Whether the marginals were met.
+        iterations: Sweeps.
+        marginal_error: Largest relative violation.
+    """
+
+    plan: Tensor
+    eta: float
+    median: float
+    converged: bool
+    iterations: int
+    marginal_error: float
+
+
+def solve_features(
+    key: str,
+    target: Read,
+    source: Read,
+    target_layers: Sequence[int],
+    source_layers: Sequence[int],
+    *,
+    epsilon: float,
+    max_iterations: int = 200,
+    tolerance: float = 1e-6,
+    device: torch.device | None = None,
+    solved: Callable[[int, Tensor], None] | None = None,
+) -> FeaturePlans:
+    """Solve the feature transport of every layer pair for one feature key (Eq. 7-10).
+
+    Args:
+        key: The feature's name, kept in the result.
+        target: layer -> (T, n) features.
+        source: layer -> (T, n') features.
+        target_layers: Layers to read from the target.
+        source_layers: Layers to read from the source.
+        epsilon: Regularisation.
+        max_iterations: Per problem.
+        tolerance: Relative marginal violation to stop at.
+        device: Where to solve; the CPU if None. On an accelerator one target layer meets all source layers at once.
+        solved: Called with a target layer and its (M,) transport costs as they come in; may raise to stop.
+
+    Returns:
+        Potentials and costs of all L x M problems.
+    """
+    device = device or torch.device("cpu")
+    dtype = working_dtype(epsilon)
+    if device.type == "mps":
+        dtype = torch.float32  # the one dtype that device has
+    held: dict[int, Tensor] = {}
+
+    def standard_source(layer: int) -> Tensor:
+        if layer in held:
+            return held[layer]
+        features = standardise(source(layer), dtype).to(device)
+        if features.numel() * features.element_size() * len(source_layers) <= _HOLD_BYTES:
+            held[layer] = features
+        return features
+
+    def solve_row(layer: int) -> list[SinkhornResult]:
+        standard = standardise(target(layer), dtype).to(device)
+        # A batch is for the accelerator. On a CPU one problem at a time stays in its cache.
+        groups = [list(source_layers)] if device.type == "cuda" else [[other] for other in source_layers]
+        results = []
+        for group in groups:
+            batch = [standard_source(other) for other in group]
+            cost = correlation_cost(standard, torch.stack(batch) if device.type == "cuda" else batch[0])
+            results.append(sinkhorn(cost, epsilon, max_iterations=max_iterations, tolerance=tolerance))
+        return results
+
+    rows = []
+    with one_thread_each() as workers:
+        if device.type != "cpu":
+            workers = 1
+        # Whole problems run side by side, each on one thread: their products are too small to be split, and
+        # threads that wait for each other within one cost more than they bring (100 times, on a busy machine).
+        with ThreadPoolExecutor(workers) as pool:
+            pending = [pool.submit(solve_row, layer) for layer in target_layers]
+            try:
+                for layer, future in zip(target_layers, pending, strict=True):
+                    rows.append(future.result())
+                    if solved is not None:
+                        solved(layer, torch.cat([result.transport_cost.reshape(-1).cpu() for result in rows[-1]]))
+            except BaseException:
+                for future in pending:
+                    future.cancel()
+                raise
+
+    def gather(field: str, kind: torch.dtype, tail: tuple[int, ...] = ()) -> Tensor:
+        flat = [getattr(result, field).to("cpu", kind).reshape(-1, *tail) for line in rows for result in line]
+        return torch.cat(flat).reshape(len(target_layers), len(source_layers), *tail)
+
+    first = rows[0][0]
+    return FeaturePlans(
+        key=key,
+        epsilon=epsilon,
+        target_layers=tuple(target_layers),
+        source_layers=tuple(source_layers),
+        f=gather("f", dtype, (first.f.shape[-1],)),
+        g=gather("g", dtype, (first.g.shape[-1],)),
+        cost=gather("transport_cost", torch.float64),
+        iterations=gather("iterations", torch.int64),
+        marginal_error=gather("marginal_error", torch.float64),
+        converged=gather("converged", torch.bool),
+    )
+
+
+@contextmanager
+def one_thread_each() -> Iterator[int]:
+    """Give torch one thread within, and yield how many it had; they are the workers to share problems among."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def feature_plan(target: Tensor, source: Tensor, f: Tensor, g: Tensor, epsilon: float) -> Tensor:
+    """A whole plan Q from standardised features and the potentials.
+
+    Pass some columns of the features with the matching potentials to read a block of Q alone.
+
+    Args:
+        target: (T, n) from `standardise`.
+        source: (T, n') from `standardise`.
+        f: (n,).
+        g: (n',).
+        epsilon: As it was solved.
+
+    Returns:
+        (n, n') in the potentials' dtype.
+    """
+    return plan_from_potentials(correlation_cost(target.to(f.dtype), source.to(f.dtype)), f, g, epsilon)
+
+
+_STORED = ("f", "g", "cost", "iterations", "marginal_error", "converged")
+
+
+def save_plans(plans: Mapping[str, FeaturePlans], path: Path) -> None:
+    """Write feature plans to one safetensors file, under a temporary name first."""
+    tensors: dict[str, Tensor] = {}
+    for key, solved in plans.items():
+        tensors |= {f"{key}/{field}": getattr(solved, field).contiguous() for field in _STORED}
+        tensors[f"{key}/target_layers"] = torch.tensor(solved.target_layers)
+        tensors[f"{key}/source_layers"] = torch.tensor(solved.source_layers)
+        tensors[f"{key}/epsilon"] = torch.tensor(solved.epsilon, dtype=torch.float64)
+    temporary = path.with_name(path.name + ".part")
+    save_file(tensors, temporary)
+    os.replace(temporary, path)
+
+
+def load_plans(path: Path, keys: Sequence[str]) -> dict[str, FeaturePlans]:
+    """Read what `save_plans` wrote, in the order of `keys`."""
+    tensors = load_file(path)
+    return {
+        key: FeaturePlans(
+            key,
+            float(tensors[f"{key}/epsilon"]),
+            tuple(tensors[f"{key}/target_layers"].tolist()),
+            tuple(tensors[f"{key}/source_layers"].tolist()),
+            *(tensors[f"{key}/{field}"] for field in _STORED),
+        )
+        for key in keys
+    }
+
+
+def solve_layers(
+    cost: Tensor,
+    eta: float,
+    *,
+    scaling: Literal["median-scaled", "plain"] = "median-scaled",
+    marginals: Literal["balanced", "semi-relaxed"] = "balanced",
+    max_iterations: int = 1000,
+    tolerance: float = 1e-9,
+) -> LayerPlan:
+    """The layer plan P of a layer cost (Eq. 11-12).
+
+    Args:
+        cost: (L, M).
+        eta: Regularisation; raised in proportion where the scaled cost passes 1000.
+        scaling: ``median-scaled`` takes (C - min C) / median(C - min C), as the official code does and the paper
+            does not say; costs lie within a tenth of each other, and ``plain`` gives a nearly flat plan.
+        marginals: ``balanced`` fixes both to uniform, so that every source layer must be used. ``semi-relaxed``
+            fixes the target's alone: its solution is a softmax of -C/eta along each row.
+        max_iterations: Sweeps.
+        tolerance: Relative marginal violation.
+
+    Returns:
+        P (L, M) in float64 with its diagnostics.
+    """
+    scaled = cost.to(torch.float64)
+    median = 1.0
+    if scaling == "median-scaled":
+        scaled = scaled - scaled.min()
+        median = float(scaled.median())
+        if median > 0:
+            scaled = scaled / median
+        else:
+            median = 1.0
+    eta = eta * max(1.0, float(scaled.abs().max()) / _LARGE_COST)
+    if marginals == "semi-relaxed":
+        plan = torch.softmax(-scaled / eta, dim=1) / scaled.shape[0]
+        return LayerPlan(plan, eta, median, True, 1, 0.0)
+    result = sinkhorn(scaled, eta, max_iterations=max_iterations, tolerance=tolerance)
+    plan = plan_from_potentials(scaled, result.f, result.g, eta)
+    return LayerPlan(plan, eta, median, bool(result.converged), int(result.iterations), float(result.marginal_error))
+
+
+def effective_weights(pre: Tensor, post: Tensor) -> Tensor:
+    """sqrt(P_pre * P_post), (L, M): a source layer counts where both its inputs and its outputs match (Eq. 13)."""
+    return (pre * post).sqrt()
+
+
+def keep_layers(weights: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """The strongest source layers of each target layer.
+
+    Args:
+        weights: (L, M) effective weights.
+        kept: How many to keep; all when there are fewer.
+
+    Returns:
+        Indices (L, k) int64 into the source layers, strongest first, and their weights (L, k), not renormalised.
+    """
+    top = torch.topk(weights, min(kept, weights.shape[1]), dim=1)
+    return top.indices, top.values
+
+
+def couple_layers(pre: LayerPlan, post: LayerPlan, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Effective weights (L, M) of a projection with the indices and weights that are kept (Eq. 13)."""
+    weights = effective_weights(pre.plan, post.plan)
+    return weights, *keep_layers(weights, kept)
+
+
+def mutual_top(plan: Tensor, kept: int) -> Tensor:
+    """Which entries of a plan stay: those among the largest `kept` of their row *and* of their column.
+
+    An entry that ties with the last one kept stays too, so the rule does not depend on the neurons' order.
+
+    Args:
+        plan: (n, n') not negative.
+        kept: Entries per row and per column.
+
+    Returns:
+        (n, n') bool mask.
+    """
+    n, m = plan.shape
+    mask = torch.ones_like(plan, dtype=torch.bool)
+    if kept < m:
+        mask &= plan >= _kth_largest(plan, kept).unsqueeze(1)
+    if kept < n:
+        mask &= plan >= _kth_largest(plan.T, kept).unsqueeze(0)
+    return mask
+
+
+def _kth_largest(rows: Tensor, kept: int) -> Tensor:
+    """The kept-th largest entry of each row."""
+    if rows.device.type != "cpu":
+        return torch.topk(rows, kept, dim=1).values[:, -1]
+    # NumPy's selection is vectorised, several times as fast here as a sort of the top entries.
+    place = rows.shape[1] - kept
+    return torch.from_numpy(np.partition(np.ascontiguousarray(rows.numpy()), place, axis=1)[:, place].copy())
