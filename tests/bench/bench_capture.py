@@ -1,6 +1,6 @@
 """What calibration costs beside the bare forward passes over the same batches, for the two demo models.
 
-    python tests/bench/bench_capture.py [--texts 128] [--projections q,k,v,o,gate,up,down] [--repeats 5] [--threads 1]
+    python tests/bench/bench_capture.py [--texts 300] [--projections q,k,v,o] [--repeats 5] [--threads 1]
 
 Prints one JSON document. Bare passes and captures take turns in one process, and each capture is compared with the bare
 passes beside it, as the speed of a shared machine drifts. `ratio` is the whole capture, with tokenising, pooling and
@@ -23,7 +23,7 @@ import torch
 
 from tmerge.calibration import bare_forward, capture, sample_languages, sample_texts
 from tmerge.models import load_model
-from tmerge.models.projections import PROJECTIONS, describe
+from tmerge.models.projections import describe
 
 MODELS = {"target": "demo:smollm2-135m-instruct", "source": "demo:gemma-3-270m"}
 
@@ -68,8 +68,8 @@ def measure(reference: str, texts: list[str], asked: argparse.Namespace) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--texts", type=int, default=128)
-    parser.add_argument("--projections", default=",".join(PROJECTIONS))
+    parser.add_argument("--texts", type=int, default=300)
+    parser.add_argument("--projections", default="q,k,v,o")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5)

@@ -128,6 +128,7 @@ def capture(
                     progress(done, len(texts))
                 if cancelled is not None and cancelled():
                     raise Cancelled("stopped while reading features; the same command continues")
+        pool.write()
         if empty:
             writer.fill_with_mean(empty)
         writer.finish()
@@ -164,6 +165,8 @@ class _Pool:
         for tap in taps:
             self._served.setdefault(tap.module, []).append(tap)
         self._expected = len(taps)
+        self._waiting: dict[tuple[int, str], list[tuple[list[int], Tensor]]] = {}
+        self._waiting_bytes = 0
         self.begin([])
 
     @contextmanager
@@ -192,8 +195,8 @@ class _Pool:
         self._seen: set[tuple[int, str]] = set()
 
     def end(self) -> None:
-        """Write what the forward pass left."""
-        self._flush()
+        """Take what the forward pass left."""
+        self._take()
         if len(self._seen) != self._expected:
             missing = next(tap for taps in self._served.values() for tap in taps if _place(tap) not in self._seen)
             raise self._unsupported(missing, "did not run")
@@ -213,7 +216,7 @@ class _Pool:
             self._pending[place] = rows
             self._pending_bytes += rows.nbytes
         if self._pending_bytes > _PENDING_BYTES:
-            self._flush()
+            self._take()
 
     def _mean(self, features: Tensor) -> Tensor:
         """Means over each row's real tokens, ``(B, S, n)`` or ``(B * S, n)`` in any dtype to ``(B, n)`` float32."""
@@ -248,7 +251,19 @@ class _Pool:
             self._masks[device] = (padding.unsqueeze(2), lengths.float())
         return self._masks[device]
 
-    def _flush(self) -> None:
+    def write(self) -> None:
+        """Write the means that wait, each feature's rows in the order of the texts.
+
+        A batch's texts lie all over the store. Waiting for many batches turns their rows into few long stretches.
+        """
+        for place, parts in self._waiting.items():
+            texts = torch.tensor([text for part, _ in parts for text in part])
+            order = texts.argsort()
+            rows = torch.cat([rows for _, rows in parts])[order]
+            self._writer.write(texts[order].tolist(), {place: rows})
+        self._waiting, self._waiting_bytes = {}, 0
+
+    def _take(self) -> None:
         by_device: dict[torch.device, list[tuple[int, str]]] = {}
         for place, rows in self._pending.items():
             by_device.setdefault(rows.device, []).append(place)
@@ -262,8 +277,11 @@ class _Pool:
             # The sum first, as it is quicker; it may overflow where no value does.
             if not math.isfinite(float(rows.sum())) and not bool(torch.isfinite(rows).all()):
                 raise self._not_finite(place, rows)
-        self._writer.write(self._texts, self._pending)
+            self._waiting.setdefault(place, []).append((self._texts, rows))
+        self._waiting_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
+        if self._waiting_bytes > _PENDING_BYTES:
+            self.write()
 
     def _not_finite(self, place: tuple[int, str], rows: Tensor) -> TmergeError:
         layer, key = place

@@ -85,21 +85,24 @@ class FeatureWriter:
         """Write some texts' features.
 
         Args:
-            texts: Which texts, by their place.
+            texts: Which texts, by their place; neighbours that follow one another are written together.
             rows: (layer, feature key) -> ``(len(texts), n)`` float32 on the CPU.
         """
         by_layer: dict[int, dict[str, Tensor]] = {}
         for (layer, name), values in rows.items():
             by_layer.setdefault(layer, {})[name] = values
+        breaks = np.flatnonzero(np.diff(np.asarray(texts)) != 1) + 1
+        runs = list(zip([0, *breaks], [*breaks, len(texts)], strict=True))
         try:
             for layer, tensors in by_layer.items():
                 # Written and not mapped: that is quicker, and a full disk is an error and not a crash.
                 with _path(self._scratch, layer).open("r+b", buffering=0) as file:
                     for name, values in tensors.items():
                         offset, width = self._places[layer][name]
-                        for text, row in zip(texts, values.numpy(), strict=True):
-                            file.seek(offset + text * width * _FLOAT)
-                            if file.write(row.data) != width * _FLOAT:
+                        stored = values.contiguous().numpy()
+                        for start, stop in runs:
+                            file.seek(offset + texts[start] * width * _FLOAT)
+                            if file.write(stored[start:stop].data) != (stop - start) * width * _FLOAT:
                                 raise OSError(errno.ENOSPC, "short write")
         except OSError as error:
             raise self._explained(error) from None
