@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.pico import save_pico
-from tmerge.calibration import sample_texts
+from tmerge.calibration import TextSet, sample_texts
 from tmerge.errors import Cancelled
 from tmerge.fusion import TransportRecord
 from tmerge.pipeline import STAGES, merge
@@ -276,3 +276,29 @@ def test_sharded_checkpoint_round_trip(pair, tmp_path):
     assert (tmp_path / "fused" / "model.safetensors.index.json").exists()
     assert len(list((tmp_path / "fused").glob("model-*.safetensors"))) > 1
     AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+
+
+def test_alpha_auto_and_the_descent_control(pair, tmp_path):
+    recipe = recipe_for(
+        pair,
+        fusion={"alpha": "auto", "alphas": [0.1, 1.0]},
+        calibration={"texts": 90, "choosing": 0.3},
+        evaluation={"descent": 8},
+    )
+    report = merge(recipe, tmp_path / "fused")
+    calibration, choice = report["calibration"], report["fusion"]["choice"]
+    assert calibration["texts"] + calibration["choosing"] + calibration["held_out_texts"] == 90
+    assert choice["texts"] == min(12, calibration["choosing"])
+    # Random weights have nothing to offer one another.
+    assert set(choice["alpha"]) == set("qkvo") and choice["difference"]["value"] <= 0
+    if not any(choice["alpha"].values()):
+        assert report["verdict"] == "no difference" and any("unchanged" in note for note in report["notes"])
+        base, fused = load_file(pair / "target" / "model.safetensors"), weights(tmp_path / "fused")
+        assert all(torch.equal(base[name], fused[name]) for name in base)
+    descent = report["evaluation"]["descent"]
+    assert descent["texts"] == 8 and set(descent["projections"]) == set("qkvo")
+    again = merge(recipe, tmp_path / "again")
+    assert again["fusion"]["choice"] == choice and digest(tmp_path / "again") == digest(tmp_path / "fused")
+    # No text serves two purposes.
+    texts = TextSet.load(tmp_path / "fused" / "tmerge" / "cache" / "calibration.json")
+    assert len({*texts.texts, *texts.choosing, *texts.held_out}) == 90

@@ -1,6 +1,6 @@
 """A merge's stages in order, with progress and cancellation. No maths here, and no printing.
 
-texts -> target -> source -> transport -> fuse -> evaluate -> save
+texts -> target -> source -> transport -> fuse (-> choose) -> evaluate -> save
 
 Each stage asks its `Run` whether it is finished under its key, and otherwise does its work and says so. A listener
 hears of every step; it may raise `Cancelled`, which stops between two steps and keeps what is finished.
@@ -25,8 +25,18 @@ from torch import Tensor
 
 from tmerge.calibration import FeatureStore, TextSet, capture, read_texts
 from tmerge.check import keys_of, refuse_unfit
-from tmerge.evaluation import Scores, applied, control_generator, noise, shrink
+from tmerge.evaluation import (
+    Scores,
+    applied,
+    choose_alpha,
+    control_generator,
+    descent_cosines,
+    noise,
+    resamples,
+    shrink,
+)
 from tmerge.fusion import (
+    Alpha,
     FeatureStatistics,
     TransportedNeurons,
     TransportRecord,
@@ -87,7 +97,9 @@ class _Merge(Session):
     def go(self) -> dict[str, Any]:
         """All stages, the report and the card."""
         refuse_unfit(self.check, self.recipe, self.run.folder)
-        with self._stage("texts", recipe=self.recipe.digest("calibration", "seed"), target=self.check.target.commit):
+        auto = self.recipe.fusion.alpha == "auto"
+        calibration = self.recipe.digest("calibration", "seed")
+        with self._stage("texts", recipe=calibration, target=self.check.target.commit, choosing=auto):
             self._texts()
         for role in ("target", "source"):
             with self._stage(role, texts=self.texts.sha256, **self._model_facts(role)):
@@ -96,14 +108,18 @@ class _Merge(Session):
         with self._stage("transport", recipe=self.recipe.digest("transport"), **solved):
             self._transport()
         # Alpha enters only when the neurons are written, so that another alpha could start from here.
-        fusion = self.recipe.fusion.model_dump(mode="json", exclude={"alpha"})
+        fusion = self.recipe.fusion.model_dump(mode="json", exclude={"alpha", "alphas"})
         base = self.commit("source_base") if self.recipe.source_base else None
         permuted = "permuted" in self.recipe.evaluation.controls
         with self._stage(
             "fuse", transport=self.keys["transport"], fusion=fusion, base=base, seed=self.recipe.seed, permuted=permuted
         ):
             self._fuse()
-        alpha = self.recipe.fusion.alpha
+        if auto:
+            tried = {"alphas": self.recipe.fusion.alphas, "bootstrap": self.recipe.evaluation.bootstrap}
+            with self._stage("choose", fuse=self.keys["fuse"], **tried):
+                self._choose()
+        alpha = self._alpha()
         with self._stage("evaluate", fuse=self.keys["fuse"], alpha=alpha, evaluation=self.recipe.digest("evaluation")):
             self._evaluate()
         with self._stage("save", fuse=self.keys["fuse"], alpha=alpha, save=self.recipe.digest("save")):
@@ -138,7 +154,9 @@ class _Merge(Session):
         if self.check.source.reference.kind != "gguf":
             # Asked for now, so that its lack is seen before anything is kept; a GGUF file carries its own.
             self.tokenizer("source")
-        self.texts = read_texts(self.recipe.calibration, seed=self.recipe.seed, chat_tokenizer=tokenizer)
+        calibration = self.recipe.calibration
+        choosing = calibration.choosing if self.recipe.fusion.alpha == "auto" else 0.0
+        self.texts = read_texts(calibration, seed=self.recipe.seed, choosing=choosing, chat_tokenizer=tokenizer)
         self.texts.save(path)
         self.notes["texts"] = {"texts": self.texts.to_dict()}
         self.step("texts", "reading the calibration set", 1, 1, "datasets")
@@ -270,10 +288,29 @@ class _Merge(Session):
             "layer_plans_converged": all(plan.converged for plan in layers.values()),
         }
 
+    def _choose(self) -> None:
+        """Alpha for each group of projections, on texts that serve nothing else."""
+        if self.notes["choose"]:
+            return
+        texts = self.cut(self.texts.choosing)
+        choice = choose_alpha(
+            self.layout("target").layers,
+            self._transported(),
+            self.recipe.fusion.alphas,
+            lambda what: self.score("target", "choose", f"choosing: {what}", texts),
+            resamples(len(texts), self.recipe.evaluation.bootstrap, self.recipe.seed),
+        )
+        self.notes["choose"] = {"choice": choice.to_dict() | {"texts": len(texts)}, "forward_seconds": choice.seconds}
+
+    def _alpha(self) -> Alpha:
+        """As the recipe says, or as chosen."""
+        alpha = self.recipe.fusion.alpha
+        return self.notes["choose"]["choice"]["alpha"] if alpha == "auto" else alpha
+
     def _evaluate(self) -> None:
         if self.notes["evaluate"]:
             return
-        layers, alpha = self.layout("target").layers, self.recipe.fusion.alpha
+        layers, alpha = self.layout("target").layers, self._alpha()
         fused = self._transported()
         candidates: dict[str, Callable[[], list[TransportedNeurons]]] = {
             "shrink": lambda: shrink(fused),
@@ -284,10 +321,30 @@ class _Merge(Session):
         for name in ("fused", *self.recipe.evaluation.controls):
             with applied(layers, fused if name == "fused" else candidates[name](), alpha):
                 scores[name] = self.score("target", "evaluate", f"{name}: held-out texts")
+        forward = sum(result.seconds for result in scores.values())
         self.notes["evaluate"] = {
             "scores": {name: _note_scores(result) for name, result in scores.items()},
-            "forward_seconds": sum(result.seconds for result in scores.values()),
         }
+        if self.recipe.evaluation.descent:
+            began = time.perf_counter()
+            self.notes["evaluate"]["descent"] = self._descent(fused)
+            forward += time.perf_counter() - began
+        self.notes["evaluate"]["forward_seconds"] = forward
+
+    def _descent(self, fused: list[TransportedNeurons]) -> dict[str, Any]:
+        """The merge's direction against the loss's, on calibration texts."""
+        texts, calibration = self.texts.texts[: self.recipe.evaluation.descent], self.recipe.calibration
+        found = descent_cosines(
+            self.model("target"),
+            self.layout("target").layers,
+            fused,
+            texts,
+            seed=self.recipe.seed,
+            max_tokens=calibration.max_tokens,
+            batch_tokens=calibration.batch_tokens,
+            progress=lambda done, total: self.step("evaluate", "descent control", done, total, "texts"),
+        )
+        return {"texts": len(texts), "projections": {name: item.to_dict() for name, item in found.items()}}
 
     def _save(self) -> None:
         """Write the fused model beside the cache, compare it with the one in memory, then move it into place."""
@@ -297,7 +354,7 @@ class _Merge(Session):
         self.loaded.pop("source", None)
         self.loaded.pop("source_base", None)
         self.step("save", "writing the checkpoint", 0, 2, "steps")
-        fuse(self.layout("target").layers, self._transported(), self.recipe.fusion.alpha)
+        fuse(self.layout("target").layers, self._transported(), self._alpha())
         fresh = self.run.cache / "checkpoint"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()

@@ -54,6 +54,9 @@ class CalibrationSettings(_Section):
     held_out: Annotated[float, Field(gt=0, lt=0.9)] = Field(
         0.2, description="share of the texts kept away from calibration, chosen by hash, for the verdict"
     )
+    choosing: Annotated[float, Field(gt=0, lt=0.9)] = Field(
+        0.2, description="with fusion.alpha auto: share of the other texts that serve to choose alpha, and nothing else"
+    )
 
 
 class TransportSettings(_Section):
@@ -85,7 +88,12 @@ class FusionSettings(_Section):
     what: Literal["weights", "task-vector"] = Field(
         "weights", description="task-vector: what `source` learned since `source_base`, instead of its weights"
     )
-    alpha: Annotated[float, Field(ge=0)] = 0.1
+    alpha: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        0.1, description="fusion strength; auto chooses it per projection group, 0 included, on texts kept for that"
+    )
+    alphas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.01, 0.03, 0.1, 0.3, 1.0), description="what alpha: auto tries beside 0"
+    )
     scale: Literal["barycentric", "literal", "row-norm"] = "barycentric"
     units: Literal["none", "layer", "feature"] = "none"
     top_k: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = Field(
@@ -104,8 +112,10 @@ class FusionSettings(_Section):
     @model_validator(mode="after")
     def _alpha_in_range(self) -> FusionSettings:
         # A task vector may be overshot on purpose; a weight is interpolated, and past 1 it extrapolates.
-        if self.what == "weights" and self.alpha > 1:
+        if self.what == "weights" and self.alpha != "auto" and self.alpha > 1:
             raise ValueError(f"fusion.alpha is {self.alpha}, outside [0, 1]; choose a value between 0 and 1")
+        if self.what == "weights" and any(alpha > 1 for alpha in self.alphas):
+            raise ValueError(f"fusion.alphas has {max(self.alphas)}, outside [0, 1]; choose values between 0 and 1")
         return self
 
 
@@ -115,6 +125,9 @@ class EvaluationSettings(_Section):
     texts: Annotated[int, Field(ge=8)] = Field(200, description="most held-out texts to score")
     controls: tuple[Literal["shrink", "noise", "permuted"], ...] = ("shrink", "noise", "permuted")
     bootstrap: Annotated[int, Field(ge=100)] = Field(2000, description="resamples of the paired bootstrap")
+    descent: Annotated[int, Field(ge=0)] = Field(
+        0, description="calibration texts for the descent control, which needs a backward pass; 0 leaves it out"
+    )
 
 
 class SaveSettings(_Section):

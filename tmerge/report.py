@@ -17,10 +17,9 @@ from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.models import Architecture, ModelFacts
 from tmerge.recipe import Recipe
 
-__all__ = ["SCHEMA", "build_report", "summary"]
+__all__ = ["SCHEMA", "alpha_words", "build_report", "summary"]
 
 SCHEMA = 1
-_FORWARD_STAGES = ("target", "source", "evaluate")
 
 
 def build_report(
@@ -66,6 +65,12 @@ def build_report(
             f"tolerance (worst marginal violation {solved['worst_marginal_violation']:.1e}): raise "
             "transport.max_iterations or transport.epsilon"
         )
+    choice = notes["choose"]["choice"] if "choose" in notes else None
+    if choice is not None and not any(choice["alpha"].values()):
+        remarks.append(
+            f"fusion.alpha auto found no alpha that clearly gains on {choice['texts']} texts kept for choosing: the "
+            "checkpoint is the target, unchanged"
+        )
     return {
         "schema": SCHEMA,
         "tmerge": versions["tmerge"],
@@ -97,8 +102,8 @@ def build_report(
             "skipped": checked.skipped,
             "left_alone": checked.target_layout.left_alone,
         },
-        "fusion": _fusion(recipe, checked, notes["fuse"]),
-        "evaluation": evaluation,
+        "fusion": _fusion(recipe, checked, notes["fuse"]) | ({"choice": choice} if choice else {}),
+        "evaluation": evaluation | ({"descent": notes["evaluate"]["descent"]} if recipe.evaluation.descent else {}),
         "stages": stages,
         "timing": {"total_seconds": total, "forward_seconds": forward, "other_seconds": total - forward},
         "device": device,
@@ -107,6 +112,14 @@ def build_report(
         "versions": dict(versions),
         "notes": remarks,
     }
+
+
+def alpha_words(fusion: Mapping[str, Any]) -> str:
+    """A report's alpha in words: ``0.1``, or what ``auto`` chose for each projection."""
+    if "choice" not in fusion:
+        return str(fusion["alpha"])
+    chosen = ", ".join(f"{name} {alpha:g}" for name, alpha in fusion["choice"]["alpha"].items())
+    return f"{fusion['alpha']} ({chosen})"
 
 
 def summary(report: Mapping[str, Any]) -> str:

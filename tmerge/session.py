@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,7 @@ class Step:
     """One step of progress.
 
     Attributes:
-        stage: One of `STAGES`.
+        stage: One of `STAGES`, or ``choose`` (between fuse and evaluate) where alpha is ``auto``.
         what: In words: what is being done.
         done: Units done.
         total: Units in all.
@@ -131,14 +131,18 @@ class Session:
 
     def held_out(self) -> list[str]:
         """The texts that decide the verdict, cut to one length for all models."""
-        limit = _SCORED_CHARACTERS * self.recipe.calibration.max_tokens
-        return [text[:limit] for text in self.texts.held_out[: self.recipe.evaluation.texts]]
+        return self.cut(self.texts.held_out)
 
-    def score(self, role: str, stage: str, what: str) -> Scores:
-        """Score a model, as it is in memory now, on the held-out texts."""
+    def cut(self, texts: Sequence[str]) -> list[str]:
+        """At most as many texts as are scored, cut to one length for all models."""
+        limit = _SCORED_CHARACTERS * self.recipe.calibration.max_tokens
+        return [text[:limit] for text in texts[: self.recipe.evaluation.texts]]
+
+    def score(self, role: str, stage: str, what: str, texts: Sequence[str] | None = None) -> Scores:
+        """Score a model, as it is in memory now, on the held-out texts, or on others."""
         return score_texts(
             self.model(role),
-            self.held_out(),
+            self.held_out() if texts is None else texts,
             batch_tokens=self.recipe.calibration.batch_tokens,
             progress=lambda done, total: self.step(stage, what, done, total, "texts"),
         )

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from tmerge.check import Check
 from tmerge.pipeline import Listener, Step
-from tmerge.report import summary
+from tmerge.report import alpha_words, summary
 
 __all__ = ["listening", "show_check", "show_report"]
 
@@ -91,7 +91,7 @@ def show_report(report: Mapping[str, Any], folder: Path) -> None:
     console.print(scores)
     fusion = report["fusion"]
     moved = Table(
-        title=f"fusion: alpha {fusion['alpha']}, scale {fusion['scale']}, {fusion['what']}", title_justify="left"
+        title=f"fusion: alpha {alpha_words(fusion)}, scale {fusion['scale']}, {fusion['what']}", title_justify="left"
     )
     for heading in ("projection", "neurons", "transported / own norm", "bias"):
         moved.add_column(heading)
@@ -100,6 +100,8 @@ def show_report(report: Mapping[str, Any], folder: Path) -> None:
         spread = f"{min(ratios):.3g} to {max(ratios):.3g}"
         moved.add_row(name, f"{item['neurons']} of {item['of']}", spread, item["bias"])
     console.print(moved)
+    if "descent" in evaluation:
+        console.print(_descent(evaluation["descent"]))
     stages = Table(title="time and memory", title_justify="left")
     for heading in ("stage", "seconds", "of which forward passes", "peak memory"):
         stages.add_column(heading)
@@ -121,6 +123,24 @@ def show_report(report: Mapping[str, Any], folder: Path) -> None:
         console.print(f"note: {line}", markup=False)
     console.print(summary(report), style="bold red" if report["verdict"] == "hurts" else "bold", markup=False)
     console.print(f"The model is in {folder}; its pictures: tmerge inspect {folder} --html report.html", markup=False)
+
+
+def _descent(control: Mapping[str, Any]) -> Table:
+    """Whether the merge points where the calibration loss falls."""
+    table = Table(
+        title=f"descent: cosine with the negative gradient of the loss on {control['texts']} calibration texts, "
+        "mean over layers (standard error)",
+        title_justify="left",
+    )
+    for heading in ("projection", "merge", "random directions"):
+        table.add_column(heading)
+    for name, item in control["projections"].items():
+        cells = []
+        for mean, error in (("mean", "standard_error"), ("noise_mean", "noise_standard_error")):
+            spread = "" if item[error] is None else f" ({item[error]:.1e})"
+            cells.append(f"{item[mean]:+.5f}{spread}")
+        table.add_row(name, *cells)
+    return table
 
 
 @contextmanager

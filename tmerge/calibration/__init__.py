@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tmerge.calibration.batches import length_batches
+from tmerge.calibration.batches import encode, length_batches
 from tmerge.calibration.capture import CaptureReport, bare_forward, capture
 from tmerge.calibration.features import FeatureStore, FeatureWriter
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_languages, sample_texts
@@ -17,6 +17,7 @@ __all__ = [
     "bare_forward",
     "capture",
     "is_held_out",
+    "encode",
     "length_batches",
     "read_texts",
     "sample_languages",

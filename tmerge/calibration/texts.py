@@ -48,6 +48,7 @@ class TextSet:
         duplicates: Rows whose text had been read before, dropped.
         sha256: Hex digest over the calibration texts, then the held-out ones, in order.
         notes: Sentences for the report.
+        choosing: Kept away from both, to choose settings on; empty unless something is chosen.
     """
 
     texts: tuple[str, ...]
@@ -62,11 +63,13 @@ class TextSet:
     duplicates: int
     sha256: str
     notes: tuple[str, ...] = ()
+    choosing: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """What the report records: everything but the texts, which are given by their number; JSON-serialisable."""
         data = asdict(self)
-        return {**data, "texts": len(self.texts), "held_out": len(self.held_out), "notes": list(self.notes)}
+        counts = {"texts": len(self.texts), "held_out": len(self.held_out), "choosing": len(self.choosing)}
+        return {**data, **counts, "notes": list(self.notes)}
 
     def save(self, path: Path) -> None:
         """Write it, texts and all, as one JSON file; a reader never sees half of it."""
@@ -92,7 +95,7 @@ class TextSet:
             raise DatasetError(f"{path.name}: no texts are kept under this name; start the run again") from None
         except (ValueError, TypeError, AttributeError, OSError):
             loaded = None
-        if loaded is None or loaded.sha256 != _digest(loaded.texts, loaded.held_out):
+        if loaded is None or loaded.sha256 != _digest(loaded.texts, loaded.held_out, loaded.choosing):
             raise DatasetError(f"{path.name}: the kept texts are damaged; delete the file and start the run again")
         return loaded
 
@@ -119,6 +122,7 @@ def read_texts(
     settings: CalibrationSettings,
     *,
     seed: int,
+    choosing: float = 0.0,
     chat_tokenizer: Any | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TextSet:
@@ -130,12 +134,14 @@ def read_texts(
     Args:
         settings: The recipe's ``calibration`` section.
         seed: Of the shuffling and of the split.
+        choosing: Share of the texts that are not held out to keep for choosing settings on.
         chat_tokenizer: The target's tokenizer, whose chat template writes conversations for both models.
         progress: Called with texts found and texts asked for.
 
     Raises:
         DatasetError: The dataset, its configuration, split or column cannot be found or read.
-        TooFewTextsError: Fewer than `MINIMUM_CALIBRATION` calibration or `MINIMUM_HELD_OUT` held-out texts.
+        TooFewTextsError: Fewer than `MINIMUM_CALIBRATION` calibration texts, or than `MINIMUM_HELD_OUT` held-out
+            ones, or ones to choose on.
     """
     buffer = max(1000, 4 * settings.texts)
     source = _open(settings, seed, buffer)
@@ -163,10 +169,12 @@ def read_texts(
                 progress(len(kept), settings.texts)
             if len(kept) == settings.texts:
                 break
-    sides: tuple[list[str], list[str]] = ([], [])
+    sides: tuple[list[str], list[str], list[str]] = ([], [], [])
     for text in kept:
-        sides[is_held_out(text, seed, settings.held_out)].append(text)
-    texts, held_out = tuple(sides[0]), tuple(sides[1])
+        # A seed of its own: the texts to choose on are drawn among those that are not held out.
+        side = 1 if is_held_out(text, seed, settings.held_out) else 2 * is_held_out(text, ~seed, choosing)
+        sides[side].append(text)
+    texts, held_out, to_choose = map(tuple, sides)
     result = TextSet(
         texts=texts,
         held_out=held_out,
@@ -178,10 +186,11 @@ def read_texts(
         read=read,
         empty=empty,
         duplicates=read - empty - len(kept),
-        sha256=_digest(texts, held_out),
+        sha256=_digest(texts, held_out, to_choose),
         notes=tuple(render.notes()),
+        choosing=to_choose,
     )
-    _check_enough(result, settings)
+    _check_enough(result, settings, choosing)
     return result
 
 
@@ -230,22 +239,25 @@ def _shuffled(rows: Iterable[dict[str, Any]], seed: int, size: int) -> Iterator[
     yield from held
 
 
-def _digest(texts: Iterable[str], held_out: Iterable[str]) -> str:
+def _digest(*parts: Iterable[str]) -> str:
     # As JSON, so that no two lists of texts have the same bytes.
-    listed = json.dumps([list(texts), list(held_out)], ensure_ascii=False, separators=(",", ":"))
+    listed = json.dumps([list(part) for part in parts], ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(listed.encode()).hexdigest()
 
 
-def _check_enough(found: TextSet, settings: CalibrationSettings) -> None:
-    if len(found.texts) >= MINIMUM_CALIBRATION and len(found.held_out) >= MINIMUM_HELD_OUT:
+def _check_enough(found: TextSet, settings: CalibrationSettings, choosing: float) -> None:
+    enough = not choosing or len(found.choosing) >= MINIMUM_HELD_OUT
+    if len(found.texts) >= MINIMUM_CALIBRATION and len(found.held_out) >= MINIMUM_HELD_OUT and enough:
         return
     short = []
     if len(found.texts) < MINIMUM_CALIBRATION:
         short.append(f"{len(found.texts)} to calibrate on ({MINIMUM_CALIBRATION} needed)")
     if len(found.held_out) < MINIMUM_HELD_OUT:
         short.append(f"{len(found.held_out)} held out ({MINIMUM_HELD_OUT} needed)")
+    if not enough:
+        short.append(f"{len(found.choosing)} to choose alpha on ({MINIMUM_HELD_OUT} needed)")
     # Whether the dataset or the recipe is what ran out decides the remedy.
-    if len(found.texts) + len(found.held_out) == settings.texts:
+    if len(found.texts) + len(found.held_out) + len(found.choosing) == settings.texts:
         remedy = f"raise calibration.texts (now {settings.texts})"
     else:
         remedy = "use a dataset with more texts"

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from tmerge.evaluation.choose import PROJECTION_GROUPS, Choice, Trial, choose_alpha
 from tmerge.evaluation.controls import Control, applied, control_generator, noise, shrink
+from tmerge.evaluation.descent import Descent, descent_cosines
 from tmerge.evaluation.intervals import Interval, Verdict, difference, resamples, score, verdict
 from tmerge.evaluation.likelihood import Scores, score_texts
 
 __all__ = [
+    "PROJECTION_GROUPS",
+    "Choice",
+    "Descent",
+    "Trial",
+    "choose_alpha",
+    "descent_cosines",
     "Control",
     "Interval",
     "Scores",

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tmerge.fusion import COLUMN_PROJECTIONS, TransportedNeurons, fuse, read_neurons
+from tmerge.fusion import COLUMN_PROJECTIONS, Alpha, TransportedNeurons, fuse, read_neurons
 from tmerge.models import Projection
 
 __all__ = ["Control", "applied", "control_generator", "noise", "shrink"]
@@ -74,7 +74,7 @@ def noise(
 
 @contextmanager
 def applied(
-    layers: Sequence[dict[str, Projection]], transported: Sequence[TransportedNeurons], alpha: float
+    layers: Sequence[dict[str, Projection]], transported: Sequence[TransportedNeurons], alpha: Alpha
 ) -> Iterator[None]:
     """The target with something fused into it, for the length of a ``with``; its bytes come back afterwards."""
     kept = [(layers[item.layer][item.projection], item.neurons) for item in transported]

@@ -6,7 +6,9 @@ from tmerge.fusion.carry import Carried, carry
 from tmerge.fusion.coupling import Coupling, coupling_tensors, couplings, layer_plans
 from tmerge.fusion.maps import FeatureStatistics, phi_in, phi_out, unit_factors
 from tmerge.fusion.merge import (
+    Alpha,
     TransportedNeurons,
+    alpha_of,
     fuse,
     fused_neurons,
     layer_weights,
@@ -26,7 +28,9 @@ __all__ = [
     "FeatureStatistics",
     "SparsePlans",
     "TransportRecord",
+    "Alpha",
     "TransportedNeurons",
+    "alpha_of",
     "carry",
     "coupling_tensors",
     "couplings",

@@ -10,7 +10,7 @@ difference W_B - W_B0 that fine-tuning made, and it is added: W <- W + alpha * m
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,9 @@ from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.models import PROJECTIONS, Projection
 
 __all__ = [
+    "Alpha",
     "TransportedNeurons",
+    "alpha_of",
     "fuse",
     "fused_neurons",
     "layer_weights",
@@ -32,6 +34,15 @@ __all__ = [
     "save_transported",
     "transport_neurons",
 ]
+
+
+Alpha = float | Mapping[str, float]
+"""Fusion strength: one for all projections, or one for each (projections that it does not name are left alone)."""
+
+
+def alpha_of(alpha: Alpha, projection: str) -> float:
+    """The strength that a projection is fused with."""
+    return alpha.get(projection, 0.0) if isinstance(alpha, Mapping) else alpha
 
 
 @dataclass(frozen=True)
@@ -108,37 +119,38 @@ def fused_neurons(own: Tensor, transported: Tensor, alpha: float, *, is_differen
 def fuse(
     layers: Sequence[dict[str, Projection]],
     transported: Sequence[TransportedNeurons],
-    alpha: float,
+    alpha: Alpha,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write the fused neurons into the target's own memory.
 
-    Everything else keeps its bytes: rows and columns that were not selected, embeddings, norms and the head; with
-    alpha 0 nothing is written at all.
+    Everything else keeps its bytes: rows and columns that were not selected, embeddings, norms and the head; where
+    alpha is 0 nothing is written at all.
 
     Args:
         layers: The target's projections, `Architecture.layers`.
         transported: For every fused layer and projection.
-        alpha: Fusion strength.
+        alpha: Fusion strength, or one for each projection.
         progress: Called with (done, all).
     """
-    if alpha == 0:
-        return
     for done, item in enumerate(transported, start=1):
+        strength = alpha_of(alpha, item.projection)
+        if strength == 0:
+            continue
         view = layers[item.layer][item.projection]
         neurons = item.neurons
         own = read_neurons(view, neurons)
         # What was transported stays on the CPU; the target may not.
         carried = item.weight.to(own.device)
-        fused = fused_neurons(own, carried, alpha, is_difference=item.is_difference)
+        fused = fused_neurons(own, carried, strength, is_difference=item.is_difference)
         by_columns = item.projection in COLUMN_PROJECTIONS
         own_bias = view.bias()
         bias = None
         if item.bias is not None and own_bias is not None:
             own = own_bias.to(torch.float32)
             own = own if by_columns else own[neurons]
-            bias = fused_neurons(own, item.bias.to(own.device), alpha, is_difference=item.is_difference)
+            bias = fused_neurons(own, item.bias.to(own.device), strength, is_difference=item.is_difference)
         if by_columns:
             view.write(fused, columns=neurons)
             if bias is not None:

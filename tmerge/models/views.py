@@ -139,6 +139,13 @@ class Projection:
         """The weight ``(out, in)``, in the stored dtype and on its device; not to be written to: it may be a copy."""
         return self.rows.select(self._stored_weight(), 0)
 
+    def gradient(self) -> Tensor | None:
+        """The gradient of the weight ``(out, in)`` that the last backward passes left; None where they left none."""
+        gradient = self.module.get_parameter("weight").grad
+        if gradient is None:
+            return None
+        return self.rows.select(gradient.T if isinstance(self.module, Conv1D) else gradient, 0)
+
     def bias(self) -> Tensor | None:
         """The bias ``(out,)``, or None where there is none; not to be written to: it may be a copy."""
         return self.rows.select(self._stored_bias(), 0) if self.has_bias else None

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tmerge.plots.style import count
+from tmerge.report import alpha_words
 
 __all__ = ["facts", "findings", "model_rows", "ratio_rows", "score_rows"]
 
@@ -102,7 +103,7 @@ def facts(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
         yield "what was moved", "the source's weights"
     yield (
         "fusion",
-        f"alpha {fusion['alpha']}, {fusion['scale']} scale, units {fusion['units']}, top_k {fusion['top_k']}",
+        f"alpha {alpha_words(fusion)}, {fusion['scale']} scale, units {fusion['units']}, top_k {fusion['top_k']}",
     )
     yield "run on", f"{report['device']}, {report['dtype']}, seed {report['seed']}"
 
@@ -135,9 +136,10 @@ def _arrived(report: Mapping[str, Any]) -> str:
     if fusion["what"] == "task-vector":
         return f"{sentence}; it is added to them, and nothing is taken away."
     if high < _NOTHING:
-        return f"{sentence}: nothing arrives, and all that fusing with alpha {fusion['alpha']} does is to shrink them."
+        alpha = alpha_words(fusion)
+        return f"{sentence}: nothing arrives, and all that fusing with alpha {alpha} does is to shrink them."
     if high < _MOSTLY_SHRINKING:
-        return f"{sentence}: most of what fusing with alpha {fusion['alpha']} does is to shrink them."
+        return f"{sentence}: most of what fusing with alpha {alpha_words(fusion)} does is to shrink them."
     return f"{sentence}."
 
 

@@ -1,0 +1,186 @@
+"""Descent: does the merge point where the calibration loss falls?
+
+For each fused projection and layer, the cosine of the merge's direction D with the negative gradient of the target's
+mean loss per token on calibration texts, over the selected neurons:
+
+    cos(D, -G),  D = transported - own (or the task vector),  G = dL/dW
+
+Above zero, a small step along the merge lowers the loss. The same cosine of random directions says how large it gets
+by chance: among d numbers, about 1 / sqrt(d) in standard deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tmerge.calibration import encode, length_batches
+from tmerge.errors import NotEnoughMemoryError
+from tmerge.evaluation.controls import control_generator
+from tmerge.fusion import COLUMN_PROJECTIONS, TransportedNeurons, read_neurons
+from tmerge.models import LoadedModel, Projection
+
+__all__ = ["Descent", "descent_cosines"]
+
+# Logits of one batch with their gradient and float32 copies: tokens x vocabulary.
+_LOGITS_AT_ONCE = 1 << 25
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Cosines of one projection, one a fused layer.
+
+    Attributes:
+        layers: Target layers.
+        transported: Cosine of the merge's direction.
+        noise: Mean cosine of random directions.
+        noise_error: Standard deviation of one random direction's cosine, measured over `draws` of them.
+        draws: Random directions a layer.
+    """
+
+    layers: list[int]
+    transported: list[float]
+    noise: list[float]
+    noise_error: list[float]
+    draws: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the report holds it, with the mean over layers and its standard error."""
+        values = torch.tensor(self.transported, dtype=torch.float64)
+        random = torch.tensor(self.noise, dtype=torch.float64)
+        return {
+            "layers": self.layers,
+            "cosine": self.transported,
+            "noise": self.noise,
+            "noise_sd": self.noise_error,
+            "draws": self.draws,
+            "mean": float(values.mean()),
+            "standard_error": _standard_error(values),
+            "noise_mean": float(random.mean()),
+            "noise_standard_error": _standard_error(random),
+        }
+
+
+def descent_cosines(
+    loaded: LoadedModel,
+    layers: Sequence[dict[str, Projection]],
+    transported: Sequence[TransportedNeurons],
+    texts: Sequence[str],
+    *,
+    seed: int,
+    max_tokens: int,
+    batch_tokens: int,
+    draws: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Descent]:
+    """Hold the merge's direction against the descent direction, projection by projection.
+
+    Args:
+        loaded: The unfused target.
+        layers: Its projections.
+        transported: What the merge would fuse.
+        texts: Calibration texts for the gradient.
+        seed: Of the random directions.
+        max_tokens: Longer texts are cut.
+        batch_tokens: Most padded tokens of a pass; fewer where the vocabulary is large.
+        draws: Random directions a projection and layer.
+        progress: Called with (texts done, all); may raise to stop.
+
+    Returns:
+        projection -> its cosines.
+
+    Raises:
+        NotEnoughMemoryError: The backward pass did not fit.
+    """
+    gradients = _gradients(loaded, layers, transported, texts, max_tokens, batch_tokens, progress)
+    result: dict[str, Descent] = {}
+    for item, gradient in zip(transported, gradients, strict=True):
+        found = result.setdefault(item.projection, Descent([], [], [], [], draws))
+        weight = item.weight
+        if not item.is_difference:
+            weight = weight - read_neurons(layers[item.layer][item.projection], item.neurons).cpu()
+        down = -gradient.flatten()
+        generator = control_generator(seed, "descent", item.layer, item.projection)
+        random = torch.stack([_cosine(torch.randn(down.shape, generator=generator), down) for _ in range(draws)])
+        found.layers.append(item.layer)
+        found.transported.append(float(_cosine(weight.flatten(), down)))
+        found.noise.append(float(random.mean()))
+        found.noise_error.append(float(random.std()))
+    return result
+
+
+def _gradients(
+    loaded: LoadedModel,
+    layers: Sequence[dict[str, Projection]],
+    transported: Sequence[TransportedNeurons],
+    texts: Sequence[str],
+    max_tokens: int,
+    batch_tokens: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[Tensor]:
+    """Gradient of the summed loss for each item's neurons, float32 on the CPU, in the items' order."""
+    model = loaded.model
+    views = [layers[item.layer][item.projection] for item in transported]
+    wanted = {id(view.module.get_parameter("weight")) for view in views}
+    encoded = [ids for ids in encode(loaded, texts, max_tokens).ids if len(ids) > 1]
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    limit = max(1, min(batch_tokens, _LOGITS_AT_ONCE // vocabulary))
+    sums = [torch.zeros(item.weight.shape) for item in transported]
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    training = model.training
+    model.eval()
+    done = 0
+    try:
+        for parameter in asked:
+            parameter.requires_grad_(id(parameter) in wanted)
+        for batch in length_batches([len(ids) for ids in encoded], limit):
+            model.zero_grad(set_to_none=True)
+            _loss(model, [encoded[place] for place in batch], loaded.device).backward()
+            # Read after every batch and summed in float32: in bfloat16 many small gradients would be lost in the sum.
+            for item, view, total in zip(transported, views, sums, strict=True):
+                gradient = view.gradient()
+                assert gradient is not None  # its parameter was asked for, and every projection runs
+                columns = item.projection in COLUMN_PROJECTIONS
+                chosen = gradient[:, item.neurons] if columns else gradient[item.neurons]
+                total += chosen.float().cpu()
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(encoded))
+    except torch.OutOfMemoryError:
+        raise NotEnoughMemoryError(
+            f"{loaded.reference}: out of memory on {loaded.device} in the descent control's backward pass; lower "
+            f"calibration.batch_tokens (now {batch_tokens}), or set evaluation.descent=0"
+        ) from None
+    finally:
+        model.zero_grad(set_to_none=True)
+        for parameter, had in asked.items():
+            parameter.requires_grad_(had)
+        model.train(training)
+    return sums
+
+
+def _loss(model: torch.nn.Module, sequences: list[list[int]], device: torch.device) -> Tensor:
+    """Cross-entropy summed over all tokens but each sequence's first; padding on the right is not read."""
+    longest = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    labels = torch.full_like(ids, -100)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = labels[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    flat = logits[:, :-1].flatten(0, 1).float()
+    return functional.cross_entropy(flat, labels[:, 1:].flatten().to(device), ignore_index=-100, reduction="sum")
+
+
+def _cosine(left: Tensor, right: Tensor) -> Tensor:
+    return functional.cosine_similarity(left.double(), right.double(), dim=0)
+
+
+def _standard_error(values: Tensor) -> float | None:
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
