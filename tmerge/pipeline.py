@@ -8,11 +8,8 @@ hears of every step; it may raise `Cancelled`, which stops between two steps and
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,7 +51,7 @@ from tmerge.models import (
     verify_checkpoint,
 )
 from tmerge.recipe import Recipe
-from tmerge.report import build_report
+from tmerge.report import build_report, library_versions, peak_memory
 from tmerge.run import Run, stage_key, write_json, write_text
 from tmerge.session import STAGES, Listener, Session, Step
 from tmerge.transport import FeaturePlans, load_plans, save_plans, solve_features
@@ -131,7 +128,7 @@ class _Merge(Session):
     @contextmanager
     def _stage(self, name: str, **facts: Any) -> Iterator[None]:
         """Time a stage and note that it finished; the work inside asks `_is_finished` first."""
-        self.keys[name] = key = stage_key(name, versions=_versions(), **facts)
+        self.keys[name] = key = stage_key(name, versions=library_versions(), **facts)
         self.notes[name] = self.run.finished(name, key) or {}
         if self.notes[name]:
             yield
@@ -141,7 +138,7 @@ class _Merge(Session):
         note = self.notes[name]
         note["seconds"] = time.perf_counter() - began
         note.setdefault("forward_seconds", 0.0)
-        note["peak_rss_bytes"] = _peak_memory()
+        note["peak_rss_bytes"] = peak_memory()
         self.run.finish(name, key, note)
 
     def _texts(self) -> None:
@@ -372,11 +369,11 @@ class _Merge(Session):
         self.step("save", "comparing the saved checkpoint with the model in memory", 2, 2, "steps")
 
     def _report(self) -> dict[str, Any]:
-        resolved = self._resolved()
+        resolved = self.resolved()
         write_text(self.run.work / "recipe.yaml", resolved.to_yaml())
         scores = {"base": self.notes["target"]["scores"], "source": self.notes["source"]["scores"]}
         scores |= self.notes["evaluate"]["scores"]
-        report = build_report(resolved, self.check, self.notes, scores, _versions(), str(self.device))
+        report = build_report(resolved, self.check, self.notes, scores, library_versions(), str(self.device))
         write_json(self.run.work / "report.json", report)
         write_card(self.run.folder, report, resolved)
         return report
@@ -391,19 +388,6 @@ class _Merge(Session):
             self.permuted = load_transported(self.run.cache / "permuted.safetensors")
         return self.permuted
 
-    def _resolved(self) -> Recipe:
-        """The recipe with Hub references pinned to the commits that were read."""
-        pinned = {}
-        for role in ("target", "source", "source_base"):
-            reference = getattr(self.recipe, role)
-            if reference is not None:
-                pinned[role] = _pin(reference, self.commit(role))
-        data = self.recipe.model_dump(mode="json") | pinned
-        if self.texts.revision is not None:
-            name = self.recipe.calibration.dataset.partition("@")[0]
-            data["calibration"]["dataset"] = f"{name}@{self.texts.revision}"
-        return Recipe.from_mapping(data)
-
 
 def _layers(store: FeatureStore, key: str) -> tuple[int, ...]:
     return tuple(layer for layer in store.layers if key in store.keys(layer))
@@ -416,25 +400,3 @@ def _statistics(store: FeatureStore, plans: Mapping[str, Any]) -> dict[tuple[int
 def _note_scores(scores: Scores) -> dict[str, Any]:
     """Exactly: a JSON float read back is the float that was written."""
     return {"bits": scores.bits.tolist(), "bytes": scores.bytes.tolist(), "tokens": scores.tokens}
-
-
-def _pin(reference: str, commit: str) -> str:
-    """A Hub reference at its commit; what is local stays as it was written."""
-    return reference if commit.startswith("sha256:") else f"{reference.partition('@')[0]}@{commit}"
-
-
-def _peak_memory() -> int:
-    """Peak resident bytes of this process so far; Linux counts them in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _versions() -> dict[str, str]:
-    names = ("tmerge", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions

@@ -5,6 +5,9 @@ No number here is a constant: each comes from a stage's note of this run (or of 
 
 from __future__ import annotations
 
+import importlib.metadata
+import resource
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +20,7 @@ from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.models import Architecture, ModelFacts
 from tmerge.recipe import Recipe
 
-__all__ = ["SCHEMA", "alpha_words", "build_report", "summary"]
+__all__ = ["SCHEMA", "alpha_words", "build_report", "library_versions", "peak_memory", "summary"]
 
 SCHEMA = 1
 
@@ -200,3 +203,21 @@ def _model(facts: ModelFacts, layout: Architecture) -> dict[str, Any]:
         "hidden_size": layout.hidden_size,
         "licence": facts.licence,
     }
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process so far; Linux counts them in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def library_versions() -> dict[str, str]:
+    """Of Python and the libraries that decide the numbers."""
+    names = ("tmerge", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

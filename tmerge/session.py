@@ -129,6 +129,19 @@ class Session:
         """Where a model's features are."""
         return self.run.cache / "features" / role
 
+    def resolved(self) -> Recipe:
+        """The recipe with Hub references pinned to the commits that were read."""
+        pinned = {}
+        for role in ("target", "source", "source_base"):
+            reference = getattr(self.recipe, role)
+            if reference is not None:
+                pinned[role] = _pin(reference, self.commit(role))
+        data = self.recipe.model_dump(mode="json") | pinned
+        if self.texts.revision is not None:
+            name = self.recipe.calibration.dataset.partition("@")[0]
+            data["calibration"]["dataset"] = f"{name}@{self.texts.revision}"
+        return Recipe.from_mapping(data)
+
     def held_out(self) -> list[str]:
         """The texts that decide the verdict, cut to one length for all models."""
         return self.cut(self.texts.held_out)
@@ -151,3 +164,8 @@ class Session:
 def _revision(commit: str) -> str | None:
     """The Hub commit to load, so that a repo that moves after the check is not mixed up; None for local models."""
     return None if commit.startswith("sha256:") else commit
+
+
+def _pin(reference: str, commit: str) -> str:
+    """A Hub reference at its commit; what is local stays as it was written."""
+    return reference if commit.startswith("sha256:") else f"{reference.partition('@')[0]}@{commit}"
