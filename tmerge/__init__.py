@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tmerge.check import check
+    from tmerge.compare import compare
     from tmerge.pipeline import Step, merge
     from tmerge.recipe import Recipe, load_recipe
     from tmerge.run import Run
 
-__all__ = ["Recipe", "Run", "Step", "check", "load_recipe", "load_run", "merge"]
+__all__ = ["Recipe", "Run", "Step", "check", "compare", "load_recipe", "load_run", "merge"]
 
 _HOMES = {
     "Recipe": "recipe",
     "Run": "run",
     "Step": "pipeline",
     "check": "check",
+    "compare": "compare",
     "load_recipe": "recipe",
     "merge": "pipeline",
 }

@@ -142,6 +142,34 @@ def inspect(
         show_report(report, run)
 
 
+@app.command()
+def compare(
+    recipe: RecipeArgument = None,
+    target: TargetOption = None,
+    source: SourceOption = None,
+    dataset: DatasetOption = None,
+    out: Annotated[Path, typer.Option(help="A folder for the merge, the rows and compare.json.")] = Path("compared"),
+    settings: SetOption = None,
+    device: DeviceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Base, fused, controls, alphas, and training with and without the merge, on the same texts for the same steps."""
+    from tmerge.recipe import load_recipe
+
+    overrides = {"target": target, "source": source, "calibration.dataset": dataset, "device": device}
+    loaded = load_recipe(recipe, overrides, settings or ())
+    _quiet_libraries()
+    from tmerge.compare import compare as run_comparison
+    from tmerge.show import listening, show_comparison
+
+    with listening() as listener:
+        result = run_comparison(loaded, out, listener=listener)
+    if json_output:
+        _print_json(result)
+    else:
+        show_comparison(result, out)
+
+
 def main() -> None:
     """The console script: one line for what a user can mend, a traceback for what they cannot."""
     signal.signal(signal.SIGTERM, _stop)

@@ -20,7 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tmerge.errors import RecipeError
 
 __all__ = [
+    "AdaptationSettings",
     "CalibrationSettings",
+    "CompareSettings",
     "EvaluationSettings",
     "FusionSettings",
     "ProjectionName",
@@ -136,6 +138,64 @@ class SaveSettings(_Section):
     max_shard_size: str = "5GB"
 
 
+class AdaptationSettings(_Section):
+    """Training after the merge, and of the baselines (Eq. 15-18)."""
+
+    objective: Literal["sft", "distill"] = Field(
+        "sft", description="sft: next tokens; distill: also the source's next-token distribution"
+    )
+    residual: Literal["frozen", "none"] = Field(
+        "frozen", description="frozen: the transported residual stays fixed while the base weights train (Eq. 15-17)"
+    )
+    alpha: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="strength of the trained residual; None takes the fusion's own"
+    )
+    steps: Annotated[int, Field(ge=1)] = Field(100, description="optimiser steps")
+    batch_size: Annotated[int, Field(ge=1)] = Field(8, description="texts of one forward and backward pass")
+    accumulation: Annotated[int, Field(ge=1)] = Field(1, description="such passes in one optimiser step")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak; falls linearly to zero")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the steps in which it rises")
+    max_tokens: Annotated[int, Field(ge=8)] = Field(256, description="longer texts are cut here")
+    lora_rank: Annotated[int, Field(ge=0)] = Field(0, description="0 trains the weights, else LoRA on q k v o")
+    distill_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="of the distillation term")
+    distill_loss: Literal["first-piece", "uld"] = Field(
+        "first-piece", description="how the source's distribution meets the target's vocabulary"
+    )
+    transport_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="of the features' distance to the source's, carried through the plan"
+    )
+    completions_only: bool = Field(False, description="prompt-completion and chat data: no loss on the prompts")
+    gradient_checkpointing: bool = Field(False, description="less memory, a third more time")
+
+
+TrainedRow = Literal["sft", "distill", "sft+transport", "fused+sft", "fused+distill"]
+
+
+class CompareSettings(_Section):
+    """What `tmerge compare` holds against each other; `tmerge merge` reads none of it."""
+
+    rows: tuple[TrainedRow, ...] = Field(
+        ("sft", "distill", "fused+sft", "fused+distill"),
+        description="what is trained, all on the same texts and for the same steps; fused+... keeps the transported "
+        "residual frozen",
+    )
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="of the trained rows")
+    alphas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.01, 0.03, 0.1, 0.3, 1.0), description="sweep without training (Figure 5), beside shrink and noise"
+    )
+    sources: tuple[str, ...] = Field((), description="further sources, each merged with the same recipe (Figure 4)")
+    domains: dict[str, str] = Field(
+        {}, description="name -> dataset: further texts that every row is scored on (Figures 1 and 6)"
+    )
+
+    @field_validator("rows", "seeds", "alphas", "sources")
+    @classmethod
+    def _distinct(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("name each once")
+        return value
+
+
 class Recipe(_Section):
     """Everything that decides a run.
 
@@ -160,6 +220,8 @@ class Recipe(_Section):
     fusion: FusionSettings = FusionSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     save: SaveSettings = SaveSettings()
+    adaptation: AdaptationSettings = AdaptationSettings()
+    compare: CompareSettings = CompareSettings()
 
     @model_validator(mode="after")
     def _task_vector_has_a_base(self) -> Recipe:

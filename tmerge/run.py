@@ -113,7 +113,12 @@ class Run:
 
     def finished(self, stage: str, key: str) -> dict[str, Any] | None:
         """What a stage noted when it finished under this key; None where it has not."""
-        note = _read_json(self.cache / f"{stage}.json")
+        return self.note(self.cache / f"{stage}.json", key)
+
+    @staticmethod
+    def note(path: Path, key: str) -> dict[str, Any] | None:
+        """What a file notes under this key; None where there is none, or it is of another key."""
+        note = _read_json(path)
         return note["facts"] if note and note.get("key") == key else None
 
     def finish(self, stage: str, key: str, facts: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from tmerge.check import Check
 from tmerge.pipeline import Listener, Step
 from tmerge.report import alpha_words, summary
 
-__all__ = ["listening", "show_check", "show_report"]
+__all__ = ["listening", "show_check", "show_comparison", "show_report"]
 
 
 @contextmanager
@@ -123,6 +123,24 @@ def show_report(report: Mapping[str, Any], folder: Path) -> None:
         console.print(f"note: {line}", markup=False)
     console.print(summary(report), style="bold red" if report["verdict"] == "hurts" else "bold", markup=False)
     console.print(f"The model is in {folder}; its pictures: tmerge inspect {folder} --html report.html", markup=False)
+
+
+def show_comparison(result: Mapping[str, Any], folder: Path) -> None:
+    """A comparison's rows, its choice of alpha and its descent control, on stdout."""
+    console = Console()
+    table = Table(title=f"bits per byte on {result['texts']} held-out texts, lower is better", title_justify="left")
+    for heading in ("row", "bits per byte", "difference to base", "95 %", "tokens", "steps", "seconds"):
+        table.add_column(heading)
+    for row in result["rows"]:
+        change = row.get("difference")
+        cells = [f"{change['value']:+.4f}", "{:+.4f} to {:+.4f}".format(*change["ci95"])] if change else ["", ""]
+        counts = [str(row["tokens"] or ""), str(row["steps"] or ""), f"{row['seconds']:.1f}"]
+        table.add_row(row["name"], f"{row['value']:.4f}", *cells, *counts)
+    console.print(table)
+    console.print(_descent(result["descent"]))
+    console.print(
+        f"The same with figures: {folder / 'compare.html'}; as Markdown: {folder / 'compare.md'}", markup=False
+    )
 
 
 def _descent(control: Mapping[str, Any]) -> Table:

@@ -1,0 +1,360 @@
+"""The paper's comparisons for a user's own pair, at equal budget: `tmerge compare`.
+
+One merge is run; then every row is a model that is scored on the same held-out texts:
+
+* without training: base, fused, the controls, the source, and fused, shrink and noise over alpha (Figure 5);
+* trained on the calibration texts, all in the same order and for the same steps: sft and distill of the base,
+  and of the fused model with its transported residual frozen; each for every seed;
+* fused from further sources (Figure 4); and every row on further domains (Figures 1 and 6).
+
+A row that is finished is kept under a key of all that decides it, so a killed comparison continues where it was.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tmerge.calibration import TextSet, read_texts
+from tmerge.errors import RecipeError
+from tmerge.evaluation import Scores, applied, difference, noise, resamples, score, score_texts, shrink
+from tmerge.fusion import Alpha, TransportedNeurons, load_transported
+from tmerge.models import LoadedModel, load_model
+from tmerge.pipeline import merge
+from tmerge.recipe import Recipe
+from tmerge.report import library_versions
+from tmerge.run import Run, stage_key, write_json, write_text
+from tmerge.session import Listener, Session, Step
+
+__all__ = ["SCHEMA", "compare", "comparison_table"]
+
+SCHEMA = 1
+# The comparison's merge always says whether it points downhill: on this many calibration texts.
+_DESCENT_TEXTS = 64
+Domains = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row to be made: its name, the kind it is shown under, and what makes it."""
+
+    name: str
+    kind: str
+    make: Callable[[], dict[str, Any]]
+    facts: dict[str, Any]
+
+
+def compare(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) -> dict[str, Any]:
+    """Run a recipe's comparison, or take it up where it stopped.
+
+    Args:
+        recipe: Its ``compare`` and ``adaptation`` sections say what is compared.
+        out: A folder: ``merge/`` is the run of the merge, ``rows/`` the finished rows.
+        listener: Hears every `Step`; may raise `Cancelled`.
+
+    Returns:
+        What compare.json holds.
+
+    Raises:
+        TmergeError: Bad input, one line.
+    """
+    return _Comparison(recipe, Path(out), listener or (lambda step: None)).go()
+
+
+def comparison_table(result: Mapping[str, Any]) -> str:
+    """The rows as a Markdown table; differences are to the base, with their paired 95 % intervals."""
+    lines = [
+        f"Bits per byte on {result['texts']} held-out texts, lower is better.",
+        "",
+        "| row | bits per byte | difference to base | 95 % interval | tokens | steps | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        change = row.get("difference")
+        cells = [f"{change['value']:+.4f}", "[{:+.4f}, {:+.4f}]".format(*change["ci95"])] if change else ["", ""]
+        lines.append(
+            f"| {row['name'].replace('|', chr(92) + '|')} | {row['value']:.4f}{_spread(row)} | {cells[0]} | {cells[1]} "
+            f"| {row['tokens'] or ''} | {row['steps'] or ''} | {row['seconds']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+class _Comparison:
+    """One comparison at work."""
+
+    def __init__(self, recipe: Recipe, out: Path, listener: Listener) -> None:
+        # Its merge is a run of its own, which does not change when only the comparison does.
+        evaluation = recipe.evaluation
+        if not evaluation.descent:
+            evaluation = evaluation.model_copy(update={"descent": _DESCENT_TEXTS})
+        self.recipe, self.out, self.listener = recipe, out, listener
+        plain = type(recipe.compare)()
+        self.merge_recipe = recipe.model_copy(
+            update={"evaluation": evaluation, "compare": plain, "adaptation": type(recipe.adaptation)()}
+        )
+        self.rows_folder = out / "rows"
+        self.settings = recipe.compare
+
+    def go(self) -> dict[str, Any]:
+        report = merge(self.merge_recipe, self.out / "merge", listener=self.listener)
+        self.report = report
+        self.rows_folder.mkdir(exist_ok=True)
+        rows = [self._finished(row) for row in self._rows()]
+        result = self._result(rows)
+        write_json(self.out / "compare.json", result)
+        write_text(self.out / "compare.md", comparison_table(result))
+        from tmerge.plots.comparison import comparison_page
+
+        write_text(self.out / "compare.html", comparison_page(result))
+        return result
+
+    # -- what is read once --------------------------------------------------------------------------------------
+
+    @cached_property
+    def run(self) -> Run:
+        return Run(self.out / "merge")
+
+    @cached_property
+    def texts(self) -> TextSet:
+        return TextSet.load(self.run.cache / "calibration.json")
+
+    @cached_property
+    def session(self) -> Session:
+        session = Session(self.merge_recipe, self.run, self.listener)
+        session.texts = self.texts
+        return session
+
+    @cached_property
+    def domains(self) -> Domains:
+        """Held-out texts of the further domains, by name; the recipe's own come first."""
+        found: Domains = {}
+        for name, dataset in self.settings.domains.items():
+            settings = self.recipe.calibration.model_copy(update={"dataset": dataset, "config": None, "column": None})
+            texts = read_texts(settings, seed=self.recipe.seed)
+            found[name] = self.session.cut([*texts.held_out, *texts.texts])
+        return found
+
+    @cached_property
+    def transported(self) -> list[TransportedNeurons]:
+        return load_transported(self.run.cache / "transported.safetensors")
+
+    @property
+    def alpha(self) -> Alpha:
+        fusion = self.report["fusion"]
+        return fusion["choice"]["alpha"] if "choice" in fusion else fusion["alpha"]
+
+    # -- rows ---------------------------------------------------------------------------------------------------
+
+    def _rows(self) -> list[_Row]:
+        merged = {"merge": self._merge_key()}
+        rows = [_Row("base", "reference", partial(self._still, "base", None, 0.0), merged)]
+        for name in ("fused", *self.recipe.evaluation.controls):
+            rows.append(_Row(name, "still", partial(self._still, name, name, self.alpha), merged))
+        rows.append(_Row("source", "reference", self._source, merged))
+        for alpha in self.settings.alphas:
+            for name in ("fused", "shrink", "noise"):
+                label, facts = f"{name}, alpha {alpha:g}", {"alpha": alpha, "of": name}
+                rows.append(_Row(label, "sweep", partial(self._still, label, name, alpha), merged | facts))
+        for source in self.settings.sources:
+            label = f"fused with {source}"
+            rows.append(_Row(label, "source", partial(self._other, source), merged | {"of": source}))
+        training = {"adaptation": self.recipe.adaptation.model_dump(mode="json")}
+        for name in self.settings.rows:
+            for seed in self.settings.seeds:
+                facts = merged | training | {"seed": seed}
+                rows.append(_Row(name, "trained", partial(self._trained, name, seed), facts))
+        return rows
+
+    def _finished(self, row: _Row) -> dict[str, Any]:
+        """The row from an earlier call, or made now."""
+        facts = row.facts | {"domains": self.settings.domains, "versions": library_versions()}
+        key = stage_key(f"row {row.name}", **facts)
+        store = Run(self.out)
+        path = self.rows_folder / f"{key[:24]}.json"
+        note = store.note(path, key)
+        if note is None:
+            self.listener(Step("compare", row.name, 0, 1, "rows"))
+            began = time.perf_counter()
+            note = {"name": row.name, "kind": row.kind, "tokens": 0, "steps": 0, **row.make()}
+            note.setdefault("seconds", time.perf_counter() - began)
+            note |= {name: row.facts[name] for name in ("alpha", "of", "seed") if name in row.facts}
+            write_json(path, {"key": key, "facts": note})
+            self.listener(Step("compare", row.name, 1, 1, "rows"))
+        return note
+
+    def _step(self, what: str, done: int, total: int, unit: str) -> None:
+        self.listener(Step("compare", what, done, total, unit))
+
+    def _merge_key(self) -> str:
+        return stage_key("merge", recipe=self.merge_recipe.digest(), texts=self.texts.sha256, alpha=self.alpha)
+
+    def _still(self, name: str, change: str | None, alpha: Alpha) -> dict[str, Any]:
+        """The target with something fused into it, nothing trained."""
+        layers = self.session.layout("target").layers
+        items = self._direction(change) if change else []
+        with applied(layers, items, alpha) if items else nullcontext():
+            return self._scores(self.session.model("target"), name)
+
+    def _direction(self, name: str) -> list[TransportedNeurons]:
+        layers = self.session.layout("target").layers
+        if name == "shrink":
+            return shrink(self.transported)
+        if name == "noise":
+            return noise(layers, self.transported, self.recipe.seed)
+        if name == "permuted":
+            return load_transported(self.run.cache / "permuted.safetensors")
+        return self.transported
+
+    def _source(self) -> dict[str, Any]:
+        result = self._scores(self.session.model("source"), "source")
+        self.session.loaded.pop("source")
+        gc.collect()
+        return result
+
+    def _other(self, source: str) -> dict[str, Any]:
+        """The same recipe with another source: its fused model."""
+        folder = self.out / f"merge-{stage_key('source', source=source)[:8]}"
+        recipe = Recipe.from_mapping(self.merge_recipe.model_dump(mode="json") | {"source": source})
+        self.session.loaded.clear()
+        merge(recipe, folder, listener=self.listener)
+        model = load_model(str(folder), dtype=self.recipe.dtype, device=self.recipe.device)
+        return self._scores(model, f"fused with {source}")
+
+    def _trained(self, name: str, seed: int) -> dict[str, Any]:
+        """The target, or the fused model with its residual frozen, after training."""
+        from tmerge.adaptation import adapt
+
+        is_fused, _, rest = name.rpartition("fused+")
+        objective = "distill" if rest == "distill" else "sft"
+        settings = self.recipe.adaptation.model_copy(update={"objective": objective})
+        if rest != "sft+transport":
+            settings = settings.model_copy(update={"transport_weight": 0.0})
+        elif not settings.transport_weight:
+            raise RecipeError("compare.rows names sft+transport, which needs adaptation.transport_weight above 0")
+        work = self.out / "training" / f"{name}-{seed}"
+        # A model of its own: training leaves nothing of the target as it was.
+        self.session.loaded.clear()
+        gc.collect()
+        model = load_model(
+            self.recipe.target,
+            dtype=self.recipe.dtype,
+            device=self.recipe.device,
+            trust_remote_code=self.recipe.target in self.recipe.trust_remote_code,
+        )
+        began = time.perf_counter()
+        report = adapt(
+            model,
+            self.texts.texts,
+            settings,
+            seed=seed,
+            work=work,
+            transported=self.transported if is_fused else None,
+            alpha=self.alpha if is_fused else 0.0,
+            source=(lambda: self.session.model("source")) if objective == "distill" else None,
+            progress=partial(self._step, f"{name}, seed {seed}", unit="steps"),
+            **({"run": self.run} if rest == "sft+transport" else {}),
+        )
+        seconds = time.perf_counter() - began
+        self.session.loaded.pop("source", None)
+        result = self._scores(model, name)
+        shutil.rmtree(work, ignore_errors=True)
+        trained = {"tokens": report.tokens, "steps": report.steps, "seconds": seconds, "loss": report.loss_curve}
+        return result | trained
+
+    # -- scores -------------------------------------------------------------------------------------------------
+
+    def _scores(self, model: LoadedModel, name: str) -> dict[str, Any]:
+        """Bits and bytes of every held-out text, and of every text of the further domains."""
+        sets = {"": self.session.held_out(), **self.domains}
+        found = {}
+        for domain, texts in sets.items():
+            where = f"{name}: {domain or 'held-out texts'}"
+            found[domain] = score_texts(
+                model,
+                texts,
+                batch_tokens=self.recipe.calibration.batch_tokens,
+                progress=partial(self._step, where, unit="texts"),
+            )
+        return {
+            "bits": found[""].bits.tolist(),
+            "bytes": found[""].bytes.tolist(),
+            "domains": {
+                domain: {"bits": scores.bits.tolist(), "bytes": scores.bytes.tolist()}
+                for domain, scores in found.items()
+                if domain
+            },
+        }
+
+    def _result(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Values and paired intervals; the seeds of a trained row are averaged, text by text."""
+        grouped: dict[str, list[Mapping[str, Any]]] = {}
+        for row in rows:
+            grouped.setdefault(row["name"], []).append(row)
+        base = grouped["base"][0]
+        return {
+            "schema": SCHEMA,
+            "metric": "bits_per_byte",
+            "texts": len(base["bits"]),
+            "target": self.report["target"],
+            "source": self.report["source"],
+            "calibration": self.report["calibration"],
+            "alpha": self.alpha,
+            "choice": self.report["fusion"].get("choice"),
+            "descent": self.report["evaluation"]["descent"],
+            "adaptation": self.recipe.adaptation.model_dump(mode="json"),
+            "rows": [self._row(group, base) for group in grouped.values()],
+            "versions": library_versions(),
+        }
+
+    def _row(self, group: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> dict[str, Any]:
+        first = group[0]
+        row = {name: first[name] for name in ("name", "kind", "tokens", "steps", "alpha", "of") if name in first}
+        row["seconds"] = sum(item["seconds"] for item in group) / len(group)
+        row |= self._intervals([(item["bits"], item["bytes"]) for item in group], (base["bits"], base["bytes"]), first)
+        row["domains"] = {
+            domain: self._intervals(
+                [(item["domains"][domain]["bits"], item["domains"][domain]["bytes"]) for item in group],
+                (base["domains"][domain]["bits"], base["domains"][domain]["bytes"]),
+                first,
+            )
+            for domain in first["domains"]
+        }
+        if first["kind"] == "trained":
+            row["seeds"] = [
+                {"seed": item["seed"], "value": _bits_per_byte(item), "loss": item["loss"]} for item in group
+            ]
+        return row
+
+    def _intervals(
+        self, items: Sequence[tuple[list[float], list[float]]], base: tuple[list[float], list[float]], first: Mapping
+    ) -> dict[str, Any]:
+        mean = torch.tensor([bits for bits, _ in items], dtype=torch.float64).mean(0)
+        scores, own = _as_scores(mean, items[0][1]), _as_scores(torch.tensor(base[0], dtype=torch.float64), base[1])
+        counts = resamples(len(mean), self.recipe.evaluation.bootstrap, self.recipe.seed)
+        result: dict[str, Any] = score(scores, counts).to_dict()
+        if first["name"] != "base":
+            result["difference"] = difference(scores, own, counts).to_dict()
+        return result
+
+
+def _as_scores(bits: torch.Tensor, sizes: list[float]) -> Scores:
+    return Scores(bits, torch.tensor(sizes, dtype=torch.float64), 0, 0.0)
+
+
+def _bits_per_byte(row: Mapping[str, Any]) -> float:
+    return sum(row["bits"]) / sum(row["bytes"])
+
+
+def _spread(row: Mapping[str, Any]) -> str:
+    """Lowest and highest seed, where there are several."""
+    values = [seed["value"] for seed in row.get("seeds", [])]
+    return f" ({min(values):.4f} to {max(values):.4f} over {len(values)} seeds)" if len(values) > 1 else ""

@@ -1,0 +1,257 @@
+"""Pictures of a comparison: the paper's Figures 1, 4, 5 and 6 from compare.json, and one page that holds them."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from tmerge.plots.style import BAD, GOOD, NEUTRAL, OWN, PROJECTION_COLOURS, TEMPLATES, escaped, finish
+
+__all__ = ["alpha_sweep", "comparison_page", "descent_bars", "domain_scores", "losses", "rows_figure", "sources_figure"]
+
+_SWEEP_COLOURS = {"fused": GOOD, "shrink": NEUTRAL, "noise": BAD}
+
+
+def rows_figure(result: Mapping[str, Any]) -> go.Figure:
+    """Every row's paired difference to the base with its 95 % interval; the seeds of a trained row are averaged."""
+    rows = [row for row in result["rows"] if "difference" in row and row["kind"] not in ("sweep", "reference")]
+    return _forest(
+        rows,
+        "Difference to the base, held-out bits per byte",
+        f"{result['texts']} texts, 95 % intervals paired by text; left of the dotted line is better",
+    )
+
+
+def sources_figure(result: Mapping[str, Any]) -> go.Figure | None:
+    """The same recipe with other sources (Figure 4); None where only one was asked for."""
+    rows = [row for row in result["rows"] if row["kind"] == "source"]
+    if not rows:
+        return None
+    own = next(row for row in result["rows"] if row["name"] == "fused")
+    rows = [{**own, "name": f"fused with {result['source']['ref']}"}, *rows]
+    return _forest(rows, "Source backbones", "the same recipe, one source after the other (the paper's Figure 4)")
+
+
+def alpha_sweep(result: Mapping[str, Any]) -> go.Figure | None:
+    """Held-out bits per byte over alpha, without training, beside shrink and noise (Figure 5)."""
+    figure = go.Figure()
+    for name, colour in _SWEEP_COLOURS.items():
+        rows = sorted(
+            (row for row in result["rows"] if row["kind"] == "sweep" and row["of"] == name),
+            key=lambda row: row["alpha"],
+        )
+        if not rows:
+            continue
+        changes = [row["difference"] for row in rows]
+        figure.add_trace(
+            go.Scatter(
+                x=[row["alpha"] for row in rows],
+                y=[change["value"] for change in changes],
+                error_y={
+                    "type": "data",
+                    "array": [change["ci95"][1] - change["value"] for change in changes],
+                    "arrayminus": [change["value"] - change["ci95"][0] for change in changes],
+                },
+                name=name,
+                mode="lines+markers",
+                line={"color": colour},
+                hovertemplate=f"{name}, alpha %{{x:g}}: %{{y:+.4f}}<extra></extra>",
+            )
+        )
+    if not figure.data:
+        return None
+    figure.add_hline(y=0, line={"color": "#767B85", "width": 2, "dash": "dot"})
+    alphas = sorted({alpha for trace in figure.data for alpha in trace.x})
+    return finish(
+        figure,
+        "Fusion strength",
+        "difference to the base over alpha, nothing trained (the paper's Figure 5); below the dotted line is better",
+        420,
+        xaxis={
+            "type": "log",
+            "title": {"text": "alpha"},
+            "tickvals": alphas,
+            "ticktext": [f"{alpha:g}" for alpha in alphas],
+        },
+        yaxis={"title": {"text": "bits per byte against the base"}},
+    )
+
+
+def domain_scores(result: Mapping[str, Any]) -> go.Figure | None:
+    """Rows over domains as z-scores and min-max scores (Figure 1), 1 or above is better than the average row.
+
+    Bits per byte of unlike texts cannot be averaged; within a domain the rows can be held against each other. Both
+    are turned round, so that higher is better: z = (mean - value) / sd, and (max - value) / (max - min). None where
+    the recipe names no further domain.
+    """
+    rows = [row for row in result["rows"] if row["kind"] != "sweep" and row["name"] != "source"]
+    names = list(rows[0]["domains"]) if rows else []
+    if not names or len(rows) < 2:
+        return None
+    values = np.array([[row["value"], *(row["domains"][name]["value"] for name in names)] for row in rows])
+    spread, width = values.std(0), np.ptp(values, axis=0)
+    z = (values.mean(0) - values) / np.where(spread == 0, 1, spread)
+    scaled = (values.max(0) - values) / np.where(width == 0, 1, width)
+    figure = go.Figure()
+    labels = ["calibrated on", *map(escaped, names)]
+    for index, row in enumerate(rows):
+        for kind, scores in (("z-score", z), ("min-max", scaled)):
+            figure.add_trace(
+                go.Bar(
+                    x=labels,
+                    y=scores[index],
+                    name=escaped(row["name"]),
+                    customdata=values[index],
+                    visible=kind == "z-score",
+                    meta=kind,
+                    marker={"color": list(PROJECTION_COLOURS.values())[index % len(PROJECTION_COLOURS)]},
+                    hovertemplate=f"{escaped(row['name'])}, %{{x}}: {kind} %{{y:.2f}} "
+                    "(%{customdata:.4f} bits per byte)<extra></extra>",
+                )
+            )
+    kinds = [trace.meta for trace in figure.data]
+    buttons = [
+        {"label": kind, "method": "update", "args": [{"visible": [one == kind for one in kinds]}]}
+        for kind in ("z-score", "min-max")
+    ]
+    return finish(
+        figure,
+        "Domains",
+        "each row against the others within a domain, higher is better (the paper's Figures 1 and 6)",
+        480,
+        barmode="group",
+        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.15}],
+    )
+
+
+def descent_bars(result: Mapping[str, Any]) -> go.Figure:
+    """Mean cosine of the merge with the descent direction, beside that of random directions, by projection."""
+    figure = go.Figure()
+    projections = result["descent"]["projections"]
+    for name, value, error, colour in (
+        ("merge", "mean", "standard_error", GOOD),
+        ("random directions", "noise_mean", "noise_standard_error", NEUTRAL),
+    ):
+        figure.add_trace(
+            go.Bar(
+                x=list(projections),
+                y=[item[value] for item in projections.values()],
+                error_y={"type": "data", "array": [item[error] or 0 for item in projections.values()]},
+                name=name,
+                marker={"color": colour},
+                hovertemplate=f"{name}, %{{x}}: %{{y:+.5f}}<extra></extra>",
+            )
+        )
+    return finish(
+        figure,
+        "Does the merge point where the loss falls?",
+        f"cosine with the negative gradient on {result['descent']['texts']} calibration texts, mean over layers; "
+        "bars: standard error",
+        400,
+        barmode="group",
+        yaxis={"title": {"text": "cosine"}},
+    )
+
+
+def losses(result: Mapping[str, Any]) -> go.Figure | None:
+    """Training loss of every trained row and seed, over steps."""
+    figure = go.Figure()
+    rows = [row for row in result["rows"] if row["kind"] == "trained"]
+    for index, row in enumerate(rows):
+        for place, seed in enumerate(row["seeds"]):
+            curve = np.array(seed["loss"], dtype=np.float64).reshape(-1, 2)
+            figure.add_trace(
+                go.Scatter(
+                    x=curve[:, 0],
+                    y=curve[:, 1],
+                    name=escaped(row["name"]),
+                    legendgroup=escaped(row["name"]),
+                    showlegend=place == 0,
+                    mode="lines",
+                    line={"color": list(PROJECTION_COLOURS.values())[index % len(PROJECTION_COLOURS)], "width": 1.5},
+                    hovertemplate=f"{escaped(row['name'])}, seed {seed['seed']}, step %{{x}}: "
+                    "%{y:.4f}<extra></extra>",
+                )
+            )
+    if not figure.data:
+        return None
+    return finish(
+        figure,
+        "Training loss",
+        "the objective's own loss; distillation adds a term, so heights compare within an objective only",
+        420,
+        xaxis={"title": {"text": "step"}},
+        yaxis={"title": {"text": "loss"}},
+    )
+
+
+def comparison_page(result: Mapping[str, Any]) -> str:
+    """One self-contained HTML page: the table and the figures; it asks nothing of any network."""
+    figures = [
+        rows_figure(result),
+        alpha_sweep(result),
+        domain_scores(result),
+        sources_figure(result),
+        descent_bars(result),
+        losses(result),
+    ]
+    parts = []
+    for figure in filter(None, figures):
+        figure.update_layout(template=TEMPLATES["light"])
+        parts.append(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
+    title = html.escape(f"{result['target']['ref']} and {result['source']['ref']}: what helps")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"><title>{title}</title><style>'
+        "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#24292f;"
+        "background:#fff}div.scroll{overflow-x:auto}table{border-collapse:collapse}"
+        "th,td{padding:.25rem .75rem;text-align:right;border-bottom:1px solid #dde1e6;white-space:nowrap}"
+        f"th:first-child,td:first-child{{text-align:left}}</style><script>{get_plotlyjs()}</script></head><body>"
+        f"<h1>{title}</h1><p>Bits per byte on {result['texts']} held-out texts, lower is better; differences are to "
+        f"the base, paired by text.</p>{_table(result['rows'])}{''.join(parts)}</body></html>\n"
+    )
+
+
+def _table(rows: Iterable[Mapping[str, Any]]) -> str:
+    heads = ("row", "bits per byte", "difference", "95 % interval", "tokens", "steps", "seconds")
+    lines = ["<tr>" + "".join(f'<th scope="col">{head}</th>' for head in heads) + "</tr>"]
+    for row in rows:
+        change = row.get("difference")
+        cells = [html.escape(row["name"]), f"{row['value']:.4f}"]
+        cells += [f"{change['value']:+.4f}", "{:+.4f} to {:+.4f}".format(*change["ci95"])] if change else ["", ""]
+        cells += [f"{row['tokens']:,}" if row["tokens"] else "", str(row["steps"] or ""), f"{row['seconds']:.1f}"]
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def _forest(rows: Sequence[Mapping[str, Any]], title: str, subtitle: str) -> go.Figure:
+    figure = go.Figure()
+    for row in rows:
+        value, (low, high) = row["difference"]["value"], row["difference"]["ci95"]
+        colour = GOOD if high < 0 else BAD if low > 0 else OWN
+        figure.add_trace(
+            go.Scatter(
+                x=[value],
+                y=[escaped(row["name"])],
+                error_x={"type": "data", "array": [high - value], "arrayminus": [value - low], "thickness": 2},
+                mode="markers",
+                marker={"color": colour, "size": 11},
+                hovertemplate=f"{escaped(row['name'])}: %{{x:+.4f}}<br>95 % interval {low:+.4f} to {high:+.4f}"
+                "<extra></extra>",
+            )
+        )
+    figure.add_vline(x=0, line={"color": "#767B85", "width": 2, "dash": "dot"})
+    return finish(
+        figure,
+        title,
+        subtitle,
+        170 + 32 * len(rows),
+        showlegend=False,
+        xaxis={"title": {"text": "bits per byte against the base"}},
+        yaxis={"autorange": "reversed", "showgrid": False, "ticks": "", "ticklabelstandoff": 8},
+    )
