@@ -143,6 +143,36 @@ def inspect(
 
 
 @app.command()
+def adapt(
+    run: RunArgument = Path("fused"),
+    dataset: Annotated[str | None, typer.Option(help="To train on; the run's calibration texts if left out.")] = None,
+    objective: Annotated[str | None, typer.Option(help="sft, or distill from the source as well.")] = None,
+    residual: Annotated[str | None, typer.Option(help="frozen, or none: what was transported trains too.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--lr", help="Peak; falls linearly to zero.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="LoRA on q k v o of this rank; 0 trains the weights.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the adapted model; RUN-adapted if left out.")] = None,
+    settings: SetOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Train on top of a finished merge, with what was transported held fixed, and score the result."""
+    asked = {"objective": objective, "residual": residual, "steps": steps, "learning_rate": learning_rate}
+    words = {name: value for name, value in {**asked, "lora_rank": lora_rank}.items() if value is not None}
+    words |= _section_words("adaptation", settings or ())
+    _quiet_libraries()
+    from tmerge.adapted import adapt_run
+    from tmerge.show import listening, show_adapted
+
+    folder = out or run.with_name(f"{run.absolute().name}-adapted")
+    with listening() as listener:
+        report = adapt_run(run, folder, words, dataset=dataset, listener=listener)
+    if json_output:
+        _print_json(report)
+    else:
+        show_adapted(report, folder)
+
+
+@app.command()
 def compare(
     recipe: RecipeArgument = None,
     target: TargetOption = None,
@@ -223,6 +253,21 @@ def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool)
         _print_json(report)
     else:
         show_report(report, out)
+
+
+def _section_words(section: str, settings: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """``--set section.key=value`` words of one section, values read as YAML."""
+    import yaml
+
+    from tmerge.errors import RecipeError
+
+    words = {}
+    for word in settings:
+        key, separator, text = word.partition("=")
+        if not separator or not key.startswith(f"{section}."):
+            raise RecipeError(f"--set {word!r}: only keys of {section} can be set here, as {section}.key=value")
+        words[key.removeprefix(f"{section}.")] = yaml.safe_load(text)
+    return words
 
 
 def _print_json(document: dict[str, Any]) -> None:

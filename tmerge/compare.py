@@ -233,7 +233,7 @@ class _Comparison:
         """The target, or the fused model with its residual frozen, after training."""
         from tmerge.adaptation import adapt
 
-        is_fused, _, rest = name.rpartition("fused+")
+        is_fused, rest = name.startswith("fused+"), name.removeprefix("fused+")
         objective = "distill" if rest == "distill" else "sft"
         settings = self.recipe.adaptation.model_copy(update={"objective": objective})
         if rest != "sft+transport":
@@ -258,7 +258,7 @@ class _Comparison:
             seed=seed,
             work=work,
             transported=self.transported if is_fused else None,
-            alpha=self.alpha if is_fused else 0.0,
+            alpha=0.0 if not is_fused else self.alpha if settings.alpha is None else settings.alpha,
             source=(lambda: self.session.model("source")) if objective == "distill" else None,
             progress=partial(self._step, f"{name}, seed {seed}", unit="steps"),
             **({"run": self.run} if rest == "sft+transport" else {}),

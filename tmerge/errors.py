@@ -8,6 +8,7 @@ exception; it keeps its traceback and exits with 1.
 from __future__ import annotations
 
 __all__ = [
+    "AdaptationError",
     "Cancelled",
     "CheckpointError",
     "DatasetError",
@@ -65,6 +66,10 @@ class DatasetError(TmergeError):
 
 class TooFewTextsError(DatasetError):
     """Fewer usable texts than a transport plan can be estimated from."""
+
+
+class AdaptationError(TmergeError):
+    """A training that cannot start or whose loss is not finite."""
 
 
 class OutputExistsError(TmergeError):

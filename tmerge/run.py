@@ -121,6 +121,17 @@ class Run:
         note = _read_json(path)
         return note["facts"] if note and note.get("key") == key else None
 
+    def noted(self, stage: str) -> dict[str, Any]:
+        """What a stage of a finished run noted.
+
+        Raises:
+            RunNotFoundError: The run's cache is gone.
+        """
+        note = _read_json(self.cache / f"{stage}.json")
+        if note is None or "facts" not in note:
+            raise RunNotFoundError(f"{self.folder} has no tmerge/cache/{stage}.json any more; run the merge again")
+        return note["facts"]
+
     def finish(self, stage: str, key: str, facts: Mapping[str, Any]) -> None:
         """Note that a stage's artifacts are all on disk."""
         write_json(self.cache / f"{stage}.json", {"stage": stage, "key": key, "facts": dict(facts)})

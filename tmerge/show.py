@@ -16,7 +16,7 @@ from tmerge.check import Check
 from tmerge.pipeline import Listener, Step
 from tmerge.report import alpha_words, summary
 
-__all__ = ["listening", "show_check", "show_comparison", "show_report"]
+__all__ = ["listening", "show_adapted", "show_check", "show_comparison", "show_report"]
 
 
 @contextmanager
@@ -123,6 +123,28 @@ def show_report(report: Mapping[str, Any], folder: Path) -> None:
         console.print(f"note: {line}", markup=False)
     console.print(summary(report), style="bold red" if report["verdict"] == "hurts" else "bold", markup=False)
     console.print(f"The model is in {folder}; its pictures: tmerge inspect {folder} --html report.html", markup=False)
+
+
+def show_adapted(report: Mapping[str, Any], folder: Path) -> None:
+    """An adapted model's scores beside the merge's, on stdout."""
+    console = Console()
+    evaluation, adaptation = report["evaluation"], report["adaptation"]
+    table = Table(title=f"bits per byte on {evaluation['texts']} held-out texts, lower is better", title_justify="left")
+    for heading in ("", "bits per byte", "difference to base", "95 %"):
+        table.add_column(heading)
+    changes = {"fused": evaluation["difference_of_fused"], "adapted": evaluation["difference"]}
+    for name in ("base", "fused", "adapted", "source"):
+        change = changes.get(name)
+        cells = [f"{change['value']:+.4f}", "{:+.4f} to {:+.4f}".format(*change["ci95"])] if change else ["", ""]
+        table.add_row(name, f"{evaluation[name]['value']:.4f}", *cells)
+    console.print(table)
+    losses = adaptation["loss_curve"]
+    console.print(
+        f"{adaptation['objective']}, residual {adaptation['residual']}: {len(losses)} steps, {adaptation['tokens']:,} "
+        f"tokens, {adaptation['seconds']:.1f} s; loss {losses[0][1]:.4f} at first, {losses[-1][1]:.4f} at last",
+        markup=False,
+    )
+    console.print(f"The model is in {folder}. Verdict against the base: {report['verdict']}", markup=False)
 
 
 def show_comparison(result: Mapping[str, Any], folder: Path) -> None:

@@ -6,7 +6,7 @@ from tmerge.calibration.batches import encode, length_batches
 from tmerge.calibration.capture import CaptureReport, bare_forward, capture
 from tmerge.calibration.features import FeatureStore, FeatureWriter
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_languages, sample_texts
-from tmerge.calibration.texts import TextSet, is_held_out, read_texts
+from tmerge.calibration.texts import TextSet, is_held_out, normalise, read_texts
 
 __all__ = [
     "SAMPLES_PREFIX",
@@ -19,6 +19,7 @@ __all__ = [
     "is_held_out",
     "encode",
     "length_batches",
+    "normalise",
     "read_texts",
     "sample_languages",
     "sample_texts",

@@ -1,0 +1,98 @@
+"""tmerge adapt on a pico run: trained, scored on the run's own held-out texts, resumed, saved plain."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.pico import save_pico
+from tests.test_pipeline import recipe_for
+from tmerge.adapted import adapt_run
+from tmerge.calibration import TextSet, sample_texts
+from tmerge.compare import compare
+from tmerge.errors import Cancelled, OutputExistsError, RunNotFoundError
+from tmerge.pipeline import merge
+
+pytest.importorskip("trl")
+WORDS = {"steps": 6, "batch_size": 4, "learning_rate": 2e-3, "max_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_pico("llama", folder / "target", layers=2)
+    save_pico("qwen2", folder / "source", layers=2, seed=1, hidden_size=48, intermediate_size=80)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(pair, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "fused"
+    merge(recipe_for(pair), folder)
+    return folder
+
+
+@pytest.mark.parametrize("objective", ["sft", "distill"])
+def test_a_run_is_adapted(run, tmp_path, objective):
+    report = adapt_run(run, tmp_path / "out", {**WORDS, "objective": objective})
+    evaluation, adaptation = report["evaluation"], report["adaptation"]
+    assert len(adaptation["loss_curve"]) == 6 and adaptation["objective"] == objective
+    assert (adaptation["aligned_share"] is not None) == (objective == "distill")
+    change = evaluation["adapted"]["value"] - evaluation["base"]["value"]
+    assert evaluation["difference"]["value"] == pytest.approx(change, abs=1e-9) and change < 0
+    assert report["verdict"] == "helps"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.model_type == "llama"
+    assert json.loads((tmp_path / "out" / "tmerge" / "report.json").read_text()) == json.loads(json.dumps(report))
+    # What was transported is in it: it is not what training the target alone gives.
+    assert not any((tmp_path / "out").rglob("*.pt"))
+
+
+def test_a_stopped_training_continues_to_the_same_bytes(run, tmp_path):
+    adapt_run(run, tmp_path / "whole", WORDS)
+
+    def stop(step):
+        if step.done == 5 and step.stage == "adapt":
+            raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        adapt_run(run, tmp_path / "cut", WORDS, listener=stop)
+    with pytest.raises(OutputExistsError, match="another --out"):
+        adapt_run(run, tmp_path / "cut", {**WORDS, "steps": 7})
+    adapt_run(run, tmp_path / "cut", WORDS)
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_held_out_texts_are_never_trained_on(run, tmp_path):
+    held_out = TextSet.load(run / "tmerge" / "cache" / "calibration.json").held_out
+    data = tmp_path / "data.txt"
+    others = sample_texts("malay")[:30]
+    data.write_text("\n".join([*held_out, *others]), encoding="utf-8")
+    report = adapt_run(run, tmp_path / "out", WORDS, dataset=str(data))
+    assert report["adaptation"]["data"]["texts"] == len(others)
+
+
+def test_without_its_cache_a_run_cannot_be_adapted(tmp_path):
+    (tmp_path / "tmerge").mkdir()
+    with pytest.raises(RunNotFoundError):
+        adapt_run(tmp_path, tmp_path / "out", WORDS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_trains_every_row_on_the_same_tokens(pair, tmp_path):
+    comparison = {"rows": ["sft", "distill", "fused+sft", "fused+distill"], "seeds": [0, 1], "alphas": []}
+    recipe = recipe_for(pair, compare=comparison, adaptation=WORDS, evaluation={"descent": 4})
+    result = compare(recipe, tmp_path / "c")
+    rows = {row["name"]: row for row in result["rows"]}
+    trained = [rows[name] for name in comparison["rows"]]
+    assert len({(row["tokens"], row["steps"]) for row in trained}) == 1
+    for row in trained:
+        values = [seed["value"] for seed in row["seeds"]]
+        assert len(values) == 2 and min(values) <= row["value"] <= max(values)
+        assert row["difference"]["ci95"][1] < 0
+    assert len({row["value"] for row in trained}) == 4
+    assert "Training loss" in (tmp_path / "c" / "compare.html").read_text()
+    assert not list((tmp_path / "c" / "training").iterdir())

@@ -1,0 +1,300 @@
+"""Distillation between models of different tokenizers.
+
+Both models read the same text. Where a token of the one and a token of the other end at the same character, both
+predict what follows the same string. There the source's next-token distribution is carried to the target's vocabulary:
+each of its likeliest tokens gives its probability to the *first piece* that the target's tokenizer makes of the token's
+string, which is what the target would have to predict next to write it. With q the carried distribution, renormalised
+over what could be carried, and p the target's own,
+
+    loss = cross-entropy + weight * share * mean over common places of KL(q || p)
+
+where share is the part of the batch's target tokens at whose end both tokenizers end a token.
+
+``distill_loss: uld`` is the universal logit distillation of trl's GOLD (arXiv 2402.12030): at the same places, the L1
+distance of both distributions sorted by size, which needs no carrying and knows no words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from tmerge.calibration import length_batches
+from tmerge.errors import TokenizerError
+from tmerge.models import LoadedModel
+from tmerge.recipe import AdaptationSettings
+
+__all__ = ["Teacher", "common_places", "distillation_loss", "first_pieces", "read_teacher"]
+
+_TOP = 128
+# Logits of one batch of the source: tokens x vocabulary.
+_LOGITS_AT_ONCE = 1 << 26
+_STRINGS_AT_ONCE = 20_000
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the source predicts, in the target's vocabulary.
+
+    Attributes:
+        starts: (T + 1,) where each text's places begin in the arrays below.
+        positions: (N,) position of the target's token, within its text, at whose end a prediction is known.
+        ids: (N, top) target token ids, -1 where there is none.
+        chances: (N, top) their probabilities, summing to 1 over a row; for ``uld`` the source's own, sorted.
+        aligned_share: Of all target tokens but each text's last, how many such places there are.
+    """
+
+    starts: Tensor
+    positions: Tensor
+    ids: Tensor
+    chances: Tensor
+    aligned_share: float
+
+
+def common_places(mine: Sequence[int], theirs: Sequence[int]) -> list[tuple[int, int]]:
+    """Positions (target, source) of tokens that end at the same character, neither being the text's last.
+
+    Args:
+        mine: Where each of the target's tokens ends, in characters; -1 for special tokens.
+        theirs: Likewise of the source.
+
+    A character that several tokens write is complete only with the last of them.
+    """
+    last_of = {end: place for place, end in enumerate(theirs) if end >= 0}
+    mine_last = {end: place for place, end in enumerate(mine) if end >= 0}
+    text_end = max([*mine_last, 0])
+    return [(place, last_of[end]) for end, place in mine_last.items() if end in last_of and end < text_end]
+
+
+def first_pieces(source: Any, target: Any) -> Tensor:
+    """For every source token id, the first target token of its string; -1 where it has none of its own.
+
+    Strings are found in context (after another token), so that a leading space survives: sentencepiece decoders drop
+    it at the start of a text.
+    """
+    size = len(source)
+    anchor = source("a", add_special_tokens=False)["input_ids"][-1:]
+    before = source.decode(anchor, skip_special_tokens=False)
+    special = set(source.all_special_ids)
+    strings: list[str] = []
+    for start in range(0, size, _STRINGS_AT_ONCE):
+        pairs = [[*anchor, token] for token in range(start, min(start + _STRINGS_AT_ONCE, size))]
+        decoded = source.batch_decode(pairs, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        strings += [text[len(before) :] if text.startswith(before) else "" for text in decoded]
+    # Half a character is no string, and a special token's name is not its meaning.
+    usable = [token for token, text in enumerate(strings) if text and "\ufffd" not in text and token not in special]
+    pieces = torch.full((size,), -1, dtype=torch.int64)
+    lead = target("\n", add_special_tokens=False)["input_ids"]
+    for start in range(0, len(usable), _STRINGS_AT_ONCE):
+        part = usable[start : start + _STRINGS_AT_ONCE]
+        # After a newline, for tokenizers that put a space before a text's first word.
+        led = target(["\n" + strings[token] for token in part], add_special_tokens=False)["input_ids"]
+        for token, ids in zip(part, led, strict=True):
+            if ids[: len(lead)] != lead or len(ids) == len(lead):
+                ids = lead + target(strings[token], add_special_tokens=False)["input_ids"]
+            if len(ids) > len(lead):
+                pieces[token] = ids[len(lead)]
+    return pieces
+
+
+def read_teacher(
+    source: Callable[[], LoadedModel],
+    target_tokenizer: Any,
+    texts: Sequence[str],
+    encoded: Sequence[Sequence[int]],
+    ends: Sequence[Sequence[int]],
+    settings: AdaptationSettings,
+    path: Path,
+) -> Teacher:
+    """What the source predicts on all texts, from `path` where it is there already.
+
+    Args:
+        source: Loads it; not called if `path` has what is asked for.
+        target_tokenizer: The target's.
+        texts: T texts.
+        encoded: Their token ids in the target.
+        ends: Where each of those tokens ends in its text, -1 for special tokens.
+        settings: The recipe's ``adaptation`` section.
+        path: A safetensors file, written here.
+
+    Raises:
+        TokenizerError: A tokenizer does not know where in the text its tokens lie.
+    """
+    asked = json.dumps([list(texts), [list(ids) for ids in encoded], settings.distill_loss, settings.max_tokens])
+    key = hashlib.sha256(asked.encode()).hexdigest()
+    if (kept := _load(path, key)) is not None:
+        return kept
+    if not target_tokenizer.is_fast:
+        raise TokenizerError(
+            "distillation needs to know where tokens lie in a text; the target's tokenizer is a slow one"
+        )
+    model = source()
+    tokenizer = model.tokenizer
+    if not tokenizer.is_fast:
+        raise TokenizerError(
+            f"{model.reference}: distillation needs to know where tokens lie in a text; this tokenizer is a slow one"
+        )
+    carried = settings.distill_loss == "first-piece"
+    pieces = first_pieces(tokenizer, target_tokenizer) if carried else None
+    found = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
+    # Its tokens are often fewer than the target's, so the same limit reaches at least as far.
+    theirs = [list(ids[: settings.max_tokens]) for ids in found["input_ids"]]
+    places = []
+    for row, offsets in enumerate(found["offset_mapping"]):
+        source_ends = [end if end > start else -1 for start, end in offsets[: settings.max_tokens]]
+        places.append(common_places(ends[row], source_ends))
+    wanted = [row for row in range(len(texts)) if places[row]]
+    rows: dict[int, tuple[Tensor, Tensor]] = {}
+    vocabulary = model.model.get_output_embeddings().weight.shape[0]
+    limit = max(1, _LOGITS_AT_ONCE // vocabulary)
+    for batch in length_batches([len(theirs[row]) for row in wanted], limit):
+        chosen = [wanted[index] for index in batch]
+        for row, top in zip(
+            chosen, _top(model, [theirs[row] for row in chosen], [places[row] for row in chosen]), strict=True
+        ):
+            rows[row] = _carried(top, pieces) if pieces is not None else top
+    starts = torch.tensor([0, *(len(item) for item in places)]).cumsum(0)
+    width = min(_TOP, vocabulary)
+    empty = (torch.zeros(0, width, dtype=torch.int64), torch.zeros(0, width))
+    predictions = sum(max(len(ids) - 1, 0) for ids in encoded)
+    teacher = Teacher(
+        starts,
+        torch.tensor([mine for item in places for mine, _ in item], dtype=torch.int64),
+        torch.cat([rows.get(row, empty)[0] for row in range(len(texts))]),
+        torch.cat([rows.get(row, empty)[1] for row in range(len(texts))]),
+        len([1 for item in places for _ in item]) / max(predictions, 1),
+    )
+    _save(teacher, path, key)
+    return teacher
+
+
+def distillation_loss(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Teacher,
+    places: Sequence[int],
+    settings: AdaptationSettings,
+    items: Tensor | int | None = None,
+) -> Tensor:
+    """Cross-entropy plus what the teacher says.
+
+    Args:
+        logits: (B, S, V) of the target.
+        labels: (B, S), -100 where nothing is asked.
+        teacher: Its predictions.
+        places: Which text each row is.
+        settings: Weight and kind of the second term.
+        items: Tokens of all passes of this step, for accumulation; the batch's own when None.
+    """
+    asked = labels[:, 1:]
+    mask = asked != -100
+    # Indexed once: under autograd each further selection would allocate a gradient as large as all logits.
+    rows, columns = mask.nonzero(as_tuple=True)
+    chosen = logits[rows, columns].float()
+    count = mask.sum() if items is None else torch.as_tensor(items, device=logits.device)
+    loss = functional.cross_entropy(chosen, asked[rows, columns], reduction="sum")
+    where = torch.full(mask.shape, -1, dtype=torch.int64)
+    where[rows.cpu(), columns.cpu()] = torch.arange(len(rows))
+    picked, known = [], []
+    for row, text in enumerate(places):
+        first, last = int(teacher.starts[text]), int(teacher.starts[text + 1])
+        positions = teacher.positions[first:last]
+        inside = positions < mask.shape[1]
+        slot = where[row, positions[inside]]
+        picked.append(slot[slot >= 0])
+        known.append(torch.arange(first, last)[inside][slot >= 0])
+    index, entries = torch.cat(picked), torch.cat(known)
+    if len(index):
+        ids = teacher.ids[entries].to(logits.device)
+        chances = teacher.chances[entries].to(logits.device)
+        student = chosen[index.to(logits.device)]
+        # A sum over common places over the count of all tokens is their mean times their share.
+        loss = loss + settings.distill_weight * _divergence(student, ids, chances, settings.distill_loss)
+    return loss / count
+
+
+def _divergence(student: Tensor, ids: Tensor, chances: Tensor, kind: str) -> Tensor:
+    """Summed over rows: KL(q || p), or the sorted L1 distance."""
+    if kind == "uld":
+        own = functional.softmax(student, -1).topk(min(ids.shape[1], student.shape[1]), -1).values
+        return (own - chances[:, : own.shape[1]]).abs().sum()
+    logs = functional.log_softmax(student, -1).gather(1, ids.clamp(min=0))
+    return (torch.xlogy(chances, chances) - chances * logs).sum()
+
+
+@torch.inference_mode()
+def _top(
+    model: LoadedModel, sequences: Sequence[list[int]], places: Sequence[list[tuple[int, int]]]
+) -> list[tuple[Tensor, Tensor]]:
+    """The likeliest tokens (ids, probabilities) at each asked place of each sequence; the head runs there alone."""
+    longest = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    device = model.device
+    logits = model.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    result = []
+    for row, asked in enumerate(places):
+        at = torch.tensor([theirs for _, theirs in asked], device=device)
+        chances, tokens = functional.softmax(logits[row, at].float(), -1).topk(min(_TOP, logits.shape[2]), -1)
+        result.append((tokens.cpu(), chances.cpu()))
+    return result
+
+
+def _carried(top: tuple[Tensor, Tensor], pieces: Tensor) -> tuple[Tensor, Tensor]:
+    """Source ids to the target's: probabilities of one piece are summed, rows renormalised to what was carried."""
+    tokens, chances = top
+    # A model's vocabulary may be padded past its tokenizer's.
+    known = torch.where(tokens < len(pieces), pieces[tokens.clamp(max=len(pieces) - 1)], -1)
+    chances = chances.masked_fill(known < 0, 0.0)
+    order = known.argsort(dim=1, stable=True)
+    known, chances = known.gather(1, order), chances.gather(1, order)
+    is_first = torch.ones_like(known, dtype=torch.bool)
+    is_first[:, 1:] = known[:, 1:] != known[:, :-1]
+    group = is_first.long().cumsum(1) - 1
+    summed = torch.zeros_like(chances).scatter_add_(1, group, chances)
+    ids = torch.full_like(known, -1).scatter_(1, group, known)
+    return ids, summed / summed.sum(1, keepdim=True).clamp(min=1e-9)
+
+
+def _save(teacher: Teacher, path: Path, key: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        "starts": teacher.starts,
+        "positions": teacher.positions,
+        "ids": teacher.ids.to(torch.int32),
+        "chances": teacher.chances,
+    }
+    temporary = path.with_name(path.name + ".part")
+    save_file(tensors, temporary, metadata={"key": key, "aligned_share": repr(teacher.aligned_share)})
+    os.replace(temporary, path)
+
+
+def _load(path: Path, key: str) -> Teacher | None:
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        facts = file.metadata() or {}
+        if facts.get("key") != key:
+            return None
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return Teacher(
+        tensors["starts"],
+        tensors["positions"],
+        tensors["ids"].long(),
+        tensors["chances"],
+        float(facts["aligned_share"]),
+    )

@@ -1,0 +1,277 @@
+"""Training after a merge, and of the baselines it is held against: same texts, same order, same steps.
+
+The order of the texts is drawn from the seed alone, so every objective and every model of one tokenizer reads the
+same tokens in the same steps. Weights train in float32 whatever they are stored in, since a step of 1e-6 is lost in
+bfloat16, and go back to their dtype at the end; products run in bfloat16 where the device has it.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tmerge.adaptation.distillation import Teacher, distillation_loss, read_teacher
+from tmerge.adaptation.residual import attach_residual, fold_residual
+from tmerge.errors import AdaptationError, MissingExtraError
+from tmerge.fusion import Alpha, TransportedNeurons, fuse
+from tmerge.models import LoadedModel, describe
+from tmerge.recipe import AdaptationSettings
+
+__all__ = ["AdaptationReport", "adapt", "text_order"]
+
+_LORA_TARGETS = ("q", "k", "v", "o")
+# A checkpoint of a large model is many gigabytes: few are written, and the last alone is kept.
+_CHECKPOINTS = 4
+
+
+@dataclass(frozen=True)
+class AdaptationReport:
+    """What a training did.
+
+    Attributes:
+        steps: Optimiser steps.
+        tokens: Tokens read by the model that was trained, padding excluded.
+        seconds: Wall time of the training; the teacher's forward passes included.
+        loss_curve: (step, loss) of every step: the mean over the step's tokens.
+        aligned: For distillation: the share of positions at which both tokenizations end a token; else None.
+        trained: Parameters that were trained.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    loss_curve: list[tuple[int, float]]
+    aligned: float | None
+    trained: int
+
+
+def text_order(texts: int, wanted: int, seed: int) -> list[int]:
+    """Which text is read when: shuffled epochs one after the other, `wanted` places in all."""
+    draw = random.Random(seed)
+    order: list[int] = []
+    while len(order) < wanted:
+        epoch = list(range(texts))
+        draw.shuffle(epoch)
+        order += epoch
+    return order[:wanted]
+
+
+def adapt(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    settings: AdaptationSettings,
+    *,
+    seed: int,
+    work: Path,
+    transported: Sequence[TransportedNeurons] | None = None,
+    alpha: Alpha = 0.0,
+    source: Callable[[], LoadedModel] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> AdaptationReport:
+    """Train a model in place; afterwards it is folded, plain, and in its own dtype again.
+
+    Args:
+        loaded: The target, unfused.
+        texts: To train on.
+        settings: The recipe's ``adaptation`` section.
+        seed: Of the texts' order and the dropout of LoRA.
+        work: Holds the training's checkpoints; a training that was stopped continues from there.
+        transported: What the merge fuses; trained on top of it, frozen or (``residual: none``) fused beforehand.
+        alpha: Its strength.
+        source: Loads the source, for ``objective: distill``; called once, and only if its outputs are not in `work`.
+        progress: Called with (steps done, all); may raise to stop.
+
+    Raises:
+        AdaptationError: Nothing to train on, or the loss is not finite.
+        MissingExtraError: trl, or peft for LoRA, is not installed.
+        TokenizerError: Distillation needs tokenizers that know where their tokens lie in the text.
+    """
+    began = time.perf_counter()
+    sft, lora = _libraries(settings)
+    encoded, ends = _encode(loaded, texts, settings)
+    places = [place for place, ids in enumerate(encoded) if len(ids) > 1]
+    if not places:
+        raise AdaptationError("no text to train on has two tokens; give longer texts")
+    teacher = None
+    if settings.objective == "distill":
+        if source is None:
+            raise ValueError("objective distill needs a source")
+        teacher = read_teacher(source, loaded.tokenizer, texts, encoded, ends, settings, work / "teacher.safetensors")
+    order = text_order(len(places), settings.steps * settings.batch_size * settings.accumulation, seed)
+    read = [places[index] for index in order]
+    model, dtype = loaded.model, loaded.dtype
+    # A model that was loaded to be read asks for no gradients.
+    model.float().requires_grad_(True)
+    peft_config = None
+    layers = describe(model).layers
+    if settings.lora_rank:
+        names = sorted({views[name].module_name for views in layers for name in _LORA_TARGETS if name in views})
+        peft_config = lora(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=names)
+    if transported:
+        # With LoRA the base weights stand still, so a residual beside them and one within them are the same.
+        if settings.residual == "frozen" and not settings.lora_rank:
+            attach_residual(layers, transported, alpha)
+        else:
+            fuse(layers, transported, alpha)
+    trainer = _trainer(sft, loaded, encoded, read, teacher, settings, seed, work, peft_config, progress)
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    checkpoints = sorted(work.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoints[-1].parent) if checkpoints else None)
+        curve = [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
+        if settings.lora_rank:
+            trainer.model.merge_and_unload()
+    finally:
+        # After an error too: a caller's model must not stay dressed up. What continues is in `work`.
+        fold_residual(model)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        vars(model).pop("forward", None)  # trl's and accelerate's wrappers
+    for parameter in model.parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise AdaptationError(
+                f"{loaded.reference}: the training diverged; lower adaptation.learning_rate "
+                f"(now {settings.learning_rate:g})"
+            )
+    model.to(dtype=dtype)  # type: ignore[call-arg]
+    model.eval().requires_grad_(False)
+    shutil.rmtree(work, ignore_errors=True)
+    return AdaptationReport(
+        steps=settings.steps,
+        tokens=sum(len(encoded[place]) for place in read),
+        seconds=time.perf_counter() - began,
+        loss_curve=curve,
+        aligned=None if teacher is None else teacher.aligned_share,
+        trained=trained,
+    )
+
+
+def _libraries(settings: AdaptationSettings) -> tuple[Any, Any]:
+    """trl, and peft's LoraConfig where it is asked for."""
+    try:
+        import trl
+
+        if settings.lora_rank:
+            import peft
+
+            return trl, peft.LoraConfig
+    except ImportError:
+        raise MissingExtraError('training needs trl and peft: pip install "tmerge[adapt]"') from None
+    return trl, None
+
+
+def _encode(
+    loaded: LoadedModel, texts: Sequence[str], settings: AdaptationSettings
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids with an end-of-text token, and where in the text each token ends (-1: a special token)."""
+    tokenizer = loaded.tokenizer
+    found = tokenizer(list(texts), return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    encoded, ends = [], []
+    for row, ids in enumerate(found["input_ids"]):
+        offsets = found["offset_mapping"][row] if tokenizer.is_fast else []
+        places = [end if end > start else -1 for start, end in offsets]
+        if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
+            ids, places = [*ids, tokenizer.eos_token_id], [*places, -1]
+        encoded.append(list(ids[: settings.max_tokens]))
+        ends.append(places[: settings.max_tokens])
+    return encoded, ends
+
+
+def _trainer(
+    trl: Any,
+    loaded: LoadedModel,
+    encoded: Sequence[list[int]],
+    read: Sequence[int],
+    teacher: Teacher | None,
+    settings: AdaptationSettings,
+    seed: int,
+    work: Path,
+    peft_config: Any,
+    progress: Callable[[int, int], None] | None,
+) -> Any:
+    """Trl's SFTTrainer over the texts in the given order."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    pads = DataCollatorForLanguageModeling(pad_token_id=loaded.pad_id)
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = pads([{"input_ids": example["input_ids"]} for example in examples])
+        # A place in the list of texts, for the teacher; it is no input of the model.
+        return batch | {"place": torch.tensor([example["place"] for example in examples])}
+
+    class Told(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if progress is not None:
+                progress(state.global_step, state.max_steps)
+
+    class Trainer(trl.SFTTrainer):
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            places = inputs.pop("place")
+            if teacher is None:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            labels = inputs.pop("labels")
+            outputs = model(**inputs, use_cache=False)
+            loss = distillation_loss(outputs.logits, labels, teacher, places.tolist(), settings, num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
+
+    device = loaded.device.type
+    config = trl.SFTConfig(
+        output_dir=str(work),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=round(settings.warmup * settings.steps),
+        gradient_checkpointing=settings.gradient_checkpointing,
+        bf16=has_bfloat16(loaded.device),
+        use_cpu=device == "cpu",
+        save_strategy="steps",
+        save_steps=max(1, -(-settings.steps // _CHECKPOINTS)),
+        save_total_limit=1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        seed=seed,
+        data_seed=seed,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=False,
+        max_length=None,
+    )
+    rows = [{"input_ids": encoded[place], "place": place} for place in read]
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer = Trainer(
+        model=loaded.model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=collate,
+        processing_class=loaded.tokenizer,
+        peft_config=peft_config,
+        callbacks=[Told()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return False

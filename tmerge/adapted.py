@@ -1,0 +1,176 @@
+"""`tmerge adapt`: training on top of a finished merge, scored on the merge's own held-out texts.
+
+The run's target is trained with its transported residual frozen (or fused beforehand), folded, and written as a plain
+checkpoint to a folder of its own, with a report that holds base, fused and adapted against each other.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tmerge.calibration import TextSet, normalise, read_texts
+from tmerge.errors import AdaptationError, OutputExistsError, RunNotFoundError
+from tmerge.evaluation import Scores, difference, resamples, score, verdict
+from tmerge.fusion import load_transported
+from tmerge.models import load_model, load_tokenizer, save_checkpoint, verify_checkpoint
+from tmerge.recipe import Recipe
+from tmerge.report import library_versions
+from tmerge.run import Run, stage_key, write_json, write_text
+from tmerge.session import Listener, Session, Step
+
+__all__ = ["adapt_run"]
+
+
+def adapt_run(
+    folder: str | Path,
+    out: str | Path,
+    words: Mapping[str, Any],
+    *,
+    dataset: str | None = None,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """Train a finished run's target on top of what was transported.
+
+    Args:
+        folder: Of the run.
+        out: Where the adapted model goes; a training that was stopped there is taken up again.
+        words: Keys of the recipe's ``adaptation`` section that are asked for.
+        dataset: To train on, as ``calibration.dataset``; None takes the run's calibration texts.
+        listener: Hears every `Step`; may raise `Cancelled`.
+
+    Returns:
+        The report, as ``tmerge/report.json`` in `out` holds it.
+
+    Raises:
+        AdaptationError: Nothing is left to train on, or the training diverged.
+        OutputExistsError: `out` holds something else.
+        RunNotFoundError: Not a finished run, or its cache is gone.
+    """
+    from tmerge.adaptation import adapt
+
+    run, listener = Run(Path(folder)), listener or (lambda step: None)
+    merged = run.report()
+    recipe = run.recipe()
+    recipe = Recipe.from_mapping(
+        recipe.model_dump(mode="json") | {"adaptation": {**recipe.adaptation.model_dump(mode="json"), **words}}
+    )
+    if not (run.cache / "transported.safetensors").is_file():
+        raise RunNotFoundError(f"{folder} has no tmerge/cache any more, which training needs; run the merge again")
+    session = Session(recipe, run, listener)
+    session.texts = TextSet.load(run.cache / "calibration.json")
+    texts, data = _texts(session, dataset)
+    fusion = merged["fusion"]
+    alpha = fusion["choice"]["alpha"] if "choice" in fusion else fusion["alpha"]
+    if recipe.adaptation.alpha is not None:
+        alpha = recipe.adaptation.alpha
+    settings = recipe.adaptation
+    adapted = Run(Path(out))
+    key = stage_key("adapt", recipe=recipe.digest(), texts=list(texts), versions=library_versions())
+    _open(adapted, key)
+    target = load_model(
+        recipe.target,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        trust_remote_code=recipe.target in recipe.trust_remote_code,
+    )
+    trained = adapt(
+        target,
+        texts,
+        settings,
+        seed=recipe.seed,
+        work=adapted.cache / "training",
+        transported=load_transported(run.cache / "transported.safetensors"),
+        alpha=alpha,
+        source=(lambda: session.model("source")) if settings.objective == "distill" else None,
+        progress=lambda done, total: listener(Step("adapt", settings.objective, done, total, "steps")),
+    )
+    session.loaded["target"] = target
+    scores = session.score("target", "adapt", "adapted: held-out texts")
+    fresh = adapted.cache / "checkpoint"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    save_checkpoint(target, fresh, max_shard_size=recipe.save.max_shard_size)
+    verify_checkpoint(fresh, target, session.held_out()[:4])
+    for path in sorted(fresh.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+        path.chmod(0o644)
+        os.replace(path, adapted.folder / path.name)
+    fresh.rmdir()
+    adaptation = {
+        **settings.model_dump(mode="json"),
+        "alpha": alpha,
+        "data": data,
+        "tokens": trained.tokens,
+        "seconds": trained.seconds,
+        "trained_parameters": trained.trained,
+        "aligned_share": trained.aligned,
+        "loss_curve": [list(point) for point in trained.loss_curve],
+    }
+    report = merged | _evaluation(run, recipe, merged, scores) | {"adaptation": adaptation}
+    write_text(adapted.work / "recipe.yaml", recipe.to_yaml())
+    if run.transport_path.is_file():
+        shutil.copyfile(run.transport_path, adapted.transport_path)
+    write_json(adapted.work / "report.json", report)
+    return report
+
+
+def _texts(session: Session, dataset: str | None) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """What to train on, without the texts that decide the verdict."""
+    if dataset is None:
+        return session.texts.texts, session.texts.to_dict()
+    recipe = session.recipe
+    settings = recipe.calibration.model_copy(update={"dataset": dataset, "config": None, "column": None})
+    tokenizer = load_tokenizer(recipe.target, trust_remote_code=recipe.target in recipe.trust_remote_code)
+    found = read_texts(settings, seed=recipe.seed, chat_tokenizer=tokenizer)
+    kept_away = {normalise(text) for text in session.texts.held_out}
+    texts = tuple(text for text in (*found.texts, *found.held_out) if normalise(text) not in kept_away)
+    if not texts:
+        raise AdaptationError(f"dataset {dataset!r}: all its texts are held out by the run; give other texts")
+    return texts, found.to_dict() | {"texts": len(texts), "held_out": 0}
+
+
+def _open(adapted: Run, key: str) -> None:
+    """A new folder, or one where this very training was stopped."""
+    folder = adapted.folder
+    note = Run.note(adapted.cache / "adapt.json", key)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if note is None:
+            raise OutputExistsError(
+                f"{folder} exists and is not this training, begun before; choose another --out, or delete the folder"
+            )
+        return
+    try:
+        adapted.cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputExistsError(f"{folder} cannot be made: {error.strerror}; choose another --out") from None
+    adapted.finish("adapt", key, {})
+
+
+def _evaluation(run: Run, recipe: Recipe, merged: Mapping[str, Any], adapted: Scores) -> dict[str, Any]:
+    """The merge's evaluation with the adapted model beside it; the verdict is on adapted minus base."""
+    counts = resamples(len(adapted.bits), recipe.evaluation.bootstrap, recipe.seed)
+    base, fused = _noted(run, "target"), _noted(run, "evaluate", "fused")
+    change = difference(adapted, base, counts)
+    return {
+        "verdict": verdict(change),
+        "evaluation": {
+            **merged["evaluation"],
+            "adapted": score(adapted, counts).to_dict(),
+            "difference": change.to_dict(),
+            "difference_of_fused": merged["evaluation"]["difference"],
+            "difference_to_fused": difference(adapted, fused, counts).to_dict(),
+        },
+    }
+
+
+def _noted(run: Run, stage: str, name: str | None = None) -> Scores:
+    """Scores that a stage of the merge noted, text by text."""
+    facts = run.noted(stage)["scores"]
+    note = facts[name] if name else facts
+    bits, sizes = (torch.tensor(note[part], dtype=torch.float64) for part in ("bits", "bytes"))
+    return Scores(bits, sizes, note["tokens"], 0.0)
