@@ -6,9 +6,10 @@ import pytest
 
 from tests.pico import save_pico
 from tests.test_pipeline import recipe_for
-from tmerge.compare import compare, comparison_table
+from tmerge.compare import compare
 from tmerge.errors import Cancelled, RecipeError
 from tmerge.recipe import Recipe
+from tmerge.tables import comparison_table
 
 
 @pytest.fixture(scope="module")

@@ -143,6 +143,54 @@ def inspect(
 
 
 @app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Hub ids, folders, .gguf files; the first is the base.")],
+    dataset: Annotated[str | None, typer.Option(help="Texts for bits per byte; all of them are scored.")] = None,
+    texts: Annotated[int, typer.Option(help="At most so many texts.", min=8)] = 200,
+    tasks: Annotated[str | None, typer.Option(help="Tasks or groups of lm-evaluation-harness, as a,b.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="task=FILE: a local file for a task's dataset.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task at most.", min=1)] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    seed: SeedOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Score models on the same texts and tasks, each against the first with paired 95 % intervals."""
+    from tmerge.errors import RecipeError
+
+    named = [task.strip() for task in (tasks or "").split(",") if task.strip()]
+    if dataset is None and not named:
+        raise RecipeError("nothing to score on: name texts with --dataset, or tasks with --tasks")
+    files = {}
+    for word in data or ():
+        task, separator, path = word.partition("=")
+        if not separator:
+            raise RecipeError(f"--data {word!r} is not of the form task=FILE")
+        files[task] = Path(path)
+    _quiet_libraries()
+    from tmerge.benchmark import evaluate_models
+    from tmerge.show import listening, show_evaluation
+
+    with listening() as listener:
+        result = evaluate_models(
+            models,
+            dataset=dataset,
+            texts=texts,
+            tasks=named,
+            data=files,
+            limit=limit,
+            device=device or "auto",
+            dtype=dtype or "auto",
+            seed=seed or 0,
+            listener=listener,
+        )
+    if json_output:
+        _print_json(result)
+    else:
+        show_evaluation(result)
+
+
+@app.command()
 def adapt(
     run: RunArgument = Path("fused"),
     dataset: Annotated[str | None, typer.Option(help="To train on; the run's calibration texts if left out.")] = None,

@@ -24,9 +24,11 @@ from typing import Any
 
 import torch
 
+from tmerge.benchmark import task_entries
 from tmerge.calibration import TextSet, read_texts
 from tmerge.errors import RecipeError
 from tmerge.evaluation import Scores, applied, difference, noise, resamples, score, score_texts, shrink
+from tmerge.evaluation.tasks import TaskScore, run_tasks
 from tmerge.fusion import Alpha, TransportedNeurons, load_transported
 from tmerge.models import LoadedModel, load_model
 from tmerge.pipeline import merge
@@ -34,8 +36,9 @@ from tmerge.recipe import Recipe
 from tmerge.report import library_versions
 from tmerge.run import Run, stage_key, write_json, write_text
 from tmerge.session import Listener, Session, Step
+from tmerge.tables import comparison_table
 
-__all__ = ["SCHEMA", "compare", "comparison_table"]
+__all__ = ["SCHEMA", "compare"]
 
 SCHEMA = 1
 # The comparison's merge always says whether it points downhill: on this many calibration texts.
@@ -68,24 +71,6 @@ def compare(recipe: Recipe, out: str | Path, *, listener: Listener | None = None
         TmergeError: Bad input, one line.
     """
     return _Comparison(recipe, Path(out), listener or (lambda step: None)).go()
-
-
-def comparison_table(result: Mapping[str, Any]) -> str:
-    """The rows as a Markdown table; differences are to the base, with their paired 95 % intervals."""
-    lines = [
-        f"Bits per byte on {result['texts']} held-out texts, lower is better.",
-        "",
-        "| row | bits per byte | difference to base | 95 % interval | tokens | steps | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        change = row.get("difference")
-        cells = [f"{change['value']:+.4f}", "[{:+.4f}, {:+.4f}]".format(*change["ci95"])] if change else ["", ""]
-        lines.append(
-            f"| {row['name'].replace('|', chr(92) + '|')} | {row['value']:.4f}{_spread(row)} | {cells[0]} | {cells[1]} "
-            f"| {row['tokens'] or ''} | {row['steps'] or ''} | {row['seconds']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 class _Comparison:
@@ -176,7 +161,8 @@ class _Comparison:
 
     def _finished(self, row: _Row) -> dict[str, Any]:
         """The row from an earlier call, or made now."""
-        facts = row.facts | {"domains": self.settings.domains, "versions": library_versions()}
+        scored = {"domains": self.settings.domains, "tasks": self.settings.tasks, "limit": self.settings.task_limit}
+        facts = row.facts | scored | {"task_data": self.settings.task_data, "versions": library_versions()}
         key = stage_key(f"row {row.name}", **facts)
         store = Run(self.out)
         path = self.rows_folder / f"{key[:24]}.json"
@@ -285,6 +271,7 @@ class _Comparison:
                 progress=partial(self._step, where, unit="texts"),
             )
         return {
+            "tasks": self._tasks(model, name),
             "bits": found[""].bits.tolist(),
             "bytes": found[""].bytes.tolist(),
             "domains": {
@@ -293,6 +280,15 @@ class _Comparison:
                 if domain
             },
         }
+
+    def _tasks(self, model: LoadedModel, name: str) -> dict[str, Any]:
+        """Every question's own result, by task."""
+        if not self.settings.tasks:
+            return {}
+        self._step(f"{name}: tasks", 0, 1, unit="models")
+        data = {task: Path(path) for task, path in self.settings.task_data.items()}
+        scores = run_tasks(model, self.settings.tasks, data=data, limit=self.settings.task_limit, seed=self.recipe.seed)
+        return {task: {"metric": item.metric, "items": item.items.tolist()} for task, item in scores.items()}
 
     def _result(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Values and paired intervals; the seeds of a trained row are averaged, text by text."""
@@ -312,6 +308,7 @@ class _Comparison:
             "descent": self.report["evaluation"]["descent"],
             "adaptation": self.recipe.adaptation.model_dump(mode="json"),
             "rows": [self._row(group, base) for group in grouped.values()],
+            "published": self.recipe.published.model_dump(mode="json") if self.recipe.published else None,
             "versions": library_versions(),
         }
 
@@ -328,6 +325,9 @@ class _Comparison:
             )
             for domain in first["domains"]
         }
+        if first["tasks"]:
+            own = _as_tasks([base]) if first["name"] != "base" else None
+            row["tasks"] = task_entries(_as_tasks(group), own, self.recipe.seed, self.recipe.evaluation.bootstrap)
         if first["kind"] == "trained":
             row["seeds"] = [
                 {"seed": item["seed"], "value": _bits_per_byte(item), "loss": item["loss"]} for item in group
@@ -350,11 +350,17 @@ def _as_scores(bits: torch.Tensor, sizes: list[float]) -> Scores:
     return Scores(bits, torch.tensor(sizes, dtype=torch.float64), 0, 0.0)
 
 
+def _as_tasks(group: Sequence[Mapping[str, Any]]) -> dict[str, TaskScore]:
+    """Questions averaged over the seeds of a row."""
+    return {
+        task: TaskScore(
+            item["metric"],
+            torch.tensor([row["tasks"][task]["items"] for row in group], dtype=torch.float64).mean(0),
+            0.0,
+        )
+        for task, item in group[0]["tasks"].items()
+    }
+
+
 def _bits_per_byte(row: Mapping[str, Any]) -> float:
     return sum(row["bits"]) / sum(row["bytes"])
-
-
-def _spread(row: Mapping[str, Any]) -> str:
-    """Lowest and highest seed, where there are several."""
-    values = [seed["value"] for seed in row.get("seeds", [])]
-    return f" ({min(values):.4f} to {max(values):.4f} over {len(values)} seeds)" if len(values) > 1 else ""

@@ -187,6 +187,9 @@ class CompareSettings(_Section):
     domains: dict[str, str] = Field(
         {}, description="name -> dataset: further texts that every row is scored on (Figures 1 and 6)"
     )
+    tasks: tuple[str, ...] = Field((), description="benchmark tasks or groups of lm-evaluation-harness for every row")
+    task_data: dict[str, str] = Field({}, description="task -> local file in place of its Hub dataset")
+    task_limit: Annotated[int, Field(ge=1)] | None = Field(None, description="questions of each task at most")
 
     @field_validator("rows", "seeds", "alphas", "sources")
     @classmethod
@@ -194,6 +197,16 @@ class CompareSettings(_Section):
         if len(set(value)) != len(value):
             raise ValueError("name each once")
         return value
+
+
+class PublishedScores(_Section):
+    """What the paper reports for a preset's pair, to be shown beside what is measured here."""
+
+    table: str
+    metric: str
+    scores: dict[str, tuple[float, float, float]] = Field(
+        description="benchmark -> base, fused without adaptation, fused with adaptation"
+    )
 
 
 class Recipe(_Section):
@@ -222,6 +235,7 @@ class Recipe(_Section):
     save: SaveSettings = SaveSettings()
     adaptation: AdaptationSettings = AdaptationSettings()
     compare: CompareSettings = CompareSettings()
+    published: PublishedScores | None = None
 
     @model_validator(mode="after")
     def _task_vector_has_a_base(self) -> Recipe:

@@ -16,7 +16,7 @@ from tmerge.check import Check
 from tmerge.pipeline import Listener, Step
 from tmerge.report import alpha_words, summary
 
-__all__ = ["listening", "show_adapted", "show_check", "show_comparison", "show_report"]
+__all__ = ["listening", "show_adapted", "show_check", "show_comparison", "show_evaluation", "show_report"]
 
 
 @contextmanager
@@ -163,6 +163,28 @@ def show_comparison(result: Mapping[str, Any], folder: Path) -> None:
     console.print(
         f"The same with figures: {folder / 'compare.html'}; as Markdown: {folder / 'compare.md'}", markup=False
     )
+
+
+def show_evaluation(result: Mapping[str, Any]) -> None:
+    """Models on texts and tasks, on stdout."""
+    console = Console()
+    first = result["models"][0]
+    measures = [("bits_per_byte", f"bits per byte on {result['texts']} texts, lower is better")] * bool(result["texts"])
+    measures += [
+        (name, f"{name}: {item['metric']} on {item['questions']} questions, higher is better")
+        for name, item in first.get("tasks", {}).items()
+    ]
+    for name, title in measures:
+        table = Table(title=title, title_justify="left")
+        for heading in ("model", "value", "95 %", "difference to the first", "95 %"):
+            table.add_column(heading)
+        for model in result["models"]:
+            item = model[name] if name == "bits_per_byte" else model["tasks"][name]
+            change = item.get("difference")
+            cells = [f"{item['value']:.4f}", "{:.4f} to {:.4f}".format(*item["ci95"])]
+            cells += [f"{change['value']:+.4f}", "{:+.4f} to {:+.4f}".format(*change["ci95"])] if change else ["", ""]
+            table.add_row(model["model"], *cells)
+        console.print(table)
 
 
 def _descent(control: Mapping[str, Any]) -> Table:
