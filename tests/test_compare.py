@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.evaluation.test_tasks import XCOPA
 from tests.pico import save_pico
 from tests.test_pipeline import recipe_for
 from tmerge.compare import compare
@@ -88,3 +89,23 @@ def test_bad_settings_are_one_line(pair, bad):
 def test_merge_reads_nothing_of_the_comparison(pair):
     assert asked(pair).digest("fusion") == recipe_for(pair).digest("fusion")
     assert Recipe.from_mapping(asked(pair).model_dump(mode="json")) == asked(pair)
+
+
+@pytest.mark.filterwarnings("ignore")  # the harness's own
+def test_tasks_of_every_row(pair, tmp_path):
+    pytest.importorskip("lm_eval")
+    names = ("premise", "choice1", "choice2", "question", "label")
+    rows = [dict(zip(names, row, strict=True)) for row in XCOPA]
+    path = tmp_path / "xcopa.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    published = {"table": "Table 9", "metric": "accuracy", "scores": {"XCOPA": [1, 2, 3]}}
+    recipe = asked(pair, alphas=[], tasks=["xcopa_id"], task_data={"xcopa_id": str(path)})
+    recipe = Recipe.from_mapping(recipe.model_dump(mode="json") | {"published": published})
+    result = compare(recipe, tmp_path / "c")
+    for row in result["rows"]:
+        task = row["tasks"]["xcopa_id"]
+        assert task["questions"] == 4 and task["metric"] == "acc" and 0 <= task["value"] <= 1
+        assert ("difference" in task) == (row["name"] != "base")
+    table = (tmp_path / "c" / "compare.md").read_text()
+    assert "xcopa_id: acc on 4 questions" in table and "| XCOPA | 1 | 2 | 3 |" in table
+    assert "Benchmarks" in (tmp_path / "c" / "compare.html").read_text()

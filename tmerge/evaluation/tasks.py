@@ -7,6 +7,7 @@ may be given a local file in place of its Hub dataset; tasks that the harness la
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import io
 import logging
@@ -17,6 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import yaml
 
@@ -120,7 +122,8 @@ def run_tasks(
             close = difflib.get_close_matches(name, [*known, *TASK_GROUPS], 1, cutoff=0.4)
             hint = f"; did you mean {close[0]!r}?" if close else f"; groups are {', '.join(TASK_GROUPS)}"
             raise RecipeError(f"no task {name!r} in lm-evaluation-harness{hint}")
-    model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+    # A tokenizer of its own: the harness gives it a padding token, and ours will be saved.
+    model = HFLM(pretrained=loaded.model, tokenizer=copy.deepcopy(loaded.tokenizer), batch_size=batch_size)
     began = time.perf_counter()
     try:
         # Its progress bars would break the lines of ours.
@@ -141,6 +144,11 @@ def run_tasks(
         raise DatasetError(
             f"a dataset of {', '.join(wanted)} cannot be read ({str(error).splitlines()[0]}); check the network, or "
             "give a local file with --data task=FILE"
+        ) from None
+    except jinja2.UndefinedError as error:
+        raise DatasetError(
+            f"a question of {', '.join(wanted)} lacks a field that its task reads ({error}); give a file of the "
+            "benchmark's own columns"
         ) from None
     seconds = time.perf_counter() - began
     scores = {}

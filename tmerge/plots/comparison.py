@@ -12,7 +12,16 @@ from plotly.offline import get_plotlyjs
 
 from tmerge.plots.style import BAD, GOOD, NEUTRAL, OWN, PROJECTION_COLOURS, TEMPLATES, escaped, finish
 
-__all__ = ["alpha_sweep", "comparison_page", "descent_bars", "domain_scores", "losses", "rows_figure", "sources_figure"]
+__all__ = [
+    "alpha_sweep",
+    "comparison_page",
+    "descent_bars",
+    "domain_scores",
+    "losses",
+    "rows_figure",
+    "sources_figure",
+    "task_scores",
+]
 
 _SWEEP_COLOURS = {"fused": GOOD, "shrink": NEUTRAL, "noise": BAD}
 
@@ -129,6 +138,44 @@ def domain_scores(result: Mapping[str, Any]) -> go.Figure | None:
     )
 
 
+def task_scores(result: Mapping[str, Any]) -> go.Figure | None:
+    """Benchmark scores of every row, and their mean over tasks (the paper's Figure 6 for the group ``general``).
+
+    None where the recipe names no task.
+    """
+    rows = [row for row in result["rows"] if row.get("tasks") and row["kind"] != "sweep"]
+    if not rows:
+        return None
+    figure = go.Figure()
+    names = list(rows[0]["tasks"])
+    for index, row in enumerate(rows):
+        items = [row["tasks"][name] for name in names]
+        labels, values = [*map(escaped, names)], [item["value"] for item in items]
+        above = [item["ci95"][1] - item["value"] for item in items]
+        below = [item["value"] - item["ci95"][0] for item in items]
+        if len(names) > 1:
+            labels, values = [*labels, "mean"], [*values, sum(values) / len(values)]
+            above, below = [*above, 0.0], [*below, 0.0]
+        figure.add_trace(
+            go.Bar(
+                x=labels,
+                y=values,
+                error_y={"type": "data", "array": above, "arrayminus": below},
+                name=escaped(row["name"]),
+                marker={"color": list(PROJECTION_COLOURS.values())[index % len(PROJECTION_COLOURS)]},
+                hovertemplate=f"{escaped(row['name'])}, %{{x}}: %{{y:.3f}}<extra></extra>",
+            )
+        )
+    return finish(
+        figure,
+        "Benchmarks",
+        "share of questions answered rightly, 95 % intervals over questions; the mean over tasks has none",
+        480,
+        barmode="group",
+        yaxis={"title": {"text": "score"}, "rangemode": "tozero"},
+    )
+
+
 def descent_bars(result: Mapping[str, Any]) -> go.Figure:
     """Mean cosine of the merge with the descent direction, beside that of random directions, by projection."""
     figure = go.Figure()
@@ -196,6 +243,7 @@ def comparison_page(result: Mapping[str, Any]) -> str:
         rows_figure(result),
         alpha_sweep(result),
         domain_scores(result),
+        task_scores(result),
         sources_figure(result),
         descent_bars(result),
         losses(result),
