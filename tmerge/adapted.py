@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from tmerge.calibration import TextSet, normalise, read_texts
+from tmerge.calibration import FeatureStore, TextSet, normalise, read_texts
 from tmerge.errors import AdaptationError, OutputExistsError, RunNotFoundError
 from tmerge.evaluation import Scores, difference, resamples, score, verdict
-from tmerge.fusion import load_transported
+from tmerge.fusion import TransportRecord, load_transported
 from tmerge.models import load_model, load_tokenizer, save_checkpoint, verify_checkpoint
 from tmerge.recipe import Recipe
 from tmerge.report import library_versions
@@ -52,7 +52,7 @@ def adapt_run(
         OutputExistsError: `out` holds something else.
         RunNotFoundError: Not a finished run, or its cache is gone.
     """
-    from tmerge.adaptation import adapt
+    from tmerge.adaptation import adapt, feature_goals
 
     run, listener = Run(Path(folder)), listener or (lambda step: None)
     merged = run.report()
@@ -72,6 +72,14 @@ def adapt_run(
     settings = recipe.adaptation
     adapted = Run(Path(out))
     key = stage_key("adapt", recipe=recipe.digest(), texts=list(texts), versions=library_versions())
+    goals = None
+    if settings.transport_weight:
+        if dataset is not None:
+            raise AdaptationError(
+                "adaptation.transport_weight draws features on the run's own calibration texts; leave --dataset away"
+            )
+        stores = [FeatureStore(session.feature_folder(role)) for role in ("target", "source")]
+        goals = feature_goals(TransportRecord.load(run.transport_path), *stores)
     _open(adapted, key)
     target = load_model(
         recipe.target,
@@ -88,6 +96,7 @@ def adapt_run(
         transported=load_transported(run.cache / "transported.safetensors"),
         alpha=alpha,
         source=(lambda: session.model("source")) if settings.objective == "distill" else None,
+        goals=goals,
         progress=lambda done, total: listener(Step("adapt", settings.objective, done, total, "steps")),
     )
     session.loaded["target"] = target

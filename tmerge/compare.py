@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 from tmerge.benchmark import task_entries
-from tmerge.calibration import TextSet, read_texts
+from tmerge.calibration import FeatureStore, TextSet, read_texts
 from tmerge.errors import RecipeError
 from tmerge.evaluation import Scores, applied, difference, noise, resamples, score, score_texts, shrink
 from tmerge.evaluation.tasks import TaskScore, run_tasks
-from tmerge.fusion import Alpha, TransportedNeurons, load_transported
+from tmerge.fusion import Alpha, TransportedNeurons, TransportRecord, load_transported
 from tmerge.models import LoadedModel, load_model
 from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
@@ -247,7 +247,7 @@ class _Comparison:
             alpha=0.0 if not is_fused else self.alpha if settings.alpha is None else settings.alpha,
             source=(lambda: self.session.model("source")) if objective == "distill" else None,
             progress=partial(self._step, f"{name}, seed {seed}", unit="steps"),
-            **({"run": self.run} if rest == "sft+transport" else {}),
+            goals=self._goals() if rest == "sft+transport" else None,
         )
         seconds = time.perf_counter() - began
         self.session.loaded.pop("source", None)
@@ -255,6 +255,13 @@ class _Comparison:
         shutil.rmtree(work, ignore_errors=True)
         trained = {"tokens": report.tokens, "steps": report.steps, "seconds": seconds, "loss": report.loss_curve}
         return result | trained
+
+    def _goals(self) -> Any:
+        """Where the target's features are drawn to: the merge's own plans and features."""
+        from tmerge.adaptation import feature_goals
+
+        stores = [FeatureStore(self.session.feature_folder(role)) for role in ("target", "source")]
+        return feature_goals(TransportRecord.load(self.run.transport_path), *stores)
 
     # -- scores -------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from tmerge.adaptation.goals import FeatureGoals, feature_goals
 from tmerge.adaptation.residual import attach_residual, fold_residual
 from tmerge.adaptation.training import AdaptationReport, adapt, text_order
 
-__all__ = ["AdaptationReport", "adapt", "attach_residual", "fold_residual", "text_order"]
+__all__ = [
+    "AdaptationReport",
+    "FeatureGoals",
+    "adapt",
+    "attach_residual",
+    "feature_goals",
+    "fold_residual",
+    "text_order",
+]

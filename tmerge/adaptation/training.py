@@ -11,6 +11,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from typing import Any
 import torch
 
 from tmerge.adaptation.distillation import Teacher, distillation_loss, read_teacher
+from tmerge.adaptation.goals import FeatureGoals, FeatureWatch
 from tmerge.adaptation.residual import attach_residual, fold_residual
 from tmerge.errors import AdaptationError, MissingExtraError
 from tmerge.fusion import Alpha, TransportedNeurons, fuse
-from tmerge.models import LoadedModel, describe
+from tmerge.models import Architecture, LoadedModel, describe
 from tmerge.recipe import AdaptationSettings
 
 __all__ = ["AdaptationReport", "adapt", "text_order"]
@@ -73,6 +75,7 @@ def adapt(
     transported: Sequence[TransportedNeurons] | None = None,
     alpha: Alpha = 0.0,
     source: Callable[[], LoadedModel] | None = None,
+    goals: FeatureGoals | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> AdaptationReport:
     """Train a model in place; afterwards it is folded, plain, and in its own dtype again.
@@ -86,6 +89,7 @@ def adapt(
         transported: What the merge fuses; trained on top of it, frozen or (``residual: none``) fused beforehand.
         alpha: Its strength.
         source: Loads the source, for ``objective: distill``; called once, and only if its outputs are not in `work`.
+        goals: For ``transport_weight`` above 0: where the features are drawn to; over `texts`, in their order.
         progress: Called with (steps done, all); may raise to stop.
 
     Raises:
@@ -110,7 +114,11 @@ def adapt(
     # A model that was loaded to be read asks for no gradients.
     model.float().requires_grad_(True)
     peft_config = None
-    layers = describe(model).layers
+    architecture = describe(model)
+    layers = architecture.layers
+    watch = None
+    if settings.transport_weight:
+        watch = _watch(architecture, goals, settings)
     if settings.lora_rank:
         names = sorted({views[name].module_name for views in layers for name in _LORA_TARGETS if name in views})
         peft_config = lora(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=names)
@@ -120,11 +128,12 @@ def adapt(
             attach_residual(layers, transported, alpha)
         else:
             fuse(layers, transported, alpha)
-    trainer = _trainer(sft, loaded, encoded, read, teacher, settings, seed, work, peft_config, progress)
+    trainer = _trainer(sft, loaded, encoded, read, teacher, watch, settings, seed, work, peft_config, progress)
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     checkpoints = sorted(work.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1].parent) if checkpoints else None)
+        with watch.watching() if watch else nullcontext():
+            trainer.train(resume_from_checkpoint=str(checkpoints[-1].parent) if checkpoints else None)
         curve = [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
         if settings.lora_rank:
             trainer.model.merge_and_unload()
@@ -184,12 +193,23 @@ def _encode(
     return encoded, ends
 
 
+def _watch(architecture: Architecture, goals: FeatureGoals | None, settings: AdaptationSettings) -> FeatureWatch:
+    """What measures the features, where it can."""
+    if goals is None:
+        raise ValueError("transport_weight needs goals")
+    if settings.lora_rank or settings.gradient_checkpointing:
+        what = "lora_rank" if settings.lora_rank else "gradient_checkpointing"
+        raise AdaptationError(f"adaptation.transport_weight cannot be had together with {what}; set one of them to 0")
+    return FeatureWatch(architecture, goals)
+
+
 def _trainer(
     trl: Any,
     loaded: LoadedModel,
     encoded: Sequence[list[int]],
     read: Sequence[int],
     teacher: Teacher | None,
+    watch: FeatureWatch | None,
     settings: AdaptationSettings,
     seed: int,
     work: Path,
@@ -217,13 +237,20 @@ def _trainer(
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            places = inputs.pop("place")
+            places = inputs.pop("place").tolist()
             if teacher is None:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            labels = inputs.pop("labels")
-            outputs = model(**inputs, use_cache=False)
-            loss = distillation_loss(outputs.logits, labels, teacher, places.tolist(), settings, num_items_in_batch)
-            return (loss, outputs) if return_outputs else loss
+                loss = super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            else:
+                asked = {name: value for name, value in inputs.items() if name != "labels"}
+                logits = model(**asked, use_cache=False).logits
+                labels = inputs["labels"]
+                loss = distillation_loss(logits, labels, teacher, places, settings, num_items_in_batch)
+            if watch is not None:
+                # Calibration read the texts without the end-of-text token that training adds.
+                read = inputs["attention_mask"] * (inputs["input_ids"] != loaded.tokenizer.eos_token_id)
+                # Over the passes of one step the mean, as the loss is.
+                loss = loss + settings.transport_weight * watch.distance(places, read) / settings.accumulation
+            return loss  # outputs are asked for in an evaluation only, and there is none
 
     device = loaded.device.type
     config = trl.SFTConfig(
