@@ -64,7 +64,7 @@ def adapt_run(
         raise RunNotFoundError(f"{folder} has no tmerge/cache any more, which training needs; run the merge again")
     session = Session(recipe, run, listener)
     session.texts = TextSet.load(run.cache / "calibration.json")
-    texts, data = _texts(session, dataset)
+    texts, prompts, data = _texts(session, dataset)
     fusion = merged["fusion"]
     alpha = fusion["choice"]["alpha"] if "choice" in fusion else fusion["alpha"]
     if recipe.adaptation.alpha is not None:
@@ -97,6 +97,7 @@ def adapt_run(
         alpha=alpha,
         source=(lambda: session.model("source")) if settings.objective == "distill" else None,
         goals=goals,
+        prompts=prompts,
         progress=lambda done, total: listener(Step("adapt", settings.objective, done, total, "steps")),
     )
     session.loaded["target"] = target
@@ -128,19 +129,24 @@ def adapt_run(
     return report
 
 
-def _texts(session: Session, dataset: str | None) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _texts(session: Session, dataset: str | None) -> tuple[tuple[str, ...], tuple[int, ...], dict[str, Any]]:
     """What to train on, without the texts that decide the verdict."""
     if dataset is None:
-        return session.texts.texts, session.texts.to_dict()
+        return session.texts.texts, session.texts.prompts, session.texts.to_dict()
     recipe = session.recipe
     settings = recipe.calibration.model_copy(update={"dataset": dataset, "config": None, "column": None})
     tokenizer = load_tokenizer(recipe.target, trust_remote_code=recipe.target in recipe.trust_remote_code)
     found = read_texts(settings, seed=recipe.seed, chat_tokenizer=tokenizer)
     kept_away = {normalise(text) for text in session.texts.held_out}
-    texts = tuple(text for text in (*found.texts, *found.held_out) if normalise(text) not in kept_away)
-    if not texts:
+    # What a calibration holds out is of no use here: the run's own held-out texts decide.
+    pairs = [*zip(found.texts, found.prompts, strict=True), *((text, 0) for text in found.held_out)]
+    if recipe.adaptation.completions_only:
+        pairs = pairs[: len(found.texts)]
+    pairs = [(text, prompt) for text, prompt in pairs if normalise(text) not in kept_away]
+    if not pairs:
         raise AdaptationError(f"dataset {dataset!r}: all its texts are held out by the run; give other texts")
-    return texts, found.to_dict() | {"texts": len(texts), "held_out": 0}
+    texts, prompts = zip(*pairs, strict=True)
+    return texts, prompts, found.to_dict() | {"texts": len(texts), "held_out": 0}
 
 
 def _open(adapted: Run, key: str) -> None:

@@ -247,6 +247,7 @@ class _Comparison:
             alpha=0.0 if not is_fused else self.alpha if settings.alpha is None else settings.alpha,
             source=(lambda: self.session.model("source")) if objective == "distill" else None,
             progress=partial(self._step, f"{name}, seed {seed}", unit="steps"),
+            prompts=self.texts.prompts,
             goals=self._goals() if rest == "sft+transport" else None,
         )
         seconds = time.perf_counter() - began

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 from tmerge.adaptation.distillation import Teacher, distillation_loss, read_teacher
 from tmerge.adaptation.goals import FeatureGoals, FeatureWatch
 from tmerge.adaptation.residual import attach_residual, fold_residual
-from tmerge.errors import AdaptationError, MissingExtraError
+from tmerge.errors import AdaptationError, MissingExtraError, TokenizerError
 from tmerge.fusion import Alpha, TransportedNeurons, fuse
 from tmerge.models import Architecture, LoadedModel, describe
 from tmerge.recipe import AdaptationSettings
@@ -76,6 +77,7 @@ def adapt(
     alpha: Alpha = 0.0,
     source: Callable[[], LoadedModel] | None = None,
     goals: FeatureGoals | None = None,
+    prompts: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> AdaptationReport:
     """Train a model in place; afterwards it is folded, plain, and in its own dtype again.
@@ -90,6 +92,7 @@ def adapt(
         alpha: Its strength.
         source: Loads the source, for ``objective: distill``; called once, and only if its outputs are not in `work`.
         goals: For ``transport_weight`` above 0: where the features are drawn to; over `texts`, in their order.
+        prompts: For ``completions_only``: per text, the characters before its completion (`TextSet.prompts`).
         progress: Called with (steps done, all); may raise to stop.
 
     Raises:
@@ -100,9 +103,11 @@ def adapt(
     began = time.perf_counter()
     sft, lora = _libraries(settings)
     encoded, ends = _encode(loaded, texts, settings)
-    places = [place for place, ids in enumerate(encoded) if len(ids) > 1]
+    labels = _labels(loaded, encoded, ends, prompts) if settings.completions_only else encoded
+    places = [place for place, asked in enumerate(labels) if any(label >= 0 for label in asked[1:])]
     if not places:
-        raise AdaptationError("no text to train on has two tokens; give longer texts")
+        what = "completion within adaptation.max_tokens" if settings.completions_only else "second token"
+        raise AdaptationError(f"no text to train on has a {what}; give longer texts, or raise adaptation.max_tokens")
     teacher = None
     if settings.objective == "distill":
         if source is None:
@@ -128,7 +133,9 @@ def adapt(
             attach_residual(layers, transported, alpha)
         else:
             fuse(layers, transported, alpha)
-    trainer = _trainer(sft, loaded, encoded, read, teacher, watch, settings, seed, work, peft_config, progress)
+    trainer = _trainer(
+        sft, loaded, (encoded, labels), read, teacher, watch, settings, seed, work, peft_config, progress
+    )
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     checkpoints = sorted(work.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
     try:
@@ -193,6 +200,28 @@ def _encode(
     return encoded, ends
 
 
+def _labels(
+    loaded: LoadedModel, encoded: Sequence[list[int]], ends: Sequence[list[int]], prompts: Sequence[int]
+) -> list[list[int]]:
+    """Token ids where they belong to a completion or end the text, -100 elsewhere."""
+    if not any(prompts):
+        raise AdaptationError(
+            "adaptation.completions_only needs prompts with completions (a chat column, or several columns as a+b); "
+            "these are plain texts"
+        )
+    if not loaded.tokenizer.is_fast:
+        raise TokenizerError(
+            f"{loaded.reference}: completions_only needs to know where tokens lie in a text; this tokenizer is slow"
+        )
+    labels = []
+    for ids, places, prompt in zip(encoded, ends, prompts, strict=True):
+        # A special token at the end closes the completion; one before it belongs to the prompt's frame.
+        last = len(ids) - 1
+        kept = [end > prompt or (end < 0 and place == last) for place, end in enumerate(places)]
+        labels.append([token if asked else -100 for token, asked in zip(ids, kept, strict=True)])
+    return labels
+
+
 def _watch(architecture: Architecture, goals: FeatureGoals | None, settings: AdaptationSettings) -> FeatureWatch:
     """What measures the features, where it can."""
     if goals is None:
@@ -206,7 +235,7 @@ def _watch(architecture: Architecture, goals: FeatureGoals | None, settings: Ada
 def _trainer(
     trl: Any,
     loaded: LoadedModel,
-    encoded: Sequence[list[int]],
+    texts: tuple[Sequence[list[int]], Sequence[list[int]]],
     read: Sequence[int],
     teacher: Teacher | None,
     watch: FeatureWatch | None,
@@ -224,7 +253,7 @@ def _trainer(
     pads = DataCollatorForLanguageModeling(pad_token_id=loaded.pad_id)
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = pads([{"input_ids": example["input_ids"]} for example in examples])
+        batch = pads([{name: example[name] for name in ("input_ids", "labels")} for example in examples])
         # A place in the list of texts, for the teacher; it is no input of the model.
         return batch | {"place": torch.tensor([example["place"] for example in examples])}
 
@@ -253,33 +282,37 @@ def _trainer(
             return loss  # outputs are asked for in an evaluation only, and there is none
 
     device = loaded.device.type
-    config = trl.SFTConfig(
-        output_dir=str(work),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=round(settings.warmup * settings.steps),
-        gradient_checkpointing=settings.gradient_checkpointing,
-        bf16=has_bfloat16(loaded.device),
-        use_cpu=device == "cpu",
-        save_strategy="steps",
-        save_steps=max(1, -(-settings.steps // _CHECKPOINTS)),
-        save_total_limit=1,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=[],
-        disable_tqdm=True,
-        seed=seed,
-        data_seed=seed,
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        dataloader_pin_memory=False,
-        max_length=None,
-    )
-    rows = [{"input_ids": encoded[place], "place": place} for place in read]
+    with warnings.catch_warnings():
+        # transformers is renaming gradient_checkpointing, which trl still asks for by its old name.
+        warnings.simplefilter("ignore", FutureWarning)
+        config = trl.SFTConfig(
+            output_dir=str(work),
+            max_steps=settings.steps,
+            per_device_train_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.accumulation,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=round(settings.warmup * settings.steps),
+            gradient_checkpointing=settings.gradient_checkpointing,
+            bf16=has_bfloat16(loaded.device),
+            use_cpu=device == "cpu",
+            save_strategy="steps",
+            save_steps=max(1, -(-settings.steps // _CHECKPOINTS)),
+            save_total_limit=1,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            report_to=[],
+            disable_tqdm=True,
+            seed=seed,
+            data_seed=seed,
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            dataloader_pin_memory=False,
+            max_length=None,
+        )
+    encoded, labels = texts
+    rows = [{"input_ids": encoded[place], "labels": labels[place], "place": place} for place in read]
     from transformers.trainer_callback import PrinterCallback
 
     trainer = Trainer(

@@ -178,6 +178,18 @@ class Renderer:
         # A lone surrogate, as JSON can carry, is no character and no tokenizer takes it.
         return text.encode("utf-8", "replace").decode("utf-8").strip()
 
+    def completion(self, row: Mapping[str, Any]) -> str:
+        """What answers a prompt in the row: the last of several columns, the last message of the assistant.
+
+        Empty where the row is one text. Call it after the row itself has been rendered, which checks it.
+        """
+        if self.column.kind == "chat":
+            messages = _messages(row.get(self.column.names[0]) or []) or []
+            answers = [content.strip() for role, content in messages if role == "assistant" and content.strip()]
+            return answers[-1] if answers else ""
+        last = row.get(self.column.names[-1]) if len(self.column.names) > 1 else None
+        return last.strip() if isinstance(last, str) else ""
+
     def notes(self) -> list[str]:
         """What a reader of the report should know."""
         if self.column.kind != "chat":

@@ -48,6 +48,7 @@ class TextSet:
         duplicates: Rows whose text had been read before, dropped.
         sha256: Hex digest over the calibration texts, then the held-out ones, in order.
         notes: Sentences for the report.
+        prompts: Per calibration text, how many of its characters come before what answers; 0 where nothing does.
         choosing: Kept away from both, to choose settings on; empty unless something is chosen.
     """
 
@@ -64,12 +65,13 @@ class TextSet:
     sha256: str
     notes: tuple[str, ...] = ()
     choosing: tuple[str, ...] = ()
+    prompts: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """What the report records: everything but the texts, which are given by their number; JSON-serialisable."""
         data = asdict(self)
         counts = {"texts": len(self.texts), "held_out": len(self.held_out), "choosing": len(self.choosing)}
-        return {**data, **counts, "notes": list(self.notes)}
+        return {**data, **counts, "prompts": sum(map(bool, self.prompts)), "notes": list(self.notes)}
 
     def save(self, path: Path) -> None:
         """Write it, texts and all, as one JSON file; a reader never sees half of it."""
@@ -154,6 +156,7 @@ def read_texts(
     column = choose_column(settings.column, columns, examples, repr(source.name))
     render = Renderer(column, repr(source.name), chat_tokenizer)
     kept: list[str] = []
+    before: dict[str, int] = {}
     seen: set[bytes] = set()
     read = empty = 0
     for row in itertools.chain(examples, itertools.islice(rows, _ROWS_PER_TEXT * settings.texts)):
@@ -165,6 +168,8 @@ def read_texts(
         elif compared not in seen:
             seen.add(compared)
             kept.append(text)
+            answer = render.completion(row)
+            before[text] = max(text.rfind(answer), 0) if answer else 0
             if progress is not None:
                 progress(len(kept), settings.texts)
             if len(kept) == settings.texts:
@@ -189,6 +194,7 @@ def read_texts(
         sha256=_digest(texts, held_out, to_choose),
         notes=tuple(render.notes()),
         choosing=to_choose,
+        prompts=tuple(before[text] for text in texts),
     )
     _check_enough(result, settings, choosing)
     return result
