@@ -54,9 +54,9 @@ def evaluate_models(
     hear = listener or (lambda step: None)
     read: list[str] = []
     if dataset is not None:
-        settings = CalibrationSettings.model_validate(
-            {"dataset": dataset, "texts": max(texts, 16) * 2, "held_out": 0.5}
-        )
+        # The reader splits by hash; all texts count here, and enough must lie on either side for it.
+        words = {"dataset": dataset, "texts": max(texts, 64), "held_out": 0.35}
+        settings = CalibrationSettings.model_validate(words)
         found = read_texts(settings, seed=seed, chat_tokenizer=load_tokenizer(references[0]))
         limit_characters = 4 * settings.max_tokens
         read = [text[:limit_characters] for text in (*found.held_out, *found.texts)][:texts]
