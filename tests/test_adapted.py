@@ -13,7 +13,9 @@ from tmerge.adapted import adapt_run
 from tmerge.calibration import TextSet, sample_texts
 from tmerge.compare import compare
 from tmerge.errors import Cancelled, OutputExistsError, RunNotFoundError
+from tmerge.fusion import TransportRecord
 from tmerge.pipeline import merge
+from tmerge.plots import report_page
 
 pytest.importorskip("trl")
 WORDS = {"steps": 6, "batch_size": 4, "learning_rate": 2e-3, "max_tokens": 40}
@@ -40,9 +42,16 @@ def test_a_run_is_adapted(run, tmp_path, objective):
     evaluation, adaptation = report["evaluation"], report["adaptation"]
     assert len(adaptation["loss_curve"]) == 6 and adaptation["objective"] == objective
     assert (adaptation["aligned_share"] is not None) == (objective == "distill")
-    change = evaluation["adapted"]["value"] - evaluation["base"]["value"]
-    assert evaluation["difference"]["value"] == pytest.approx(change, abs=1e-9) and change < 0
-    assert report["verdict"] == "helps"
+    adapted = evaluation["adapted"]
+    change = adapted["score"]["value"] - evaluation["base"]["value"]
+    assert adapted["difference"]["value"] == pytest.approx(change, abs=1e-9) and change < 0
+    assert adaptation["verdict"] == "helps"
+    # What is said of the merge itself is still about the merge.
+    merged = json.loads((run / "tmerge" / "report.json").read_text())
+    assert report["verdict"] == merged["verdict"]
+    assert evaluation["difference"] == merged["evaluation"]["difference"]
+    page = report_page(report, TransportRecord.load(tmp_path / "out" / "tmerge" / "transport.safetensors"))
+    assert "After training" in page and f"{adapted['score']['value']:.4f}" in page
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.model_type == "llama"
     assert json.loads((tmp_path / "out" / "tmerge" / "report.json").read_text()) == json.loads(json.dumps(report))

@@ -16,7 +16,7 @@ import torch
 
 from tmerge.calibration import FeatureStore, TextSet, normalise, read_texts
 from tmerge.errors import AdaptationError, OutputExistsError, RunNotFoundError
-from tmerge.evaluation import Scores, difference, resamples, score, verdict
+from tmerge.evaluation import Interval, Scores, difference, resamples, score, verdict
 from tmerge.fusion import TransportRecord, load_transported
 from tmerge.models import load_model, load_tokenizer, save_checkpoint, verify_checkpoint
 from tmerge.recipe import Recipe
@@ -121,7 +121,13 @@ def adapt_run(
         "aligned_share": trained.aligned,
         "loss_curve": [list(point) for point in trained.loss_curve],
     }
-    report = merged | _evaluation(run, recipe, merged, scores) | {"adaptation": adaptation}
+    evaluated = _evaluation(run, recipe, scores)
+    adaptation["verdict"] = verdict(evaluated["difference"])
+    # What the merge's report says of the merge stays as it is.
+    report = merged | {
+        "evaluation": {**merged["evaluation"], "adapted": {name: item.to_dict() for name, item in evaluated.items()}},
+        "adaptation": adaptation,
+    }
     write_text(adapted.work / "recipe.yaml", recipe.to_yaml())
     if run.transport_path.is_file():
         shutil.copyfile(run.transport_path, adapted.transport_path)
@@ -166,20 +172,13 @@ def _open(adapted: Run, key: str) -> None:
     adapted.finish("adapt", key, {})
 
 
-def _evaluation(run: Run, recipe: Recipe, merged: Mapping[str, Any], adapted: Scores) -> dict[str, Any]:
-    """The merge's evaluation with the adapted model beside it; the verdict is on adapted minus base."""
+def _evaluation(run: Run, recipe: Recipe, adapted: Scores) -> dict[str, Interval]:
+    """The adapted model's score, and its paired differences to the base and to the fused model."""
     counts = resamples(len(adapted.bits), recipe.evaluation.bootstrap, recipe.seed)
-    base, fused = _noted(run, "target"), _noted(run, "evaluate", "fused")
-    change = difference(adapted, base, counts)
     return {
-        "verdict": verdict(change),
-        "evaluation": {
-            **merged["evaluation"],
-            "adapted": score(adapted, counts).to_dict(),
-            "difference": change.to_dict(),
-            "difference_of_fused": merged["evaluation"]["difference"],
-            "difference_to_fused": difference(adapted, fused, counts).to_dict(),
-        },
+        "score": score(adapted, counts),
+        "difference": difference(adapted, _noted(run, "target"), counts),
+        "difference_to_fused": difference(adapted, _noted(run, "evaluate", "fused"), counts),
     }
 
 

@@ -207,6 +207,9 @@ class PublishedScores(_Section):
     scores: dict[str, tuple[float, float, float]] = Field(
         description="benchmark -> base, fused without adaptation, fused with adaptation"
     )
+    by_source: dict[str, dict[str, float]] = Field(
+        {}, description="size of the source -> benchmark -> fused with adaptation (Table 7)"
+    )
 
 
 class Recipe(_Section):

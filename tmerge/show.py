@@ -132,11 +132,16 @@ def show_adapted(report: Mapping[str, Any], folder: Path) -> None:
     table = Table(title=f"bits per byte on {evaluation['texts']} held-out texts, lower is better", title_justify="left")
     for heading in ("", "bits per byte", "difference to base", "95 %"):
         table.add_column(heading)
-    changes = {"fused": evaluation["difference_of_fused"], "adapted": evaluation["difference"]}
-    for name in ("base", "fused", "adapted", "source"):
-        change = changes.get(name)
+    adapted = evaluation["adapted"]
+    rows = [
+        ("base", evaluation["base"], None),
+        ("fused", evaluation["fused"], evaluation["difference"]),
+        ("adapted", adapted["score"], adapted["difference"]),
+        ("source", evaluation["source"], None),
+    ]
+    for name, item, change in rows:
         cells = [f"{change['value']:+.4f}", "{:+.4f} to {:+.4f}".format(*change["ci95"])] if change else ["", ""]
-        table.add_row(name, f"{evaluation[name]['value']:.4f}", *cells)
+        table.add_row(name, f"{item['value']:.4f}", *cells)
     console.print(table)
     losses = adaptation["loss_curve"]
     console.print(
@@ -144,7 +149,7 @@ def show_adapted(report: Mapping[str, Any], folder: Path) -> None:
         f"tokens, {adaptation['seconds']:.1f} s; loss {losses[0][1]:.4f} at first, {losses[-1][1]:.4f} at last",
         markup=False,
     )
-    console.print(f"The model is in {folder}. Verdict against the base: {report['verdict']}", markup=False)
+    console.print(f"The model is in {folder}. Verdict against the base: {adaptation['verdict']}", markup=False)
 
 
 def show_comparison(result: Mapping[str, Any], folder: Path) -> None:

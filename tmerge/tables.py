@@ -33,6 +33,12 @@ def comparison_table(result: Mapping[str, Any]) -> str:
         lines += ["| benchmark | base | fused without adaptation | fused with adaptation |", "|---|---|---|---|"]
         for name, values in published["scores"].items():
             lines.append(f"| {_cell(name)} | {' | '.join(f'{value:g}' for value in values)} |")
+        sizes = published["by_source"]
+        if sizes:
+            lines += ["", "As published, fused with adaptation, by the size of the source:", ""]
+            lines += [f"| benchmark | {' | '.join(map(_cell, sizes))} |", "|---" * (len(sizes) + 1) + "|"]
+            for name in next(iter(sizes.values())):
+                lines.append(f"| {_cell(name)} | {' | '.join(f'{scores[name]:g}' for scores in sizes.values())} |")
     return "\n".join(lines) + "\n"
 
 

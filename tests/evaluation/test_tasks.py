@@ -27,8 +27,9 @@ YUE = [
 ]
 MALAY = [
     {"subject": "Sejarah", "prompt": "Siapakah?\nA. Ali\nB. Abu\nC. Ahmad", "options": ["A. Ali", "B. Abu", "C. Ahmad"],
-     "key": "B"},
-    {"subject": "Sains", "prompt": "Apakah?\nA. api\nB. air", "options": ["A. api", "B. air"], "key": "A"},
+     "key": "B", "category": "Humanities"},
+    {"subject": "Sains", "prompt": "Apakah?\nA. api\nB. air", "options": ["A. api", "B. air"],
+     "key": "A", "category": "STEM"},
 ]  # fmt: skip
 CONNECTORS = {"id": {"cause": "karena", "effect": "maka"}, "th": {"cause": "เพราะ", "effect": "ดังนั้น"}}
 
@@ -96,6 +97,8 @@ def test_our_own_definitions_from_files(tmp_path):
     ]
     assert found["yue_mmlu"].items.tolist() == by_hand(one, yue_questions)
     assert found["malaymmlu"].items.tolist() == by_hand(one, malay_questions)
+    assert found["malaymmlu: Humanities"].items.tolist() == found["malaymmlu"].items[:1].tolist()
+    assert found["malaymmlu: STEM"].items.tolist() == found["malaymmlu"].items[1:].tolist()
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")

@@ -94,7 +94,8 @@ def run_tasks(
         batch_size: Requests of one forward pass.
 
     Returns:
-        task -> its score; the tasks of a harness group (``minerva_math``) each by their own name.
+        task -> its score; MalayMMLU also by category (``malaymmlu: STEM``), and the tasks of a harness group
+        (``minerva_math``) each by their own name.
 
     Raises:
         DatasetError: A local file is missing, or a dataset cannot be read.
@@ -159,8 +160,15 @@ def run_tasks(
             raise RecipeError(f"task {name!r} judges no single question by a known metric ({judged}); leave it out")
         # Tasks with several filters list every question once for each; the first filter is the harness's own choice.
         first = samples[0].get("filter")
-        values = [float(sample[metric]) for sample in samples if sample.get("filter") == first]
-        scores[name] = TaskScore(metric, torch.tensor(values, dtype=torch.float64), seconds)
+        chosen = [sample for sample in samples if sample.get("filter") == first]
+        parts = {name: chosen}
+        # As MalayMMLU is reported: its categories beside the whole.
+        column = ours.get(name, {}).get("metadata", {}).get("category_column")
+        for category in sorted({str(sample["doc"].get(column)) for sample in chosen}) if column else ():
+            parts[f"{name}: {category}"] = [one for one in chosen if str(one["doc"].get(column)) == category]
+        for part, judged_samples in parts.items():
+            values = [float(sample[metric]) for sample in judged_samples]
+            scores[part] = TaskScore(metric, torch.tensor(values, dtype=torch.float64), seconds)
     return scores
 
 

@@ -22,7 +22,7 @@ from tmerge.plots.style import (
     finish,
 )
 
-__all__ = ["norm_ratios", "scores", "timing", "top_mass"]
+__all__ = ["norm_ratios", "scores", "timing", "top_mass", "training_loss"]
 
 # A shared input is drawn in the colour of the first projection that reads it.
 _SHARED_COLOUR = {"qkv": "q", "mlp": "gate"}
@@ -192,6 +192,28 @@ def scores(report: Mapping[str, Any]) -> go.Figure:
     figure.update_xaxes(title_text="bits per byte", row=1, col=1)
     figure.update_xaxes(title_text="difference to the target", zeroline=False, row=2, col=1)
     return figure
+
+
+def training_loss(report: Mapping[str, Any]) -> go.Figure:
+    """Loss of an adaptation over its steps."""
+    curve = np.array(report["adaptation"]["loss_curve"], dtype=np.float64).reshape(-1, 2)
+    figure = go.Figure(
+        go.Scatter(
+            x=curve[:, 0],
+            y=curve[:, 1],
+            mode="lines",
+            line={"color": GOOD, "width": 2},
+            hovertemplate="step %{x}: %{y:.4f}<extra></extra>",
+        )
+    )
+    return finish(
+        figure,
+        "Training loss",
+        f"{report['adaptation']['objective']}, learning rate {report['adaptation']['learning_rate']:g}",
+        360,
+        xaxis={"title": {"text": "step"}},
+        yaxis={"title": {"text": "loss"}},
+    )
 
 
 def timing(report: Mapping[str, Any]) -> go.Figure:

@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from tmerge.fusion import TransportRecord
 from tmerge.plots.assets import SCRIPT, STYLE
 from tmerge.plots.blocks import Blocks, Order, plan_blocks, plan_entries
-from tmerge.plots.charts import norm_ratios, scores, timing, top_mass
+from tmerge.plots.charts import norm_ratios, scores, timing, top_mass, training_loss
 from tmerge.plots.heatmaps import (
     Side,
     blocks_figure,
@@ -27,7 +27,7 @@ from tmerge.plots.heatmaps import (
     strongest_pairs,
 )
 from tmerge.plots.style import TEMPLATES, feature_name, numbers
-from tmerge.plots.words import facts, findings, model_rows, ratio_rows, score_rows
+from tmerge.plots.words import facts, findings, model_rows, ratio_rows, score_rows, training_words
 
 __all__ = ["report_page"]
 
@@ -46,6 +46,7 @@ _POLICY = (
 
 _SCORE_HEADINGS = ("model", "bits per byte\n95 % interval", "difference to the target\n95 % interval")
 _CAPTIONS = {
+    "loss": "How to read it: the objective's own value at each step, over the texts of that step.",
     "scores": "How to read it: bits per byte is what a model needs, on average, for each byte of text it has not seen. "
     "The upper intervals are wide because texts differ in difficulty; the lower panel compares text by text. A "
     "difference whose interval leaves out zero is one that these texts show.",
@@ -82,6 +83,7 @@ def report_page(report: Mapping[str, Any], record: TransportRecord, folder_name:
         The page, about 5 MB of plotly.js and at most about as much of data. It needs no network and no files.
     """
     pictures = {
+        **({"loss": training_loss(report)} if "adaptation" in report else {}),
         "scores": scores(report),
         "norms": norm_ratios(report),
         "mass": top_mass(record),
@@ -136,6 +138,11 @@ def _body(report: Mapping[str, Any], title: str, folder_name: str | None) -> Ite
     yield _figure("scores")
     yield _table(_SCORE_HEADINGS, score_rows(report), "Scores")
     yield "</div>"
+
+    if "adaptation" in report:
+        yield "<h2>After training</h2>"
+        yield f"<p>{html.escape(training_words(report))}</p>"
+        yield _figure("loss")
 
     yield "<h2>What was merged</h2>"
     yield '<div class="side">'
