@@ -78,3 +78,17 @@ def test_the_estimate_names_bytes_that_a_run_then_takes(models, tmp_path):
 def test_feature_keys_are_shared():
     assert keys_of(["q", "k", "v"]) == ["qkv.pre", "q.post", "k.post", "v.post"]
     assert len(keys_of(["q", "k", "v", "o", "gate", "up", "down"])) == 11
+
+
+def test_choosing_alpha_is_part_of_the_estimate(models, monkeypatch):
+    # A machine of one known speed: what is left are the operations counted.
+    monkeypatch.setattr("tmerge.check._seconds_of", lambda action, at_least=0.0: 1e-3)
+
+    def seconds(**fusion):
+        sections = {"fusion": fusion, "evaluation": {"controls": []}}
+        return check(recipe_for(models, "llama", "gpt2", **sections)).estimate.seconds
+
+    fixed, auto = seconds(alpha=0.1), seconds(alpha="auto", alphas=[0.1])
+    more = seconds(alpha="auto", alphas=[0.1, 0.3])
+    # q k, v and o: three groups, each scored once more for a second alpha.
+    assert more - auto == pytest.approx(3 / 4 * (auto - fixed)) and auto > fixed

@@ -18,6 +18,7 @@ import torch
 
 from tmerge.calibration import SAMPLES_PREFIX, sample_texts
 from tmerge.errors import NotEnoughDiskError, NotEnoughMemoryError, UnsupportedModelError
+from tmerge.evaluation import PROJECTION_GROUPS
 from tmerge.models import (
     Architecture,
     ModelFacts,
@@ -261,6 +262,10 @@ def _estimate(
     # float16 products are emulated on most CPUs; the measured rate shows it.
     flops = 2 * side**3 / _seconds_of(lambda: (left @ left).sum().item())
     scored = 1 + 1 + len(recipe.evaluation.controls)
+    if recipe.fusion.alpha == "auto":
+        # The base once, and every alpha for every group of projections that has one here.
+        groups = sum(any(name in projections for name in group) for group in PROJECTION_GROUPS)
+        scored += 1 + groups * len(recipe.fusion.alphas)
 
     def forward(facts: ModelFacts, layout: Architecture, scorings: int) -> float:
         vocabulary = int(facts.config.get_text_config().vocab_size)
