@@ -55,7 +55,9 @@ def test_a_run_is_adapted(run, tmp_path, objective):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.model_type == "llama"
     assert json.loads((tmp_path / "out" / "tmerge" / "report.json").read_text()) == json.loads(json.dumps(report))
-    # What was transported is in it: it is not what training the target alone gives.
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Then it was trained" in card and f"{adapted['difference']['value']:+.4f}" in card
+    # The trainer's own checkpoints are gone.
     assert not any((tmp_path / "out").rglob("*.pt"))
 
 

@@ -18,6 +18,7 @@ from tmerge.calibration import FeatureStore, TextSet, normalise, read_texts
 from tmerge.errors import AdaptationError, OutputExistsError, RunNotFoundError
 from tmerge.evaluation import Interval, Scores, difference, resamples, score, verdict
 from tmerge.fusion import TransportRecord, load_transported
+from tmerge.hub import write_card
 from tmerge.models import load_model, load_tokenizer, save_checkpoint, verify_checkpoint
 from tmerge.recipe import Recipe
 from tmerge.report import library_versions
@@ -132,6 +133,7 @@ def adapt_run(
     if run.transport_path.is_file():
         shutil.copyfile(run.transport_path, adapted.transport_path)
     write_json(adapted.work / "report.json", report)
+    write_card(adapted.folder, report, recipe)
     return report
 
 

@@ -20,7 +20,7 @@ from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.models import Architecture, ModelFacts
 from tmerge.recipe import Recipe
 
-__all__ = ["SCHEMA", "alpha_words", "build_report", "library_versions", "peak_memory", "summary"]
+__all__ = ["SCHEMA", "alpha_words", "build_report", "library_versions", "peak_memory", "summary", "training_summary"]
 
 SCHEMA = 1
 
@@ -137,6 +137,22 @@ def summary(report: Mapping[str, Any]) -> str:
         "no difference": "The merge makes no difference that these texts can show",
     }[report["verdict"]]
     return f"{sentence}: {numbers} ({interval}; lower is better)."
+
+
+def training_summary(report: Mapping[str, Any]) -> str:
+    """What training on top of the merge did."""
+    adaptation, adapted = report["adaptation"], report["evaluation"]["adapted"]
+    kept = "held fixed" if adaptation["residual"] == "frozen" else "trained as well"
+    return (
+        f"{len(adaptation['loss_curve'])} steps of {adaptation['objective']} over {adaptation['tokens']:,} tokens, "
+        f"what was transported {kept}. Against the target: {adapted['difference']['value']:+.4f} bits per byte "
+        f"(95 % interval {_span(adapted['difference'])}); against the merge before training: "
+        f"{adapted['difference_to_fused']['value']:+.4f} ({_span(adapted['difference_to_fused'])})."
+    )
+
+
+def _span(item: Mapping[str, Any]) -> str:
+    return "{:+.4f} to {:+.4f}".format(*item["ci95"])
 
 
 def _evaluation(recipe: Recipe, notes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

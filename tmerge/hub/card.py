@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from tmerge.recipe import Recipe
-from tmerge.report import summary
+from tmerge.report import summary, training_summary
 from tmerge.run import write_text
 
 __all__ = ["card_text", "write_card"]
@@ -44,6 +44,8 @@ def card_text(report: Mapping[str, Any], recipe: Recipe) -> str:
         ("**fused**", evaluation["fused"], evaluation["difference"]),
     ]
     rows += [(f"control: {name}", item, item["difference"]) for name, item in evaluation["controls"].items()]
+    if "adapted" in evaluation:
+        rows.append(("**fused and trained**", evaluation["adapted"]["score"], evaluation["adapted"]["difference"]))
     rows.append(("source", evaluation["source"], None))
     table = ["| model | bits per byte | difference to the target |", "|---|---|---|"]
     table += [f"| {name} | {_interval(item)} | {_interval(change) if change else ''} |" for name, item, change in rows]
@@ -62,6 +64,7 @@ def card_text(report: Mapping[str, Any], recipe: Recipe) -> str:
             "",
             summary(report),
             "",
+            *(["Then it was trained: " + training_summary(report), ""] if "adaptation" in report else []),
             f"Neurons of `{source['ref']}` ({source['architecture']}, {source['layers']} layers) were carried into "
             f"`{target['ref']}` ({target['architecture']}, {target['layers']} layers) by optimal transport between "
             "the two models' activations ([Transport and Merge](https://arxiv.org/abs/2602.05495)), with "

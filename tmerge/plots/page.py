@@ -27,7 +27,8 @@ from tmerge.plots.heatmaps import (
     strongest_pairs,
 )
 from tmerge.plots.style import TEMPLATES, feature_name, numbers
-from tmerge.plots.words import facts, findings, model_rows, ratio_rows, score_rows, training_words
+from tmerge.plots.words import facts, findings, model_rows, ratio_rows, score_rows
+from tmerge.report import training_summary
 
 __all__ = ["report_page"]
 
@@ -141,7 +142,7 @@ def _body(report: Mapping[str, Any], title: str, folder_name: str | None) -> Ite
 
     if "adaptation" in report:
         yield "<h2>After training</h2>"
-        yield f"<p>{html.escape(training_words(report))}</p>"
+        yield f"<p>{html.escape(training_summary(report))}</p>"
         yield _figure("loss")
 
     yield "<h2>What was merged</h2>"

@@ -8,7 +8,7 @@ from typing import Any
 from tmerge.plots.style import count
 from tmerge.report import alpha_words
 
-__all__ = ["facts", "findings", "model_rows", "ratio_rows", "score_rows", "training_words"]
+__all__ = ["facts", "findings", "model_rows", "ratio_rows", "score_rows"]
 
 # Below this, more than nine tenths of what fusing does to a neuron is to make it smaller.
 _MOSTLY_SHRINKING = 0.1
@@ -63,18 +63,6 @@ def score_rows(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
     for name, item, change in rows:
         score = f"{item['value']:.4f}\n{_interval(item)}"
         yield name, score, f"{change['value']:+.4f}\n{_interval(change, '+')}" if change else ""
-
-
-def training_words(report: Mapping[str, Any]) -> str:
-    """What training on top of the merge did."""
-    adaptation, adapted = report["adaptation"], report["evaluation"]["adapted"]
-    kept = "held fixed" if adaptation["residual"] == "frozen" else "trained as well"
-    return (
-        f"{len(adaptation['loss_curve'])} steps of {adaptation['objective']} over {adaptation['tokens']:,} tokens, "
-        f"what was transported {kept}. Against the target: {adapted['difference']['value']:+.4f} bits per byte "
-        f"(95 % interval {_interval(adapted['difference'], '+')}); against the merge before training: "
-        f"{adapted['difference_to_fused']['value']:+.4f} ({_interval(adapted['difference_to_fused'], '+')})."
-    )
 
 
 def model_rows(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
