@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from tmerge.calibration import length_batches
+from tmerge.calibration import length_batches, padded
 from tmerge.errors import TokenizerError
 from tmerge.models import LoadedModel
 from tmerge.recipe import AdaptationSettings
@@ -238,14 +238,10 @@ def _top(
     model: LoadedModel, sequences: Sequence[list[int]], places: Sequence[list[tuple[int, int]]]
 ) -> list[tuple[Tensor, Tensor]]:
     """The likeliest tokens (ids, probabilities) at each asked place of each sequence; the head runs there alone."""
-    longest = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
+    ids, mask = padded(sequences, model.pad_id)
     device = model.device
-    logits = model.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    mask = None if mask is None else mask.to(device)
+    logits = model.model(input_ids=ids.to(device), attention_mask=mask, use_cache=False).logits
     result = []
     for row, asked in enumerate(places):
         at = torch.tensor([theirs for _, theirs in asked], device=device)

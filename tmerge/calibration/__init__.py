@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tmerge.calibration.batches import encode, length_batches
+from tmerge.calibration.batches import encode, length_batches, padded
 from tmerge.calibration.capture import CaptureReport, bare_forward, capture
 from tmerge.calibration.features import FeatureStore, FeatureWriter
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_languages, sample_texts
@@ -20,6 +20,7 @@ __all__ = [
     "encode",
     "length_batches",
     "normalise",
+    "padded",
     "read_texts",
     "sample_languages",
     "sample_texts",

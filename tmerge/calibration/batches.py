@@ -12,7 +12,7 @@ import torch
 from tmerge.errors import NotEnoughMemoryError
 from tmerge.models import LoadedModel
 
-__all__ = ["EncodedTexts", "encode", "length_batches", "read_batches"]
+__all__ = ["EncodedTexts", "encode", "length_batches", "padded", "read_batches"]
 
 # Texts this much shorter than the longest of a batch (one part in) may join it; the rest would be padding.
 _SLACK = 8
@@ -117,7 +117,7 @@ def read_batches(
     try:
         for batch in reversed(length_batches([len(encoded.ids[place]) for place in filled], batch_tokens)):
             texts = [filled[place] for place in batch]
-            ids, mask = _padded([encoded.ids[place] for place in texts], loaded.pad_id)
+            ids, mask = padded([encoded.ids[place] for place in texts], loaded.pad_id)
             ids, mask = ids.to(loaded.device), None if mask is None else mask.to(loaded.device)
             if before is not None:
                 before(texts)
@@ -131,10 +131,10 @@ def read_batches(
         base.train(was_training)
 
 
-def _padded(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def padded(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Ids ``(B, S)`` padded on the right, and their mask ``(B, S)``; None where there is no padding."""
     longest = max(map(len, sequences))
-    ids = torch.tensor([tokens + [pad_id] * (longest - len(tokens)) for tokens in sequences])
+    ids = torch.tensor([[*tokens] + [pad_id] * (longest - len(tokens)) for tokens in sequences])
     if all(len(tokens) == longest for tokens in sequences):
         # Nothing to mask, and attention takes its quicker causal path.
         return ids, None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tmerge.calibration import encode, length_batches
+from tmerge.calibration import encode, length_batches, padded
 from tmerge.errors import NotEnoughMemoryError
 from tmerge.evaluation.controls import control_generator
 from tmerge.fusion import COLUMN_PROJECTIONS, TransportedNeurons, read_neurons
@@ -166,14 +166,10 @@ def _gradients(
 
 def _loss(model: torch.nn.Module, sequences: list[list[int]], device: torch.device) -> Tensor:
     """Cross-entropy summed over all tokens but each sequence's first; padding on the right is not read."""
-    longest = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
-    labels = torch.full_like(ids, -100)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = labels[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    ids, mask = padded(sequences, 0)
+    labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+    mask = None if mask is None else mask.to(device)
+    logits = model(input_ids=ids.to(device), attention_mask=mask, use_cache=False).logits
     flat = logits[:, :-1].flatten(0, 1).float()
     return functional.cross_entropy(flat, labels[:, 1:].flatten().to(device), ignore_index=-100, reduction="sum")
 

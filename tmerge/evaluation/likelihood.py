@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tmerge.calibration import length_batches
+from tmerge.calibration import length_batches, padded
 from tmerge.errors import NotEnoughMemoryError, TokenizerError
 from tmerge.models import LoadedModel
 
@@ -105,17 +105,11 @@ def score_texts(
 
 def _bits_of(model: torch.nn.Module, sequences: list[list[int]], device: torch.device) -> Tensor:
     """-log2 probability of each sequence given its first token: (B,) float64 on the CPU."""
-    longest = max(map(len, sequences))
     # Padding is on the right and causal attention never looks there, so what it holds does not matter.
-    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for index, sequence in enumerate(sequences):
-        ids[index, : len(sequence)] = torch.tensor(sequence)
-        mask[index, : len(sequence)] = 1
-    ids, mask = ids.to(device), mask.to(device)
-    # Without padding there is nothing to mask, and attention takes its quicker causal path.
-    attention = None if bool(mask.all()) else mask
+    ids, attention = padded(sequences, 0)
+    ids, attention = ids.to(device), None if attention is None else attention.to(device)
     logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+    mask = torch.ones_like(ids) if attention is None else attention
     rows, places = mask[:, 1:].nonzero(as_tuple=True)
     total = torch.zeros(len(sequences), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
     for part in range(0, len(rows), _ROWS_AT_ONCE):
