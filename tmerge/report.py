@@ -136,7 +136,23 @@ def summary(report: Mapping[str, Any]) -> str:
         "hurts": "The merge hurts: the fused model is worse than the target it was made from",
         "no difference": "The merge makes no difference that these texts can show",
     }[report["verdict"]]
-    return f"{sentence}: {numbers} ({interval}; lower is better)."
+    return f"{sentence}: {numbers} ({interval}; lower is better).{_caution(report)}"
+
+
+def _caution(report: Mapping[str, Any]) -> str:
+    """What a gain is worth that a control makes as well: the correspondence is then not what helps."""
+    if report["verdict"] != "helps":
+        return ""
+    controls = report["evaluation"]["controls"]
+    as_good = [
+        f"{name} ({item['difference']['value']:+.4f})"
+        for name, item in controls.items()
+        if item["fused_minus_control"]["ci95"][1] >= 0 and item["difference"]["ci95"][1] < 0
+    ]
+    if not as_good:
+        return ""
+    listed = ", ".join(as_good)
+    return f" But as far as these texts show, it is not the source's knowledge that helps: {listed} gain as much."
 
 
 def training_summary(report: Mapping[str, Any]) -> str:
@@ -179,6 +195,7 @@ def _evaluation(recipe: Recipe, notes: Mapping[str, Mapping[str, Any]]) -> dict[
             name: {
                 **score(scores[name], counts).to_dict(),
                 "difference": difference(scores[name], base, counts).to_dict(),
+                "fused_minus_control": difference(scores["fused"], scores[name], counts).to_dict(),
             }
             for name in recipe.evaluation.controls
         },
