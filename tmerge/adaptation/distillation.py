@@ -12,6 +12,9 @@ where share is the part of the batch's target tokens at whose end both tokenizer
 
 ``distill_loss: uld`` is the universal logit distillation of trl's GOLD (arXiv 2402.12030): at the same places, the L1
 distance of both distributions sorted by size, which needs no carrying and knows no words.
+
+Measured: SmolLM2-135M-Instruct from Gemma 3 270M, 103 steps of 8 Indonesian sentences, bits per byte on 158 others:
+next tokens alone 2.0766, first piece 2.0384, uld 2.0775; first piece minus uld -0.0391 [-0.0472, -0.0313].
 """
 
 from __future__ import annotations
