@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.calibration.dataset_hub import DatasetHub
-from tests.hub import Repo, run_client
+from tests.hub import STOP_THE_HUB, Repo, run_client
 
 # One process for all cases: importing the libraries costs seconds.
 SCRIPT = """
@@ -27,8 +27,7 @@ for name, settings in json.loads(CASES).items():
         results[name] = {**found.to_dict(), "all": sorted([*found.texts, *found.held_out]), "first": found.texts[0]}
     except TmergeError as error:
         results[name] = f"{type(error).__name__}: {error}"
-from huggingface_hub import get_session, constants
-get_session().get(constants.ENDPOINT + "/_stop")
+# STOP
 try:
     read_texts(CalibrationSettings(dataset="user/plain"), seed=0)
 except TmergeError as error:
@@ -100,7 +99,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folders["damaged"] / "train.jsonl").write_text('{"text": "a"}\n{"text": \n')
     repos["user/damaged"].commit(folders["damaged"])
     with DatasetHub(repos) as hub:
-        ran = run_client(hub, root / "home", f"CASES = {json.dumps(json.dumps(CASES))}\n{SCRIPT}")
+        ran = run_client(
+            hub, root / "home", f"CASES = {json.dumps(json.dumps(CASES))}\n{SCRIPT.replace('# STOP', STOP_THE_HUB)}"
+        )
         endpoint = hub.endpoint
     assert ran.returncode == 0, ran.stderr
     assert not (root / "ran").exists()

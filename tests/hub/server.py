@@ -7,9 +7,11 @@ it is imported, so it runs in a process of its own: `run_client`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-__all__ = ["LoopbackHub", "Repo", "run_client"]
+__all__ = ["LoopbackHub", "Repo", "STOP_THE_HUB", "run_client"]
 
 
 @dataclass
@@ -57,6 +59,7 @@ class LoopbackHub:
         self.repos = repos
         self.token = token
         self.requests: list[str] = []
+        self.connections: set[socket.socket] = set()
         hub = self
 
         class Handler(_Handler):
@@ -81,6 +84,10 @@ class LoopbackHub:
         """Stop listening: from now on the connection is refused."""
         if self._thread.is_alive():
             self._server.shutdown()
+            # Connections that a client keeps would go on being served by their threads.
+            for connection in list(self.connections):
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
             self._server.server_close()
             self._thread.join()
 
@@ -88,6 +95,14 @@ class LoopbackHub:
 class _Handler(BaseHTTPRequestHandler):
     server_hub: LoopbackHub
     protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.server_hub.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.server_hub.connections.discard(self.connection)
+        super().finish()
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -201,6 +216,24 @@ class _Handler(BaseHTTPRequestHandler):
 def _front_matter(readme: bytes) -> dict[str, Any]:
     text = readme.decode()
     return yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+
+
+STOP_THE_HUB = """
+import socket, time
+from urllib.parse import urlsplit
+from huggingface_hub import constants, get_session
+get_session().get(constants.ENDPOINT + "/_stop")
+address = urlsplit(constants.ENDPOINT)
+for _ in range(600):
+    try:
+        socket.create_connection((address.hostname, address.port), 1).close()
+    except OSError:
+        break
+    time.sleep(0.05)
+else:
+    raise SystemExit("the Hub is still there")
+"""
+"""For a client's script: from here on the Hub is gone, and the script goes on when that is so."""
 
 
 def run_client(

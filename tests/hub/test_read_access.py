@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from tests.hub import LoopbackHub, Repo, run_client
+from tests.hub import STOP_THE_HUB, LoopbackHub, Repo, run_client
 from tests.pico import save_pico
 
 TOKEN = "hf_TheSecretOfThisTest"
@@ -86,8 +86,7 @@ case("offline facts", lambda: facts("user/pico"))
 case("offline", lambda: loaded("user/other"))
 constants.HF_HUB_OFFLINE = False
 
-get_session().get(f"{constants.ENDPOINT}/_stop")
-time.sleep(0.3)
+# STOP
 case("down cached", lambda: loaded("user/pico@v1"))
 case("down", lambda: loaded("user/other"))
 results["seconds"] = time.monotonic() - started
@@ -155,6 +154,7 @@ def hub_results(tmp_path_factory):
     repos["user/headless"].commit(headless)
     with LoopbackHub(repos, token=TOKEN) as hub:
         script = SCRIPT.replace("OLD_COMMIT", commits["old"]).replace("OUT_FOLDER", str(root / "out"))
+        script = script.replace("# STOP", STOP_THE_HUB)
         done = run_client(hub, root / "home", script, token=TOKEN)
     assert "RESULTS" in done.stdout, done.stderr[-3000:]
     results = json.loads(done.stdout.partition("RESULTS")[2])
