@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tests.planted import PLANTED_FAMILIES, Planted, noisy, plant, planted_model, pooled_features
-from tmerge.fusion import Carried, FeatureStatistics, carry, couplings, fuse, layer_plans
+from tmerge.fusion import Carried, FeatureStatistics, SolvedPairs, carry, couplings, fuse, layer_plans
 from tmerge.models import describe
 from tmerge.recipe import FusionSettings, TransportSettings
 from tmerge.transport import FeaturePlans, feature_plan, solve_features, standardise
@@ -117,9 +117,12 @@ def _merge(
     carried = carry(
         mine,
         theirs,
-        plans,
+        SolvedPairs(
+            plans,
+            (lambda layer, key: case.target_features[layer, key], lambda layer, key: case.source_features[layer, key]),
+            transport.entries_kept,
+        ),
         couplings(mine.names, plans, layer_plans(plans, transport), kept),
-        (lambda layer, key: case.target_features[layer, key], lambda layer, key: case.source_features[layer, key]),
         tuple(
             {place: FeatureStatistics.of(values) for place, values in features.items()}
             for features in (case.target_features, case.source_features)

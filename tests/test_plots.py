@@ -112,6 +112,7 @@ def record():
             f"plan.{key}.offsets": sparse.offsets,
             f"plan.{key}.columns": sparse.columns,
             f"plan.{key}.values": sparse.values,
+            f"plan.{key}.beyond": sparse.beyond,
         }
     return TransportRecord({"schema": 1, "projections": ["q", "o"], "keys": list(WIDTHS), "epsilon": 0.1}, tensors)
 
@@ -542,7 +543,8 @@ def test_plan_entries_of_one_plan_among_many(record):
         dense = torch.zeros(plans.shape, dtype=torch.float64)
         dense[entries.rows, entries.columns] = torch.from_numpy(entries.mass)
         torch.testing.assert_close(dense, plans.dense(index).double() / plans.shape[0])
-    empty = SparsePlans(torch.zeros(4, dtype=torch.int64), torch.zeros(0, dtype=torch.int16), torch.zeros(0), (3, 5))
+    none = torch.zeros(0)
+    empty = SparsePlans(torch.zeros(4, dtype=torch.int64), none.short(), none, none.long(), (3, 5))
     assert plan_entries(empty, 0).mass.size == 0
 
 

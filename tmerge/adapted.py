@@ -6,7 +6,6 @@ checkpoint to a folder of its own, with a report that holds base, fused and adap
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from tmerge.errors import AdaptationError, OutputExistsError, RunNotFoundError
 from tmerge.evaluation import Interval, Scores, difference, resamples, score, verdict
 from tmerge.fusion import TransportRecord, load_transported
 from tmerge.hub import write_card
-from tmerge.models import load_model, load_tokenizer, save_checkpoint, verify_checkpoint
+from tmerge.models import load_model, load_tokenizer
 from tmerge.recipe import Recipe
 from tmerge.report import library_versions
 from tmerge.run import Run, stage_key, write_json, write_text
@@ -103,15 +102,7 @@ def adapt_run(
     )
     session.loaded["target"] = target
     scores = session.score("target", "adapt", "adapted: held-out texts")
-    fresh = adapted.cache / "checkpoint"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    save_checkpoint(target, fresh, max_shard_size=recipe.save.max_shard_size)
-    verify_checkpoint(fresh, target, session.held_out()[:4])
-    for path in sorted(fresh.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
-        path.chmod(0o644)
-        os.replace(path, adapted.folder / path.name)
-    fresh.rmdir()
+    weights = session.publish("target", adapted, "adapt")
     adaptation = {
         **settings.model_dump(mode="json"),
         "alpha": alpha,
@@ -128,6 +119,7 @@ def adapt_run(
     report = merged | {
         "evaluation": {**merged["evaluation"], "adapted": {name: item.to_dict() for name, item in evaluated.items()}},
         "adaptation": adaptation,
+        "weights": weights,
     }
     write_text(adapted.work / "recipe.yaml", recipe.to_yaml())
     if run.transport_path.is_file():

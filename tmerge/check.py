@@ -254,7 +254,8 @@ def _estimate(
     if dataset.startswith(SAMPLES_PREFIX):
         texts = min(texts, len(sample_texts(dataset.removeprefix(SAMPLES_PREFIX))))
     held_out = min(recipe.evaluation.texts, round(texts * recipe.calibration.held_out))
-    read = texts - held_out
+    # With another run's plan nothing is calibrated: the models only read what is held out.
+    read = 0 if recipe.plan is not None else texts - held_out
     tokens_per_text = min(recipe.calibration.max_tokens, TOKENS_PER_TEXT)
 
     side = 1024
@@ -284,7 +285,8 @@ def _estimate(
     solving = _seconds_of(lambda: sinkhorn(cost, recipe.transport.epsilon)) / width**2
     mine, theirs = _widths(target_layout, projections), _widths(source_layout, projections)
     entries = sum(sum(mine[key]) * sum(theirs[key]) for key in mine if key in theirs)
-    seconds += entries * (product + solving)
+    if recipe.plan is None:
+        seconds += entries * (product + solving)
 
     weights = (target.parameters + source.parameters) * torch.finfo(dtype).bits // 8
     vocabulary = max(int(facts.config.get_text_config().vocab_size) for facts in (target, source))
@@ -292,7 +294,7 @@ def _estimate(
     largest = max(max(mine[key]) * max(theirs[key]) for key in mine if key in theirs)
     problem = 3 * largest * working.itemsize * torch.get_num_threads()
     pooled = sum(map(sum, mine.values())) + sum(map(sum, theirs.values()))
-    feature_bytes = 4 * texts * pooled
+    feature_bytes = 0 if recipe.plan is not None else 4 * texts * pooled
     checkpoint = target.parameters * torch.finfo(dtype).bits // 8
     kept = min(recipe.transport.layers_kept, source_layout.num_layers)
     record = sum(
@@ -311,7 +313,7 @@ def _estimate(
         seconds,
         int(memory),
         int(disk),
-        f"{texts} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device} at "
+        f"{read + held_out} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device} at "
         f"{flops / 1e9:.0f} GFLOP/s measured now; downloading and loading not counted",
     )
 

@@ -54,6 +54,7 @@ def merge(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     seed: SeedOption = None,
+    plan: Annotated[str | None, typer.Option(help="Fuse from a finished run's transport: folder or Hub id.")] = None,
     resume: ResumeOption = False,
     dry_run: DryOption = False,
     json_output: JsonOption = False,
@@ -69,10 +70,17 @@ def merge(
         "device": device,
         "dtype": dtype,
         "seed": seed,
+        "plan": plan,
     }
     if source_base is not None:
         overrides["fusion.what"] = "task-vector"
-    _run(load_recipe(recipe, overrides, settings or ()), out, resume, dry_run, json_output)
+    start = None
+    if plan is not None and recipe is None:
+        _quiet_libraries()
+        from tmerge.hub import find_run
+
+        start = find_run(plan).recipe()
+    _run(load_recipe(recipe, overrides, settings or (), start=start), out, resume, dry_run, json_output)
 
 
 @app.command()
@@ -115,20 +123,22 @@ def check(
 
 @app.command()
 def inspect(
-    run: RunArgument = Path("fused"),
+    run: Annotated[str, typer.Argument(help="A run's folder, or a pushed run's Hub id.")] = "fused",
     json_output: JsonOption = False,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page of pictures here.")] = None,
 ) -> None:
     """Show a finished run's report; --html writes its pictures."""
-    from tmerge.run import Run, write_text
+    from tmerge.run import write_text
 
-    opened = Run(run)
+    _quiet_libraries()
+    from tmerge.hub import find_run
+
+    opened = find_run(run)
     report = opened.report()
     if html is not None:
-        from tmerge.fusion import TransportRecord
         from tmerge.plots import report_page
 
-        page = report_page(report, TransportRecord.load(opened.transport_path))
+        page = report_page(report, opened.record())
         try:
             write_text(html, page)
         except OSError as error:

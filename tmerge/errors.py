@@ -19,6 +19,10 @@ __all__ = [
     "NotEnoughDiskError",
     "NotEnoughMemoryError",
     "OutputExistsError",
+    "PlanError",
+    "PushError",
+    "RemoteError",
+    "ReproductionError",
     "RecipeError",
     "RunNotFoundError",
     "SavedModelMismatchError",
@@ -86,6 +90,24 @@ class NotEnoughDiskError(TmergeError):
 
 class NotEnoughMemoryError(TmergeError):
     """The run does not fit in memory, or ran out of it."""
+
+
+class PlanError(TmergeError):
+    """A pushed run's transport plan does not fit this merge: other models, texts or projections."""
+
+
+class PushError(TmergeError):
+    """A run cannot be pushed: no token or no right to write, a verdict that needs saying, a name that is taken."""
+
+
+class RemoteError(TmergeError):
+    """A recipe that cannot run as a job, or a job that the Hub refused or that failed."""
+
+
+class ReproductionError(TmergeError):
+    """A reproduction whose weights differ from the published ones. The run was done; its result is a difference."""
+
+    exit_code = 1
 
 
 class DeviceError(TmergeError):

@@ -8,10 +8,8 @@ hears of every step; it may raise `Cancelled`, which stops between two steps and
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,22 +32,17 @@ from tmerge.evaluation import (
 )
 from tmerge.fusion import (
     Alpha,
-    FeatureStatistics,
     TransportedNeurons,
     TransportRecord,
     carry,
-    coupling_tensors,
-    couplings,
     fuse,
-    layer_plans,
+    layers_with,
     load_transported,
+    recorded_inputs,
     save_transported,
+    solved_inputs,
 )
 from tmerge.hub import write_card
-from tmerge.models import (
-    save_checkpoint,
-    verify_checkpoint,
-)
 from tmerge.recipe import Recipe
 from tmerge.report import build_report, library_versions, peak_memory
 from tmerge.run import Run, stage_key, write_json, write_text
@@ -95,13 +88,19 @@ class _Merge(Session):
         """All stages, the report and the card."""
         refuse_unfit(self.check, self.recipe, self.run.folder)
         auto = self.recipe.fusion.alpha == "auto"
+        if self.plan is not None:
+            commits = {role: self.commit(role) for role in ("target", "source")}
+            self.plan.refuse_other_recipe(self.recipe, commits, self.check.projections)
         calibration = self.recipe.digest("calibration", "seed")
-        with self._stage("texts", recipe=calibration, target=self.check.target.commit, choosing=auto):
-            self._texts()
+        apart = auto or (self.plan is not None and self.plan.recipe.fusion.alpha == "auto")
+        with self._stage("texts", recipe=calibration, target=self.check.target.commit, choosing=apart):
+            self._texts(apart)
+        if self.plan is not None:
+            self.plan.refuse_other_texts(self.texts.sha256)
         for role in ("target", "source"):
             with self._stage(role, texts=self.texts.sha256, **self._model_facts(role)):
                 self._read_model(role)
-        solved = {"target": self.keys["target"], "source": self.keys["source"]}
+        solved = {"target": self.keys["target"], "source": self.keys["source"], "plan": self._plan_key()}
         with self._stage("transport", recipe=self.recipe.digest("transport"), **solved):
             self._transport()
         # Alpha enters only when the neurons are written, so that another alpha could start from here.
@@ -141,7 +140,10 @@ class _Merge(Session):
         note["peak_rss_bytes"] = peak_memory()
         self.run.finish(name, key, note)
 
-    def _texts(self) -> None:
+    def _plan_key(self) -> str | None:
+        return None if self.plan is None else self.plan.key
+
+    def _texts(self, apart: bool) -> None:
         path = self.run.cache / "calibration.json"
         if self.notes["texts"]:
             self.texts = TextSet.load(path)
@@ -152,7 +154,7 @@ class _Merge(Session):
             # Asked for now, so that its lack is seen before anything is kept; a GGUF file carries its own.
             self.tokenizer("source")
         calibration = self.recipe.calibration
-        choosing = calibration.choosing if self.recipe.fusion.alpha == "auto" else 0.0
+        choosing = calibration.choosing if apart else 0.0
         self.texts = read_texts(calibration, seed=self.recipe.seed, choosing=choosing, chat_tokenizer=tokenizer)
         self.texts.save(path)
         self.notes["texts"] = {"texts": self.texts.to_dict()}
@@ -168,11 +170,21 @@ class _Merge(Session):
             "max_tokens": calibration.max_tokens,
             "batch_tokens": calibration.batch_tokens,
             "held_out": self.recipe.evaluation.texts,
+            "plan": self._plan_key(),
         }
 
     def _read_model(self, role: str) -> None:
-        """Capture a model's features, and score it on the held-out texts."""
+        """Capture a model's features, and score it on the held-out texts; with a plan, score it alone."""
         if self.notes[role]:
+            return
+        if self.plan is not None:
+            scores, read = self.score(role, role, f"{role}: held-out texts"), self.plan.report["calibration"]
+            self.notes[role] = {
+                "scores": _note_scores(scores),
+                "tokens": read["tokens"][role],
+                "truncated": read["truncated"][role],
+                "forward_seconds": scores.seconds,
+            }
             return
         model = self.model(role)
         calibration = self.recipe.calibration
@@ -198,12 +210,16 @@ class _Merge(Session):
     def _transport(self) -> None:
         if self.notes["transport"]:
             return
+        if self.plan is not None:
+            facts = ("problems", "iterations", "worst_marginal_violation", "converged")
+            self.notes["transport"] = {name: self.plan.report["transport"][name] for name in facts}
+            return
         settings = self.recipe.transport
         keys = keys_of(self.check.projections)
         stores = {role: FeatureStore(self.feature_folder(role)) for role in ("target", "source")}
         plans: dict[str, FeaturePlans] = {}
         began = time.perf_counter()
-        layers = {role: {key: _layers(stores[role], key) for key in keys} for role in stores}
+        layers = {role: {key: layers_with(stores[role], key) for key in keys} for role in stores}
         total, done = sum(len(layers["target"][key]) for key in keys), 0
         for key in keys:
 
@@ -241,11 +257,12 @@ class _Merge(Session):
         if self.notes["fuse"]:
             return
         settings, fusion = self.recipe.transport, self.recipe.fusion
-        plans = load_plans(self.run.cache / "plans.safetensors", keys_of(self.check.projections))
-        layers = layer_plans(plans, settings)
-        coupled = couplings(self.check.projections, plans, layers, settings.layers_kept)
-        stores = {role: FeatureStore(self.feature_folder(role)) for role in ("target", "source")}
-        statistics = {role: _statistics(store, plans) for role, store in stores.items()}
+        if self.plan is not None:
+            inputs = recorded_inputs(self.plan.record, self.plan.report["transport"], self.check.projections)
+        else:
+            plans = load_plans(self.run.cache / "plans.safetensors", keys_of(self.check.projections))
+            target, source = (FeatureStore(self.feature_folder(role)) for role in ("target", "source"))
+            inputs = solved_inputs(plans, target, source, self.check.projections, settings)
         seed = self.recipe.seed
 
         def shuffle(layer: int, key: str, neurons: int) -> Tensor:
@@ -254,10 +271,9 @@ class _Merge(Session):
         carried = carry(
             self.layout("target"),
             self.layout("source"),
-            plans,
-            coupled,
-            (stores["target"].get, stores["source"].get),
-            (statistics["target"], statistics["source"]),
+            inputs.pairs,
+            inputs.couplings,
+            inputs.statistics,
             fusion,
             settings,
             source_base=self.layout("source_base") if self.recipe.source_base else None,
@@ -270,19 +286,17 @@ class _Merge(Session):
         facts = {
             "schema": 1,
             "projections": self.check.projections,
-            "keys": list(plans),
+            "keys": inputs.keys,
             "epsilon": settings.epsilon,
             "target": {"ref": self.recipe.target, "commit": self.commit("target")},
             "source": {"ref": self.recipe.source, "commit": self.commit("source")},
         }
-        tensors = coupling_tensors(plans, layers, coupled, statistics) | carried.tensors
-        TransportRecord(facts, tensors).save(self.run.transport_path)
+        TransportRecord(facts, inputs.tensors | carried.tensors).save(self.run.transport_path)
         self.notes["fuse"] = {
             "norm_ratios": carried.norm_ratios,
-            "layers": {name: list(coupling.target_layers) for name, coupling in coupled.items()},
+            "layers": {name: list(coupling.target_layers) for name, coupling in inputs.couplings.items()},
             "biases": carried.biases,
-            "eta": {key: plan.eta for key, plan in layers.items()},
-            "layer_plans_converged": all(plan.converged for plan in layers.values()),
+            **inputs.facts,
         }
 
     def _choose(self) -> None:
@@ -347,26 +361,12 @@ class _Merge(Session):
         """Write the fused model beside the cache, compare it with the one in memory, then move it into place."""
         if self.notes["save"]:
             return
-        target = self.model("target")
+        dtype = str(self.model("target").dtype).removeprefix("torch.")
         self.loaded.pop("source", None)
         self.loaded.pop("source_base", None)
-        self.step("save", "writing the checkpoint", 0, 2, "steps")
         fuse(self.layout("target").layers, self._transported(), self._alpha())
-        fresh = self.run.cache / "checkpoint"
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        save_checkpoint(target, fresh, max_shard_size=self.recipe.save.max_shard_size)
-        self.step("save", "comparing the saved checkpoint with the model in memory", 1, 2, "steps")
-        verify_checkpoint(fresh, target, self.held_out()[:4])
-        # The config goes last: a folder without it is not mistaken for a whole checkpoint.
-        for path in fresh.iterdir():
-            path.chmod(0o644)  # safetensors makes files for their owner alone
-        for path in sorted(fresh.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
-            os.replace(path, self.run.folder / path.name)
-        fresh.rmdir()
+        self.notes["save"] = {"dtype": dtype, "weights": self.publish("target", self.run, "save")}
         self.loaded.pop("target", None)
-        self.notes["save"] = {"dtype": str(target.dtype).removeprefix("torch.")}
-        self.step("save", "comparing the saved checkpoint with the model in memory", 2, 2, "steps")
 
     def _report(self) -> dict[str, Any]:
         resolved = self.resolved()
@@ -387,14 +387,6 @@ class _Merge(Session):
         if self.permuted is None:
             self.permuted = load_transported(self.run.cache / "permuted.safetensors")
         return self.permuted
-
-
-def _layers(store: FeatureStore, key: str) -> tuple[int, ...]:
-    return tuple(layer for layer in store.layers if key in store.keys(layer))
-
-
-def _statistics(store: FeatureStore, plans: Mapping[str, Any]) -> dict[tuple[int, str], FeatureStatistics]:
-    return {(layer, key): FeatureStatistics.of(store.get(layer, key)) for key in plans for layer in _layers(store, key)}
 
 
 def _note_scores(scores: Scores) -> dict[str, Any]:

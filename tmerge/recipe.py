@@ -222,6 +222,7 @@ class Recipe(_Section):
         dtype: Of both models' weights and forward passes; ``auto`` is each checkpoint's own, bfloat16 for GGUF.
         device: ``auto`` takes an accelerator when there is one.
         trust_remote_code: The references, and no others, whose repos may run their own code.
+        plan: A finished run, a folder or a Hub id, whose transport plan is fused from; then nothing is calibrated.
     """
 
     target: str
@@ -231,6 +232,7 @@ class Recipe(_Section):
     device: str = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
     trust_remote_code: tuple[str, ...] = ()
+    plan: str | None = None
     calibration: CalibrationSettings = CalibrationSettings()
     transport: TransportSettings = TransportSettings()
     fusion: FusionSettings = FusionSettings()
@@ -282,19 +284,24 @@ def preset_names() -> list[str]:
 
 
 def load_recipe(
-    name: str | None = None, overrides: Mapping[str, Any] | None = None, settings: Sequence[str] = ()
+    name: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    settings: Sequence[str] = (),
+    *,
+    start: Recipe | None = None,
 ) -> Recipe:
     """Read a recipe and lay the command line's words over it.
 
     Args:
-        name: A YAML file, or a preset's name; None starts from the defaults.
+        name: A YAML file, or a preset's name; None starts from the defaults, or from `start`.
+        start: A recipe to begin from where no other is named.
         overrides: Top-level or dotted keys to values; None values are passed over.
         settings: ``section.key=value`` words of ``--set``; values are read as YAML.
 
     Raises:
         RecipeError: No such file or preset, not YAML, or not a valid recipe.
     """
-    data, where = _read(name)
+    data, where = _read(name) if name is not None or start is None else (start.model_dump(mode="json"), "recipe")
     for key, value in (overrides or {}).items():
         if value is not None:
             _put(data, key, value)

@@ -111,6 +111,8 @@ def build_report(
         "timing": {"total_seconds": total, "forward_seconds": forward, "other_seconds": total - forward},
         "device": device,
         "dtype": notes["save"]["dtype"],
+        "weights": notes["save"]["weights"],
+        "plan": recipe.plan,
         "seed": recipe.seed,
         "versions": dict(versions),
         "notes": remarks,

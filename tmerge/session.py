@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,14 +16,18 @@ from transformers import PreTrainedTokenizerBase
 from tmerge.calibration import TextSet
 from tmerge.check import Check, check
 from tmerge.evaluation import Scores, score_texts
+from tmerge.hub.pull import Plan
 from tmerge.models import (
     Architecture,
     LoadedModel,
     describe,
+    file_digest,
     load_model,
     load_tokenizer,
     model_commit,
     pick_device,
+    save_checkpoint,
+    verify_checkpoint,
 )
 from tmerge.recipe import Recipe
 from tmerge.run import Run
@@ -79,6 +85,11 @@ class Session:
         return check(self.recipe)
 
     @cached_property
+    def plan(self) -> Plan | None:
+        """Another run's transport plan, where the recipe names one."""
+        return None if self.recipe.plan is None else Plan(self.recipe.plan)
+
+    @cached_property
     def device(self) -> torch.device:
         """Where the models run."""
         return pick_device(self.recipe.device)
@@ -129,6 +140,29 @@ class Session:
         """Where a model's features are."""
         return self.run.cache / "features" / role
 
+    def publish(self, role: str, run: Run, stage: str) -> dict[str, str]:
+        """Write a model beside a run's cache, compare it with the one in memory, then move it into the run's folder.
+
+        Returns:
+            File name -> SHA-256 (hex) of every weights file.
+        """
+        loaded = self.loaded[role]
+        self.step(stage, "writing the checkpoint", 0, 2, "steps")
+        fresh = run.cache / "checkpoint"
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        save_checkpoint(loaded, fresh, max_shard_size=self.recipe.save.max_shard_size)
+        self.step(stage, "comparing the saved checkpoint with the model in memory", 1, 2, "steps")
+        verify_checkpoint(fresh, loaded, self.held_out()[:4])
+        weights = {path.name: file_digest(path) for path in sorted(fresh.glob("*.safetensors"))}
+        # The config goes last: a folder without it is not mistaken for a whole checkpoint.
+        for path in sorted(fresh.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+            path.chmod(0o644)  # safetensors makes files for their owner alone
+            os.replace(path, run.folder / path.name)
+        fresh.rmdir()
+        self.step(stage, "comparing the saved checkpoint with the model in memory", 2, 2, "steps")
+        return weights
+
     def resolved(self) -> Recipe:
         """The recipe with Hub references pinned to the commits that were read."""
         pinned = {}
@@ -136,6 +170,8 @@ class Session:
             reference = getattr(self.recipe, role)
             if reference is not None:
                 pinned[role] = _pin(reference, self.commit(role))
+        if self.plan is not None:
+            pinned["plan"] = self.plan.found.name
         data = self.recipe.model_dump(mode="json") | pinned
         if self.texts.revision is not None:
             name = self.recipe.calibration.dataset.partition("@")[0]

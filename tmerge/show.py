@@ -71,7 +71,7 @@ def show_check(result: Check) -> None:
     )
 
 
-def show_report(report: Mapping[str, Any], folder: Path) -> None:
+def show_report(report: Mapping[str, Any], folder: str | Path) -> None:
     """A run's report: verdict, scores, what was moved, where the time went."""
     console = Console(soft_wrap=True)
     evaluation, timing = report["evaluation"], report["timing"]

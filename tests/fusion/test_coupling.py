@@ -7,7 +7,7 @@ import torch
 
 from tests.pico import pico_model
 from tests.planted import pooled_features
-from tmerge.fusion import FeatureStatistics, carry, couplings, fuse, layer_plans
+from tmerge.fusion import FeatureStatistics, SolvedPairs, carry, couplings, fuse, layer_plans
 from tmerge.models import describe
 from tmerge.recipe import FusionSettings, TransportSettings
 from tmerge.transport import effective_weights, solve_features
@@ -72,9 +72,8 @@ def test_layers_that_reuse_keys_and_values_are_coupled_without_them(source_famil
     carried = carry(
         described,
         describe(source),
-        plans,
+        SolvedPairs(plans, (lambda layer, key: mine[layer, key], lambda layer, key: theirs[layer, key]), 128),
         coupled,
-        (lambda layer, key: mine[layer, key], lambda layer, key: theirs[layer, key]),
         statistics,
         FusionSettings(alpha=0.5, top_k=4, projections=tuple(described.names)),
         settings,

@@ -36,13 +36,21 @@ def test_sparse_plans_are_the_masked_ones(n, m, kept, count, seed):
     masks = [mutual_top(plan, kept) for plan in plans]
     sparse = sparsify(plans, masks)
     assert sparse.shape == (n, m) and len(sparse.offsets) == count * n + 1
-    assert len(sparse.columns) == len(sparse.values) == sum(int(mask.sum()) for mask in masks)
+    assert len(sparse.columns) == len(sparse.values) == sum(int(mask.sum()) for mask in masks) + len(sparse.beyond)
     for index, (plan, mask) in enumerate(zip(plans, masks, strict=True)):
         dense = sparse.dense(index)
         assert dense.dtype == torch.float32
         assert dense.equal(_as_kept(plan, mask))
         # Half precision: eleven bits of each entry, or 6e-8 where entries are below its normal range.
         torch.testing.assert_close(dense, torch.where(mask, plan * n, 0.0), rtol=5e-4, atol=6e-8)
+        stored, survived = sparse.read(index)
+        assert survived.equal(mask)
+        # Beyond the survivors: the largest entry of every row and column that lost them all, and nothing else.
+        empty_rows, empty_columns = ~mask.any(1), ~mask.any(0)
+        assert stored[empty_rows].argmax(1).equal(plan[empty_rows].argmax(1))
+        assert stored[:, empty_columns].argmax(0).equal(plan[:, empty_columns].argmax(0))
+        more = (stored > 0) & ~mask
+        assert not (more & ~empty_rows.unsqueeze(1) & ~empty_columns).any()
 
 
 def test_a_plan_of_nothing_is_zeros():
@@ -123,6 +131,7 @@ def record():
         "plan.q.post.offsets": sparse.offsets,
         "plan.q.post.columns": sparse.columns,
         "plan.q.post.values": sparse.values,
+        "plan.q.post.beyond": sparse.beyond,
         "effective.q": torch.rand(3, 2).T,  # not contiguous
     }
     facts = {"schema": 1, "projections": ["q", "o"], "keys": ["qkv.pre", "q.post"], "epsilon": 0.1, "what": "ไทย"}
@@ -185,6 +194,7 @@ def test_sparse_plans_are_read_where_they_lie():
     """A record's tensors may hold many plans; each reads its own stretch."""
     offsets = torch.tensor([0, 1, 1, 3, 4])
     columns, values = torch.tensor([2, 0, 1, 2], dtype=torch.int16), torch.tensor([1.0, 0.5, 0.25, 2.0]).half()
-    plans = SparsePlans(offsets, columns, values, (2, 3))
+    plans = SparsePlans(offsets, columns, values, torch.tensor([2]), (2, 3))
     assert plans.dense(0).tolist() == [[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
-    assert plans.dense(1).tolist() == [[0.5, 0.25, 0.0], [0.0, 0.0, 2.0]]
+    assert plans.dense(1).tolist() == [[0.5, 0.0, 0.0], [0.0, 0.0, 2.0]]
+    assert plans.read(1)[0].tolist() == [[0.5, 0.25, 0.0], [0.0, 0.0, 2.0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tmerge.fusion.carry import Carried, carry
 from tmerge.fusion.coupling import Coupling, coupling_tensors, couplings, layer_plans
+from tmerge.fusion.inputs import FusionInputs, layers_with, recorded_inputs, solved_inputs
 from tmerge.fusion.maps import FeatureStatistics, phi_in, phi_out, unit_factors
 from tmerge.fusion.merge import (
     Alpha,
@@ -17,6 +18,7 @@ from tmerge.fusion.merge import (
     save_transported,
     transport_neurons,
 )
+from tmerge.fusion.pairs import Pairs, PlanPair, RecordedPairs, SolvedPairs, Statistics, recorded_couplings
 from tmerge.fusion.record import MASS_AT, SparsePlans, TransportRecord, mass_of_top, sparsify
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_count, neuron_side, select_neurons
 
@@ -26,7 +28,13 @@ __all__ = [
     "Carried",
     "Coupling",
     "FeatureStatistics",
+    "FusionInputs",
+    "Pairs",
+    "PlanPair",
+    "RecordedPairs",
+    "SolvedPairs",
     "SparsePlans",
+    "Statistics",
     "TransportRecord",
     "Alpha",
     "TransportedNeurons",
@@ -38,6 +46,7 @@ __all__ = [
     "fused_neurons",
     "layer_plans",
     "layer_weights",
+    "layers_with",
     "load_transported",
     "mass_of_top",
     "neuron_count",
@@ -45,8 +54,11 @@ __all__ = [
     "phi_in",
     "phi_out",
     "read_neurons",
+    "recorded_couplings",
+    "recorded_inputs",
     "save_transported",
     "select_neurons",
+    "solved_inputs",
     "sparsify",
     "transport_neurons",
     "unit_factors",

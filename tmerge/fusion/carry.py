@@ -7,7 +7,7 @@ later fusions need of it goes into the run's `TransportRecord`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from tmerge.fusion.coupling import Coupling
-from tmerge.fusion.maps import FeatureStatistics, phi_in, phi_out, unit_factors
+from tmerge.fusion.maps import phi_in, phi_out, unit_factors
 from tmerge.fusion.merge import TransportedNeurons, layer_weights, read_neurons, transport_neurons
-from tmerge.fusion.record import mass_of_top, sparsify
+from tmerge.fusion.pairs import Pairs, PlanPair, Statistics
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_side, select_neurons
 from tmerge.models import Architecture, feature_key
 from tmerge.recipe import FusionSettings, TransportSettings
-from tmerge.transport import FeaturePlans, feature_plan, mutual_top, one_thread_each, standardise
+from tmerge.transport import one_thread_each
 
 __all__ = ["Carried", "carry"]
 
-Read = Callable[[int, str], Tensor]
 _Maps = dict[tuple[str, int, bool], Tensor]
 
 
@@ -48,18 +47,6 @@ class Carried:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass
-class _Plan:
-    """One kept layer pair of one feature key, while its target layer is worked on."""
-
-    key: str
-    row: int
-    column: int
-    plan: Tensor
-    mask: Tensor
-    mass: Tensor
-
-
 class _Carrier:
     """What the layers share."""
 
@@ -68,20 +55,18 @@ class _Carrier:
         target: Architecture,
         source: Architecture,
         source_base: Architecture | None,
-        plans: Mapping[str, FeaturePlans],
+        pairs: Pairs,
         couplings: Mapping[str, Coupling],
-        features: tuple[Read, Read],
-        statistics: tuple[Mapping[tuple[int, str], FeatureStatistics], Mapping[tuple[int, str], FeatureStatistics]],
+        statistics: Statistics,
         settings: tuple[FusionSettings, TransportSettings],
         shuffle: Callable[[int, str, int], Tensor] | None,
     ) -> None:
         self.target, self.source, self.source_base = target, source, source_base
-        self.plans, self.couplings, self.features = plans, couplings, features
-        self.statistics = statistics
+        self.pairs, self.couplings, self.statistics = pairs, couplings, statistics
         self.fusion, self.transport = settings
         self.shuffle = shuffle
 
-    def layer(self, layer: int) -> tuple[list[_Plan], list[TransportedNeurons], list[TransportedNeurons]]:
+    def layer(self, layer: int) -> tuple[list[PlanPair], list[TransportedNeurons], list[TransportedNeurons]]:
         """Everything of one target layer."""
         read = self._read_plans(layer)
         maps: _Maps = {}
@@ -94,7 +79,7 @@ class _Carrier:
                 permuted.append(self._projection(layer, projection, coupling, read, maps, shuffled=True))
         return list(read.values()), transported, permuted
 
-    def _read_plans(self, layer: int) -> dict[tuple[str, int], _Plan]:
+    def _read_plans(self, layer: int) -> dict[tuple[str, int], PlanPair]:
         """The plans of every kept source layer, by feature key and source layer."""
         wanted: dict[tuple[str, int], None] = {}
         for projection, coupling in self.couplings.items():
@@ -102,26 +87,14 @@ class _Carrier:
                 for column in coupling.kept[coupling.target_layers.index(layer)].tolist():
                     for side in ("pre", "post"):
                         wanted[feature_key(projection, side), coupling.source_layers[column]] = None
-        standard: dict[str, Tensor] = {}
-        read = {}
-        for key, other in wanted:
-            solved = self.plans[key]
-            row, column = solved.target_layers.index(layer), solved.source_layers.index(other)
-            if key not in standard:
-                standard[key] = standardise(self.features[0](layer, key), solved.f.dtype)
-            theirs = standardise(self.features[1](other, key), solved.f.dtype)
-            plan = feature_plan(standard[key], theirs, solved.f[row, column], solved.g[row, column], solved.epsilon)
-            plan = plan.float()
-            mask = mutual_top(plan, self.transport.entries_kept)
-            read[key, other] = _Plan(key, row, column, plan, mask, mass_of_top(plan))
-        return read
+        return self.pairs.of_layer(layer, list(wanted))
 
     def _projection(
         self,
         layer: int,
         projection: str,
         coupling: Coupling,
-        read: Mapping[tuple[str, int], _Plan],
+        read: Mapping[tuple[str, int], PlanPair],
         maps: _Maps,
         *,
         shuffled: bool,
@@ -157,7 +130,7 @@ class _Carrier:
         return TransportedNeurons(layer, projection, neurons, weight, bias, self.fusion.what == "task-vector")
 
     def _map(
-        self, layer: int, other: int, key: str, read: _Plan, maps: _Maps, *, outwards: bool, shuffled: bool
+        self, layer: int, other: int, key: str, read: PlanPair, maps: _Maps, *, outwards: bool, shuffled: bool
     ) -> Tensor:
         """Phi_out or Phi_in of a pair; q, k and v ask for the same one, so it is kept while the layer is worked on."""
         built = maps.get((key, other, outwards))
@@ -209,10 +182,9 @@ class _Carrier:
 def carry(
     target: Architecture,
     source: Architecture,
-    plans: Mapping[str, FeaturePlans],
+    pairs: Pairs,
     couplings: Mapping[str, Coupling],
-    features: tuple[Read, Read],
-    statistics: tuple[Mapping[tuple[int, str], FeatureStatistics], Mapping[tuple[int, str], FeatureStatistics]],
+    statistics: Statistics,
     fusion: FusionSettings,
     transport: TransportSettings,
     *,
@@ -225,10 +197,9 @@ def carry(
     Args:
         target: Read for norms and shapes; nothing is written here.
         source: Its weights are what is transported.
-        plans: feature key -> its solved plans.
+        pairs: Where the kept layer pairs' plans come from.
         couplings: projection -> its layer coupling.
-        features: (target, source) readers, (layer, key) -> (T, n).
-        statistics: (target, source), by (layer, key).
+        statistics: (target, source), by (layer, feature key).
         fusion: The recipe's section.
         transport: The recipe's section.
         source_base: For task vectors: the source before its fine-tuning.
@@ -236,10 +207,9 @@ def carry(
         progress: Called with (layers done, all); may raise to stop.
     """
     settings = (fusion, transport)
-    carrier = _Carrier(target, source, source_base, plans, couplings, features, statistics, settings, shuffle)
+    carrier = _Carrier(target, source, source_base, pairs, couplings, statistics, settings, shuffle)
     layers = sorted({layer for coupling in couplings.values() for layer in coupling.target_layers})
     carried = Carried(norm_ratios={projection: [] for projection in couplings})
-    parts: dict[str, list[Tensor]] = {}
     with one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
         pending = [pool.submit(carrier.layer, layer) for layer in layers]
         try:
@@ -247,36 +217,16 @@ def carry(
                 used, transported, permuted = future.result()
                 carried.transported += transported
                 carried.permuted += permuted
-                for key in plans:
-                    group = [plan for plan in used if plan.key == key]
-                    if group:
-                        _keep(parts, key, plans[key], group)
+                pairs.keep(used)
                 if progress is not None:
                     progress(done, len(layers))
         except BaseException:
             for future in pending:
                 future.cancel()
             raise
-    carried.tensors = {name: torch.cat(pieces) for name, pieces in parts.items()}
+    carried.tensors = pairs.tensors()
     _finish(carried, carrier, target)
     return carried
-
-
-def _keep(parts: dict[str, list[Tensor]], key: str, solved: FeaturePlans, group: Sequence[_Plan]) -> None:
-    """Add one target layer's plans to the record; the dense plans are let go here."""
-    sparse = sparsify([item.plan for item in group], [item.mask for item in group])
-    before = parts.get(f"plan.{key}.offsets")
-    pieces = {
-        f"pairs.{key}": torch.tensor([(item.row, item.column) for item in group], dtype=torch.int32),
-        f"f.{key}": torch.stack([solved.f[item.row, item.column] for item in group]),
-        f"g.{key}": torch.stack([solved.g[item.row, item.column] for item in group]),
-        f"mass.{key}": torch.stack([item.mass for item in group]),
-        f"plan.{key}.offsets": sparse.offsets[1:] + before[-1][-1] if before else sparse.offsets,
-        f"plan.{key}.columns": sparse.columns,
-        f"plan.{key}.values": sparse.values,
-    }
-    for name, piece in pieces.items():
-        parts.setdefault(name, []).append(piece)
 
 
 def _finish(carried: Carried, carrier: _Carrier, target: Architecture) -> None:

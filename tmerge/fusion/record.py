@@ -10,6 +10,7 @@
 | ``pairs.KEY`` | (K, 2) | the kept layer pairs, as (row of L, column of M) |
 | ``f.KEY``, ``g.KEY`` | (K, n), (K, n') | their potentials |
 | ``plan.KEY.offsets``, ``.columns``, ``.values`` | (K n + 1,), (E,), (E,) | sparse plans by rows: n * Q in float16 |
+| ``plan.KEY.beyond`` | (B,) | those of the E that did not survive, the largest of a row or column left empty |
 | ``mass.KEY`` | (K, len(MASS_AT)) | share of a row's mass in its top entries, mean over 256 rows (Figure 3) |
 | ``neurons.PROJ`` | (L, k) | selected neurons, A.5 |
 | ``statistics.target.KEY.FIELD`` | (L, n) | mean, deviation, magnitude over the calibration set |
@@ -50,36 +51,60 @@ class SparsePlans:
         offsets: (K * n + 1,) int64, where each row begins in `columns` and `values`.
         columns: (E,) int16, or int32 where n' needs it.
         values: (E,) float16, n * Q, so that a row of the whole plan sums to 1.
+        beyond: (B,) int64, sorted: entries that did not survive the top-entries rule. A row or column of which
+            nothing survived is transported through its largest entry, so that one is stored as well.
         shape: (n, n').
     """
 
     offsets: Tensor
     columns: Tensor
     values: Tensor
+    beyond: Tensor
     shape: tuple[int, int]
 
     def dense(self, index: int) -> Tensor:
-        """Plan number `index` as (n, n') float32, entries of n * Q, zeros where nothing was kept."""
+        """Plan number `index` as (n, n') float32, entries of n * Q, zeros where nothing survived."""
+        plan, mask = self.read(index)
+        return torch.where(mask, plan, 0.0)
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """Plan number `index` with all its stored entries, (n, n') float32 of n * Q, and which of them survived."""
         n, m = self.shape
         offsets = self.offsets[index * n : (index + 1) * n + 1]
         start, stop = int(offsets[0]), int(offsets[-1])
-        plan = torch.zeros(n, m)
-        rows = torch.repeat_interleave(torch.arange(n), offsets.diff())
-        plan[rows, self.columns[start:stop].long()] = self.values[start:stop].float()
-        return plan
+        rows, columns = torch.repeat_interleave(torch.arange(n), offsets.diff()), self.columns[start:stop].long()
+        plan, mask = torch.zeros(n, m), torch.zeros(n, m, dtype=torch.bool)
+        plan[rows, columns] = self.values[start:stop].float()
+        survived = torch.ones(stop - start, dtype=torch.bool)
+        first, last = torch.searchsorted(self.beyond, torch.tensor([start, stop])).tolist()
+        survived[self.beyond[first:last] - start] = False
+        mask[rows, columns] = survived
+        return plan, mask
 
 
 def sparsify(plans: list[Tensor], masks: list[Tensor]) -> SparsePlans:
     """Gather the masked entries of plans Q (n, n') of one shape, as n * Q in float16."""
-    counts, columns, values = [], [], []
+    counts, columns, values, survived = [], [], [], []
     for plan, mask in zip(plans, masks, strict=True):
-        rows, places = mask.nonzero(as_tuple=True)
+        stored = mask | _largest_of_empty(plan, mask)
+        rows, places = stored.nonzero(as_tuple=True)
         counts.append(torch.bincount(rows, minlength=plan.shape[0]))
         columns.append(places.to(torch.int16 if plan.shape[1] <= torch.iinfo(torch.int16).max else torch.int32))
         values.append((plan[rows, places] * plan.shape[0]).to(torch.float16))
+        survived.append(mask[rows, places])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(counts).cumsum(0)])
+    beyond = (~torch.cat(survived)).nonzero().flatten()
     n, m = plans[0].shape
-    return SparsePlans(offsets, torch.cat(columns), torch.cat(values), (n, m))
+    return SparsePlans(offsets, torch.cat(columns), torch.cat(values), beyond, (n, m))
+
+
+def _largest_of_empty(plan: Tensor, mask: Tensor) -> Tensor:
+    """(n, n') bool: the largest entry of every row and of every column of which the mask keeps nothing."""
+    largest = torch.zeros_like(mask)
+    rows, columns = (~mask.any(1)).nonzero().flatten(), (~mask.any(0)).nonzero().flatten()
+    largest[rows, plan[rows].argmax(1)] = True
+    largest[plan[:, columns].argmax(0), columns] = True
+    return largest
 
 
 def mass_of_top(plan: Tensor) -> Tensor:
@@ -154,5 +179,6 @@ class TransportRecord:
             self.tensors[f"plan.{key}.offsets"],
             self.tensors[f"plan.{key}.columns"],
             self.tensors[f"plan.{key}.values"],
+            self.tensors[f"plan.{key}.beyond"],
             shape,
         )

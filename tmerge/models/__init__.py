@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tmerge.models.checkpoint import file_digest
 from tmerge.models.configs import meta_model
 from tmerge.models.demo import DEMO_MODELS, DemoModel, demo_path
 from tmerge.models.device import available_memory, pick_device, pick_dtype
@@ -20,6 +21,7 @@ from tmerge.models.projections import (
     match,
 )
 from tmerge.models.reference import ModelReference
+from tmerge.models.remote import Snapshot, fetch, hub_errors, open_repo
 from tmerge.models.saving import save_checkpoint, verify_checkpoint
 
 __all__ = [
@@ -34,16 +36,21 @@ __all__ = [
     "ModelReference",
     "Projection",
     "Rows",
+    "Snapshot",
     "Tap",
     "available_memory",
     "demo_path",
     "describe",
     "feature_key",
+    "fetch",
+    "file_digest",
+    "hub_errors",
     "load_model",
     "load_tokenizer",
     "match",
     "meta_model",
     "model_commit",
+    "open_repo",
     "pick_device",
     "pick_dtype",
     "read_facts",

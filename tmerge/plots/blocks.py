@@ -65,14 +65,15 @@ class Blocks:
 
 
 def plan_entries(plans: SparsePlans, index: int) -> Entries:
-    """The entries of plan number `index`, as shares of the plan's mass (the record keeps n * Q)."""
+    """The surviving entries of plan number `index`, as shares of the plan's mass (the record keeps n * Q)."""
     n = plans.shape[0]
     offsets = plans.offsets[index * n : (index + 1) * n + 1].numpy()
     part = slice(int(offsets[0]), int(offsets[-1]))
+    survived = ~np.isin(np.arange(part.start, part.stop), plans.beyond.numpy())
     return Entries(
-        np.repeat(np.arange(n), np.diff(offsets)),
-        plans.columns[part].numpy().astype(np.int64),
-        plans.values[part].numpy().astype(np.float64) / n,
+        np.repeat(np.arange(n), np.diff(offsets))[survived],
+        plans.columns[part].numpy().astype(np.int64)[survived],
+        plans.values[part].numpy().astype(np.float64)[survived] / n,
         plans.shape,
     )
 

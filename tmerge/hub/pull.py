@@ -1,0 +1,173 @@
+"""A finished run, wherever it is: a folder here, or a repo on the Hub of which only ``tmerge/`` is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tmerge.errors import ModelNotFoundError, PlanError, RunNotFoundError
+from tmerge.fusion import TransportRecord, recorded_couplings
+from tmerge.models import ModelReference, Snapshot, fetch, file_digest, open_repo
+from tmerge.recipe import Recipe
+from tmerge.run import Run
+
+__all__ = ["FoundRun", "Plan", "find_run"]
+
+_RECIPE, _REPORT, _TRANSPORT = "tmerge/recipe.yaml", "tmerge/report.json", "tmerge/transport.safetensors"
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A run to read from.
+
+    Attributes:
+        reference: As it was asked for.
+        run: Its folder; of a repo, the one in the Hub's cache, with what has been fetched.
+        snapshot: Of a repo; None for a folder.
+    """
+
+    reference: str
+    run: Run
+    snapshot: Snapshot | None
+
+    @property
+    def name(self) -> str:
+        """The reference with its commit, for a repo; the folder as it was written, otherwise."""
+        if self.snapshot is None:
+            return self.reference
+        return f"{self.snapshot.reference.repo}@{self.snapshot.commit}"
+
+    def fetch(self, name: str) -> Path:
+        """One of the run's files, downloaded if need be.
+
+        Raises:
+            RunNotFoundError: It has no such file.
+        """
+        path = self.run.folder / name if self.snapshot is None else fetch(self.snapshot, name)
+        if path is None or not path.is_file():
+            raise RunNotFoundError(f"{self.reference} is not a finished run of tmerge (it has no {name})")
+        return path
+
+    def report(self) -> dict[str, Any]:
+        """report.json."""
+        if self.snapshot is not None:
+            self.fetch(_REPORT)
+        return self.run.report()
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        self.fetch(_RECIPE)
+        return self.run.recipe()
+
+    def record(self) -> TransportRecord:
+        """transport.safetensors."""
+        return TransportRecord.load(self.fetch(_TRANSPORT))
+
+    def transport_digest(self) -> str:
+        """SHA-256 (hex) of transport.safetensors."""
+        return file_digest(self.fetch(_TRANSPORT))
+
+
+def find_run(reference: str) -> FoundRun:
+    """Find a run.
+
+    Args:
+        reference: A folder, or ``user/name`` (``@revision``) on the Hub. A folder of that name wins.
+
+    Raises:
+        RunNotFoundError: A folder that is not a finished run, or a repo that holds none.
+        TmergeError: As `hub_errors`, where the repo cannot be read.
+    """
+    if Path(reference).is_dir():
+        found = FoundRun(reference, Run(Path(reference)), None)
+        found.run.report()
+        return found
+    try:
+        where = ModelReference.parse(reference)
+    except ModelNotFoundError:
+        raise RunNotFoundError(
+            f"{reference!r} is neither the folder of a run nor a Hub id (user/name); name the folder that --out named"
+        ) from None
+    if where.kind != "hub" or "/" not in (where.repo or ""):
+        raise RunNotFoundError(
+            f"{reference} is not a run of tmerge: no such folder here, and a repo is named as user/name; name the "
+            "folder that --out named"
+        )
+    snapshot = open_repo(where)
+    found = FoundRun(reference, Run(snapshot.folder), snapshot)
+    found.fetch(_REPORT)
+    return found
+
+
+class Plan:
+    """A finished run's transport, to fuse from it again without calibrating.
+
+    Attributes:
+        found: The run.
+        recipe: Its recipe.
+        report: Its report.
+        key: What identifies the plan: the digest of its file.
+    """
+
+    def __init__(self, reference: str) -> None:
+        self.found = find_run(reference)
+        self.recipe, self.report = self.found.recipe(), self.found.report()
+        self.key = self.found.transport_digest()
+
+    @cached_property
+    def record(self) -> TransportRecord:
+        """What is stored of it."""
+        return self.found.record()
+
+    def refuse_other_recipe(self, recipe: Recipe, commits: Mapping[str, str], projections: Sequence[str]) -> None:
+        """Refuse a recipe that this plan was not made for.
+
+        Args:
+            recipe: The merge's.
+            commits: ``target`` and ``source`` -> what identifies the models here.
+            projections: To be fused.
+
+        Raises:
+            PlanError: Another model or commit, another seed or other transport settings, a projection that it does
+                not hold; or ``alpha: auto``, where the plan has read the texts that it would be chosen on.
+        """
+        for role, commit in commits.items():
+            there = self.record.facts[role]
+            if there["commit"] != commit:
+                raise PlanError(
+                    f"the plan of {self.found.reference} was made for the {role} {there['ref']} at "
+                    f"{_short(there['commit'])}; {getattr(recipe, role)} is at {_short(commit)}: name that commit, or "
+                    "merge without --plan"
+                )
+        other = [name for name in ("transport", "seed") if getattr(recipe, name) != getattr(self.recipe, name)]
+        if other:
+            raise PlanError(
+                f"the plan of {self.found.reference} was made with another {' and '.join(other)}; only fusion, "
+                "evaluation and save can change with --plan: leave the rest as it is there"
+            )
+        if recipe.fusion.alpha == "auto" and self.recipe.fusion.alpha != "auto":
+            raise PlanError(
+                f"the plan of {self.found.reference} has read every text that fusion.alpha auto could be chosen on; "
+                "give alpha a number, or merge without --plan"
+            )
+        recorded_couplings(self.record, projections)
+
+    def refuse_other_texts(self, sha256: str) -> None:
+        """Refuse texts other than the plan's, whose held-out ones it might have read.
+
+        Raises:
+            PlanError: They differ.
+        """
+        if sha256 != self.report["calibration"]["sha256"]:
+            raise PlanError(
+                f"the texts of {self.report['calibration']['dataset']} are not those that the plan of "
+                f"{self.found.reference} was made from, which may have read what is held out here; leave the "
+                "calibration section as it is there, at the dataset's same commit"
+            )
+
+
+def _short(commit: str) -> str:
+    return commit.removeprefix("sha256:")[:12]
