@@ -125,7 +125,7 @@ def adapt_run(
     if run.transport_path.is_file():
         shutil.copyfile(run.transport_path, adapted.transport_path)
     write_json(adapted.work / "report.json", report)
-    write_card(adapted.folder, report, recipe)
+    write_card(adapted, report, recipe)
     return report
 
 

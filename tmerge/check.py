@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from huggingface_hub import constants
 
 from tmerge.calibration import SAMPLES_PREFIX, sample_texts
 from tmerge.errors import NotEnoughDiskError, NotEnoughMemoryError, UnsupportedModelError
@@ -22,12 +23,14 @@ from tmerge.evaluation import PROJECTION_GROUPS
 from tmerge.models import (
     Architecture,
     ModelFacts,
+    OutputLicence,
     available_memory,
     describe,
     feature_key,
     match,
     meta_model,
     model_commit,
+    output_licence,
     pick_device,
     read_facts,
 )
@@ -50,12 +53,14 @@ class Estimate:
         seconds: Of the whole run, without download.
         memory_bytes: Peak of this process.
         disk_bytes: In the output folder.
+        download_bytes: Still to be fetched from the Hub into its cache.
         assumes: In words.
     """
 
     seconds: float
     memory_bytes: int
     disk_bytes: int
+    download_bytes: int
     assumes: str
 
 
@@ -70,6 +75,7 @@ class Check:
         source_layout: Likewise.
         projections: Those that both have and the recipe wants.
         skipped: projection -> why not.
+        licence: What the two models' licences make of the merge's.
         notes: What a user should know before starting.
         estimate: Expected cost here.
     """
@@ -80,6 +86,7 @@ class Check:
     source_layout: Architecture
     projections: list[str]
     skipped: dict[str, str]
+    licence: OutputLicence
     notes: list[str]
     estimate: Estimate
 
@@ -99,11 +106,13 @@ class Check:
                 "skipped": self.skipped,
             },
             "left_alone": {"target": self.target_layout.left_alone, "source": self.source_layout.left_alone},
+            "licence": asdict(self.licence),
             "notes": self.notes,
             "estimate": {
                 "seconds": round(self.estimate.seconds, 3),
                 "memory_bytes": self.estimate.memory_bytes,
                 "disk_bytes": self.estimate.disk_bytes,
+                "download_bytes": self.estimate.download_bytes,
                 "assumes": self.estimate.assumes,
             },
         }
@@ -135,8 +144,19 @@ def check(recipe: Recipe) -> Check:
     for role, facts in (("target", target), ("source", source)):
         if facts.gated:
             notes.append(f"the {role}'s repo is gated: its terms must have been accepted by your account")
-        if facts.licence is None:
-            notes.append(f"the {role} states no licence")
+        if facts.stored is not None and sum(facts.stored.values()) < facts.parameters:
+            notes.append(
+                f"the {role}'s files hold {sum(facts.stored.values()):,} values, fewer than its architecture's "
+                f"{facts.parameters:,}: what is missing would start at random"
+            )
+    licence = output_licence(
+        target.licence,
+        source.licence,
+        target_repo=_repo(target),
+        source_repo=_repo(source),
+        target_family=target.model_type,
+    )
+    notes += [*licence.refusals, *licence.unknown]
     if recipe.source_base is not None:
         base, base_layout = _read(recipe.source_base, recipe)
         if _shapes(base_layout, projections) != _shapes(source_layout, projections):
@@ -147,7 +167,7 @@ def check(recipe: Recipe) -> Check:
         if base.commit == source.commit:
             notes.append("source and source_base are the same model: the task vector is zero")
     estimate = _estimate(recipe, target, source, target_layout, source_layout, projections)
-    return Check(target, source, target_layout, source_layout, projections, skipped, notes, estimate)
+    return Check(target, source, target_layout, source_layout, projections, skipped, licence, notes, estimate)
 
 
 def refuse_unfit(result: Check, recipe: Recipe, out: Path) -> None:
@@ -164,15 +184,30 @@ def refuse_unfit(result: Check, recipe: Recipe, out: Path) -> None:
             f"this merge needs about {needed / 1e9:.1f} GB on {device}, where {free / 1e9:.1f} GB are free; "
             "set dtype: bfloat16, choose a smaller source, or lower calibration.batch_tokens"
         )
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = _existing(out)
     free = shutil.disk_usage(folder).free
     if result.estimate.disk_bytes > free:
         raise NotEnoughDiskError(
             f"this merge needs about {result.estimate.disk_bytes / 1e9:.1f} GB of disk in {out}, where "
             f"{free / 1e9:.1f} GB are free; lower calibration.texts, fuse fewer projections, or choose another --out"
         )
+    cache = _existing(Path(constants.HF_HUB_CACHE))
+    needed, free = result.estimate.download_bytes, shutil.disk_usage(cache).free
+    if cache.stat().st_dev == folder.stat().st_dev:
+        needed += result.estimate.disk_bytes
+    if needed > free:
+        raise NotEnoughDiskError(
+            f"the models to download take {result.estimate.download_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+            "free on the disk of the Hub's cache; make room, or set HF_HOME to another disk"
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def _read(reference: str, recipe: Recipe) -> tuple[ModelFacts, Architecture]:
@@ -197,8 +232,15 @@ def _model(facts: ModelFacts, layout: Architecture) -> dict[str, Any]:
         "licence": facts.licence,
         "gated": facts.gated,
         "private": facts.private,
+        "stored": facts.stored,
+        "download_bytes": facts.download_bytes,
         "tied_embeddings": bool(getattr(facts.config, "tie_word_embeddings", False)),
     }
+
+
+def _repo(facts: ModelFacts) -> str | None:
+    """Its Hub id, if that is where it comes from."""
+    return facts.reference.repo
 
 
 def _shape(layout: Architecture, name: str) -> list[int]:
@@ -231,13 +273,16 @@ def _uneven(layout: Architecture, projections: list[str]) -> list[str]:
 
 
 def _seconds_of(action: Any, at_least: float = 0.05) -> float:
-    """Seconds of one call, after a first that warms up, over enough calls to fill a moment."""
+    """Seconds of the fastest call, after a first that warms up, of as many as fill a moment.
+
+    The fastest, as whatever else the machine does can only slow a call down.
+    """
     action()
-    calls, began = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - began) < at_least:
+    fastest, until = float("inf"), time.perf_counter() + at_least
+    while (began := time.perf_counter()) < until:
         action()
-        calls += 1
-    return elapsed / calls
+        fastest = min(fastest, time.perf_counter() - began)
+    return fastest
 
 
 def _estimate(
@@ -313,6 +358,7 @@ def _estimate(
         seconds,
         int(memory),
         int(disk),
+        sum(facts.download_bytes or 0 for facts in (target, source)),
         f"{read + held_out} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device} at "
         f"{flops / 1e9:.0f} GFLOP/s measured now; downloading and loading not counted",
     )

@@ -46,7 +46,7 @@ from tmerge.hub import write_card
 from tmerge.recipe import Recipe
 from tmerge.report import build_report, library_versions, peak_memory
 from tmerge.run import Run, stage_key, write_json, write_text
-from tmerge.session import STAGES, Listener, Session, Step
+from tmerge.session import NOTE, STAGES, Listener, Session, Step
 from tmerge.transport import FeaturePlans, load_plans, save_plans, solve_features
 
 __all__ = ["STAGES", "Listener", "Step", "merge"]
@@ -87,6 +87,10 @@ class _Merge(Session):
     def go(self) -> dict[str, Any]:
         """All stages, the report and the card."""
         refuse_unfit(self.check, self.recipe, self.run.folder)
+        if not self.run.reported:
+            # Said before anything is fetched: a licence that forbids the merge, a repo that is gated.
+            for note in self.check.notes:
+                self.step(NOTE, note, 1, 1, "notes")
         auto = self.recipe.fusion.alpha == "auto"
         if self.plan is not None:
             commits = {role: self.commit(role) for role in ("target", "source")}
@@ -375,7 +379,7 @@ class _Merge(Session):
         scores |= self.notes["evaluate"]["scores"]
         report = build_report(resolved, self.check, self.notes, scores, library_versions(), str(self.device))
         write_json(self.run.work / "report.json", report)
-        write_card(self.run.folder, report, resolved)
+        write_card(self.run, report, resolved)
         return report
 
     def _transported(self) -> list[TransportedNeurons]:

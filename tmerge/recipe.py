@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tmerge.errors import RecipeError
 
 __all__ = [
+    "RECIPE_VARIABLE",
     "AdaptationSettings",
     "CalibrationSettings",
     "CompareSettings",
@@ -32,6 +34,9 @@ __all__ = [
     "load_recipe",
     "preset_names",
 ]
+
+RECIPE_VARIABLE = "TMERGE_RECIPE"
+"""Where a machine without files finds its recipe: named as ``env:TMERGE_RECIPE``."""
 
 ProjectionName = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
@@ -136,6 +141,9 @@ class SaveSettings(_Section):
     """How the checkpoint is written."""
 
     max_shard_size: str = "5GB"
+    language: tuple[Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]+)*$")], ...] = Field(
+        (), description="for the model card, as codes (id, ms, yue); the built-in samples know their own"
+    )
 
 
 class AdaptationSettings(_Section):
@@ -320,7 +328,9 @@ def _read(name: str | None) -> tuple[dict[str, Any], str]:
     if name is None:
         return {}, "recipe"
     path = Path(name)
-    if path.suffix in {".yaml", ".yml"} or path.exists():
+    if name == f"env:{RECIPE_VARIABLE}":
+        text, where = os.environ.get(RECIPE_VARIABLE, ""), f"the variable {RECIPE_VARIABLE}"
+    elif path.suffix in {".yaml", ".yml"} or path.exists():
         if not path.is_file():
             raise RecipeError(f"recipe {name!r}: no such file; presets are {', '.join(preset_names())}")
         text, where = path.read_text(encoding="utf-8", errors="replace"), name

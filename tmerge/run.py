@@ -70,6 +70,11 @@ class Run:
         return self.work / "cache"
 
     @property
+    def reported(self) -> bool:
+        """Whether a report has been written here before."""
+        return (self.work / "report.json").is_file()
+
+    @property
     def transport_path(self) -> Path:
         """transport.safetensors."""
         return self.work / "transport.safetensors"

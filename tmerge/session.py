@@ -32,9 +32,11 @@ from tmerge.models import (
 from tmerge.recipe import Recipe
 from tmerge.run import Run
 
-__all__ = ["STAGES", "Listener", "Session", "Step"]
+__all__ = ["NOTE", "STAGES", "Listener", "Session", "Step"]
 
 STAGES = ("texts", "target", "source", "transport", "fuse", "evaluate", "save")
+NOTE = "note"
+"""The stage of a `Step` that only says something, before the work begins."""
 # Characters of a held-out text that are scored, per token that calibration reads; one cut for all models.
 _SCORED_CHARACTERS = 4
 
@@ -44,7 +46,7 @@ class Step:
     """One step of progress.
 
     Attributes:
-        stage: One of `STAGES`, or ``choose`` (between fuse and evaluate) where alpha is ``auto``.
+        stage: One of `STAGES`, or ``choose`` (between fuse and evaluate) where alpha is ``auto``; or `NOTE`.
         what: In words: what is being done.
         done: Units done.
         total: Units in all.

@@ -13,10 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tmerge.check import Check
+from tmerge.hub import PushPlan
 from tmerge.pipeline import Listener, Step
 from tmerge.report import alpha_words, summary
+from tmerge.session import NOTE
 
-__all__ = ["listening", "show_adapted", "show_check", "show_comparison", "show_evaluation", "show_report"]
+__all__ = [
+    "listening",
+    "show_adapted",
+    "show_check",
+    "show_comparison",
+    "show_evaluation",
+    "show_push_plan",
+    "show_report",
+]
 
 
 @contextmanager
@@ -51,8 +61,12 @@ def show_check(result: Check) -> None:
         ("tied embeddings", "tied_embeddings"),
         ("licence", "licence"),
         ("gated", "gated"),
+        ("private", "private"),
+        ("stored as", "stored"),
+        ("to download", "download_bytes"),
     ):
-        table.add_row(label, _value(key, target[key]), _value(key, source[key]))
+        if key != "stored" or target[key] or source[key]:
+            table.add_row(label, _value(key, target[key]), _value(key, source[key]))
     for name, shapes in facts["projections"]["matched"].items():
         table.add_row(f"projection {name}", *("{} x {}".format(*shapes[side]) for side in ("target", "source")))
     console.print(table)
@@ -63,12 +77,32 @@ def show_check(result: Check) -> None:
             console.print(f"{side}: {line}", markup=False)
     for note in facts["notes"]:
         console.print(f"note: {note}", markup=False)
+    licence = facts["licence"]
+    console.print(f"the merge's licence: {licence['name'] or licence['id']}. {licence['why']}", markup=False)
+    for duty in licence["duties"]:
+        console.print(f"  duty: {duty}", markup=False)
+    for what, url in licence["links"]:
+        console.print(f"  terms: {what}, {url}", markup=False)
     estimate = facts["estimate"]
     console.print(
         f"expected: {_duration(estimate['seconds'])}, {_bytes(estimate['memory_bytes'])} of memory, "
-        f"{_bytes(estimate['disk_bytes'])} of disk ({estimate['assumes']})",
+        f"{_bytes(estimate['disk_bytes'])} of disk, {_bytes(estimate['download_bytes'])} to download "
+        f"({estimate['assumes']})",
         markup=False,
     )
+
+
+def show_push_plan(planned: PushPlan) -> None:
+    """What a push would upload, and its card, on stdout."""
+    console = Console(soft_wrap=True)
+    for name, size in planned.files.items():
+        console.print(f"{size:>14,}  {name}", markup=False, highlight=False)
+    total = f"{planned.total_bytes:>14,}  {len(planned.files)} files to {planned.repo}"
+    console.print(f"{total}; nothing was pushed", markup=False, highlight=False)
+    for warning in planned.warnings:
+        console.print(f"note: {warning}", markup=False)
+    console.print()
+    console.print(planned.card, markup=False, highlight=False)
 
 
 def show_report(report: Mapping[str, Any], folder: str | Path) -> None:
@@ -225,6 +259,9 @@ def _bar(console: Console) -> Iterator[Listener]:
         tasks: dict[tuple[str, str], Any] = {}
 
         def listener(step: Step) -> None:
+            if step.stage == NOTE:
+                progress.console.print(f"note: {step.what}", markup=False, highlight=False)
+                return
             place = (step.stage, step.what)
             if place not in tasks:
                 tasks[place] = progress.add_task(step.what, total=step.total, stage=step.stage, rate="")
@@ -242,6 +279,9 @@ def _plain(console: Console) -> Listener:
     shown: dict[tuple[str, str], int] = {}
 
     def listener(step: Step) -> None:
+        if step.stage == NOTE:
+            console.print(f"note: {step.what}", markup=False, highlight=False)
+            return
         place = (step.stage, step.what)
         now = time.perf_counter()
         began.setdefault(place, now)
@@ -263,8 +303,10 @@ def _plain(console: Console) -> Listener:
 
 def _value(key: str, value: Any) -> str:
     if value is None:
-        return "not stated"
-    if key == "weight_bytes":
+        return "not known" if key in ("stored", "download_bytes") else "not stated"
+    if key == "stored":
+        return ", ".join(f"{dtype} {count:,}" for dtype, count in value.items())
+    if key in ("weight_bytes", "download_bytes"):
         return _bytes(value)
     if key == "commit":
         return str(value).removeprefix("sha256:")[:12]

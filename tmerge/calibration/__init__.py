@@ -5,7 +5,7 @@ from __future__ import annotations
 from tmerge.calibration.batches import encode, length_batches, padded
 from tmerge.calibration.capture import CaptureReport, bare_forward, capture
 from tmerge.calibration.features import FeatureStore, FeatureWriter
-from tmerge.calibration.samples import SAMPLES_PREFIX, sample_languages, sample_texts
+from tmerge.calibration.samples import SAMPLES_PREFIX, sample_language_code, sample_languages, sample_texts
 from tmerge.calibration.texts import TextSet, is_held_out, normalise, read_texts
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "normalise",
     "padded",
     "read_texts",
+    "sample_language_code",
     "sample_languages",
     "sample_texts",
 ]

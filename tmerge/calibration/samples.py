@@ -7,15 +7,23 @@ from importlib import resources
 
 from tmerge.errors import DatasetError
 
-__all__ = ["SAMPLES_PREFIX", "sample_languages", "sample_texts"]
+__all__ = ["SAMPLES_PREFIX", "sample_language_code", "sample_languages", "sample_texts"]
 
 SAMPLES_PREFIX = "samples:"
+
+# As model cards name them: ISO 639-1 where there is a code, else 639-3.
+_CODES = {"cantonese": "yue", "english": "en", "indonesian": "id", "malay": "ms", "thai": "th"}
 
 
 def sample_languages() -> list[str]:
     """The languages that ``samples:LANGUAGE`` may name, sorted."""
     folder = resources.files("tmerge.calibration") / "samples"
     return sorted(entry.name[:-4] for entry in folder.iterdir() if entry.name.endswith(".txt"))
+
+
+def sample_language_code(language: str) -> str:
+    """The language's code in a model card's metadata (ISO 639)."""
+    return _CODES[language]
 
 
 def sample_texts(language: str) -> list[str]:

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from tmerge.hub.card import card_text, write_card
+from tmerge.hub.card import card_text, merge_licence, published_verdict, write_card
 from tmerge.hub.pull import FoundRun, Plan, find_run
+from tmerge.hub.push import Pushed, PushPlan, plan_push, push
 
-__all__ = ["FoundRun", "Plan", "card_text", "find_run", "write_card"]
+__all__ = [
+    "FoundRun",
+    "Plan",
+    "PushPlan",
+    "Pushed",
+    "card_text",
+    "find_run",
+    "merge_licence",
+    "plan_push",
+    "published_verdict",
+    "push",
+    "write_card",
+]

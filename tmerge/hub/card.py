@@ -1,116 +1,243 @@
-"""The model card of a run: README.md in its folder, with what was measured and nothing else."""
+"""The model card of a run: README.md in its folder, with what was measured and nothing else.
+
+Its text is the template card.md beside this file; its metadata is what the Hub's own client reads: base models,
+licence, and the scores as a model-index.
+"""
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, StrictUndefined
 
+from tmerge.calibration import SAMPLES_PREFIX, sample_language_code
+from tmerge.models import ModelReference, OutputLicence, output_licence
 from tmerge.recipe import Recipe
-from tmerge.report import summary, training_summary
-from tmerge.run import write_text
+from tmerge.report import alpha_words, summary, training_summary
+from tmerge.run import Run, write_text
 
-__all__ = ["card_text", "write_card"]
+__all__ = ["FIGURES", "card_data", "card_text", "merge_licence", "published_verdict", "write_card"]
+
+FIGURES = "tmerge/figures"
+"""Where a run's folder has the card's pictures."""
+
+_TAGS = ["merge", "tmerge", "transport-and-merge"]
+_ROLES = ("target", "source")
+_HUB_DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def write_card(folder: Path, report: Mapping[str, Any], recipe: Recipe) -> None:
-    """Write README.md into a run's folder."""
-    write_text(folder / "README.md", card_text(report, recipe))
+def write_card(run: Run, report: Mapping[str, Any], recipe: Recipe) -> None:
+    """Write a run's README.md, and the pictures that it shows.
+
+    Args:
+        run: Its transport has been written.
+        report: Its report.
+        recipe: Its resolved recipe, quoted in the card.
+    """
+    # Drawing loads matplotlib, which nothing else here needs.
+    from tmerge.fusion import TransportRecord
+    from tmerge.plots.stills import write_stills
+
+    write_stills(run.folder / FIGURES, report, TransportRecord.load(run.transport_path))
+    write_text(run.folder / "README.md", card_text(report, recipe))
 
 
-def card_text(report: Mapping[str, Any], recipe: Recipe) -> str:
+def card_text(report: Mapping[str, Any], recipe: Recipe, *, repo: str | None = None, figures: str = FIGURES) -> str:
     """The card: YAML front matter and Markdown.
 
     Args:
         report: A run's report.
-        recipe: Its resolved recipe, quoted in the card.
+        recipe: Its resolved recipe.
+        repo: The Hub id that it is pushed to; None writes of the folder that the card lies in.
+        figures: Folder of the pictures, as the card's links name it; empty leaves them out.
     """
+    evaluation, adapted = report["evaluation"], "adaptation" in report
+    environment = Environment(undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
+    environment.filters |= {"md": _inline, "code": _code}
+    template = environment.from_string((resources.files("tmerge.hub") / "card.md").read_text(encoding="utf-8"))
+    yaml_text = recipe.to_yaml().rstrip()
+    models = [(role, _shown(report[role])) for role in _ROLES]
+    calibration = report["calibration"]
+    return template.render(
+        card_data=card_data(report, recipe, repo).to_yaml(line_break="\n"),
+        title=f"{_name(report['target']['ref'])} merged with {_name(report['source']['ref'])}",
+        verdict=published_verdict(report),
+        summary=summary(report),
+        trained=training_summary(report) if adapted else "",
+        target=models[0][1],
+        source=models[1][1],
+        models=models,
+        tmerge=report["tmerge"],
+        evaluation=evaluation | {"trained": adapted},
+        rows=_rows(evaluation),
+        dataset=calibration["dataset"],
+        dataset_commit=f"`{calibration['revision']}`"
+        if calibration["revision"]
+        else f"sha256 `{calibration['sha256']}`",
+        calibration=calibration,
+        transport=report["transport"],
+        fusion=report["fusion"],
+        alpha=alpha_words(report["fusion"]),
+        plan=_public(report["plan"]) if report.get("plan") else "",
+        figures=figures,
+        repo=repo or ".",
+        local=", ".join(_local_names(report)),
+        seed=report["seed"],
+        dtype=report["dtype"],
+        device=report["device"],
+        versions=", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        licence=merge_licence(report),
+        notes=report["notes"],
+        recipe=yaml_text,
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", yaml_text)), default=0)),
+    )
+
+
+def card_data(report: Mapping[str, Any], recipe: Recipe, repo: str | None = None) -> ModelCardData:
+    """The card's metadata."""
+    licence, calibration = merge_licence(report), report["calibration"]
+    bases = [_repo(report[role]) for role in _ROLES]
+    # A model without a page on the Hub cannot be pointed at; one base alone would not be what was merged.
+    more: dict[str, Any] = {"base_model": bases, "base_model_relation": "merge"} if all(bases) else {}
+    if licence.id == "other":
+        more |= {"license_name": licence.name, "license_link": licence.link}
+    return ModelCardData(
+        **more,
+        license=licence.id,
+        language=_languages(recipe) or None,
+        datasets=[calibration["dataset"]] if calibration["revision"] else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=_TAGS,
+        model_name=(repo or _name(report["target"]["ref"]) + "-fused").rpartition("/")[2],
+        eval_results=_results(report),
+    )
+
+
+def merge_licence(report: Mapping[str, Any]) -> OutputLicence:
+    """What the two models' licences make of the merge's."""
     target, source = report["target"], report["source"]
-    front = {
-        "base_model": [_repo(model["ref"]) for model in (target, source) if not model["commit"].startswith("sha256:")],
-        "base_model_relation": "merge",
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["merge", "tmerge", "transport-and-merge"],
+    return output_licence(
+        target["licence"],
+        source["licence"],
+        target_repo=_repo(target),
+        source_repo=_repo(source),
+        target_family=target["architecture"],
+    )
+
+
+def _results(report: Mapping[str, Any]) -> list[EvalResult]:
+    """Score and paired difference of what the repo holds, with the intervals in words: a model-index has no field."""
+    evaluation, calibration = report["evaluation"], report["calibration"]
+    adapted = evaluation.get("adapted")
+    score = adapted["score"] if adapted else evaluation["fused"]
+    change = adapted["difference"] if adapted else evaluation["difference"]
+    shared = {
+        "task_type": "text-generation",
+        "task_name": "Language modelling on held-out texts",
+        "dataset_type": calibration["dataset"] if calibration["revision"] else "local",
+        "dataset_name": f"{calibration['dataset']}, {evaluation['texts']} held-out texts",
+        "dataset_config": calibration["config"],
+        "dataset_split": calibration["split"],
+        "dataset_revision": calibration["revision"],
     }
-    if not front["base_model"]:
-        # Local models have no page to point at.
-        del front["base_model"], front["base_model_relation"]
-    evaluation = report["evaluation"]
+    return [
+        EvalResult(
+            **shared,
+            metric_type="bits_per_byte",
+            metric_value=round(score["value"], 6),
+            metric_name=f"bits per byte (95 % interval {_span(score, '.4f')})",
+        ),
+        EvalResult(
+            **shared,
+            metric_type="bits_per_byte_difference",
+            metric_value=round(change["value"], 6),
+            metric_name=f"difference to the target in bits per byte (paired 95 % interval {_span(change, '+.4f')})",
+        ),
+    ]
+
+
+def _rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = [
         ("target, unchanged", evaluation["base"], None),
         ("**fused**", evaluation["fused"], evaluation["difference"]),
     ]
-    rows += [(f"control: {name}", item, item["difference"]) for name, item in evaluation["controls"].items()]
     if "adapted" in evaluation:
         rows.append(("**fused and trained**", evaluation["adapted"]["score"], evaluation["adapted"]["difference"]))
+    rows += [(f"control: {name}", item, item["difference"]) for name, item in evaluation["controls"].items()]
     rows.append(("source", evaluation["source"], None))
-    table = ["| model | bits per byte | difference to the target |", "|---|---|---|"]
-    table += [f"| {name} | {_interval(item)} | {_interval(change) if change else ''} |" for name, item, change in rows]
-    ratios = [
-        f"| {name} | {min(item['norm_ratio']):.2g} to {max(item['norm_ratio']):.2g} "
-        f"| {item['neurons']} of {item['of']} |"
-        for name, item in report["fusion"]["projections"].items()
+    return [
+        {
+            "name": name,
+            "value": item["value"],
+            "interval": _span(item, ".4f"),
+            "change": f"{change['value']:+.4f}" if change else "",
+            "change_interval": _span(change, "+.4f") if change else "",
+        }
+        for name, item, change in rows
     ]
-    return "\n".join(
-        [
-            "---",
-            yaml.safe_dump(front, sort_keys=False).rstrip(),
-            "---",
-            "",
-            f"# {_name(target['ref'])}, merged with {_name(source['ref'])}",
-            "",
-            summary(report),
-            "",
-            *(["Then it was trained: " + training_summary(report), ""] if "adaptation" in report else []),
-            f"Neurons of `{source['ref']}` ({source['architecture']}, {source['layers']} layers) were carried into "
-            f"`{target['ref']}` ({target['architecture']}, {target['layers']} layers) by optimal transport between "
-            "the two models' activations ([Transport and Merge](https://arxiv.org/abs/2602.05495)), with "
-            f"[tmerge](https://pypi.org/project/tmerge/) {report['tmerge']}. The result has the target's architecture "
-            "and tokenizer.",
-            "",
-            f"## Held-out scores ({evaluation['texts']} texts of {report['calibration']['dataset']})",
-            "",
-            *table,
-            "",
-            "Lower is better; in brackets the 95 % interval over texts (paired for differences). The controls change "
-            "the same neurons without the correspondence: scaled down, moved at random, or moved through shuffled "
-            "plans.",
-            "",
-            "## What was moved",
-            "",
-            "| projection | transported over own norm, by layer | neurons |",
-            "|---|---|---|",
-            *ratios,
-            "",
-            "## Models and licences",
-            "",
-            *(
-                f"- {role}: `{model['ref']}` at `{model['commit']}`, licence: {model['licence'] or 'not stated'}"
-                for role, model in (("target", target), ("source", source))
-            ),
-            "",
-            "The merge carries the duties of both licences, and what biases the source has may have come along.",
-            "",
-            "## Recipe",
-            "",
-            "```yaml",
-            recipe.to_yaml().rstrip(),
-            "```",
-            "",
-        ]
-    )
 
 
-def _interval(item: Mapping[str, Any]) -> str:
-    return f"{item['value']:.4f} [{item['ci95'][0]:.4f}, {item['ci95'][1]:.4f}]"
+def published_verdict(report: Mapping[str, Any]) -> str:
+    """The verdict on what the repo holds: the merge, or what training made of it."""
+    return report["adaptation"]["verdict"] if "adaptation" in report else report["verdict"]
 
 
-def _repo(reference: str) -> str:
-    return reference.partition("@")[0]
+def _shown(model: Mapping[str, Any]) -> dict[str, Any]:
+    repo = _repo(model)
+    label = f"[`{repo}`](https://huggingface.co/{repo})" if repo else f"`{_code(_name(model['ref']))}`"
+    return {**model, "label": label, "licence": model["licence"] or "no licence stated"}
+
+
+def _repo(model: Mapping[str, Any]) -> str | None:
+    """Its Hub id, if that is where it came from."""
+    return None if model["commit"].startswith("sha256:") else model["ref"].partition("@")[0]
 
 
 def _name(reference: str) -> str:
-    return _repo(reference).rstrip("/").rpartition("/")[2].removeprefix("demo:")
+    """Without user, revision and folders: of a local model, no path of the machine it was on."""
+    try:
+        return ModelReference.parse(reference).name
+    except Exception:  # noqa: BLE001 - a folder that is gone; its last part is its name
+        return reference.partition("@")[0].rstrip("/").rpartition("/")[2].removeprefix("demo:")
+
+
+def _public(reference: str) -> str:
+    return reference if _HUB_DATASET.fullmatch(reference.partition("@")[0]) else _name(reference)
+
+
+def _local_names(report: Mapping[str, Any]) -> list[str]:
+    """What the recipe needs that is neither on the Hub nor in a package."""
+    names = [_name(report[role]["ref"]) for role in _ROLES if not _repo(report[role])]
+    names = [name for name, role in zip(names, _ROLES, strict=False) if not report[role]["ref"].startswith("demo:")]
+    dataset = report["calibration"]["dataset"]
+    return names + ([] if report["calibration"]["revision"] or dataset.startswith(SAMPLES_PREFIX) else [dataset])
+
+
+def _languages(recipe: Recipe) -> list[str]:
+    """As the recipe says; of the sample texts, their own."""
+    if recipe.save.language:
+        return list(recipe.save.language)
+    dataset = recipe.calibration.dataset
+    return [sample_language_code(dataset.removeprefix(SAMPLES_PREFIX))] if dataset.startswith(SAMPLES_PREFIX) else []
+
+
+def _span(item: Mapping[str, Any], form: str) -> str:
+    low, high = item["ci95"]
+    return f"{low:{form}} to {high:{form}}"
+
+
+def _inline(text: Any) -> str:
+    """Words of others as plain inline Markdown: no HTML, no table cells, no links, one line."""
+    plain = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([|\[\]`*_])", r"\\\1", plain)
+
+
+def _code(text: Any) -> str:
+    """Within a code span."""
+    return " ".join(str(text).replace("`", "'").replace("|", "¦").split())

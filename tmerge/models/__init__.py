@@ -7,6 +7,7 @@ from tmerge.models.configs import meta_model
 from tmerge.models.demo import DEMO_MODELS, DemoModel, demo_path
 from tmerge.models.device import available_memory, pick_device, pick_dtype
 from tmerge.models.facts import ModelFacts, read_facts
+from tmerge.models.licences import OutputLicence, output_licence
 from tmerge.models.loading import LoadedModel, load_model, load_tokenizer, model_commit
 from tmerge.models.projections import (
     PROJECTIONS,
@@ -34,6 +35,7 @@ __all__ = [
     "LoadedModel",
     "ModelFacts",
     "ModelReference",
+    "OutputLicence",
     "Projection",
     "Rows",
     "Snapshot",
@@ -51,6 +53,7 @@ __all__ = [
     "meta_model",
     "model_commit",
     "open_repo",
+    "output_licence",
     "pick_device",
     "pick_dtype",
     "read_facts",

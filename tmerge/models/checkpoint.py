@@ -28,6 +28,7 @@ __all__ = [
     "file_digest",
     "folder_digest",
     "folder_licence",
+    "is_tokenizer_file",
     "read_config",
     "read_index",
     "read_safetensors_header",
@@ -57,6 +58,11 @@ _TOKENIZER_SETTINGS = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of this name is a tokenizer's, or changes what one does."""
+    return name in TOKENIZER_FILES or name in _TOKENIZER_SETTINGS
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +15,7 @@ from tmerge.models.demo import demo_model
 from tmerge.models.gguf import fast_reading, read_header
 from tmerge.models.loading import Place, gguf_file
 from tmerge.models.reference import ModelReference
-from tmerge.models.remote import weight_bytes
+from tmerge.models.remote import download_bytes, remote_headers, weight_bytes
 
 __all__ = ["ModelFacts", "read_facts"]
 
@@ -35,6 +37,8 @@ class ModelFacts:
         hidden_size: Width of the residual stream.
         gated: Whether access to the repo has to be asked for.
         private: Whether the repo is private.
+        stored: Dtype as safetensors name it -> number of values in the repo's files; None where they were not asked.
+        download_bytes: What loading it would still fetch from the Hub; 0 for what is here.
     """
 
     reference: ModelReference
@@ -49,12 +53,14 @@ class ModelFacts:
     hidden_size: int
     gated: bool = False
     private: bool = False
+    stored: dict[str, int] | None = None
+    download_bytes: int | None = 0
 
 
 def read_facts(
     reference: str | ModelReference, *, trust_remote_code: bool = False, revision_override: str | None = None
 ) -> ModelFacts:
-    """Read a model's facts: for a Hub repo two small requests, for local files their headers.
+    """Read a model's facts: of a Hub repo its config and its safetensors' headers, of local files their headers.
 
     Raises:
         TmergeError: As `load_model`, for what can be seen without the weights: not found, gated, no causal LM,
@@ -68,13 +74,24 @@ def read_facts(
     snapshot = place.snapshot
     if snapshot is None:
         size: int | None = sum(path.stat().st_size for path in weight_files(place.folder))
+        headers = None
     else:
-        size = weight_bytes(snapshot)
+        size, headers = weight_bytes(snapshot), remote_headers(snapshot)
     config = load_config(where, place.pretrained, place.options, trust_remote_code)
-    facts = _facts(where, config, stored_dtype(place.config, {}), size, place.licence(), trust_remote_code)
+    facts = _facts(where, config, stored_dtype(place.config, headers or {}), size, place.licence(), trust_remote_code)
     if snapshot is None:
         return facts
-    return replace(facts, commit=snapshot.commit, gated=snapshot.gated, private=snapshot.private)
+    counts: Counter[str] = Counter()
+    for tensor in (headers or {}).values():
+        counts[tensor.dtype] += math.prod(tensor.shape)
+    return replace(
+        facts,
+        commit=snapshot.commit,
+        gated=snapshot.gated,
+        private=snapshot.private,
+        stored=None if headers is None else dict(counts.most_common()),
+        download_bytes=download_bytes(snapshot),
+    )
 
 
 def _gguf_facts(reference: ModelReference) -> ModelFacts:

@@ -13,23 +13,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
 from tmerge.errors import CheckpointError, GatedModelError, ModelNotFoundError, NotEnoughDiskError, TmergeError
-from tmerge.models.checkpoint import INDEX_FILE, WEIGHTS_FILE, card_licence, explain_no_safetensors, read_index
+from tmerge.models.checkpoint import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    StoredTensor,
+    card_licence,
+    explain_no_safetensors,
+    is_tokenizer_file,
+    read_index,
+)
 from tmerge.models.reference import ModelReference
 
-__all__ = ["Snapshot", "fetch", "fetch_weights", "hub_errors", "open_repo", "weight_bytes"]
+__all__ = [
+    "Snapshot",
+    "download_bytes",
+    "fetch",
+    "fetch_weights",
+    "hub_errors",
+    "open_repo",
+    "remote_headers",
+    "weight_bytes",
+]
 
 # Seconds to wait for the Hub to say which files a repo has.
 _PATIENCE = 10.0
@@ -237,15 +256,62 @@ def weight_bytes(snapshot: Snapshot) -> int | None:
     Raises:
         CheckpointError: The repo has no safetensors.
     """
-    files = snapshot.files
-    if files is None:
+    return None if snapshot.files is None else sum(snapshot.files[name] for name in _weight_names(snapshot))
+
+
+def download_bytes(snapshot: Snapshot) -> int | None:
+    """What loading the model would still fetch; None when the Hub cannot be reached.
+
+    Raises:
+        CheckpointError: The repo has no safetensors.
+    """
+    if snapshot.files is None:
         return None
+    names = {*_weight_names(snapshot), INDEX_FILE, "generation_config.json", *filter(is_tokenizer_file, snapshot.files)}
+    assert snapshot.reference.repo is not None
+    return sum(
+        snapshot.files[name]
+        for name in names & set(snapshot.files)
+        if not isinstance(try_to_load_from_cache(snapshot.reference.repo, name, revision=snapshot.commit), str)
+    )
+
+
+def remote_headers(snapshot: Snapshot) -> dict[str, StoredTensor] | None:
+    """Every stored tensor's dtype and shape, from the headers of the repo's safetensors alone.
+
+    Returns:
+        Tensor name to its entry; None when the Hub cannot be reached.
+
+    Raises:
+        TmergeError: As `hub_errors`; CheckpointError when the repo has no safetensors, or a header cannot be read.
+    """
+    if snapshot.files is None:
+        return None
+    repo, text = snapshot.reference.repo, snapshot.reference.text
+    assert repo is not None
+    with hub_errors(snapshot.reference):
+        try:
+            found = HfApi().get_safetensors_metadata(repo, revision=snapshot.commit, timeout=_PATIENCE)
+        except NotASafetensorsRepoError:
+            raise explain_no_safetensors(text, list(snapshot.files)) from None
+        except SafetensorsParsingError:
+            raise CheckpointError(
+                f"{text!r}: a safetensors file of the repo has a header that cannot be read"
+            ) from None
+    return {
+        name: StoredTensor(tensor.dtype, tuple(tensor.shape), tensor.data_offsets[1] - tensor.data_offsets[0])
+        for file in found.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
+
+
+def _weight_names(snapshot: Snapshot) -> list[str]:
+    """The checkpoint's weights files."""
+    files = snapshot.files or {}
     if WEIGHTS_FILE in files:
-        return files[WEIGHTS_FILE]
+        return [WEIGHTS_FILE]
     if INDEX_FILE in files:
         # Repos also hold other copies of the weights (original/, consolidated): only the index's shards count.
         stem = WEIGHTS_FILE.removesuffix(".safetensors")
-        return sum(
-            size for name, size in files.items() if name.startswith(f"{stem}-") and name.endswith(".safetensors")
-        )
+        return [name for name in files if name.startswith(f"{stem}-") and name.endswith(".safetensors")]
     raise explain_no_safetensors(snapshot.reference.text, list(files))

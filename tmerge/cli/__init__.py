@@ -1,0 +1,46 @@
+"""The command line: parse, call, show. Progress goes to stderr, results to stdout.
+
+Exit codes: 0 done, 2 the user's mistake or bad input, 1 a fault of ours, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any
+
+import typer
+
+# Each module adds its commands to the app, in the order in which help lists them.
+from tmerge.cli import merging, publishing, training  # noqa: F401
+from tmerge.cli.shared import app
+from tmerge.errors import Cancelled, TmergeError
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """The console script: one line for what a user can mend, a traceback for what they cannot."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        app(standalone_mode=False)
+    except TmergeError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("stopped; finished stages are kept, and the same command continues", err=True)
+        sys.exit(Cancelled.exit_code)
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+    except typer.TyperException as error:
+        # A usage error shows the command's usage with itself; the class it comes from has no public name.
+        show = getattr(error, "show", None)
+        if show is None:
+            typer.echo(f"error: {error.format_message()}", err=True)
+        else:
+            show()
+        sys.exit(error.exit_code)
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,5 @@
+"""``python -m tmerge.cli``."""
+
+from tmerge.cli import main
+
+main()

@@ -1,0 +1,223 @@
+"""`tmerge merge`, `demo`, `check` and `inspect`: making a merge, and looking at one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tmerge.cli.shared import (
+    BaseOption,
+    DatasetOption,
+    DeviceOption,
+    DryOption,
+    DtypeOption,
+    JsonOption,
+    OutOption,
+    RecipeArgument,
+    ResumeOption,
+    SeedOption,
+    SetOption,
+    SourceOption,
+    TargetOption,
+    app,
+    print_json,
+    quiet_libraries,
+)
+from tmerge.errors import TmergeError
+
+__all__ = ["check", "demo", "inspect", "merge"]
+
+
+@app.command()
+def merge(
+    recipe: RecipeArgument = None,
+    target: TargetOption = None,
+    source: SourceOption = None,
+    source_base: BaseOption = None,
+    dataset: DatasetOption = None,
+    out: OutOption = Path("fused"),
+    settings: SetOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    seed: SeedOption = None,
+    plan: Annotated[str | None, typer.Option(help="Fuse from a finished run's transport: folder or Hub id.")] = None,
+    push: Annotated[str | None, typer.Option(help="Push the result to this repo, as `tmerge push`.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: make the repo private.")] = False,
+    even_if_worse: Annotated[bool, typer.Option("--even-if-worse", help="With --push: whatever the verdict.")] = False,
+    remote: Annotated[
+        str | None, typer.Option(help="Run as a Hugging Face Job on this hardware, such as l4x1; needs --push.")
+    ] = None,
+    remote_package: Annotated[
+        str | None, typer.Option(help="What the job installs tmerge from; this version's release if left out.")
+    ] = None,
+    remote_timeout: Annotated[str, typer.Option(help="After which the Hub stops the job: 30m, 4h.")] = "4h",
+    resume: ResumeOption = False,
+    dry_run: DryOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Merge a source into a target, score the result on held-out texts, and save it."""
+    from tmerge.recipe import load_recipe
+
+    overrides = {
+        "target": target,
+        "source": source,
+        "source_base": source_base,
+        "calibration.dataset": dataset,
+        "device": device,
+        "dtype": dtype,
+        "seed": seed,
+        "plan": plan,
+    }
+    if source_base is not None:
+        overrides["fusion.what"] = "task-vector"
+    start = None
+    if plan is not None and recipe is None:
+        quiet_libraries()
+        from tmerge.hub import find_run
+
+        start = find_run(plan).recipe()
+    loaded = load_recipe(recipe, overrides, settings or (), start=start)
+    if remote is not None:
+        _run_remotely(loaded, remote, push, remote_package, remote_timeout, dry_run, json_output)
+        return
+    if push is not None and not dry_run:
+        from tmerge.hub.push import refuse_unready
+
+        refuse_unready(push)
+    report = _run(loaded, out, resume, dry_run, json_output and push is None)
+    if push is not None and report is not None:
+        from tmerge.cli.publishing import push_and_show
+
+        document = push_and_show(out, push, private=private, even_if_worse=even_if_worse, show=not json_output)
+        if json_output:
+            print_json(report | {"pushed": document})
+
+
+@app.command()
+def demo(
+    out: OutOption = Path("fused"),
+    settings: SetOption = None,
+    device: DeviceOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Merge Gemma 3 270M into SmolLM2-135M-Instruct on the built-in Indonesian samples; no network needed."""
+    from tmerge.recipe import load_recipe
+
+    _run(load_recipe("demo", {"device": device}, settings or ()), out, resume, dry_run, json_output)
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument = None,
+    target: TargetOption = None,
+    source: SourceOption = None,
+    settings: SetOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Hold two models against each other from their configs alone: what matches, and what a merge would take."""
+    from tmerge.recipe import load_recipe
+    from tmerge.show import show_check
+
+    loaded = load_recipe(recipe, {"target": target, "source": source}, settings or ())
+    quiet_libraries()
+    from tmerge.check import check as check_models
+
+    result = check_models(loaded)
+    if json_output:
+        print_json(result.to_dict())
+    else:
+        show_check(result)
+
+
+@app.command()
+def inspect(
+    run: Annotated[str, typer.Argument(help="A run's folder, or a pushed run's Hub id.")] = "fused",
+    json_output: JsonOption = False,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page of pictures here.")] = None,
+) -> None:
+    """Show a finished run's report; --html writes its pictures."""
+    from tmerge.run import write_text
+
+    quiet_libraries()
+    from tmerge.hub import find_run
+
+    opened = find_run(run)
+    report = opened.report()
+    if html is not None:
+        from tmerge.plots import report_page
+
+        page = report_page(report, opened.record())
+        try:
+            write_text(html, page)
+        except OSError as error:
+            raise TmergeError(f"{html} cannot be written: {error.strerror}; name another file after --html") from None
+        typer.echo(f"wrote {html}", err=True)
+    if json_output:
+        print_json(report)
+    elif html is None:
+        from tmerge.show import show_report
+
+        show_report(report, run)
+
+
+def _run_remotely(
+    recipe: Any, flavor: str, repo: str | None, package: str | None, timeout: str, dry_run: bool, json_output: bool
+) -> None:
+    """The recipe as a job on the Hub, followed to its end."""
+    from tmerge.errors import RemoteError
+
+    if repo is None or "/" not in repo:
+        raise RemoteError("--remote leaves its result in a repo of yours; name it with --push user/fused")
+    quiet_libraries()
+    from importlib.metadata import version
+
+    from tmerge.check import check as check_models
+    from tmerge.hub.jobs import follow_job, start_job
+    from tmerge.show import show_check
+
+    # What cannot be merged is said here, before the job costs anything.
+    result = check_models(recipe)
+    if dry_run:
+        print_json(result.to_dict()) if json_output else show_check(result)
+        return
+    job = start_job(recipe, flavor, repo, package=package or f"tmerge=={version('tmerge')}", timeout=timeout)
+    typer.echo(f"[remote] job {job.job} on {flavor}: {job.url}", err=True)
+    typer.echo(f"[remote] stopping this command does not stop it; `hf jobs cancel {job.job}` does", err=True)
+    commit = follow_job(job, lambda line: typer.echo(line, err=True))
+    if json_output:
+        print_json({"job": job.job, "job_url": job.url, "repo": repo, "commit": commit})
+    else:
+        typer.echo(f"{repo} (private), commit {commit}; its verdict: tmerge inspect {repo}")
+
+
+def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool) -> dict[str, Any] | None:
+    """What merge and demo share: the report, or None of a dry run."""
+    quiet_libraries()
+    from tmerge.errors import RunNotFoundError
+    from tmerge.show import listening, show_check, show_report
+
+    if resume and not (out / "tmerge").is_dir():
+        raise RunNotFoundError(f"there is no run in {out} to resume; leave --resume away to begin one")
+    if dry_run:
+        from tmerge.check import check as check_models
+
+        result = check_models(recipe)
+        if json_output:
+            print_json(result.to_dict() | {"recipe": recipe.model_dump(mode="json")})
+        else:
+            show_check(result)
+            typer.echo(recipe.to_yaml())
+        return None
+    from tmerge.pipeline import merge as run_merge
+
+    with listening() as listener:
+        report = run_merge(recipe, out, listener=listener)
+    if json_output:
+        print_json(report)
+    else:
+        show_report(report, out)
+    return report

@@ -1,0 +1,73 @@
+"""What all commands share: the app, their common options, and quiet libraries."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = [
+    "BaseOption",
+    "DatasetOption",
+    "DeviceOption",
+    "DryOption",
+    "DtypeOption",
+    "JsonOption",
+    "OutOption",
+    "RecipeArgument",
+    "ResumeOption",
+    "RunArgument",
+    "SeedOption",
+    "SetOption",
+    "SourceOption",
+    "TargetOption",
+    "app",
+    "print_json",
+    "quiet_libraries",
+]
+
+app = typer.Typer(
+    name="tmerge",
+    help="Merge language models of different architectures by optimal transport, and know whether it helped.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[str | None, typer.Argument(help="A recipe file, or a preset's name.")]
+TargetOption = Annotated[str | None, typer.Option(help="Model that is changed: Hub id, folder or .gguf file.")]
+SourceOption = Annotated[str | None, typer.Option(help="Model that is read.")]
+BaseOption = Annotated[str | None, typer.Option(help="The source before its fine-tuning, for task vectors.")]
+DatasetOption = Annotated[str | None, typer.Option(help="samples:LANGUAGE, a Hub dataset, or a text file.")]
+OutOption = Annotated[Path, typer.Option(help="The run's folder.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, any key of the recipe.")]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+DtypeOption = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")]
+SeedOption = Annotated[int | None, typer.Option(help="Of the split, the controls and the bootstrap.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Only continue: fail if there is nothing to continue.")]
+DryOption = Annotated[bool, typer.Option("--dry-run", help="Check and show the plan; write nothing.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+RunArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One JSON document on stdout."""
+    typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
+
+
+def quiet_libraries() -> None:
+    """Our own progress is shown; the libraries' bars and remarks would break its lines."""
+    import datasets
+    import huggingface_hub.utils
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()

@@ -1,0 +1,147 @@
+"""`tmerge evaluate`, `adapt` and `compare`: scoring models, and training them with and without a merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tmerge.cli.shared import (
+    DatasetOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    RecipeArgument,
+    RunArgument,
+    SeedOption,
+    SetOption,
+    SourceOption,
+    TargetOption,
+    app,
+    print_json,
+    quiet_libraries,
+)
+
+__all__ = ["adapt", "compare", "evaluate"]
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Hub ids, folders, .gguf files; the first is the base.")],
+    dataset: Annotated[str | None, typer.Option(help="Texts for bits per byte; all of them are scored.")] = None,
+    texts: Annotated[int, typer.Option(help="At most so many texts.", min=8)] = 200,
+    tasks: Annotated[str | None, typer.Option(help="Tasks or groups of lm-evaluation-harness, as a,b.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="task=FILE: a local file for a task's dataset.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task at most.", min=1)] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    seed: SeedOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Score models on the same texts and tasks, each against the first with paired 95 % intervals."""
+    from tmerge.errors import RecipeError
+
+    named = [task.strip() for task in (tasks or "").split(",") if task.strip()]
+    if dataset is None and not named:
+        raise RecipeError("nothing to score on: name texts with --dataset, or tasks with --tasks")
+    files = {}
+    for word in data or ():
+        task, separator, path = word.partition("=")
+        if not separator:
+            raise RecipeError(f"--data {word!r} is not of the form task=FILE")
+        files[task] = Path(path)
+    quiet_libraries()
+    from tmerge.benchmark import evaluate_models
+    from tmerge.show import listening, show_evaluation
+
+    with listening() as listener:
+        result = evaluate_models(
+            models,
+            dataset=dataset,
+            texts=texts,
+            tasks=named,
+            data=files,
+            limit=limit,
+            device=device or "auto",
+            dtype=dtype or "auto",
+            seed=seed or 0,
+            listener=listener,
+        )
+    if json_output:
+        print_json(result)
+    else:
+        show_evaluation(result)
+
+
+@app.command()
+def adapt(
+    run: RunArgument = Path("fused"),
+    dataset: Annotated[str | None, typer.Option(help="To train on; the run's calibration texts if left out.")] = None,
+    objective: Annotated[str | None, typer.Option(help="sft, or distill from the source as well.")] = None,
+    residual: Annotated[str | None, typer.Option(help="frozen, or none: what was transported trains too.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--lr", help="Peak; falls linearly to zero.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="LoRA on q k v o of this rank; 0 trains the weights.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the adapted model; RUN-adapted if left out.")] = None,
+    settings: SetOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Train on top of a finished merge, with what was transported held fixed, and score the result."""
+    asked = {"objective": objective, "residual": residual, "steps": steps, "learning_rate": learning_rate}
+    words = {name: value for name, value in {**asked, "lora_rank": lora_rank}.items() if value is not None}
+    words |= _section_words("adaptation", settings or ())
+    quiet_libraries()
+    from tmerge.adapted import adapt_run
+    from tmerge.show import listening, show_adapted
+
+    folder = out or run.with_name(f"{run.absolute().name}-adapted")
+    with listening() as listener:
+        report = adapt_run(run, folder, words, dataset=dataset, listener=listener)
+    if json_output:
+        print_json(report)
+    else:
+        show_adapted(report, folder)
+
+
+@app.command()
+def compare(
+    recipe: RecipeArgument = None,
+    target: TargetOption = None,
+    source: SourceOption = None,
+    dataset: DatasetOption = None,
+    out: Annotated[Path, typer.Option(help="A folder for the merge, the rows and compare.json.")] = Path("compared"),
+    settings: SetOption = None,
+    device: DeviceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Base, fused, controls, alphas, and training with and without the merge, on the same texts for the same steps."""
+    from tmerge.recipe import load_recipe
+
+    overrides = {"target": target, "source": source, "calibration.dataset": dataset, "device": device}
+    loaded = load_recipe(recipe, overrides, settings or ())
+    quiet_libraries()
+    from tmerge.compare import compare as run_comparison
+    from tmerge.show import listening, show_comparison
+
+    with listening() as listener:
+        result = run_comparison(loaded, out, listener=listener)
+    if json_output:
+        print_json(result)
+    else:
+        show_comparison(result, out)
+
+
+def _section_words(section: str, settings: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """``--set section.key=value`` words of one section, values read as YAML."""
+    import yaml
+
+    from tmerge.errors import RecipeError
+
+    words = {}
+    for word in settings:
+        key, separator, text = word.partition("=")
+        if not separator or not key.startswith(f"{section}."):
+            raise RecipeError(f"--set {word!r}: only keys of {section} can be set here, as {section}.key=value")
+        words[key.removeprefix(f"{section}.")] = yaml.safe_load(text)
+    return words

@@ -1,0 +1,135 @@
+"""The same recipe, run as a Hugging Face Job on the user's account, with its result in the user's repo.
+
+The job installs tmerge, reads the recipe from its environment and runs ``tmerge merge --push``. The token goes to it
+as a secret, which the Hub keeps encrypted and shows to nobody; it is in no argument, no variable and no log.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from huggingface_hub import HfApi, JobHardware, get_token
+
+from tmerge.calibration import SAMPLES_PREFIX
+from tmerge.errors import ModelNotFoundError, RemoteError
+from tmerge.hub.failures import running_jobs
+from tmerge.models import ModelReference
+from tmerge.recipe import RECIPE_VARIABLE, Recipe
+
+__all__ = ["RemoteRun", "follow_job", "start_job"]
+
+_PATIENCE = 2.0  # seconds between two looks at a job that has stopped talking
+_ENDED = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
+
+
+@dataclass(frozen=True)
+class RemoteRun:
+    """A job that was started.
+
+    Attributes:
+        job: Its id.
+        url: Its page.
+        repo: Where its result goes.
+    """
+
+    job: str
+    url: str
+    repo: str
+
+
+def start_job(
+    recipe: Recipe, flavor: str, repo: str, *, package: str, timeout: str = "4h", token: str | None = None
+) -> RemoteRun:
+    """Start a job that runs a recipe and pushes its result.
+
+    The repo is private: what would be lost with the job's machine is kept whatever the verdict, and is published when
+    its owner has read it.
+
+    Args:
+        recipe: Names nothing that is on this machine alone.
+        flavor: Of the Hub's hardware, such as ``cpu-upgrade`` or ``l4x1``.
+        repo: ``user/name``.
+        package: What ``uv`` installs tmerge from: a requirement such as ``tmerge==0.1.0`` or ``git+https://...``.
+        timeout: After which the Hub stops it: ``30m``, ``4h``.
+        token: In place of the user's own.
+
+    Raises:
+        RemoteError: A recipe with local files, a flavor that is not known, no token, or the Hub refused.
+    """
+    _refuse_local(recipe)
+    known = [item.value for item in JobHardware]
+    close = difflib.get_close_matches(flavor, known, 1)
+    if flavor not in known and close:
+        raise RemoteError(f"the Hub has no hardware {flavor!r}; did you mean {close[0]}? All: {', '.join(known)}")
+    token = token or get_token()
+    if token is None:
+        raise RemoteError("nobody is signed in to the Hub; run `hf auth login` (or set HF_TOKEN)")
+    words = ["merge", f"env:{RECIPE_VARIABLE}", "--out", "/tmp/fused", "--push", repo, "--private", "--even-if-worse"]
+    with running_jobs(flavor):
+        job = HfApi(token=token, library_name="tmerge").run_uv_job(
+            "tmerge",
+            script_args=words,
+            dependencies=[package],
+            env={RECIPE_VARIABLE: recipe.to_yaml()},
+            secrets={"HF_TOKEN": token},
+            flavor=flavor,
+            timeout=timeout,
+            name=f"tmerge-{repo.rpartition('/')[2]}"[:60],
+        )
+    return RemoteRun(job.id, job.url, repo)
+
+
+def follow_job(run: RemoteRun, log: Callable[[str], None], *, token: str | None = None) -> str:
+    """Pass on what a job says until it has ended.
+
+    Args:
+        run: The job.
+        log: Hears each line.
+        token: In place of the user's own.
+
+    Returns:
+        The commit that its result is at.
+
+    Raises:
+        RemoteError: It failed, was stopped, or cannot be heard any more.
+    """
+    api = HfApi(token=token, library_name="tmerge")
+    with running_jobs("the Hub"):
+        for line in api.fetch_job_logs(job_id=run.job, follow=True):
+            log(line.rstrip("\n"))
+        while (job := api.inspect_job(job_id=run.job)).status.stage not in _ENDED:
+            time.sleep(_PATIENCE)
+        if job.status.stage != "COMPLETED":
+            reason = f" ({job.status.message})" if job.status.message else ""
+            raise RemoteError(f"the job ended as {str(job.status.stage)}{reason}; its log: {run.url}")
+        return api.model_info(run.repo).sha or ""
+
+
+def _refuse_local(recipe: Recipe) -> None:
+    """Refuse what a machine elsewhere cannot read."""
+    named = {
+        "target": recipe.target,
+        "source": recipe.source,
+        "source_base": recipe.source_base,
+        "plan": recipe.plan,
+    }
+    for key, reference in named.items():
+        if reference is None:
+            continue
+        try:
+            kind = ModelReference.parse(reference).kind
+        except ModelNotFoundError:
+            kind = "folder"
+        if kind != "hub" or "/" not in reference:
+            raise RemoteError(
+                f"{key} {reference!r} is on this machine alone, and the job runs elsewhere; push it and name its Hub id"
+            )
+    dataset = recipe.calibration.dataset
+    if not dataset.startswith(SAMPLES_PREFIX) and dataset.endswith((".txt", ".jsonl", ".json", ".csv", ".parquet")):
+        raise RemoteError(
+            f"calibration.dataset {dataset!r} is a file of this machine, and the job runs elsewhere; push it as a "
+            "dataset, and name its Hub id"
+        )

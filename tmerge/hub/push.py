@@ -1,0 +1,328 @@
+"""Publish a run's folder as a model repo: what goes, what is refused, and every failure said in one line.
+
+What is pushed is the checkpoint that the report was measured on, held against its hashes first; its card is written
+anew for the repo's name. The run's own folder is only read, so that a push that fails can be repeated.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import HfApi, ModelCard, constants, get_token
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from tmerge.errors import PushError, RunNotFoundError
+from tmerge.hub.card import card_text, merge_licence, published_verdict
+from tmerge.hub.failures import no_token, pushing
+from tmerge.models import file_digest
+from tmerge.report import summary, training_summary
+from tmerge.run import Run
+
+__all__ = ["PushPlan", "Pushed", "plan_push", "push", "refuse_unready"]
+
+CARD = "README.md"
+# Of tmerge/, what a repo is given; cache/ never goes.
+_PUBLISHED = ("recipe.yaml", "report.json", "report.html", "transport.safetensors", "figures")
+# Folders of a checkpoint that transformers writes.
+_CHECKPOINT_FOLDERS = ("additional_chat_templates",)
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What a push would do.
+
+    Attributes:
+        folder: The run's.
+        repo: Hub id, with its namespace where that is known.
+        files: Path in the repo -> bytes, sorted; the card is among them.
+        card: Its text.
+        verdict: Of the model that the repo would hold.
+        warnings: What the user should know before it is public.
+    """
+
+    folder: Path
+    repo: str
+    files: dict[str, int]
+    card: str
+    verdict: str
+    warnings: tuple[str, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all files."""
+        return sum(self.files.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``tmerge push --dry-run --json`` prints it."""
+        return {
+            "repo": self.repo,
+            "verdict": self.verdict,
+            "files": self.files,
+            "total_bytes": self.total_bytes,
+            "warnings": list(self.warnings),
+            "card": self.card,
+        }
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where a run has gone.
+
+    Attributes:
+        repo: Hub id.
+        url: Page of the repo, or of the pull request.
+        commit: Full hash.
+        pull_request: Its page, where one was asked for.
+    """
+
+    repo: str
+    url: str
+    commit: str
+    pull_request: str | None
+
+
+def plan_push(folder: str | Path, repo: str, *, even_if_worse: bool = False, card: str | None = None) -> PushPlan:
+    """Everything that a push needs to know beforehand; asks no network and writes nothing.
+
+    Args:
+        folder: Of a finished run.
+        repo: ``user/name``, or ``name`` for the user's own.
+        even_if_worse: Publish a model that is worse than its target.
+        card: An edited card in place of the run's own.
+
+    Raises:
+        PushError: No such repo name; a verdict that needs `even_if_worse`; weights that are not those the report was
+            measured on; a card that is not valid, or no longer says that the model is worse.
+        RunNotFoundError: Not a finished run.
+    """
+    run = Run(Path(folder))
+    report, recipe = run.report(), run.recipe()
+    repo = _repo_id(repo)
+    verdict = published_verdict(report)
+    if verdict == "hurts" and not even_if_worse:
+        raise PushError(
+            f"{folder}: {_numbers(report)}, so it is not pushed; to publish it all the same, and say so in its card, "
+            "add --even-if-worse"
+        )
+    _refuse_changed_weights(run, report)
+    text = card_text(report, recipe, repo=repo) if card is None else card
+    _refuse_invalid_card(text, report, verdict)
+    files = {name: path.stat().st_size for name, path in _files(run).items()} | {CARD: len(text.encode())}
+    return PushPlan(run.folder, repo, dict(sorted(files.items())), text, verdict, _warnings(report, repo))
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    even_if_worse: bool = False,
+    card: str | None = None,
+    token: str | None = None,
+    listener: Callable[[str], None] | None = None,
+) -> Pushed:
+    """Push a finished run; the same call continues one that was interrupted.
+
+    Args:
+        folder: Of the run.
+        repo: ``user/name``, or ``name`` for the user's own; made if it is not there.
+        private: Make it private, where it is made.
+        create_pr: Open a pull request instead of writing to the branch.
+        revision: Branch to write to, made if it is not there; the default one if left out.
+        even_if_worse: As `plan_push`.
+        card: As `plan_push`.
+        token: In place of the user's own, which ``hf auth login`` has stored.
+        listener: Hears in a few words of every step.
+
+    Raises:
+        PushError: As `plan_push`; no token or no right to write, a name that is taken by another model, a full quota,
+            a network that is lost.
+        RunNotFoundError: Not a finished run.
+    """
+    if create_pr and revision is not None:
+        raise PushError("--create-pr opens a pull request against the default branch; leave --revision away, or it")
+    say = listener or (lambda what: None)
+    say("checking what is to be pushed")
+    planned = plan_push(folder, repo, even_if_worse=even_if_worse, card=card)
+    refuse_unready(planned.repo, token)
+    api = HfApi(token=token, library_name="tmerge")
+    with pushing(planned.repo, token):
+        if "/" not in planned.repo:
+            name = f"{api.whoami()['name']}/{planned.repo}"
+            planned = plan_push(folder, name, even_if_worse=even_if_worse, card=card)
+        _open(api, planned.repo, private=private, create_pr=create_pr, revision=revision, say=say)
+        with _staged(planned) as staged:
+            say(f"uploading {len(planned.files)} files, {planned.total_bytes / 1e6:.1f} MB")
+            done = api.upload_folder(
+                repo_id=planned.repo,
+                folder_path=staged,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=_message(planned.verdict),
+            )
+    url = done.pr_url or f"{constants.ENDPOINT}/{planned.repo}" + (f"/tree/{revision}" if revision else "")
+    say("pushed")
+    return Pushed(planned.repo, url, done.oid, done.pr_url)
+
+
+def refuse_unready(repo: str, token: str | None = None) -> None:
+    """Refuse what can be refused before there is anything to push.
+
+    Raises:
+        PushError: The name is none, or nobody is signed in.
+    """
+    _repo_id(repo)
+    if token is None and get_token() is None:
+        raise no_token(repo)
+
+
+def _repo_id(repo: str) -> str:
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise PushError(
+            f"{repo!r} is no name of a repo; give user/name, of letters, digits, '-', '_' and '.'"
+        ) from None
+    return repo
+
+
+def _open(
+    api: HfApi, repo: str, *, private: bool, create_pr: bool, revision: str | None, say: Callable[[str], None]
+) -> None:
+    """Make the repo or the branch where it is missing; refuse to write over what is not a run of tmerge."""
+    say(f"looking at {repo}")
+    try:
+        info = api.model_info(repo)
+    except RepositoryNotFoundError:
+        if create_pr:
+            raise PushError(
+                f"{repo} is not there, so there is nothing to open a pull request on; leave --create-pr"
+            ) from None
+        say(f"making {repo}")
+        api.create_repo(repo, private=private or None)
+    else:
+        names = {entry.rfilename for entry in info.siblings or ()}
+        foreign = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names)
+        if foreign and "tmerge/report.json" not in names and not create_pr:
+            raise PushError(
+                f"{repo} holds another model, not a run of tmerge, and is not written over; choose another --repo, "
+                "or --create-pr"
+            )
+        if private and not info.private:
+            raise PushError(
+                f"{repo} is there and public, so --private cannot be kept; make it private in its settings, or choose "
+                "another --repo"
+            )
+    if revision is not None:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+
+
+def _files(run: Run) -> dict[str, Path]:
+    """Path in the repo -> file, of all that goes: the checkpoint at the top, and of tmerge/ what is to be seen."""
+    found = [
+        path
+        for path in run.folder.iterdir()
+        if path.is_file() and not path.name.startswith(".") and path.suffix not in (".part", ".log", ".html")
+    ]
+    for name in (*_CHECKPOINT_FOLDERS, *(f"tmerge/{name}" for name in _PUBLISHED)):
+        path = run.folder / name
+        found += [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
+    return {path.relative_to(run.folder).as_posix(): path for path in found if path.suffix != ".part"}
+
+
+@contextmanager
+def _staged(planned: PushPlan) -> Iterator[Path]:
+    """A folder of links to the run's files, with the card for this repo: what `upload_folder` is given."""
+    files = _files(Run(planned.folder))
+    with tempfile.TemporaryDirectory(prefix="tmerge-push-") as name:
+        staged = Path(name)
+        for inside, path in files.items():
+            place = staged / inside
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.symlink(path.resolve(), place)
+            except OSError:  # where links are not allowed
+                shutil.copyfile(path, place)
+        (staged / CARD).unlink(missing_ok=True)
+        (staged / CARD).write_text(planned.card, encoding="utf-8")
+        yield staged
+
+
+def _refuse_changed_weights(run: Run, report: dict[str, Any]) -> None:
+    """Refuse a checkpoint that is not the one that was scored."""
+    for name, digest in report["weights"].items():
+        path = run.folder / name
+        if not path.is_file():
+            raise RunNotFoundError(f"{run.folder} has no {name}, which its report names; run the merge again")
+        if file_digest(path) != digest:
+            raise PushError(
+                f"{path} is not the file that the report was measured on; run the merge again, or push it by hand "
+                "without the card"
+            )
+    unknown = {path.name for path in run.folder.glob("*.safetensors")} - set(report["weights"])
+    if unknown:
+        raise PushError(
+            f"{run.folder} holds weights that its report does not name ({', '.join(sorted(unknown))}); move them away"
+        )
+
+
+def _refuse_invalid_card(text: str, report: dict[str, Any], verdict: str) -> None:
+    try:
+        data = ModelCard(text).data
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise PushError(
+            f"the card's metadata is not valid ({reason}); mend what is between its two --- lines"
+        ) from None
+    if data.get("base_model") and data.get("base_model_relation") != "merge":
+        raise PushError("the card's metadata no longer says base_model_relation: merge; put it back")
+    if verdict == "hurts":
+        body = ModelCard(text).text.strip()
+        first = next((part for part in body.split("\n\n") if part.strip() and not part.lstrip().startswith("#")), "")
+        if "worse" not in first or f"{_difference(report)['value']:+.4f}" not in first:
+            said = summary(report) if "adaptation" not in report else training_summary(report)
+            raise PushError(f"the card's first paragraph no longer says how much worse the model is; put back: {said}")
+
+
+def _difference(report: dict[str, Any]) -> dict[str, Any]:
+    """To the target, of what the repo would hold."""
+    evaluation = report["evaluation"]
+    return evaluation["adapted"]["difference"] if "adapted" in evaluation else evaluation["difference"]
+
+
+def _numbers(report: dict[str, Any]) -> str:
+    change = _difference(report)
+    low, high = change["ci95"]
+    return (
+        f"the model is worse than its target by {change['value']:.4f} bits per byte on held-out texts "
+        f"(95 % interval {low:+.4f} to {high:+.4f})"
+    )
+
+
+def _warnings(report: dict[str, Any], repo: str) -> tuple[str, ...]:
+    licence = merge_licence(report)
+    local = [report[role]["ref"] for role in ("target", "source") if report[role]["commit"].startswith("sha256:")]
+    paths = [ref for ref in local if not ref.startswith("demo:")]
+    remarks = [*licence.refusals, *licence.unknown]
+    if licence.name_begins and not repo.rpartition("/")[2].lower().startswith(licence.name_begins.lower()):
+        remarks.append(
+            f'the licence asks that the model\'s name begins with "{licence.name_begins}", which {repo} does not'
+        )
+    if paths:
+        remarks.append(f"recipe.yaml and report.json name files of this machine: {', '.join(paths)}")
+    return tuple(remarks)
+
+
+def _message(verdict: str) -> str:
+    return f"Merge by tmerge (against its target: {verdict})"
