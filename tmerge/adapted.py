@@ -86,6 +86,7 @@ def adapt_run(
         dtype=recipe.dtype,
         device=recipe.device,
         trust_remote_code=recipe.target in recipe.trust_remote_code,
+        widen=True,
     )
     trained = adapt(
         target,

@@ -65,7 +65,7 @@ def evaluate_models(
     entries: list[dict[str, Any]] = []
     for reference in references:
         hear(Step("evaluate", f"loading {reference}", 0, 1, "models"))
-        model = load_model(reference, dtype=dtype, device=device)
+        model = load_model(reference, dtype=dtype, device=device, widen=True)
         entry: dict[str, Any] = {"model": reference, "commit": model.commit}
         if read:
             likelihoods.append(score_texts(model, read, progress=_told(hear, f"{reference}: texts", "texts")))

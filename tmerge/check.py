@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 from huggingface_hub import constants
+from torch.nn import functional
 
 from tmerge.calibration import SAMPLES_PREFIX, sample_texts
 from tmerge.errors import NotEnoughDiskError, NotEnoughMemoryError, UnsupportedModelError
@@ -30,6 +31,7 @@ from tmerge.models import (
     match,
     meta_model,
     model_commit,
+    multiplies_fast,
     output_licence,
     pick_device,
     read_facts,
@@ -295,6 +297,8 @@ def _estimate(
 ) -> Estimate:
     device = pick_device(recipe.device)
     dtype = {"float32": torch.float32, "float16": torch.float16}.get(recipe.dtype, torch.bfloat16)
+    if recipe.dtype == "auto" and not multiplies_fast(dtype, device):
+        dtype = torch.float32  # as they are held here
     texts, dataset = recipe.calibration.texts, recipe.calibration.dataset
     if dataset.startswith(SAMPLES_PREFIX):
         texts = min(texts, len(sample_texts(dataset.removeprefix(SAMPLES_PREFIX))))
@@ -306,7 +310,7 @@ def _estimate(
     side = 1024
     left = torch.randn(side, side, device=device).to(dtype)
     # float16 products are emulated on most CPUs; the measured rate shows it.
-    flops = 2 * side**3 / _seconds_of(lambda: (left @ left).sum().item())
+    flops = 2 * side**3 / _seconds_of(lambda: functional.linear(left, left)[0, 0].item())
     scored = 1 + 1 + len(recipe.evaluation.controls)
     if recipe.fusion.alpha == "auto":
         # The base once, and every alpha for every group of projections that has one here.
@@ -340,7 +344,7 @@ def _estimate(
     problem = 3 * largest * working.itemsize * torch.get_num_threads()
     pooled = sum(map(sum, mine.values())) + sum(map(sum, theirs.values()))
     feature_bytes = 0 if recipe.plan is not None else 4 * texts * pooled
-    checkpoint = target.parameters * torch.finfo(dtype).bits // 8
+    checkpoint = target.parameters * torch.finfo(dtype).bits // 8  # at most: what was widened is saved as it was
     kept = min(recipe.transport.layers_kept, source_layout.num_layers)
     record = sum(
         sum(mine[key]) * min(recipe.transport.entries_kept, max(theirs[key])) * 4 * kept

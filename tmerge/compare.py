@@ -212,7 +212,7 @@ class _Comparison:
         recipe = Recipe.from_mapping(self.merge_recipe.model_dump(mode="json") | {"source": source})
         self.session.loaded.clear()
         merge(recipe, folder, listener=self.listener)
-        model = load_model(str(folder), dtype=self.recipe.dtype, device=self.recipe.device)
+        model = load_model(str(folder), dtype=self.recipe.dtype, device=self.recipe.device, widen=True)
         return self._scores(model, f"fused with {source}")
 
     def _trained(self, name: str, seed: int) -> dict[str, Any]:
@@ -235,6 +235,7 @@ class _Comparison:
             dtype=self.recipe.dtype,
             device=self.recipe.device,
             trust_remote_code=self.recipe.target in self.recipe.trust_remote_code,
+            widen=True,
         )
         began = time.perf_counter()
         report = adapt(

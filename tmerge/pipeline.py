@@ -365,11 +365,13 @@ class _Merge(Session):
         """Write the fused model beside the cache, compare it with the one in memory, then move it into place."""
         if self.notes["save"]:
             return
-        dtype = str(self.model("target").dtype).removeprefix("torch.")
+        target = self.model("target")
+        dtype, computed = (str(of.dtype).removeprefix("torch.") for of in (target, target.model))
         self.loaded.pop("source", None)
         self.loaded.pop("source_base", None)
         fuse(self.layout("target").layers, self._transported(), self._alpha())
-        self.notes["save"] = {"dtype": dtype, "weights": self.publish("target", self.run, "save")}
+        weights = self.publish("target", self.run, "save")
+        self.notes["save"] = {"dtype": dtype, "computed_in": computed, "weights": weights}
         self.loaded.pop("target", None)
 
     def _report(self) -> dict[str, Any]:

@@ -111,6 +111,7 @@ def build_report(
         "timing": {"total_seconds": total, "forward_seconds": forward, "other_seconds": total - forward},
         "device": device,
         "dtype": notes["save"]["dtype"],
+        "computed_in": notes["save"]["computed_in"],
         "weights": notes["save"]["weights"],
         "plan": recipe.plan,
         "seed": recipe.seed,

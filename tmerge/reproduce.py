@@ -52,7 +52,7 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
         here = merge(recipe, folder, listener=listener)
     names = sorted({*there["weights"], *here["weights"]})
     weights = {name: {"there": there["weights"].get(name), "here": here["weights"].get(name)} for name in names}
-    facts = [("device", there["device"], here["device"]), ("dtype", there["dtype"], here["dtype"])]
+    facts = [(name, there.get(name), here.get(name)) for name in ("device", "dtype", "computed_in")]
     facts += [(name, version, here["versions"].get(name)) for name, version in there["versions"].items()]
     return {
         "reference": found.name,

@@ -122,6 +122,7 @@ class Session:
                 device=self.recipe.device,
                 trust_remote_code=reference in self.recipe.trust_remote_code,
                 revision_override=_revision(self.commit(role)),
+                widen=True,
             )
         return self.loaded[role]
 
@@ -136,7 +137,8 @@ class Session:
 
     def layout(self, role: str) -> Architecture:
         """The projections of a loaded model."""
-        return describe(self.model(role).model)
+        loaded = self.model(role)
+        return describe(loaded.model, rounded_to=loaded.dtype)
 
     def feature_folder(self, role: str) -> Path:
         """Where a model's features are."""

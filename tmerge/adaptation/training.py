@@ -115,7 +115,7 @@ def adapt(
         teacher = read_teacher(source, loaded.tokenizer, texts, encoded, ends, settings, work / "teacher.safetensors")
     order = text_order(len(places), settings.steps * settings.batch_size * settings.accumulation, seed)
     read = [places[index] for index in order]
-    model, dtype = loaded.model, loaded.dtype
+    model, dtype, computed = loaded.model, loaded.dtype, loaded.model.dtype
     # A model that was loaded to be read asks for no gradients.
     model.float().requires_grad_(True)
     peft_config = None
@@ -157,6 +157,8 @@ def adapt(
                 f"(now {settings.learning_rate:g})"
             )
     model.to(dtype=dtype)  # type: ignore[call-arg]
+    if computed != dtype:  # it was widened when it was loaded
+        model.to(dtype=computed)  # type: ignore[call-arg]
     model.eval().requires_grad_(False)
     shutil.rmtree(work, ignore_errors=True)
     return AdaptationReport(

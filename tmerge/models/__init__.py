@@ -5,7 +5,7 @@ from __future__ import annotations
 from tmerge.models.checkpoint import file_digest
 from tmerge.models.configs import meta_model
 from tmerge.models.demo import DEMO_MODELS, DemoModel, demo_path
-from tmerge.models.device import available_memory, pick_device, pick_dtype
+from tmerge.models.device import available_memory, multiplies_fast, pick_device, pick_dtype
 from tmerge.models.facts import ModelFacts, read_facts
 from tmerge.models.licences import OutputLicence, output_licence
 from tmerge.models.loading import LoadedModel, load_model, load_tokenizer, model_commit
@@ -52,6 +52,7 @@ __all__ = [
     "match",
     "meta_model",
     "model_commit",
+    "multiplies_fast",
     "open_repo",
     "output_licence",
     "pick_device",

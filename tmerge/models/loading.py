@@ -30,7 +30,7 @@ from tmerge.models.checkpoint import (
 )
 from tmerge.models.configs import check_config, load_config, stored_dtype, tidy_gguf_config
 from tmerge.models.demo import demo_model, demo_path
-from tmerge.models.device import check_memory, memory_errors, pick_device, pick_dtype
+from tmerge.models.device import check_memory, memory_errors, multiplies_fast, pick_device, pick_dtype
 from tmerge.models.gguf import fast_reading, read_header
 from tmerge.models.reference import ModelReference, first_line
 from tmerge.models.remote import Snapshot, fetch, fetch_weights, hub_errors, open_repo
@@ -60,7 +60,8 @@ class LoadedModel:
         tokenizer: As it will be saved. It may lack a pad token: batch with `pad_id`, and leave the tokenizer alone.
         licence: As the repo, card or file states it.
         device: Where the model is.
-        dtype: Of its weights.
+        dtype: In which its weights are stored, and saved again. In memory they are float32 where `load_model` widened
+            them: the same values, as long as what is written to them is rounded to this dtype (`describe` sees to it).
     """
 
     reference: ModelReference
@@ -158,6 +159,7 @@ def load_model(
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     revision_override: str | None = None,
+    widen: bool = False,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
@@ -168,6 +170,8 @@ def load_model(
         device: As `pick_device`.
         trust_remote_code: Whether this repo's own Python code may run.
         revision_override: Commit to load instead of what the reference says, for a run that is continued.
+        widen: With `dtype` ``auto``, hold the weights in float32 where the device multiplies their dtype slowly. The
+            values are the same, and `LoadedModel.dtype` stays the stored one.
 
     Raises:
         ModelNotFoundError: Nothing by that name, or no way to it.
@@ -183,7 +187,7 @@ def load_model(
     where = reference if isinstance(reference, ModelReference) else ModelReference.parse(reference)
     there = pick_device(device)
     if where.kind == "gguf":
-        return _load_gguf(where, dtype, there)
+        return _widened(_load_gguf(where, dtype, there), widen and dtype == "auto")
     place = Place.find(where, revision_override)
     check_config(where, place.config, trust_remote_code)
     config = load_config(where, place.pretrained, place.options, trust_remote_code)
@@ -212,7 +216,8 @@ def load_model(
             f"{where.text!r} lacks {len(missing)} of the weights of {type(model).__name__} ({missing[0]}); it is not a "
             "whole causal LM: use the full model"
         )
-    return _finish(where, place.commit(weights), model, tokenizer, place.licence(), there)
+    loaded = _finish(where, place.commit(weights), model, tokenizer, place.licence(), there)
+    return _widened(loaded, widen and dtype == "auto")
 
 
 def load_tokenizer(
@@ -286,6 +291,13 @@ def _load_gguf(reference: ModelReference, dtype: str | torch.dtype, device: torc
     tidy_gguf_config(model.config)
     licence = demo_model(reference.demo).licence if reference.demo is not None else header.licence
     return _finish(reference, _gguf_commit(reference), model, tokenizer, licence, device)
+
+
+def _widened(loaded: LoadedModel, wanted: bool) -> LoadedModel:
+    if wanted and not multiplies_fast(loaded.dtype, loaded.device):
+        with memory_errors(loaded.reference.text, loaded.device):
+            loaded.model.float()
+    return loaded
 
 
 def _finish(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import nn
 
 from tmerge.errors import UnsupportedModelError
@@ -115,7 +116,7 @@ def _layer_ranges(layers: Sequence[int]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {text}"
 
 
-def describe(model: nn.Module) -> Architecture:
+def describe(model: nn.Module, *, rounded_to: torch.dtype | None = None) -> Architecture:
     """Find every projection of a causal LM.
 
     Blocks, attention and MLP are found by the names and classes of their modules, fused modules by what is known
@@ -124,6 +125,7 @@ def describe(model: nn.Module) -> Architecture:
     Args:
         model: A ``transformers`` causal LM or its base model, on any device: on ``meta`` the views have shapes
             and no values. ``torch.compile`` and data-parallel wrappers are looked through.
+        rounded_to: Dtype that values are rounded to before they are written, where the model is held in another.
 
     Returns:
         The architecture; its views share memory with the model.
@@ -157,9 +159,10 @@ def describe(model: nn.Module) -> Architecture:
             f"{' and '.join('/'.join(MLP_NAMES[name]) for name in ('up', 'down'))}, found "
             f"{'; '.join(sentences) or 'none'}; choose a model of another architecture"
         )
-    return Architecture(
-        config.model_type, [block.projections for block in found], sentences, [block.heads for block in found]
-    )
+    layers = [block.projections for block in found]
+    if rounded_to is not None:
+        layers = [{name: replace(view, rounded_to=rounded_to) for name, view in layer.items()} for layer in layers]
+    return Architecture(config.model_type, layers, sentences, [block.heads for block in found])
 
 
 def match(target: Architecture, source: Architecture, wanted: Iterable[str]) -> tuple[list[str], dict[str, str]]:

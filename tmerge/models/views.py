@@ -111,6 +111,8 @@ class Projection:
         module: The module that stores it, maybe with others.
         module_name: Its qualified name, such as ``model.layers.3.self_attn.qkv_proj``.
         rows: Which outputs of the module are this projection's.
+        rounded_to: Dtype that written values are rounded to first; None for the module's own. For a model that is
+            held in more digits than it is saved in.
     """
 
     name: str
@@ -121,6 +123,7 @@ class Projection:
     module: nn.Module
     module_name: str
     rows: Rows
+    rounded_to: torch.dtype | None = None
 
     @property
     def is_fused(self) -> bool:
@@ -180,6 +183,9 @@ class Projection:
             raise ValueError(f"{self} has no bias to write")
         if bias is not None and tuple(bias.shape) != (out_count,):
             raise ValueError(f"bias of {self} has shape {tuple(bias.shape)}, expected {(out_count,)}")
+        if self.rounded_to is not None:
+            weight = None if weight is None else weight.to(self.rounded_to)
+            bias = None if bias is None else bias.to(self.rounded_to)
         if weight is not None:
             _write(self.rows, self._stored_weight(), weight, row_index, column_index)
         if bias is not None:
