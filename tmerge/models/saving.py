@@ -164,8 +164,9 @@ def verify_checkpoint(folder: Path, loaded: LoadedModel, texts: list[str]) -> No
             raise SavedModelMismatchError(f"{where}: {len(names)} {kind.replace('_', ' ')} in its weights: {names[0]}")
     _compare_ties(where, loaded.model, model, stored)
     same = model.dtype == loaded.dtype
-    if same:
-        # Of a model that was widened when it was loaded, the same values in the same number of digits.
+    if same and loaded.model.dtype != loaded.dtype:
+        # The model was widened when it was loaded: the same values in the same number of digits. Of any other model
+        # this would round the buffers that it holds in float32, such as the frequencies of rotary positions.
         model.to(dtype=loaded.model.dtype)  # type: ignore[call-arg]
     found = _logits(model, sequences, loaded)
     if torch.equal(found, expected):
