@@ -1,0 +1,43 @@
+"""What the tabs of the app share. Each tab module has one ``build_X(app: AppContext) -> None``, called in its tab."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gradio as gr
+
+from tmerge.run import Run
+from tmerge.ui.limits import AppSettings
+from tmerge.ui.runs import RunStore, VisitorRun
+
+__all__ = ["AppContext"]
+
+
+@dataclass(frozen=True)
+class AppContext:
+    """Handed to every tab.
+
+    Attributes:
+        store: All runs; a tab asks it for the one that is looked at.
+        settings: What visitors may do.
+        run_id: Id of the run that this page looks at, or "". Its ``change`` event tells the tabs of another one, when a
+            run is started or opened by its link; nothing but the id is kept per page.
+        ended: Counts up when the run that this page looks at has ended; its ``change`` event tells the tabs that
+            `finished` may now have an answer.
+        tabs: The tabs' container, for a tab that sends its visitor to another one.
+    """
+
+    store: RunStore
+    settings: AppSettings
+    run_id: gr.State
+    ended: gr.State
+    tabs: gr.Tabs
+
+    def seen(self, run_id: str | None) -> VisitorRun | None:
+        """The run of an id; None where there is none (any more)."""
+        return self.store.get(run_id or "")
+
+    def finished(self, run_id: str | None) -> Run | None:
+        """The folder of a run that is done; None while it runs, and where it failed or is gone."""
+        found = self.seen(run_id)
+        return Run(found.folder) if found is not None and found.state == "done" else None

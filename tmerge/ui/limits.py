@@ -1,0 +1,201 @@
+"""What a visitor of the app may ask for: on a public Space within limits, and nowhere code or paths of the server."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tmerge.calibration import SAMPLES_PREFIX
+from tmerge.check import Check
+from tmerge.errors import ModelNotFoundError, NotEnoughDiskError, NotEnoughMemoryError, RecipeError, TmergeError
+from tmerge.models import ModelReference
+from tmerge.recipe import CompareSettings, Recipe
+
+__all__ = ["UPLOAD_PREFIX", "AppSettings", "TooManyRunsError", "refuse_large", "settings_here", "vetted"]
+
+UPLOAD_PREFIX = "upload:"
+"""A recipe of the browser names an uploaded file by this and its name; the server's path of it is never shown."""
+
+_HUB_DATASET = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(@[\w./-]{1,100})?")
+_SHARD_SIZE = re.compile(r"[1-9]\d{0,4} ?(MB|GB)")
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,2})?")
+
+# Most that a public Space takes of the numbers that decide how much work a run is.
+_MOST: tuple[tuple[str, Callable[[Recipe], float], float], ...] = (
+    ("calibration.max_tokens", lambda recipe: recipe.calibration.max_tokens, 1024),
+    ("calibration.batch_tokens", lambda recipe: recipe.calibration.batch_tokens, 16384),
+    ("transport.max_iterations", lambda recipe: recipe.transport.max_iterations, 2000),
+    ("transport.layer_max_iterations", lambda recipe: recipe.transport.layer_max_iterations, 20000),
+    ("transport.entries_kept", lambda recipe: recipe.transport.entries_kept, 512),
+    ("transport.layers_kept", lambda recipe: recipe.transport.layers_kept, 16),
+    ("evaluation.texts", lambda recipe: recipe.evaluation.texts, 1000),
+    ("evaluation.bootstrap", lambda recipe: recipe.evaluation.bootstrap, 10000),
+    ("evaluation.descent", lambda recipe: recipe.evaluation.descent, 200),
+    ("the number of fusion.alphas", lambda recipe: len(recipe.fusion.alphas), 10),
+)
+
+
+class TooManyRunsError(TmergeError):
+    """The visitor, or the app as a whole, has as many runs as it may have."""
+
+
+@dataclass(frozen=True)
+class AppSettings:
+    """What the app allows; `settings_here` knows where it runs.
+
+    Attributes:
+        public: Whether strangers use it: then the limits below hold.
+        max_parameters: Most parameters of either model.
+        max_download_bytes: Most bytes of weights that are fetched for one run.
+        max_texts: Most calibration texts, held-out ones included.
+        max_upload_bytes: Largest calibration file that is taken.
+        max_seconds: Longest run, as `check` expects it.
+        runs_per_visitor: Most runs of one visitor that wait or run at once.
+        total_runs: Most runs of all visitors that wait or run at once.
+        runs_kept_seconds: A run that has ended is removed from the disk this long after it was last looked at.
+        local_root: Models and datasets may be named by a path below this folder; None refuses all paths.
+    """
+
+    public: bool = False
+    max_parameters: int | None = None
+    max_download_bytes: int | None = None
+    max_texts: int | None = None
+    max_upload_bytes: int = 50 * 2**20
+    max_seconds: float | None = None
+    runs_per_visitor: int | None = None
+    total_runs: int | None = None
+    runs_kept_seconds: float = 6 * 3600
+    local_root: Path | None = None
+
+
+def settings_here() -> AppSettings:
+    """Limits on a Space (``SPACE_ID`` is set there), none but the uploads' size elsewhere."""
+    if not os.environ.get("SPACE_ID"):
+        return AppSettings(max_upload_bytes=500 * 2**20, runs_kept_seconds=24 * 3600)
+    return AppSettings(
+        public=True,
+        max_parameters=2_000_000_000,
+        max_download_bytes=10 * 10**9,
+        max_texts=2000,
+        max_seconds=3600,
+        runs_per_visitor=1,
+        total_runs=8,
+        runs_kept_seconds=2 * 3600,
+    )
+
+
+def vetted(recipe: Recipe, settings: AppSettings) -> Recipe:
+    """The recipe as it may run here, without the section that only ``tmerge compare`` reads.
+
+    Raises:
+        TmergeError: It names code to run, a path of the server, or more than a visitor may ask for.
+    """
+    if recipe.trust_remote_code:
+        raise RecipeError(
+            "trust_remote_code runs a repo's own code and cannot be set from the browser; run `tmerge merge` on "
+            "your own machine for that"
+        )
+    for key in ("target", "source", "source_base", "plan"):
+        reference = getattr(recipe, key)
+        if reference is not None:
+            _refuse_path(key, reference, settings, demo=key != "plan")
+    _refuse_dataset_path(recipe.calibration.dataset, settings)
+    if not _DEVICE.fullmatch(recipe.device):
+        raise RecipeError(f"device is {recipe.device!r}; choose auto, cpu, cuda or mps")
+    if not _SHARD_SIZE.fullmatch(recipe.save.max_shard_size):
+        raise RecipeError(f"save.max_shard_size is {recipe.save.max_shard_size!r}; write it as 500MB or 5GB")
+    if settings.max_texts is not None and recipe.calibration.texts > settings.max_texts:
+        raise RecipeError(_too_much("calibration.texts", recipe.calibration.texts, settings.max_texts))
+    if settings.public:
+        for name, read, most in _MOST:
+            if read(recipe) > most:
+                raise RecipeError(_too_much(name, read(recipe), most))
+    return recipe.model_copy(update={"compare": CompareSettings()})
+
+
+def refuse_large(found: Check, settings: AppSettings) -> None:
+    """Refuse models that are too large for this app, from what `check` found and before anything is fetched.
+
+    Raises:
+        TmergeError: With the size and what is allowed.
+    """
+    own = "duplicate the Space, or run `tmerge merge` on your own machine"
+    for role, facts in (("target", found.target), ("source", found.source)):
+        if settings.max_parameters is not None and facts.parameters > settings.max_parameters:
+            raise NotEnoughMemoryError(
+                f"the {role} {facts.reference.text!r} has {facts.parameters / 1e9:.1f} billion parameters, where this "
+                f"app takes {settings.max_parameters / 1e9:.1f}; choose a smaller model, {own}"
+            )
+    fetched = sum(facts.weight_bytes for facts in (found.target, found.source) if facts.reference.kind == "hub")
+    if settings.max_download_bytes is not None and fetched > settings.max_download_bytes:
+        raise NotEnoughDiskError(
+            f"the two models are {fetched / 1e9:.1f} GB to fetch, where this app takes "
+            f"{settings.max_download_bytes / 1e9:.1f} GB; choose smaller models, {own}"
+        )
+    if settings.max_seconds is not None and found.estimate.seconds > settings.max_seconds:
+        raise RecipeError(
+            f"this run is expected to take {found.estimate.seconds / 60:.0f} minutes here, where this app gives "
+            f"{settings.max_seconds / 60:.0f}; lower calibration.texts, choose smaller models, {own}"
+        )
+
+
+def _too_much(name: str, value: float, most: float) -> str:
+    return f"{name} is {value:g}, where this app takes {most:g}; lower it, or run `tmerge merge` on your own machine"
+
+
+def _refuse_path(key: str, reference: str, settings: AppSettings, *, demo: bool) -> None:
+    if _is_below(reference, settings.local_root):
+        return
+    refusal = (
+        f"{key} {reference!r} is a path, and the browser reads none; name a Hub id such as HuggingFaceTB/SmolLM2-135M"
+    )
+    try:
+        found = ModelReference.parse(reference)
+    except TmergeError:
+        # Its own words tell whether a path exists, which is nobody's business.
+        if "/" in reference.strip("/") and reference[:1] not in "./~\\":
+            raise ModelNotFoundError(
+                f"{key} {reference!r} is not a Hub id; write user/name or user/name@revision"
+            ) from None
+        raise ModelNotFoundError(refusal) from None
+    if found.path is not None or (found.demo is not None and not demo):
+        raise ModelNotFoundError(refusal)
+
+
+def _refuse_dataset_path(dataset: str, settings: AppSettings) -> None:
+    name = dataset.strip()
+    if name.startswith((SAMPLES_PREFIX, UPLOAD_PREFIX)) or _is_below(name, settings.local_root):
+        return
+    from tmerge.calibration.files import FILE_SUFFIXES
+
+    path = Path(name)
+    if not _HUB_DATASET.fullmatch(name) or path.suffix.lower() in FILE_SUFFIXES or path.exists():
+        raise RecipeError(
+            f"calibration.dataset {name!r} is not a Hub dataset; write user/name or samples:english, or upload the file"
+        )
+
+
+def _is_below(reference: str, root: Path | None) -> bool:
+    if root is None or not reference.startswith(str(root)):
+        return False
+    return Path(reference).resolve().is_relative_to(root.resolve())
+
+
+def describe_limits(settings: AppSettings) -> list[tuple[str, Any]]:
+    """The limits in words, for the page that shows them."""
+    rows: list[tuple[str, Any]] = []
+    if settings.max_parameters is not None:
+        rows.append(("parameters of either model", f"{settings.max_parameters / 1e9:.1f} billion"))
+    if settings.max_download_bytes is not None:
+        rows.append(("weights fetched", f"{settings.max_download_bytes / 1e9:.0f} GB"))
+    if settings.max_texts is not None:
+        rows.append(("calibration texts", f"{settings.max_texts:,}"))
+    if settings.max_seconds is not None:
+        rows.append(("expected time", f"{settings.max_seconds / 60:.0f} min"))
+    if settings.runs_per_visitor is not None:
+        rows.append(("runs at once", str(settings.runs_per_visitor)))
+    return rows

@@ -1,0 +1,399 @@
+"""The runs of the app's visitors: one at a time, the others waiting in order, each known by its link alone.
+
+An id cannot be guessed and is never listed, so who has a run's link has the run, and nobody else. All of a run is in a
+temporary folder that goes when the run has not been looked at for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import logging
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tmerge.errors import Cancelled, TmergeError
+from tmerge.pipeline import merge
+from tmerge.recipe import Recipe
+from tmerge.session import Step
+from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, TooManyRunsError
+
+__all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
+
+State = Literal["waiting", "running", "done", "failed", "cancelled"]
+
+_LOG_LINES = 500
+# Seconds that a cancelled run has to stop by itself, between two steps, before it is interrupted.
+_GRACE = 1.5
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class StageProgress:
+    """How far one stage of a run is.
+
+    Attributes:
+        stage: One of `tmerge.session.STAGES`, or ``choose``.
+        what: In words: what is being done.
+        done: Units done of this piece of work.
+        total: Units in all.
+        unit: ``texts``, ``layers``, ...
+        began: When the stage began, `time.time`.
+        piece_began: When this piece of its work began.
+        ended: When the next stage began; None while it is the current one.
+    """
+
+    stage: str
+    what: str
+    done: int
+    total: int
+    unit: str
+    began: float
+    piece_began: float
+    ended: float | None = None
+
+    @property
+    def rate(self) -> float | None:
+        """Units a second, measured over this piece of work; None before there is something to measure."""
+        seconds = (self.ended or time.time()) - self.piece_began
+        return self.done / seconds if self.done and seconds > 0.2 else None
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds that this piece of work still takes at that rate."""
+        return None if self.rate is None else (self.total - self.done) / self.rate
+
+
+@dataclass(frozen=True)
+class CouplingRow:
+    """One target layer's transport costs to all source layers, as it was solved.
+
+    Attributes:
+        key: Feature, such as ``q.post``.
+        layer: Of the target.
+        costs: One for each source layer that has the feature.
+    """
+
+    key: str
+    layer: int
+    costs: tuple[float, ...]
+
+
+@dataclass
+class VisitorRun:
+    """One run, as its visitor sees it.
+
+    Attributes:
+        id: Unguessable; the link's.
+        recipe: As it was asked for, uploads under their own name.
+        folder: The run's folder, as `tmerge.run.Run` reads it; complete once `state` is ``done``.
+        visitor: Whose it is, for the limits; never shown.
+        state: Where it is.
+        stages: The stages so far, in order.
+        log: Lines so far, the last `_LOG_LINES` of them.
+        rows: Transport costs so far.
+        error: Why it failed, in one line, with the remedy.
+        fault: Whether that was a fault of ours and not something to be mended.
+        report: report.json, once it is done.
+        created, started, ended, looked_at: `time.time`.
+        version: Goes up with every change: a page that has seen it has nothing to draw.
+    """
+
+    id: str
+    recipe: Recipe
+    folder: Path
+    visitor: str
+    state: State = "waiting"
+    stages: dict[str, StageProgress] = field(default_factory=dict)
+    log: deque[str] = field(default_factory=lambda: deque(maxlen=_LOG_LINES))
+    rows: list[CouplingRow] = field(default_factory=list)
+    error: str | None = None
+    fault: bool = False
+    report: dict[str, Any] | None = None
+    created: float = field(default_factory=time.time)
+    started: float | None = None
+    ended: float | None = None
+    looked_at: float = field(default_factory=time.time)
+    version: int = 0
+    cancelling: threading.Event = field(default_factory=threading.Event)
+    _read: Recipe | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.state in ("done", "failed", "cancelled")
+
+    def hear(self, step: Step) -> None:
+        """Take in one step of the pipeline; raises `Cancelled` if the visitor wants it to stop."""
+        if self.cancelling.is_set():
+            raise Cancelled("stopped by its visitor")
+        now = time.time()
+        stage = self.stages.get(step.stage)
+        if stage is None:
+            for earlier in self.stages.values():
+                earlier.ended = earlier.ended or now
+            stage = self.stages[step.stage] = StageProgress(step.stage, "", 0, 1, step.unit, now, now)
+        if stage.what != step.what:
+            self.say(step.what)
+            stage.piece_began = now
+        stage.what, stage.done, stage.total, stage.unit = step.what, step.done, step.total, step.unit
+        if step.row is not None:
+            key, layer, costs = step.row
+            self.rows.append(CouplingRow(key, layer, tuple(costs.tolist())))
+        self.version += 1
+
+    def say(self, line: str) -> None:
+        """Add a line to the log."""
+        self.log.append(f"{time.strftime('%H:%M:%S')}  {line}")
+        self.version += 1
+
+
+class _Stopped(BaseException):
+    """Raised within the thread of a run that did not stop by itself; no library's ``except Exception`` holds it."""
+
+
+class RunStore:
+    """All runs of one app, and the one thread that works on them.
+
+    Args:
+        settings: How many runs there may be, and how long they are kept.
+    """
+
+    def __init__(self, settings: AppSettings) -> None:
+        self.settings = settings
+        self.root = Path(tempfile.mkdtemp(prefix="tmerge-app-"))
+        self._runs: dict[str, VisitorRun] = {}
+        self._queue: deque[str] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        # The run whose merge the worker is inside of, and only there may it be interrupted.
+        self._inside: str | None = None
+        self._guard = threading.Lock()
+        self._worker = threading.Thread(target=self._work, name="tmerge-runs", daemon=True)
+        self._worker.start()
+
+    def start(self, recipe: Recipe, visitor: str, upload: Path | None = None) -> str:
+        """Queue a run.
+
+        Args:
+            recipe: A vetted one (`tmerge.ui.limits.vetted`).
+            visitor: Whom the limits count it for.
+            upload: The calibration file, where the recipe's dataset is ``upload:NAME``; it is copied.
+
+        Returns:
+            The run's id.
+
+        Raises:
+            TooManyRunsError: The visitor, or the app, has as many as it may have.
+        """
+        self.sweep()
+        with self._changed:
+            open_runs = [run for run in self._runs.values() if not run.over]
+            mine = sum(run.visitor == visitor for run in open_runs)
+            if self.settings.runs_per_visitor is not None and mine >= self.settings.runs_per_visitor:
+                raise TooManyRunsError(
+                    f"you have {mine} run{'s' if mine > 1 else ''} waiting or running, as many as this app gives one "
+                    "visitor; cancel it, or wait for its end"
+                )
+            if self.settings.total_runs is not None and len(open_runs) >= self.settings.total_runs:
+                raise TooManyRunsError(f"{len(open_runs)} runs are waiting, as many as this app takes; try again later")
+            run_id = secrets.token_urlsafe(18)
+            # The folder's name is not the id, which is the key to the run.
+            home = Path(tempfile.mkdtemp(dir=self.root))
+            run = VisitorRun(run_id, recipe, home / "fused", visitor)
+            run._read = self._with_upload(recipe, home, upload)
+            self._runs[run_id] = run
+            self._queue.append(run_id)
+            self._changed.notify_all()
+        return run_id
+
+    def get(self, run_id: str) -> VisitorRun | None:
+        """The run of an id; None where there is none, or it is gone."""
+        run = self._runs.get(run_id)
+        if run is not None:
+            run.looked_at = time.time()
+        return run
+
+    def position(self, run_id: str) -> int:
+        """How many runs are before this one: 0 for one that runs, is over, or is not there."""
+        with self._changed:
+            if run_id not in self._queue:
+                return 0
+            return self._queue.index(run_id) + (self._inside is not None)
+
+    def cancel(self, run_id: str) -> None:
+        """Have a run stop: at once where it waits, within seconds where it runs."""
+        with self._changed:
+            run = self._runs.get(run_id)
+            if run is None or run.over:
+                return
+            run.cancelling.set()
+            if run_id in self._queue:
+                self._queue.remove(run_id)
+                self._end(run, "cancelled", "cancelled before it began")
+                return
+        run.say("stopping")
+        threading.Thread(target=self._interrupt, args=(run,), daemon=True).start()
+
+    def sweep(self) -> None:
+        """Remove runs that are over and have not been looked at for a while."""
+        now = time.time()
+        with self._changed:
+            old = [
+                run
+                for run in self._runs.values()
+                if run.over and now - max(run.looked_at, run.ended or now) > self.settings.runs_kept_seconds
+            ]
+            for run in old:
+                del self._runs[run.id]
+        for run in old:
+            shutil.rmtree(run.folder.parent, ignore_errors=True)
+
+    def close(self) -> None:
+        """Stop the run that runs, forget the others, and remove all folders."""
+        with self._changed:
+            self._closed = True
+            self._queue.clear()
+            running = [run for run in self._runs.values() if run.state == "running"]
+            self._changed.notify_all()
+        for run in running:
+            self.cancel(run.id)
+        self._worker.join(30)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    # -- the worker --------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._closed:
+                    self._changed.wait(60)
+                    if not self._queue:
+                        break
+                if self._closed:
+                    return
+                run = self._runs[self._queue.popleft()] if self._queue else None
+                if run is not None:
+                    self._inside, run.state, run.started = run.id, "running", time.time()
+            if run is None:
+                self.sweep()
+                continue
+            run.say("started")
+            try:
+                self._run(run)
+            finally:
+                _free_memory()
+
+    def _run(self, run: VisitorRun) -> None:
+        try:
+            with _watched_modules(run):
+                try:
+                    run.report = merge(run._read or run.recipe, run.folder, listener=run.hear)
+                finally:
+                    with self._guard:
+                        self._inside = None
+            self._hide_upload(run)
+            self._end(run, "done", "done")
+        except (Cancelled, _Stopped):
+            self._end(run, "cancelled", "cancelled")
+        except TmergeError as error:
+            run.error = self._without_paths(run, str(error))
+            self._end(run, "failed", run.error)
+        except Exception:  # noqa: BLE001 - a fault of ours: its traceback goes to the log, the visitor gets its number
+            number = secrets.token_hex(4)
+            _log.exception("run failed, fault %s", number)
+            run.error = f"a fault of ours, not of your recipe; the server's log has it under {number}"
+            run.fault = True
+            self._end(run, "failed", run.error)
+
+    def _end(self, run: VisitorRun, state: State, line: str) -> None:
+        run.ended = time.time()
+        for stage in run.stages.values():
+            stage.ended = stage.ended or run.ended
+        if state != "done":
+            shutil.rmtree(run.folder.parent, ignore_errors=True)
+        run.say(line)
+        run.state = state
+        run.version += 1
+
+    def _interrupt(self, run: VisitorRun) -> None:
+        """Interrupt a run that does not come to its next step by itself: one that loads a large file, say."""
+        time.sleep(_GRACE)
+        while not run.over:
+            with self._guard:
+                if self._inside != run.id or self._worker.ident is None:
+                    return
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(self._worker.ident), ctypes.py_object(_Stopped)
+                )
+            time.sleep(1)
+
+    # -- uploads -----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _with_upload(recipe: Recipe, home: Path, upload: Path | None) -> Recipe:
+        """The recipe that is run: its dataset the copy of the uploaded file."""
+        if upload is None or not recipe.calibration.dataset.startswith(UPLOAD_PREFIX):
+            return recipe
+        kept = home / "texts" / Path(recipe.calibration.dataset.removeprefix(UPLOAD_PREFIX)).name
+        kept.parent.mkdir()
+        shutil.copyfile(upload, kept)
+        calibration = recipe.calibration.model_copy(update={"dataset": str(kept)})
+        return recipe.model_copy(update={"calibration": calibration})
+
+    @staticmethod
+    def _hide_upload(run: VisitorRun) -> None:
+        """Put the uploaded file's own name in place of the server's path in what the run wrote."""
+        read = run._read
+        if read is None or read is run.recipe:
+            return
+        path = read.calibration.dataset
+        for name in ("tmerge/recipe.yaml", "tmerge/report.json", "README.md"):
+            written = run.folder / name
+            if written.is_file():
+                text = written.read_text(encoding="utf-8")
+                written.write_text(text.replace(path, Path(path).name), encoding="utf-8")
+
+    @staticmethod
+    def _without_paths(run: VisitorRun, line: str) -> str:
+        return line.replace(str(run.folder), "the run's folder").replace(str(run.folder.parent), "the run's folder")
+
+
+@contextlib.contextmanager
+def _watched_modules(run: VisitorRun) -> Iterator[None]:
+    """Ask before every module's forward pass whether to stop: one batch of a large model takes longer than seconds."""
+    mine = threading.get_ident()
+
+    def ask(module: torch.nn.Module, inputs: Any) -> None:
+        if run.cancelling.is_set() and threading.get_ident() == mine:
+            raise Cancelled("stopped by its visitor")
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(ask)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _free_memory() -> None:
+    """Give back what a run held: the garbage, the accelerator's blocks, and the C library's."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim: Callable[[int], int] | None = None
+    with contextlib.suppress(OSError, AttributeError):
+        trim = ctypes.CDLL("libc.so.6").malloc_trim
+    if trim is not None:
+        trim(0)
