@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import gradio as gr
 
 from tmerge.run import Run
+from tmerge.ui.aside import Aside
 from tmerge.ui.limits import AppSettings
 from tmerge.ui.runs import RunStore, VisitorRun
 
@@ -20,6 +21,7 @@ class AppContext:
     Attributes:
         store: All runs; a tab asks it for the one that is looked at.
         settings: What visitors may do.
+        aside: Answers small questions (a check, a dataset's columns) in a process of its own.
         run_id: Id of the run that this page looks at, or "". Its ``change`` event tells the tabs of another one, when a
             run is started or opened by its link; nothing but the id is kept per page.
         ended: Counts up when the run that this page looks at has ended; its ``change`` event tells the tabs that
@@ -29,6 +31,7 @@ class AppContext:
 
     store: RunStore
     settings: AppSettings
+    aside: Aside
     run_id: gr.State
     ended: gr.State
     tabs: gr.Tabs

@@ -15,7 +15,16 @@ from tmerge.errors import ModelNotFoundError, NotEnoughDiskError, NotEnoughMemor
 from tmerge.models import ModelReference
 from tmerge.recipe import CompareSettings, Recipe
 
-__all__ = ["UPLOAD_PREFIX", "AppSettings", "TooManyRunsError", "refuse_large", "settings_here", "vetted"]
+__all__ = [
+    "UPLOAD_PREFIX",
+    "AppSettings",
+    "BusyError",
+    "TooManyRunsError",
+    "describe_limits",
+    "refuse_large",
+    "settings_here",
+    "vetted",
+]
 
 UPLOAD_PREFIX = "upload:"
 """A recipe of the browser names an uploaded file by this and its name; the server's path of it is never shown."""
@@ -41,6 +50,10 @@ _MOST: tuple[tuple[str, Callable[[Recipe], float], float], ...] = (
 
 class TooManyRunsError(TmergeError):
     """The visitor, or the app as a whole, has as many runs as it may have."""
+
+
+class BusyError(TmergeError):
+    """The app does one heavy thing at a time, and something else is being done."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from tmerge.errors import Cancelled, TmergeError
 from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
 from tmerge.session import Step
-from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, TooManyRunsError
+from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, BusyError, TooManyRunsError
 
 __all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
 
@@ -181,6 +181,8 @@ class RunStore:
         # The run whose merge the worker is inside of, and only there may it be interrupted.
         self._inside: str | None = None
         self._guard = threading.Lock()
+        # Held while a merge runs: see `alone`.
+        self._heavy = threading.Lock()
         self._worker = threading.Thread(target=self._work, name="tmerge-runs", daemon=True)
         self._worker.start()
 
@@ -247,6 +249,28 @@ class RunStore:
         run.say("stopping")
         threading.Thread(target=self._interrupt, args=(run,), daemon=True).start()
 
+    @contextlib.contextmanager
+    def alone(self, patience: float = 0) -> Iterator[None]:
+        """For other heavy work, such as loading a model to try it: not beside a merge, nor a merge beside it.
+
+        ``transformers`` sets torch's default dtype, which all threads share, while it loads a model; beside a merge
+        that could change the merge's numbers.
+
+        Args:
+            patience: Seconds to wait for a merge to end.
+
+        Raises:
+            BusyError: A merge runs.
+        """
+        if not self._heavy.acquire(timeout=patience):
+            raise BusyError(
+                "a merge is running, and this app does one heavy thing at a time; try again when it is done"
+            )
+        try:
+            yield
+        finally:
+            self._heavy.release()
+
     def sweep(self) -> None:
         """Remove runs that are over and have not been looked at for a while."""
         now = time.time()
@@ -290,10 +314,9 @@ class RunStore:
             if run is None:
                 self.sweep()
                 continue
-            run.say("started")
-            try:
+            with self._heavy:
+                run.say("started")
                 self._run(run)
-            finally:
                 _free_memory()
 
     def _run(self, run: VisitorRun) -> None:
