@@ -14,7 +14,16 @@ import numpy as np
 
 from tmerge.fusion import SparsePlans
 
-__all__ = ["Blocks", "Entries", "Order", "plan_blocks", "plan_entries", "structure_order"]
+__all__ = [
+    "Blocks",
+    "Entries",
+    "Order",
+    "plan_blocks",
+    "plan_entries",
+    "plan_orders",
+    "structure_order",
+    "window_blocks",
+]
 
 Order = Literal["structure", "natural"]
 
@@ -91,11 +100,39 @@ def plan_blocks(entries: Entries, size: int, order: Order = "structure") -> Bloc
         Blocks whose masses sum to the entries'.
     """
     n, m = entries.shape
-    orders = structure_order(entries) if order == "structure" else (np.arange(n), np.arange(m))
-    (places, rows), (across, columns) = (_groups(line, size) for line in orders)
-    flat = places[entries.rows] * len(columns) + across[entries.columns]
-    mass = np.bincount(flat, weights=entries.mass, minlength=len(rows) * len(columns))
-    return Blocks(mass.reshape(len(rows), len(columns)), rows, columns, entries.shape)
+    return window_blocks(entries, plan_orders(entries, order), (0, n), (0, m), size)
+
+
+def plan_orders(entries: Entries, order: Order) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) and (n',): the neuron at each place of an order; see `plan_blocks`."""
+    n, m = entries.shape
+    return structure_order(entries) if order == "structure" else (np.arange(n), np.arange(m))
+
+
+def window_blocks(
+    entries: Entries,
+    orders: tuple[np.ndarray, np.ndarray],
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    size: int,
+) -> Blocks:
+    """Sum a stretch of an ordered plan into at most `size` x `size` blocks: what a zoomed view shows.
+
+    Args:
+        entries: From `plan_entries`.
+        orders: From `plan_orders`.
+        rows: First place shown and the one after the last, in the order of the rows; at least one place.
+        columns: Likewise.
+        size: Most blocks along either side. A stretch that is no longer than that is shown neuron by neuron.
+    """
+    (places, row_groups), (across, column_groups) = (
+        _groups(line[slice(*stretch)], size, len(line)) for line, stretch in zip(orders, (rows, columns), strict=True)
+    )
+    row, column = places[entries.rows], across[entries.columns]
+    inside = (row >= 0) & (column >= 0)
+    flat = row[inside] * len(column_groups) + column[inside]
+    mass = np.bincount(flat, weights=entries.mass[inside], minlength=len(row_groups) * len(column_groups))
+    return Blocks(mass.reshape(len(row_groups), len(column_groups)), row_groups, column_groups, entries.shape)
 
 
 def structure_order(entries: Entries) -> tuple[np.ndarray, np.ndarray]:
@@ -159,10 +196,10 @@ def _inverse(root: np.ndarray) -> np.ndarray:
     return np.divide(1.0, root, out=np.zeros_like(root), where=root > 0)
 
 
-def _groups(order: np.ndarray, size: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The block of every neuron (n,), and the neurons of every block."""
+def _groups(order: np.ndarray, size: int, neurons: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The block of every neuron (n,), -1 where it is in none, and the neurons of every block."""
     groups = np.array_split(order, min(size, len(order)))
-    places = np.empty(len(order), dtype=np.int64)
+    places = np.full(neurons, -1, dtype=np.int64)
     for place, group in enumerate(groups):
         places[group] = place
     return places, groups

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from tmerge.fusion import MASS_AT, TransportRecord
+from tmerge.models import SIDES, feature_key
 from tmerge.plots.style import (
     BAD,
     GOOD,
@@ -28,44 +29,36 @@ __all__ = ["norm_ratios", "scores", "timing", "top_mass", "training_loss"]
 _SHARED_COLOUR = {"qkv": "q", "mlp": "gate"}
 
 
-def top_mass(record: TransportRecord) -> go.Figure:
-    """Share of a plan row's mass in its k largest entries, over k (Figure 3).
+def top_mass(record: TransportRecord, by: Literal["feature", "projection"] = "feature") -> go.Figure:
+    """Share of a plan row's mass in its k largest entries, over k (Figure 3), and the mean of all lines.
 
-    One line a feature, the mean over its kept layer pairs, and one for the mean over features. The dotted lines are
-    plans that prefer nothing, whose top k of n' entries hold k / n', one for each n' there is.
+    The dotted lines are plans that prefer nothing, whose top k of n' entries hold k / n', one for each n' there is.
+
+    Args:
+        record: A run's.
+        by: ``feature`` for a line per feature, the mean over its kept layer pairs, which ends at its n'; ``projection``
+            for a line per fused projection, the mean of its input's and its output's.
     """
-    figure = go.Figure()
     at = np.array(MASS_AT, dtype=np.float64)
     widths = {key: record.tensors[f"g.{key}"].shape[1] for key in record.keys}
-    curves = {key: 100 * record.tensors[f"mass.{key}"].double().mean(dim=0).numpy() for key in record.keys}
+    features = {key: 100 * record.tensors[f"mass.{key}"].double().mean(dim=0).numpy() for key in record.keys}
     shown = at <= 2 ** np.ceil(np.log2(max(widths.values())))
-    for key, width in widths.items():
-        x, even = _up_to(at, at, width, width), _up_to(at, 100 * at / width, width, 100.0)
-        projection, _, side = key.rpartition(".")
-        figure.add_trace(
-            go.Scatter(
-                x=x,
-                y=_up_to(at, curves[key], width, 100.0),
-                customdata=even,
-                name=feature_name(key),
-                mode="lines",
-                line={
-                    "color": PROJECTION_COLOURS[_SHARED_COLOUR.get(projection, projection)],
-                    "dash": "dash" if side == "pre" else "solid",
-                    "width": 1.5,
-                },
-                hovertemplate=f"{feature_name(key)}: top %{{x}} of {width:,} hold %{{y:.1f}} %"
-                " (even plan: %{customdata:.1f} %)<extra></extra>",
-            )
-        )
+    if by == "feature":
+        figure = go.Figure([_feature_line(key, features[key], width) for key, width in widths.items()])
+        curves = features
+    else:
+        curves = {
+            name: np.mean([features[feature_key(name, side)] for side in SIDES], axis=0) for name in record.projections
+        }
+        figure = go.Figure([_projection_line(name, at[shown], curve[shown]) for name, curve in curves.items()])
     figure.add_trace(
         go.Scatter(
             x=at[shown],
             y=np.mean(list(curves.values()), axis=0)[shown],
-            name="mean over features",
+            name=f"mean over {by}s",
             mode="lines",
             line={"color": "#767B85", "width": 4},
-            hovertemplate="mean over features: top %{x} hold %{y:.1f} %<extra></extra>",
+            hovertemplate=f"mean over {by}s: top %{{x}} hold %{{y:.1f}} %<extra></extra>",
         )
     )
     for place, width in enumerate(sorted(set(widths.values()))):
@@ -97,6 +90,37 @@ def top_mass(record: TransportRecord) -> go.Figure:
         yaxis={"title": {"text": "mass captured"}, "ticksuffix": " %", "range": [0, 103]},
         # A line for every feature: above the picture it would cover the title.
         legend={"y": -0.16, "yanchor": "top"},
+    )
+
+
+def _feature_line(key: str, curve: np.ndarray, width: int) -> go.Scatter:
+    at = np.array(MASS_AT, dtype=np.float64)
+    projection, _, side = key.rpartition(".")
+    return go.Scatter(
+        x=_up_to(at, at, width, width),
+        y=_up_to(at, curve, width, 100.0),
+        customdata=_up_to(at, 100 * at / width, width, 100.0),
+        name=feature_name(key),
+        mode="lines",
+        line={
+            "color": PROJECTION_COLOURS[_SHARED_COLOUR.get(projection, projection)],
+            "dash": "dash" if side == "pre" else "solid",
+            "width": 1.5,
+        },
+        hovertemplate=f"{feature_name(key)}: top %{{x}} of {width:,} hold %{{y:.1f}} %"
+        " (even plan: %{customdata:.1f} %)<extra></extra>",
+    )
+
+
+def _projection_line(name: str, at: np.ndarray, curve: np.ndarray) -> go.Scatter:
+    return go.Scatter(
+        x=at,
+        y=curve,
+        name=name,
+        mode="lines+markers",
+        line={"color": PROJECTION_COLOURS[name], "width": 1.5},
+        marker={"symbol": PROJECTION_SYMBOLS[name], "size": 7},
+        hovertemplate=f"{name}, input and output: top %{{x}} hold %{{y:.1f}} %<extra></extra>",
     )
 
 

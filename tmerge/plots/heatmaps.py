@@ -15,13 +15,16 @@ from tmerge.plots.style import COLOUR_SCALE, feature_name, finish, log_bar, numb
 
 __all__ = [
     "DECADES",
+    "Side",
     "blocks_figure",
     "blocks_of",
     "feature_transport",
+    "kept_layers",
     "layer_coupling",
     "layer_flow",
     "layer_number",
     "log_density",
+    "pair_place",
     "pair_words",
     "strongest_pairs",
 ]
@@ -51,10 +54,11 @@ def layer_coupling(record: TransportRecord, projection: str, which: Side = "effe
     key = feature_key(projection, "post" if which == "effective" else which)
     name = f"effective.{projection}" if which == "effective" else f"layer_plan.{key}"
     weights = record.tensors[name].double().numpy()
-    target, source = ([str(layer) for layer in layers] for layers in _layers(record, key))
+    layers = _layers(record, key)
+    ranks, fused = _kept(record, projection, *layers)
+    target, source = ([str(layer) for layer in side] for side in layers)
     times = weights * weights.size
     z, low, high = _log_scale(times)
-    ranks, fused = _kept(record, projection, weights.shape)
     words = np.full(weights.shape, "", dtype=object)
     for place in zip(*np.nonzero(ranks), strict=True):
         words[place] = f"<br>kept, number {ranks[place]}: {fused[place]:.1f} % of what is fused"
@@ -106,7 +110,7 @@ def layer_flow(record: TransportRecord, projection: str) -> go.Figure:
     """
     key = feature_key(projection, "post")
     target, source = _layers(record, key)
-    ranks, fused = _kept(record, projection, (len(target), len(source)))
+    ranks, fused = _kept(record, projection, target, source)
     rows, columns = np.nonzero(ranks)
     widths = fused[rows, columns] / 100
     given = np.bincount(columns, weights=widths, minlength=len(source))
@@ -244,6 +248,24 @@ def layer_number(record: TransportRecord, key: str, row: int, column: int) -> tu
     return target[row], source[column]
 
 
+def pair_place(record: TransportRecord, key: str, target: int, source: int) -> tuple[int, int] | None:
+    """Row and column of a layer pair, by the models' own numbers; None where one of them lacks the feature."""
+    rows, columns = _layers(record, key)
+    return (rows.index(target), columns.index(source)) if target in rows and source in columns else None
+
+
+def kept_layers(record: TransportRecord, projection: str) -> dict[int, list[tuple[int, float]]]:
+    """Target layer -> the source layers kept for it, strongest first, each with its percent of what is fused."""
+    target, source = _layers(record, feature_key(projection, "post"))
+    columns = record.tensors[f"kept.{projection}.layers"].tolist()
+    weights = record.tensors[f"kept.{projection}.weights"].double()
+    shares = (100 * weights / weights.sum(dim=1, keepdim=True)).tolist()
+    return {
+        layer: [(source[column], share) for column, share in zip(chosen, parts, strict=True)]
+        for layer, chosen, parts in zip(target, columns, shares, strict=True)
+    }
+
+
 def strongest_pairs(record: TransportRecord, key: str) -> list[tuple[int, int]]:
     """For every target layer the kept pair to which the layer plan gives most, as (row, column)."""
     plan = record.tensors[f"layer_plan.{key}"]
@@ -258,14 +280,26 @@ def _layers(record: TransportRecord, key: str) -> tuple[list[int], list[int]]:
     return record.tensors[f"layers.target.{key}"].tolist(), record.tensors[f"layers.source.{key}"].tolist()
 
 
-def _kept(record: TransportRecord, projection: str, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(L, M) rank among a target layer's kept source layers, 0 for none, and percent of what is fused into it."""
+def _kept(
+    record: TransportRecord, projection: str, target: list[int], source: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(L, M) rank among a target layer's kept source layers, 0 for none, and percent of what is fused into it.
+
+    Args:
+        record: A run's.
+        projection: One of the fused ones.
+        target: Numbers of the L layers to show: the projection's own, or those that have what enters it, which may
+            be more, where layers reuse the keys and values of others.
+        source: Likewise, M.
+    """
     columns = record.tensors[f"kept.{projection}.layers"].long().numpy()
     weights = record.tensors[f"kept.{projection}.weights"].double().numpy()
-    ranks, shares = np.zeros(shape, dtype=np.int64), np.zeros(shape)
-    rows = np.arange(shape[0])[:, None]
-    ranks[rows, columns] = np.arange(1, columns.shape[1] + 1)
-    shares[rows, columns] = 100 * weights / weights.sum(axis=1, keepdims=True)
+    own_target, own_source = _layers(record, feature_key(projection, "post"))
+    rows = np.array([target.index(layer) for layer in own_target])[:, None]
+    across = np.array([source.index(layer) for layer in own_source])
+    ranks, shares = np.zeros((len(target), len(source)), dtype=np.int64), np.zeros((len(target), len(source)))
+    ranks[rows, across[columns]] = np.arange(1, columns.shape[1] + 1)
+    shares[rows, across[columns]] = 100 * weights / weights.sum(axis=1, keepdims=True)
     return ranks, shares
 
 

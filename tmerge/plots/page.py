@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from tmerge.fusion import TransportRecord
@@ -26,8 +25,9 @@ from tmerge.plots.heatmaps import (
     pair_words,
     strongest_pairs,
 )
+from tmerge.plots.picture import picture
 from tmerge.plots.style import TEMPLATES, feature_name, numbers
-from tmerge.plots.words import facts, findings, model_rows, ratio_rows, score_rows
+from tmerge.plots.words import CAPTIONS, facts, findings, model_rows, ratio_rows, score_rows
 from tmerge.report import training_summary
 
 __all__ = ["report_page"]
@@ -36,8 +36,6 @@ __all__ = ["report_page"]
 _PLAN_BYTES = 5_000_000
 _PLAN_SIZE = 88
 _ORDERS: tuple[Order, ...] = ("structure", "natural")
-# Titles are HTML on the page, where they wrap; the room they take in a figure of its own is given back.
-_TITLE_HEIGHT = 72
 
 # Nothing may be fetched, even if a name from a model should slip through unescaped.
 _POLICY = (
@@ -46,30 +44,6 @@ _POLICY = (
 )
 
 _SCORE_HEADINGS = ("model", "bits per byte\n95 % interval", "difference to the target\n95 % interval")
-_CAPTIONS = {
-    "loss": "How to read it: the objective's own value at each step, over the texts of that step.",
-    "scores": "How to read it: bits per byte is what a model needs, on average, for each byte of text it has not seen. "
-    "The upper intervals are wide because texts differ in difficulty; the lower panel compares text by text. A "
-    "difference whose interval leaves out zero is one that these texts show.",
-    "norms": "How to read it: the norm of what was carried over from the source, divided by the norm of the neurons it "
-    "is mixed into. Fusing weights with strength alpha takes alpha of the target's own away and gives alpha of the "
-    "transported back: far below 1 the neurons mostly become smaller, and 1e-9 means nothing but shrinking. A task "
-    "vector is added, and takes nothing away.",
-    "coupling": "The paper's Figure 7. How to read it: a row is a target layer; colours say how much more or less than "
-    "an even share it takes from each source layer. A bright diagonal means that layers at like depth match; an "
-    "even row, that all source layers fit it equally well. Dots mark the source layers that were fused.",
-    "flow": "How to read it: every target layer, right, takes one full width. A source layer that is tall, left, feeds "
-    "many of them. Only the kept layers are drawn.",
-    "plan": "The paper's Figure 8. How to read it: rows are neurons of the target and columns neurons of the source, "
-    "summed into blocks; a colour says how many times the mass of an even plan a block holds. The grouped order is "
-    "found from this very plan, so some diagonal shows even between unrelated features. What counts is how bright it "
-    "is, and what the models' own order shows, in which attention heads lie together. Drawn is each target layer's "
-    "strongest source layer.",
-    "mass": "The paper's Figure 3. How to read it: the further a line lies above the dotted one that ends with it, the "
-    "fewer source neurons each target neuron is an average of. Dashed lines are inputs, solid ones outputs.",
-    "timing": "How to read it: forward passes are the models reading texts, which any method must do that looks at "
-    "activations.",
-}
 
 
 def report_page(report: Mapping[str, Any], record: TransportRecord, folder_name: str | None = None) -> str:
@@ -92,7 +66,7 @@ def report_page(report: Mapping[str, Any], record: TransportRecord, folder_name:
     }
     book = {
         "templates": {name: TEMPLATES[name].to_plotly_json() for name in ("light", "dark")},
-        "pictures": {name: _picture(figure) for name, figure in pictures.items()},
+        "pictures": {name: picture(figure) for name, figure in pictures.items()},
         "coupling": {projection: _coupling(record, projection) for projection in record.projections},
         "features": _features(record),
     }
@@ -182,7 +156,7 @@ def _body(report: Mapping[str, Any], title: str, folder_name: str | None) -> Ite
 def _figure(name: str) -> str:
     return (
         f'<figure><h3 id="{name}-title"></h3><p class="subtitle" id="{name}-subtitle"></p>'
-        f'<div id="{name}" role="img"></div><figcaption>{html.escape(_CAPTIONS[name])}</figcaption></figure>'
+        f'<div id="{name}" role="img"></div><figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>'
     )
 
 
@@ -211,13 +185,13 @@ def _cell(text: str) -> str:
 
 def _coupling(record: TransportRecord, projection: str) -> dict[str, Any]:
     sides: tuple[Side, ...] = ("effective", "pre", "post")
-    pictures: dict[str, Any] = {side: _picture(layer_coupling(record, projection, side)) for side in sides}
-    return {**pictures, "flow": _picture(layer_flow(record, projection))}
+    pictures: dict[str, Any] = {side: picture(layer_coupling(record, projection, side)) for side in sides}
+    return {**pictures, "flow": picture(layer_flow(record, projection))}
 
 
 def _features(record: TransportRecord) -> dict[str, Any]:
     """Frames, and for every feature the strongest plan of every target layer, or of as many as there is room for."""
-    frames = {order: _picture(blocks_figure(order))["figure"] for order in _ORDERS}
+    frames = {order: picture(blocks_figure(order))["figure"] for order in _ORDERS}
     each = 2 * (_PLAN_SIZE**2 * 4 / 3) + 2 * _PLAN_SIZE * 36
     room = max(1, int(_PLAN_BYTES / each / len(record.keys)))
     listed = []
@@ -256,18 +230,6 @@ def _levels(blocks: Blocks) -> dict[str, Any]:
         "rows": [numbers(group.tolist()) for group in blocks.rows],
         "columns": [numbers(group.tolist()) for group in blocks.columns],
     }
-
-
-def _picture(figure: go.Figure) -> dict[str, Any]:
-    """A figure's JSON without template and title, and its title and subtitle as plain text."""
-    content = json.loads(str(figure.to_json()))
-    layout = content["layout"]
-    title = layout.pop("title")
-    layout.pop("template")
-    layout["height"] -= _TITLE_HEIGHT
-    layout["margin"]["t"] -= _TITLE_HEIGHT
-    words = {"title": html.unescape(title["text"]), "subtitle": html.unescape(title["subtitle"]["text"])}
-    return {**words, "figure": {"data": content["data"], "layout": layout}}
 
 
 def _json(book: Mapping[str, Any]) -> str:

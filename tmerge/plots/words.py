@@ -8,7 +8,7 @@ from typing import Any
 from tmerge.plots.style import count
 from tmerge.report import alpha_words
 
-__all__ = ["facts", "findings", "model_rows", "ratio_rows", "score_rows"]
+__all__ = ["CAPTIONS", "facts", "findings", "model_rows", "ratio_rows", "score_rows"]
 
 # Below this, more than nine tenths of what fusing does to a neuron is to make it smaller.
 _MOSTLY_SHRINKING = 0.1
@@ -24,6 +24,38 @@ _CONTROLS = {
     "noise": "moved at random by the same amount",
     "permuted": "moved through shuffled plans",
 }
+
+CAPTIONS = {
+    "loss": "How to read it: the objective's own value at each step, over the texts of that step.",
+    "scores": "How to read it: bits per byte is what a model needs, on average, for each byte of text it has not seen. "
+    "The upper intervals are wide because texts differ in difficulty; the lower panel compares text by text. A "
+    "difference whose interval leaves out zero is one that these texts show.",
+    "norms": "How to read it: the norm of what was carried over from the source, divided by the norm of the neurons it "
+    "is mixed into. Fusing weights with strength alpha takes alpha of the target's own away and gives alpha of the "
+    "transported back: far below 1 the neurons mostly become smaller, and 1e-9 means nothing but shrinking. A task "
+    "vector is added, and takes nothing away.",
+    "coupling": "The paper's Figure 7. How to read it: a row is a target layer; colours say how much more or less than "
+    "an even share it takes from each source layer. A bright diagonal means that layers at like depth match; an "
+    "even row, that all source layers fit it equally well. Dots mark the source layers that were fused.",
+    "flow": "How to read it: every target layer, right, takes one full width. A source layer that is tall, left, feeds "
+    "many of them. Only the kept layers are drawn.",
+    "plan": "The paper's Figure 8. How to read it: rows are neurons of the target and columns neurons of the source, "
+    "summed into blocks; a colour says how many times the mass of an even plan a block holds. The grouped order is "
+    "found from this very plan, so some diagonal shows even between unrelated features. What counts is how bright it "
+    "is, and what the models' own order shows, in which attention heads lie together. Drawn is each target layer's "
+    "strongest source layer.",
+    "mass": "The paper's Figure 3. How to read it: the further a line lies above the dotted one that ends with it, the "
+    "fewer source neurons each target neuron is an average of. Dashed lines are inputs, solid ones outputs.",
+    "timing": "How to read it: forward passes are the models reading texts, which any method must do that looks at "
+    "activations.",
+    "neurons": "How to read it: a row is a target layer; only the neurons that are coloured were changed by the merge, "
+    "all others are the target's own. Stripes down the picture are neurons, or attention heads, that are active in "
+    "many layers.",
+    "descent": "How to read it: above zero, a small step of the merge lowers the loss on these calibration texts, "
+    "below zero it raises it. A bar that is no longer than its random neighbour says that the merge knows nothing of "
+    "where the loss falls.",
+}
+"""How to read each picture."""
 
 
 def findings(report: Mapping[str, Any]) -> list[str]:

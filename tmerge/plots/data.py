@@ -1,0 +1,128 @@
+"""The numbers behind the pictures as CSV, at full resolution whatever the picture shows of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tmerge.fusion import MASS_AT, TransportRecord
+from tmerge.models import feature_key
+from tmerge.plots.blocks import Entries
+from tmerge.plots.heatmaps import Side, kept_layers
+
+__all__ = [
+    "coupling_data",
+    "descent_data",
+    "flow_data",
+    "mass_data",
+    "neurons_data",
+    "norms_data",
+    "plan_data",
+    "scores_data",
+]
+
+
+def coupling_data(record: TransportRecord, projection: str, which: Side = "effective") -> str:
+    """Every layer pair's weight (`tmerge.plots.layer_coupling`), and what of it is fused."""
+    key = feature_key(projection, "post" if which == "effective" else which)
+    weights = record.tensors[f"effective.{projection}" if which == "effective" else f"layer_plan.{key}"].double()
+    kept = {
+        (layer, source): (rank, share)
+        for layer, sources in kept_layers(record, projection).items()
+        for rank, (source, share) in enumerate(sources, start=1)
+    }
+    target, source = (record.tensors[f"layers.{role}.{key}"].tolist() for role in ("target", "source"))
+    rows = (
+        (row, column, f"{weight:.8g}", f"{weight * weights.numel():.6g}", *_kept_cells(kept.get((row, column))))
+        for row, line in zip(target, weights.tolist(), strict=True)
+        for column, weight in zip(source, line, strict=True)
+    )
+    return _csv(("target_layer", "source_layer", "weight", "times_even_share", "kept_rank", "percent_fused"), rows)
+
+
+def flow_data(record: TransportRecord, projection: str) -> str:
+    """The kept source layers of every target layer."""
+    rows = (
+        (layer, rank, source, f"{share:.6g}")
+        for layer, sources in kept_layers(record, projection).items()
+        for rank, (source, share) in enumerate(sources, start=1)
+    )
+    return _csv(("target_layer", "rank", "source_layer", "percent_fused"), rows)
+
+
+def plan_data(entries: Entries) -> str:
+    """Every stored entry of a feature plan; of the whole plan, a target neuron's shares sum to 1."""
+    n = entries.shape[0]
+    rows = zip(
+        entries.rows.tolist(), entries.columns.tolist(), (f"{share:.4g}" for share in entries.mass * n), strict=True
+    )
+    return _csv(("target_neuron", "source_neuron", "share_of_target_neuron"), rows)
+
+
+def mass_data(record: TransportRecord) -> str:
+    """Mass in the top k entries of a row, by feature, mean over the kept layer pairs (Figure 3)."""
+    rows = (
+        (key, record.tensors[f"g.{key}"].shape[1], k, f"{100 * share:.6g}")
+        for key in record.keys
+        for k, share in zip(MASS_AT, record.tensors[f"mass.{key}"].double().mean(dim=0).tolist(), strict=True)
+        if k <= record.tensors[f"g.{key}"].shape[1]
+    )
+    return _csv(("feature", "source_neurons", "k", "percent_of_mass"), rows)
+
+
+def norms_data(report: Mapping[str, Any]) -> str:
+    """Norm ratio and number of selected neurons of every layer and projection."""
+    rows = (
+        (name, layer, f"{ratio:.8g}", item["neurons"], item["of"])
+        for name, item in report["fusion"]["projections"].items()
+        for layer, ratio in zip(item["layers"], item["norm_ratio"], strict=True)
+    )
+    return _csv(("projection", "target_layer", "norm_ratio", "selected_neurons", "of"), rows)
+
+
+def neurons_data(record: TransportRecord, projection: str) -> str:
+    """The selected neurons of every layer."""
+    layers = record.tensors[f"layers.target.{feature_key(projection, 'post')}"].tolist()
+    chosen = record.tensors[f"neurons.{projection}"].tolist()
+    rows = ((layer, neuron) for layer, line in zip(layers, chosen, strict=True) for neuron in line)
+    return _csv(("target_layer", "neuron"), rows)
+
+
+def scores_data(report: Mapping[str, Any]) -> str:
+    """Held-out bits per byte of every model and control, with paired differences to the target."""
+    evaluation = report["evaluation"]
+    items = [
+        ("target", evaluation["base"], None),
+        ("fused", evaluation["fused"], evaluation["difference"]),
+        *((f"control: {name}", item, item["difference"]) for name, item in evaluation["controls"].items()),
+        ("source", evaluation["source"], None),
+    ]
+    rows = (
+        (name, item["value"], *item["ci95"], *((change["value"], *change["ci95"]) if change else ("", "", "")))
+        for name, item, change in items
+    )
+    return _csv(("model", "bits_per_byte", "low", "high", "difference", "difference_low", "difference_high"), rows)
+
+
+def descent_data(report: Mapping[str, Any]) -> str:
+    """Cosines with the descent direction by projection and layer."""
+    rows = (
+        (name, *values)
+        for name, item in report["evaluation"]["descent"]["projections"].items()
+        for values in zip(item["layers"], item["cosine"], item["noise"], item["noise_sd"], strict=True)
+    )
+    return _csv(("projection", "target_layer", "cosine", "noise_mean", "noise_sd"), rows)
+
+
+def _kept_cells(kept: tuple[int, float] | None) -> tuple[object, object]:
+    return ("", "") if kept is None else (kept[0], f"{kept[1]:.6g}")
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()

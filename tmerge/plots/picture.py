@@ -1,0 +1,33 @@
+"""A figure for a page that writes titles itself: in HTML, where they wrap and can be read aloud."""
+
+from __future__ import annotations
+
+import html
+import json
+from typing import Any
+
+import plotly.graph_objects as go
+
+__all__ = ["picture"]
+
+# The room that title and subtitle take in a figure of its own.
+_TITLE_HEIGHT = 72
+
+
+def picture(figure: go.Figure) -> dict[str, Any]:
+    """A figure's JSON without template and title, and its title and subtitle as plain text.
+
+    Args:
+        figure: From one of this package's functions, so finished by `tmerge.plots.style.finish`.
+
+    Returns:
+        ``title``, ``subtitle``, and ``figure`` with ``data`` and ``layout``; the title's height is given back.
+    """
+    content = json.loads(str(figure.to_json()))
+    layout = content["layout"]
+    title = layout.pop("title")
+    layout.pop("template")
+    layout["height"] -= _TITLE_HEIGHT
+    layout["margin"]["t"] -= _TITLE_HEIGHT
+    words = {"title": html.unescape(title["text"]), "subtitle": html.unescape(title["subtitle"]["text"])}
+    return {**words, "figure": {"data": content["data"], "layout": layout}}
