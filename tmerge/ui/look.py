@@ -1,0 +1,238 @@
+"""The Look tab: which layers and neurons of two models meet, how much arrived, and whether it helped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import gradio as gr
+
+from tmerge.errors import TmergeError
+from tmerge.models import feature_key
+from tmerge.plots import Order, Side, kept_layers, pair_place
+from tmerge.plots.words import findings
+from tmerge.ui.context import AppContext
+from tmerge.ui.figure import Reader, figure_box
+from tmerge.ui.look_data import Looked, looked_at
+from tmerge.ui.look_pictures import FIGURES, Choice, data_of, picture_of, zoomed
+from tmerge.ui.safe import escape
+
+__all__ = ["build_look"]
+
+_SIDES = (("both (effective weight)", "effective"), ("input (pre)", "pre"), ("output (post)", "post"))
+_PARTS = (("input (pre)", "pre"), ("output (post)", "post"))
+_ORDERS = (("grouped by likeness", "structure"), ("the models' own", "natural"))
+_LINES = (("by projection", "projection"), ("by input and output", "feature"))
+
+_NOTHING = (
+    '<p class="tm-empty">Nothing to look at yet. When a merge has finished, its layer couplings, feature plans and '
+    "scores are here.</p>"
+)
+_HEAD_STYLE = """
+.tm-verdict { --tone: #6e7781; border: 1px solid var(--border-color-primary); border-left: 8px solid var(--tone);
+  border-radius: 6px; padding: 12px 16px; background: var(--background-fill-secondary); color: var(--body-text-color); }
+.tm-good { --tone: #1b7dc2; } .tm-bad { --tone: #d55e00; }
+p { margin: 4px 0; max-width: 110ch; overflow-wrap: anywhere; }
+.tm-word { font-size: 1.2rem; font-weight: 700; }
+.tm-soft { color: color-mix(in srgb, var(--body-text-color) 74%, transparent); font-size: .875rem; }
+"""
+_GONE = "this run is gone or not finished; start it again, or open its link"
+# The figures that change with each choice.
+_WITH_PROJECTION = ("coupling", "flow", "map", "neurons")
+_TO_MAP = "() => document.getElementById('look-map')?.scrollIntoView({behavior: 'smooth', block: 'nearest'})"
+
+_log = logging.getLogger(__name__)
+
+
+def build_look(app: AppContext) -> None:
+    """Fill the tab; it follows the run that the page looks at."""
+    readers = {"zoom": _reader(app, zoomed), "data": _reader(app, data_of)}
+    nothing = gr.HTML(_NOTHING, elem_id="look-nothing")
+    with gr.Column(visible=False, elem_id="look") as body:
+        head = gr.HTML(elem_id="look-head", css_template=_HEAD_STYLE, apply_default_css=False)
+        gr.Markdown("## Which layers meet")
+        with gr.Row():
+            projection = gr.Radio([], label="Projection", elem_id="look-projection", min_width=220)
+            side = gr.Radio(list(_SIDES), value="effective", label="Side", elem_id="look-side", min_width=220)
+        boxes: dict[str, gr.HTML] = {}
+        with gr.Row(equal_height=False):
+            for name in ("coupling", "flow"):
+                with gr.Column(min_width=320):
+                    boxes[name] = figure_box(f"look-{name}", **readers)
+        gr.Markdown("## Which neurons meet")
+        with gr.Row():
+            target = gr.Dropdown([], label="Target layer", elem_id="look-target", min_width=160)
+            source = gr.Dropdown([], label="Source layer", elem_id="look-source", min_width=220)
+            part = gr.Radio(list(_PARTS), value="post", label="Side", elem_id="look-part", min_width=220)
+            order = gr.Radio(
+                list(_ORDERS), value="structure", label="Order of neurons", elem_id="look-order", min_width=220
+            )
+        boxes["map"] = figure_box("look-map", **readers)
+        gr.Markdown("## How concentrated")
+        lines = gr.Radio(list(_LINES), value="projection", label="Lines", elem_id="look-lines")
+        boxes["mass"] = figure_box("look-mass", **readers)
+        gr.Markdown("## How much arrived")
+        with gr.Row(equal_height=False):
+            for name in ("norms", "neurons"):
+                with gr.Column(min_width=320):
+                    boxes[name] = figure_box(f"look-{name}", **readers)
+        gr.Markdown("## Did it help?")
+        with gr.Row(equal_height=False):
+            for name in ("scores", "descent"):
+                with gr.Column(min_width=320):
+                    boxes[name] = figure_box(f"look-{name}", **readers)
+    assert boxes.keys() == FIGURES.keys()
+    chosen = [app.run_id, projection, side, target, source, part, order, lines]
+
+    def fill(run_id: str) -> list[Any]:
+        """All of the tab, for the run that is looked at now."""
+        looked = _looked(app, run_id)
+        if looked is None:
+            return [gr.update(visible=True), gr.update(visible=False), *[gr.skip()] * 7, *[""] * len(boxes)]
+        choice = _first_choice(looked, run_id)
+        return [
+            gr.update(visible=False),
+            gr.update(visible=True),
+            _head(looked),
+            gr.update(choices=looked.record.projections, value=choice.projection),
+            choice.side,
+            *_pair_boxes(looked, choice),
+            choice.part,
+            choice.order,
+            *(picture_of(name, looked, choice) for name in boxes),
+        ]
+
+    everything = [nothing, body, head, projection, side, target, source, part, order, *boxes.values()]
+    for event in (app.run_id.change, app.ended.change):
+        event(fill, [app.run_id], everything, show_progress="hidden", api_visibility="private")
+
+    def redraws(*names: str) -> Callable[..., list[Any]]:
+        """A listener that draws these figures anew, after the boxes of the layer pair."""
+
+        def redraw(*values: Any) -> list[Any]:
+            looked, choice = _chosen(app, *values)
+            return [*_pair_boxes(looked, choice), *(picture_of(name, looked, choice) for name in names)]
+
+        return redraw
+
+    for control, names in (
+        (projection, _WITH_PROJECTION),
+        (side, ("coupling",)),
+        (target, ("map",)),
+        (source, ("map",)),
+        (part, ("map",)),
+        (order, ("map",)),
+        (lines, ("mass",)),
+    ):
+        outputs = [target, source, *(boxes[name] for name in names)]
+        control.input(redraws(*names), chosen, outputs, show_progress="hidden", api_visibility="private")
+
+    def open_pair(event: gr.EventData, *values: Any) -> list[Any]:
+        """The map of the cell or stream that was clicked, of the side that the coupling shows."""
+        run_id, name, shown, _, _, part, *rest = values
+        part = part if shown == "effective" else shown
+        looked, choice = _chosen(app, run_id, name, shown, event.target_layer, event.source_layer, part, *rest)
+        return [*_pair_boxes(looked, choice), part, picture_of("map", looked, choice)]
+
+    for name in ("coupling", "flow"):
+        clicked = boxes[name].cell(
+            open_pair, chosen, [target, source, part, boxes["map"]], show_progress="hidden", api_visibility="private"
+        )
+        clicked.then(None, None, None, js=_TO_MAP, api_visibility="private")
+
+
+def _looked(app: AppContext, run_id: str) -> Looked | None:
+    run = app.finished(run_id)
+    if run is None:
+        return None
+    try:
+        return looked_at(run.folder)
+    except TmergeError:
+        return None
+
+
+def _reader(app: AppContext, read: Callable[[Looked, Mapping[str, Any]], dict[str, Any]]) -> Reader:
+    """Answers what a browser asks about a figure; what it sends is a stranger's."""
+
+    def answer(ref: Any) -> dict[str, Any]:
+        try:
+            looked = _looked(app, str(ref["run"]))
+            return {"fault": _GONE} if looked is None else read(looked, ref)
+        except TmergeError as error:
+            return {"fault": str(error)}
+        except (TypeError, ValueError, KeyError) as error:
+            _log.info("a figure was asked for what it does not have: %r", error)
+            return {"fault": "there is no such figure; choose again"}
+
+    return answer
+
+
+def _chosen(app: AppContext, *values: Any) -> tuple[Looked, Choice]:
+    """The run, and the boxes' values as a choice: the first layer pair where one of them has none."""
+    run_id, name, side, target, source, part, order, lines = values
+    looked = _looked(app, run_id)
+    if looked is None:
+        raise gr.Error(_GONE)
+    first = _first_choice(looked, run_id)
+    if name not in looked.record.projections:
+        name = first.projection
+    kept = kept_layers(looked.record, name)
+    target = int(target) if target is not None and int(target) in kept else next(iter(kept))
+    sources = _sources(looked, name, part)
+    if source is None or int(source) not in sources:
+        source = kept[target][0][0]
+    return looked, Choice(run_id, name, side, target, int(source), part, order, lines)
+
+
+def _first_choice(looked: Looked, run_id: str) -> Choice:
+    """The first projection, and the layer pair of it that is fused the most."""
+    name = looked.record.projections[0]
+    kept = kept_layers(looked.record, name)
+    target = max(kept, key=lambda layer: kept[layer][0][1])
+    side, order = cast(Side, "effective"), cast(Order, "structure")
+    return Choice(run_id, name, side, target, kept[target][0][0], "post", order, "projection")
+
+
+def _pair_boxes(looked: Looked, choice: Choice) -> list[Any]:
+    """The two lists of layers, the source layers that were kept for this target layer first."""
+    kept = kept_layers(looked.record, choice.projection)
+    shares = dict(kept[choice.target])
+    pairs = set(looked.record.pairs(choice.key))
+
+    def words(layer: int) -> str:
+        if layer in shares:
+            return f"{layer}: kept, {shares[layer]:.1f} % of what is fused"
+        # What q, k and v read is one feature, so its plan is there if one of them kept the pair.
+        stored = pair_place(looked.record, choice.key, choice.target, layer) in pairs
+        return f"{layer}: kept by another projection" if stored else f"{layer}: not kept, no plan stored"
+
+    others = [layer for layer in _sources(looked, choice.projection, choice.part) if layer not in shares]
+    return [
+        gr.update(choices=[(str(layer), layer) for layer in kept], value=choice.target),
+        gr.update(choices=[(words(layer), layer) for layer in (*shares, *others)], value=choice.source),
+    ]
+
+
+def _sources(looked: Looked, projection: str, part: str) -> list[int]:
+    return looked.record.tensors[f"layers.source.{feature_key(projection, part)}"].tolist()
+
+
+def _head(looked: Looked) -> str:
+    """Which models, and the verdict with what it rests on."""
+    report = looked.report
+    verdict, *rest = findings(report)
+    tone = {"helps": "good", "hurts": "bad"}.get(report["verdict"], "none")
+    names = " merged with ".join(escape(_name(report[role]["ref"])) for role in ("target", "source"))
+    return (
+        f'<div class="tm-verdict tm-{tone}"><p class="tm-soft">{names}</p><p class="tm-word">{escape(verdict)}</p>'
+        + "".join(f"<p>{escape(sentence)}</p>" for sentence in rest)
+        + "</div>"
+    )
+
+
+def _name(reference: str) -> str:
+    """A model's name; of a path its last part, as the folders above it are the server's."""
+    name = Path(reference)
+    return name.name if name.is_absolute() or reference.startswith((".", "~")) else reference

@@ -1,0 +1,249 @@
+"""The pictures of the Look tab, each from a finished run and what its visitor has chosen, and the data behind them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tmerge.models import feature_key
+from tmerge.plots import (
+    Entries,
+    Order,
+    Side,
+    feature_name,
+    kept_layers,
+    layer_coupling,
+    layer_flow,
+    map_figure,
+    neurons_figure,
+    neurons_view,
+    norm_ratios,
+    pair_place,
+    plan_view,
+    scores,
+    stretch,
+    top_mass,
+)
+from tmerge.plots import data as tables
+from tmerge.plots.comparison import descent_bars
+from tmerge.plots.style import count, percent
+from tmerge.plots.words import CAPTIONS
+from tmerge.ui.figure import figure_message, figure_value
+from tmerge.ui.look_data import Looked, entries_of, orders_of
+
+__all__ = ["FIGURES", "Choice", "data_of", "picture_of", "zoomed"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a visitor looks at.
+
+    Attributes:
+        run: The run's id.
+        projection: One of the fused ones.
+        side: Of the layer coupling.
+        target: Target layer of the feature map.
+        source: Source layer of it.
+        part: Side of it: ``pre`` or ``post``.
+        order: Of its neurons.
+        lines: Of the mass curves: ``projection`` or ``feature``.
+    """
+
+    run: str
+    projection: str
+    side: Side
+    target: int
+    source: int
+    part: str
+    order: Order
+    lines: str
+
+    @classmethod
+    def from_ref(cls, ref: Mapping[str, Any], looked: Looked) -> Choice:
+        """What the browser sent back of a figure's ref; ValueError where it is not one of ours."""
+        record = looked.record
+        choice = cls(
+            str(ref["run"]),
+            str(ref["projection"]),
+            ref["side"],
+            int(ref["target"]),
+            int(ref["source"]),
+            str(ref["part"]),
+            ref["order"],
+            str(ref["lines"]),
+        )
+        if (
+            choice.projection not in record.projections
+            or choice.side not in ("effective", "pre", "post")
+            or choice.part not in ("pre", "post")
+            or choice.order not in ("structure", "natural")
+        ):
+            raise ValueError("no such figure")
+        return choice
+
+    @property
+    def key(self) -> str:
+        """Feature of the map."""
+        return feature_key(self.projection, self.part)
+
+
+def picture_of(name: str, looked: Looked, choice: Choice) -> str:
+    """A figure box's value, by the figure's name, one of `FIGURES`."""
+    return FIGURES[name](looked, choice, {"figure": name, **asdict(choice)}, _file(name, choice))
+
+
+def zoomed(looked: Looked, ref: Mapping[str, Any]) -> dict[str, Any]:
+    """The view of a map between the ends ``x`` and ``y`` of its axes; ValueError where there is none."""
+    choice = Choice.from_ref(ref, looked)
+    (left, right), (top, bottom) = ref["x"], ref["y"]
+    if ref["figure"] == "neurons":
+        whole = neurons_view(looked.record, choice.projection, size=1)
+        return neurons_view(looked.record, choice.projection, stretch(left, right, int(whole.x[-1]))).to_dict()
+    entries, place = _entries(looked, choice)
+    if ref["figure"] != "map" or entries is None or place is None:
+        raise ValueError("no such map")
+    n, m = entries.shape
+    orders = orders_of(looked.folder, choice.key, *place, choice.order)
+    return plan_view(entries, orders, stretch(top, bottom, n), stretch(left, right, m)).to_dict()
+
+
+def data_of(looked: Looked, ref: Mapping[str, Any]) -> dict[str, str]:
+    """A figure's numbers: ``file``, a name without ending, and ``text``, CSV. ValueError where there is none."""
+    choice, name = Choice.from_ref(ref, looked), str(ref["figure"])
+    if name not in _DATA:
+        raise ValueError("no such figure")
+    return {"file": _file(name, choice), "text": _DATA[name](looked, choice)}
+
+
+def _coupling(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
+    figure = layer_coupling(looked.record, choice.projection, choice.side)
+    heat = figure.data[0]
+    cells = {"rows": [int(layer) for layer in heat.y], "columns": [int(layer) for layer in heat.x]}
+    return figure_value(figure, file, f"{CAPTIONS['coupling']} Click a cell for its neurons.", ref, cells=cells)
+
+
+def _flow(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
+    record = looked.record
+    places = record.tensors[f"layers.source.{feature_key(choice.projection, 'post')}"].tolist()
+    # As the streams are drawn: by target layer, and within one by source layer.
+    links = [
+        [layer, source]
+        for layer, sources in kept_layers(record, choice.projection).items()
+        for source in sorted((source for source, _ in sources), key=places.index)
+    ]
+    caption = f"{CAPTIONS['flow']} Click a stream for its neurons."
+    return figure_value(layer_flow(record, choice.projection), file, caption, ref, cells={"links": links})
+
+
+def _map(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
+    entries, place = _entries(looked, choice)
+    title = f"{feature_name(choice.key).capitalize()}: target layer {choice.target} and source layer {choice.source}"
+    if entries is None or place is None:
+        return figure_message(title, _not_stored(looked, choice))
+    n, m = entries.shape
+    view = plan_view(entries, orders_of(looked.folder, choice.key, *place, choice.order))
+    figure = map_figure(
+        choice.order,
+        entries.shape,
+        title,
+        f"{n:,} by {m:,} neurons; the stored entries hold {percent(float(entries.mass.sum()))} of the plan",
+    )
+    caption = CAPTIONS["plan"].rsplit(" Drawn is", 1)[0]
+    shown = {"kind": "density", "shape": [n, m], "view": view.to_dict()}
+    return figure_value(figure, file, f"{caption} Drag over a part of it to see that part closer.", ref, view=shown)
+
+
+def _mass(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
+    if choice.lines == "feature":
+        return figure_value(top_mass(looked.record), file, CAPTIONS["mass"], ref)
+    caption = CAPTIONS["mass"].rsplit(" Dashed", 1)[0]
+    return figure_value(top_mass(looked.record, "projection"), file, caption, ref)
+
+
+def _norms(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
+    return figure_value(norm_ratios(looked.report), file, CAPTIONS["norms"], ref)
+
+
+def _neurons(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
+    view = neurons_view(looked.record, choice.projection)
+    shown = {"kind": "share", "shape": [len(view.rows), int(view.x[-1])], "view": view.to_dict()}
+    figure = neurons_figure(looked.record, choice.projection)
+    return figure_value(figure, file, CAPTIONS["neurons"], ref, view=shown)
+
+
+def _scores(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
+    return figure_value(scores(looked.report), file, CAPTIONS["scores"], ref)
+
+
+def _descent(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
+    evaluation = looked.report["evaluation"]
+    if "descent" not in evaluation:
+        return figure_message(
+            "Does the merge point where the loss falls?",
+            "This run did not measure it, as it takes backward passes: set evaluation.descent to a number of texts, "
+            "such as 64, and run the merge again.",
+        )
+    return figure_value(descent_bars(evaluation), file, CAPTIONS["descent"], ref)
+
+
+FIGURES: Mapping[str, Callable[[Looked, Choice, Mapping[str, Any], str], str]] = {
+    "coupling": _coupling,
+    "flow": _flow,
+    "map": _map,
+    "mass": _mass,
+    "norms": _norms,
+    "neurons": _neurons,
+    "scores": _scores,
+    "descent": _descent,
+}
+"""Figure name -> what makes it of a run, a choice, the figure's ref and its file name."""
+
+
+def _plan_data(looked: Looked, choice: Choice) -> str:
+    entries, _ = _entries(looked, choice)
+    if entries is None:
+        raise ValueError("that pair has no stored plan")
+    return tables.plan_data(entries)
+
+
+_DATA: Mapping[str, Callable[[Looked, Choice], str]] = {
+    "coupling": lambda looked, choice: tables.coupling_data(looked.record, choice.projection, choice.side),
+    "flow": lambda looked, choice: tables.flow_data(looked.record, choice.projection),
+    "map": _plan_data,
+    "mass": lambda looked, choice: tables.mass_data(looked.record),
+    "norms": lambda looked, choice: tables.norms_data(looked.report),
+    "neurons": lambda looked, choice: tables.neurons_data(looked.record, choice.projection),
+    "scores": lambda looked, choice: tables.scores_data(looked.report),
+    "descent": lambda looked, choice: tables.descent_data(looked.report),
+}
+
+
+def _entries(looked: Looked, choice: Choice) -> tuple[Entries | None, tuple[int, int] | None]:
+    place = pair_place(looked.record, choice.key, choice.target, choice.source)
+    return (None, None) if place is None else (entries_of(looked.folder, choice.key, *place), place)
+
+
+def _not_stored(looked: Looked, choice: Choice) -> str:
+    """Why there is no map, and which there are."""
+    kept = kept_layers(looked.record, choice.projection)
+    mine = kept.get(choice.target, [])
+    listed = ", ".join(f"{source} ({share:.1f} %)" for source, share in mine)
+    return (
+        f"The plan of target layer {choice.target} and source layer {choice.source} is not stored: a run keeps the "
+        f"plans of the pairs that were fused, {count(len(mine), 'source layer')} for each target layer. For target "
+        f"layer {choice.target} of projection {choice.projection} these are source layers {listed}. Choose one of "
+        "them above, or a dotted cell of the coupling. The layers' coupling itself was computed for all pairs."
+    )
+
+
+def _file(name: str, choice: Choice) -> str:
+    parts = ["tmerge", name]
+    if name in ("coupling", "flow", "neurons"):
+        parts.append(choice.projection)
+    if name == "coupling":
+        parts.append(choice.side)
+    if name == "map":
+        parts += [choice.key, f"target-{choice.target}", f"source-{choice.source}"]
+    return re.sub(r"[^A-Za-z0-9.-]", "-", "-".join(parts)).replace(".", "-")
