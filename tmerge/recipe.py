@@ -70,13 +70,13 @@ class TransportSettings(_Section):
     """Feature plans (Eq. 7-9) and layer plans (Eq. 10-13)."""
 
     epsilon: Annotated[float, Field(gt=0)] = Field(0.1, description="entropic regularisation of the feature plans")
-    max_iterations: Annotated[int, Field(ge=1)] = 200
+    max_iterations: Annotated[int, Field(ge=1)] = Field(200, description="most Sinkhorn sweeps of a feature plan")
     tolerance: Annotated[float, Field(gt=0)] = Field(
         1e-6, description="largest marginal violation, relative to the marginal's own entry 1/n"
     )
     eta: Annotated[float, Field(gt=0)] = Field(0.1, description="entropic regularisation of the layer plans")
-    layer_max_iterations: Annotated[int, Field(ge=1)] = 1000
-    layer_tolerance: Annotated[float, Field(gt=0)] = 1e-9
+    layer_max_iterations: Annotated[int, Field(ge=1)] = Field(1000, description="most sweeps of a layer plan")
+    layer_tolerance: Annotated[float, Field(gt=0)] = Field(1e-9, description="as tolerance, of the layer plans")
     layer_cost: Literal["median-scaled", "plain"] = Field(
         "median-scaled", description="divide the shifted layer cost by its median (official code) or take it as it is"
     )
@@ -101,13 +101,17 @@ class FusionSettings(_Section):
     alphas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.01, 0.03, 0.1, 0.3, 1.0), description="what alpha: auto tries beside 0"
     )
-    scale: Literal["barycentric", "literal", "row-norm"] = "barycentric"
-    units: Literal["none", "layer", "feature"] = "none"
+    scale: Literal["barycentric", "literal", "row-norm"] = Field(
+        "barycentric", description="barycentric: maps that average; literal: the paper's; row-norm: as large as the row"
+    )
+    units: Literal["none", "layer", "feature"] = Field(
+        "none", description="match the sizes of the two models' activations: not, one factor a layer, or per feature"
+    )
     top_k: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = Field(
         128, description="neurons selected per projection and layer: a count, or a fraction such as 0.1"
     )
-    projections: tuple[ProjectionName, ...] = ("q", "k", "v", "o")
-    biases: bool = True
+    projections: tuple[ProjectionName, ...] = Field(("q", "k", "v", "o"), description="sublayers that are fused")
+    biases: bool = Field(True, description="fuse the biases of these projections as well, where both models have them")
 
     @field_validator("projections")
     @classmethod
@@ -130,7 +134,9 @@ class EvaluationSettings(_Section):
     """The held-out check that every merge ends with."""
 
     texts: Annotated[int, Field(ge=8)] = Field(200, description="most held-out texts to score")
-    controls: tuple[Literal["shrink", "noise", "permuted"], ...] = ("shrink", "noise", "permuted")
+    controls: tuple[Literal["shrink", "noise", "permuted"], ...] = Field(
+        ("shrink", "noise", "permuted"), description="what the merge has to beat, at the same strength and place"
+    )
     bootstrap: Annotated[int, Field(ge=100)] = Field(2000, description="resamples of the paired bootstrap")
     descent: Annotated[int, Field(ge=0)] = Field(
         0, description="calibration texts for the descent control, which needs a backward pass; 0 leaves it out"
@@ -140,7 +146,7 @@ class EvaluationSettings(_Section):
 class SaveSettings(_Section):
     """How the checkpoint is written."""
 
-    max_shard_size: str = "5GB"
+    max_shard_size: str = Field("5GB", description="largest weights file of the checkpoint")
     language: tuple[Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]+)*$")], ...] = Field(
         (), description="for the model card, as codes (id, ms, yue); the built-in samples know their own"
     )

@@ -1,72 +1,125 @@
-"""The browser app: name two models, and see what a merge of them would be before anything heavy starts."""
+"""The browser app: choose a pair, watch the merge run, look at its transport, try the result, push it."""
 
 from __future__ import annotations
 
+import os
+import socket
+from typing import Any
+
 import gradio as gr
 
-from tmerge.check import check
-from tmerge.errors import TmergeError
-from tmerge.models import ModelReference
-from tmerge.recipe import Recipe
+from tmerge.ui.aside import Aside
+from tmerge.ui.choose import build_choose
+from tmerge.ui.context import AppContext
+from tmerge.ui.limits import AppSettings, settings_here
+from tmerge.ui.look import build_look
+from tmerge.ui.running import build_running
+from tmerge.ui.runs import RunStore
+from tmerge.ui.style import CSS, HEAD, SHOW_RUN_IN_URL, markup, theme
 
-__all__ = ["build", "check_card"]
+__all__ = ["AppSettings", "build", "launch", "launch_options", "settings_here"]
 
-_ROWS = (
-    ("architecture", "architecture"),
-    ("parameters", "parameters"),
-    ("layers", "layers"),
-    ("width", "hidden_size"),
-    ("heads", "heads"),
-    ("licence", "licence"),
-)
+# Uploads and downloads that Gradio keeps are removed this long after they were made.
+_KEPT_FILES_SECONDS = 2 * 3600
 
 
-def check_card(target: str, source: str) -> str:
-    """`tmerge check` as Markdown, or the one line that says why not.
+def build(settings: AppSettings | None = None) -> gr.Blocks:
+    """The app, to be launched with `launch_options`.
 
     Args:
-        target: Model reference; from a browser only Hub ids and the demo models are read, never paths of this machine.
-        source: Likewise.
+        settings: What visitors may do; as `settings_here` says if None.
+
+    Returns:
+        The app; its attribute ``context`` is the `AppContext`, whose store and side process end with `close`.
     """
-    try:
-        for reference in (target.strip(), source.strip()):
-            if ModelReference.parse(reference).path is not None:
-                return f"**{_plain(reference)}** is a path; name a Hub id such as `HuggingFaceTB/SmolLM2-135M`."
-        facts = check(Recipe(target=target.strip(), source=source.strip())).to_dict()
-    except TmergeError as error:
-        return f"**{_plain(str(error))}**"
-    lines = ["| | target | source |", "|---|---|---|"]
-    for label, key in _ROWS:
-        lines.append(f"| {label} | {_plain(facts['target'][key])} | {_plain(facts['source'][key])} |")
-    for name, shapes in facts["projections"]["matched"].items():
-        lines.append(
-            f"| projection {name} | {' x '.join(map(str, shapes['target']))} | "
-            f"{' x '.join(map(str, shapes['source']))} |"
+    settings = settings or settings_here()
+    if settings.public:
+        _use_no_token_of_our_own()
+    store, aside = RunStore(settings), Aside()
+    aside.warm()
+    with gr.Blocks(
+        title="tmerge: merge language models by optimal transport",
+        analytics_enabled=False,
+        delete_cache=(600, _KEPT_FILES_SECONDS),
+        fill_width=True,
+    ) as app:
+        run_id, ended = gr.State(""), gr.State(0)
+        link = gr.Textbox(visible="hidden", label="Run", elem_id="run-link")
+        markup(
+            "<h1>tmerge</h1><p>Merge a large language model into a small one of another architecture, by optimal "
+            "transport between their activations, and see whether it helped.</p>",
+            elem_id="masthead",
         )
-    lines += ["", *(f"- {_plain(note)}" for note in facts["notes"])]
-    estimate = facts["estimate"]
-    lines.append(
-        f"\nExpected here: {estimate['seconds']:.0f} s, {estimate['memory_bytes'] / 1e9:.1f} GB of memory, "
-        f"{estimate['disk_bytes'] / 1e9:.1f} GB of disk ({_plain(estimate['assumes'])}). "
-        "Run it with `tmerge merge`."
-    )
-    return "\n".join(lines)
-
-
-def build() -> gr.Blocks:
-    """The app, to be launched."""
-    with gr.Blocks(title="tmerge") as app:
-        gr.Markdown("# tmerge\nMerge a source language model into a target of another architecture.")
-        with gr.Row():
-            target = gr.Textbox("demo:smollm2-135m-instruct", label="Target: the model that is changed")
-            source = gr.Textbox("demo:gemma-3-270m", label="Source: the model that is read")
-        button = gr.Button("Check", variant="primary")
-        result = gr.Markdown()
-        button.click(check_card, [target, source], result, api_name="check")
+        with gr.Tabs(elem_id="tabs") as tabs:
+            context = AppContext(store, settings, aside, run_id, ended, tabs)
+            with gr.Tab("Choose", id="choose", render_children=True):
+                build_choose(context)
+            with gr.Tab("Run", id="run", render_children=True):
+                build_running(context)
+            with gr.Tab("Look", id="look"):
+                build_look(context)
+        run_id.change(
+            lambda run: run, run_id, link, queue=False, show_progress="hidden", api_visibility="private"
+        ).then(None, link, None, js=SHOW_RUN_IN_URL, api_visibility="private")
+        context.load(_run_of_the_link, None, [run_id, tabs])
+    app.context = context  # type: ignore[attr-defined]
     return app
 
 
-def _plain(value: object) -> str:
-    """Text from a repo, with nothing in it that Markdown or HTML would act on."""
-    text = "not stated" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-    return "".join(f"&#{ord(letter)};" if letter in "<>&|`*_[]\"'\\" else letter for letter in text)
+def launch_options() -> dict[str, Any]:
+    """What ``Blocks.launch`` is given: looks, and nothing shared, served or recorded beyond the app itself."""
+    return {
+        "theme": theme(),
+        "css": CSS,
+        "head": HEAD,
+        "share": False,
+        "allowed_paths": [],
+        "footer_links": [],
+        "run_history": False,
+        "show_error": False,
+        "ssr_mode": False,
+        "mcp_server": False,
+        "max_file_size": settings_here().max_upload_bytes,
+    }
+
+
+def launch(port: int | None = None) -> None:
+    """Build and serve the app until it is interrupted.
+
+    Args:
+        port: To listen on; the first free one from 7860 if None.
+
+    Raises:
+        OSError: The port is taken.
+    """
+    if port is not None:
+        with socket.socket() as probe:
+            # Gradio's own words for this list what it tried; ours name the port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+    app = build()
+    try:
+        app.launch(server_port=port, **launch_options())
+    finally:
+        close(app)
+
+
+def close(app: gr.Blocks) -> None:
+    """End what an app of `build` has begun: its run, its side process, its folders."""
+    context: AppContext = app.context  # type: ignore[attr-defined]
+    context.store.close()
+    context.aside.close()
+
+
+def _run_of_the_link(request: gr.Request) -> tuple[str, Any]:
+    """A page that is opened with ``?run=ID`` looks at that run."""
+    found = str(request.query_params.get("run") or "")[:64]
+    return found, gr.Tabs(selected="run") if found else gr.skip()
+
+
+def _use_no_token_of_our_own() -> None:
+    """On a public app no visitor reads with a token that its owner has set: not here, nor in the side process."""
+    import huggingface_hub.constants
+
+    os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
+    huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import gradio as gr
+import gradio.context
 
 from tmerge.run import Run
 from tmerge.ui.aside import Aside
@@ -26,7 +29,8 @@ class AppContext:
             run is started or opened by its link; nothing but the id is kept per page.
         ended: Counts up when the run that this page looks at has ended; its ``change`` event tells the tabs that
             `finished` may now have an answer.
-        tabs: The tabs' container, for a tab that sends its visitor to another one.
+        tabs: The tabs' container, for a tab that sends its visitor to another one: ``choose``, ``run``, ``look``,
+            ``try``, ``push``.
     """
 
     store: RunStore
@@ -35,6 +39,12 @@ class AppContext:
     run_id: gr.State
     ended: gr.State
     tabs: gr.Tabs
+
+    def load(self, fn: Callable[..., Any], inputs: Any, outputs: Any, **options: Any) -> None:
+        """Call a function when a page opens, as ``Blocks.load`` does."""
+        block = gr.context.Context.root_block
+        assert block is not None, "the tabs are built within a gr.Blocks"
+        block.load(fn, inputs, outputs, **{"api_visibility": "private", "show_progress": "hidden", **options})
 
     def seen(self, run_id: str | None) -> VisitorRun | None:
         """The run of an id; None where there is none (any more)."""

@@ -21,6 +21,7 @@ __all__ = [
     "BusyError",
     "TooManyRunsError",
     "describe_limits",
+    "refuse_dataset_path",
     "refuse_large",
     "settings_here",
     "vetted",
@@ -116,7 +117,7 @@ def vetted(recipe: Recipe, settings: AppSettings) -> Recipe:
         reference = getattr(recipe, key)
         if reference is not None:
             _refuse_path(key, reference, settings, demo=key != "plan")
-    _refuse_dataset_path(recipe.calibration.dataset, settings)
+    refuse_dataset_path(recipe.calibration.dataset, settings)
     if not _DEVICE.fullmatch(recipe.device):
         raise RecipeError(f"device is {recipe.device!r}; choose auto, cpu, cuda or mps")
     if not _SHARD_SIZE.fullmatch(recipe.save.max_shard_size):
@@ -179,7 +180,12 @@ def _refuse_path(key: str, reference: str, settings: AppSettings, *, demo: bool)
         raise ModelNotFoundError(refusal)
 
 
-def _refuse_dataset_path(dataset: str, settings: AppSettings) -> None:
+def refuse_dataset_path(dataset: str, settings: AppSettings) -> None:
+    """Refuse a dataset that would be read from the server's disk.
+
+    Raises:
+        RecipeError: It is neither a Hub id, samples nor an upload.
+    """
     name = dataset.strip()
     if name.startswith((SAMPLES_PREFIX, UPLOAD_PREFIX)) or _is_below(name, settings.local_root):
         return

@@ -17,147 +17,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from tmerge.errors import Cancelled, TmergeError
 from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
-from tmerge.session import Step
 from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, BusyError, TooManyRunsError
+from tmerge.ui.visitor_run import CouplingRow, StageProgress, State, VisitorRun
 
 __all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
 
-State = Literal["waiting", "running", "done", "failed", "cancelled"]
-
-_LOG_LINES = 500
 # Seconds that a cancelled run has to stop by itself, between two steps, before it is interrupted.
 _GRACE = 1.5
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class StageProgress:
-    """How far one stage of a run is.
-
-    Attributes:
-        stage: One of `tmerge.session.STAGES`, or ``choose``.
-        what: In words: what is being done.
-        done: Units done of this piece of work.
-        total: Units in all.
-        unit: ``texts``, ``layers``, ...
-        began: When the stage began, `time.time`.
-        piece_began: When this piece of its work began.
-        ended: When the next stage began; None while it is the current one.
-    """
-
-    stage: str
-    what: str
-    done: int
-    total: int
-    unit: str
-    began: float
-    piece_began: float
-    ended: float | None = None
-
-    @property
-    def rate(self) -> float | None:
-        """Units a second, measured over this piece of work; None before there is something to measure."""
-        seconds = (self.ended or time.time()) - self.piece_began
-        return self.done / seconds if self.done and seconds > 0.2 else None
-
-    @property
-    def remaining(self) -> float | None:
-        """Seconds that this piece of work still takes at that rate."""
-        return None if self.rate is None else (self.total - self.done) / self.rate
-
-
-@dataclass(frozen=True)
-class CouplingRow:
-    """One target layer's transport costs to all source layers, as it was solved.
-
-    Attributes:
-        key: Feature, such as ``q.post``.
-        layer: Of the target.
-        costs: One for each source layer that has the feature.
-    """
-
-    key: str
-    layer: int
-    costs: tuple[float, ...]
-
-
-@dataclass
-class VisitorRun:
-    """One run, as its visitor sees it.
-
-    Attributes:
-        id: Unguessable; the link's.
-        recipe: As it was asked for, uploads under their own name.
-        folder: The run's folder, as `tmerge.run.Run` reads it; complete once `state` is ``done``.
-        visitor: Whose it is, for the limits; never shown.
-        state: Where it is.
-        stages: The stages so far, in order.
-        log: Lines so far, the last `_LOG_LINES` of them.
-        rows: Transport costs so far.
-        error: Why it failed, in one line, with the remedy.
-        fault: Whether that was a fault of ours and not something to be mended.
-        report: report.json, once it is done.
-        created, started, ended, looked_at: `time.time`.
-        version: Goes up with every change: a page that has seen it has nothing to draw.
-    """
-
-    id: str
-    recipe: Recipe
-    folder: Path
-    visitor: str
-    state: State = "waiting"
-    stages: dict[str, StageProgress] = field(default_factory=dict)
-    log: deque[str] = field(default_factory=lambda: deque(maxlen=_LOG_LINES))
-    rows: list[CouplingRow] = field(default_factory=list)
-    error: str | None = None
-    fault: bool = False
-    report: dict[str, Any] | None = None
-    created: float = field(default_factory=time.time)
-    started: float | None = None
-    ended: float | None = None
-    looked_at: float = field(default_factory=time.time)
-    version: int = 0
-    cancelling: threading.Event = field(default_factory=threading.Event)
-    _read: Recipe | None = None
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing more will happen to it."""
-        return self.state in ("done", "failed", "cancelled")
-
-    def hear(self, step: Step) -> None:
-        """Take in one step of the pipeline; raises `Cancelled` if the visitor wants it to stop."""
-        if self.cancelling.is_set():
-            raise Cancelled("stopped by its visitor")
-        now = time.time()
-        stage = self.stages.get(step.stage)
-        if stage is None:
-            for earlier in self.stages.values():
-                earlier.ended = earlier.ended or now
-            stage = self.stages[step.stage] = StageProgress(step.stage, "", 0, 1, step.unit, now, now)
-        if stage.what != step.what:
-            self.say(step.what)
-            stage.piece_began = now
-        stage.what, stage.done, stage.total, stage.unit = step.what, step.done, step.total, step.unit
-        if step.row is not None:
-            key, layer, costs = step.row
-            self.rows.append(CouplingRow(key, layer, tuple(costs.tolist())))
-        self.version += 1
-
-    def say(self, line: str) -> None:
-        """Add a line to the log."""
-        self.log.append(f"{time.strftime('%H:%M:%S')}  {line}")
-        self.version += 1
 
 
 class _Stopped(BaseException):

@@ -15,7 +15,8 @@ def escape(value: object, missing: str = "not stated") -> str:
         return missing
     # Letters that turn the direction of what follows could make one name look like another.
     text = "".join(letter for letter in str(value) if letter.isprintable() or letter in "\n\t")
-    return html.escape(text, quote=True)
+    # Gradio's HTML component fills templates of these two kinds; what a repo is called is no template.
+    return html.escape(text, quote=True).replace("{", "&#123;").replace("$", "&#36;")
 
 
 def plain_markdown(value: object) -> str:

@@ -1,0 +1,336 @@
+"""The Choose tab: two models, the texts, the settings, the recipe; and what a merge of them would be.
+
+The recipe's YAML is what counts. Every field writes into it, and every change of it writes into the fields.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from tmerge.errors import RecipeError, TmergeError
+from tmerge.models.demo import DEMO_MODELS
+from tmerge.models.reference import DEMO_PREFIX
+from tmerge.recipe import preset_names
+from tmerge.ui.cards import empty_card, limits_line, note
+from tmerge.ui.context import AppContext
+from tmerge.ui.expected import expected_cards, fit_to_run
+from tmerge.ui.form import (
+    GROUPS,
+    SETTINGS,
+    Setting,
+    form_values,
+    from_preset,
+    read_yaml,
+    recipe_of,
+    typed_value,
+    with_value,
+    write_yaml,
+)
+from tmerge.ui.limits import UPLOAD_PREFIX, vetted
+from tmerge.ui.search import HubSearch
+from tmerge.ui.style import markup
+from tmerge.ui.texts_part import KINDS, TextsPart, build_texts, look_into, shown, upload_name
+from tmerge.ui.visitor import visitor_of
+
+__all__ = ["build_choose"]
+
+_log = logging.getLogger(__name__)
+
+_DEMO = [(f"{name} (built in)", f"{DEMO_PREFIX}{name}") for name in DEMO_MODELS]
+# Nobody else is kept waiting by one visitor's typing or checking; the answers come from elsewhere anyway.
+_LIGHT: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 16}
+
+
+def build_choose(app: AppContext) -> None:
+    """Lay the tab out and wire it. Call it inside its `gr.Tab`."""
+    search = HubSearch(private=not app.settings.public)
+    begin = from_preset("demo")
+    good = gr.State(begin)
+    upload = gr.State(None)
+
+    with gr.Row(equal_height=False):
+        target = _model_field("target", "Target: the model that is changed", begin)
+        source = _model_field("source", "Source: the model that is read", begin)
+    hub_line = markup(note(""), elem_id="hub-line")
+    with gr.Row(equal_height=False):
+        preset = gr.Dropdown(
+            preset_names(), value="demo", label="Preset", info="The paper's pairs and settings, or the built-in demo"
+        )
+        demo = gr.Button("Use the built-in demo pair", elem_id="use-demo", scale=0, min_width=230)
+    texts = build_texts(search, app.settings)
+    markup("<h2>What this merge would be</h2>", elem_classes="section")
+    expected = markup(
+        empty_card("Checking the two models", "from their configs alone; nothing heavy starts before you say so"),
+        elem_id="expected",
+    )
+    fields: list[Any] = []
+    with gr.Accordion("Advanced settings", open=False, elem_id="advanced"):
+        for group, settings in GROUPS.items():
+            markup(f"<h3>{group}</h3>")
+            for first in range(0, len(settings), 3):
+                with gr.Row(equal_height=False):
+                    fields += [_field(setting, begin) for setting in settings[first : first + 3]]
+    with gr.Accordion("Recipe (YAML)", open=False, elem_id="recipe"):
+        code = gr.Code(
+            write_yaml(begin),
+            language="yaml",
+            label="The recipe that will run; edit it here or in the form",
+            lines=10,
+            max_lines=30,
+            interactive=True,
+            show_line_numbers=False,
+            buttons=["copy", "download"],
+            elem_id="recipe-yaml",
+        )
+        take = gr.UploadButton(
+            "Upload a recipe", file_types=[".yaml", ".yml"], size="sm", elem_id="upload-recipe", variant="secondary"
+        )
+    problem = markup(note(""), elem_id="problem")
+    start = gr.Button("Start the merge", variant="primary", size="lg", elem_id="start")
+    markup(limits_line(app.settings))
+
+    # Everything that a change of the recipe writes into.
+    written: list[Any] = [target, source, *texts.fields, *fields]
+
+    def fill(data: Mapping[str, Any]) -> list[Any]:
+        return [str(data.get("target") or ""), str(data.get("source") or ""), *shown(data), *form_values(data)]
+
+    def complaint(data: Mapping[str, Any], uploaded: str | None) -> str:
+        try:
+            _ready(app, data, uploaded)
+        except TmergeError as error:
+            return note(str(error), bad=True)
+        return note("")
+
+    def replaced(data: dict[str, Any], uploaded: str | None) -> list[Any]:
+        return [write_yaml(data), data, complaint(data, uploaded), *fill(data)]
+
+    def edited(text: str, before: dict[str, Any], uploaded: str | None) -> list[Any]:
+        try:
+            data = read_yaml(text or "")
+        except TmergeError as error:
+            return [gr.skip(), note(str(error), bad=True), *(gr.skip() for _ in written)]
+        return [data, complaint(data, uploaded), *(fill(data) if data != before else (gr.skip() for _ in written))]
+
+    def writer(key: str, read: Callable[[Any], Any] = lambda value: value) -> Callable[..., list[Any]]:
+        """A field's change, written into the recipe."""
+
+        def write(value: Any, data: dict[str, Any], uploaded: str | None) -> list[Any]:
+            try:
+                changed = with_value(data, key, read(value))
+            except TmergeError as error:
+                return [gr.skip(), gr.skip(), note(str(error), bad=True)]
+            return [write_yaml(changed), changed, complaint(changed, uploaded)]
+
+        return write
+
+    state, into = [good, upload], [code, good, problem]
+    for field, key in ((target, "target"), (source, "source")):
+        gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **_quiet())
+        field.key_up(_finder(search), None, [field, hub_line], trigger_mode="always_last", **_quiet())
+    for setting, field in zip(SETTINGS, fields, strict=True):
+        field.input(
+            writer(setting.key, _reader(setting)), [field, *state], into, trigger_mode="always_last", **_quiet()
+        )
+    for field, key in (
+        (texts.dataset, "calibration.dataset"),
+        (texts.config, "calibration.config"),
+        (texts.split, "calibration.split"),
+        (texts.column, "calibration.column"),
+    ):
+        gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **_quiet())
+    _wire_kinds(texts, upload, good, into, complaint)
+
+    code.input(edited, [code, good, upload], [good, problem, *written], trigger_mode="always_last", **_quiet())
+    everything = [code, good, problem, *written]
+    demo.click(
+        lambda uploaded: ["demo", *replaced(from_preset("demo"), uploaded)], upload, [preset, *everything], **_quiet()
+    )
+    preset.input(lambda name, uploaded: replaced(from_preset(name), uploaded), [preset, upload], everything, **_quiet())
+
+    def taken(path: str, uploaded: str | None) -> list[Any]:
+        try:
+            with Path(path).open(encoding="utf-8") as file:
+                data = read_yaml(file.read(50_000))
+        except (TmergeError, OSError, UnicodeDecodeError) as error:
+            line = str(error) if isinstance(error, TmergeError) else "the file is not UTF-8 text"
+            return [gr.skip(), gr.skip(), note(line, bad=True), *(gr.skip() for _ in written)]
+        return replaced(data, uploaded)
+
+    take.upload(taken, [take, upload], everything, **_quiet())
+
+    # What is expected follows the recipe, whoever changed it; while it is asked for, the old answer stays.
+    gr.on(
+        [good.change],
+        lambda data, uploaded: expected_cards(app, data, uploaded),
+        [good, upload],
+        expected,
+        trigger_mode="always_last",
+        show_progress="minimal",
+        **_LIGHT,
+    )
+    gr.on(
+        [good.change, upload.change],
+        lambda data, uploaded: _looked(app, data, uploaded),
+        [good, upload],
+        [texts.found, texts.config, texts.split, texts.column],
+        trigger_mode="always_last",
+        **_quiet(),
+    )
+
+    def begin_run(data: dict[str, Any], text: str, uploaded: str | None, request: gr.Request) -> tuple[Any, ...]:
+        try:
+            if read_yaml(text or "") != data:
+                raise RecipeError("the recipe has just been changed; press Start again")
+            recipe = _ready(app, data, uploaded)
+            fit_to_run(app, recipe, uploaded)
+            run_id = app.store.start(recipe, visitor_of(request), Path(uploaded) if uploaded else None)
+        except TmergeError as error:
+            return gr.skip(), gr.skip(), note(str(error), bad=True)
+        except RuntimeError:
+            _log.exception("a run could not be started")
+            return gr.skip(), gr.skip(), note("a fault of ours; the server's log has it", bad=True)
+        return run_id, gr.Tabs(selected="run"), note("")
+
+    start.click(
+        begin_run,
+        [good, code, upload],
+        [app.run_id, app.tabs, problem],
+        show_progress="minimal",
+        show_progress_on=start,
+        trigger_mode="once",
+        **_LIGHT,
+    )
+    app.load(lambda data, uploaded: expected_cards(app, data, uploaded), [good, upload], expected)
+
+
+def _ready(app: AppContext, data: Mapping[str, Any], upload: str | None) -> Any:
+    """The recipe of the form's mapping, if it may run here.
+
+    Raises:
+        TmergeError: Why not.
+    """
+    dataset = _dataset_of(data)
+    if dataset == "":
+        raise RecipeError("name a Hub dataset, or choose the built-in samples")
+    recipe = vetted(recipe_of(data), app.settings)
+    if dataset is not None and dataset.startswith(UPLOAD_PREFIX):
+        name = dataset.removeprefix(UPLOAD_PREFIX)
+        if not name:
+            raise RecipeError("upload a file with the calibration texts, or choose the built-in samples")
+        if upload is None or upload_name(upload) != name:
+            raise RecipeError(f"the recipe reads {name}, which this page does not have: upload it again")
+    return recipe
+
+
+def _dataset_of(data: Mapping[str, Any]) -> str | None:
+    section = data.get("calibration")
+    dataset = section.get("dataset") if isinstance(section, dict) else None
+    return dataset if isinstance(dataset, str) else None
+
+
+def _looked(app: AppContext, data: Mapping[str, Any], upload: str | None) -> list[Any]:
+    line, offered = look_into(app.aside, app.settings, data, upload)
+    return [line, *offered]
+
+
+def _wire_kinds(texts: TextsPart, upload: gr.State, good: gr.State, into: list[Any], complaint: Any) -> None:
+    """Samples, Hub dataset or upload: each choice writes the recipe's dataset."""
+
+    def changed(data: dict[str, Any], dataset: str, uploaded: str | None) -> list[Any]:
+        section = data.get("calibration")
+        kept = {k: v for k, v in (section if isinstance(section, dict) else {}).items() if k not in _OF_A_DATASET}
+        data = {**data, "calibration": {"dataset": dataset, **kept}}
+        return [write_yaml(data), data, complaint(data, uploaded)]
+
+    def chosen(kind: str, language: str | None, dataset: str | None, data: dict[str, Any], uploaded: str | None) -> Any:
+        named = {
+            KINDS[0]: f"samples:{language or 'english'}",
+            KINDS[1]: dataset or "",
+            KINDS[2]: UPLOAD_PREFIX + (upload_name(uploaded) if uploaded else ""),
+        }[kind]
+        written = changed(data, named, uploaded)
+        return [*written, *shown(written[1])]
+
+    texts.kind.input(
+        chosen, [texts.kind, texts.language, texts.dataset, good, upload], [*into, *texts.fields], **_quiet()
+    )
+    texts.language.input(
+        lambda language, data, uploaded: changed(data, f"samples:{language}", uploaded),
+        [texts.language, good, upload],
+        into,
+        **_quiet(),
+    )
+
+    def uploaded_file(path: str | None, data: dict[str, Any]) -> list[Any]:
+        try:
+            name = upload_name(path) if path else ""
+        except TmergeError as error:
+            return [None, gr.skip(), gr.skip(), note(str(error), bad=True)]
+        return [path, *changed(data, UPLOAD_PREFIX + name, path)]
+
+    gr.on([texts.file.upload, texts.file.clear], uploaded_file, [texts.file, good], [upload, *into], **_quiet())
+
+
+_OF_A_DATASET = ("dataset", "config", "split", "column")
+
+
+def _quiet() -> dict[str, Any]:
+    return {"show_progress": "hidden", **_LIGHT}
+
+
+def _stripped(value: Any) -> str:
+    return str(value or "").strip()
+
+
+def _reader(setting: Setting) -> Callable[[Any], Any]:
+    return lambda value: typed_value(setting, value)
+
+
+def _finder(search: HubSearch) -> Callable[[gr.KeyUpData], Any]:
+    def find(event: gr.KeyUpData) -> Any:
+        typed = str(event.input_value or "")
+        names, line = search.find("model", typed)
+        offered = [*_DEMO, *((name, name) for name in names)]
+        return gr.Dropdown(choices=offered), note(line)
+
+    return find
+
+
+def _model_field(role: str, label: str, begin: Mapping[str, Any]) -> gr.Dropdown:
+    return gr.Dropdown(
+        _DEMO,
+        value=begin[role],
+        label=label,
+        info="Type to search the Hub: user/name, or user/name@revision",
+        allow_custom_value=True,
+        filterable=True,
+        elem_id=f"{role}-model",
+        min_width=280,
+    )
+
+
+def _field(setting: Setting, begin: Mapping[str, Any]) -> Any:
+    value = form_values(begin)[SETTINGS.index(setting)]
+    shared: dict[str, Any] = {
+        "label": setting.label,
+        "info": setting.description,
+        "elem_id": f"set-{setting.key.replace('.', '-')}",
+        "min_width": 220,
+    }
+    if setting.kind == "choice":
+        return gr.Dropdown(list(setting.choices), value=value, **shared)
+    if setting.kind == "several":
+        return gr.CheckboxGroup(list(setting.choices), value=value, **shared)
+    if setting.kind == "switch":
+        return gr.Checkbox(value, **shared)
+    if setting.kind == "whole":
+        return gr.Number(value, precision=0, **shared)
+    if setting.kind == "number":
+        return gr.Number(value, step=0.01, **shared)
+    return gr.Textbox(value, max_lines=1, **shared)

@@ -1,0 +1,85 @@
+"""What a merge of the chosen pair would be: `tmerge check`, asked in the side process, as cards."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from tmerge.check import check
+from tmerge.errors import TmergeError
+from tmerge.recipe import Recipe
+from tmerge.ui.cards import check_cards, empty_card, error_card
+from tmerge.ui.context import AppContext
+from tmerge.ui.form import recipe_of
+from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, refuse_large, vetted
+
+__all__ = ["expected_cards", "fit_to_run"]
+
+_log = logging.getLogger(__name__)
+
+_KEPT_SECONDS = 120
+_kept: OrderedDict[str, tuple[float, dict[str, Any]]] = OrderedDict()
+_lock = threading.Lock()
+
+
+def expected_cards(app: AppContext, data: Mapping[str, Any], upload: str | None) -> str:
+    """The check's cards for the form's mapping, or a card that says why there are none."""
+    roles = [role for role in ("target", "source") if not data.get(role)]
+    if roles:
+        return empty_card("What this merge would be", f"Name a {' and a '.join(roles)} model to see it.")
+    try:
+        facts = _checked(app, vetted(_readable(recipe_of(data)), app.settings))
+    except TmergeError as error:
+        return error_card("This cannot be merged yet", str(error))
+    except RuntimeError:
+        _log.exception("a check failed")
+        return error_card("A fault of ours", "the check failed; the server's log has it")
+    return check_cards(facts, facts["refused"])
+
+
+def fit_to_run(app: AppContext, recipe: Recipe, upload: str | None) -> None:
+    """Refuse a run that is too large for this app.
+
+    Raises:
+        TmergeError: Why.
+    """
+    refused = _checked(app, _readable(recipe))["refused"]
+    if refused:
+        raise TmergeError(refused)
+
+
+def _readable(recipe: Recipe) -> Recipe:
+    """The recipe as `check` reads it: it knows no uploads, and asks a dataset for nothing but whether it is samples."""
+    if not recipe.calibration.dataset.startswith(UPLOAD_PREFIX):
+        return recipe
+    calibration = recipe.calibration.model_copy(update={"dataset": "uploaded/texts"})
+    return recipe.model_copy(update={"calibration": calibration})
+
+
+def _checked(app: AppContext, recipe: Recipe) -> dict[str, Any]:
+    key = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
+    with _lock:
+        if key in _kept and time.monotonic() - _kept[key][0] < _KEPT_SECONDS:
+            return _kept[key][1]
+    facts = app.aside.ask(_check, recipe, app.settings)
+    with _lock:
+        _kept[key] = (time.monotonic(), facts)
+        while len(_kept) > 100:
+            _kept.popitem(last=False)
+    return facts
+
+
+def _check(recipe: Recipe, settings: AppSettings) -> dict[str, Any]:
+    """In the side process."""
+    found = check(recipe)
+    try:
+        refuse_large(found, settings)
+        refused = None
+    except TmergeError as error:
+        refused = str(error)
+    return found.to_dict() | {"refused": refused}

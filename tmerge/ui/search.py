@@ -1,0 +1,154 @@
+"""Repos found as a visitor types, and what a dataset holds. Both only read what is public, or the visitor's own."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from tmerge.calibration.columns import Column, choose_column
+from tmerge.calibration.files import read_file
+from tmerge.errors import DatasetError
+
+__all__ = ["DatasetFacts", "HubSearch", "dataset_facts", "file_facts"]
+
+# The HTTP library under the Hub's client has changed before: its error class is taken from where it is sure to be.
+_TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
+
+_FOUND = 12
+_KEPT_SECONDS = 300
+# After the Hub could not be reached, it is not asked again for so long: a visitor's typing should not wait for it.
+_PAUSE_SECONDS = 20
+_EXAMPLES = 20
+_PREVIEW = 240
+
+
+class HubSearch:
+    """Names of repos that match what is typed, most downloaded first; answers are kept for a few minutes.
+
+    Args:
+        private: Whether the machine's own token is used, and its owner's private repos are found too.
+    """
+
+    def __init__(self, private: bool) -> None:
+        self._token = None if private else False
+        self._kept: OrderedDict[tuple[str, str], tuple[float, list[str]]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._unreachable_until = 0.0
+
+    def find(self, kind: Literal["model", "dataset"], typed: str) -> tuple[list[str], str]:
+        """Repo ids, and one line where the Hub cannot be asked (empty where it can)."""
+        typed = typed.strip()[:80]
+        key, now = (kind, typed.lower()), time.monotonic()
+        with self._lock:
+            if key in self._kept and now - self._kept[key][0] < _KEPT_SECONDS:
+                return self._kept[key][1], ""
+            if now < self._unreachable_until:
+                return [], _UNREACHABLE
+        try:
+            found = self._search(kind, typed)
+        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, _TransportError, OSError):
+            with self._lock:
+                self._unreachable_until = time.monotonic() + _PAUSE_SECONDS
+            return [], _UNREACHABLE
+        with self._lock:
+            self._kept[key] = (now, found)
+            while len(self._kept) > 500:
+                self._kept.popitem(last=False)
+        return found, ""
+
+    def _search(self, kind: Literal["model", "dataset"], typed: str) -> list[str]:
+        api = HfApi(token=self._token)
+        if kind == "dataset":
+            return [found.id for found in api.list_datasets(search=typed, sort="downloads", limit=_FOUND)]
+        options: dict[str, Any] = {"pipeline_tag": "text-generation", "filter": "safetensors"}
+        return [found.id for found in api.list_models(search=typed, sort="downloads", limit=_FOUND, **options)]
+
+
+_UNREACHABLE = (
+    "The Hub cannot be reached, so nothing is searched. Names can still be typed in full, and the built-in demo pair "
+    "and sample texts need no network."
+)
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What a calibration set holds, from its first rows.
+
+    Attributes:
+        columns: All of them.
+        column: The one (or several, joined by +) that holds the text; "" where it is for the visitor to say.
+        why: Why no column was found.
+        example: The first text, cut.
+        configs: Configurations of a Hub dataset.
+        splits: Splits of the configuration.
+    """
+
+    columns: list[str]
+    column: str
+    why: str = ""
+    example: str = ""
+    configs: list[str] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)
+
+
+def file_facts(path: str, name: str, wanted: str | None) -> DatasetFacts:
+    """What an uploaded file holds; it is read as data, by its suffix, and nothing in it is run.
+
+    Raises:
+        DatasetError: It cannot be read, with the line that is wrong.
+    """
+    rows = list(itertools.islice(read_file(Path(path)), _EXAMPLES))
+    if not rows:
+        raise DatasetError(f"{name!r} is empty; upload a file with a text in each row")
+    return _facts(rows, tuple(dict.fromkeys(key for row in rows for key in row)), name, wanted)
+
+
+def dataset_facts(repo: str, config: str | None, split: str, wanted: str | None) -> DatasetFacts:
+    """What a Hub dataset holds: its configurations and splits, its columns and the one that holds the text.
+
+    Raises:
+        DatasetError: No such dataset, or it cannot be read.
+    """
+    import datasets
+
+    from tmerge.calibration.remote import open_remote
+
+    name, _, revision = repo.partition("@")
+    configs: list[str] = []
+    splits: list[str] = []
+    try:
+        configs = datasets.get_dataset_config_names(name, revision=revision or None)
+        chosen = config or (configs[0] if len(configs) == 1 else None)
+        if chosen is not None:
+            splits = datasets.get_dataset_split_names(name, chosen, revision=revision or None)
+    except (datasets.exceptions.DatasetsError, HfHubHTTPError, _TransportError, OSError, ValueError, RuntimeError):
+        pass  # `open_remote` says what is wrong, in our words
+    if config is None and len(configs) > 1:
+        return DatasetFacts([], "", "choose a configuration first", "", configs, [])
+    if splits and split not in splits:
+        return DatasetFacts([], "", f"there is no split {split!r}; choose one", "", configs, splits)
+    remote = open_remote(repo, config, split, seed=0, buffer=_EXAMPLES)
+    rows = list(itertools.islice(iter(remote), _EXAMPLES))
+    if not rows:
+        raise DatasetError(f"dataset {repo!r} has no rows in this split; choose another")
+    columns = remote.columns or tuple(dict.fromkeys(key for row in rows for key in row))
+    found = _facts(rows, columns, repo, wanted)
+    return DatasetFacts(found.columns, found.column, found.why, found.example, configs, splits)
+
+
+def _facts(rows: list[dict[str, Any]], columns: tuple[str, ...], name: str, wanted: str | None) -> DatasetFacts:
+    try:
+        column: Column | None = choose_column(wanted or None, columns, rows, repr(name))
+        why = ""
+    except DatasetError as error:
+        column, why = None, str(error)
+    shown = "" if column is None else str(rows[0].get(column.names[0]) or "").strip()[:_PREVIEW]
+    return DatasetFacts([str(one) for one in columns][:200], "" if column is None else str(column), why, shown)

@@ -1,0 +1,203 @@
+"""The part of the Choose tab that names the calibration texts: built-in samples, a Hub dataset, or an upload."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from tmerge.calibration import SAMPLES_PREFIX, sample_languages
+from tmerge.calibration.files import FILE_SUFFIXES
+from tmerge.errors import DatasetError, TmergeError
+from tmerge.ui.aside import Aside
+from tmerge.ui.cards import note
+from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, refuse_dataset_path
+from tmerge.ui.safe import bytes_words, escape
+from tmerge.ui.search import DatasetFacts, HubSearch, dataset_facts, file_facts
+from tmerge.ui.style import markup
+
+__all__ = ["KINDS", "TextsPart", "build_texts", "kind_of", "upload_name"]
+
+KINDS = ("Built-in samples", "Hub dataset", "Upload")
+_SAMPLES, _HUB, _UPLOAD = KINDS
+
+
+@dataclass(frozen=True)
+class TextsPart:
+    """The components, which `tmerge.ui.choose` keeps in step with the recipe."""
+
+    kind: gr.Radio
+    language: gr.Dropdown
+    dataset: gr.Dropdown
+    config: gr.Dropdown
+    split: gr.Dropdown
+    column: gr.Dropdown
+    file: gr.File
+    hub_rows: gr.Group
+    upload_rows: gr.Group
+    found: gr.HTML
+
+    @property
+    def fields(self) -> list[Any]:
+        """Those that `shown` gives values for, in its order."""
+        return [
+            self.kind,
+            self.language,
+            self.dataset,
+            self.config,
+            self.split,
+            self.column,
+            self.hub_rows,
+            self.upload_rows,
+        ]
+
+
+def build_texts(search: HubSearch, settings: AppSettings) -> TextsPart:
+    """Lay the part out; what its fields do to the recipe is wired by the caller."""
+    kind = gr.Radio(
+        KINDS,
+        value=_SAMPLES,
+        label="Calibration texts",
+        info="Both models read them; what their activations have in common on them is the transport",
+    )
+    language = gr.Dropdown(
+        [(name.capitalize(), name) for name in sample_languages()],
+        value="indonesian",
+        label="Language of the samples",
+        info="A thousand sentences that come with tmerge",
+    )
+    with gr.Group(visible=False) as hub_rows, gr.Row():
+        dataset = gr.Dropdown(
+            [], value=None, label="Hub dataset", info="Type to search", allow_custom_value=True, min_width=240
+        )
+        config = gr.Dropdown(
+            [], value=None, label="Configuration", info="Where it has several", allow_custom_value=True, min_width=120
+        )
+        split = gr.Dropdown(
+            ["train"], value="train", label="Split", info="Part of it", allow_custom_value=True, min_width=120
+        )
+    most = bytes_words(settings.max_upload_bytes)
+    with gr.Group(visible=False) as upload_rows:
+        file = gr.File(
+            file_types=list(FILE_SUFFIXES),
+            label=f"Upload texts: {', '.join(FILE_SUFFIXES)} of at most {most}, UTF-8",
+            height=120,
+        )
+    column = gr.Dropdown(
+        [],
+        value=None,
+        label="Text column",
+        info="Found by itself where there is no doubt; several are joined as a+b",
+        allow_custom_value=True,
+        visible=False,
+    )
+    found = markup(note(""), elem_id="texts-found")
+    hub_line = markup(note(""), visible=False, elem_id="dataset-search")
+
+    def offer(event: gr.KeyUpData) -> Any:
+        names, line = search.find("dataset", event.input_value)
+        return gr.Dropdown(choices=[(name, name) for name in names]), gr.HTML(note(line), visible=bool(line))
+
+    dataset.key_up(
+        offer,
+        None,
+        [dataset, hub_line],
+        show_progress="hidden",
+        trigger_mode="always_last",
+        concurrency_limit=8,
+        api_visibility="private",
+    )
+    return TextsPart(kind, language, dataset, config, split, column, file, hub_rows, upload_rows, found)
+
+
+def kind_of(dataset: str) -> str:
+    """Which of `KINDS` a recipe's dataset is."""
+    if dataset.startswith(SAMPLES_PREFIX):
+        return _SAMPLES
+    return _UPLOAD if dataset.startswith(UPLOAD_PREFIX) else _HUB
+
+
+def shown(data: Mapping[str, Any]) -> list[Any]:
+    """What the part's `fields` show for a recipe's mapping."""
+    section = data.get("calibration")
+    section = section if isinstance(section, dict) else {}
+    dataset = str(section.get("dataset") or "samples:english")
+    kind = kind_of(dataset)
+    language = dataset.removeprefix(SAMPLES_PREFIX) if kind == _SAMPLES else None
+    known = language in sample_languages()
+    words = {key: str(section[key]) if section.get(key) else None for key in ("config", "split", "column")}
+    return [
+        kind,
+        gr.Dropdown(value=language if known else None, visible=kind == _SAMPLES),
+        dataset if kind == _HUB else None,
+        words["config"],
+        words["split"] or "train",
+        gr.Dropdown(value=words["column"], visible=kind != _SAMPLES),
+        gr.Group(visible=kind == _HUB),
+        gr.Group(visible=kind == _UPLOAD),
+    ]
+
+
+def upload_name(path: str) -> str:
+    """A file's own name with nothing in it that a path, YAML or a page would act on.
+
+    Raises:
+        DatasetError: It is not a kind of file that is read.
+    """
+    name = Path(path).name
+    stem, suffix = Path(name).stem, Path(name).suffix.lower()
+    if suffix not in FILE_SUFFIXES:
+        raise DatasetError(f"{name!r} is not a kind of file that is read; upload {', '.join(FILE_SUFFIXES)}")
+    return (re.sub(r"[^\w.-]+", "-", stem).strip("-.")[:60] or "texts") + suffix
+
+
+def look_into(
+    aside: Aside, settings: AppSettings, data: Mapping[str, Any], upload: str | None
+) -> tuple[str, list[Any]]:
+    """What the texts hold, as a line, and updates of configuration, split and column.
+
+    Args:
+        aside: Where the rows are read.
+        settings: Whether paths are refused.
+        data: The recipe's mapping.
+        upload: Path of the uploaded file.
+    """
+    same = [gr.skip(), gr.skip(), gr.skip()]
+    section = data.get("calibration")
+    section = section if isinstance(section, dict) else {}
+    dataset = str(section.get("dataset") or "samples:english")
+    words = {key: str(section[key]) if section.get(key) else None for key in ("config", "split", "column")}
+    kind = kind_of(dataset)
+    if kind == _SAMPLES:
+        return note(""), same
+    try:
+        if kind == _UPLOAD:
+            name = dataset.removeprefix(UPLOAD_PREFIX)
+            if upload is None or upload_name(upload) != name:
+                return note(f"Upload {name} again: the recipe names it, and this page does not have it", bad=True), same
+            facts = aside.ask(file_facts, upload, name, words["column"])
+        else:
+            refuse_dataset_path(dataset, settings)
+            facts = aside.ask(dataset_facts, dataset, words["config"], words["split"] or "train", words["column"])
+    except TmergeError as error:
+        return note(str(error), bad=True), same
+    offered = [
+        gr.Dropdown(choices=facts.configs),
+        gr.Dropdown(choices=facts.splits or ["train"]),
+        gr.Dropdown(choices=facts.columns),
+    ]
+    return _found_line(facts), offered
+
+
+def _found_line(facts: DatasetFacts) -> str:
+    if not facts.column:
+        return note(facts.why, bad=True)
+    columns = ", ".join(facts.columns[:12])
+    begins = f" \u2013 begins: \u201c{escape(facts.example)}\u201d" if facts.example else ""
+    return (
+        f'<p class="note" role="status">Text column: <b>{escape(facts.column)}</b> (of {escape(columns)}){begins}</p>'
+    )
