@@ -1,0 +1,211 @@
+"""The Try tab: one prompt to the target, the fused model and the source, beside the scores that count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gradio as gr
+
+from tmerge.errors import TmergeError
+from tmerge.plots.words import score_rows
+from tmerge.report import summary
+from tmerge.ui.context import AppContext
+from tmerge.ui.prompts import offered_prompts
+from tmerge.ui.safe import escape
+from tmerge.ui.speaking import MOST_CHARACTERS, MOST_TOKENS, ROLES, Question, Said, Speaker
+
+__all__ = ["build_try"]
+
+_NOTHING = (
+    '<p class="tm-empty">Nothing to try yet. When a merge has finished, the target, the fused model and the source '
+    "answer your prompts here, side by side.</p>"
+)
+_GONE = "This run is gone or not finished; start it again, or open its link."
+_LABELS = {"target": "Target, unchanged", "fused": "Fused", "source": "Source"}
+_PROMPTS = 4
+_STYLE = """
+.html-container:has(> &) { padding: 0; }
+.tm-mine { margin: 0; font-size: .875rem; font-variant-numeric: tabular-nums; color: var(--body-text-color); }
+.tm-note { margin: 0; min-height: 1.5em; font-size: .875rem; overflow-wrap: anywhere;
+  color: color-mix(in srgb, var(--body-text-color) 74%, transparent); }
+.tm-note.tm-failed { color: var(--error-text-color, #b84a00); }
+.tm-scores { overflow-x: auto; color: var(--body-text-color); }
+.tm-scores p { margin: 0 0 8px; max-width: 90ch; overflow-wrap: anywhere; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 5px 20px 5px 0; vertical-align: top; font-weight: 400;
+  border-bottom: 1px solid var(--border-color-primary); }
+thead th { font-weight: 600; }
+small { display: block; color: color-mix(in srgb, var(--body-text-color) 74%, transparent); }
+"""
+
+
+def build_try(app: AppContext) -> None:
+    """Fill the tab; it follows the run that the page looks at."""
+    speaker = Speaker(app.store)
+    nothing = gr.HTML(_NOTHING, elem_id="try-nothing")
+    with gr.Column(visible=False, elem_id="try") as body:
+        prompt = gr.Textbox(
+            label="Prompt",
+            lines=3,
+            max_lines=12,
+            max_length=MOST_CHARACTERS,
+            placeholder="What would you ask the three models?",
+            elem_id="try-prompt",
+        )
+        with gr.Row(elem_id="try-offered"):
+            offered = [gr.Button("", size="sm", min_width=140) for _ in range(_PROMPTS)]
+        with gr.Accordion("How they answer", open=False):
+            with gr.Row():
+                tokens = gr.Slider(
+                    8, MOST_TOKENS, 64, step=8, label="Most new tokens", elem_id="try-tokens", min_width=200
+                )
+                temperature = gr.Slider(
+                    0, 2, 0, step=0.1, label="Temperature (0: the likeliest token)", elem_id="try-heat", min_width=200
+                )
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="try-seed", min_width=120)
+            chat = gr.Checkbox(True, label="Use a model's chat template, where it has one", elem_id="try-chat")
+        with gr.Row():
+            go = gr.Button("Ask all three", variant="primary", elem_id="try-go", min_width=160)
+            stop = gr.Button("Stop", interactive=False, elem_id="try-stop", min_width=120)
+        fault = gr.HTML(elem_id="try-fault", css_template=_STYLE, apply_default_css=False)
+        answers: dict[str, gr.Textbox] = {}
+        own: dict[str, gr.HTML] = {}
+        notes: dict[str, gr.HTML] = {}
+        with gr.Row(equal_height=False):
+            for role in ROLES:
+                with gr.Column(min_width=280):
+                    answers[role] = gr.Textbox(
+                        label=_LABELS[role],
+                        lines=9,
+                        max_lines=9,
+                        interactive=False,
+                        buttons=["copy"],
+                        elem_id=f"try-{role}",
+                    )
+                    own[role] = gr.HTML(elem_id=f"try-{role}-score", css_template=_STYLE, apply_default_css=False)
+                    notes[role] = gr.HTML(
+                        _note(Said(note="")),
+                        elem_id=f"try-{role}-note",
+                        css_template=_STYLE,
+                        apply_default_css=False,
+                    )
+        gr.Markdown("## What the held-out texts say")
+        score = gr.HTML(elem_id="try-scores", css_template=_STYLE, apply_default_css=False)
+    pairs = [part for role in ROLES for part in (answers[role], notes[role])]
+    silent = ["", _note(Said(note=""))] * len(ROLES)
+
+    def fill(run_id: str) -> list[Any]:
+        """All of the tab, for the run that is looked at now."""
+        run = app.finished(run_id)
+        try:
+            report = None if run is None else run.report()
+        except TmergeError:
+            report = None
+        if report is None:
+            kept = [gr.skip()] * (_PROMPTS + len(ROLES))
+            return [gr.update(visible=True), gr.update(visible=False), "", *kept, "", *silent]
+        prompts = offered_prompts(report["calibration"]["dataset"])
+        return [
+            gr.update(visible=False),
+            gr.update(visible=True),
+            _scores(report),
+            *(gr.update(value=text) for text in prompts),
+            *(_own_score(report, role) for role in ROLES),
+            "",
+            *silent,
+        ]
+
+    everything = [nothing, body, score, *offered, *own.values(), fault, *pairs]
+    for event in (app.run_id.change, app.ended.change):
+        event(fill, [app.run_id], everything, show_progress="hidden", api_visibility="private")
+    for button in offered:
+        button.click(lambda text: text, [button], [prompt], show_progress="hidden", api_visibility="private")
+
+    def ask(
+        run_id: str, text: str, most: float, heat: float, number: float, template: bool, request: gr.Request
+    ) -> Iterator[list[Any]]:
+        """The three answers as they come."""
+        run = app.finished(run_id)
+        if run is None:
+            yield [_fault(_GONE), gr.update(interactive=True), gr.update(interactive=False), *silent]
+            return
+        said = {role: Said() for role in ROLES}
+        try:
+            question = Question(text or "", bool(template), int(most), float(heat), int(number or 0)).checked()
+            for said in speaker.ask(str(request.session_hash), run.recipe(), run.folder, question):
+                yield ["", gr.update(interactive=False), gr.update(interactive=True), *_shown(said)]
+        except (TmergeError, TypeError, ValueError, OverflowError) as error:
+            line = str(error) if isinstance(error, TmergeError) else "the settings are no numbers that can be used"
+            yield [_fault(line), gr.update(interactive=True), gr.update(interactive=False), *silent]
+            return
+        yield ["", gr.update(interactive=True), gr.update(interactive=False), *_shown(said)]
+
+    asking = [app.run_id, prompt, tokens, temperature, seed, chat]
+    for event in (go.click, prompt.submit):
+        event(
+            ask,
+            asking,
+            [fault, go, stop, *pairs],
+            show_progress="hidden",
+            concurrency_limit=1,
+            concurrency_id="try",
+            api_visibility="private",
+        )
+
+    def hush(request: gr.Request) -> None:
+        """Stop this page's answers."""
+        speaker.stop(str(request.session_hash))
+
+    stop.click(hush, None, None, queue=False, show_progress="hidden", api_visibility="private")
+
+
+def _shown(said: Mapping[str, Said]) -> list[str]:
+    return [part for role in ROLES for part in (_printable(said[role].text), _note(said[role]))]
+
+
+def _printable(text: str) -> str:
+    """A model's text without control characters, which move the cursor or turn the direction of writing."""
+    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
+
+
+def _note(said: Said) -> str:
+    failed = " tm-failed" if said.state == "failed" else ""
+    return f'<p class="tm-note{failed}" role="status">{escape(said.note)}</p>'
+
+
+def _fault(line: str) -> str:
+    return f'<p class="tm-note tm-failed" role="alert">{escape(line)}</p>'
+
+
+def _scores(report: Mapping[str, Any]) -> str:
+    """The verdict with its interval, and every model's held-out score."""
+    cells = "".join(
+        f'<tr><th scope="row">{_cell(name)}</th><td>{_cell(score)}</td><td>{_cell(change)}</td></tr>'
+        for name, score, change in score_rows(report)
+    )
+    heads = ("model", "bits per byte, 95 % interval", "difference to the target, 95 % interval")
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    texts = report["evaluation"]["texts"]
+    return (
+        f'<div class="tm-scores"><p><strong>{escape(summary(report))}</strong></p>'
+        f"<p>A few answers show what a model is like, not whether it is better: that is what these {texts} texts say, "
+        "none of which was read to calibrate the merge.</p>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>"
+    )
+
+
+def _own_score(report: Mapping[str, Any], role: str) -> str:
+    """One model's held-out score, to stand beside what it says."""
+    evaluation = report["evaluation"]
+    line = f"held out: {evaluation['base' if role == 'target' else role]['value']:.4f} bits per byte"
+    if role == "fused":
+        change = evaluation["difference"]
+        low, high = change["ci95"]
+        line += f", {change['value']:+.4f} [{low:+.4f}, {high:+.4f}] to the target: {report['verdict']}"
+    return f'<p class="tm-mine">{escape(line)}</p>'
+
+
+def _cell(text: str) -> str:
+    first, _, second = text.partition("\n")
+    return escape(first) + (f"<small>{escape(second)}</small>" if second else "")
