@@ -165,7 +165,8 @@ def norm_ratios(report: Mapping[str, Any]) -> go.Figure:
         if report["fusion"]["what"] == "task-vector"
         else "where the ratio is 1e-9, nothing is left but shrinking",
         420,
-        xaxis={"title": {"text": "target layer"}},
+        # Never between two layers.
+        xaxis={"title": {"text": "target layer"}, "dtick": 1 + (max(layers) - min(layers)) // 15},
         yaxis={
             "type": "log",
             "title": {"text": "norm ratio"},

@@ -188,7 +188,11 @@ def descent_bars(result: Mapping[str, Any]) -> go.Figure:
             go.Bar(
                 x=list(projections),
                 y=[item[value] for item in projections.values()],
-                error_y={"type": "data", "array": [item[error] or 0 for item in projections.values()]},
+                error_y={
+                    "type": "data",
+                    "array": [item[error] or 0 for item in projections.values()],
+                    "color": "#767B85",
+                },
                 name=name,
                 marker={"color": colour},
                 hovertemplate=f"{name}, %{{x}}: %{{y:+.5f}}<extra></extra>",

@@ -35,9 +35,10 @@ TEMPLATE = """
 
 STYLE = """
 min-width: 0;
+.html-container:has(> &) { padding: 0; }
 .tm-figure { margin: 0; min-width: 0; color: var(--body-text-color); font-size: var(--text-md); }
-.tm-head { display: flex; gap: 8px 16px; justify-content: space-between; align-items: flex-start; }
-.tm-words { min-width: 0; }
+.tm-head { display: flex; flex-wrap: wrap; gap: 8px 16px; justify-content: space-between; align-items: flex-start; }
+.tm-words { min-width: 0; flex: 1 1 240px; }
 h3 { font-size: 1rem; font-weight: 600; margin: 0; line-height: 1.35; overflow-wrap: anywhere; }
 .tm-soft { color: color-mix(in srgb, var(--body-text-color) 74%, transparent); font-size: .875rem; line-height: 1.45; }
 .tm-words p { margin: 2px 0 0; max-width: 90ch; }

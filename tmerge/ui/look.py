@@ -31,6 +31,7 @@ _NOTHING = (
     "scores are here.</p>"
 )
 _HEAD_STYLE = """
+.html-container:has(> &) { padding: 0; }
 .tm-verdict { --tone: #6e7781; border: 1px solid var(--border-color-primary); border-left: 8px solid var(--tone);
   border-radius: 6px; padding: 12px 16px; background: var(--background-fill-secondary); color: var(--body-text-color); }
 .tm-good { --tone: #1b7dc2; } .tm-bad { --tone: #d55e00; }
@@ -39,8 +40,14 @@ p { margin: 4px 0; max-width: 110ch; overflow-wrap: anywhere; }
 .tm-soft { color: color-mix(in srgb, var(--body-text-color) 74%, transparent); font-size: .875rem; }
 """
 _GONE = "this run is gone or not finished; start it again, or open its link"
-# The figures that change with each choice.
-_WITH_PROJECTION = ("coupling", "flow", "map", "neurons")
+# The choices that a figure changes with, besides the run.
+_CHANGES_WITH: Mapping[str, tuple[str, ...]] = {
+    "coupling": ("projection", "side"),
+    "flow": ("projection",),
+    "map": ("projection", "target", "source", "part", "order"),
+    "mass": ("lines",),
+    "neurons": ("projection",),
+}
 _TO_MAP = "() => document.getElementById('look-map')?.scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 
 _log = logging.getLogger(__name__)
@@ -64,10 +71,10 @@ def build_look(app: AppContext) -> None:
         gr.Markdown("## Which neurons meet")
         with gr.Row():
             target = gr.Dropdown([], label="Target layer", elem_id="look-target", min_width=160)
-            source = gr.Dropdown([], label="Source layer", elem_id="look-source", min_width=220)
-            part = gr.Radio(list(_PARTS), value="post", label="Side", elem_id="look-part", min_width=220)
+            source = gr.Dropdown([], label="Source layer", elem_id="look-source", scale=2, min_width=220)
+            part = gr.Radio(list(_PARTS), value="post", label="Side", elem_id="look-part", scale=2, min_width=220)
             order = gr.Radio(
-                list(_ORDERS), value="structure", label="Order of neurons", elem_id="look-order", min_width=220
+                list(_ORDERS), value="structure", label="Order of neurons", elem_id="look-order", scale=3, min_width=220
             )
         boxes["map"] = figure_box("look-map", **readers)
         gr.Markdown("## How concentrated")
@@ -84,13 +91,15 @@ def build_look(app: AppContext) -> None:
                 with gr.Column(min_width=320):
                     boxes[name] = figure_box(f"look-{name}", **readers)
     assert boxes.keys() == FIGURES.keys()
+    # Figure name -> what it was drawn from, so that only what changes is drawn anew.
+    held = gr.State({})
     chosen = [app.run_id, projection, side, target, source, part, order, lines]
 
     def fill(run_id: str) -> list[Any]:
         """All of the tab, for the run that is looked at now."""
         looked = _looked(app, run_id)
         if looked is None:
-            return [gr.update(visible=True), gr.update(visible=False), *[gr.skip()] * 7, *[""] * len(boxes)]
+            return [gr.update(visible=True), gr.update(visible=False), *[gr.skip()] * 8, {}, *[""] * len(boxes)]
         choice = _first_choice(looked, run_id)
         return [
             gr.update(visible=False),
@@ -101,46 +110,55 @@ def build_look(app: AppContext) -> None:
             *_pair_boxes(looked, choice),
             choice.part,
             choice.order,
+            choice.lines,
+            {name: _drawn_from(name, choice) for name in boxes},
             *(picture_of(name, looked, choice) for name in boxes),
         ]
 
-    everything = [nothing, body, head, projection, side, target, source, part, order, *boxes.values()]
+    everything = [nothing, body, head, projection, side, target, source, part, order, lines, held, *boxes.values()]
     for event in (app.run_id.change, app.ended.change):
         event(fill, [app.run_id], everything, show_progress="hidden", api_visibility="private")
 
-    def redraws(*names: str) -> Callable[..., list[Any]]:
-        """A listener that draws these figures anew, after the boxes of the layer pair."""
+    def redraw(held: dict[str, Any], *values: Any) -> list[Any]:
+        """What the boxes' new values change, whichever of them were changed since the last time."""
+        looked, choice = _chosen(app, *values)
+        wanted = {name: _drawn_from(name, choice) for name in boxes}
+        pictures = [gr.skip() if held.get(name) == wanted[name] else picture_of(name, looked, choice) for name in boxes]
+        return [wanted, *_pair_boxes(looked, choice), *pictures]
 
-        def redraw(*values: Any) -> list[Any]:
-            looked, choice = _chosen(app, *values)
-            return [*_pair_boxes(looked, choice), *(picture_of(name, looked, choice) for name in names)]
+    # One listener for all: of two changes in quick succession, no answer to the first may come after the second's.
+    gr.on(
+        [control.input for control in (projection, side, target, source, part, order, lines)],
+        redraw,
+        [held, *chosen],
+        [held, target, source, *boxes.values()],
+        trigger_mode="always_last",
+        show_progress="hidden",
+        api_visibility="private",
+    )
 
-        return redraw
-
-    for control, names in (
-        (projection, _WITH_PROJECTION),
-        (side, ("coupling",)),
-        (target, ("map",)),
-        (source, ("map",)),
-        (part, ("map",)),
-        (order, ("map",)),
-        (lines, ("mass",)),
-    ):
-        outputs = [target, source, *(boxes[name] for name in names)]
-        control.input(redraws(*names), chosen, outputs, show_progress="hidden", api_visibility="private")
-
-    def open_pair(event: gr.EventData, *values: Any) -> list[Any]:
+    def open_pair(event: gr.EventData, held: dict[str, Any], *values: Any) -> list[Any]:
         """The map of the cell or stream that was clicked, of the side that the coupling shows."""
         run_id, name, shown, _, _, part, *rest = values
         part = part if shown == "effective" else shown
         looked, choice = _chosen(app, run_id, name, shown, event.target_layer, event.source_layer, part, *rest)
-        return [*_pair_boxes(looked, choice), part, picture_of("map", looked, choice)]
+        drawn = {**held, "map": _drawn_from("map", choice)}
+        return [drawn, *_pair_boxes(looked, choice), part, picture_of("map", looked, choice)]
 
     for name in ("coupling", "flow"):
         clicked = boxes[name].cell(
-            open_pair, chosen, [target, source, part, boxes["map"]], show_progress="hidden", api_visibility="private"
+            open_pair,
+            [held, *chosen],
+            [held, target, source, part, boxes["map"]],
+            trigger_mode="always_last",
+            show_progress="hidden",
+            api_visibility="private",
         )
         clicked.then(None, None, None, js=_TO_MAP, api_visibility="private")
+
+
+def _drawn_from(name: str, choice: Choice) -> tuple[Any, ...]:
+    return tuple(getattr(choice, field) for field in ("run", *_CHANGES_WITH.get(name, ())))
 
 
 def _looked(app: AppContext, run_id: str) -> Looked | None:
