@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
@@ -23,11 +24,12 @@ __all__ = ["AppSettings", "build", "launch", "launch_options", "settings_here"]
 _KEPT_FILES_SECONDS = 2 * 3600
 
 
-def build(settings: AppSettings | None = None) -> gr.Blocks:
+def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None = None) -> gr.Blocks:
     """The app, to be launched with `launch_options`.
 
     Args:
         settings: What visitors may do; as `settings_here` says if None.
+        begin: The recipe's keys that the form begins with; the built-in demo if None.
 
     Returns:
         The app; its attribute ``context`` is the `AppContext`, whose store and side process end with `close`.
@@ -53,7 +55,7 @@ def build(settings: AppSettings | None = None) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs") as tabs:
             context = AppContext(store, settings, aside, run_id, ended, tabs)
             with gr.Tab("Choose", id="choose", render_children=True):
-                build_choose(context)
+                build_choose(context, begin)
             with gr.Tab("Run", id="run", render_children=True):
                 build_running(context)
             with gr.Tab("Look", id="look"):

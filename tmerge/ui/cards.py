@@ -24,8 +24,16 @@ def error_card(title: str, line: str) -> str:
     )
 
 
-def note(line: str, *, bad: bool = False) -> str:
-    """One line beside a field; empty keeps its height, so that nothing jumps."""
+def note(line: str, *, bad: bool = False, keep: bool = False) -> str:
+    """One line beside a field.
+
+    Args:
+        line: Empty for none.
+        bad: Whether it says what has to be mended.
+        keep: Whether an empty line keeps its height, so that nothing jumps when there is one.
+    """
+    if not line and not keep:
+        return ""
     state = ' class="note bad" role="alert"' if bad and line else ' class="note" role="status"'
     return f"<p{state}>{escape(line) if line else '&nbsp;'}</p>"
 
@@ -86,7 +94,7 @@ def _model_card(role: str, model: Mapping[str, Any]) -> str:
     )
     commit = str(model["commit"] or "")
     # A local file is known by its hash, a repo by its commit.
-    version = commit[:19] if commit.startswith("sha256:") else commit[:12]
+    version = commit[:15] if commit.startswith("sha256:") else commit[:10]
     facts = (
         ("architecture", escape(model["architecture"])),
         ("parameters", escape(number_words(model["parameters"]))),
@@ -95,7 +103,7 @@ def _model_card(role: str, model: Mapping[str, Any]) -> str:
         ("width", escape(model["hidden_size"])),
         ("heads", escape(heads)),
         ("licence", escape(model["licence"])),
-        ("version", f"<code>{escape(version)}</code>"),
+        ("version", f'<code class="version">{escape(version)}</code>'),
     )
     marks = "".join(
         f'<span class="mark">{word}</span>' for word, key in (("gated", "gated"), ("private", "private")) if model[key]

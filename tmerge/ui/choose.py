@@ -32,7 +32,7 @@ from tmerge.ui.form import (
     write_yaml,
 )
 from tmerge.ui.limits import UPLOAD_PREFIX, vetted
-from tmerge.ui.search import HubSearch
+from tmerge.ui.search import Choice, HubSearch, offered
 from tmerge.ui.style import markup
 from tmerge.ui.texts_part import KINDS, TextsPart, build_texts, look_into, shown, upload_name
 from tmerge.ui.visitor import visitor_of
@@ -42,21 +42,26 @@ __all__ = ["build_choose"]
 _log = logging.getLogger(__name__)
 
 _DEMO = [(f"{name} (built in)", f"{DEMO_PREFIX}{name}") for name in DEMO_MODELS]
+_HINT = "Type to search the Hub: user/name, or user/name@revision"
 # Nobody else is kept waiting by one visitor's typing or checking; the answers come from elsewhere anyway.
 _LIGHT: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 16}
 
 
-def build_choose(app: AppContext) -> None:
-    """Lay the tab out and wire it. Call it inside its `gr.Tab`."""
+def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> None:
+    """Lay the tab out and wire it. Call it inside its `gr.Tab`.
+
+    Args:
+        app: What the tabs share.
+        begin: The recipe's keys that the form begins with; the built-in demo if None.
+    """
     search = HubSearch(private=not app.settings.public)
-    begin = from_preset("demo")
+    begin = dict(begin or from_preset("demo"))
     good = gr.State(begin)
     upload = gr.State(None)
 
     with gr.Row(equal_height=False):
         target = _model_field("target", "Target: the model that is changed", begin)
         source = _model_field("source", "Source: the model that is read", begin)
-    hub_line = markup(note(""), elem_id="hub-line")
     with gr.Row(equal_height=False):
         preset = gr.Dropdown(
             preset_names(), value="demo", label="Preset", info="The paper's pairs and settings, or the built-in demo"
@@ -90,7 +95,7 @@ def build_choose(app: AppContext) -> None:
         take = gr.UploadButton(
             "Upload a recipe", file_types=[".yaml", ".yml"], size="sm", elem_id="upload-recipe", variant="secondary"
         )
-    problem = markup(note(""), elem_id="problem")
+    problem = markup(note("", keep=True), elem_id="problem")
     start = gr.Button("Start the merge", variant="primary", size="lg", elem_id="start")
     markup(limits_line(app.settings))
 
@@ -105,7 +110,7 @@ def build_choose(app: AppContext) -> None:
             _ready(app, data, uploaded)
         except TmergeError as error:
             return note(str(error), bad=True)
-        return note("")
+        return note("", keep=True)
 
     def replaced(data: dict[str, Any], uploaded: str | None) -> list[Any]:
         return [write_yaml(data), data, complaint(data, uploaded), *fill(data)]
@@ -125,6 +130,8 @@ def build_choose(app: AppContext) -> None:
                 changed = with_value(data, key, read(value))
             except TmergeError as error:
                 return [gr.skip(), gr.skip(), note(str(error), bad=True)]
+            if changed == data:
+                return [gr.skip(), gr.skip(), complaint(data, uploaded)]
             return [write_yaml(changed), changed, complaint(changed, uploaded)]
 
         return write
@@ -132,10 +139,13 @@ def build_choose(app: AppContext) -> None:
     state, into = [good, upload], [code, good, problem]
     for field, key in ((target, "target"), (source, "source")):
         gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **_quiet())
-        field.key_up(_finder(search), None, [field, hub_line], trigger_mode="always_last", **_quiet())
+        names = gr.State(_DEMO)
+        field.key_up(_finder(search), names, [field, names], trigger_mode="multiple", **_quiet())
     for setting, field in zip(SETTINGS, fields, strict=True):
-        field.input(
-            writer(setting.key, _reader(setting)), [field, *state], into, trigger_mode="always_last", **_quiet()
+        # Typed letters are heard at once, what came in by other ways when the field is left.
+        heard = [field.input, field.blur] if isinstance(field, gr.Textbox) else [field.input]
+        gr.on(
+            heard, writer(setting.key, _reader(setting)), [field, *state], into, trigger_mode="always_last", **_quiet()
         )
     for field, key in (
         (texts.dataset, "calibration.dataset"),
@@ -195,7 +205,7 @@ def build_choose(app: AppContext) -> None:
         except RuntimeError:
             _log.exception("a run could not be started")
             return gr.skip(), gr.skip(), note("a fault of ours; the server's log has it", bad=True)
-        return run_id, gr.Tabs(selected="run"), note("")
+        return run_id, gr.Tabs(selected="run"), note("", keep=True)
 
     start.click(
         begin_run,
@@ -292,12 +302,13 @@ def _reader(setting: Setting) -> Callable[[Any], Any]:
     return lambda value: typed_value(setting, value)
 
 
-def _finder(search: HubSearch) -> Callable[[gr.KeyUpData], Any]:
-    def find(event: gr.KeyUpData) -> Any:
+def _finder(search: HubSearch) -> Callable[..., Any]:
+    def find(before: list[Choice], event: gr.KeyUpData, request: gr.Request) -> list[Any]:
         typed = str(event.input_value or "")
-        names, line = search.find("model", typed)
-        offered = [*_DEMO, *((name, name) for name in names)]
-        return gr.Dropdown(choices=offered), note(line)
+        now = offered(search, "model", typed, before) if search.settled(request.session_hash, typed) else None
+        if now is None:
+            return [gr.skip(), gr.skip()]
+        return [gr.Dropdown(choices=now[0], info=now[1] or _HINT), now[0]]
 
     return find
 
@@ -307,7 +318,7 @@ def _model_field(role: str, label: str, begin: Mapping[str, Any]) -> gr.Dropdown
         _DEMO,
         value=begin[role],
         label=label,
-        info="Type to search the Hub: user/name, or user/name@revision",
+        info=_HINT,
         allow_custom_value=True,
         filterable=True,
         elem_id=f"{role}-model",

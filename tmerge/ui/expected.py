@@ -55,7 +55,7 @@ def fit_to_run(app: AppContext, recipe: Recipe, upload: str | None) -> None:
 
 def _readable(recipe: Recipe) -> Recipe:
     """The recipe as `check` reads it: it knows no uploads, and asks a dataset for nothing but whether it is samples."""
-    if not recipe.calibration.dataset.startswith(UPLOAD_PREFIX):
+    if recipe.calibration.dataset and not recipe.calibration.dataset.startswith(UPLOAD_PREFIX):
         return recipe
     calibration = recipe.calibration.model_copy(update={"dataset": "uploaded/texts"})
     return recipe.model_copy(update={"calibration": calibration})

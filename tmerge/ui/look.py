@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -122,6 +123,9 @@ def build_look(app: AppContext) -> None:
     def redraw(held: dict[str, Any], *values: Any) -> list[Any]:
         """What the boxes' new values change, whichever of them were changed since the last time."""
         looked, choice = _chosen(app, *values)
+        if held.get("map", ())[:3] != _drawn_from("map", choice)[:3]:
+            # Another projection or target layer: its own source layers, not one that was asked for with the last.
+            choice = _with_kept_source(looked, choice)
         wanted = {name: _drawn_from(name, choice) for name in boxes}
         pictures = [gr.skip() if held.get(name) == wanted[name] else picture_of(name, looked, choice) for name in boxes]
         return [wanted, *_pair_boxes(looked, choice), *pictures]
@@ -231,6 +235,12 @@ def _pair_boxes(looked: Looked, choice: Choice) -> list[Any]:
         gr.update(choices=[(str(layer), layer) for layer in kept], value=choice.target),
         gr.update(choices=[(words(layer), layer) for layer in (*shares, *others)], value=choice.source),
     ]
+
+
+def _with_kept_source(looked: Looked, choice: Choice) -> Choice:
+    """The same choice, if its source layer was kept for its target layer, else with the strongest that was."""
+    kept = [source for source, _ in kept_layers(looked.record, choice.projection)[choice.target]]
+    return choice if choice.source in kept else replace(choice, source=kept[0])
 
 
 def _sources(looked: Looked, projection: str, part: str) -> list[int]:

@@ -53,6 +53,8 @@ def head(run: VisitorRun, position: int) -> str:
     if run.state == "running" and run.cancelling.is_set():
         words = "Stopping"
     facts = []
+    if run.report is not None and run.state == "done":
+        facts.append(_VERDICTS[run.report["verdict"]])
     if run.state == "waiting":
         facts.append(f"{position} run{'s' if position != 1 else ''} before this one" if position else "next")
     if run.started is not None:
@@ -188,10 +190,15 @@ def coupling_figure(run: VisitorRun | None, key: str | None) -> go.Figure:
         title,
         f"cost of transporting one layer's features to the other's, lower is closer; {len(mine)} of {height} rows",
         440,
-        xaxis={"title": {"text": "source layer"}, "range": [-0.5, width - 0.5], "constrain": "domain"},
-        yaxis={"title": {"text": "target layer"}, "range": [height - 0.5, -0.5]},
+        xaxis={"title": {"text": "source layer"}, "range": [-0.5, width - 0.5], **_ticks(width)},
+        yaxis={"title": {"text": "target layer"}, "range": [height - 0.5, -0.5], **_ticks(height)},
     )
     return figure
+
+
+def _ticks(layers: int) -> dict[str, Any]:
+    """A number at every layer, or at every few of many."""
+    return {"tick0": 0, "dtick": max(1, -(-layers // 12)), "showgrid": False, "zeroline": False}
 
 
 def _target_layers(run: VisitorRun | None) -> int:

@@ -55,7 +55,9 @@ def build_running(app: AppContext) -> None:
         info="Which of the two models' activations are compared",
         elem_id="run-feature",
     )
-    picture = gr.Plot(coupling_figure(None, None), label="Layer coupling as it is solved", elem_id="run-map")
+    picture = gr.Plot(
+        coupling_figure(None, None), label="Layer coupling as it is solved", show_label=False, elem_id="run-map"
+    )
     files = markup("", elem_id="run-files")
     clock = gr.Timer(_EVERY, active=False)
 

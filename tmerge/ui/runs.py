@@ -54,6 +54,7 @@ class RunStore:
         self._queue: deque[str] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._current: str | None = None
         # The run whose merge the worker is inside of, and only there may it be interrupted.
         self._inside: str | None = None
         self._guard = threading.Lock()
@@ -109,7 +110,7 @@ class RunStore:
         with self._changed:
             if run_id not in self._queue:
                 return 0
-            return self._queue.index(run_id) + (self._inside is not None)
+            return self._queue.index(run_id) + (self._current is not None)
 
     def cancel(self, run_id: str) -> None:
         """Have a run stop: at once where it waits, within seconds where it runs."""
@@ -178,27 +179,32 @@ class RunStore:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._queue and not self._closed:
+                if not self._queue and not self._closed:
                     self._changed.wait(60)
-                    if not self._queue:
-                        break
                 if self._closed:
                     return
-                run = self._runs[self._queue.popleft()] if self._queue else None
-                if run is not None:
-                    self._inside, run.state, run.started = run.id, "running", time.time()
-            if run is None:
+                idle = not self._queue
+            if idle:
                 self.sweep()
                 continue
             with self._heavy:
-                run.say("started")
-                self._run(run)
-                _free_memory()
+                with self._changed:
+                    # It may have been cancelled while other heavy work was waited for.
+                    run = self._runs[self._queue.popleft()] if self._queue else None
+                    if run is not None:
+                        self._current, run.state, run.started = run.id, "running", time.time()
+                if run is not None:
+                    run.say("started: holding the two models' configs against each other")
+                    self._run(run)
+                    self._current = None
+                    _free_memory()
 
     def _run(self, run: VisitorRun) -> None:
         try:
             with _watched_modules(run):
                 try:
+                    with self._guard:
+                        self._inside = run.id
                     run.report = merge(run._read or run.recipe, run.folder, listener=run.hear)
                 finally:
                     with self._guard:

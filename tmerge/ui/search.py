@@ -6,26 +6,34 @@ import itertools
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import get_session
 
 from tmerge.calibration.columns import Column, choose_column
 from tmerge.calibration.files import read_file
 from tmerge.errors import DatasetError
 
-__all__ = ["DatasetFacts", "HubSearch", "dataset_facts", "file_facts"]
+__all__ = ["DatasetFacts", "HubSearch", "dataset_facts", "file_facts", "offered"]
+
+Choice = tuple[str, str]
 
 # The HTTP library under the Hub's client has changed before: its error class is taken from where it is sure to be.
 _TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
 
 _FOUND = 12
+_OFFERED = 60
+_SHORTEST = 2
+_SETTLED_SECONDS = 0.2
 _KEPT_SECONDS = 300
 # After the Hub could not be reached, it is not asked again for so long: a visitor's typing should not wait for it.
 _PAUSE_SECONDS = 20
+_PATIENCE = 4.0
 _EXAMPLES = 20
 _PREVIEW = 240
 
@@ -39,6 +47,7 @@ class HubSearch:
 
     def __init__(self, private: bool) -> None:
         self._token = None if private else False
+        self._typing: OrderedDict[str, object] = OrderedDict()
         self._kept: OrderedDict[tuple[str, str], tuple[float, list[str]]] = OrderedDict()
         self._lock = threading.Lock()
         self._unreachable_until = 0.0
@@ -53,6 +62,8 @@ class HubSearch:
             if now < self._unreachable_until:
                 return [], _UNREACHABLE
         try:
+            # Asked once and shortly: the client itself tries for half a minute before it says that there is no network.
+            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
             found = self._search(kind, typed)
         except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, _TransportError, OSError):
             with self._lock:
@@ -64,6 +75,18 @@ class HubSearch:
                 self._kept.popitem(last=False)
         return found, ""
 
+    def settled(self, page: str | None, typed: str) -> bool:
+        """Wait a moment, and say whether nothing more has been typed on this page meanwhile."""
+        mine, page = object(), str(page)
+        with self._lock:
+            self._typing[page] = mine
+            while len(self._typing) > 1000:
+                self._typing.popitem(last=False)
+        if len(typed.strip()) < _SHORTEST:
+            return False
+        time.sleep(_SETTLED_SECONDS)
+        return self._typing.get(page) is mine
+
     def _search(self, kind: Literal["model", "dataset"], typed: str) -> list[str]:
         api = HfApi(token=self._token)
         if kind == "dataset":
@@ -72,10 +95,26 @@ class HubSearch:
         return [found.id for found in api.list_models(search=typed, sort="downloads", limit=_FOUND, **options)]
 
 
-_UNREACHABLE = (
-    "The Hub cannot be reached, so nothing is searched. Names can still be typed in full, and the built-in demo pair "
-    "and sample texts need no network."
-)
+def offered(
+    search: HubSearch, kind: Literal["model", "dataset"], typed: str, before: Sequence[Choice]
+) -> tuple[list[Choice], str] | None:
+    """What a search field offers now: what matches, first, and what it has offered before.
+
+    The list never gets shorter: Gradio's dropdown, open as it is while one types, looks its entries up by their place
+    in the list before, and stops working where that place is gone.
+
+    Returns:
+        Choices and the line of `HubSearch.find`; None where too little is typed to search for.
+    """
+    if len(typed.strip()) < _SHORTEST:
+        return None
+    names, line = search.find(kind, typed)
+    found: list[Choice] = [(name, name) for name in names]
+    merged = [*found, *(choice for choice in before if tuple(choice) not in found)]
+    return merged[: max(_OFFERED, len(before))], line
+
+
+_UNREACHABLE = "The Hub cannot be reached, so nothing is searched: type the name in full, or use what is built in"
 
 
 @dataclass(frozen=True)

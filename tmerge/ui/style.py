@@ -27,14 +27,15 @@ _BLUE = gr.themes.Color(
 
 def theme() -> gr.themes.Base:
     """Restrained: one blue, slate greys, thin lines, the bundled IBM Plex."""
+    # The bundled semi-bold has half of the alphabet only; the bold one is whole.
     made = gr.themes.Base(
         primary_hue=_BLUE,
         secondary_hue=_BLUE,
         neutral_hue=gr.themes.colors.slate,
         radius_size=gr.themes.sizes.radius_md,
         text_size=gr.themes.sizes.text_md,
-        font=(gr.themes.LocalFont("IBM Plex Sans", weights=(400, 600)), "system-ui", "sans-serif"),
-        font_mono=(gr.themes.LocalFont("IBM Plex Mono", weights=(400, 600)), "ui-monospace", "monospace"),
+        font=(gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"),
+        font_mono=(gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "ui-monospace", "monospace"),
     )
     return made.set(
         body_background_fill="#fbfcfd",
@@ -104,7 +105,14 @@ CSS = """
 html, body { overflow-x: clip; }
 .section h2 { font-size: 1.15rem; font-weight: 600; margin: 10px 0 0; }
 #advanced h3 { font-size: 0.95rem; font-weight: 600; margin: 6px 0 -6px; }
-#hub-line, #texts-found, #problem, #dataset-search { margin-block: -8px; }
+.gradio-container .html-container { padding: 0 !important; }
+#texts-found:not(:has(.note)) { display: none; }
+#texts-found, #problem { margin-block: -8px; }
+.inset { padding: 4px 12px 8px; margin: 0; }
+.dark .tab-container button.selected { color: #7db9e4; }
+.dark .tab-container button.selected::after { background-color: #7db9e4; }
+#expected .pending { opacity: 0.5 !important; }
+code.version { font-size: 0.8rem; background: none; padding: 0; border: 0; }
 #use-demo { align-self: center; font-weight: 600; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 #masthead h1 { font-size: 1.5rem; margin: 0; letter-spacing: -0.01em; font-weight: 600; }
@@ -155,7 +163,7 @@ table.plain tbody tr:last-child th, table.plain tbody tr:last-child td { border-
   border-radius: 8px; background: var(--card); padding: 8px 12px; }
 .log pre { margin: 0; font-size: 0.82rem; line-height: 1.5; white-space: pre-wrap; overflow-wrap: anywhere;
   background: none; }
-#run-map { height: 470px; min-height: 470px; overflow: hidden; }
+#run-map { height: 460px; min-height: 460px; overflow: hidden; }
 .run-head { display: flex; flex-wrap: wrap; gap: 4px 20px; align-items: baseline; min-height: 74px;
   align-content: start; }
 .run-head .state { font-size: 1.2rem; font-weight: 600; }

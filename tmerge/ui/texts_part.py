@@ -17,7 +17,7 @@ from tmerge.ui.aside import Aside
 from tmerge.ui.cards import note
 from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, refuse_dataset_path
 from tmerge.ui.safe import bytes_words, escape
-from tmerge.ui.search import DatasetFacts, HubSearch, dataset_facts, file_facts
+from tmerge.ui.search import Choice, DatasetFacts, HubSearch, dataset_facts, file_facts, offered
 from tmerge.ui.style import markup
 
 __all__ = ["KINDS", "TextsPart", "build_texts", "kind_of", "upload_name"]
@@ -68,7 +68,7 @@ def build_texts(search: HubSearch, settings: AppSettings) -> TextsPart:
         [(name.capitalize(), name) for name in sample_languages()],
         value="indonesian",
         label="Language of the samples",
-        info="A thousand sentences that come with tmerge",
+        info="Sentences that come with tmerge; no network is needed",
     )
     with gr.Group(visible=False) as hub_rows, gr.Row():
         dataset = gr.Dropdown(
@@ -82,11 +82,8 @@ def build_texts(search: HubSearch, settings: AppSettings) -> TextsPart:
         )
     most = bytes_words(settings.max_upload_bytes)
     with gr.Group(visible=False) as upload_rows:
-        file = gr.File(
-            file_types=list(FILE_SUFFIXES),
-            label=f"Upload texts: {', '.join(FILE_SUFFIXES)} of at most {most}, UTF-8",
-            height=120,
-        )
+        file = gr.File(file_types=list(FILE_SUFFIXES), label="File of texts", height=140, elem_id="texts-file")
+        markup(f'<p class="small inset">{", ".join(FILE_SUFFIXES)} in UTF-8, at most {most}; read as data only</p>')
     column = gr.Dropdown(
         [],
         value=None,
@@ -96,19 +93,23 @@ def build_texts(search: HubSearch, settings: AppSettings) -> TextsPart:
         visible=False,
     )
     found = markup(note(""), elem_id="texts-found")
-    hub_line = markup(note(""), visible=False, elem_id="dataset-search")
 
-    def offer(event: gr.KeyUpData) -> Any:
-        names, line = search.find("dataset", event.input_value)
-        return gr.Dropdown(choices=[(name, name) for name in names]), gr.HTML(note(line), visible=bool(line))
+    names = gr.State([])
+
+    def offer(before: list[Choice], event: gr.KeyUpData, request: gr.Request) -> list[Any]:
+        typed = str(event.input_value or "")
+        now = offered(search, "dataset", typed, before) if search.settled(request.session_hash, typed) else None
+        if now is None:
+            return [gr.skip(), gr.skip()]
+        return [gr.Dropdown(choices=now[0], info=now[1] or "Type to search"), now[0]]
 
     dataset.key_up(
         offer,
-        None,
-        [dataset, hub_line],
+        names,
+        [dataset, names],
         show_progress="hidden",
-        trigger_mode="always_last",
-        concurrency_limit=8,
+        trigger_mode="multiple",
+        concurrency_limit=16,
         api_visibility="private",
     )
     return TextsPart(kind, language, dataset, config, split, column, file, hub_rows, upload_rows, found)
@@ -123,9 +124,7 @@ def kind_of(dataset: str) -> str:
 
 def shown(data: Mapping[str, Any]) -> list[Any]:
     """What the part's `fields` show for a recipe's mapping."""
-    section = data.get("calibration")
-    section = section if isinstance(section, dict) else {}
-    dataset = str(section.get("dataset") or "samples:english")
+    section, dataset = _section(data)
     kind = kind_of(dataset)
     language = dataset.removeprefix(SAMPLES_PREFIX) if kind == _SAMPLES else None
     known = language in sample_languages()
@@ -140,6 +139,14 @@ def shown(data: Mapping[str, Any]) -> list[Any]:
         gr.Group(visible=kind == _HUB),
         gr.Group(visible=kind == _UPLOAD),
     ]
+
+
+def _section(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """The calibration section, and its dataset; "" is one that is still to be named."""
+    section = data.get("calibration")
+    section = section if isinstance(section, dict) else {}
+    dataset = section.get("dataset", "samples:english")
+    return section, dataset if isinstance(dataset, str) else ""
 
 
 def upload_name(path: str) -> str:
@@ -167,12 +174,10 @@ def look_into(
         upload: Path of the uploaded file.
     """
     same = [gr.skip(), gr.skip(), gr.skip()]
-    section = data.get("calibration")
-    section = section if isinstance(section, dict) else {}
-    dataset = str(section.get("dataset") or "samples:english")
+    section, dataset = _section(data)
     words = {key: str(section[key]) if section.get(key) else None for key in ("config", "split", "column")}
     kind = kind_of(dataset)
-    if kind == _SAMPLES:
+    if kind == _SAMPLES or dataset in ("", UPLOAD_PREFIX):
         return note(""), same
     try:
         if kind == _UPLOAD:
@@ -185,12 +190,12 @@ def look_into(
             facts = aside.ask(dataset_facts, dataset, words["config"], words["split"] or "train", words["column"])
     except TmergeError as error:
         return note(str(error), bad=True), same
-    offered = [
+    choices = [
         gr.Dropdown(choices=facts.configs),
         gr.Dropdown(choices=facts.splits or ["train"]),
         gr.Dropdown(choices=facts.columns),
     ]
-    return _found_line(facts), offered
+    return _found_line(facts), choices
 
 
 def _found_line(facts: DatasetFacts) -> str:

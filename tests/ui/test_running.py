@@ -1,0 +1,119 @@
+"""The Run tab in a browser: to the end, cancelled, come back to, two visitors, and one that fails."""
+
+import json
+import time
+
+import pytest
+
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+from playwright.sync_api import expect
+
+from tests.ui.test_choose import open_fold, write_yaml
+
+
+def fill(page, served, **changes):
+    """The pico recipe, in the page's YAML."""
+    open_fold(page, "Recipe (YAML)")
+    write_yaml(page, served.recipe(**changes).to_yaml())
+    expect(page.locator("#target-model input")).to_have_value(str(served.root / "target"))
+
+
+def start(page, served, **changes):
+    fill(page, served, **changes)
+    page.locator("#start").click()
+    page.wait_for_url("**run=*")
+    return page.url.partition("run=")[2]
+
+
+def test_a_run_to_its_end(visit, served):
+    page = visit()
+    run_id = start(page, served)
+    expect(page.locator("#run-head")).to_contain_text("Done", timeout=60_000)
+    run = served.ended(run_id)
+    assert run.state == "done", run.error
+    result = page.locator("#run-result")
+    expect(result).to_contain_text(f"{run.report['evaluation']['fused']['value']:.4f}")
+    expect(result.locator("tbody tr")).to_have_count(6)
+    expect(page.locator("#run-files")).to_contain_text("model.safetensors")
+    expect(page.locator("#run-log")).to_contain_text("transporting weights")
+    expect(page.locator("#run-map .heatmaplayer image")).to_have_count(1)
+    expect(page.locator("#cancel")).to_be_disabled()
+    with page.expect_download() as download:
+        page.locator("#get-report").click()
+    with open(download.value.path(), encoding="utf-8") as file:
+        assert json.load(file)["verdict"] == run.report["verdict"]
+
+
+def test_progress_is_shown_and_a_reload_comes_back_to_the_run(visit, served, slowly):
+    slowly(0.12)
+    page = visit()
+    run_id = start(page, served)
+    expect(page.locator("#run-stages .step.now")).to_have_count(1)
+    expect(page.locator("#run-map .heatmaplayer image")).to_have_count(1, timeout=40_000)
+    assert not served.context.store.get(run_id).over
+    page.reload()
+    expect(page.locator("#run-head")).to_contain_text("Running", timeout=15_000)
+    expect(page.locator("#run-log")).to_contain_text("started")
+    slowly(0)
+    expect(page.locator("#run-head")).to_contain_text("Done", timeout=60_000)
+    expect(page.locator("#run-result")).to_contain_text("bits per byte")
+    # And after its end, on another page.
+    later = visit(f"&run={run_id}")
+    expect(later.locator("#run-head")).to_contain_text("Done")
+    expect(later.locator("#run-result")).to_contain_text("bits per byte")
+    expect(later.locator("#get-report")).to_be_visible()
+
+
+def test_cancel_stops_within_seconds(visit, served, slowly):
+    slowly(0.2)
+    page = visit()
+    run_id = start(page, served)
+    expect(page.locator("#run-stages .step.now")).to_have_count(1)
+    began = time.monotonic()
+    page.locator("#cancel").click()
+    expect(page.locator("#run-head")).to_contain_text("Cancelled", timeout=8_000)
+    assert time.monotonic() - began < 8
+    run = served.ended(run_id)
+    assert run.state == "cancelled" and not run.folder.exists()
+    expect(page.locator("#cancel")).to_be_disabled()
+
+
+def test_two_visitors_at_once_do_not_see_each_other(visit, served, slowly):
+    slowly(0.1)
+    one, two = visit(), visit()
+    first = start(one, served)
+    second = start(two, served, seed=7)
+    expect(two.locator("#run-head")).to_contain_text("1 run before this one")
+    assert first != second
+    for page, other in ((one, second), (two, first)):
+        assert other not in page.content()
+    # A third one, without a link, sees neither.
+    three = visit()
+    three.get_by_role("tab", name="Run").click()
+    expect(three.locator("#run-head")).to_contain_text("No run yet")
+    served.context.store.cancel(first)
+    slowly(0)
+    expect(two.locator("#run-head")).to_contain_text("Done", timeout=60_000)
+    expect(one.locator("#run-head")).to_contain_text("Cancelled")
+
+
+def test_a_failing_run_says_why_in_a_card(visit, served):
+    page = visit()
+    (served.root / "few.txt").write_text("one\ntwo\nthree\n")
+    run_id = start(page, served, calibration={"dataset": str(served.root / "few.txt")})
+    card = page.locator("#run-result").get_by_role("alert")
+    expect(card).to_contain_text("3 rows read", timeout=30_000)
+    expect(page.locator("#run-head")).to_contain_text("Failed")
+    assert served.ended(run_id).error in card.inner_text()
+
+
+def test_a_link_to_no_run_says_so(visit):
+    page = visit("&run=nothing-of-that-name")
+    expect(page.locator("#run-head")).to_contain_text("not here any more")
+
+
+def test_start_without_a_model_says_which(visit):
+    page = visit()
+    page.locator("#start").click()
+    expect(page.locator("#problem")).to_contain_text("name a target model first")
