@@ -1,13 +1,10 @@
 """An app of the Look and Try tabs over one finished pico run, on loopback, and a page of Chromium that opens it."""
 
 import contextlib
-import shutil
 import socket
 import time
 
 import gradio as gr
-import pytest
-
 from tests.pico import save_pico
 from tmerge.recipe import Recipe
 from tmerge.ui.aside import Aside
@@ -84,20 +81,6 @@ def served(store):
         yield f"http://127.0.0.1:{port}"
     finally:
         blocks.close()
-
-
-@contextlib.contextmanager
-def chromium():
-    """A browser; the test is skipped where there is none."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("no chromium here")
-    with sync_api.sync_playwright() as driver:
-        options = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
-        browser = driver.chromium.launch(executable_path=path, args=options)
-        yield browser
-        browser.close()
 
 
 @contextlib.contextmanager

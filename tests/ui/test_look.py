@@ -17,7 +17,6 @@ from tests.ui.looked import (
     SOURCE_WIDE,
     TARGET_LAYERS,
     TARGET_WIDE,
-    chromium,
     finished_run,
     opened,
     served,
@@ -50,12 +49,6 @@ def looked(run):
 def url(run):
     with served(run[0]) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as found:
-        yield found
 
 
 def drawn(page, name, file=None):

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("gradio", reason="the app extra is not installed")
 
-from tests.ui.looked import chromium, finished_run, opened, served
+from tests.ui.looked import finished_run, opened, served
 from tmerge.calibration import sample_languages
 from tmerge.errors import ModelNotFoundError
 from tmerge.models import load_model
@@ -44,12 +44,6 @@ def asked(run):
 def url(run):
     with served(run[0]) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as found:
-        yield found
 
 
 def heard(speaker, asked, question, visitor="a"):

@@ -17,6 +17,7 @@ from tmerge.ui.look import build_look
 from tmerge.ui.running import build_running
 from tmerge.ui.runs import RunStore
 from tmerge.ui.style import CSS, HEAD, SHOW_RUN_IN_URL, markup, theme
+from tmerge.ui.try_out import build_try
 
 __all__ = ["AppSettings", "build", "launch", "launch_options", "settings_here"]
 
@@ -60,6 +61,8 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
                 build_running(context)
             with gr.Tab("Look", id="look"):
                 build_look(context)
+            with gr.Tab("Try", id="try"):
+                build_try(context)
         run_id.change(
             lambda run: run, run_id, link, queue=False, show_progress="hidden", api_visibility="private"
         ).then(None, link, None, js=SHOW_RUN_IN_URL, api_visibility="private")

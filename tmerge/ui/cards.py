@@ -59,9 +59,13 @@ def check_cards(facts: Mapping[str, Any], refused: str | None = None) -> str:
     left = "".join(
         f"<li>{role}: {escape(line)}</li>" for role in ("target", "source") for line in facts["left_alone"][role]
     )
-    notes = "".join(f"<li>{escape(line)}</li>" for line in facts["notes"])
+    # What the licences ask has a card of its own.
+    told = {*facts["licence"]["refusals"], *facts["licence"]["unknown"]}
+    notes = "".join(f"<li>{escape(line)}</li>" for line in facts["notes"] if line not in told)
     listed = f'<ul class="notes">{notes}{skipped}{left}</ul>' if notes or skipped or left else ""
     estimate = facts["estimate"]
+    fetched = estimate["download_bytes"]
+    download = f"<div><dt>to fetch</dt><dd>{escape(bytes_words(fetched))}</dd></div>" if fetched else ""
     warning = error_card("Too large for this app", refused) if refused else ""
     return (
         f'{warning}<section class="check" aria-label="What a merge of these two would be">'
@@ -74,9 +78,9 @@ def check_cards(facts: Mapping[str, Any], refused: str | None = None) -> str:
         '<div class="card"><p class="card-title">Expected here</p><dl class="big">'
         f"<div><dt>time</dt><dd>{escape(duration_words(estimate['seconds']))}</dd></div>"
         f"<div><dt>memory</dt><dd>{escape(bytes_words(estimate['memory_bytes']))}</dd></div>"
-        f"<div><dt>disk</dt><dd>{escape(bytes_words(estimate['disk_bytes']))}</dd></div></dl>"
+        f"<div><dt>disk</dt><dd>{escape(bytes_words(estimate['disk_bytes']))}</dd></div>{download}</dl>"
         f'<p class="small">{escape(estimate["assumes"])}</p>{listed}</div>'
-        "</div></section>"
+        f"{_licence_card(facts['licence'])}</div></section>"
     )
 
 
@@ -84,6 +88,18 @@ def limits_line(settings: AppSettings) -> str:
     """What this app takes, in one line; empty where there are no limits."""
     listed = "; ".join(f"{name}: {value}" for name, value in describe_limits(settings))
     return f'<p class="small">This app takes at most: {escape(listed)}.</p>' if listed else ""
+
+
+def _licence_card(licence: Mapping[str, Any]) -> str:
+    """What the two licences make of the merge's, and what they ask of whoever publishes it."""
+    name = licence["id"] if licence["name"] is None else f"{licence['id']} ({licence['name']})"
+    against = "".join(f'<li class="against">{escape(line)}</li>' for line in licence["refusals"])
+    asked = "".join(f"<li>{escape(line)}</li>" for line in (*licence["unknown"], *licence["duties"]))
+    listed = f'<ul class="notes">{against}{asked}</ul>' if against or asked else ""
+    return (
+        f'<div class="card"><p class="role">licence of the merge</p><p class="card-title break">{escape(name)}</p>'
+        f'<p class="small">{escape(licence["why"])}</p>{listed}</div>'
+    )
 
 
 def _model_card(role: str, model: Mapping[str, Any]) -> str:

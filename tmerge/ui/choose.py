@@ -138,14 +138,19 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
 
     state, into = [good, upload], [code, good, problem]
     for field, key in ((target, "target"), (source, "source")):
-        gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **_quiet())
+        gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **_in_turn())
         names = gr.State(_DEMO)
         field.key_up(_finder(search), names, [field, names], trigger_mode="multiple", **_quiet())
     for setting, field in zip(SETTINGS, fields, strict=True):
         # Typed letters are heard at once, what came in by other ways when the field is left.
         heard = [field.input, field.blur] if isinstance(field, gr.Textbox) else [field.input]
         gr.on(
-            heard, writer(setting.key, _reader(setting)), [field, *state], into, trigger_mode="always_last", **_quiet()
+            heard,
+            writer(setting.key, _reader(setting)),
+            [field, *state],
+            into,
+            trigger_mode="always_last",
+            **_in_turn(),
         )
     for field, key in (
         (texts.dataset, "calibration.dataset"),
@@ -153,15 +158,17 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         (texts.split, "calibration.split"),
         (texts.column, "calibration.column"),
     ):
-        gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **_quiet())
+        gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **_in_turn())
     _wire_kinds(texts, upload, good, into, complaint)
 
-    code.input(edited, [code, good, upload], [good, problem, *written], trigger_mode="always_last", **_quiet())
+    code.input(edited, [code, good, upload], [good, problem, *written], trigger_mode="always_last", **_in_turn())
     everything = [code, good, problem, *written]
     demo.click(
-        lambda uploaded: ["demo", *replaced(from_preset("demo"), uploaded)], upload, [preset, *everything], **_quiet()
+        lambda uploaded: ["demo", *replaced(from_preset("demo"), uploaded)], upload, [preset, *everything], **_in_turn()
     )
-    preset.input(lambda name, uploaded: replaced(from_preset(name), uploaded), [preset, upload], everything, **_quiet())
+    preset.input(
+        lambda name, uploaded: replaced(from_preset(name), uploaded), [preset, upload], everything, **_in_turn()
+    )
 
     def taken(path: str, uploaded: str | None) -> list[Any]:
         try:
@@ -172,7 +179,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
             return [gr.skip(), gr.skip(), note(line, bad=True), *(gr.skip() for _ in written)]
         return replaced(data, uploaded)
 
-    take.upload(taken, [take, upload], everything, **_quiet())
+    take.upload(taken, [take, upload], everything, **_in_turn())
 
     # What is expected follows the recipe, whoever changed it; while it is asked for, the old answer stays.
     gr.on(
@@ -268,13 +275,13 @@ def _wire_kinds(texts: TextsPart, upload: gr.State, good: gr.State, into: list[A
         return [*written, *shown(written[1])]
 
     texts.kind.input(
-        chosen, [texts.kind, texts.language, texts.dataset, good, upload], [*into, *texts.fields], **_quiet()
+        chosen, [texts.kind, texts.language, texts.dataset, good, upload], [*into, *texts.fields], **_in_turn()
     )
     texts.language.input(
         lambda language, data, uploaded: changed(data, f"samples:{language}", uploaded),
         [texts.language, good, upload],
         into,
-        **_quiet(),
+        **_in_turn(),
     )
 
     def uploaded_file(path: str | None, data: dict[str, Any]) -> list[Any]:
@@ -284,7 +291,7 @@ def _wire_kinds(texts: TextsPart, upload: gr.State, good: gr.State, into: list[A
             return [None, gr.skip(), gr.skip(), note(str(error), bad=True)]
         return [path, *changed(data, UPLOAD_PREFIX + name, path)]
 
-    gr.on([texts.file.upload, texts.file.clear], uploaded_file, [texts.file, good], [upload, *into], **_quiet())
+    gr.on([texts.file.upload, texts.file.clear], uploaded_file, [texts.file, good], [upload, *into], **_in_turn())
 
 
 _OF_A_DATASET = ("dataset", "config", "split", "column")
@@ -292,6 +299,11 @@ _OF_A_DATASET = ("dataset", "config", "split", "column")
 
 def _quiet() -> dict[str, Any]:
     return {"show_progress": "hidden", **_LIGHT}
+
+
+def _in_turn() -> dict[str, Any]:
+    """For what changes the recipe: one after the other, or two quick changes would each start from the old one."""
+    return {**_quiet(), "concurrency_limit": 1, "concurrency_id": "recipe"}
 
 
 def _stripped(value: Any) -> str:

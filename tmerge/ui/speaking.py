@@ -217,7 +217,7 @@ def _speak(talk: _Talk, role: str) -> None:
     talk.tell(role, state="loading", note="loading the model")
     try:
         reference = str(talk.folder) if role == "fused" else getattr(talk.recipe, role)
-        loaded = load_model(reference, dtype=talk.recipe.dtype, device=talk.recipe.device)
+        loaded = load_model(reference, dtype=talk.recipe.dtype, device=talk.recipe.device, widen=True)
         try:
             _answer(talk, role, loaded)
         finally:

@@ -140,6 +140,7 @@ button:focus-visible, a:focus-visible, [tabindex]:focus-visible, summary:focus-v
 .small { font-size: 0.85rem; color: var(--quiet); }
 .notes { margin: 6px 0 0; padding-left: 18px; font-size: 0.88rem; list-style: disc; }
 .notes li { overflow-wrap: anywhere; }
+.notes .against { color: var(--bad); font-weight: 600; }
 table.plain { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; border: 0; }
 table.plain th, table.plain td
   { text-align: left; padding: 4px 12px 4px 0; border: 0; border-bottom: 1px solid var(--line); font-size: 0.92rem; }

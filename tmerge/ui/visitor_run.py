@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tmerge.errors import Cancelled
 from tmerge.recipe import Recipe
-from tmerge.session import Step
+from tmerge.session import NOTE, Step
 
 __all__ = ["CouplingRow", "StageProgress", "State", "VisitorRun"]
 
@@ -119,6 +119,9 @@ class VisitorRun:
         """Take in one step of the pipeline; raises `Cancelled` if the visitor wants it to stop."""
         if self.cancelling.is_set():
             raise Cancelled("stopped by its visitor")
+        if step.stage == NOTE:
+            self.say(f"note: {step.what}")
+            return
         now = time.time()
         stage = self.stages.get(step.stage)
         if stage is None:
