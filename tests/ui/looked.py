@@ -5,6 +5,7 @@ import socket
 import time
 
 import gradio as gr
+
 from tests.pico import save_pico
 from tmerge.recipe import Recipe
 from tmerge.ui.aside import Aside

@@ -47,7 +47,7 @@ def test_both_models_are_checked_side_by_side_before_anything_starts(visit, pico
     expect(cards).to_contain_text("Projections that meet")
     expect(cards.locator("tbody tr")).to_have_count(4)
     expect(cards.locator("dt", has_text="memory")).to_be_visible()
-    expect(cards).to_contain_text("the target states no licence")
+    expect(cards).to_contain_text("The target states no licence")
     # One that is no causal decoder, or not there at all, is said in a line.
     name_model(page, "source", "tiny/llama-one")
     expect(cards.get_by_role("alert")).to_contain_text("tiny/llama-one", timeout=60_000)
