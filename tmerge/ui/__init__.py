@@ -14,6 +14,7 @@ from tmerge.ui.choose import build_choose
 from tmerge.ui.context import AppContext
 from tmerge.ui.limits import AppSettings, settings_here
 from tmerge.ui.look import build_look
+from tmerge.ui.pushing import build_push
 from tmerge.ui.running import build_running
 from tmerge.ui.runs import RunStore
 from tmerge.ui.style import CSS, HEAD, SHOW_RUN_IN_URL, markup, theme
@@ -63,6 +64,8 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
                 build_look(context)
             with gr.Tab("Try", id="try"):
                 build_try(context)
+            with gr.Tab("Push", id="push"):
+                build_push(context)
         run_id.change(
             lambda run: run, run_id, link, queue=False, show_progress="hidden", api_visibility="private"
         ).then(None, link, None, js=SHOW_RUN_IN_URL, api_visibility="private")

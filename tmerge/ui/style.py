@@ -147,6 +147,15 @@ table.plain th, table.plain td
 table.plain thead th { font-weight: 400; color: var(--quiet); font-size: 0.8rem; }
 table.plain tbody tr:last-child th, table.plain tbody tr:last-child td { border-bottom: 0; }
 .scroll { overflow-x: auto; }
+.tall { max-height: 300px; overflow-y: auto; }
+#push-preview { border: 1px solid var(--line); border-radius: 8px; background: var(--card); padding: 12px 16px;
+  max-height: 640px; overflow: auto; }
+#push-preview details.card { border: 0; padding: 0; }
+#push-preview summary { cursor: pointer; color: var(--quiet); font-size: 0.88rem; }
+#push-preview pre { font-size: 0.8rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0; }
+#push-markdown table { display: block; overflow-x: auto; }
+#push-markdown img { max-width: 100%; background: #ffffff; }
+.verdict.helps::before { content: "\25B2 "; } .verdict.hurts::before { content: "\25BC "; }
 .note { min-height: 1.4em; margin: 0; font-size: 0.88rem; color: var(--quiet); overflow-wrap: anywhere; }
 .note.bad { color: var(--bad); }
 .steps { display: grid; gap: 6px; min-height: 258px; align-content: start; }

@@ -7,11 +7,14 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tmerge.errors import Cancelled
 from tmerge.recipe import Recipe
 from tmerge.session import NOTE, Step
+
+if TYPE_CHECKING:
+    from tmerge.ui.pushes import PushUnderWay
 
 __all__ = ["CouplingRow", "StageProgress", "State", "VisitorRun"]
 
@@ -87,6 +90,7 @@ class VisitorRun:
         error: Why it failed, in one line, with the remedy.
         fault: Whether that was a fault of ours and not something to be mended.
         report: report.json, once it is done.
+        push: Its last push, under way or over.
         created, started, ended, looked_at: `time.time`.
         version: Goes up with every change: a page that has seen it has nothing to draw.
     """
@@ -102,6 +106,7 @@ class VisitorRun:
     error: str | None = None
     fault: bool = False
     report: dict[str, Any] | None = None
+    push: PushUnderWay | None = None
     created: float = field(default_factory=time.time)
     started: float | None = None
     ended: float | None = None

@@ -1,0 +1,227 @@
+"""The Push tab: who pushes, where to, the card as it will be read, and the push as it goes.
+
+Nobody types a token anywhere. On a Space the visitor signs in with Hugging Face, and the Space may write only to repos
+that it makes for them (scope ``contribute-repos``); on one's own machine the token of ``hf auth login`` serves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import gradio as gr
+
+from tmerge.errors import TmergeError
+from tmerge.hub import card_text, plan_push, published_verdict
+from tmerge.report import summary, training_summary
+from tmerge.ui.cards import empty_card, error_card, note
+from tmerge.ui.context import AppContext
+from tmerge.ui.push_cards import card_preview, files_card, push_card, verdict_card
+from tmerge.ui.pushes import account_name, own_token, start_push, suggested_name
+from tmerge.ui.style import markup
+
+__all__ = ["build_push", "offers_sign_in"]
+
+_log = logging.getLogger(__name__)
+
+_EVERY = 1.0
+_EMPTY = empty_card(
+    "Nothing to push yet", "When a merge has finished, its model, its card and its report can be pushed from here."
+)
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 16}
+
+
+def offers_sign_in(app: AppContext) -> bool:
+    """Whether visitors sign in with Hugging Face: on a Space whose README asks for it."""
+    return app.settings.public and bool(os.environ.get("OAUTH_CLIENT_ID"))
+
+
+def build_push(app: AppContext) -> None:
+    """Lay the tab out and wire it. Call it inside its `gr.Tab`."""
+    nothing = markup(_EMPTY, elem_id="push-nothing")
+    generated = gr.State("")
+    with gr.Column(visible=False, elem_id="push") as body:
+        verdict = markup("", elem_id="push-verdict")
+        with gr.Row(equal_height=False):
+            with gr.Column(min_width=280):
+                account = markup(note("", keep=True), elem_id="push-account")
+                if offers_sign_in(app):
+                    gr.LoginButton("Sign in with Hugging Face", logout_value="Sign out ({})", elem_id="sign-in")
+                repo = gr.Textbox(
+                    label="Repo", info="user/name; made if it is not there", max_lines=1, elem_id="push-repo"
+                )
+                private = gr.Checkbox(
+                    True, label="Private", info="You can make it public in its settings later", elem_id="push-private"
+                )
+                worse = gr.Checkbox(
+                    False,
+                    label="Publish it although it is worse than its target",
+                    info="Its card says so in the first paragraph",
+                    visible=False,
+                    elem_id="push-worse",
+                )
+                go = gr.Button("Push", variant="primary", elem_id="push-go")
+                fault = markup(note("", keep=True), elem_id="push-fault")
+                progress = markup("", elem_id="push-progress")
+            with gr.Column(min_width=280):
+                files = markup("", elem_id="push-files")
+        markup("<h2>The model card</h2>", elem_classes="section")
+        with gr.Row(equal_height=False):
+            with gr.Column(min_width=280):
+                card = gr.Code(
+                    "",
+                    language="markdown",
+                    label="README.md, as it will be pushed",
+                    lines=18,
+                    max_lines=30,
+                    interactive=True,
+                    show_line_numbers=False,
+                    buttons=["copy", "download"],
+                    elem_id="push-card",
+                )
+                anew = gr.Button("Write the card anew from the report", size="sm", elem_id="push-anew")
+            with gr.Column(min_width=280, elem_id="push-preview"):
+                metadata = markup("", elem_id="push-metadata")
+                preview = gr.Markdown("", elem_id="push-markdown", latex_delimiters=[], container=False)
+    clock = gr.Timer(_EVERY, active=False)
+
+    def fill(run_id: str, token: gr.OAuthToken | None) -> list[Any]:
+        """All of the tab, for the run that is looked at now."""
+        run = app.finished(run_id)
+        if run is None:
+            return [gr.update(visible=True), gr.update(visible=False), *(gr.skip() for _ in range(13))]
+        try:
+            report = run.report()
+            line, user = _account(app, token)
+            name = f"{user or 'user'}/{suggested_name(report)}"
+            text = card_text(report, run.recipe(), repo=name)
+            planned = plan_push(run.folder, name, even_if_worse=True, card=text)
+        except TmergeError as error:
+            return [error_card("This run cannot be pushed", str(error)), *(gr.skip() for _ in range(14))]
+        hurts = published_verdict(report) == "hurts"
+        seen = app.seen(run_id)
+        pushing = seen is not None and seen.push is not None and seen.push.state == "pushing"
+        return [
+            gr.update(visible=False),
+            gr.update(visible=True),
+            verdict_card(planned.verdict, summary(report) if "adaptation" not in report else training_summary(report)),
+            line,
+            name,
+            gr.update(visible=hurts, value=False),
+            gr.update(interactive=not pushing),
+            note("", keep=True),
+            push_card(None if seen is None else seen.push),
+            files_card(planned),
+            text,
+            text,
+            *card_preview(text, run.folder),
+            gr.Timer(active=pushing),
+        ]
+
+    filled = [
+        nothing,
+        body,
+        verdict,
+        account,
+        repo,
+        worse,
+        go,
+        fault,
+        progress,
+        files,
+        card,
+        generated,
+        metadata,
+        preview,
+        clock,
+    ]
+    for event in (app.run_id.change, app.ended.change):
+        event(fill, [app.run_id], filled, **_QUIET)
+
+    def renamed(run_id: str, name: str, text: str, last: str) -> list[Any]:
+        """The card names the repo; one that was edited is left as it is."""
+        run = app.finished(run_id)
+        if run is None or text != last:
+            return [gr.skip(), gr.skip()]
+        text = card_text(run.report(), run.recipe(), repo=(name or "").strip() or "user/name")
+        return [text, text]
+
+    repo.input(renamed, [app.run_id, repo, card, generated], [card, generated], trigger_mode="always_last", **_QUIET)
+
+    def written_anew(run_id: str, name: str) -> list[Any]:
+        run = app.finished(run_id)
+        if run is None:
+            return [gr.skip(), gr.skip()]
+        text = card_text(run.report(), run.recipe(), repo=(name or "").strip() or "user/name")
+        return [text, text]
+
+    anew.click(written_anew, [app.run_id, repo], [card, generated], **_QUIET)
+
+    def shown(run_id: str, text: str) -> tuple[str, str]:
+        run = app.finished(run_id)
+        return card_preview(text or "", None if run is None else run.folder)
+
+    card.change(shown, [app.run_id, card], [metadata, preview], trigger_mode="always_last", **_QUIET)
+
+    def begin(
+        run_id: str, name: str, hidden: bool, even_if_worse: bool, text: str, token: gr.OAuthToken | None
+    ) -> list[Any]:
+        run = app.seen(run_id)
+        if run is None or run.state != "done":
+            return [note("this run is gone or not finished", bad=True), gr.skip(), gr.skip(), gr.skip()]
+        signed_in = own_token(app.settings, None if token is None else token.token)
+        if signed_in is None:
+            return [note(_how_to_sign_in(app), bad=True), gr.skip(), gr.skip(), gr.skip()]
+        try:
+            under_way = start_push(
+                run,
+                (name or "").strip(),
+                private=bool(hidden),
+                even_if_worse=bool(even_if_worse),
+                card=text,
+                token=signed_in,
+            )
+        except TmergeError as error:
+            return [note(str(error).replace(str(run.folder), "the run"), bad=True), gr.skip(), gr.skip(), gr.skip()]
+        return [note("", keep=True), push_card(under_way), gr.update(interactive=False), gr.Timer(active=True)]
+
+    go.click(
+        begin,
+        [app.run_id, repo, private, worse, card],
+        [fault, progress, go, clock],
+        trigger_mode="once",
+        **_QUIET,
+    )
+
+    def tick(run_id: str) -> list[Any]:
+        run = app.seen(run_id)
+        under_way = None if run is None else run.push
+        over = under_way is None or under_way.state != "pushing"
+        return [push_card(under_way), gr.update(interactive=True) if over else gr.skip(), gr.Timer(active=not over)]
+
+    clock.tick(tick, [app.run_id], [progress, go, clock], **{**_QUIET, "queue": False})
+
+
+def _account(app: AppContext, token: gr.OAuthToken | None) -> tuple[str, str | None]:
+    """Who pushes, in a line, and the account's name."""
+    found = own_token(app.settings, None if token is None else token.token)
+    if found is None:
+        return note(_how_to_sign_in(app), bad=False), None
+    try:
+        user = account_name(found)
+    except TmergeError as error:
+        return note(str(error), bad=True), None
+    if user is None:
+        return note("the Hub does not know your token any more; sign in again", bad=True), None
+    return note(f"Signed in as {user}."), user
+
+
+def _how_to_sign_in(app: AppContext) -> str:
+    if not app.settings.public:
+        return "Nobody is signed in: run `hf auth login` in a terminal, then open this run again."
+    if offers_sign_in(app):
+        return (
+            "Sign in with Hugging Face to push; this app may then write to repos that it makes for you, and no other."
+        )
+    return "This Space does not offer to sign in (its README lacks hf_oauth); download the run, and push it yourself."
