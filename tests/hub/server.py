@@ -1,8 +1,8 @@
 """The read side of the Hub's HTTP protocol, on 127.0.0.1: enough for the real client to load models from it.
 
-Answered: ``api/models/<id>[/revision/<rev>]``, ``api/models/<id>/tree/<rev>`` and ``<id>/resolve/<rev>/<file>`` (HEAD,
-GET and ranges), with the headers and error codes that ``huggingface_hub`` reads. The client takes ``HF_ENDPOINT`` when
-it is imported, so it runs in a process of its own: `run_client`.
+Answered: ``api/models?search=``, ``api/models/<id>[/revision/<rev>]``, ``api/models/<id>/tree/<rev>`` and
+``<id>/resolve/<rev>/<file>`` (HEAD, GET and ranges), with the headers and error codes that ``huggingface_hub`` reads.
+The client takes ``HF_ENDPOINT`` when it is imported, so it runs in a process of its own: `run_client`.
 """
 
 from __future__ import annotations
@@ -129,6 +129,9 @@ class _Handler(BaseHTTPRequestHandler):
             threading.Thread(target=hub.stop).start()
             return
         sent = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if address.path == "/api/models":
+            self._list(parse_qs(address.query).get("search", [""])[0], body)
+            return
         api = address.path.startswith("/api/models/")
         parts = [unquote(part) for part in address.path.removeprefix("/api/models").strip("/").split("/")]
         repo = hub.repos.get("/".join(parts[:2]))
@@ -146,6 +149,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(401 if not sent else 403, "GatedRepo", "Access to model is restricted", body)
         else:
             self._resolve(repo, rest, body)
+
+    def _list(self, wanted: str, body: bool) -> None:
+        names = [name for name, repo in self.server_hub.repos.items() if repo.access == "open"]
+        found = [{"_id": name, "id": name} for name in names if wanted.lower() in name.lower()]
+        self._send(200, json.dumps(found).encode(), {}, body)
 
     def _api(self, repo: Repo, name: str, rest: list[str], query: dict[str, list[str]], body: bool) -> None:
         cut = self._cut(repo, rest) if rest else 0

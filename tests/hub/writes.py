@@ -67,6 +67,7 @@ class WritableHub(LoopbackHub):
     Attributes:
         user: Its name; it may write to repos of this name and of `orgs`.
         readers: Tokens that may read and not write.
+        sessions: Tokens of who has signed in to an app, which may write as well.
         faults: Waiting to happen.
         objects: SHA-256 -> what was uploaded to large-file storage.
         uploads: SHA-256 of every upload that came in whole, in order.
@@ -80,6 +81,7 @@ class WritableHub(LoopbackHub):
         self.user = user
         self.orgs: list[str] = []
         self.readers: set[str] = set()
+        self.sessions: set[str] = set()
         self.faults: list[Fault] = []
         self.objects: dict[str, bytes] = {}
         self.uploads: list[str] = []
@@ -92,7 +94,7 @@ class WritableHub(LoopbackHub):
 
     def knows(self, token: str) -> bool:
         """Whether a token is the account's, to read or to write."""
-        return token == self.token or token in self.readers
+        return token in (self.token, *self.sessions) or token in self.readers
 
     def may_write(self, repo: str) -> bool:
         """Whether the account owns the repo's namespace."""
@@ -138,6 +140,8 @@ def _writing(handler: Any) -> Any:
                 "type": "user",
                 "id": "0",
                 "name": hub.user,
+                "fullname": hub.user.title(),
+                "avatarUrl": "",
                 "orgs": [{"type": "org", "name": name} for name in hub.orgs],
                 "auth": {"type": "access_token", "accessToken": {"displayName": "test", "role": role}},
             }

@@ -50,7 +50,7 @@ def finished_run(folder):
 def served(store):
     """The address of the two tabs' app; ``?run=ID`` is the run that a page looks at."""
     with gr.Blocks(title="look and try", analytics_enabled=False) as blocks:
-        run_id, ended = gr.State(""), gr.State(0)
+        run_id, ended = gr.State(""), gr.Number(0, visible="hidden")
         with gr.Tabs() as tabs:
             # It answers nothing that these tabs ask.
             app = AppContext(store, AppSettings(), Aside(), run_id, ended, tabs)

@@ -285,6 +285,8 @@ def _refuse_invalid_card(text: str, report: dict[str, Any], verdict: str) -> Non
         raise PushError(
             f"the card's metadata is not valid ({reason}); mend what is between its two --- lines"
         ) from None
+    if not data.to_dict():
+        raise PushError("the card has no metadata; begin it with metadata between two lines of ---")
     if data.get("base_model") and data.get("base_model_relation") != "merge":
         raise PushError("the card's metadata no longer says base_model_relation: merge; put it back")
     if verdict == "hurts":

@@ -47,7 +47,9 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
         delete_cache=(600, _KEPT_FILES_SECONDS),
         fill_width=True,
     ) as app:
-        run_id, ended = gr.State(""), gr.State(0)
+        run_id = gr.State("")
+        # A field, and no State: a State's change is not told to a page by what goes past the queue.
+        ended = gr.Number(0, visible="hidden", label="Runs that have ended", elem_id="run-ended")
         link = gr.Textbox(visible="hidden", label="Run", elem_id="run-link")
         markup(
             "<h1>tmerge</h1><p>Merge a large language model into a small one of another architecture, by optimal "

@@ -37,7 +37,7 @@ class AppContext:
     settings: AppSettings
     aside: Aside
     run_id: gr.State
-    ended: gr.State
+    ended: gr.Number
     tabs: gr.Tabs
 
     def load(self, fn: Callable[..., Any], inputs: Any, outputs: Any, **options: Any) -> None:

@@ -40,7 +40,7 @@ def offers_sign_in(app: AppContext) -> bool:
 def build_push(app: AppContext) -> None:
     """Lay the tab out and wire it. Call it inside its `gr.Tab`."""
     nothing = markup(_EMPTY, elem_id="push-nothing")
-    generated = gr.State("")
+    generated, seen_before = gr.State(""), gr.State("")
     with gr.Column(visible=False, elem_id="push") as body:
         verdict = markup("", elem_id="push-verdict")
         with gr.Row(equal_height=False):
@@ -86,11 +86,13 @@ def build_push(app: AppContext) -> None:
                 preview = gr.Markdown("", elem_id="push-markdown", latex_delimiters=[], container=False)
     clock = gr.Timer(_EVERY, active=False)
 
-    def fill(run_id: str, token: gr.OAuthToken | None) -> list[Any]:
-        """All of the tab, for the run that is looked at now."""
+    def fill(run_id: str, before: str, token: gr.OAuthToken | None) -> list[Any]:
+        """All of the tab, for the run that is looked at now; once, so that nothing that was typed is undone."""
         run = app.finished(run_id)
         if run is None:
-            return [gr.update(visible=True), gr.update(visible=False), *(gr.skip() for _ in range(13))]
+            return [gr.update(visible=True), gr.update(visible=False), *(gr.skip() for _ in range(13)), ""]
+        if run_id == before:
+            return [gr.skip() for _ in range(16)]
         try:
             report = run.report()
             line, user = _account(app, token)
@@ -98,7 +100,7 @@ def build_push(app: AppContext) -> None:
             text = card_text(report, run.recipe(), repo=name)
             planned = plan_push(run.folder, name, even_if_worse=True, card=text)
         except TmergeError as error:
-            return [error_card("This run cannot be pushed", str(error)), *(gr.skip() for _ in range(14))]
+            return [error_card("This run cannot be pushed", str(error)), *(gr.skip() for _ in range(15))]
         hurts = published_verdict(report) == "hurts"
         seen = app.seen(run_id)
         pushing = seen is not None and seen.push is not None and seen.push.state == "pushing"
@@ -117,6 +119,7 @@ def build_push(app: AppContext) -> None:
             text,
             *card_preview(text, run.folder),
             gr.Timer(active=pushing),
+            run_id,
         ]
 
     filled = [
@@ -135,19 +138,29 @@ def build_push(app: AppContext) -> None:
         metadata,
         preview,
         clock,
+        seen_before,
     ]
     for event in (app.run_id.change, app.ended.change):
-        event(fill, [app.run_id], filled, **_QUIET)
+        event(fill, [app.run_id, seen_before], filled, **_QUIET)
 
     def renamed(run_id: str, name: str, text: str, last: str) -> list[Any]:
         """The card names the repo; one that was edited is left as it is."""
         run = app.finished(run_id)
-        if run is None or text != last:
+        # The editor gives a last line end or none.
+        if run is None or text.strip() != last.strip():
             return [gr.skip(), gr.skip()]
         text = card_text(run.report(), run.recipe(), repo=(name or "").strip() or "user/name")
         return [text, text]
 
-    repo.input(renamed, [app.run_id, repo, card, generated], [card, generated], trigger_mode="always_last", **_QUIET)
+    # Typed letters are heard at once, what came in by other ways when the field is left.
+    gr.on(
+        [repo.input, repo.blur],
+        renamed,
+        [app.run_id, repo, card, generated],
+        [card, generated],
+        trigger_mode="always_last",
+        **_QUIET,
+    )
 
     def written_anew(run_id: str, name: str) -> list[Any]:
         run = app.finished(run_id)
@@ -221,7 +234,8 @@ def _how_to_sign_in(app: AppContext) -> str:
     if not app.settings.public:
         return "Nobody is signed in: run `hf auth login` in a terminal, then open this run again."
     if offers_sign_in(app):
-        return (
-            "Sign in with Hugging Face to push; this app may then write to repos that it makes for you, and no other."
-        )
-    return "This Space does not offer to sign in (its README lacks hf_oauth); download the run, and push it yourself."
+        return "Sign in with Hugging Face to push; the app may then write to repos that it makes for you, no others."
+    return (
+        "This Space offers no way to sign in: its README lacks hf_oauth. Download the recipe, run it with "
+        "`tmerge merge` on your own machine, and push from there."
+    )

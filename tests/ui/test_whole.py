@@ -1,0 +1,241 @@
+"""From two repos to a pushed merge, in a browser: the app as a user runs it, against a Hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+from playwright.sync_api import expect
+
+from tests.hub import Repo, WritableHub, run_client
+from tests.pico import save_pico
+from tests.ui.apart import app_apart
+from tests.ui.test_choose import name_model, open_fold, write_yaml
+from tmerge.calibration import sample_texts
+
+TOKEN = "hf_TheSecretThatNoPageShows"
+BEGIN = {
+    "target": "",
+    "source": "",
+    "dtype": "float32",
+    "calibration": {"dataset": "samples:indonesian", "texts": 60},
+    "fusion": {"alpha": 0.9, "top_k": 0.9},
+    "evaluation": {"bootstrap": 100},
+}
+
+
+def _train(folder):
+    """Teach a pico some Indonesian, so that there is something that a merge can harm."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = sample_texts("indonesian")[:128]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(60):
+        batch = [tokenizer(text)["input_ids"][:32] for text in texts[step % 16 :: 16]]
+        ids = torch.tensor([row for row in batch if len(row) == 32])
+        model(ids, labels=ids).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    root = tmp_path_factory.mktemp("repos")
+    save_pico("llama", root / "target", layers=3, seed=1, chat=True)
+    _train(root / "target")
+    save_pico("qwen3", root / "source", layers=4, seed=2)
+    for role, licence in (("target", "apache-2.0"), ("source", "gemma")):
+        (root / role / "README.md").write_text(f"---\nlicense: {licence}\n---\n# pico\n")
+    with WritableHub(token=TOKEN) as hub:
+        for role in ("target", "source"):
+            repo = hub.repos[f"tiny/{role}"] = Repo()
+            repo.commit(root / role)
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def app(hub, tmp_path_factory):
+    with app_apart(hub, tmp_path_factory.mktemp("home"), token=TOKEN, APP_BEGIN=json.dumps(BEGIN)) as app:
+        yield app
+
+
+def opened(browser, app, query=""):
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(30_000)
+    page.goto(f"{app.url}/{query}")
+    page.wait_for_selector("#start", state="attached")
+    return page
+
+
+def tab(page, name):
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def test_from_choosing_to_a_push(browser, app, hub, tmp_path):
+    page = opened(browser, app)
+    # Choose: found by typing, checked before anything starts.
+    for role in ("target", "source"):
+        field = page.locator(f"#{role}-model input")
+        field.fill("")
+        field.press_sequentially(role[:4], delay=30)
+        page.get_by_role("option", name=f"tiny/{role}").click()
+    cards = page.locator("#expected")
+    expect(cards).to_contain_text("licence of the merge", timeout=60_000)
+    expect(cards).to_contain_text("gemma")
+    assert not any(name.endswith("model.safetensors") for name in hub.requests if "Range" not in name and "GET" in name)
+    # Run.
+    page.locator("#start").click()
+    page.wait_for_url("**run=*")
+    expect(page.locator("#run-head")).to_contain_text("Done", timeout=90_000)
+    # Look.
+    tab(page, "Look")
+    page.locator("#look .main-svg").first.wait_for()
+    # Try.
+    tab(page, "Try")
+    page.locator("#try-prompt textarea").fill("Saya")
+    page.locator("#try-go").click()
+    expect(page.locator("#try-source-note")).to_contain_text("token", timeout=60_000)
+    # Push: the verdict's gate, the card, the link.
+    tab(page, "Push")
+    expect(page.locator("#push-account")).to_contain_text("Signed in as user")
+    expect(page.locator("#push-files")).to_contain_text("model.safetensors")
+    expect(page.locator("#push-files")).to_contain_text("tmerge/transport.safetensors")
+    expect(page.locator("#push-private input")).to_be_checked()
+    expect(page.locator("#push-markdown h1")).to_contain_text("merged with")
+    expect(page.locator("#push-markdown img").first).to_have_attribute("src", re.compile(r"^data:image/png;base64,"))
+    hurts = page.locator("#push-verdict").inner_text().split()[1] == "hurts"
+    assert hurts, "the recipe is meant to do harm"
+    page.locator("#push-repo input").fill("user/merged-here")
+    page.locator("#push-repo input").blur()
+    expect(page.locator("#push-markdown")).to_contain_text('from_pretrained("user/merged-here")')
+    page.locator("#push-go").click()
+    expect(page.locator("#push-fault")).to_contain_text("tick the box")
+    assert "user/merged-here" not in hub.repos
+    page.locator("#push-worse input").check()
+    page.locator("#push-card .cm-content").click()
+    page.keyboard.press("Control+End")
+    page.keyboard.insert_text("\n## Of my own\n\n<script>window.hit = 1</script><b>bold</b>\n")
+    expect(page.locator("#push-markdown")).to_contain_text("Of my own")
+    page.locator("#push-go").click()
+    link = page.locator("#push-progress a")
+    expect(link).to_have_attribute("href", f"{hub.endpoint}/user/merged-here", timeout=60_000)
+    assert page.evaluate("window.hit") is None
+    # What is there: private, with the edited card, and the same bits as the run's own.
+    pushed = hub.repos["user/merged-here"]
+    files = pushed.commits[pushed.refs["main"]]
+    assert pushed.access == "private"
+    card = files["README.md"].decode()
+    assert "## Of my own" in card and "The merge hurts" in card
+    [run] = app.root.glob("*/fused")
+    assert files["model.safetensors"] == (run / "model.safetensors").read_bytes()
+    assert not any("cache" in name for name in files)
+    loaded = run_client(
+        hub,
+        tmp_path / "there",
+        "from transformers import AutoModelForCausalLM as Model\n"
+        "print(type(Model.from_pretrained('user/merged-here')).__name__)",
+        token=TOKEN,
+    )
+    assert loaded.stdout.strip() == "LlamaForCausalLM", loaded.stderr
+    # No token on the page, in what the app said, or in any file of its runs.
+    assert TOKEN not in page.content() and TOKEN not in "".join(app.said)
+    assert not any(TOKEN.encode() in path.read_bytes() for path in app.root.rglob("*") if path.is_file())
+
+
+def test_a_card_that_hides_the_harm_and_a_card_without_metadata_are_refused(browser, app, hub):
+    page = opened(browser, app, "?run=" + _finished(browser, app))
+    tab(page, "Push")
+    expect(page.locator("#push-card .cm-content")).to_contain_text("library_name", timeout=30_000)
+    page.locator("#push-worse input").check()
+    text = "---\nlicense: mit\nlibrary_name: transformers\n---\n\n# A fine model\n\nIt is better.\n"
+    for card, said in ((text, "how much worse"), ("# no metadata", "metadata")):
+        page.locator("#push-card .cm-content").click()
+        page.keyboard.press("Control+A")
+        page.keyboard.insert_text(card)
+        expect(page.locator("#push-markdown")).to_contain_text(card.partition("# ")[2][:6])
+        page.locator("#push-go").click()
+        expect(page.locator("#push-fault")).to_contain_text(said)
+    page.locator("#push-anew").click()
+    expect(page.locator("#push-card .cm-content")).to_contain_text("library_name")
+
+
+def test_a_public_app_lends_nobody_its_own_token(browser, hub, tmp_path):
+    """On a Space the owner may have set HF_TOKEN: no visitor reads or writes with it."""
+    settings = {"public": True, "max_texts": 2000, "runs_kept_seconds": 600}
+    with app_apart(
+        hub,
+        tmp_path,
+        token=TOKEN,
+        APP_BEGIN=json.dumps(BEGIN | {"target": "tiny/target", "source": "tiny/source"}),
+        APP_SETTINGS=json.dumps(settings),
+    ) as app:
+        page = opened(browser, app)
+        page.locator("#start").click()
+        page.wait_for_url("**run=*")
+        expect(page.locator("#run-head")).to_contain_text("Done", timeout=90_000)
+        tab(page, "Push")
+        expect(page.locator("#push-account")).to_contain_text("no way to sign in")
+        page.locator("#push-worse input").check()
+        page.locator("#push-go").click()
+        expect(page.locator("#push-fault")).to_contain_text("no way to sign in")
+        assert not any(name.startswith("user/pico") for name in hub.repos)
+        # A private repo of the owner's is not there for a visitor.
+        hub.repos["user/secret"] = Repo(hub.repos["tiny/source"].commits, hub.repos["tiny/source"].refs, "private")
+        tab(page, "Choose")
+        name_model(page, "source", "user/secret")
+        expect(page.locator("#expected").get_by_role("alert")).to_contain_text("user/secret", timeout=60_000)
+
+
+def test_a_visitor_who_has_signed_in_pushes_to_their_own_account(browser, hub, tmp_path):
+    """Gradio stands in for the sign-in outside a Space, with the account of the token that it finds."""
+    hub.sessions.add(session := "mock-oauth-token-for-local-dev")
+    settings = {"public": True, "max_texts": 2000, "runs_kept_seconds": 600}
+    with app_apart(
+        hub,
+        tmp_path,
+        token=TOKEN,
+        APP_BEGIN=json.dumps(BEGIN | {"target": "tiny/target", "source": "tiny/source"}),
+        APP_SETTINGS=json.dumps(settings),
+        OAUTH_CLIENT_ID="loopback",
+    ) as app:
+        page = opened(browser, app)
+        page.locator("#start").click()
+        page.wait_for_url("**run=*")
+        expect(page.locator("#run-head")).to_contain_text("Done", timeout=90_000)
+        tab(page, "Push")
+        page.locator("#push-worse input").check()
+        page.locator("#push-go").click()
+        expect(page.locator("#push-fault")).to_contain_text("Sign in")
+        with page.expect_event("load"):
+            page.locator("#sign-in").click()
+        expect(page.locator("#run-head")).to_contain_text("Done", timeout=30_000)
+        tab(page, "Push")
+        expect(page.locator("#push-account")).to_contain_text("Signed in as user", timeout=30_000)
+        page.locator("#push-repo input").fill("user/signed-in")
+        page.locator("#push-worse input").check()
+        page.locator("#push-go").click()
+        expect(page.locator("#push-progress a")).to_have_attribute(
+            "href", f"{hub.endpoint}/user/signed-in", timeout=60_000
+        )
+        for secret in (TOKEN, session):
+            assert secret not in page.content() and secret not in "".join(app.said)
+            assert not any(secret.encode() in path.read_bytes() for path in app.root.rglob("*") if path.is_file())
+
+
+def _finished(browser, app):
+    """The id of a run that has ended."""
+    page = opened(browser, app)
+    open_fold(page, "Recipe (YAML)")
+    write_yaml(page, json.dumps(BEGIN | {"target": "tiny/target", "source": "tiny/source"}))
+    expect(page.locator("#target-model input")).to_have_value("tiny/target")
+    page.locator("#start").click()
+    page.wait_for_url("**run=*")
+    expect(page.locator("#run-head")).to_contain_text("Done", timeout=90_000)
+    return page.url.partition("run=")[2]
