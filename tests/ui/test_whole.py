@@ -153,6 +153,7 @@ def test_a_card_that_hides_the_harm_and_a_card_without_metadata_are_refused(brow
     page = opened(browser, app, "?run=" + _finished(browser, app))
     tab(page, "Push")
     expect(page.locator("#push-card .cm-content")).to_contain_text("library_name", timeout=30_000)
+    expect(page.locator("#push-markdown h1")).to_be_visible()
     page.locator("#push-worse input").check()
     text = "---\nlicense: mit\nlibrary_name: transformers\n---\n\n# A fine model\n\nIt is better.\n"
     for card, said in ((text, "how much worse"), ("# no metadata", "metadata")):

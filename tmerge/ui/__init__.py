@@ -66,7 +66,7 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
                 build_look(context)
             with gr.Tab("Try", id="try"):
                 build_try(context)
-            with gr.Tab("Push", id="push"):
+            with gr.Tab("Push", id="push", render_children=True):
                 build_push(context)
         run_id.change(
             lambda run: run, run_id, link, queue=False, show_progress="hidden", api_visibility="private"

@@ -83,8 +83,9 @@ class Aside:
             self._end()
             context = multiprocessing.get_context("spawn")
             self._ours, theirs = context.Pipe()
-            self._process = context.Process(target=_answer, args=(theirs,), name="tmerge-aside", daemon=True)
-            self._process.start()
+            process = context.Process(target=_answer, args=(theirs,), name="tmerge-aside", daemon=True)
+            process.start()
+            self._process = process
             theirs.close()
         return self._ours
 

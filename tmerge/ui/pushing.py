@@ -232,10 +232,10 @@ def _account(app: AppContext, token: gr.OAuthToken | None) -> tuple[str, str | N
 
 def _how_to_sign_in(app: AppContext) -> str:
     if not app.settings.public:
-        return "Nobody is signed in: run `hf auth login` in a terminal, then open this run again."
+        return 'Nobody is signed in: run "hf auth login" in a terminal, then open this run again.'
     if offers_sign_in(app):
         return "Sign in with Hugging Face to push; the app may then write to repos that it makes for you, no others."
     return (
         "This Space offers no way to sign in: its README lacks hf_oauth. Download the recipe, run it with "
-        "`tmerge merge` on your own machine, and push from there."
+        "tmerge merge on your own machine, and push from there."
     )

@@ -34,7 +34,9 @@ def number_words(value: float | None) -> str:
 
 
 def bytes_words(value: float) -> str:
-    """Bytes as kB, MB or GB."""
+    """Bytes as B, kB, MB or GB."""
+    if value < 1000:
+        return f"{value:.0f} B"
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if value >= size:
             return f"{value / size:.3g} {unit}" if value < 100 * size else f"{value / size:.0f} {unit}"
