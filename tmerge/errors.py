@@ -20,6 +20,7 @@ __all__ = [
     "NotEnoughMemoryError",
     "OutputExistsError",
     "PlanError",
+    "PortTakenError",
     "PushError",
     "RemoteError",
     "ReproductionError",
@@ -116,6 +117,10 @@ class DeviceError(TmergeError):
 
 class MissingExtraError(TmergeError):
     """An optional package is not installed; the message gives the pip command that brings it."""
+
+
+class PortTakenError(TmergeError):
+    """The app cannot listen on the port it was given."""
 
 
 class TransportError(TmergeError):

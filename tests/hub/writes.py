@@ -2,6 +2,7 @@
 
 Answered beyond `LoopbackHub`: ``api/whoami-v2``, ``api/repos/create``, ``preupload``, ``commit`` (also
 ``?create_pr=1``), ``branch``, the LFS batch with its basic and multipart uploads and its verification, and jobs.
+Spaces are repos of their own under ``spaces/user/name``: made, asked about, written to, and given hardware.
 A `Fault` answers instead, as often as it says. A client's script reaches the hub's own settings at ``/_set``.
 """
 
@@ -74,6 +75,8 @@ class WritableHub(LoopbackHub):
         jobs: By id.
         job_log: What the next job will say.
         job_stage: How it will end.
+        hardware: Space -> what it was asked to run on.
+        free_spaces: Whether the account may have Gradio Spaces on the Hub's free hardware.
     """
 
     def __init__(self, repos: dict[str, Repo] | None = None, token: str = "hf_loopback", user: str = "user") -> None:
@@ -88,6 +91,8 @@ class WritableHub(LoopbackHub):
         self.commits: list[dict[str, Any]] = []
         self.jobs: dict[str, Job] = {}
         self.job_log, self.job_stage = ["merging", "pushed"], "COMPLETED"
+        self.hardware: dict[str, str] = {}
+        self.free_spaces = True
         self.bodies: list[bytes] = []
         self.lock = threading.Lock()
         self._server.RequestHandlerClass = _writing(self._server.RequestHandlerClass)
@@ -98,7 +103,7 @@ class WritableHub(LoopbackHub):
 
     def may_write(self, repo: str) -> bool:
         """Whether the account owns the repo's namespace."""
-        return repo.partition("/")[0] in (self.user, *self.orgs)
+        return repo.removeprefix("spaces/").partition("/")[0] in (self.user, *self.orgs)
 
 
 def _writing(handler: Any) -> Any:
@@ -121,6 +126,9 @@ def _writing(handler: Any) -> Any:
             if path.startswith("/api/jobs/"):
                 self.server_hub.requests.append(f"GET {self.path}")
                 return self._job(path.split("/")[4:])
+            if path.startswith("/api/spaces/"):
+                self.server_hub.requests.append(f"GET {self.path}")
+                return self._space([unquote(part) for part in path.split("/")[3:]])
             super().do_GET()
 
         # -- who asks --------------------------------------------------------------------------------------------
@@ -177,6 +185,8 @@ def _writing(handler: Any) -> Any:
             if address.path.endswith(".git/info/lfs/objects/batch"):
                 return self._batch("/".join(parts[:2]).removesuffix(".git"), json.loads(body))
             name, rest = "/".join(parts[2:4]), parts[4:]
+            if parts[1] == "spaces":
+                name = f"spaces/{name}"
             if name not in hub.repos:
                 return self._fail(404, "RepoNotFound", "Repository not found", True)
             pull_request = parse_qs(address.query).get("create_pr") == ["1"]
@@ -184,6 +194,9 @@ def _writing(handler: Any) -> Any:
                 return self._fail(403, "", f"Forbidden: you may not write to {name}", True)
             if rest[0] == "preupload":
                 return self._preupload(hub.repos[name], json.loads(body))
+            if rest[0] == "hardware":
+                hub.hardware[name] = json.loads(body)["flavor"]
+                return self._json({"stage": "BUILDING", "hardware": {"requested": hub.hardware[name]}})
             if rest[0] == "branch":
                 hub.repos[name].refs["/".join(rest[1:])] = hub.repos[name].refs["main"]
                 return self._json({})
@@ -226,10 +239,18 @@ def _writing(handler: Any) -> Any:
         def _create(self, asked: dict[str, Any]) -> None:
             hub = self.server_hub
             name = f"{asked.get('organization') or hub.user}/{asked['name']}"
+            space = asked.get("type") == "space"
+            if space:
+                name = f"spaces/{name}"
             if not hub.may_write(name):
                 return self._fail(403, "", f"Forbidden: you may not create repos under {name.partition('/')[0]}", True)
             if name in hub.repos:
                 return self._fail(409, "", "You already created this model repo", True)
+            if space and not hub.free_spaces:
+                return self._fail(402, "", "Payment required to host Gradio Spaces", True)
+            if space:
+                assert asked["sdk"] == "gradio"
+                hub.hardware[name] = asked.get("hardware", "cpu-basic")
             repo = Repo(access="private" if asked.get("visibility") == "private" else "open")
             sha = hashlib.sha1(name.encode()).hexdigest()
             repo.commits[sha], repo.refs["main"] = {".gitattributes": b""}, sha
@@ -309,6 +330,8 @@ def _writing(handler: Any) -> Any:
                 value = line["value"]
                 if line["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "deletedFile":
+                    del files[value["path"]]
                 elif line["key"] == "lfsFile":
                     if value["oid"] not in hub.objects:
                         return self._fail(400, "", f"{value['path']}: no such object", True)
@@ -326,6 +349,19 @@ def _writing(handler: Any) -> Any:
                 {"repo": name, "revision": revision, "files": sorted(files), "header": lines[0]["value"]}
             )
             self._json(answer)
+
+        def _space(self, parts: list[str]) -> None:
+            hub, name = self.server_hub, "/".join(["spaces", *parts[:2]])
+            repo = hub.repos.get(name)
+            if repo is None or (repo.access == "private" and not self._known()):
+                return self._fail(404, "RepoNotFound", "Repository not found", True)
+            files = repo.commits[repo.refs["main"]]
+            if parts[2:3] == ["tree"]:
+                return self._json([{"type": "file", "path": p, "size": len(d), "oid": "0"} for p, d in files.items()])
+            info = {"id": "/".join(parts[:2]), "sha": repo.refs["main"], "private": repo.access == "private"}
+            hardware = {"current": hub.hardware.get(name, "cpu-basic")}
+            siblings = [{"rfilename": path} for path in files]
+            self._json(info | {"siblings": siblings, "runtime": {"stage": "RUNNING", "hardware": hardware}})
 
         # -- jobs ------------------------------------------------------------------------------------------------
 

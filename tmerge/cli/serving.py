@@ -1,0 +1,67 @@
+"""`tmerge app` and `space`: the browser app, here or as a Space."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tmerge.cli.shared import JsonOption, app, print_json, quiet_libraries
+from tmerge.errors import MissingExtraError, PortTakenError, PushError
+
+__all__ = ["serve", "space"]
+
+
+@app.command("app")
+def serve(
+    port: Annotated[
+        int | None, typer.Option(help="To listen on; the first free one from 7860 on if left out.", min=1, max=65535)
+    ] = None,
+) -> None:
+    """Open the browser app: choose a pair, watch the merge, look at its transport, try the result, push it."""
+    quiet_libraries()
+    try:
+        from tmerge.ui import launch
+    except ImportError as error:
+        if error.name != "gradio":
+            raise
+        raise MissingExtraError('the app needs gradio; install it with: pip install "tmerge[app]"') from None
+    try:
+        launch(port)
+    except OSError as error:
+        taken = f"port {port} cannot be listened on ({error.strerror or error})"
+        raise PortTakenError(
+            f"{taken}; name another with --port, or leave it away" if port is not None else f"no port is free: {error}"
+        ) from None
+
+
+@app.command()
+def space(
+    repo: Annotated[str, typer.Option(help="user/space; made if it is not there.")] = "",
+    hardware: Annotated[str, typer.Option(help="cpu or zerogpu.")] = "cpu",
+    private: Annotated[bool, typer.Option("--private", help="Make the Space private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and sizes; upload nothing.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Deploy the app as a Space of yours, or bring one up to date."""
+    if not repo:
+        raise PushError("name the Space to deploy to: tmerge space --repo user/space")
+    from tmerge.hub.space import deploy_space, plan_space
+
+    planned = plan_space(repo, hardware)
+    if dry_run:
+        if json_output:
+            print_json(planned.to_dict())
+            return
+        width = max(len(name) for name in planned.files)
+        for name, size in planned.files.items():
+            typer.echo(f"{name:<{width}}  {size:>9,} bytes")
+        typer.echo(f"{len(planned.files)} files, {planned.total_bytes / 1e6:.1f} MB, for {repo} on {hardware}")
+        return
+    quiet_libraries()
+    deployed = deploy_space(planned, private=private, listener=lambda what: typer.echo(f"[space] {what}", err=True))
+    if json_output:
+        print_json({"repo": deployed.repo, "url": deployed.url, "commit": deployed.commit})
+        return
+    typer.echo(deployed.url)
+    typer.echo(f"commit {deployed.commit}")
