@@ -17,7 +17,7 @@ from tests.pico import save_pico
 from tmerge.calibration import TextSet, sample_texts
 from tmerge.errors import Cancelled
 from tmerge.fusion import TransportRecord
-from tmerge.pipeline import STAGES, merge
+from tmerge.pipeline import STAGES, advance, merge
 from tmerge.recipe import Recipe
 from tmerge.run import Run
 
@@ -302,3 +302,28 @@ def test_alpha_auto_and_the_descent_control(pair, tmp_path):
     # No text serves two purposes.
     texts = TextSet.load(tmp_path / "fused" / "tmerge" / "cache" / "calibration.json")
     assert len({*texts.texts, *texts.choosing, *texts.held_out}) == 90
+
+
+def test_a_run_in_turns_is_the_run_in_one(pair, tmp_path):
+    recipe = recipe_for(pair)
+    merge(recipe, tmp_path / "one")
+    done = []
+    for until in ("texts", "source", "fuse", "evaluate"):
+        advance(recipe, tmp_path / "turns", until=until, listener=lambda step: done.append(step.stage))
+        assert (tmp_path / "turns/tmerge/cache" / f"{until}.json").is_file()
+        assert not (tmp_path / "turns/tmerge/report.json").exists()
+    merge(recipe, tmp_path / "turns", listener=lambda step: done.append(step.stage))
+    assert digest(tmp_path / "turns") == digest(tmp_path / "one")
+    # Nothing was done twice, but for the models, which each turn loads anew.
+    assert [name for name in dict.fromkeys(done) if name in STAGES] == list(STAGES)
+
+
+def test_a_report_says_where_the_models_read_if_all_else_was_elsewhere(pair, tmp_path):
+    recipe = recipe_for(pair)
+    advance(recipe, tmp_path / "fused", until="source")
+    note = tmp_path / "fused/tmerge/cache/target.json"
+    data = json.loads(note.read_text())
+    assert data["facts"]["device"] == "cpu"
+    data["facts"]["device"] = "cuda"
+    note.write_text(json.dumps(data))
+    assert merge(recipe, tmp_path / "fused")["device"] == "cuda (transport and fusion: cpu)"

@@ -57,6 +57,9 @@ class Estimate:
         disk_bytes: In the output folder.
         download_bytes: Still to be fetched from the Hub into its cache.
         assumes: In words.
+        forward_seconds: Of `seconds`, those of the models' forward passes.
+        read_operations: Floating-point operations until both models have read their texts.
+        score_operations: Of all forward passes after that, the descent control's backward passes included.
     """
 
     seconds: float
@@ -64,6 +67,9 @@ class Estimate:
     disk_bytes: int
     download_bytes: int
     assumes: str
+    forward_seconds: float
+    read_operations: float
+    score_operations: float
 
 
 @dataclass(frozen=True)
@@ -317,14 +323,18 @@ def _estimate(
         groups = sum(any(name in projections for name in group) for group in PROJECTION_GROUPS)
         scored += 1 + groups * len(recipe.fusion.alphas)
 
-    def forward(facts: ModelFacts, layout: Architecture, scorings: int) -> float:
+    def forward(facts: ModelFacts, layout: Architecture, texts: int, scorings: float) -> float:
+        """Operations to read some texts, and to score what is held out so often."""
         vocabulary = int(facts.config.get_text_config().vocab_size)
         head = layout.hidden_size * vocabulary
         body = _body_parameters(layout)
-        tokens = read * tokens_per_text * body + scorings * held_out * tokens_per_text * (body + head)
-        return 2 * tokens / flops
+        return 2 * tokens_per_text * (texts * body + scorings * held_out * (body + head))
 
-    seconds = forward(target, target_layout, scored) + forward(source, source_layout, 1)
+    reading = forward(target, target_layout, read, 1) + forward(source, source_layout, read, 1)
+    scoring = forward(target, target_layout, 0, scored - 1)
+    # Of seconds, the descent control has no part: it is off unless asked for. A backward pass is two forward ones.
+    slopes = 3 * min(recipe.evaluation.descent, read) / max(held_out, 1)
+    forward_seconds = seconds = (reading + scoring) / flops
 
     width = 512
     working = working_dtype(recipe.transport.epsilon)
@@ -365,6 +375,9 @@ def _estimate(
         sum(facts.download_bytes or 0 for facts in (target, source)),
         f"{read + held_out} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device} at "
         f"{flops / 1e9:.0f} GFLOP/s measured now; downloading and loading not counted",
+        forward_seconds,
+        reading,
+        scoring + forward(target, target_layout, 0, slopes),
     )
 
 

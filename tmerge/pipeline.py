@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,12 +43,12 @@ from tmerge.fusion import (
 )
 from tmerge.hub import write_card
 from tmerge.recipe import Recipe
-from tmerge.report import build_report, library_versions, peak_memory
-from tmerge.run import Run, stage_key, write_json, write_text
+from tmerge.report import build_report, library_versions
+from tmerge.run import Run, write_json, write_text
 from tmerge.session import NOTE, STAGES, Listener, Session, Step
 from tmerge.transport import FeaturePlans, load_plans, save_plans, solve_features
 
-__all__ = ["STAGES", "Listener", "Step", "merge"]
+__all__ = ["STAGES", "Listener", "Step", "advance", "merge"]
 
 
 def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) -> dict[str, Any]:
@@ -68,7 +67,32 @@ def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) 
     """
     run = Run.open(Path(out), recipe)
     try:
-        return _Merge(recipe, run, listener or (lambda step: None)).go()
+        work = _Merge(recipe, run, listener or (lambda step: None))
+        for _ in work.stages():
+            pass
+        return work.report()
+    except BaseException:
+        run.abandon()
+        raise
+
+
+def advance(recipe: Recipe, out: str | Path, *, until: str, listener: Listener | None = None) -> None:
+    """Run a recipe up to a stage, which it ends with; `merge` or another call goes on from there, in any process.
+
+    Args:
+        recipe: As for `merge`, and the same in every call.
+        out: Likewise.
+        until: One of `STAGES`.
+        listener: As for `merge`.
+
+    Raises:
+        TmergeError: As for `merge`.
+    """
+    run = Run.open(Path(out), recipe)
+    try:
+        for name in _Merge(recipe, run, listener or (lambda step: None)).stages():
+            if name == until:
+                return
     except BaseException:
         run.abandon()
         raise
@@ -79,13 +103,11 @@ class _Merge(Session):
 
     def __init__(self, recipe: Recipe, run: Run, listener: Listener) -> None:
         super().__init__(recipe, run, listener)
-        self.notes: dict[str, dict[str, Any]] = {}
-        self.keys: dict[str, str] = {}
         self.transported: list[TransportedNeurons] | None = None
         self.permuted: list[TransportedNeurons] | None = None
 
-    def go(self) -> dict[str, Any]:
-        """All stages, the report and the card."""
+    def stages(self) -> Iterator[str]:
+        """All stages; each is named when it is finished."""
         refuse_unfit(self.check, self.recipe, self.run.folder)
         if not self.run.reported:
             # Said before anything is fetched: a licence that forbids the merge, a repo that is gated.
@@ -97,55 +119,40 @@ class _Merge(Session):
             self.plan.refuse_other_recipe(self.recipe, commits, self.check.projections)
         calibration = self.recipe.digest("calibration", "seed")
         apart = auto or (self.plan is not None and self.plan.recipe.fusion.alpha == "auto")
-        with self._stage("texts", recipe=calibration, target=self.check.target.commit, choosing=apart):
+        with self.stage("texts", recipe=calibration, target=self.check.target.commit, choosing=apart):
             self._texts(apart)
+        yield "texts"
         if self.plan is not None:
             self.plan.refuse_other_texts(self.texts.sha256)
         for role in ("target", "source"):
-            with self._stage(role, texts=self.texts.sha256, **self._model_facts(role)):
+            with self.stage(role, texts=self.texts.sha256, **self.model_facts(role)):
                 self._read_model(role)
-        solved = {"target": self.keys["target"], "source": self.keys["source"], "plan": self._plan_key()}
-        with self._stage("transport", recipe=self.recipe.digest("transport"), **solved):
+            yield role
+        solved = {"target": self.keys["target"], "source": self.keys["source"], "plan": self.plan_key}
+        with self.stage("transport", recipe=self.recipe.digest("transport"), **solved):
             self._transport()
+        yield "transport"
         # Alpha enters only when the neurons are written, so that another alpha could start from here.
         fusion = self.recipe.fusion.model_dump(mode="json", exclude={"alpha", "alphas"})
         base = self.commit("source_base") if self.recipe.source_base else None
         permuted = "permuted" in self.recipe.evaluation.controls
-        with self._stage(
+        with self.stage(
             "fuse", transport=self.keys["transport"], fusion=fusion, base=base, seed=self.recipe.seed, permuted=permuted
         ):
             self._fuse()
+        yield "fuse"
         if auto:
             tried = {"alphas": self.recipe.fusion.alphas, "bootstrap": self.recipe.evaluation.bootstrap}
-            with self._stage("choose", fuse=self.keys["fuse"], **tried):
+            with self.stage("choose", fuse=self.keys["fuse"], **tried):
                 self._choose()
+            yield "choose"
         alpha = self._alpha()
-        with self._stage("evaluate", fuse=self.keys["fuse"], alpha=alpha, evaluation=self.recipe.digest("evaluation")):
+        with self.stage("evaluate", fuse=self.keys["fuse"], alpha=alpha, evaluation=self.recipe.digest("evaluation")):
             self._evaluate()
-        with self._stage("save", fuse=self.keys["fuse"], alpha=alpha, save=self.recipe.digest("save")):
+        yield "evaluate"
+        with self.stage("save", fuse=self.keys["fuse"], alpha=alpha, save=self.recipe.digest("save")):
             self._save()
-        return self._report()
-
-    # -- stages ------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _stage(self, name: str, **facts: Any) -> Iterator[None]:
-        """Time a stage and note that it finished; the work inside asks `_is_finished` first."""
-        self.keys[name] = key = stage_key(name, versions=library_versions(), **facts)
-        self.notes[name] = self.run.finished(name, key) or {}
-        if self.notes[name]:
-            yield
-            return
-        began = time.perf_counter()
-        yield
-        note = self.notes[name]
-        note["seconds"] = time.perf_counter() - began
-        note.setdefault("forward_seconds", 0.0)
-        note["peak_rss_bytes"] = peak_memory()
-        self.run.finish(name, key, note)
-
-    def _plan_key(self) -> str | None:
-        return None if self.plan is None else self.plan.key
+        yield "save"
 
     def _texts(self, apart: bool) -> None:
         path = self.run.cache / "calibration.json"
@@ -163,19 +170,6 @@ class _Merge(Session):
         self.texts.save(path)
         self.notes["texts"] = {"texts": self.texts.to_dict()}
         self.step("texts", "reading the calibration set", 1, 1, "datasets")
-
-    def _model_facts(self, role: str) -> dict[str, Any]:
-        calibration = self.recipe.calibration
-        return {
-            "commit": self.commit(role),
-            "dtype": self.recipe.dtype,
-            "device": self.recipe.device,
-            "projections": self.check.projections,
-            "max_tokens": calibration.max_tokens,
-            "batch_tokens": calibration.batch_tokens,
-            "held_out": self.recipe.evaluation.texts,
-            "plan": self._plan_key(),
-        }
 
     def _read_model(self, role: str) -> None:
         """Capture a model's features, and score it on the held-out texts; with a plan, score it alone."""
@@ -374,15 +368,21 @@ class _Merge(Session):
         self.notes["save"] = {"dtype": dtype, "computed_in": computed, "weights": weights}
         self.loaded.pop("target", None)
 
-    def _report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
+        """Write the report and the card, once all stages are finished."""
         resolved = self.resolved()
         write_text(self.run.work / "recipe.yaml", resolved.to_yaml())
         scores = {"base": self.notes["target"]["scores"], "source": self.notes["source"]["scores"]}
         scores |= self.notes["evaluate"]["scores"]
-        report = build_report(resolved, self.check, self.notes, scores, library_versions(), str(self.device))
+        report = build_report(resolved, self.check, self.notes, scores, library_versions(), self._devices())
         write_json(self.run.work / "report.json", report)
         write_card(self.run, report, resolved)
         return report
+
+    def _devices(self) -> str:
+        """Where the models read, and, if that was elsewhere, where all else was computed."""
+        read, here = self.notes["target"].get("device", str(self.device)), str(self.device)
+        return here if read == here else f"{read} (transport and fusion: {here})"
 
     def _transported(self) -> list[TransportedNeurons]:
         if self.transported is None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +33,8 @@ from tmerge.models import (
     verify_checkpoint,
 )
 from tmerge.recipe import Recipe
-from tmerge.run import Run
+from tmerge.report import library_versions, peak_memory
+from tmerge.run import Run, stage_key
 
 __all__ = ["NOTE", "STAGES", "Listener", "Session", "Step"]
 
@@ -73,6 +77,8 @@ class Session:
         run: Its folder.
         loaded: Role (``target``, ``source``, ``source_base``) -> model, while it is needed.
         texts: The calibration set, once it has been read.
+        notes: Stage -> what it noted.
+        keys: Stage -> what decides its result, hashed.
     """
 
     texts: TextSet
@@ -80,6 +86,8 @@ class Session:
     def __init__(self, recipe: Recipe, run: Run, listener: Listener) -> None:
         self.recipe, self.run, self.listener = recipe, run, listener
         self.loaded: dict[str, LoadedModel] = {}
+        self.notes: dict[str, dict[str, Any]] = {}
+        self.keys: dict[str, str] = {}
 
     @cached_property
     def check(self) -> Check:
@@ -90,6 +98,11 @@ class Session:
     def plan(self) -> Plan | None:
         """Another run's transport plan, where the recipe names one."""
         return None if self.recipe.plan is None else Plan(self.recipe.plan)
+
+    @property
+    def plan_key(self) -> str | None:
+        """What identifies that plan."""
+        return None if self.plan is None else self.plan.key
 
     @cached_property
     def device(self) -> torch.device:
@@ -102,6 +115,23 @@ class Session:
         """Tell the listener of a step."""
         self.listener(Step(stage, what, done, total, unit, row))
 
+    @contextmanager
+    def stage(self, name: str, **facts: Any) -> Iterator[None]:
+        """Time a stage and note that it finished; the work inside does nothing where there is a note of it already."""
+        self.keys[name] = key = stage_key(name, versions=library_versions(), **facts)
+        self.notes[name] = self.run.finished(name, key) or {}
+        if self.notes[name]:
+            yield
+            return
+        began = time.perf_counter()
+        yield
+        note = self.notes[name]
+        note["seconds"] = time.perf_counter() - began
+        note.setdefault("forward_seconds", 0.0)
+        note["peak_rss_bytes"] = peak_memory()
+        note["device"] = str(self.device)
+        self.run.finish(name, key, note)
+
     def commit(self, role: str) -> str:
         """What identifies a role's model: a Hub commit, or the digest of local files."""
         if role == "source_base":
@@ -109,6 +139,20 @@ class Session:
         commit = (self.check.target if role == "target" else self.check.source).commit
         assert commit is not None  # `check` sees to it
         return commit
+
+    def model_facts(self, role: str) -> dict[str, Any]:
+        """What decides a model's features and scores, beside the texts."""
+        calibration = self.recipe.calibration
+        return {
+            "commit": self.commit(role),
+            "dtype": self.recipe.dtype,
+            "device": self.recipe.device,
+            "projections": self.check.projections,
+            "max_tokens": calibration.max_tokens,
+            "batch_tokens": calibration.batch_tokens,
+            "held_out": self.recipe.evaluation.texts,
+            "plan": self.plan_key,
+        }
 
     def model(self, role: str) -> LoadedModel:
         """A model, loaded once and kept until it has served."""

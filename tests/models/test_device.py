@@ -46,3 +46,12 @@ def test_auto_is_an_accelerator_where_there_is_one():
     kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     assert pick_device("auto").type == kind
     assert pick_device("cpu") == CPU
+
+
+def test_the_environment_says_what_auto_is_where_torch_cannot_be_believed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto").type == "cuda"
+    monkeypatch.setenv(device_module.DEVICE_VARIABLE, "cpu")
+    assert pick_device("auto") == CPU and pick_device("cuda").type == "cuda"
+    monkeypatch.setenv(device_module.DEVICE_VARIABLE, "auto")
+    assert pick_device("auto").type == "cuda"

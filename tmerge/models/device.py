@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from tmerge.errors import DeviceError, NotEnoughMemoryError
 
 __all__ = [
+    "DEVICE_VARIABLE",
     "DTYPES",
     "available_memory",
     "check_memory",
@@ -20,6 +22,10 @@ __all__ = [
     "pick_device",
     "pick_dtype",
 ]
+
+DEVICE_VARIABLE = "TMERGE_DEVICE"
+"""An environment variable that says what ``auto`` is, where torch cannot be believed: on ZeroGPU torch says that there
+is a GPU in a process that has none. It enters no recipe and no key of a stage: ``auto`` stays ``auto``."""
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -43,13 +49,17 @@ def pick_device(device: str | torch.device) -> torch.device:
     """The device by name.
 
     Args:
-        device: ``auto`` (CUDA, else MPS, else CPU), ``cpu``, ``cuda``, ``cuda:1``, ``mps`` and so on.
+        device: ``auto`` (what `DEVICE_VARIABLE` says, else CUDA, else MPS, else CPU),
+            ``cpu``, ``cuda``, ``cuda:1``, ``mps`` and so on.
 
     Raises:
         DeviceError: No such device, or it is not on this machine.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if str(device) == "auto":
+        named = os.environ.get(DEVICE_VARIABLE, "auto")
+        if named != "auto":
+            return pick_device(named)
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     here = ", ".join(["auto", "cpu"] + ["cuda"] * cuda + ["mps"] * mps)
     try:
