@@ -39,6 +39,10 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
     settings = settings or settings_here()
     if settings.public:
         _use_no_token_of_our_own()
+    if settings.zero_gpu:
+        from tmerge.ui import zero
+
+        zero.prepare()
     store, aside = RunStore(settings), Aside()
     aside.warm()
     with gr.Blocks(

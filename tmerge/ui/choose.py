@@ -205,8 +205,8 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
             if read_yaml(text or "") != data:
                 raise RecipeError("the recipe has just been changed; press Start again")
             recipe = _ready(app, data, uploaded)
-            fit_to_run(app, recipe, uploaded)
-            run_id = app.store.start(recipe, visitor_of(request), Path(uploaded) if uploaded else None)
+            gpu = fit_to_run(app, recipe)
+            run_id = app.store.start(recipe, visitor_of(request), Path(uploaded) if uploaded else None, gpu)
         except TmergeError as error:
             return gr.skip(), gr.skip(), note(str(error), bad=True)
         except RuntimeError:

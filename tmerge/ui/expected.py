@@ -18,7 +18,7 @@ from tmerge.ui.context import AppContext
 from tmerge.ui.form import recipe_of
 from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, refuse_large, vetted
 
-__all__ = ["expected_cards", "fit_to_run"]
+__all__ = ["expected_cards", "fit_to_run", "refused_here"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,15 +42,33 @@ def expected_cards(app: AppContext, data: Mapping[str, Any], upload: str | None)
     return check_cards(facts, facts["refused"])
 
 
-def fit_to_run(app: AppContext, recipe: Recipe, upload: str | None) -> None:
+def fit_to_run(app: AppContext, recipe: Recipe) -> dict[str, float] | None:
     """Refuse a run that is too large for this app.
+
+    Returns:
+        On ZeroGPU, as `tmerge.ui.zero.gpu_seconds`.
 
     Raises:
         TmergeError: Why.
     """
-    refused = _checked(app, _readable(recipe))["refused"]
-    if refused:
-        raise TmergeError(refused)
+    facts = _checked(app, _readable(recipe))
+    if facts["refused"]:
+        raise TmergeError(facts["refused"])
+    return facts["gpu"]
+
+
+def refused_here(app: AppContext, recipe: Recipe) -> str | None:
+    """Why this app does not run a recipe that could be merged elsewhere; None where it does.
+
+    Raises:
+        TmergeError: It could not be merged anywhere.
+    """
+    try:
+        recipe = vetted(recipe, app.settings)
+    except TmergeError as error:
+        vetted(recipe, AppSettings(local_root=app.settings.local_root))
+        return str(error)
+    return _checked(app, _readable(recipe))["refused"]
 
 
 def _readable(recipe: Recipe) -> Recipe:
@@ -77,9 +95,13 @@ def _checked(app: AppContext, recipe: Recipe) -> dict[str, Any]:
 def _check(recipe: Recipe, settings: AppSettings) -> dict[str, Any]:
     """In the side process."""
     found = check(recipe)
+    gpu = refused = None
     try:
+        if settings.zero_gpu:
+            from tmerge.ui.zero import as_on_zero
+
+            found, gpu = as_on_zero(found, recipe, settings)
         refuse_large(found, settings)
-        refused = None
     except TmergeError as error:
         refused = str(error)
-    return found.to_dict() | {"refused": refused}
+    return found.to_dict() | {"refused": refused, "gpu": gpu}

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
 from tmerge.calibration import SAMPLES_PREFIX
 from tmerge.check import Check
 from tmerge.errors import ModelNotFoundError, NotEnoughDiskError, NotEnoughMemoryError, RecipeError, TmergeError
@@ -16,6 +18,7 @@ from tmerge.models import ModelReference
 from tmerge.recipe import CompareSettings, Recipe
 
 __all__ = [
+    "PACKAGE_VARIABLE",
     "UPLOAD_PREFIX",
     "AppSettings",
     "BusyError",
@@ -26,6 +29,10 @@ __all__ = [
     "settings_here",
     "vetted",
 ]
+
+PACKAGE_VARIABLE = "TMERGE_PACKAGE"
+"""A Space's variable: what jobs install tmerge from, in place of the Space's own repo (which they cannot read if it is
+private), such as ``tmerge==0.1.0``."""
 
 UPLOAD_PREFIX = "upload:"
 """A recipe of the browser names an uploaded file by this and its name; the server's path of it is never shown."""
@@ -71,6 +78,9 @@ class AppSettings:
         runs_per_visitor: Most runs of one visitor that wait or run at once.
         total_runs: Most runs of all visitors that wait or run at once.
         runs_kept_seconds: A run that has ended is removed from the disk this long after it was last looked at.
+        zero_gpu: Whether the models read on ZeroGPU (`tmerge.ui.zero`).
+        max_gpu_seconds: Most seconds of a GPU that are asked for in one run.
+        job_package: What a job on a visitor's account installs tmerge from; None offers no jobs.
         local_root: Models and datasets may be named by a path below this folder; None refuses all paths.
     """
 
@@ -83,12 +93,16 @@ class AppSettings:
     runs_per_visitor: int | None = None
     total_runs: int | None = None
     runs_kept_seconds: float = 6 * 3600
+    zero_gpu: bool = False
+    max_gpu_seconds: float | None = None
+    job_package: str | None = None
     local_root: Path | None = None
 
 
 def settings_here() -> AppSettings:
     """Limits on a Space (``SPACE_ID`` is set there), none but the uploads' size elsewhere."""
-    if not os.environ.get("SPACE_ID"):
+    space = os.environ.get("SPACE_ID")
+    if not space:
         return AppSettings(max_upload_bytes=500 * 2**20, runs_kept_seconds=24 * 3600)
     return AppSettings(
         public=True,
@@ -99,6 +113,11 @@ def settings_here() -> AppSettings:
         runs_per_visitor=1,
         total_runs=8,
         runs_kept_seconds=2 * 3600,
+        zero_gpu=os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true"),
+        # A free account had 210 s a day when this was written, and a visitor who is not signed in 120 s.
+        max_gpu_seconds=200,
+        # The Space's own repo, which `tmerge space` makes installable: the job then runs the code that is seen here.
+        job_package=os.environ.get(PACKAGE_VARIABLE) or f"git+{constants.ENDPOINT}/spaces/{space}",
     )
 
 
@@ -120,6 +139,8 @@ def vetted(recipe: Recipe, settings: AppSettings) -> Recipe:
     refuse_dataset_path(recipe.calibration.dataset, settings)
     if not _DEVICE.fullmatch(recipe.device):
         raise RecipeError(f"device is {recipe.device!r}; choose auto, cpu, cuda or mps")
+    if settings.zero_gpu and recipe.device != "auto":
+        raise RecipeError(f"device is {recipe.device!r}; this app runs on ZeroGPU, which takes auto alone")
     if not _SHARD_SIZE.fullmatch(recipe.save.max_shard_size):
         raise RecipeError(f"save.max_shard_size is {recipe.save.max_shard_size!r}; write it as 500MB or 5GB")
     if settings.max_texts is not None and recipe.calibration.texts > settings.max_texts:
@@ -215,6 +236,8 @@ def describe_limits(settings: AppSettings) -> list[tuple[str, Any]]:
         rows.append(("calibration texts", f"{settings.max_texts:,}"))
     if settings.max_seconds is not None:
         rows.append(("expected time", f"{settings.max_seconds / 60:.0f} min"))
+    if settings.zero_gpu and settings.max_gpu_seconds is not None:
+        rows.append(("time that a GPU is asked for", f"{settings.max_gpu_seconds:.0f} s"))
     if settings.runs_per_visitor is not None:
         rows.append(("runs at once", str(settings.runs_per_visitor)))
     return rows

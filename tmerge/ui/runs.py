@@ -7,6 +7,7 @@ temporary folder that goes when the run has not been looked at for a while.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import ctypes
 import gc
 import logging
@@ -23,9 +24,10 @@ from typing import Any
 import torch
 
 from tmerge.errors import Cancelled, TmergeError
-from tmerge.pipeline import merge
+from tmerge.pipeline import advance, merge
 from tmerge.recipe import Recipe
 from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, BusyError, TooManyRunsError
+from tmerge.ui.stopping import watched_modules
 from tmerge.ui.visitor_run import CouplingRow, StageProgress, State, VisitorRun
 
 __all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
@@ -63,13 +65,16 @@ class RunStore:
         self._worker = threading.Thread(target=self._work, name="tmerge-runs", daemon=True)
         self._worker.start()
 
-    def start(self, recipe: Recipe, visitor: str, upload: Path | None = None) -> str:
+    def start(
+        self, recipe: Recipe, visitor: str, upload: Path | None = None, gpu: dict[str, float] | None = None
+    ) -> str:
         """Queue a run.
 
         Args:
             recipe: A vetted one (`tmerge.ui.limits.vetted`).
             visitor: Whom the limits count it for.
             upload: The calibration file, where the recipe's dataset is ``upload:NAME``; it is copied.
+            gpu: On ZeroGPU, as `tmerge.ui.zero.gpu_seconds`; the GPU is then asked for in the caller's context.
 
         Returns:
             The run's id.
@@ -93,6 +98,8 @@ class RunStore:
             home = Path(tempfile.mkdtemp(dir=self.root))
             run = VisitorRun(run_id, recipe, home / "fused", visitor)
             run._read = self._with_upload(recipe, home, upload)
+            if gpu is not None:
+                run._gpu, run._context = gpu, contextvars.copy_context()
             self._runs[run_id] = run
             self._queue.append(run_id)
             self._changed.notify_all()
@@ -201,14 +208,7 @@ class RunStore:
 
     def _run(self, run: VisitorRun) -> None:
         try:
-            with _watched_modules(run):
-                try:
-                    with self._guard:
-                        self._inside = run.id
-                    run.report = merge(run._read or run.recipe, run.folder, listener=run.hear)
-                finally:
-                    with self._guard:
-                        self._inside = None
+            run.report = self._merge(run)
             self._hide_upload(run)
             self._end(run, "done", "done")
         except (Cancelled, _Stopped):
@@ -222,6 +222,39 @@ class RunStore:
             run.error = f"a fault of ours, not of your recipe; the server's log has it under {number}"
             run.fault = True
             self._end(run, "failed", run.error)
+
+    def _merge(self, run: VisitorRun) -> dict[str, Any]:
+        recipe = run._read or run.recipe
+        if run._gpu is not None and run._context is not None:
+            from tmerge.ui import zero
+
+            for before, until in (("texts", "source"), ("fuse", "evaluate")):
+                with self._interruptible(run):
+                    advance(recipe, run.folder, until=before, listener=run.hear)
+                    zero.fetch_weights_of(recipe, run.hear)
+                run.say(f"asking ZeroGPU for a GPU, for up to {run._gpu[until]:.0f} s")
+                zero.on_gpu(
+                    recipe,
+                    str(run.folder),
+                    until,
+                    run._gpu[until],
+                    listener=run.hear,
+                    pulse=run.stop_if_cancelled,
+                    context=run._context,
+                )
+        with self._interruptible(run):
+            return merge(recipe, run.folder, listener=run.hear)
+
+    @contextlib.contextmanager
+    def _interruptible(self, run: VisitorRun) -> Iterator[None]:
+        with watched_modules(run.cancelling):
+            try:
+                with self._guard:
+                    self._inside = run.id
+                yield
+            finally:
+                with self._guard:
+                    self._inside = None
 
     def _end(self, run: VisitorRun, state: State, line: str) -> None:
         run.ended = time.time()
@@ -274,22 +307,6 @@ class RunStore:
     @staticmethod
     def _without_paths(run: VisitorRun, line: str) -> str:
         return line.replace(str(run.folder), "the run's folder").replace(str(run.folder.parent), "the run's folder")
-
-
-@contextlib.contextmanager
-def _watched_modules(run: VisitorRun) -> Iterator[None]:
-    """Ask before every module's forward pass whether to stop: one batch of a large model takes longer than seconds."""
-    mine = threading.get_ident()
-
-    def ask(module: torch.nn.Module, inputs: Any) -> None:
-        if run.cancelling.is_set() and threading.get_ident() == mine:
-            raise Cancelled("stopped by its visitor")
-
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(ask)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _free_memory() -> None:

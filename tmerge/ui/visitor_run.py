@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 from collections import deque
@@ -114,18 +115,27 @@ class VisitorRun:
     version: int = 0
     cancelling: threading.Event = field(default_factory=threading.Event)
     _read: Recipe | None = None
+    # On ZeroGPU: seconds that a GPU is asked for, by the stage that its call ends with, and whose request asks.
+    _gpu: dict[str, float] | None = None
+    _context: contextvars.Context | None = None
 
     @property
     def over(self) -> bool:
         """Whether nothing more will happen to it."""
         return self.state in ("done", "failed", "cancelled")
 
-    def hear(self, step: Step) -> None:
-        """Take in one step of the pipeline; raises `Cancelled` if the visitor wants it to stop."""
+    def stop_if_cancelled(self) -> None:
+        """Raise `Cancelled` if the visitor wants it to stop."""
         if self.cancelling.is_set():
             raise Cancelled("stopped by its visitor")
+
+    def hear(self, step: Step) -> None:
+        """Take in one step of the pipeline; raises `Cancelled` if the visitor wants it to stop."""
+        self.stop_if_cancelled()
         if step.stage == NOTE:
-            self.say(f"note: {step.what}")
+            # A run that is taken in turns says them in each.
+            if not any(line.endswith(f"  note: {step.what}") for line in self.log):
+                self.say(f"note: {step.what}")
             return
         now = time.time()
         stage = self.stages.get(step.stage)
