@@ -31,6 +31,7 @@ from tmerge.ui.form import (
     with_value,
     write_yaml,
 )
+from tmerge.ui.job_part import build_job
 from tmerge.ui.limits import UPLOAD_PREFIX, vetted
 from tmerge.ui.search import Choice, HubSearch, offered
 from tmerge.ui.style import markup
@@ -98,6 +99,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     problem = markup(note("", keep=True), elem_id="problem")
     start = gr.Button("Start the merge", variant="primary", size="lg", elem_id="start")
     markup(limits_line(app.settings))
+    build_job(app, good, upload)
 
     # Everything that a change of the recipe writes into.
     written: list[Any] = [target, source, *texts.fields, *fields]

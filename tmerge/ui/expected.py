@@ -18,7 +18,7 @@ from tmerge.ui.context import AppContext
 from tmerge.ui.form import recipe_of
 from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, refuse_large, vetted
 
-__all__ = ["expected_cards", "fit_to_run", "refused_here"]
+__all__ = ["check_facts", "expected_cards", "fit_to_run", "refused_here"]
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +55,15 @@ def fit_to_run(app: AppContext, recipe: Recipe) -> dict[str, float] | None:
     if facts["refused"]:
         raise TmergeError(facts["refused"])
     return facts["gpu"]
+
+
+def check_facts(app: AppContext, recipe: Recipe) -> dict[str, Any]:
+    """`tmerge.check.Check.to_dict`, with ``refused``: why this app does not run it.
+
+    Raises:
+        TmergeError: The two cannot be merged, or not be read.
+    """
+    return _checked(app, _readable(recipe))
 
 
 def refused_here(app: AppContext, recipe: Recipe) -> str | None:

@@ -253,7 +253,8 @@ def _answer(talk: _Talk, role: str, loaded: LoadedModel) -> None:
     )
     heard = _Heard(talk, role, loaded, how)
     halt = _Halt(talk)
-    with torch.random.fork_rng():
+    # Of the CPU and of where the model is: on ZeroGPU torch names a GPU that this process must not touch.
+    with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
         torch.manual_seed(question.seed)
         model.generate(
             ids,

@@ -1,0 +1,209 @@
+"""On the Choose tab of a public app: a run that is too large for it, as a Hugging Face Job on the visitor's account.
+
+The visitor signs in with Hugging Face; no field asks for a token. The job belongs to their account, is paid by it, and
+leaves its result in a private repo of theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import gradio as gr
+from huggingface_hub import JobHardware, constants
+
+from tmerge.errors import RemoteError, TmergeError
+from tmerge.hub.jobs import RemoteRun, start_job
+from tmerge.recipe import Recipe
+from tmerge.ui.cards import empty_card, error_card, note
+from tmerge.ui.context import AppContext
+from tmerge.ui.expected import check_facts, refused_here
+from tmerge.ui.form import recipe_of
+from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, vetted
+from tmerge.ui.pushes import account_name, own_token
+from tmerge.ui.pushing import offers_sign_in
+from tmerge.ui.safe import escape
+from tmerge.ui.style import markup
+
+__all__ = ["build_job", "job_offer", "job_timeout", "start_as_job"]
+
+_log = logging.getLogger(__name__)
+
+_USUAL = JobHardware.L4X1.value
+_LONGEST = 4 * 3600
+# A sign-in that ends sooner than this is renewed first: the job pushes with it at its end.
+_SHORTEST = 3600
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 16}
+_WHAT = (
+    "The same recipe on hardware of Hugging Face that your account pays for; its result goes to a private repo of "
+    "yours, whatever the verdict, with its report and its card."
+)
+
+
+def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
+    """Lay the part out and wire it; nothing where the app offers no jobs.
+
+    Args:
+        app: What the tabs share.
+        good: The form's recipe.
+        upload: The uploaded file's path, or None.
+    """
+    if app.settings.job_package is None:
+        return
+    with gr.Accordion("Run it as a job on your own account", open=False, elem_id="job") as fold:
+        offer = markup(empty_card("A job on your account", _WHAT), elem_id="job-offer")
+        with gr.Row(equal_height=False):
+            hardware = gr.Dropdown(
+                [item.value for item in JobHardware],
+                value=_USUAL,
+                label="Hardware",
+                info="Prices: huggingface.co/docs/hub/jobs",
+                elem_id="job-hardware",
+                min_width=220,
+            )
+            repo = gr.Textbox(
+                label="Repo for the result",
+                info="user/name, or a name for your own; made private",
+                max_lines=1,
+                elem_id="job-repo",
+                min_width=220,
+            )
+        if offers_sign_in(app):
+            markup(note("Signing in loads this page anew: sign in first, or download a recipe that you have changed."))
+            gr.LoginButton("Sign in with Hugging Face", logout_value="Sign out ({})", elem_id="job-sign-in")
+        go = gr.Button("Start the job", elem_id="job-go")
+        result = markup(note("", keep=True), elem_id="job-result")
+
+    def offered(data: dict[str, Any], uploaded: str | None) -> list[Any]:
+        refused, card = job_offer(app, data)
+        return [gr.Accordion(open=True) if refused else gr.skip(), card]
+
+    gr.on([good.change, upload.change], offered, [good, upload], [fold, offer], trigger_mode="always_last", **_QUIET)
+    app.load(offered, [good, upload], [fold, offer])
+
+    def begin(data: dict[str, Any], flavor: str, name: str, token: gr.OAuthToken | None) -> str:
+        try:
+            signed_in = own_token(app.settings, None if token is None else token.token)
+            if signed_in is None:
+                raise RemoteError(
+                    "nobody is signed in; sign in with Hugging Face first"
+                    if offers_sign_in(app)
+                    else "this app does not offer to sign in; run `tmerge merge --remote` on your own machine"
+                )
+            ends = None if token is None else token.expires_at
+            return _started(start_as_job(app, data, flavor, name, signed_in, ends))
+        except TmergeError as error:
+            return error_card("No job was started", str(error))
+        except Exception:  # noqa: BLE001 - a fault of ours: the log has it, and the visitor a card
+            _log.exception("a job could not be started")
+            return error_card("No job was started", "a fault of ours; the server's log has it")
+
+    go.click(begin, [good, hardware, repo], result, trigger_mode="once", **{**_QUIET, "show_progress": "minimal"})
+
+
+def job_offer(app: AppContext, data: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether this app refuses the form's recipe as too large or too long, and the card that says what a job would do.
+
+    Args:
+        app: What the tabs share.
+        data: The form's recipe.
+    """
+    if not data.get("target") or not data.get("source"):
+        return False, empty_card("A job on your account", _WHAT)
+    try:
+        recipe = recipe_of(data)
+        refused = refused_here(app, recipe)
+        _refuse_unreachable(app, recipe)
+    except TmergeError as error:
+        return False, empty_card("This cannot be run as a job", str(error))
+    except RuntimeError:
+        _log.exception("a check failed")
+        return False, empty_card("A job on your account", _WHAT)
+    if refused is None:
+        return False, empty_card("This app can run it; so can a job on your account", _WHAT)
+    return True, empty_card("Too large for this app, and not for a job on your account", _WHAT)
+
+
+def start_as_job(
+    app: AppContext, data: Mapping[str, Any], flavor: str, repo: str, token: str, ends: float | None
+) -> RemoteRun:
+    """Start the form's recipe as a job.
+
+    Args:
+        app: What the tabs share.
+        data: The form's recipe.
+        flavor: One of ``JobHardware``.
+        repo: ``user/name``, or ``name`` for the visitor's own.
+        token: Of who signed in.
+        ends: When the sign-in ends, `time.time`; None if it does not.
+
+    Raises:
+        TmergeError: The recipe cannot be merged or read elsewhere, the sign-in ends too soon, or the Hub refused.
+    """
+    recipe = recipe_of(data)
+    refused_here(app, recipe)
+    _refuse_unreachable(app, recipe)
+    name = (repo or "").strip().strip("/")
+    if not name:
+        raise RemoteError("name the repo that the result goes to")
+    if "/" not in name:
+        user = account_name(token)
+        if user is None:
+            raise RemoteError("the Hub does not know your sign-in any more; sign in again")
+        name = f"{user}/{name}"
+    assert app.settings.job_package is not None
+    return start_job(
+        vetted(recipe, _elsewhere(app)),
+        flavor,
+        name,
+        package=app.settings.job_package,
+        timeout=job_timeout(ends),
+        token=token,
+    )
+
+
+def job_timeout(ends: float | None) -> str:
+    """How long a job may take, as the Hub reads it: no longer than the sign-in that it pushes with.
+
+    Raises:
+        RemoteError: The sign-in ends too soon.
+    """
+    # A minute for the push itself.
+    left = _LONGEST if ends is None else min(_LONGEST, ends - time.time() - 60)
+    if left < _SHORTEST:
+        raise RemoteError("your sign-in ends within the hour, and the job pushes with it; sign out and in again")
+    return f"{int(left // 60)}m"
+
+
+def _elsewhere(app: AppContext) -> AppSettings:
+    """What holds of a job: no limit of this app, and still no path or code."""
+    return AppSettings(local_root=app.settings.local_root)
+
+
+def _refuse_unreachable(app: AppContext, recipe: Recipe) -> None:
+    """Refuse what a job on the visitor's account could not read, before it costs anything."""
+    if recipe.calibration.dataset.startswith(UPLOAD_PREFIX):
+        raise RemoteError(
+            "an uploaded file stays on this server, and the job runs elsewhere; push the file as a dataset to the Hub, "
+            "and name its id"
+        )
+    facts = check_facts(app, recipe)
+    for role in ("target", "source"):
+        if facts[role]["gated"] or facts[role]["private"]:
+            raise RemoteError(
+                f"the {role} {facts[role]['ref']!r} is gated or private, and your sign-in here lets a job make repos, "
+                "not read yours; run `tmerge merge --remote` on your own machine for that"
+            )
+
+
+def _started(job: RemoteRun) -> str:
+    result = f"{constants.ENDPOINT}/{job.repo}"
+    return (
+        '<div class="card" role="status"><p class="card-title">The job has started</p>'
+        f'<p><a href="{escape(job.url)}" target="_blank" rel="noopener">Its page</a>, with its log and the button that '
+        f'stops it. Its result will be in <a href="{escape(result)}" target="_blank" rel="noopener">'
+        f"{escape(job.repo)}</a>, private; read its verdict before you publish it. It goes on when this page is "
+        "closed.</p></div>"
+    )
