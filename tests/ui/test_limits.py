@@ -1,0 +1,371 @@
+"""What a public app holds against its visitors, each limit against the real functions, or the real app over HTTP."""
+
+import json
+import shutil
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections import namedtuple
+from types import SimpleNamespace
+from urllib.parse import quote
+
+import pytest
+
+pytest.importorskip("gradio", reason="the app extra is not installed")
+
+from tests.hub import LoopbackHub, Repo, run_client
+from tests.pico import save_pico
+from tests.ui.search_hub import HOSTILE
+from tmerge.errors import DatasetError, RecipeError, TmergeError
+from tmerge.recipe import Recipe
+from tmerge.ui import cards, limits, push_cards, pushes, runs
+from tmerge.ui.limits import AppSettings, describe_limits, settings_here, vetted
+from tmerge.ui.progress import log_lines, result_cards
+from tmerge.ui.runs import RunStore
+from tmerge.ui.safe import escape
+from tmerge.ui.texts_part import upload_name
+from tmerge.ui.visitor import visitor_of
+
+PUBLIC = AppSettings(public=True, max_texts=500)
+
+
+# -- what is asked for ---------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import json
+from tmerge.recipe import Recipe
+from tmerge.ui.expected import _check
+from tmerge.ui.limits import AppSettings
+recipe = Recipe(target="user/target", source="user/source")
+cases = {
+    "small enough": AppSettings(max_parameters=10**9, max_download_bytes=10**9, max_seconds=10**4),
+    "parameters": AppSettings(max_parameters=1000),
+    "download": AppSettings(max_download_bytes=1000),
+    "time": AppSettings(max_seconds=1e-9),
+}
+print("RESULTS" + json.dumps({name: _check(recipe, settings)["refused"] for name, settings in cases.items()}))
+"""
+
+
+def test_sizes_and_time_are_refused_before_any_weight_is_fetched(tmp_path):
+    hub = LoopbackHub({})
+    for name, family in (("target", "llama"), ("source", "qwen2")):
+        hub.repos[f"user/{name}"] = Repo()
+        hub.repos[f"user/{name}"].commit(save_pico(family, tmp_path / name))
+    with hub:
+        ended = run_client(hub, tmp_path / "home", SCRIPT)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    refused = json.loads(ended.stdout.rpartition("RESULTS")[2])
+    assert refused["small enough"] is None
+    assert "billion parameters, where this app takes 0.0" in refused["parameters"]
+    assert "GB to fetch, where this app takes 0.0 GB" in refused["download"]
+    assert "expected to take" in refused["time"]
+    # Of the weights, headers alone are read, as ranges.
+    fetched = [line for line in hub.requests if line.startswith("GET") and "model.safetensors" in line]
+    assert all("bytes=" in line for line in fetched), fetched
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def test_a_disk_that_is_too_full_is_said_before_anything_is_read(models, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10))
+    recipe = Recipe(
+        target=str(models / "target"), source=str(models / "source"), calibration={"dataset": str(models / "texts.txt")}
+    )
+    store = RunStore(AppSettings())
+    run = store.get(store.start(recipe, "me"))
+    until = time.monotonic() + 60
+    while not run.over and time.monotonic() < until:
+        time.sleep(0.05)
+    assert run.state == "failed" and "of disk in the run's folder, where 0.0 GB are free" in run.error
+    assert list(run.stages) == [] and not run.folder.parent.exists()
+    store.close()
+
+
+@pytest.mark.parametrize(("name", "read", "most"), limits._MOST)
+def test_numbers_that_decide_the_work_are_bounded(name, read, most):
+    key = name.removeprefix("the number of ")
+    value = [0.01 * i for i in range(1, int(most) + 2)] if key == "fusion.alphas" else int(most) + 1
+    section, _, field = key.partition(".")
+    more = Recipe.from_mapping({"target": "a/b", "source": "c/d", section: {field: value}})
+    with pytest.raises(RecipeError, match=f"where this app takes {most:g}"):
+        vetted(more, AppSettings(public=True))
+    assert vetted(more, AppSettings()).target == "a/b"
+    within = value[:-1] if isinstance(value, list) else value - 1
+    assert vetted(
+        Recipe.from_mapping({"target": "a/b", "source": "c/d", section: {field: within}}), AppSettings(public=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"calibration": {"texts": 501}}, "calibration.texts is 501, where this app takes 500"),
+        ({"trust_remote_code": ["a/b"]}, "cannot be set from the browser"),
+        ({"source_base": "/etc", "fusion": {"what": "task-vector"}}, "is a path"),
+        ({"target": "~/x"}, "is a path"),
+        ({"target": "../x"}, "is a path"),
+        ({"plan": "demo:gemma-3-270m"}, "is a path"),
+        ({"calibration": {"dataset": "../../etc/passwd"}}, "is not a Hub dataset"),
+        ({"calibration": {"dataset": "/proc/self/environ"}}, "is not a Hub dataset"),
+        ({"calibration": {"dataset": "user/texts.csv"}}, "is not a Hub dataset"),
+        ({"device": "cuda:0; rm"}, "choose auto"),
+        ({"save": {"max_shard_size": "1KB"}}, "max_shard_size"),
+    ],
+)
+def test_what_no_browser_may_ask_for(changes, why):
+    with pytest.raises(TmergeError, match=why):
+        vetted(Recipe.from_mapping({"target": "a/b", "source": "c/d", **changes}), PUBLIC)
+
+
+def test_a_space_has_every_limit(monkeypatch):
+    monkeypatch.setenv("SPACE_ID", "user/app")
+    settings = settings_here()
+    named = ("max_parameters", "max_download_bytes", "max_texts", "max_seconds", "runs_per_visitor", "total_runs")
+    assert settings.public and settings.local_root is None and not settings.zero_gpu
+    assert all(getattr(settings, name) is not None for name in named)
+    assert settings.job_package.endswith("/spaces/user/app") and settings.job_package.startswith("git+http")
+    assert len(describe_limits(settings)) >= 5
+    monkeypatch.setenv("SPACES_ZERO_GPU", "true")
+    monkeypatch.setenv(limits.PACKAGE_VARIABLE, "tmerge==9.9")
+    assert settings_here().zero_gpu and settings_here().max_gpu_seconds and settings_here().job_package == "tmerge==9.9"
+    monkeypatch.delenv("SPACE_ID")
+    assert not settings_here().public and settings_here().job_package is None
+
+
+# -- who asks ------------------------------------------------------------------------------------------------------
+
+
+def asking(forwarded, host="10.0.0.1"):
+    return SimpleNamespace(client=SimpleNamespace(host=host), headers={"x-forwarded-for": forwarded}, username=None)
+
+
+def test_a_visitor_cannot_be_many_by_saying_so(monkeypatch):
+    monkeypatch.setenv("SPACE_ID", "user/app")
+    # Only what the Space's proxy adds at the end counts.
+    assert visitor_of(asking("1.1.1.1, 9.9.9.9")) == visitor_of(asking("2.2.2.2, 9.9.9.9"))
+    assert visitor_of(asking("9.9.9.9")) != visitor_of(asking("8.8.8.8"))
+    assert "9.9.9.9" not in visitor_of(asking("9.9.9.9"))
+    monkeypatch.delenv("SPACE_ID")
+    assert visitor_of(asking("1.1.1.1")) == visitor_of(asking("2.2.2.2"))
+
+
+def test_the_owners_token_is_no_visitors(monkeypatch):
+    monkeypatch.setattr(pushes, "get_token", lambda: "hf_the_owners")
+    assert pushes.own_token(AppSettings(public=True), None) is None
+    assert pushes.own_token(AppSettings(public=True), "hf_mine") == "hf_mine"
+    assert pushes.own_token(AppSettings(), None) == "hf_the_owners"
+
+
+# -- folders -------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_of_a_run_that_failed_stays_on_the_disk(tmp_path, monkeypatch):
+    seen = []
+
+    def merge(recipe, folder, *, listener):
+        folder.mkdir()
+        (folder / "features").write_bytes(b"x" * 1000)
+        seen.append(recipe.calibration.dataset)
+        raise DatasetError("no such column")
+
+    monkeypatch.setattr(runs, "merge", merge)
+    texts = tmp_path / "mine.txt"
+    texts.write_text("secret")
+    store = RunStore(AppSettings())
+    run = store.get(
+        store.start(Recipe(target="a/b", source="c/d", calibration={"dataset": "upload:mine.txt"}), "me", texts)
+    )
+    until = time.monotonic() + 20
+    while not run.over and time.monotonic() < until:
+        time.sleep(0.01)
+    # The upload was copied into the run's folder, which is gone with the copy.
+    assert run.state == "failed" and seen[0].startswith(str(store.root)) and list(store.root.iterdir()) == []
+    store.close()
+    assert not store.root.exists()
+
+
+# -- uploads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["model.bin", "weights.pt", "run.py", "a.pickle", "a.yaml", "texts", "a.zip", "a.txt.gz"]
+)
+def test_a_file_that_is_no_data_is_not_read(name):
+    with pytest.raises(DatasetError, match="not a kind of file that is read"):
+        upload_name(f"/tmp/x/{name}")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/tmp/x/../../etc/passwd.txt", "passwd.txt"),
+        ("/tmp/x/..txt.txt", "txt.txt"),
+        ("/tmp/x/a: b\n!!python/object.txt", "object.txt"),
+        ("/tmp/x/<img src=x>.csv", "img-src-x.csv"),
+        ("/tmp/x/;$(rm -rf).TXT", "rm--rf.txt"),
+    ],
+)
+def test_an_uploads_name_is_no_more_than_a_name(path, name):
+    assert upload_name(path) == name
+
+
+# -- the server ----------------------------------------------------------------------------------------------------
+
+
+def get(url):
+    try:
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_no_path_of_the_server_is_served(served):
+    store = served.context.store
+    run_id = store.start(served.recipe(), "me")
+    assert served.ended(run_id).state == "done"
+    secret = store.get(run_id).folder / "tmerge" / "report.json"
+    assert secret.is_file()
+    paths = [
+        "/etc/passwd",
+        "/proc/self/environ",
+        str(served.root / "texts.txt"),
+        str(served.root / "target" / "config.json"),
+        str(secret),
+        str(store.root),
+        runs.__file__,
+        "pyproject.toml",
+        "../../../../etc/passwd",
+        "file:///etc/passwd",
+    ]
+    for path in paths:
+        for route in ("/gradio_api/file=", "/gradio_api/file/", "/file="):
+            for written in (path, quote(path, safe=""), path.replace("/", "//")):
+                status, body = get(f"{served.url}{route}{written.replace(' ', '%20')}")
+                assert status in (401, 403, 404), (route, written, status)
+                assert b"root:" not in body and b"verdict" not in body
+
+
+def call(served, function, data):
+    """Call an event of the page as its own script does: the outcome that the server streams back."""
+    session = uuid.uuid4().hex
+    asked = json.dumps({"data": data, "fn_index": function, "session_hash": session}).encode()
+    headers = {"Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(f"{served.url}/gradio_api/queue/join", asked, headers), timeout=20)
+    with urllib.request.urlopen(f"{served.url}/gradio_api/queue/data?session_hash={session}", timeout=60) as stream:
+        for line in stream:
+            if line.startswith(b"data: "):
+                said = json.loads(line[6:])
+                if said["msg"] == "process_completed":
+                    return said
+    raise AssertionError("the stream ended before the event did")
+
+
+def upload(served, content, name):
+    edge = uuid.uuid4().hex
+    head = f'--{edge}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+    body = head.encode() + content + f"\r\n--{edge}--\r\n".encode()
+    headers = {"Content-Type": f"multipart/form-data; boundary={edge}"}
+    request = urllib.request.Request(f"{served.url}/gradio_api/upload", body, headers)
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return json.load(answer)[0]
+
+
+def test_a_path_of_the_server_is_not_taken_for_an_upload(served):
+    config = json.loads(get(f"{served.url}/config")[1])
+    names = {item["props"].get("elem_id"): item["id"] for item in config["components"]}
+    tried = 0
+    for event in config["dependencies"]:
+        for name in ("texts-file", "upload-recipe"):
+            if event["inputs"][:1] == [names[name]]:
+                tried += 1
+                ours = upload(served, b"target: a/b\n", "mine.yaml" if name == "upload-recipe" else "mine.txt")
+                for path, taken in (("/etc/hostname", False), (str(served.root / "texts.txt"), False), (ours, True)):
+                    file = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": path.rpartition("/")[2]}
+                    data = [file, *[None] * (len(event["inputs"]) - 1)]
+                    if name == "texts-file":
+                        data[1] = {}
+                    outcome = call(served, event["id"], data)
+                    assert outcome["success"] is taken, (name, path, outcome)
+    assert tried >= 2
+
+
+def test_the_server_is_launched_with_the_limit_of_uploads(monkeypatch):
+    from tmerge.ui import launch_options
+
+    assert launch_options()["max_file_size"] == settings_here().max_upload_bytes
+    monkeypatch.setenv("SPACE_ID", "user/app")
+    options = launch_options()
+    assert options["max_file_size"] == 50 * 2**20
+    assert options["allowed_paths"] == [] and not options["share"] and not options["mcp_server"]
+
+
+def test_nothing_of_a_run_is_told_to_who_lacks_its_link(served):
+    store = served.context.store
+    recipe = served.recipe(seed=987_654_321)
+    run_id = store.start(recipe, "someone")
+    folder = store.get(run_id).folder.parent.name
+    assert served.ended(run_id).state == "done"
+    for page in ("/", "/config", "/gradio_api/info", "/?run=wrong", "/gradio_api/startup-events", "/robots.txt"):
+        _, body = get(served.url + page)
+        for secret in (run_id, folder, "987654321", str(store.root)):
+            assert secret.encode() not in body, (page, secret)
+    assert served.context.seen(run_id[:-1]) is None and served.context.seen("") is None
+
+
+# -- text of others ------------------------------------------------------------------------------------------------
+
+ATTACK = '"><script>window.hacked=1</script><img src=x onerror=window.hacked=1>{{value}}${value}\u202e'
+
+
+def harmless(page):
+    return not any(part in page for part in ("<script", "<img", "{{value", "${value", "\u202e"))
+
+
+def test_what_others_wrote_is_escaped_on_every_card():
+    model = dict.fromkeys(("ref", "commit", "architecture", "licence"), ATTACK) | {
+        "parameters": 1,
+        "weight_bytes": 1,
+        "layers": 1,
+        "hidden_size": 1,
+        "heads": 1,
+        "kv_heads": 2,
+        "gated": True,
+        "private": False,
+    }
+    facts = {
+        "target": model,
+        "source": model,
+        "projections": {"matched": {ATTACK: {"target": [1, 2], "source": [3, 4]}}, "skipped": {ATTACK: ATTACK}},
+        "left_alone": {"target": [ATTACK], "source": []},
+        "notes": [ATTACK],
+        "licence": {
+            "id": ATTACK,
+            "name": ATTACK,
+            "why": ATTACK,
+            "refusals": [ATTACK + "1"],
+            "unknown": [ATTACK + "2"],
+            "duties": [ATTACK],
+        },
+        "estimate": {"seconds": 1, "memory_bytes": 1, "disk_bytes": 1, "download_bytes": 1, "assumes": ATTACK},
+    }
+    for page in (
+        cards.check_cards(facts, ATTACK),
+        cards.error_card(ATTACK, ATTACK),
+        cards.empty_card(ATTACK, ATTACK),
+        cards.note(ATTACK, bad=True),
+        push_cards.verdict_card("hurts", ATTACK),
+        escape(HOSTILE),
+    ):
+        assert harmless(page), page
+        assert "hacked" in page or "hurts" in page
+
+
+def test_what_a_run_says_is_escaped(tmp_path):
+    run = runs.VisitorRun("id", Recipe(target="a/b", source="c/d"), tmp_path, "me")
+    run.say(f"loading {ATTACK}")
+    run.state, run.error = "failed", ATTACK
+    for page in (log_lines(run), result_cards(run)):
+        assert harmless(page) and "hacked" in page
