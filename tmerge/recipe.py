@@ -147,8 +147,8 @@ class SaveSettings(_Section):
     """How the checkpoint is written."""
 
     max_shard_size: str = Field("5GB", description="largest weights file of the checkpoint")
-    language: tuple[Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]+)*$")], ...] = Field(
-        (), description="for the model card, as codes (id, ms, yue); the built-in samples know their own"
+    language: tuple[Annotated[str, Field(pattern=r"^([a-z]{2,3}|multilingual|code)$")], ...] = Field(
+        (), description="for the model card, as ISO 639 codes (id, ms, yue); the built-in samples know their own"
     )
 
 

@@ -115,6 +115,24 @@ for name, text in (("silent", silent), ("spoilt", spoilt)):
         results[name] = f"{type(error).__name__}: {error}"
 edited = push("worse", "user/edited", even_if_worse=True, card=card.replace("## Use", "## How to use", 1), token=token)
 results["edited"] = edited.repo
+try:
+    push("worse", "user/refused", even_if_worse=True, card=card.replace("license:", "language: [PT-br]\\nlicense:", 1))
+    results["refused card"] = "pushed"
+except Exception as error:
+    results["refused card"] = f"{type(error).__name__}: {error}"
+
+# Another run into the same repo, in shards, beside files that are nobody's business.
+case("sharded", "merge", "--target", "user/target", "--source", "user/source", *MERGE, "--set", "fusion.alpha=0.2",
+     "--set", "save.max_shard_size=100KB", "--out", "sharded")
+Path("sharded/secrets.txt").write_text("x")
+Path("sharded/other.gguf").write_text("x")
+case("sharded dry", "push", "sharded", "--repo", "user/fused", "--dry-run", "--json", "--even-if-worse")
+case("sharded push", "push", "sharded", "--repo", "user/fused", "--even-if-worse")
+there = AutoModelForCausalLM.from_pretrained("user/fused")
+here = AutoModelForCausalLM.from_pretrained("sharded")
+results["sharded equal"] = all(
+    torch.equal(a, b) for a, b in zip(there.state_dict().values(), here.state_dict().values(), strict=True)
+)
 print("RESULTS" + json.dumps(results))
 """
 
@@ -294,3 +312,21 @@ def test_no_token_in_what_was_written(hub, work, results):
     assert not any(secret in data for data in written + pushed for secret in secrets)
     assert not any(secret.decode() in line for line in hub.requests for secret in secrets)
     shutil.rmtree(work / "changed")
+
+
+def test_a_later_run_leaves_nothing_of_the_one_before(hub, results):
+    """A single file that stayed would be loaded instead of the shards that the new card speaks of."""
+    assert results["sharded push"]["code"] == 0, results["sharded push"]["err"]
+    files = hub.repos["user/fused"].commits[hub.repos["user/fused"].refs["main"]]
+    assert "model.safetensors" not in files and "model.safetensors.index.json" in files
+    assert results["sharded equal"] is True
+
+
+def test_what_is_not_the_runs_stays_here_and_is_named(hub, results):
+    planned = json.loads(results["sharded dry"]["out"])
+    assert not {"secrets.txt", "other.gguf"} & set(planned["files"])
+    assert any("other.gguf, secrets.txt" in line for line in planned["warnings"])
+
+
+def test_metadata_that_the_hub_refuses_is_one_line(hub, results):
+    assert results["refused card"].startswith("PushError") and "ISO 639" in results["refused card"]

@@ -268,7 +268,12 @@ def _writing(handler: Any) -> Any:
                     errors.append({"message": '"model-index" needs the type and name of each dataset'})
                 if not all("type" in metric and "value" in metric for metric in result["metrics"]):
                     errors.append({"message": '"model-index" needs the type and value of each metric'})
-            self._json({"errors": errors, "warnings": []})
+            languages = data.get("language") or []
+            for code in [languages] if isinstance(languages, str) else languages:
+                if not (code.isalpha() and code.islower() and len(code) in (2, 3)):
+                    errors.append({"message": '"language" must only contain lowercase ISO 639 codes'})
+            answer = json.dumps({"errors": errors, "warnings": []}).encode()
+            self._send(400 if errors else 200, answer, {"Content-Type": "application/json"}, True)
 
         def _preupload(self, repo: Repo, asked: dict[str, Any]) -> None:
             files = [

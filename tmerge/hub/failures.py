@@ -7,6 +7,7 @@ there, has been struck out.
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -61,9 +62,14 @@ def pushing(repo: str, token: str | None = None) -> Iterator[None]:
             f"{repo}: no such repo that this account may write to; check the name, or sign in with `hf auth login`"
         ) from None
     except HfHubHTTPError as error:
-        raise _refused(repo, error, token) from None
-    except (_TransportError, ConnectionError, TimeoutError):
-        raise _lost(repo) from None
+        raise _refused(repo, error.response.status_code, error.server_message or "", token) from None
+    except (_TransportError, ConnectionError, TimeoutError) as error:
+        raise _told_by_xet(repo, error, token) or _lost(repo) from None
+    except PermissionError as error:
+        # hf_xet's own class for a token that its store does not take. One of the disk names a file.
+        if error.filename is not None:
+            raise
+        raise _refused(repo, 401, str(error), token) from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise NotEnoughDiskError(f"{repo}: the disk is full; make room, then push again") from None
@@ -73,22 +79,35 @@ def pushing(repo: str, token: str | None = None) -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, HfHubHTTPError):
-                raise _refused(repo, cause, token) from None
+                raise _refused(repo, cause.response.status_code, cause.server_message or "", token) from None
             if isinstance(cause, (_TransportError, ConnectionError, TimeoutError)):
-                raise _lost(repo) from None
+                raise _told_by_xet(repo, cause, token) or _lost(repo) from None
             cause = cause.__cause__
         # hf_xet, which carries large files, has no class of its own for what stopped it.
         if "pload" in str(error) or type(error).__module__.startswith("hf_xet"):
             raise PushError(f"{repo}: the upload stopped ({_struck(str(error), token)}); {_AGAIN}") from None
         raise
+    except ValueError as error:
+        said = _struck(str(error), token)
+        if "metadata" in said:
+            raise PushError(f"{repo}: the Hub does not take the card's metadata ({said}); mend the card") from None
+        if "LFS batch" in said:
+            raise PushError(f"{repo}: the Hub does not take a large file ({said}); mend that, then: {_AGAIN}") from None
+        raise
+
+
+def _told_by_xet(repo: str, error: BaseException, token: str | None) -> PushError | None:
+    """What the Hub answered, where hf_xet says it within the words of a lost connection."""
+    found = re.search(r"\((\d{3})\b([^)]*)\)", str(error))
+    return _refused(repo, int(found[1]), found[2], token) if found else None
 
 
 def _lost(repo: str) -> PushError:
     return PushError(f"{repo}: the connection to the Hub ({constants.ENDPOINT}) was lost; {_AGAIN}")
 
 
-def _refused(repo: str, error: HfHubHTTPError, token: str | None) -> PushError:
-    status, said = error.response.status_code, _struck(error.server_message or "", token)
+def _refused(repo: str, status: int, words: str, token: str | None) -> PushError:
+    said = _struck(words, token)
     reason = f" ({said})" if said else ""
     if status == 401:
         return PushError(f"{repo}: the Hub does not accept this token; renew it with `hf auth login`")
@@ -101,6 +120,8 @@ def _refused(repo: str, error: HfHubHTTPError, token: str | None) -> PushError:
         )
     if status == 409:
         return PushError(f"{repo}: the name is taken by another repo{reason}; choose another --repo")
+    if status == 412:
+        return PushError(f"{repo}: somebody has written to it meanwhile (412); look at what is there, then: {_AGAIN}")
     if status == 429:
         return PushError(f"{repo}: too many requests to the Hub (429); wait a while: {_AGAIN}")
     if status >= 500:
@@ -109,7 +130,7 @@ def _refused(repo: str, error: HfHubHTTPError, token: str | None) -> PushError:
 
 
 @contextmanager
-def running_jobs(flavor: str) -> Iterator[None]:
+def running_jobs(flavor: str, token: str | None = None) -> Iterator[None]:
     """Turn the Hub client's errors while asking for a job into ours.
 
     Raises:
@@ -124,7 +145,7 @@ def running_jobs(flavor: str) -> Iterator[None]:
     except OfflineModeIsEnabled:
         raise RemoteError("HF_HUB_OFFLINE is set, so no job can be started; unset it") from None
     except HfHubHTTPError as error:
-        status, said = error.response.status_code, _struck(error.server_message or "", None)
+        status, said = error.response.status_code, _struck(error.server_message or "", token)
         reason = f" ({said})" if said else ""
         if status == 401:
             raise RemoteError("the Hub does not accept this token; renew it with `hf auth login`") from None

@@ -6,10 +6,13 @@ anew for the repo's name. The run's own folder is only read, so that a push that
 
 from __future__ import annotations
 
+import fnmatch
+import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,7 @@ from tmerge.errors import PushError, RunNotFoundError
 from tmerge.hub.card import card_text, merge_licence, published_verdict
 from tmerge.hub.failures import no_token, pushing
 from tmerge.models import file_digest
+from tmerge.recipe import Recipe
 from tmerge.report import summary, training_summary
 from tmerge.run import Run
 
@@ -32,8 +36,32 @@ __all__ = ["PushPlan", "Pushed", "plan_push", "push", "refuse_unready"]
 CARD = "README.md"
 # Of tmerge/, what a repo is given; cache/ never goes.
 _PUBLISHED = ("recipe.yaml", "report.json", "report.html", "transport.safetensors", "figures")
+# What a checkpoint is made of, as transformers writes it; what else lies beside it is not the run's.
+_CHECKPOINT = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
 # Folders of a checkpoint that transformers writes.
 _CHECKPOINT_FOLDERS = ("additional_chat_templates",)
+# What an earlier push may have left in a repo, and would be loaded instead of, or beside, what is pushed now.
+_STALE = (
+    *_CHECKPOINT[:-2],
+    "additional_chat_templates/*",
+    *(f"tmerge/{name}*" for name in ("figures/", "report.html")),
+)
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -117,7 +145,8 @@ def plan_push(folder: str | Path, repo: str, *, even_if_worse: bool = False, car
     text = card_text(report, recipe, repo=repo) if card is None else card
     _refuse_invalid_card(text, report, verdict)
     files = {name: path.stat().st_size for name, path in _files(run).items()} | {CARD: len(text.encode())}
-    return PushPlan(run.folder, repo, dict(sorted(files.items())), text, verdict, _warnings(report, repo))
+    warnings = (*_warnings(report, recipe, repo), *_left_behind(run, files))
+    return PushPlan(run.folder, repo, dict(sorted(files.items())), text, verdict, warnings)
 
 
 def push(
@@ -169,6 +198,9 @@ def push(
                 folder_path=staged,
                 revision=revision,
                 create_pr=create_pr,
+                # A single file that an earlier run left would be loaded instead of this run's shards. What is
+                # uploaded again is not deleted.
+                delete_patterns=list(_STALE),
                 commit_message=_message(planned.verdict),
             )
     url = done.pr_url or f"{constants.ENDPOINT}/{planned.repo}" + (f"/tree/{revision}" if revision else "")
@@ -213,7 +245,7 @@ def _open(
         api.create_repo(repo, private=private or None)
     else:
         names = {entry.rfilename for entry in info.siblings or ()}
-        foreign = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names)
+        foreign = any(name.endswith(_WEIGHTS) for name in names)
         if foreign and "tmerge/report.json" not in names and not create_pr:
             raise PushError(
                 f"{repo} holds another model, not a run of tmerge, and is not written over; choose another --repo, "
@@ -224,21 +256,33 @@ def _open(
                 f"{repo} is there and public, so --private cannot be kept; make it private in its settings, or choose "
                 "another --repo"
             )
-    if revision is not None:
+    # A pull request that is open (refs/pr/1) is written to as it is.
+    if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo, branch=revision, exist_ok=True)
 
 
 def _files(run: Run) -> dict[str, Path]:
     """Path in the repo -> file, of all that goes: the checkpoint at the top, and of tmerge/ what is to be seen."""
+    patterns: tuple[str, ...] = _CHECKPOINT
+    config = run.folder / "config.json"
+    if config.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8")):
+        patterns += ("*.py",)  # the model's own code, which transformers saves beside it
     found = [
         path
         for path in run.folder.iterdir()
-        if path.is_file() and not path.name.startswith(".") and path.suffix not in (".part", ".log", ".html")
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
     ]
     for name in (*_CHECKPOINT_FOLDERS, *(f"tmerge/{name}" for name in _PUBLISHED)):
         path = run.folder / name
         found += [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
     return {path.relative_to(run.folder).as_posix(): path for path in found if path.suffix != ".part"}
+
+
+def _left_behind(run: Run, files: Mapping[str, int]) -> list[str]:
+    """What lies in the folder and is not pushed, in a line; hidden files and tmerge's own cache go without saying."""
+    names = [path.name for path in run.folder.iterdir() if not path.name.startswith(".") and path.name != "tmerge"]
+    left = sorted(name for name in names if name not in files and name not in _CHECKPOINT_FOLDERS)
+    return [f"not the run's, and not pushed: {', '.join(left)}"] if left else []
 
 
 @contextmanager
@@ -312,18 +356,25 @@ def _numbers(report: dict[str, Any]) -> str:
     )
 
 
-def _warnings(report: dict[str, Any], repo: str) -> tuple[str, ...]:
+def _warnings(report: dict[str, Any], recipe: Recipe, repo: str) -> tuple[str, ...]:
     licence = merge_licence(report)
-    local = [report[role]["ref"] for role in ("target", "source") if report[role]["commit"].startswith("sha256:")]
-    paths = [ref for ref in local if not ref.startswith("demo:")]
     remarks = [*licence.refusals, *licence.unknown]
-    if licence.name_begins and not repo.rpartition("/")[2].lower().startswith(licence.name_begins.lower()):
-        remarks.append(
-            f'the licence asks that the model\'s name begins with "{licence.name_begins}", which {repo} does not'
-        )
+    begins = licence.name_begins
+    if begins and not _letters(repo.rpartition("/")[2]).startswith(_letters(begins)):
+        remarks.append(f'the licence asks that the model\'s name begins with "{begins}", which {repo} does not')
+    named = (recipe.target, recipe.source, recipe.source_base, recipe.plan, recipe.calibration.dataset)
+    # What has a path here has one there: the card quotes the recipe.
+    paths = [name for name in named if name and (Path(name).is_absolute() or Path(name).exists())]
     if paths:
-        remarks.append(f"recipe.yaml and report.json name files of this machine: {', '.join(paths)}")
+        remarks.append(
+            f"the card, recipe.yaml and report.json name files of this machine: {', '.join(dict.fromkeys(paths))}"
+        )
     return tuple(remarks)
+
+
+def _letters(name: str) -> str:
+    """Without what a repo's name writes otherwise than a product's."""
+    return re.sub(r"[\s._-]", "", name).lower()
 
 
 def _message(verdict: str) -> str:
