@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 # Each module adds its commands to the app, in the order in which help lists them.
-from tmerge.cli import merging, publishing, serving, training  # noqa: F401
+from tmerge.cli import extending, merging, publishing, serving, training  # noqa: F401
 from tmerge.cli.shared import app
 from tmerge.errors import Cancelled, TmergeError
 
