@@ -21,9 +21,8 @@ def test_hf_finds_tmerge(tmp_path):
     def run(*words):
         return subprocess.run([hf, *words], env=environment, capture_output=True, text=True, timeout=120)
 
-    registered = subprocess.run(
-        [script.with_name("tmerge"), "extension"], env=environment, capture_output=True, text=True
-    )
+    words = [script.with_name("tmerge"), "extension"]
+    registered = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert registered.returncode == 0, registered.stderr
     assert "hf tmerge" in run("extensions", "list").stdout
     shown = run("tmerge", "--help")
