@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.pico import save_pico
-from tmerge.errors import ModelNotFoundError
+from tmerge.errors import ModelNotFoundError, OutputExistsError
 from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
 from tmerge.reproduce import difference_words, reproduce
@@ -34,7 +34,9 @@ def finished(tmp_path_factory):
 
 def test_the_same_bytes(finished, tmp_path):
     result = reproduce(str(finished / "fused"), tmp_path / "again")
-    assert result["same"] is True and result["differs"] == {}
+    assert result["same"] is True and result["differs"] == {} and result["others"] == []
+    pair = result["weights"]["model.safetensors"]
+    assert pair["there"] == pair["published"] == pair["here"]
     assert result["scores"]["there"] == result["scores"]["here"]
     written = (tmp_path / "again/model.safetensors").read_bytes()
     assert written == (finished / "fused/model.safetensors").read_bytes()
@@ -52,6 +54,7 @@ def test_other_bytes_end_with_1_and_say_what_differs(finished, tmp_path):
     assert ended.returncode == 1, ended.stderr
     line = ended.stderr.strip().splitlines()[-1]
     assert line.startswith("error: the weights differ from those of") and "torch 1.0 there" in line
+    assert "the report names another file than is published" in line
     assert "Traceback" not in ended.stderr
 
 
@@ -74,3 +77,33 @@ def test_a_trained_run_is_merged_and_trained_again(finished, tmp_path):
     assert result["same"] is True, difference_words(result)
     assert result["weights"]["model.safetensors"]["here"] == trained["weights"]["model.safetensors"]
     assert result["folder"] == str(tmp_path / "again/trained")
+
+
+def test_the_weights_that_lie_there_count_and_not_what_the_report_says(finished, tmp_path):
+    shutil.copytree(finished / "fused", tmp_path / "fused")
+    weights = tmp_path / "fused/model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    (tmp_path / "fused/original").mkdir()
+    (tmp_path / "fused/original/other.safetensors").write_bytes(data)
+    steps = []
+    result = reproduce(str(tmp_path / "fused"), tmp_path / "again", listener=steps.append)
+    assert result["same"] is False and result["others"] == ["original/other.safetensors"]
+    words = difference_words(result)
+    assert "model.safetensors: the published file is another than its report names" in words
+    assert "original/other.safetensors is published and not named" in words and "\n" not in words
+    # Said before the hours that the recipe may take, too.
+    assert steps[0].stage == "note" and "is not the file that its report names" in steps[0].what
+
+
+def test_the_reproduction_goes_into_a_folder_of_its_own(finished, tmp_path):
+    before = sorted(path for path in (finished / "fused").rglob("*"))
+    for out in (finished / "fused", finished / "fused/again"):
+        with pytest.raises(OutputExistsError, match="choose another --out"):
+            reproduce(str(finished / "fused"), out)
+    (tmp_path / "done/tmerge").mkdir(parents=True)
+    (tmp_path / "done/tmerge/report.json").write_text("{}")
+    with pytest.raises(OutputExistsError, match="holds a finished run already") as caught:
+        reproduce(str(finished / "fused"), tmp_path / "done")
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert sorted(path for path in (finished / "fused").rglob("*")) == before

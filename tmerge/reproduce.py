@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tmerge.errors import ModelNotFoundError
+from huggingface_hub import HfApi
+
+from tmerge.errors import ModelNotFoundError, OutputExistsError
 from tmerge.hub import FoundRun, find_run
-from tmerge.models import model_commit
+from tmerge.models import fetch, file_digest, hub_errors, model_commit
 from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
-from tmerge.session import Listener
+from tmerge.run import Run
+from tmerge.session import NOTE, Listener, Step
 
 __all__ = ["difference_words", "reproduce"]
+
+# What a run's own folder tmerge/ holds that is no checkpoint: the transport plan, and here the cache.
+_PLAN, _CACHE = "tmerge/transport.safetensors", "tmerge/cache/"
 
 
 def reproduce(reference: str, out: str | Path, *, listener: Listener | None = None) -> dict[str, Any]:
@@ -25,19 +32,30 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
         listener: Hears every `Step`.
 
     Returns:
-        ``reference`` (with its commit), ``same`` (whether every weights file is equal, bit by bit), ``weights`` (file
-        -> its SHA-256 ``there`` and ``here``), ``differs`` (library, device or dtype -> there and here), ``scores``
-        (bits per byte there and here), ``folder``.
+        ``reference`` (with its commit), ``same`` (whether every weights file is equal, bit by bit: as the report names
+        it, as it is published, and as it came out here; and nothing else is published), ``weights`` (file -> its
+        SHA-256 in the report ``there``, of the file that is ``published``, and ``here``; None where there is none),
+        ``others`` (weights files that are published and that the report does not name), ``differs`` (library, device
+        or dtype -> there and here), ``scores`` (bits per byte there and here), ``folder``.
 
     Raises:
         RunNotFoundError: No finished run there.
+        OutputExistsError: `out` is the run itself, lies in it, or holds a finished run.
         ModelNotFoundError: A model that the recipe names as a file is not here, or is another one.
         TmergeError: As `merge`.
     """
     found = find_run(reference)
     there, recipe = found.report(), found.recipe()
-    _refuse_other_models(found, there, recipe)
     folder = Path(out)
+    _refuse_out(found, folder)
+    _refuse_other_models(found, there, recipe)
+    published = _published(found, there["weights"])
+    others = sorted(set(published) - set(there["weights"]))
+    changed = [name for name, digest in there["weights"].items() if published.get(name) != digest]
+    if listener is not None and (changed or others):
+        listener(
+            Step(NOTE, f"{found.name}: {_published_words(changed, others)}; the recipe runs all the same", 0, 0, "")
+        )
     if "adaptation" in there:
         from tmerge.adapted import adapt_run
 
@@ -50,14 +68,16 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
         here = adapt_run(Path(out) / "merge", folder, words, dataset=dataset, listener=listener)
     else:
         here = merge(recipe, folder, listener=listener)
+    kept = {"there": there["weights"], "published": published, "here": here["weights"]}
     names = sorted({*there["weights"], *here["weights"]})
-    weights = {name: {"there": there["weights"].get(name), "here": here["weights"].get(name)} for name in names}
+    weights = {name: {place: files.get(name) for place, files in kept.items()} for name in names}
     facts = [(name, there.get(name), here.get(name)) for name in ("device", "dtype", "computed_in")]
     facts += [(name, version, here["versions"].get(name)) for name, version in there["versions"].items()]
     return {
         "reference": found.name,
-        "same": all(pair["there"] == pair["here"] for pair in weights.values()),
+        "same": not others and all(len(set(digests.values())) == 1 for digests in weights.values()),
         "weights": weights,
+        "others": others,
         "differs": {name: {"there": mine, "here": theirs} for name, mine, theirs in facts if mine != theirs},
         "scores": {"there": _score(there), "here": _score(here)},
         "folder": str(folder),
@@ -65,13 +85,85 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
 
 
 def difference_words(result: dict[str, Any]) -> str:
-    """Why two runs of one recipe may differ, as far as can be told, in a line."""
+    """Which of the weights differ, and why two runs of one recipe may differ, as far as can be told, in a line."""
+    which = [
+        f"{name}: {_which(**digests)}" for name, digests in result["weights"].items() if len({*digests.values()}) > 1
+    ]
+    if result["others"]:
+        which.append(_published_words([], result["others"]))
     scores = result["scores"]
     numbers = f"{scores['there']:.6f} bits per byte there, {scores['here']:.6f} here"
-    if not result["differs"]:
-        return f"libraries, device and dtype are the same; the processor may be another ({numbers})"
-    listed = ", ".join(f"{name} {pair['there']} there, {pair['here']} here" for name, pair in result["differs"].items())
-    return f"what differs: {listed} ({numbers})"
+    if all(digests["there"] == digests["here"] for digests in result["weights"].values()):
+        why = f"the run itself came out as its report says ({numbers})"
+    elif not result["differs"]:
+        why = f"libraries, device and dtype are the same; the processor may be another ({numbers})"
+    else:
+        facts = result["differs"].items()
+        listed = ", ".join(f"{name} {pair['there']} there, {pair['here']} here" for name, pair in facts)
+        why = f"what differs: {listed} ({numbers})"
+    return "; ".join([*which, why])
+
+
+def _which(there: str | None, published: str | None, here: str | None) -> str:
+    """Which of a file's three digests, not all equal, is another."""
+    if published is None:
+        return "it is not among what is published"
+    if here is None:
+        return "no such file came out here"
+    if here == there:
+        return "the published file is another than its report names, and than came out here"
+    if here == published:
+        return "the report names another file than is published, and than came out here"
+    if there == published:
+        return "the file that came out here is another than the published one, which is as its report says"
+    return "the published file, the one that its report names and the one that came out here are three different ones"
+
+
+def _published_words(changed: list[str], others: list[str]) -> str:
+    """What is published that is not as its report says."""
+    words = [f"the published {name} is not the file that its report names" for name in changed]
+    if others:
+        words.append(f"{', '.join(others)} is published and not named in its report")
+    return "; ".join(words)
+
+
+def _published(found: FoundRun, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 (hex) of every weights file that is there: what counts is what others load, not what is said of it.
+
+    Raises:
+        TmergeError: As `hub_errors`, where it is a repo.
+    """
+    if found.snapshot is None:
+        folder = found.run.folder
+        paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.safetensors"))}
+        return {
+            name: file_digest(path) for name, path in paths.items() if name != _PLAN and not name.startswith(_CACHE)
+        }
+    snapshot = found.snapshot
+    assert snapshot.reference.repo is not None
+    with hub_errors(snapshot.reference):
+        info = HfApi().model_info(snapshot.reference.repo, revision=snapshot.commit, files_metadata=True)
+    files = {entry.rfilename: entry.lfs for entry in info.siblings or []}
+    digests = {}
+    for name in sorted(name for name in files if name.endswith(".safetensors") and name != _PLAN):
+        if (stored := files[name]) is not None:
+            digests[name] = stored.sha256
+        elif name in names:  # kept outside large-file storage, which alone states a digest
+            path = fetch(snapshot, name)
+            digests.update({} if path is None else {name: file_digest(path)})
+        else:
+            digests[name] = ""
+    return digests
+
+
+def _refuse_out(found: FoundRun, out: Path) -> None:
+    """What is compared would be written over, or the comparison be of a file with itself."""
+    if found.snapshot is None and out.resolve().is_relative_to(found.run.folder.resolve()):
+        raise OutputExistsError(
+            f"{out} is the run that is to be reproduced, or lies in it; choose another --out for the reproduction"
+        )
+    if any(Run(folder).reported for folder in (out, out / "trained")):
+        raise OutputExistsError(f"{out} holds a finished run already; choose another --out for the reproduction")
 
 
 def _refuse_other_models(found: FoundRun, report: dict[str, Any], recipe: Recipe) -> None:

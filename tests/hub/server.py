@@ -53,11 +53,15 @@ class Repo:
 
 
 class LoopbackHub:
-    """Use as a context manager; `endpoint` is what ``HF_ENDPOINT`` should be."""
+    """Use as a context manager; `endpoint` is what ``HF_ENDPOINT`` should be.
+
+    `states_digests`: whether a repo's listing has its weights in large-file storage, with their SHA-256.
+    """
 
     def __init__(self, repos: dict[str, Repo], token: str = "hf_loopback") -> None:
         self.repos = repos
         self.token = token
+        self.states_digests = True
         self.requests: list[str] = []
         self.connections: set[socket.socket] = set()
         hub = self
@@ -173,7 +177,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._fail(404, "EntryNotFound", f"{folder} does not exist on this revision", body)
             return self._send(200, json.dumps(entries).encode(), {}, body)
         with_sizes = query.get("blobs") == ["True"] or query.get("blobs") == ["true"]
-        siblings = [{"rfilename": path} | ({"size": len(d)} if with_sizes else {}) for path, d in files.items()]
+        siblings = [
+            {"rfilename": path} | (_blob(path, d, self.server_hub.states_digests) if with_sizes else {})
+            for path, d in files.items()
+        ]
         info = {
             "_id": "0",
             "id": name,
@@ -224,6 +231,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.wfile.write(data)
+
+
+def _blob(path: str, data: bytes, stored_apart: bool) -> dict[str, Any]:
+    """What a listing with ``blobs`` says of a file."""
+    if not stored_apart or not path.endswith(".safetensors"):
+        return {"size": len(data)}
+    stored = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 134}
+    return {"size": len(data), "lfs": stored}
 
 
 def _front_matter(readme: bytes) -> dict[str, Any]:

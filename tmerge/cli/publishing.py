@@ -72,7 +72,7 @@ def reproduce(
     out: Annotated[Path, typer.Option(help="Where the reproduction goes.")] = Path("reproduced"),
     json_output: JsonOption = False,
 ) -> None:
-    """Run a published recipe again at its commits, and compare the hashes of the weights."""
+    """Run a published recipe again at its commits, and compare the published weights with what comes out."""
     quiet_libraries()
     from tmerge.reproduce import difference_words
     from tmerge.reproduce import reproduce as reproduce_run
@@ -85,9 +85,12 @@ def reproduce(
     elif result["same"]:
         for name, pair in result["weights"].items():
             typer.echo(f"{name}  sha256 {pair['here']}")
-        typer.echo(f"The same weights as {result['reference']}, bit by bit; they are in {result['folder']}")
+        typer.echo(
+            f"The same weights as those published as {result['reference']} and as its report names them, bit by bit; "
+            f"they are in {result['folder']}"
+        )
     if not result["same"]:
         raise ReproductionError(
-            f"the weights differ from those of {result['reference']}; {difference_words(result)}; they are in "
-            f"{result['folder']}"
+            f"the weights differ from those of {result['reference']}; {difference_words(result)}; what came out here "
+            f"is in {result['folder']}"
         )
