@@ -3,10 +3,13 @@
 import pytest
 
 from tests.pico import PICO_RARE, save_pico
+from tmerge import adapted
 from tmerge.check import check, keys_of, refuse_unfit
 from tmerge.errors import UnsupportedModelError
 from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
+from tmerge.run import Run
+from tmerge.session import Session
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +95,34 @@ def test_choosing_alpha_is_part_of_the_estimate(models, monkeypatch):
     more = seconds(alpha="auto", alphas=[0.1, 0.3])
     # q k, v and o: three groups, each scored once more for a second alpha.
     assert more - auto == pytest.approx(3 / 4 * (auto - fixed)) and auto > fixed
+
+
+def test_a_recipe_that_is_pinned_to_commits_trusts_what_it_did_before(tmp_path, monkeypatch):
+    commit = "1" * 40
+    asked: dict[str, list[bool]] = {}
+
+    def stop(name):
+        def called(reference, *, trust_remote_code, **_):
+            asked.setdefault(name, []).append(trust_remote_code)
+            raise UnsupportedModelError("far enough")
+
+        return called
+
+    recipe = Recipe(target=f"user/code@{commit}", source=f"user/other@{commit}", trust_remote_code=["user/code"])
+    swapped = recipe.model_copy(update={"target": recipe.source, "source": recipe.target})
+    monkeypatch.setattr("tmerge.check.read_facts", stop("check"))
+    monkeypatch.setattr("tmerge.session.load_model", stop("model"))
+    monkeypatch.setattr("tmerge.session.load_tokenizer", stop("tokenizer"))
+    monkeypatch.setattr("tmerge.adapted.load_tokenizer", stop("adapted"))
+    monkeypatch.setattr(Session, "commit", lambda self, role: commit)
+    for pinned in (recipe, swapped):
+        session = Session(pinned, Run(tmp_path), lambda step: None)
+        for action in (
+            lambda pinned=pinned: check(pinned),
+            lambda session=session: session.model("target"),
+            lambda session=session: session.tokenizer("target"),
+            lambda session=session: adapted._texts(session, "user/data"),
+        ):
+            with pytest.raises(UnsupportedModelError, match="far enough"):
+                action()
+    assert asked == dict.fromkeys(("check", "model", "tokenizer", "adapted"), [True, False])

@@ -18,7 +18,7 @@ from tmerge.errors import AdaptationError, OutputExistsError, RunNotFoundError
 from tmerge.evaluation import Interval, Scores, difference, resamples, score, verdict
 from tmerge.fusion import TransportRecord, load_transported
 from tmerge.hub import write_card
-from tmerge.models import load_model, load_tokenizer
+from tmerge.models import load_model, load_tokenizer, trusts
 from tmerge.recipe import Recipe
 from tmerge.report import library_versions
 from tmerge.run import Run, stage_key, write_json, write_text
@@ -85,7 +85,7 @@ def adapt_run(
         recipe.target,
         dtype=recipe.dtype,
         device=recipe.device,
-        trust_remote_code=recipe.target in recipe.trust_remote_code,
+        trust_remote_code=trusts(recipe.trust_remote_code, recipe.target),
         widen=True,
     )
     trained = adapt(
@@ -136,7 +136,7 @@ def _texts(session: Session, dataset: str | None) -> tuple[tuple[str, ...], tupl
         return session.texts.texts, session.texts.prompts, session.texts.to_dict()
     recipe = session.recipe
     settings = recipe.calibration.model_copy(update={"dataset": dataset, "config": None, "column": None})
-    tokenizer = load_tokenizer(recipe.target, trust_remote_code=recipe.target in recipe.trust_remote_code)
+    tokenizer = load_tokenizer(recipe.target, trust_remote_code=trusts(recipe.trust_remote_code, recipe.target))
     found = read_texts(settings, seed=recipe.seed, chat_tokenizer=tokenizer)
     kept_away = {normalise(text) for text in session.texts.held_out}
     # What a calibration holds out is of no use here: the run's own held-out texts decide.

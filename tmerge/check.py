@@ -35,6 +35,7 @@ from tmerge.models import (
     output_licence,
     pick_device,
     read_facts,
+    trusts,
 )
 from tmerge.recipe import Recipe
 from tmerge.transport import correlation_cost, sinkhorn, standardise, working_dtype
@@ -219,7 +220,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _read(reference: str, recipe: Recipe) -> tuple[ModelFacts, Architecture]:
-    trusted = reference in recipe.trust_remote_code
+    trusted = trusts(recipe.trust_remote_code, reference)
     facts = read_facts(reference, trust_remote_code=trusted)
     if facts.commit is None:  # a local model: what identifies it is its contents
         facts = replace(facts, commit=model_commit(reference))

@@ -30,6 +30,7 @@ from tmerge.models import (
     model_commit,
     pick_device,
     save_checkpoint,
+    trusts,
     verify_checkpoint,
 )
 from tmerge.recipe import Recipe
@@ -164,7 +165,7 @@ class Session:
                 reference,
                 dtype=self.recipe.dtype,
                 device=self.recipe.device,
-                trust_remote_code=reference in self.recipe.trust_remote_code,
+                trust_remote_code=trusts(self.recipe.trust_remote_code, reference),
                 revision_override=_revision(self.commit(role)),
                 widen=True,
             )
@@ -175,7 +176,7 @@ class Session:
         reference = getattr(self.recipe, role)
         return load_tokenizer(
             reference,
-            trust_remote_code=reference in self.recipe.trust_remote_code,
+            trust_remote_code=trusts(self.recipe.trust_remote_code, reference),
             revision_override=_revision(self.commit(role)),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tmerge.errors import CheckpointError, ModelNotFoundError
-from tmerge.models import ModelReference
+from tmerge.models import ModelReference, trusts
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,29 @@ def test_files_of_another_kind(tmp_path, name, words):
     (tmp_path / name).touch()
     with pytest.raises(CheckpointError, match=words):
         ModelReference.parse(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("trusted", "reference", "expected"),
+    [
+        ("user/code", "user/code", True),
+        ("user/code", "user/code@" + "1" * 40, True),
+        ("user/code@main", "user/code@" + "1" * 40, True),
+        ("user/code", "user/codes", False),
+        ("user/code", "user/code-2@main", False),
+        ("user/code@main", "stranger/code@main", False),
+        # A folder is no revision of another one.
+        ("./code", "./code@other", False),
+        ("./code", "./code", True),
+        ("demo:a", "demo:b", False),
+    ],
+)
+def test_trust_goes_by_the_repo_and_not_by_its_revision(trusted, reference, expected):
+    assert trusts((trusted,), reference) is expected
+    assert not trusts((), reference)
+
+
+def test_a_folder_that_looks_like_a_pinned_repo_is_not_trusted_as_that(tmp_path, monkeypatch):
+    (tmp_path / "user/code@main").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert not trusts(("user/code",), "user/code@main")

@@ -21,7 +21,7 @@ from tmerge.models.projections import (
     feature_key,
     match,
 )
-from tmerge.models.reference import ModelReference
+from tmerge.models.reference import ModelReference, trusts
 from tmerge.models.remote import Snapshot, fetch, hub_errors, open_repo
 from tmerge.models.saving import save_checkpoint, verify_checkpoint
 
@@ -59,5 +59,6 @@ __all__ = [
     "pick_dtype",
     "read_facts",
     "save_checkpoint",
+    "trusts",
     "verify_checkpoint",
 ]

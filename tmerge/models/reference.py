@@ -6,13 +6,14 @@ Parsing asks the file system and nothing else: no network, nothing assembled, no
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tmerge.errors import CheckpointError, ModelNotFoundError
 
-__all__ = ["DEMO_PREFIX", "ModelReference", "first_line"]
+__all__ = ["DEMO_PREFIX", "ModelReference", "first_line", "trusts"]
 
 DEMO_PREFIX = "demo:"
 
@@ -103,6 +104,28 @@ class ModelReference:
 
     def __str__(self) -> str:
         return self.text
+
+
+def trusts(trusted: Iterable[str], reference: str) -> bool:
+    """Whether a reference is among those whose repos may run their own code.
+
+    Of a Hub id the revision makes no difference: a recipe that is resolved to commits trusts what it did before. What
+    is local is trusted by the very spelling alone.
+
+    Args:
+        trusted: The recipe's ``trust_remote_code``.
+        reference: One of its models.
+    """
+    trusted = tuple(trusted)
+    repo = _hub_repo(reference)
+    return reference in trusted or (repo is not None and any(_hub_repo(name) == repo for name in trusted))
+
+
+def _hub_repo(text: str) -> str | None:
+    try:
+        return ModelReference.parse(text).repo
+    except (CheckpointError, ModelNotFoundError):
+        return None
 
 
 def first_line(error: BaseException) -> str:
