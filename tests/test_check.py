@@ -1,11 +1,15 @@
 """What can be said from the configs alone, and what is refused before anything is read."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
 from tests.pico import PICO_RARE, save_pico
 from tmerge import adapted
 from tmerge.check import check, keys_of, refuse_unfit
 from tmerge.errors import UnsupportedModelError
+from tmerge.models import model_commit, read_facts
 from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
 from tmerge.run import Run
@@ -49,6 +53,32 @@ def test_a_source_base_of_another_shape_is_refused(models):
     sections = {"source_base": str(models / "llama"), "fusion": {"what": "task-vector"}}
     with pytest.raises(UnsupportedModelError, match="not of the source's shape"):
         check(recipe_for(models, "llama", "gpt2", **sections))
+
+
+def test_a_source_base_is_counted_and_its_gate_said(models, tmp_path, monkeypatch):
+    save_pico("gpt2", tmp_path / "base", seed=7)
+    with_base = {"source_base": str(tmp_path / "base"), "fusion": {"what": "task-vector"}}
+    hub = {"download_bytes": 1000, "gated": True}
+    # As facts of three repos; the machine of one known speed, and its memory does not move meanwhile.
+    monkeypatch.setattr("tmerge.check.read_facts", lambda *a, **b: replace(read_facts(*a, **b), **hub))
+    monkeypatch.setattr("tmerge.check._seconds_of", lambda action, at_least=0.0: 1e-3)
+    monkeypatch.setattr(
+        "tmerge.check.psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    )
+    two, three = (check(recipe_for(models, "llama", "gpt2", **sections)) for sections in ({}, with_base))
+    assert two.base is None and three.base is not None and three.base.commit == model_commit(str(tmp_path / "base"))
+    assert two.to_dict()["source_base"] is None
+    assert three.to_dict()["source_base"]["parameters"] == three.base.parameters
+    # The fuse stage holds a third model, of the dtype that the other two have.
+    more = three.estimate.memory_bytes - two.estimate.memory_bytes
+    assert more == pytest.approx(1.1 * 4 * three.base.parameters, rel=0.01)
+    assert (two.estimate.download_bytes, three.estimate.download_bytes) == (2000, 3000)
+    assert not any("source_base" in note for note in two.notes)
+    assert any(note.startswith("the source_base's repo is gated") for note in three.notes)
+    # One commit is fetched once, and said to be no task vector.
+    same = check(recipe_for(models, "llama", "gpt2", source_base=str(models / "gpt2"), fusion=with_base["fusion"]))
+    assert same.estimate.download_bytes == 2000
+    assert "source and source_base are the same model: the task vector is zero" in same.notes
 
 
 @pytest.mark.skipif("gemma4" not in PICO_RARE, reason="this transformers has no gemma4")

@@ -87,6 +87,8 @@ class Check:
         licence: What the two models' licences make of the merge's.
         notes: What a user should know before starting.
         estimate: Expected cost here.
+        base: Facts of the source before its fine-tuning, for a task vector.
+        base_layout: Its projections.
     """
 
     target: ModelFacts
@@ -98,12 +100,15 @@ class Check:
     licence: OutputLicence
     notes: list[str]
     estimate: Estimate
+    base: ModelFacts | None = None
+    base_layout: Architecture | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As ``tmerge check --json`` prints it."""
         return {
             "target": _model(self.target, self.target_layout),
             "source": _model(self.source, self.source_layout),
+            "source_base": None if self.base is None else _model(self.base, self.base_layout or self.source_layout),
             "projections": {
                 "matched": {
                     name: {
@@ -150,7 +155,13 @@ def check(recipe: Recipe) -> Check:
     notes = []
     if target.commit == source.commit:
         notes.append("target and source are the same model: nothing new can be transported")
-    for role, facts in (("target", target), ("source", source)):
+    models = [("target", target), ("source", source)]
+    base, base_layout = (None, None) if recipe.source_base is None else _read_base(recipe, source_layout, projections)
+    if base is not None:
+        models.append(("source_base", base))
+        if base.commit == source.commit:
+            notes.append("source and source_base are the same model: the task vector is zero")
+    for role, facts in models:
         if facts.gated:
             notes.append(f"the {role}'s repo is gated: its terms must have been accepted by your account")
         if facts.stored is not None and sum(facts.stored.values()) < facts.parameters:
@@ -161,22 +172,25 @@ def check(recipe: Recipe) -> Check:
     licence = output_licence(
         target.licence,
         source.licence,
-        target_repo=_repo(target),
-        source_repo=_repo(source),
+        target_repo=target.reference.repo,
+        source_repo=source.reference.repo,
         target_family=target.model_type,
     )
     notes += [*licence.refusals, *licence.unknown]
-    if recipe.source_base is not None:
-        base, base_layout = _read(recipe.source_base, recipe)
-        if _shapes(base_layout, projections) != _shapes(source_layout, projections):
-            raise UnsupportedModelError(
-                f"source_base {recipe.source_base} is not of the source's shape; "
-                "name the model that the source was fine-tuned from"
-            )
-        if base.commit == source.commit:
-            notes.append("source and source_base are the same model: the task vector is zero")
-    estimate = _estimate(recipe, target, source, target_layout, source_layout, projections)
-    return Check(target, source, target_layout, source_layout, projections, skipped, licence, notes, estimate)
+    layouts = (target_layout, source_layout)
+    estimate = _estimate(recipe, target, source, base, *layouts, projections)
+    return Check(target, source, *layouts, projections, skipped, licence, notes, estimate, base, base_layout)
+
+
+def _read_base(recipe: Recipe, source_layout: Architecture, projections: list[str]) -> tuple[ModelFacts, Architecture]:
+    """What the source was before its fine-tuning, which the fuse stage holds beside both."""
+    base, layout = _read(recipe.source_base or "", recipe)
+    if _shapes(layout, projections) != _shapes(source_layout, projections):
+        raise UnsupportedModelError(
+            f"source_base {recipe.source_base} is not of the source's shape; "
+            "name the model that the source was fine-tuned from"
+        )
+    return base, layout
 
 
 def refuse_unfit(result: Check, recipe: Recipe, out: Path) -> None:
@@ -247,11 +261,6 @@ def _model(facts: ModelFacts, layout: Architecture) -> dict[str, Any]:
     }
 
 
-def _repo(facts: ModelFacts) -> str | None:
-    """Its Hub id, if that is where it comes from."""
-    return facts.reference.repo
-
-
 def _shape(layout: Architecture, name: str) -> list[int]:
     view = layout.projections([name])[0]
     return [view.out_features, view.in_features]
@@ -298,6 +307,7 @@ def _estimate(
     recipe: Recipe,
     target: ModelFacts,
     source: ModelFacts,
+    base: ModelFacts | None,
     target_layout: Architecture,
     source_layout: Architecture,
     projections: list[str],
@@ -348,7 +358,9 @@ def _estimate(
     if recipe.plan is None:
         seconds += entries * (product + solving)
 
-    weights = (target.parameters + source.parameters) * torch.finfo(dtype).bits // 8
+    # All are held at once while weights are transported.
+    models = [target, source] if base is None else [target, source, base]
+    weights = sum(facts.parameters for facts in models) * torch.finfo(dtype).bits // 8
     vocabulary = max(int(facts.config.get_text_config().vocab_size) for facts in (target, source))
     logits = min(1 << 26, recipe.calibration.batch_tokens * vocabulary) * (torch.finfo(dtype).bits // 8 + 1)
     largest = max(max(mine[key]) * max(theirs[key]) for key in mine if key in theirs)
@@ -363,7 +375,7 @@ def _estimate(
         if key in theirs
     )
     # A GGUF's weights are unpacked in float32 before they take the asked dtype.
-    unpacked = max((4 * facts.parameters for facts in (target, source) if facts.reference.kind == "gguf"), default=0)
+    unpacked = max((4 * facts.parameters for facts in models if facts.reference.kind == "gguf"), default=0)
     # Reloading the checkpoint to compare it holds a second copy of the target, and the record exists twice while its
     # parts are joined.
     needed = weights + checkpoint + logits + problem + unpacked + 2 * record + min(feature_bytes, 1 << 30)
@@ -373,7 +385,8 @@ def _estimate(
         seconds,
         int(memory),
         int(disk),
-        sum(facts.download_bytes or 0 for facts in (target, source)),
+        # One commit is fetched once.
+        sum({facts.commit: facts.download_bytes or 0 for facts in models}.values()),
         f"{read + held_out} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device} at "
         f"{flops / 1e9:.0f} GFLOP/s measured now; downloading and loading not counted",
         forward_seconds,

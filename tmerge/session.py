@@ -27,7 +27,6 @@ from tmerge.models import (
     file_digest,
     load_model,
     load_tokenizer,
-    model_commit,
     pick_device,
     save_checkpoint,
     trusts,
@@ -135,11 +134,9 @@ class Session:
 
     def commit(self, role: str) -> str:
         """What identifies a role's model: a Hub commit, or the digest of local files."""
-        if role == "source_base":
-            return model_commit(self.recipe.source_base or "")
-        commit = (self.check.target if role == "target" else self.check.source).commit
-        assert commit is not None  # `check` sees to it
-        return commit
+        facts = {"target": self.check.target, "source": self.check.source, "source_base": self.check.base}[role]
+        assert facts is not None and facts.commit is not None  # `check` sees to it
+        return facts.commit
 
     def model_facts(self, role: str) -> dict[str, Any]:
         """What decides a model's features and scores, beside the texts."""
