@@ -30,6 +30,8 @@ class Licence:
         duties: What the publisher of a derived model has to do, a sentence each.
         forbids: Why no derived model may be published, whichever the licensed model's role ("the licence ...").
         forbids_as_source: Why its weights may not go into a model of another family ("the licence ...").
+        own_product_only: That `forbids_as_source` also holds for other products of the family, which a licence of
+            theirs tells.
         name_begins: What the name of a derived model has to begin with.
         family: Whose model it is for, where it is one maker's: a prefix of those models' types.
     """
@@ -42,6 +44,7 @@ class Licence:
     duties: tuple[str, ...] = ()
     forbids: str | None = None
     forbids_as_source: str | None = None
+    own_product_only: bool = False
     name_begins: str | None = None
     family: str | None = None
 
@@ -177,6 +180,7 @@ def _llama() -> Iterator[Licence]:
             duties=tuple(duties),
             # Dropped from version 3.1 on, which ask for the name instead.
             forbids_as_source=only if version in ("2", "3") else None,
+            own_product_only=True,
             name_begins=None if version == "2" else mark,
             family="llama",
         )

@@ -6,6 +6,7 @@ decide.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -65,6 +66,8 @@ _TAKES: dict[str, str] = {
     "rail": "permissive attribution",
     "custom": "permissive attribution",
 }
+# From what asks for most: whose page a card's single link shows where no licence takes in the others.
+_STRICTEST_FIRST = ("custom", "rail", "gnu", "nd", "nc-sa", "nc", "sa", "attribution", "permissive")
 # The conversions that the texts themselves (or, for BY-SA 4.0, Creative Commons) name: from the first to the second.
 _CONVERTS = {
     ("lgpl-2.1", "gpl-2.0"),
@@ -128,6 +131,16 @@ def _stricter(one: Licence, other: Licence) -> Licence | None:
     return None
 
 
+def _strictest(known: list[Licence]) -> Licence | None:
+    """The licence whose terms take in those of all others, or None where no one's do."""
+    return next((one for one in known if all(_stricter(one, other) is one for other in known)), None)
+
+
+def _listed(words: list[str]) -> str:
+    """A and B; A, B and C."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 def _contradict(one: Licence, other: Licence) -> bool:
     """Whether one demands that all be under itself and the other adds terms that it does not allow."""
     kinds = {one.kind, other.kind}
@@ -143,6 +156,7 @@ def output_licence(
     target_repo: str | None = None,
     source_repo: str | None = None,
     target_family: str | None = None,
+    source_base: tuple[str | None, str | None] | None = None,
 ) -> OutputLicence:
     """What the merge of a source into a target carries.
 
@@ -154,48 +168,47 @@ def output_licence(
         target_family: The target's model type. It tells whether the target is of the source's family where its
             licence does not: Llama 2 may go into a Llama. A known licence decides before it, as models that only
             have Llama's architecture are no Llamas.
+        source_base: Of a task vector: licence and Hub id of what the source was before its fine-tuning. Its weights
+            go into the merge too, with a minus before them.
     """
-    sides = (_Side.of("target", target, target_repo), _Side.of("source", source, source_repo))
+    sides = [_Side.of("target", target, target_repo), _Side.of("source", source, source_repo)]
+    if source_base is not None:
+        base = _Side.of("source_base", *source_base)
+        # A fine-tuned model mostly keeps its base's licence; then that is nothing further.
+        if base.slug is None or base.slug != sides[1].slug:
+            sides.append(base)
     refusals = [
         f"The {s.role}'s licence, {s.known.name}, {s.known.forbids}." for s in sides if s.known and s.known.forbids
     ]
     unknown = [side.doubt for side in sides if side.doubt]
     duties = [duty for side in sides if side.known for duty in side.known.duties]
-    into, out = (side.known for side in sides)
-    if out is not None and out.forbids_as_source and out.family:
+    into = sides[0].known
+    for side in sides[1:]:
+        out = side.known
+        if out is None or not out.forbids_as_source or not out.family:
+            continue
         same = into.family == out.family if into else (target_family or "").lower().startswith(out.family)
-        if not same:
-            refusals.append(f"The source's licence, {out.name}, {out.forbids_as_source}.")
+        if not same or (out.own_product_only and into is not None and into is not out):
+            refusals.append(f"The {side.role}'s licence, {out.name}, {out.forbids_as_source}.")
         elif into is not out:
-            duties.append(f"Make sure of the target: the source's licence, {out.name}, {out.forbids_as_source}.")
-    first, second = sides
-    if into is not None and out is not None:
-        chosen = _stricter(into, out)
-        if _contradict(into, out):
-            refusals.append(f"The terms of {first.label} and of {second.label} cannot both be met in one model.")
-        elif chosen is None and into.kind == out.kind == "gnu":
+            duties.append(f"Make sure of the target: the {side.role}'s licence, {out.name}, {out.forbids_as_source}.")
+    for one, other in itertools.combinations([side for side in sides if side.known], 2):
+        assert one.known is not None and other.known is not None
+        if _contradict(one.known, other.known):
+            refusals.append(f"The terms of {one.label} and of {other.label} cannot both be met in one model.")
+        elif _stricter(one.known, other.known) is None and one.known.kind == other.known.kind == "gnu":
             unknown.append(
-                f"Whether {into.name} and {out.name} can be combined depends on their versions, and on "
+                f"Whether {one.known.name} and {other.known.name} can be combined depends on their versions, and on "
                 '"or any later version".'
             )
-        elif {into.id, out.id} == {"apache-2.0", "gpl-2.0"}:
+        elif {one.known.id, other.known.id} == {"apache-2.0", "gpl-2.0"}:
             unknown.append('Apache-2.0 goes with GNU GPL 2.0 only where that was given with "or any later version".')
-        if chosen is None:
-            why = f"Neither {first.label} nor {second.label} takes in the other, so the terms of both apply."
-        elif into is out:
-            why = f"Both models state the {out.name}."
-        elif into.kind == out.kind == "permissive":
-            why = f"Both are permissive and both apply; {chosen.name} is stated, as it asks for more."
-        else:
-            more, less = (first, second) if chosen is into else (second, first)
-            first_word = more.label[0].upper() + more.label[1:]
-            why = f"{first_word} asks for more than {less.label}; the notices of both are kept."
-    else:
-        chosen = None
-        unclear = [side.label for side in sides if side.known is None]
-        why = f"It cannot be told what {' and '.join(unclear)} {'asks' if len(unclear) == 1 else 'ask'} for."
+    known = [side.known for side in sides if side.known is not None]
+    chosen = _strictest(known) if len(known) == len(sides) else None
+    why = _why(sides, known, chosen)
     links = _links(sides)
-    single = first.slug if first.slug == second.slug else None
+    slugs = [side.slug for side in sides]
+    single = slugs[0] if len(set(slugs)) == 1 else None
     if chosen is not None:
         single = chosen.id
     if single in _HUB_IDS:
@@ -204,8 +217,11 @@ def output_licence(
         name = re.sub(r"[^a-z0-9.]+", "-", single)
         link = next((side.page for side in sides if side.slug == name and side.page), None)
     else:
-        name = f"{first.slug}-and-{second.slug}" if first.slug and second.slug else "unknown"
-        link = links[0][1] if links else None
+        name = "unknown" if None in slugs else "-and-".join(dict.fromkeys(map(str, slugs)))
+        # What is not known here has to be read first: the link leads there, or nowhere.
+        unclear = [side for side in sides if side.known is None]
+        first = min(unclear or sides, key=lambda side: _STRICTEST_FIRST.index(side.known.kind) if side.known else 0)
+        link = next((side.page for side in [first, *unclear] if side.page), None)
     return OutputLicence(
         id=single if single in _HUB_IDS and single else "other",
         name=name,
@@ -219,7 +235,28 @@ def output_licence(
     )
 
 
-def _links(sides: tuple[_Side, _Side]) -> tuple[tuple[str, str], ...]:
+def _why(sides: list[_Side], known: list[Licence], chosen: Licence | None) -> str:
+    """How the licence follows from those of the models, in a sentence."""
+    labels = [side.label for side in sides]
+    two = len(sides) == 2
+    if len(known) < len(sides):
+        unclear = [side.label for side in sides if side.known is None]
+        return f"It cannot be told what {_listed(unclear)} {'asks' if len(unclear) == 1 else 'ask'} for."
+    if chosen is None and two:
+        return f"Neither {labels[0]} nor {labels[1]} takes in the other, so the terms of both apply."
+    if chosen is None:
+        return f"None of {_listed(labels)} takes in the others, so the terms of all apply."
+    both = "both" if two else "all"
+    if all(licence is chosen for licence in known):
+        return f"{both.capitalize()} models state the {chosen.name}."
+    if all(licence.kind == "permissive" for licence in known):
+        return f"{both.capitalize()} are permissive and {both} apply; {chosen.name} is stated, as it asks for more."
+    more = next(side.label for side in sides if side.known is chosen)
+    less = _listed([side.label for side in sides if side.known is not chosen])
+    return f"{more[0].upper()}{more[1:]} asks for more than {less}; the notices of {both} are kept."
+
+
+def _links(sides: list[_Side]) -> tuple[tuple[str, str], ...]:
     """What and where, the same text once."""
     found: dict[str, str] = {}
     for side in sides:
