@@ -58,9 +58,14 @@ def test_a_source_base_of_another_shape_is_refused(models):
 def test_a_source_base_is_counted_and_its_gate_said(models, tmp_path, monkeypatch):
     save_pico("gpt2", tmp_path / "base", seed=7)
     with_base = {"source_base": str(tmp_path / "base"), "fusion": {"what": "task-vector"}}
-    hub = {"download_bytes": 1000, "gated": True}
+    hub = {"download_bytes": 1000, "gated": True, "licence": "mit"}
     # As facts of three repos; the machine of one known speed, and its memory does not move meanwhile.
-    monkeypatch.setattr("tmerge.check.read_facts", lambda *a, **b: replace(read_facts(*a, **b), **hub))
+
+    def facts_of(reference, **options):
+        its = hub | ({"licence": "llama2"} if reference.endswith("base") else {})
+        return replace(read_facts(reference, **options), **its)
+
+    monkeypatch.setattr("tmerge.check.read_facts", facts_of)
     monkeypatch.setattr("tmerge.check._seconds_of", lambda action, at_least=0.0: 1e-3)
     monkeypatch.setattr(
         "tmerge.check.psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
@@ -75,6 +80,9 @@ def test_a_source_base_is_counted_and_its_gate_said(models, tmp_path, monkeypatc
     assert (two.estimate.download_bytes, three.estimate.download_bytes) == (2000, 3000)
     assert not any("source_base" in note for note in two.notes)
     assert any(note.startswith("the source_base's repo is gated") for note in three.notes)
+    assert two.licence.id == "mit" and not two.licence.refusals
+    (refusal,) = three.licence.refusals
+    assert refusal.startswith("The source_base's licence, Llama 2") and refusal in three.notes
     # One commit is fetched once, and said to be no task vector.
     same = check(recipe_for(models, "llama", "gpt2", source_base=str(models / "gpt2"), fusion=with_base["fusion"]))
     assert same.estimate.download_bytes == 2000

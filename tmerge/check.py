@@ -175,6 +175,7 @@ def check(recipe: Recipe) -> Check:
         target_repo=target.reference.repo,
         source_repo=source.reference.repo,
         target_family=target.model_type,
+        source_base=None if base is None else (base.licence, base.reference.repo),
     )
     notes += [*licence.refusals, *licence.unknown]
     layouts = (target_layout, source_layout)
@@ -336,8 +337,7 @@ def _estimate(
 
     def forward(facts: ModelFacts, layout: Architecture, texts: int, scorings: float) -> float:
         """Operations to read some texts, and to score what is held out so often."""
-        vocabulary = int(facts.config.get_text_config().vocab_size)
-        head = layout.hidden_size * vocabulary
+        head = layout.hidden_size * int(facts.config.get_text_config().vocab_size)
         body = _body_parameters(layout)
         return 2 * tokens_per_text * (texts * body + scorings * held_out * (body + head))
 
