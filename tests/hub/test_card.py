@@ -160,3 +160,65 @@ def test_a_llama_asks_for_its_name(run, tmp_path):
     named = [plan_push(tmp_path / "fused", repo, even_if_worse=True).warnings for repo in ("user/x", "user/Llama-x")]
     assert any('begins with "Llama"' in line for line in named[0])
     assert not any('begins with "Llama"' in line for line in named[1])
+
+
+def test_only_what_is_at_hand_nowhere_is_named_as_local(run, report):
+    def sentence():
+        text = body(card_text(report, run.recipe(), repo="user/fused"))
+        return text.partition("files that are not on the Hub (")[2].partition(")")[0]
+
+    assert sentence() == ""
+    # A demo model comes out of a package.
+    report["source"] |= {"ref": "demo:gemma-3-270m", "commit": "sha256:" + "3" * 64}
+    assert sentence() == ""
+    report["target"] |= {"ref": "demo:smollm2-135m-instruct", "commit": "sha256:" + "4" * 64}
+    report["source"]["ref"] = "/home/someone/models/mine"
+    assert sentence() == "mine"
+    report["target"]["ref"] = "/home/someone/models/yours"
+    report["calibration"] |= {"dataset": "texts.jsonl", "revision": None}
+    assert sentence() == "yours, mine, texts.jsonl"
+
+
+def test_the_training_set_is_named_with_its_commit(run, report):
+    worse = {"value": 0.3, "ci95": [0.2, 0.4]}
+    report["evaluation"]["adapted"] = {"score": worse, "difference": worse, "difference_to_fused": worse}
+    data = {"dataset": "user/lessons", "revision": "5" * 40, "sha256": "6" * 64}
+    report["adaptation"] = {
+        "verdict": "hurts",
+        "objective": "sft",
+        "residual": "frozen",
+        "tokens": 1000,
+        "loss_curve": [[0, 2.0], [1, 3.0]],
+        "data": data,
+    }
+    text = card_text(report, run.recipe(), repo="user/fused")
+    calibrated = f"| calibration set | `samples:thai` | sha256 `{report['calibration']['sha256']}` |"
+    assert f"{calibrated}\n| training set | `user/lessons` | `{'5' * 40}` |\n\nSeed" in text
+    assert ModelCard(text).data.datasets == ["user/lessons"]
+    data |= {"dataset": "lessons.jsonl", "revision": None}
+    text = card_text(report, run.recipe(), repo="user/fused")
+    assert (
+        f"| training set | `lessons.jsonl` | sha256 `{'6' * 64}` |" in text and "not on the Hub (lessons.jsonl)" in text
+    )
+    assert ModelCard(text).data.datasets is None
+
+
+def test_what_the_source_was_before_its_fine_tuning_is_in_the_table_with_its_terms(run, report):
+    assert "| source_base |" not in card_text(report, run.recipe())
+    commit = "7" * 40
+    report["source_base"] = f"user/base@{commit}"
+    row = f"| source_base | [`user/base`](https://huggingface.co/user/base) | `{commit}` |"
+    # A report of before has the reference alone.
+    text = card_text(report, run.recipe(), repo="user/fused")
+    assert f"{row}\n| calibration set |" in text and ModelCard(text).data.license == "apache-2.0"
+    facts = {**report["source"], "ref": report["source_base"], "commit": commit, "licence": "gemma"}
+    report["source_base_model"] = facts
+    text = card_text(report, run.recipe(), repo="user/fused")
+    assert row in text and "- source_base: [`user/base`](https://huggingface.co/user/base), gemma" in text
+    data = ModelCard(text).data
+    assert data.license == "gemma" and data.base_model == ["user/target", "user/source"]
+    assert "Gemma is provided under and subject to" in text
+    report["source_base"] = "/home/someone/models/base"
+    del report["source_base_model"]
+    text = card_text(report, run.recipe(), repo="user/fused")
+    assert "| source_base | `base` | not in the report |" in text

@@ -63,6 +63,7 @@ def card_text(report: Mapping[str, Any], recipe: Recipe, *, repo: str | None = N
     yaml_text = recipe.to_yaml().rstrip()
     models = [(role, _shown(report[role])) for role in _ROLES]
     calibration = report["calibration"]
+    trained_on = _trained_on(report)
     return template.render(
         card_data=card_data(report, recipe, repo).to_yaml(line_break="\n"),
         title=f"{_name(report['target']['ref'])} merged with {_name(report['source']['ref'])}",
@@ -76,9 +77,10 @@ def card_text(report: Mapping[str, Any], recipe: Recipe, *, repo: str | None = N
         evaluation=evaluation | {"trained": adapted},
         rows=_rows(evaluation),
         dataset=calibration["dataset"],
-        dataset_commit=f"`{calibration['revision']}`"
-        if calibration["revision"]
-        else f"sha256 `{calibration['sha256']}`",
+        dataset_commit=_data_commit(calibration),
+        base=_base(report),
+        training_set=trained_on["dataset"] if trained_on else "",
+        training_commit=_data_commit(trained_on) if trained_on else "",
         calibration=calibration,
         transport=report["transport"],
         fusion=report["fusion"],
@@ -100,7 +102,7 @@ def card_text(report: Mapping[str, Any], recipe: Recipe, *, repo: str | None = N
 
 def card_data(report: Mapping[str, Any], recipe: Recipe, repo: str | None = None) -> ModelCardData:
     """The card's metadata."""
-    licence, calibration = merge_licence(report), report["calibration"]
+    licence, read = merge_licence(report), [report["calibration"], *filter(None, [_trained_on(report)])]
     bases = [_repo(report[role]) for role in _ROLES]
     # A model without a page on the Hub cannot be pointed at; one base alone would not be what was merged.
     more: dict[str, Any] = {"base_model": bases, "base_model_relation": "merge"} if all(bases) else {}
@@ -110,7 +112,7 @@ def card_data(report: Mapping[str, Any], recipe: Recipe, repo: str | None = None
         **more,
         license=licence.id,
         language=_languages(recipe) or None,
-        datasets=[calibration["dataset"]] if calibration["revision"] else None,
+        datasets=list(dict.fromkeys(data["dataset"] for data in read if data["revision"])) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=_TAGS,
@@ -120,15 +122,38 @@ def card_data(report: Mapping[str, Any], recipe: Recipe, repo: str | None = None
 
 
 def merge_licence(report: Mapping[str, Any]) -> OutputLicence:
-    """What the two models' licences make of the merge's."""
-    target, source = report["target"], report["source"]
+    """What the models' licences make of the merge's."""
+    target, source, base = report["target"], report["source"], report.get("source_base_model")
     return output_licence(
         target["licence"],
         source["licence"],
         target_repo=_repo(target),
         source_repo=_repo(source),
         target_family=target["architecture"],
+        source_base=(base["licence"], _repo(base)) if base else None,
     )
+
+
+def _base(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the source was before its fine-tuning, for the tables: as far as the report knows it."""
+    if (model := report.get("source_base_model")) is not None:
+        return _shown(model)
+    if (reference := report.get("source_base")) is None:
+        return None
+    repo, _, commit = reference.partition("@")
+    # A report without its facts has the reference alone, resolved to a commit where it is a repo's.
+    on_hub = re.fullmatch("[0-9a-f]{40}", commit) is not None and _HUB_DATASET.fullmatch(repo) is not None
+    label = f"[`{repo}`](https://huggingface.co/{repo})" if on_hub else f"`{_code(_name(reference))}`"
+    return {"label": label, "commit": commit if on_hub else None, "licence": None}
+
+
+def _trained_on(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The texts of a training after the merge, where the report has them."""
+    return report["adaptation"].get("data") if "adaptation" in report else None
+
+
+def _data_commit(data: Mapping[str, Any]) -> str:
+    return f"`{data['revision']}`" if data["revision"] else f"sha256 `{data['sha256']}`"
 
 
 def _results(report: Mapping[str, Any]) -> list[EvalResult]:
@@ -213,10 +238,14 @@ def _public(reference: str) -> str:
 
 def _local_names(report: Mapping[str, Any]) -> list[str]:
     """What the recipe needs that is neither on the Hub nor in a package."""
-    names = [_name(report[role]["ref"]) for role in _ROLES if not _repo(report[role])]
-    names = [name for name, role in zip(names, _ROLES, strict=False) if not report[role]["ref"].startswith("demo:")]
-    dataset = report["calibration"]["dataset"]
-    return names + ([] if report["calibration"]["revision"] or dataset.startswith(SAMPLES_PREFIX) else [dataset])
+    models = [report[role] for role in _ROLES]
+    if (base := report.get("source_base_model")) is not None:
+        models.append(base)
+    names = [_name(model["ref"]) for model in models if not _repo(model) and not model["ref"].startswith("demo:")]
+    for data in filter(None, (report["calibration"], _trained_on(report))):
+        if not data["revision"] and not data["dataset"].startswith(SAMPLES_PREFIX):
+            names.append(data["dataset"])
+    return list(dict.fromkeys(names))
 
 
 def _languages(recipe: Recipe) -> list[str]:
