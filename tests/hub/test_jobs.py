@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -21,21 +22,35 @@ WORDS = ["merge", "--target", "user/target", "--source", "user/source", "--datas
 def case(name, *words):
     results[name] = command(*words)
 
-case("done", *WORDS, "--remote", "l4x1", "--push", "user/target", "--remote-package", "git+https://example.org/tmerge")
-case("done json", *WORDS, "--remote", "cpu-upgrade", "--push", "user/target", "--json")
-case("dry run", *WORDS, "--remote", "l4x1", "--push", "user/fused", "--dry-run")
+PUSH = ["--push", "user/fused"]
+PACKAGE = ["--remote-package", "git+https://example.org/tmerge"]
+REMOTE = ["--remote", "l4x1", *PACKAGE]
+
+case("public", *WORDS, *REMOTE, "--push", "user/target")
+case("another model", *WORDS, *REMOTE, "--push", "user/other")
+case("somebody else's", *WORDS, *REMOTE, "--push", "stranger/fused")
+case("somebody else's, readable", *WORDS, *REMOTE, "--push", "stranger/read")
+set_hub(faults=[{"path": "/api/repos/create", "status": 403, "message": "private storage limit reached"}])
+case("not made", *WORDS, *REMOTE, "--push", "user/large")
+
+case("done", *WORDS, *REMOTE, *PUSH)
+case("done json", *WORDS, "--remote", "cpu-upgrade", *PACKAGE, *PUSH, "--json")
+case("on a card alone", *WORDS, *REMOTE, "--push", "user/begun")
+case("dry run", *WORDS, *REMOTE, "--push", "user/dry", "--dry-run")
+set_hub(job_log=["merging", "is worse, and not pushed"])
+case("no result", *WORDS, *REMOTE, *PUSH)
 set_hub(job_stage="ERROR", job_log=["merging", "error: no memory"])
-case("failed", *WORDS, "--remote", "l4x1", "--push", "user/target")
-case("no repo", *WORDS, "--remote", "l4x1")
-case("no such hardware", *WORDS, "--remote", "l4x11", "--push", "user/target")
-case("local dataset", *WORDS, "--dataset", "mine.jsonl", "--remote", "l4x1", "--push", "user/target")
-case("local model", *WORDS, "--source", os.environ["LOCAL"], "--remote", "l4x1", "--push", "user/target")
+case("failed", *WORDS, *REMOTE, *PUSH)
+case("no repo", *WORDS, *REMOTE)
+case("no such hardware", *WORDS, "--remote", "l4x11", *PACKAGE, *PUSH)
+case("local dataset", *WORDS, "--dataset", "mine.jsonl", *REMOTE, *PUSH)
+case("local model", *WORDS, "--source", os.environ["LOCAL"], *REMOTE, *PUSH)
 set_hub(faults=[{"path": "/api/jobs", "status": 402, "message": "Pre-paid credit balance is insufficient"}])
-case("no credit", *WORDS, "--remote", "l4x1", "--push", "user/target")
+case("no credit", *WORDS, *REMOTE, *PUSH)
 set_hub(faults=[{"path": "/api/jobs", "status": 403, "message": "Jobs are not allowed for this token"}])
-case("not allowed", *WORDS, "--remote", "l4x1", "--push", "user/target")
+case("not allowed", *WORDS, *REMOTE, *PUSH)
 del os.environ["HF_TOKEN"]
-case("no token", *WORDS, "--remote", "l4x1", "--push", "user/target")
+case("no token", *WORDS, *REMOTE, *PUSH)
 
 # What the job itself does with its recipe.
 os.environ["TMERGE_RECIPE"] = "target: user/target\\nsource: user/source\\n"
@@ -44,6 +59,30 @@ del os.environ["TMERGE_RECIPE"]
 case("no recipe", "merge", "env:TMERGE_RECIPE", "--dry-run")
 print("RESULTS" + json.dumps(results))
 """
+
+
+class PushingJobs(dict):
+    """Jobs that do what their log says: one that ends with "pushed" leaves a commit in its repo."""
+
+    def __init__(self, hub):
+        super().__init__()
+        self.hub = hub
+        self.repos = []
+
+    def __setitem__(self, number, job):
+        super().__setitem__(number, job)
+        words = [*job.spec["command"], *job.spec.get("arguments", [])]
+        self.repos.append(words[words.index("--push") + 1])
+        if job.stage == "COMPLETED" and job.log[-1] == "pushed":
+            repo = self.hub.repos[self.repos[-1]]
+            sha = hashlib.sha1(number.encode()).hexdigest()
+            repo.commits[sha] = {".gitattributes": b"", "README.md": b"", "tmerge/report.json": b"{}"}
+            repo.refs["main"] = sha
+
+
+def repo_of(files, access="private"):
+    sha = hashlib.sha1(repr(files).encode()).hexdigest()
+    return Repo({sha: dict.fromkeys(files, b"")}, {"main": sha}, access)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +95,10 @@ def hub(tmp_path_factory):
         hub.repos[f"user/{name}"] = Repo()
         hub.repos[f"user/{name}"].commit(folder)
     hub.local = root / "source"
+    hub.repos["user/other"] = repo_of([".gitattributes", "config.json"])
+    hub.repos["user/begun"] = repo_of([".gitattributes", "README.md"])
+    hub.repos["stranger/read"] = repo_of([".gitattributes"])
+    hub.jobs = PushingJobs(hub)
     with hub:
         yield hub
 
@@ -79,25 +122,42 @@ def test_the_job_gets_the_recipe_and_the_token_as_a_secret(hub, results):
     command = " ".join([*job.spec["command"], *job.spec.get("arguments", [])])
     assert "--with git+https://example.org/tmerge" in command
     assert command.endswith(
-        "tmerge merge env:TMERGE_RECIPE --out /tmp/fused --push user/target --private --even-if-worse"
+        "tmerge merge env:TMERGE_RECIPE --out /tmp/fused --push user/fused --private --even-if-worse"
     )
 
 
 def test_its_log_is_followed_and_its_result_named(hub, results):
     err, out = results["done"]["err"], results["done"]["out"]
     assert "merging\npushed\n" in err and "hf jobs cancel" in err
-    sha = hub.repos["user/target"].refs["main"]
-    assert sha in out and json.loads(results["done json"]["out"])["commit"] == sha
+    first, second = (hashlib.sha1(f"{number:024x}".encode()).hexdigest() for number in (1, 2))
+    assert f"user/fused (private), commit {first}" in out
+    assert json.loads(results["done json"]["out"])["commit"] == second
+    # The job found its repo made, and private.
+    assert hub.repos["user/fused"].access == "private"
+
+
+def test_only_what_the_push_would_take_costs_a_job(hub, results):
+    assert results["on a card alone"]["code"] == 0, results["on a card alone"]["err"]
+    # done, done json, on a card alone, no result, failed; none of the refused ones, whose repos are as they were.
+    assert hub.jobs.repos == ["user/fused", "user/fused", "user/begun", "user/fused", "user/fused"]
+    assert not {"user/large", "user/dry", "stranger/fused"} & set(hub.repos)
+    assert len(hub.repos["user/target"].commits) == len(hub.repos["user/other"].commits) == 1
 
 
 def test_a_dry_run_starts_none(hub, results):
     assert results["dry run"]["code"] == 0 and "tmerge check" in results["dry run"]["out"]
-    assert len(hub.jobs) == 3  # done, done json, failed
+    assert "user/dry" not in [*hub.jobs.repos, *hub.repos]
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("public", "user/target is there and public"),
+        ("another model", "user/other holds something else than a run of tmerge"),
+        ("somebody else's", "stranger/fused: this account or token may not write there"),
+        ("somebody else's, readable", "stranger/read is not of user"),
+        ("not made", "user/large: the account's storage or quota is used up (private storage limit reached)"),
+        ("no result", "the job ended without a result: it pushed nothing to user/fused; its log: http"),
         ("failed", "the job ended as ERROR"),
         ("no repo", "--push user/fused"),
         ("no such hardware", "did you mean l4x1"),

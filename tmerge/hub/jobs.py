@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from huggingface_hub import HfApi, JobHardware, get_token
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from tmerge.calibration import SAMPLES_PREFIX
 from tmerge.errors import ModelNotFoundError, RemoteError
-from tmerge.hub.failures import running_jobs
+from tmerge.hub.failures import pushing, running_jobs
 from tmerge.models import ModelReference
 from tmerge.recipe import RECIPE_VARIABLE, Recipe
 
@@ -23,6 +24,8 @@ __all__ = ["RemoteRun", "follow_job", "start_job"]
 
 _PATIENCE = 2.0  # seconds between two looks at a job that has stopped talking
 _ENDED = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
+# What a repo may hold that no run has been pushed to yet.
+_EMPTY = {".gitattributes", "README.md"}
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ class RemoteRun:
         job: Its id.
         url: Its page.
         repo: Where its result goes.
+        before: The repo's commit before the job began, by which its result is told from an older one.
     """
 
     job: str
     url: str
     repo: str
+    before: str
 
 
 def start_job(
@@ -46,7 +51,8 @@ def start_job(
     """Start a job that runs a recipe and pushes its result.
 
     The repo is private: what would be lost with the job's machine is kept whatever the verdict, and is published when
-    its owner has read it.
+    its owner has read it. It is made here where it is not there, so that what stands against the push is said before
+    the job costs anything; it stays, empty, if the job is then refused.
 
     Args:
         recipe: Names nothing that is on this machine alone.
@@ -57,7 +63,9 @@ def start_job(
         token: In place of the user's own.
 
     Raises:
-        RemoteError: A recipe with local files, a flavor that is not known, no token, or the Hub refused.
+        RemoteError: A recipe with local files, a flavor that is not known, no token, a repo that the job could not push
+            to, or the Hub refused.
+        PushError: The repo cannot be looked at or made.
     """
     _refuse_local(recipe)
     known = [item.value for item in JobHardware]
@@ -68,8 +76,10 @@ def start_job(
     if token is None:
         raise RemoteError("nobody is signed in to the Hub; run `hf auth login` (or set HF_TOKEN)")
     words = ["merge", f"env:{RECIPE_VARIABLE}", "--out", "/tmp/fused", "--push", repo, "--private", "--even-if-worse"]
+    api = HfApi(token=token, library_name="tmerge")
+    before = _open_repo(api, repo, token)
     with running_jobs(flavor):
-        job = HfApi(token=token, library_name="tmerge").run_uv_job(
+        job = api.run_uv_job(
             "tmerge",
             script_args=words,
             dependencies=[package],
@@ -79,7 +89,7 @@ def start_job(
             timeout=timeout,
             name=f"tmerge-{repo.rpartition('/')[2]}"[:60],
         )
-    return RemoteRun(job.id, job.url, repo)
+    return RemoteRun(job.id, job.url, repo, before)
 
 
 def follow_job(run: RemoteRun, log: Callable[[str], None], *, token: str | None = None) -> str:
@@ -94,7 +104,7 @@ def follow_job(run: RemoteRun, log: Callable[[str], None], *, token: str | None 
         The commit that its result is at.
 
     Raises:
-        RemoteError: It failed, was stopped, or cannot be heard any more.
+        RemoteError: It failed, was stopped, left no result, or cannot be heard any more.
     """
     api = HfApi(token=token, library_name="tmerge")
     with running_jobs("the Hub"):
@@ -105,7 +115,39 @@ def follow_job(run: RemoteRun, log: Callable[[str], None], *, token: str | None 
         if job.status.stage != "COMPLETED":
             reason = f" ({job.status.message})" if job.status.message else ""
             raise RemoteError(f"the job ended as {str(job.status.stage)}{reason}; its log: {run.url}")
-        return api.model_info(run.repo).sha or ""
+        try:
+            commit = api.model_info(run.repo).sha or ""
+        except RepositoryNotFoundError:
+            commit = run.before
+    if commit == run.before:
+        raise RemoteError(f"the job ended without a result: it pushed nothing to {run.repo}; its log: {run.url}")
+    return commit
+
+
+def _open_repo(api: HfApi, repo: str, token: str) -> str:
+    """The commit of the repo that the result goes to, made private if it is not there; refused as the push would be."""
+    with pushing(repo, token):
+        try:
+            info = api.model_info(repo)
+        except RepositoryNotFoundError:
+            api.create_repo(repo, private=True)
+            return api.model_info(repo).sha or ""
+        if not info.private:
+            raise RemoteError(
+                f"{repo} is there and public, and a job's result is private until you have read its verdict; make it "
+                "private in its settings, or choose another repo"
+            )
+        names = {entry.rfilename for entry in info.siblings or ()}
+        if names - _EMPTY and "tmerge/report.json" not in names:
+            raise RemoteError(
+                f"{repo} holds something else than a run of tmerge, and is not written over; choose another repo"
+            )
+        account = api.whoami()
+        readers = {org["name"] for org in account.get("orgs", ()) if org.get("roleInOrg") == "read"}
+        writers = {account["name"], *(org["name"] for org in account.get("orgs", ()))} - readers
+        if repo.partition("/")[0] not in writers:
+            raise RemoteError(f"{repo} is not of {account['name']}, who may not write there; choose another repo")
+        return info.sha or ""
 
 
 def _refuse_local(recipe: Recipe) -> None:
