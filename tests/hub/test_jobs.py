@@ -24,6 +24,7 @@ def case(name, *words):
 
 PUSH = ["--push", "user/fused"]
 PACKAGE = ["--remote-package", "git+https://example.org/tmerge"]
+WHEEL = "https://example.org/tmerge-0.1.0-py3-none-any.whl"
 REMOTE = ["--remote", "l4x1", *PACKAGE]
 
 case("public", *WORDS, *REMOTE, "--push", "user/target")
@@ -33,8 +34,11 @@ case("somebody else's, readable", *WORDS, *REMOTE, "--push", "stranger/read")
 set_hub(faults=[{"path": "/api/repos/create", "status": 403, "message": "private storage limit reached"}])
 case("not made", *WORDS, *REMOTE, "--push", "user/large")
 
+case("no package", *WORDS, "--remote", "l4x1", *PUSH)
+case("another project's package", *WORDS, "--remote", "l4x1", "--remote-package", "tmerge==0.1.0", *PUSH)
+case("local package", *WORDS, "--remote", "l4x1", "--remote-package", "dist/tmerge-0.1.0-py3-none-any.whl", *PUSH)
 case("done", *WORDS, *REMOTE, *PUSH)
-case("done json", *WORDS, "--remote", "cpu-upgrade", *PACKAGE, *PUSH, "--json")
+case("done json", *WORDS, "--remote", "cpu-upgrade", "--remote-package", WHEEL, *PUSH, "--json")
 case("on a card alone", *WORDS, *REMOTE, "--push", "user/begun")
 case("dry run", *WORDS, *REMOTE, "--push", "user/dry", "--dry-run")
 set_hub(job_log=["merging", "is worse, and not pushed"])
@@ -120,7 +124,9 @@ def test_the_job_gets_the_recipe_and_the_token_as_a_secret(hub, results):
     shown = json.dumps({name: value for name, value in job.spec.items() if name != "secrets"})
     assert TOKEN not in shown
     command = " ".join([*job.spec["command"], *job.spec.get("arguments", [])])
-    assert "--with git+https://example.org/tmerge" in command
+    assert "--with git+https://example.org/tmerge tmerge merge" in command
+    second = hub.jobs[f"{2:024x}"].spec["command"]
+    assert "--with https://example.org/tmerge-0.1.0-py3-none-any.whl tmerge merge" in " ".join(second)
     assert command.endswith(
         "tmerge merge env:TMERGE_RECIPE --out /tmp/fused --push user/fused --private --even-if-worse"
     )
@@ -157,6 +163,9 @@ def test_a_dry_run_starts_none(hub, results):
         ("somebody else's", "stranger/fused: this account or token may not write there"),
         ("somebody else's, readable", "stranger/read is not of user"),
         ("not made", "user/large: the account's storage or quota is used up (private storage limit reached)"),
+        ("no package", "--remote-package what the job installs tmerge from: git+https://..."),
+        ("another project's package", "or the https:// address of its wheel"),
+        ("local package", "or the https:// address of its wheel"),
         ("no result", "the job ended without a result: it pushed nothing to user/fused; its log: http"),
         ("failed", "the job ended as ERROR"),
         ("no repo", "--push user/fused"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,9 @@ from tmerge.errors import TmergeError
 
 __all__ = ["check", "demo", "inspect", "merge"]
 
+# An address, and never a name alone: on PyPI the name tmerge is another project's, and the job holds the user's token.
+_PACKAGE = re.compile(r"(tmerge(\[[\w,-]*\])? *@ *)?(git\+)?https://\S+", re.IGNORECASE)
+
 
 @app.command()
 def merge(
@@ -47,10 +51,14 @@ def merge(
     private: Annotated[bool, typer.Option("--private", help="With --push: make the repo private.")] = False,
     even_if_worse: Annotated[bool, typer.Option("--even-if-worse", help="With --push: whatever the verdict.")] = False,
     remote: Annotated[
-        str | None, typer.Option(help="Run as a Hugging Face Job on this hardware, such as l4x1; needs --push.")
+        str | None,
+        typer.Option(
+            help="Run as a Hugging Face Job on this hardware, such as l4x1; needs --push and --remote-package."
+        ),
     ] = None,
     remote_package: Annotated[
-        str | None, typer.Option(help="What the job installs tmerge from; this version's release if left out.")
+        str | None,
+        typer.Option(help="What the job installs tmerge from: git+https://... of this project, or a wheel's URL."),
     ] = None,
     remote_timeout: Annotated[str, typer.Option(help="After which the Hub stops the job: 30m, 4h.")] = "4h",
     resume: ResumeOption = False,
@@ -172,9 +180,12 @@ def _run_remotely(
 
     if repo is None or "/" not in repo:
         raise RemoteError("--remote leaves its result in a repo of yours; name it with --push user/fused")
+    if package is None or not _PACKAGE.fullmatch(package):
+        raise RemoteError(
+            "say with --remote-package what the job installs tmerge from: git+https://... of this project, or the "
+            "https:// address of its wheel"
+        )
     quiet_libraries()
-    from importlib.metadata import version
-
     from tmerge.check import check as check_models
     from tmerge.hub.jobs import follow_job, start_job
     from tmerge.show import show_check
@@ -184,7 +195,7 @@ def _run_remotely(
     if dry_run:
         print_json(result.to_dict()) if json_output else show_check(result)
         return
-    job = start_job(recipe, flavor, repo, package=package or f"tmerge=={version('tmerge')}", timeout=timeout)
+    job = start_job(recipe, flavor, repo, package=package, timeout=timeout)
     typer.echo(f"[remote] job {job.job} on {flavor}: {job.url}", err=True)
     typer.echo(f"[remote] stopping this command does not stop it; `hf jobs cancel {job.job}` does", err=True)
     commit = follow_job(job, lambda line: typer.echo(line, err=True))
