@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import pytest
 import yaml
@@ -39,6 +40,18 @@ case("another project's package", *WORDS, "--remote", "l4x1", "--remote-package"
 case("local package", *WORDS, "--remote", "l4x1", "--remote-package", "dist/tmerge-0.1.0-py3-none-any.whl", *PUSH)
 case("done", *WORDS, *REMOTE, *PUSH)
 case("done json", *WORDS, "--remote", "cpu-upgrade", "--remote-package", WHEEL, *PUSH, "--json")
+case("half hours", *WORDS, *REMOTE, *PUSH, "--remote-timeout", "1.5h")
+for suffix in ("sh", "py", "yaml", "toml"):
+    case(f"repo.{suffix}", *WORDS, *REMOTE, "--push", f"user/fused.{suffix}")
+# A file of the command's own words is not sent along either.
+os.chdir(os.environ["WITH_FILES"])
+case("files", *WORDS, *REMOTE, "--push", "user/fused.sh")
+os.chdir(os.environ["REPOSITORY"])
+case("three names", *WORDS, *REMOTE, "--push", "user/what/ever")
+case("a slash too many", *WORDS, *REMOTE, "--push", "user/fused/")
+for timeout in json.loads(os.environ["TIMEOUTS"]):
+    case(f"timeout {timeout}", *WORDS, *REMOTE, *PUSH, "--remote-timeout", timeout)
+
 case("on a card alone", *WORDS, *REMOTE, "--push", "user/begun")
 case("dry run", *WORDS, *REMOTE, "--push", "user/dry", "--dry-run")
 set_hub(job_log=["merging", "is worse, and not pushed"])
@@ -63,6 +76,9 @@ del os.environ["TMERGE_RECIPE"]
 case("no recipe", "merge", "env:TMERGE_RECIPE", "--dry-run")
 print("RESULTS" + json.dumps(results))
 """
+
+
+TIMEOUTS = ("4h30m", "abc", "", "0h", "-1h", "nanh", "1.5", "h", "99999999999999h")
 
 
 class PushingJobs(dict):
@@ -109,7 +125,16 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(hub, tmp_path_factory):
-    ended = run_client(hub, tmp_path_factory.mktemp("home"), SCRIPT, token=TOKEN, LOCAL=str(hub.local))
+    files = tmp_path_factory.mktemp("files")
+    for name in ("tmerge", "merge"):
+        (files / name).write_text("not to be sent")
+    where = {
+        "LOCAL": str(hub.local),
+        "WITH_FILES": str(files),
+        "REPOSITORY": os.getcwd(),
+        "TIMEOUTS": json.dumps(TIMEOUTS),
+    }
+    ended = run_client(hub, tmp_path_factory.mktemp("home"), SCRIPT, token=TOKEN, **where)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert TOKEN not in ended.stdout + ended.stderr
     return json.loads(ended.stdout.rpartition("RESULTS")[2])
@@ -144,10 +169,21 @@ def test_its_log_is_followed_and_its_result_named(hub, results):
 
 def test_only_what_the_push_would_take_costs_a_job(hub, results):
     assert results["on a card alone"]["code"] == 0, results["on a card alone"]["err"]
-    # done, done json, on a card alone, no result, failed; none of the refused ones, whose repos are as they were.
-    assert hub.jobs.repos == ["user/fused", "user/fused", "user/begun", "user/fused", "user/fused"]
+    # None of the refused ones, whose repos are as they were.
+    names = ["fused", "fused", "fused", "fused.sh", "fused.py", "fused.yaml", "fused.toml", "fused.sh", "begun"]
+    assert hub.jobs.repos == [f"user/{name}" for name in [*names, "fused", "fused"]]
     assert not {"user/large", "user/dry", "stranger/fused"} & set(hub.repos)
     assert len(hub.repos["user/target"].commits) == len(hub.repos["user/other"].commits) == 1
+
+
+def test_a_job_takes_as_long_and_goes_where_it_was_told(hub, results):
+    specs = [job.spec for job in hub.jobs.values()]
+    assert [spec["timeoutSeconds"] for spec in specs[:3]] == [4 * 3600, 4 * 3600, 5400]
+    for spec, suffix in zip(specs[3:8], ("sh", "py", "yaml", "toml", "sh"), strict=True):
+        assert spec["command"][spec["command"].index("--push") + 1] == f"user/fused.{suffix}"
+        assert spec["labels"] == {"name": f"tmerge-fused-{suffix}"} and "volumes" not in spec
+    for name in ("half hours", "repo.sh", "repo.py", "repo.yaml", "repo.toml", "files"):
+        assert results[name]["code"] == 0, results[name]["err"]
 
 
 def test_a_dry_run_starts_none(hub, results):
@@ -166,6 +202,9 @@ def test_a_dry_run_starts_none(hub, results):
         ("no package", "--remote-package what the job installs tmerge from: git+https://..."),
         ("another project's package", "or the https:// address of its wheel"),
         ("local package", "or the https:// address of its wheel"),
+        ("three names", "'user/what/ever' is no name of a repo"),
+        ("a slash too many", "'user/fused/' is no name of a repo"),
+        *((f"timeout {timeout}", f"timeout {timeout!r} is no span of time") for timeout in TIMEOUTS),
         ("no result", "the job ended without a result: it pushed nothing to user/fused; its log: http"),
         ("failed", "the job ended as ERROR"),
         ("no repo", "--push user/fused"),

@@ -20,8 +20,6 @@ from tmerge.errors import RemoteError
 from tmerge.ui import AppSettings, build, close, launch_options
 from tmerge.ui.job_part import job_offer, job_timeout, start_as_job
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*run_uv_job.* is experimental:UserWarning")
-
 # What gradio signs in with where it is no Space.
 TOKEN = "mock-oauth-token-for-local-dev"
 PACKAGE = "git+https://example.org/spaces/user/app"

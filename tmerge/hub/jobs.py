@@ -7,12 +7,14 @@ as a secret, which the Hub keeps encrypted and shows to nobody; it is in no argu
 from __future__ import annotations
 
 import difflib
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from huggingface_hub import HfApi, JobHardware, get_token
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from tmerge.calibration import SAMPLES_PREFIX
 from tmerge.errors import ModelNotFoundError, RemoteError
@@ -24,6 +26,11 @@ __all__ = ["RemoteRun", "follow_job", "start_job"]
 
 _PATIENCE = 2.0  # seconds between two looks at a job that has stopped talking
 _ENDED = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
+# Debian with uv and git; where the Hub's own `run_uv_job` runs a command. That one takes an argument that ends as a
+# file's name does, such as a repo user/fused.sh, for a file of this machine, so the command is put together here.
+_IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
+_TIMEOUT = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])|([0-9]{1,9})")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 # What a repo may hold that no run has been pushed to yet.
 _EMPTY = {".gitattributes", "README.md"}
 
@@ -59,15 +66,17 @@ def start_job(
         flavor: Of the Hub's hardware, such as ``cpu-upgrade`` or ``l4x1``.
         repo: ``user/name``.
         package: What ``uv`` installs tmerge from: a requirement such as ``tmerge==0.1.0`` or ``git+https://...``.
-        timeout: After which the Hub stops it: ``30m``, ``4h``.
+        timeout: After which the Hub stops it: ``30m``, ``4h``, ``1.5h``, or seconds.
         token: In place of the user's own.
 
     Raises:
-        RemoteError: A recipe with local files, a flavor that is not known, no token, a repo that the job could not push
-            to, or the Hub refused.
+        RemoteError: A recipe with local files, a flavor that is not known, no repo's name, no span of time, no token, a
+            repo that the job could not push to, or the Hub refused.
         PushError: The repo cannot be looked at or made.
     """
     _refuse_local(recipe)
+    _refuse_name(repo)
+    seconds = _seconds(timeout)
     known = [item.value for item in JobHardware]
     close = difflib.get_close_matches(flavor, known, 1)
     if flavor not in known and close:
@@ -79,15 +88,15 @@ def start_job(
     api = HfApi(token=token, library_name="tmerge")
     before = _open_repo(api, repo, token)
     with running_jobs(flavor):
-        job = api.run_uv_job(
-            "tmerge",
-            script_args=words,
-            dependencies=[package],
+        job = api.run_job(
+            image=_IMAGE,
+            command=["uv", "run", "--with", package, "tmerge", *words],
             env={RECIPE_VARIABLE: recipe.to_yaml()},
             secrets={"HF_TOKEN": token},
             flavor=flavor,
-            timeout=timeout,
-            name=f"tmerge-{repo.rpartition('/')[2]}"[:60],
+            timeout=seconds,
+            # A job's name is a tag as well, which has no dots.
+            name=f"tmerge-{repo.rpartition('/')[2]}".replace(".", "-")[:60],
         )
     return RemoteRun(job.id, job.url, repo, before)
 
@@ -122,6 +131,30 @@ def follow_job(run: RemoteRun, log: Callable[[str], None], *, token: str | None 
     if commit == run.before:
         raise RemoteError(f"the job ended without a result: it pushed nothing to {run.repo}; its log: {run.url}")
     return commit
+
+
+def _refuse_name(repo: str) -> None:
+    """Refuse what is no name of a repo, before the Hub is asked."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        named = False
+    else:
+        named = "/" in repo
+    if not named:
+        raise RemoteError(f"{repo!r} is no name of a repo; give user/name, of letters, digits, '-', '_' and '.'")
+
+
+def _seconds(timeout: str) -> int:
+    """A span of time as the Hub's client takes it; it has no words for one that it cannot read."""
+    found = _TIMEOUT.fullmatch(timeout.strip())
+    seconds = 0
+    if found is not None:
+        number, unit, bare = found.groups()
+        seconds = int(bare) if bare else int(float(number) * _SECONDS[unit])
+    if seconds < 1:
+        raise RemoteError(f"the job's timeout {timeout!r} is no span of time; write one number and its unit: 30m, 4.5h")
+    return seconds
 
 
 def _open_repo(api: HfApi, repo: str, token: str) -> str:
