@@ -54,6 +54,10 @@ for timeout in json.loads(os.environ["TIMEOUTS"]):
 
 case("on a card alone", *WORDS, *REMOTE, "--push", "user/begun")
 case("dry run", *WORDS, *REMOTE, "--push", "user/dry", "--dry-run")
+case("dry run json", *WORDS, *REMOTE, "--push", "user/dry", "--dry-run", "--json")
+case("a device of the job's", *WORDS, *REMOTE, *PUSH, "--device", "cuda:7")
+case("a device of the job's, dry", *WORDS, *REMOTE, "--push", "user/dry", "--device", "cuda:7", "--dry-run")
+case("not on this machine", *WORDS, "--device", "cuda:7", "--dry-run")
 set_hub(job_log=["merging", "is worse, and not pushed"])
 case("no result", *WORDS, *REMOTE, *PUSH)
 set_hub(job_stage="ERROR", job_log=["merging", "error: no memory"])
@@ -171,7 +175,7 @@ def test_only_what_the_push_would_take_costs_a_job(hub, results):
     assert results["on a card alone"]["code"] == 0, results["on a card alone"]["err"]
     # None of the refused ones, whose repos are as they were.
     names = ["fused", "fused", "fused", "fused.sh", "fused.py", "fused.yaml", "fused.toml", "fused.sh", "begun"]
-    assert hub.jobs.repos == [f"user/{name}" for name in [*names, "fused", "fused"]]
+    assert hub.jobs.repos == [f"user/{name}" for name in [*names, "fused", "fused", "fused"]]
     assert not {"user/large", "user/dry", "stranger/fused"} & set(hub.repos)
     assert len(hub.repos["user/target"].commits) == len(hub.repos["user/other"].commits) == 1
 
@@ -189,6 +193,17 @@ def test_a_job_takes_as_long_and_goes_where_it_was_told(hub, results):
 def test_a_dry_run_starts_none(hub, results):
     assert results["dry run"]["code"] == 0 and "tmerge check" in results["dry run"]["out"]
     assert "user/dry" not in [*hub.jobs.repos, *hub.repos]
+    said = "time and memory are those of this machine, not of l4x1"
+    assert said in results["dry run"]["out"]
+    assert said in json.loads(results["dry run json"]["out"])["estimate"]["assumes"]
+
+
+def test_a_device_that_this_machine_lacks_is_the_jobs(hub, results):
+    assert results["not on this machine"]["code"] == 2 and "cuda" in results["not on this machine"]["err"]
+    for name in ("a device of the job's", "a device of the job's, dry"):
+        assert results[name]["code"] == 0, results[name]["err"]
+    devices = [yaml.safe_load(job.spec["environment"]["TMERGE_RECIPE"])["device"] for job in hub.jobs.values()]
+    assert devices.count("cuda:7") == 1
 
 
 @pytest.mark.parametrize(

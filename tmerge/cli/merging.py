@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -190,9 +191,12 @@ def _run_remotely(
     from tmerge.hub.jobs import follow_job, start_job
     from tmerge.show import show_check
 
-    # What cannot be merged is said here, before the job costs anything.
-    result = check_models(recipe)
+    # What cannot be merged is said here, before the job costs anything. The recipe's device is the job's, and this
+    # machine need not have it.
+    result = check_models(recipe.model_copy(update={"device": "auto"}))
     if dry_run:
+        assumes = f"{result.estimate.assumes}; time and memory are those of this machine, not of {flavor}"
+        result = replace(result, estimate=replace(result.estimate, assumes=assumes))
         print_json(result.to_dict()) if json_output else show_check(result)
         return
     job = start_job(recipe, flavor, repo, package=package, timeout=timeout)
