@@ -15,7 +15,8 @@ from tests.pico import save_pico
 TOKEN = "hf_TheSecretOfTheJobsTest"
 
 SCRIPT = """
-import json, os
+import json, os, signal, time
+from huggingface_hub import HfApi
 from tests.hub.commands import command, set_hub
 results = {}
 WORDS = ["merge", "--target", "user/target", "--source", "user/source", "--dataset", "samples:thai"]
@@ -58,6 +59,19 @@ case("dry run json", *WORDS, *REMOTE, "--push", "user/dry", "--dry-run", "--json
 case("a device of the job's", *WORDS, *REMOTE, *PUSH, "--device", "cuda:7")
 case("a device of the job's, dry", *WORDS, *REMOTE, "--push", "user/dry", "--device", "cuda:7", "--dry-run")
 case("not on this machine", *WORDS, "--device", "cuda:7", "--dry-run")
+def interrupted(*args, **kwargs):
+    yield "merging"
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+# A shell that runs this behind it may have it ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+follow, HfApi.fetch_job_logs = HfApi.fetch_job_logs, interrupted
+case("stopped", *WORDS, *REMOTE, "--push", "user/stopped")
+HfApi.fetch_job_logs = follow
+ask, HfApi.run_job = HfApi.run_job, lambda *args, **kwargs: next(item for item in interrupted() if item != "merging")
+case("stopped early", *WORDS, *REMOTE, "--push", "user/early")
+HfApi.run_job = ask
 set_hub(job_log=["merging", "is worse, and not pushed"])
 case("no result", *WORDS, *REMOTE, *PUSH)
 set_hub(job_stage="ERROR", job_log=["merging", "error: no memory"])
@@ -175,7 +189,7 @@ def test_only_what_the_push_would_take_costs_a_job(hub, results):
     assert results["on a card alone"]["code"] == 0, results["on a card alone"]["err"]
     # None of the refused ones, whose repos are as they were.
     names = ["fused", "fused", "fused", "fused.sh", "fused.py", "fused.yaml", "fused.toml", "fused.sh", "begun"]
-    assert hub.jobs.repos == [f"user/{name}" for name in [*names, "fused", "fused", "fused"]]
+    assert hub.jobs.repos == [f"user/{name}" for name in [*names, "fused", "stopped", "fused", "fused"]]
     assert not {"user/large", "user/dry", "stranger/fused"} & set(hub.repos)
     assert len(hub.repos["user/target"].commits) == len(hub.repos["user/other"].commits) == 1
 
@@ -196,6 +210,19 @@ def test_a_dry_run_starts_none(hub, results):
     said = "time and memory are those of this machine, not of l4x1"
     assert said in results["dry run"]["out"]
     assert said in json.loads(results["dry run json"]["out"])["estimate"]["assumes"]
+
+
+def test_who_stops_following_is_told_that_the_job_goes_on(hub, results):
+    number = next(number for number, job in hub.jobs.items() if "user/stopped" in job.spec["command"])
+    lines = results["stopped"]["err"].strip().splitlines()
+    assert results["stopped"]["code"] == 130 and "merging" in lines
+    assert lines[-1] == (
+        f"stopped following; the job goes on: {hub.endpoint}/jobs/user/{number}; its log: `hf jobs logs {number}`; "
+        f"to stop it: `hf jobs cancel {number}`"
+    )
+    lines = results["stopped early"]["err"].strip().splitlines()
+    assert results["stopped early"]["code"] == 130 and lines[-1].endswith("is shown by `hf jobs ps`")
+    assert "same command continues" not in results["stopped"]["err"] + results["stopped early"]["err"]
 
 
 def test_a_device_that_this_machine_lacks_is_the_jobs(hub, results):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -27,7 +27,7 @@ from tmerge.cli.shared import (
     print_json,
     quiet_libraries,
 )
-from tmerge.errors import TmergeError
+from tmerge.errors import Cancelled, TmergeError
 
 __all__ = ["check", "demo", "inspect", "merge"]
 
@@ -199,14 +199,29 @@ def _run_remotely(
         result = replace(result, estimate=replace(result.estimate, assumes=assumes))
         print_json(result.to_dict()) if json_output else show_check(result)
         return
-    job = start_job(recipe, flavor, repo, package=package, timeout=timeout)
-    typer.echo(f"[remote] job {job.job} on {flavor}: {job.url}", err=True)
-    typer.echo(f"[remote] stopping this command does not stop it; `hf jobs cancel {job.job}` does", err=True)
-    commit = follow_job(job, lambda line: typer.echo(line, err=True))
+    # The same command again would start another job, so what is said on Ctrl-C is of the job alone.
+    try:
+        job = start_job(recipe, flavor, repo, package=package, timeout=timeout)
+    except KeyboardInterrupt:
+        _stop_following("stopped; whether a job had started already is shown by `hf jobs ps`")
+    try:
+        typer.echo(f"[remote] job {job.job} on {flavor}: {job.url}", err=True)
+        typer.echo(f"[remote] stopping this command does not stop it; `hf jobs cancel {job.job}` does", err=True)
+        commit = follow_job(job, lambda line: typer.echo(line, err=True))
+    except KeyboardInterrupt:
+        _stop_following(
+            f"stopped following; the job goes on: {job.url}; its log: `hf jobs logs {job.job}`; to stop it: "
+            f"`hf jobs cancel {job.job}`"
+        )
     if json_output:
         print_json({"job": job.job, "job_url": job.url, "repo": repo, "commit": commit})
     else:
         typer.echo(f"{repo} (private), commit {commit}; its verdict: tmerge inspect {repo}")
+
+
+def _stop_following(line: str) -> NoReturn:
+    typer.echo(line, err=True)
+    raise SystemExit(Cancelled.exit_code) from None
 
 
 def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool) -> dict[str, Any] | None:
