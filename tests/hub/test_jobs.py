@@ -11,6 +11,10 @@ import yaml
 
 from tests.hub import Repo, WritableHub, run_client
 from tests.pico import save_pico
+from tmerge.calibration.files import FILE_SUFFIXES
+from tmerge.errors import RemoteError
+from tmerge.hub.jobs import start_job
+from tmerge.recipe import Recipe
 
 TOKEN = "hf_TheSecretOfTheJobsTest"
 
@@ -269,3 +273,30 @@ def test_every_failure_is_one_line(results, name, words):
 
 def test_in_the_job_the_recipe_comes_from_the_environment(results):
     assert json.loads(results["in the job"]["out"])["recipe"]["source"] == "user/source"
+
+
+def refusal(**keys):
+    """Why no job is started; one whose recipe could run elsewhere comes as far as its hardware."""
+    recipe = Recipe.model_validate({"target": "user/target", "source": "user/source", **keys})
+    with pytest.raises(RemoteError) as caught:
+        start_job(recipe, "l4x11", "user/fused", package="git+https://example.org/tmerge", token=TOKEN)
+    return str(caught.value)
+
+
+def test_a_hub_id_without_a_namespace_is_not_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "did you mean l4x1" in refusal(target="gpt2", source="distilgpt2@main")
+    (tmp_path / "gpt2").mkdir()
+    assert "target 'gpt2' is on this machine alone" in refusal(target="gpt2")
+
+
+@pytest.mark.parametrize("name", [*(f"mine{suffix}" for suffix in FILE_SUFFIXES), "mine.TSV", "folder", "/texts"])
+def test_a_file_of_texts_is_on_this_machine(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert f"{name!r} is a file of this machine" in refusal(calibration={"dataset": name})
+
+
+@pytest.mark.parametrize("name", ["samples:thai", "user/texts", "wikitext"])
+def test_a_dataset_of_the_hub_is_not(name):
+    assert "did you mean l4x1" in refusal(calibration={"dataset": name})

@@ -11,12 +11,14 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from huggingface_hub import HfApi, JobHardware, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from tmerge.calibration import SAMPLES_PREFIX
+from tmerge.calibration.files import FILE_SUFFIXES
 from tmerge.errors import ModelNotFoundError, RemoteError
 from tmerge.hub.failures import pushing, running_jobs
 from tmerge.models import ModelReference
@@ -198,12 +200,15 @@ def _refuse_local(recipe: Recipe) -> None:
             kind = ModelReference.parse(reference).kind
         except ModelNotFoundError:
             kind = "folder"
-        if kind != "hub" or "/" not in reference:
+        if kind != "hub":
             raise RemoteError(
                 f"{key} {reference!r} is on this machine alone, and the job runs elsewhere; push it and name its Hub id"
             )
-    dataset = recipe.calibration.dataset
-    if not dataset.startswith(SAMPLES_PREFIX) and dataset.endswith((".txt", ".jsonl", ".json", ".csv", ".parquet")):
+    # As the texts' own reader tells a file from a dataset of the Hub.
+    dataset = recipe.calibration.dataset.strip()
+    path = Path(dataset).expanduser()
+    is_file = path.exists() or path.suffix.lower() in FILE_SUFFIXES or path.is_absolute()
+    if not dataset.startswith(SAMPLES_PREFIX) and is_file:
         raise RemoteError(
             f"calibration.dataset {dataset!r} is a file of this machine, and the job runs elsewhere; push it as a "
             "dataset, and name its Hub id"
