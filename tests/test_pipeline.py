@@ -136,6 +136,9 @@ def test_a_task_vector_of_nothing_changes_no_byte(pair, tmp_path):
     base, fused = weights(pair / "target"), weights(tmp_path / "fused")
     assert all(torch.equal(base[name], fused[name]) for name in base)
     assert any("task vector is zero" in note for note in report["notes"])
+    assert report["source_base_model"] == report["source"]
+    card = (tmp_path / "fused/README.md").read_text()
+    assert f"| source_base | `source` | `{report['source']['commit']}` |" in card
     assert report["verdict"] == "no difference"
 
 

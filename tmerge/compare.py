@@ -30,7 +30,7 @@ from tmerge.errors import RecipeError
 from tmerge.evaluation import Scores, applied, difference, noise, resamples, score, score_texts, shrink
 from tmerge.evaluation.tasks import TaskScore, run_tasks
 from tmerge.fusion import Alpha, TransportedNeurons, TransportRecord, load_transported
-from tmerge.models import LoadedModel, load_model
+from tmerge.models import LoadedModel, load_model, trusts
 from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
 from tmerge.report import library_versions
@@ -234,7 +234,7 @@ class _Comparison:
             self.recipe.target,
             dtype=self.recipe.dtype,
             device=self.recipe.device,
-            trust_remote_code=self.recipe.target in self.recipe.trust_remote_code,
+            trust_remote_code=trusts(self.recipe.trust_remote_code, self.recipe.target),
             widen=True,
         )
         began = time.perf_counter()

@@ -81,6 +81,11 @@ def build_report(
         "target": _model(checked.target, checked.target_layout),
         "source": _model(checked.source, checked.source_layout),
         "source_base": recipe.source_base,
+        **(
+            {}
+            if checked.base is None
+            else {"source_base_model": _model(checked.base, checked.base_layout or checked.source_layout)}
+        ),
         "same_model": checked.target.commit == checked.source.commit,
         "calibration": {
             **texts,
