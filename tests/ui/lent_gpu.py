@@ -75,9 +75,9 @@ class LentGpu:
                             raise
                 finally:
                     # As leaving the wrapper's pool of threads does: not before the process has let go.
-                    process.join(30)
-                    assert not process.is_alive()
-                    watch.join()
+                    # Only the watch may wait for the process: of two that do, one is told that it has no such child.
+                    watch.join(30)
+                    assert not watch.is_alive()
 
             return handler
 
