@@ -57,7 +57,9 @@ def test_a_source_base_of_another_shape_is_refused(models):
 
 def test_a_source_base_is_counted_and_its_gate_said(models, tmp_path, monkeypatch):
     save_pico("gpt2", tmp_path / "base", seed=7)
-    with_base = {"source_base": str(tmp_path / "base"), "fusion": {"what": "task-vector"}}
+    # One dtype on every machine; as it is held where bfloat16 products are slow, they are float32 all the same.
+    plain = {"dtype": "float32"}
+    with_base = plain | {"source_base": str(tmp_path / "base"), "fusion": {"what": "task-vector"}}
     hub = {"download_bytes": 1000, "gated": True, "licence": "mit"}
     # As facts of three repos; the machine of one known speed, and its memory does not move meanwhile.
 
@@ -70,7 +72,7 @@ def test_a_source_base_is_counted_and_its_gate_said(models, tmp_path, monkeypatc
     monkeypatch.setattr(
         "tmerge.check.psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
     )
-    two, three = (check(recipe_for(models, "llama", "gpt2", **sections)) for sections in ({}, with_base))
+    two, three = (check(recipe_for(models, "llama", "gpt2", **sections)) for sections in (plain, with_base))
     assert two.base is None and three.base is not None and three.base.commit == model_commit(str(tmp_path / "base"))
     assert two.to_dict()["source_base"] is None
     assert three.to_dict()["source_base"]["parameters"] == three.base.parameters
