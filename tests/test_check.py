@@ -58,8 +58,14 @@ def test_a_source_base_of_another_shape_is_refused(models):
 def test_a_source_base_is_counted_and_its_gate_said(models, tmp_path, monkeypatch):
     save_pico("gpt2", tmp_path / "base", seed=7)
     # One dtype on every machine; as it is held where bfloat16 products are slow, they are float32 all the same.
-    plain = {"dtype": "float32"}
-    with_base = plain | {"source_base": str(tmp_path / "base"), "fusion": {"what": "task-vector"}}
+    alike = {"top_k": 16, "projections": ["q", "k"], "stream": False}
+    plain = {"dtype": "float32", "fusion": alike}
+    with_base = plain | {
+        "source_base": str(tmp_path / "base"),
+        "calibration": {"rows": "texts"},
+        "transport": {"structure": "none"},
+        "fusion": alike | {"what": "task-vector"},
+    }
     hub = {"download_bytes": 1000, "gated": True, "licence": "mit"}
     # As facts of three repos; the machine of one known speed, and its memory does not move meanwhile.
 
@@ -68,9 +74,9 @@ def test_a_source_base_is_counted_and_its_gate_said(models, tmp_path, monkeypatc
         return replace(read_facts(reference, **options), **its)
 
     monkeypatch.setattr("tmerge.check.read_facts", facts_of)
-    monkeypatch.setattr("tmerge.check._seconds_of", lambda action, at_least=0.0: 1e-3)
+    monkeypatch.setattr("tmerge.estimate._seconds_of", lambda action, at_least=0.0: 1e-3)
     monkeypatch.setattr(
-        "tmerge.check.psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+        "tmerge.estimate.psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
     )
     two, three = (check(recipe_for(models, "llama", "gpt2", **sections)) for sections in (plain, with_base))
     assert two.base is None and three.base is not None and three.base.commit == model_commit(str(tmp_path / "base"))
@@ -125,7 +131,7 @@ def test_feature_keys_are_shared():
 
 def test_choosing_alpha_is_part_of_the_estimate(models, monkeypatch):
     # A machine of one known speed: what is left are the operations counted.
-    monkeypatch.setattr("tmerge.check._seconds_of", lambda action, at_least=0.0: 1e-3)
+    monkeypatch.setattr("tmerge.estimate._seconds_of", lambda action, at_least=0.0: 1e-3)
 
     def seconds(**fusion):
         sections = {"fusion": fusion, "evaluation": {"controls": []}}

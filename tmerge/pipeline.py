@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tmerge.calibration import FeatureStore, TextSet, capture, read_texts
-from tmerge.check import keys_of, refuse_unfit
+from tmerge.calibration import TextSet, capture, read_texts
+from tmerge.check import refuse_unfit
 from tmerge.evaluation import (
     Scores,
     applied,
@@ -35,18 +35,16 @@ from tmerge.fusion import (
     TransportRecord,
     carry,
     fuse,
-    layers_with,
     load_transported,
-    recorded_inputs,
     save_transported,
-    solved_inputs,
 )
 from tmerge.hub import write_card
+from tmerge.models import STREAM, group_of, head_facts
 from tmerge.recipe import Recipe
 from tmerge.report import build_report, library_versions
 from tmerge.run import Run, write_json, write_text
 from tmerge.session import NOTE, STAGES, Listener, Session, Step
-from tmerge.transport import FeaturePlans, load_plans, save_plans, solve_features
+from tmerge.solving import fusion_inputs, measure_relatedness, solve_apart, solve_shared
 
 __all__ = ["STAGES", "Listener", "Step", "advance", "merge"]
 
@@ -118,6 +116,9 @@ class _Merge(Session):
             commits = {role: self.commit(role) for role in ("target", "source")}
             self.plan.refuse_other_recipe(self.recipe, commits, self.check.projections)
         calibration = self.recipe.digest("calibration", "seed")
+        if self.recipe.calibration.rows == "tokens":
+            # Where both tokenizers agree depends on both.
+            calibration += self.commit("source")
         apart = auto or (self.plan is not None and self.plan.recipe.fusion.alpha == "auto")
         with self.stage("texts", recipe=calibration, target=self.check.target.commit, choosing=apart):
             self._texts(apart)
@@ -167,6 +168,8 @@ class _Merge(Session):
         calibration = self.recipe.calibration
         choosing = calibration.choosing if apart else 0.0
         self.texts = read_texts(calibration, seed=self.recipe.seed, choosing=choosing, chat_tokenizer=tokenizer)
+        if calibration.rows == "tokens" and self.plan is None:
+            self.texts = replace(self.texts, ends=self.common_ends())
         self.texts.save(path)
         self.notes["texts"] = {"texts": self.texts.to_dict()}
         self.step("texts", "reading the calibration set", 1, 1, "datasets")
@@ -195,6 +198,7 @@ class _Merge(Session):
             max_tokens=calibration.max_tokens,
             batch_tokens=calibration.batch_tokens,
             key=self.keys[role],
+            ends=self.texts.ends or None,
             progress=lambda done, total: self.step(role, f"{role}: reading features", done, total, "texts"),
         )
         scores = self.score(role, role, f"{role}: held-out texts")
@@ -203,6 +207,7 @@ class _Merge(Session):
             "tokens": captured.tokens,
             "truncated": captured.truncated,
             "forward_seconds": captured.forward_seconds + scores.seconds,
+            "heads": head_facts(model.model, self.layout(role)),
         }
 
     def _transport(self) -> None:
@@ -212,56 +217,18 @@ class _Merge(Session):
             facts = ("problems", "iterations", "worst_marginal_violation", "converged")
             self.notes["transport"] = {name: self.plan.report["transport"][name] for name in facts}
             return
-        settings = self.recipe.transport
-        keys = keys_of(self.check.projections)
-        stores = {role: FeatureStore(self.feature_folder(role)) for role in ("target", "source")}
-        plans: dict[str, FeaturePlans] = {}
-        began = time.perf_counter()
-        layers = {role: {key: layers_with(stores[role], key) for key in keys} for role in stores}
-        total, done = sum(len(layers["target"][key]) for key in keys), 0
-        for key in keys:
-
-            def solved(layer: int, costs: Tensor, key: str = key) -> None:
-                nonlocal done
-                done += 1
-                self.step("transport", f"feature plans of {key}", done, total, "layers", (key, layer, costs))
-
-            plans[key] = solve_features(
-                key,
-                partial(stores["target"].get, key=key),
-                partial(stores["source"].get, key=key),
-                layers["target"][key],
-                layers["source"][key],
-                epsilon=settings.epsilon,
-                max_iterations=settings.max_iterations,
-                tolerance=settings.tolerance,
-                device=self.device,
-                solved=solved,
-            )
-        save_plans(plans, self.run.cache / "plans.safetensors")
-        iterations = torch.cat([solved.iterations.reshape(-1) for solved in plans.values()])
-        errors = torch.cat([solved.marginal_error.reshape(-1) for solved in plans.values()])
-        converged = torch.cat([solved.converged.reshape(-1) for solved in plans.values()])
-        self.notes["transport"] = {
-            "problems": iterations.numel(),
-            "iterations": {"median": int(iterations.median()), "max": int(iterations.max())},
-            "worst_marginal_violation": float(errors.max()),
-            "converged": int(converged.sum()),
-            "solve_seconds": time.perf_counter() - began,
-        }
+        if self.recipe.transport.structure == "shared":
+            self.notes["transport"] = solve_shared(self)
+        else:
+            self.notes["transport"] = solve_apart(self)
+        self.notes["transport"]["relatedness"] = measure_relatedness(self)
 
     def _fuse(self) -> None:
         """Transport the selected neurons, and keep the run's record of its plans."""
         if self.notes["fuse"]:
             return
         settings, fusion = self.recipe.transport, self.recipe.fusion
-        if self.plan is not None:
-            inputs = recorded_inputs(self.plan.record, self.plan.report["transport"], self.check.projections)
-        else:
-            plans = load_plans(self.run.cache / "plans.safetensors", keys_of(self.check.projections))
-            target, source = (FeatureStore(self.feature_folder(role)) for role in ("target", "source"))
-            inputs = solved_inputs(plans, target, source, self.check.projections, settings)
-        seed = self.recipe.seed
+        inputs, seed = fusion_inputs(self), self.recipe.seed
 
         def shuffle(layer: int, key: str, neurons: int) -> Tensor:
             return torch.randperm(neurons, generator=control_generator(seed, "permuted", layer, key))
@@ -276,6 +243,7 @@ class _Merge(Session):
             settings,
             source_base=self.layout("source_base") if self.recipe.source_base else None,
             shuffle=shuffle if "permuted" in self.recipe.evaluation.controls else None,
+            vocabulary=self.shared_vocabulary() if fusion.stream else 0,
             progress=lambda done, total: self.step("fuse", "transporting weights", done, total, "layers"),
         )
         self.transported, self.permuted = carried.transported, carried.permuted
@@ -286,6 +254,7 @@ class _Merge(Session):
             "projections": self.check.projections,
             "keys": inputs.keys,
             "epsilon": settings.epsilon,
+            "structure": settings.structure if self.plan is None else self.plan.record.facts.get("structure", "none"),
             "target": {"ref": self.recipe.target, "commit": self.commit("target")},
             "source": {"ref": self.recipe.source, "commit": self.commit("source")},
         }
@@ -294,6 +263,7 @@ class _Merge(Session):
             "norm_ratios": carried.norm_ratios,
             "layers": {name: list(coupling.target_layers) for name, coupling in inputs.couplings.items()},
             "biases": carried.biases,
+            "stream": sorted({item.projection for item in carried.transported if group_of(item.projection) == STREAM}),
             **inputs.facts,
         }
 
@@ -303,7 +273,7 @@ class _Merge(Session):
             return
         texts = self.cut(self.texts.choosing)
         choice = choose_alpha(
-            self.layout("target").layers,
+            self.layout("target").views,
             self._transported(),
             self.recipe.fusion.alphas,
             lambda what: self.score("target", "choose", f"choosing: {what}", texts),
@@ -319,7 +289,7 @@ class _Merge(Session):
     def _evaluate(self) -> None:
         if self.notes["evaluate"]:
             return
-        layers, alpha = self.layout("target").layers, self._alpha()
+        layers, alpha = self.layout("target").views, self._alpha()
         fused = self._transported()
         candidates: dict[str, Callable[[], list[TransportedNeurons]]] = {
             "shrink": lambda: shrink(fused),
@@ -345,7 +315,7 @@ class _Merge(Session):
         texts, calibration = self.texts.texts[: self.recipe.evaluation.descent], self.recipe.calibration
         found = descent_cosines(
             self.model("target"),
-            self.layout("target").layers,
+            self.layout("target").views,
             fused,
             texts,
             seed=self.recipe.seed,
@@ -363,7 +333,7 @@ class _Merge(Session):
         dtype, computed = (str(of.dtype).removeprefix("torch.") for of in (target, target.model))
         self.loaded.pop("source", None)
         self.loaded.pop("source_base", None)
-        fuse(self.layout("target").layers, self._transported(), self._alpha())
+        fuse(self.layout("target").views, self._transported(), self._alpha())
         weights = self.publish("target", self.run, "save")
         self.notes["save"] = {"dtype": dtype, "computed_in": computed, "weights": weights}
         self.loaded.pop("target", None)

@@ -20,9 +20,23 @@ from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.models import Architecture, ModelFacts
 from tmerge.recipe import Recipe
 
-__all__ = ["SCHEMA", "alpha_words", "build_report", "library_versions", "peak_memory", "summary", "training_summary"]
+__all__ = [
+    "RELATED",
+    "SCHEMA",
+    "alpha_words",
+    "build_report",
+    "library_versions",
+    "peak_memory",
+    "relatedness_words",
+    "solved_words",
+    "summary",
+    "training_summary",
+]
 
 SCHEMA = 1
+RELATED = 0.5
+"""Relatedness from which a merge is worth trying: more than half of the neurons are found twice alike. Relatives that
+were measured lie above 0.9, strangers below 0.1 (docs/experiments.md), so that the exact place does not matter."""
 
 
 def build_report(
@@ -68,6 +82,8 @@ def build_report(
             f"tolerance (worst marginal violation {solved['worst_marginal_violation']:.1e}): raise "
             "transport.max_iterations or transport.epsilon"
         )
+    if solved.get("relatedness") is not None:
+        remarks.append(relatedness_words(solved["relatedness"]))
     choice = notes["choose"]["choice"] if "choose" in notes else None
     if choice is not None and not any(choice["alpha"].values()):
         remarks.append(
@@ -104,6 +120,12 @@ def build_report(
             "layer_cost": recipe.transport.layer_cost,
             "layer_marginals": recipe.transport.layer_marginals,
             "layer_plans_converged": notes["fuse"]["layer_plans_converged"],
+            "rows": recipe.calibration.rows,
+            "structure": recipe.transport.structure,
+            "matching": recipe.transport.matching,
+            "signed": recipe.transport.signed,
+            "map": recipe.transport.map,
+            "relatedness": solved.get("relatedness"),
         },
         "projections": {
             "fused": checked.projections,
@@ -123,6 +145,28 @@ def build_report(
         "versions": dict(versions),
         "notes": remarks,
     }
+
+
+def relatedness_words(found: Mapping[str, Any]) -> str:
+    """Whether the two models' neurons correspond, in a sentence (`tmerge.transport.relatedness`)."""
+    numbers = f"relatedness {found['value']:.2f} (by chance {found['permuted']:.2f})"
+    if found["value"] >= RELATED:
+        return f"{numbers}: these models' neurons correspond, as those of models with a common ancestor do"
+    return (
+        f"{numbers}: two halves of the calibration set do not agree on which neuron is which, so these models share "
+        "no correspondence that weights could be carried by; train or distil instead (tmerge adapt)"
+    )
+
+
+def solved_words(solved: Mapping[str, Any]) -> str:
+    """How many problems the transport solved, and how well."""
+    if solved.get("structure") == "shared" and solved["matching"] == "one-to-one":
+        return f"{solved['problems']} matchings, one to one: of the residual stream, and of each layer's heads and MLP"
+    steps = solved["iterations"]
+    return (
+        f"{solved['problems']} feature plans, {solved['converged']} converged, {steps['median']} iterations in the "
+        f"median, {steps['max']} at most, worst marginal violation {solved['worst_marginal_violation']:.1e}"
+    )
 
 
 def alpha_words(fusion: Mapping[str, Any]) -> str:
@@ -231,6 +275,7 @@ def _fusion(recipe: Recipe, checked: Check, note: Mapping[str, Any]) -> dict[str
         "units": settings.units,
         "top_k": settings.top_k,
         "projections": projections,
+        "stream": note["stream"],
     }
 
 

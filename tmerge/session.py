@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tmerge.calibration import TextSet
+from tmerge.calibration import TextSet, common_ends, token_limit
 from tmerge.check import Check, check
 from tmerge.evaluation import Scores, score_texts
 from tmerge.hub.pull import Plan
@@ -43,6 +43,7 @@ NOTE = "note"
 """The stage of a `Step` that only says something, before the work begins."""
 # Characters of a held-out text that are scored, per token that calibration reads; one cut for all models.
 _SCORED_CHARACTERS = 4
+_NEARLY_ALL = 0.9
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,33 @@ class Session:
             trust_remote_code=trusts(self.recipe.trust_remote_code, reference),
             revision_override=_revision(self.commit(role)),
         )
+
+    def common_ends(self) -> tuple[tuple[int, ...], ...]:
+        """Where in each calibration text both models are read, for ``calibration.rows: tokens``."""
+        calibration = self.recipe.calibration
+        return common_ends(
+            self.tokenizer("target"),
+            self.tokenizer("source"),
+            self.texts.texts,
+            limits=(
+                token_limit(self.check.target.config.get_text_config(), calibration.max_tokens),
+                token_limit(self.check.source.config.get_text_config(), calibration.max_tokens),
+            ),
+            wanted=calibration.token_rows,
+            seed=self.recipe.seed,
+        )
+
+    def shared_vocabulary(self) -> int:
+        """Tokens from 0 up that have one id in both models' tokenizers and a row in both models' embeddings.
+
+        0 where that is not nearly all of them: then the vocabularies only begin alike.
+        """
+        mine, theirs = (self.tokenizer(role).get_vocab() for role in ("target", "source"))
+        sizes = [int(facts.config.get_text_config().vocab_size) for facts in (self.check.target, self.check.source)]
+        other = {place: token for token, place in theirs.items()}
+        differing = [place for token, place in mine.items() if other.get(place) != token]
+        shared = min(*sizes, *differing)
+        return shared if shared >= _NEARLY_ALL * min(sizes) else 0
 
     def layout(self, role: str) -> Architecture:
         """The projections of a loaded model."""

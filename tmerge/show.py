@@ -15,7 +15,7 @@ from rich.table import Table
 from tmerge.check import Check
 from tmerge.hub import PushPlan
 from tmerge.pipeline import Listener, Step
-from tmerge.report import alpha_words, summary
+from tmerge.report import alpha_words, solved_words, summary
 from tmerge.session import NOTE
 
 __all__ = [
@@ -144,13 +144,7 @@ def show_report(report: Mapping[str, Any], folder: str | Path) -> None:
         stages.add_row(stage["name"], *seconds, _bytes(stage["peak_rss_bytes"]))
     stages.add_row("all", f"{timing['total_seconds']:.1f}", f"{timing['forward_seconds']:.1f}", "")
     console.print(stages)
-    transport = report["transport"]
-    console.print(
-        f"transport: {transport['problems']} feature plans, {transport['converged']} converged, "
-        f"{transport['iterations']['median']} iterations in the median, {transport['iterations']['max']} at most, "
-        f"worst marginal violation {transport['worst_marginal_violation']:.1e}",
-        markup=False,
-    )
+    console.print(f"transport: {solved_words(report['transport'])}", markup=False)
     for name, why in report["projections"]["skipped"].items():
         console.print(f"skipped: {name}: {why}", markup=False)
     for line in (*report["projections"]["left_alone"], *report["notes"]):

@@ -128,6 +128,8 @@ def record():
         "pairs.q.post": torch.tensor([[0, 1], [0, 2], [1, 0]], dtype=torch.int32),
         "f.q.post": torch.randn(3, 5),
         "g.q.post": torch.randn(3, 7),
+        "statistics.target.q.post.mean": torch.randn(2, 5),
+        "statistics.source.q.post.mean": torch.randn(3, 7),
         "plan.q.post.offsets": sparse.offsets,
         "plan.q.post.columns": sparse.columns,
         "plan.q.post.values": sparse.values,

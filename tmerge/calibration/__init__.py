@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from tmerge.calibration.batches import encode, length_batches, padded
+from tmerge.calibration.batches import encode, length_batches, padded, token_limit
 from tmerge.calibration.capture import CaptureReport, bare_forward, capture
 from tmerge.calibration.features import FeatureStore, FeatureWriter
+from tmerge.calibration.places import common_ends, token_places
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_language_code, sample_languages, sample_texts
 from tmerge.calibration.texts import TextSet, is_held_out, normalise, read_texts
 
@@ -16,6 +17,7 @@ __all__ = [
     "TextSet",
     "bare_forward",
     "capture",
+    "common_ends",
     "is_held_out",
     "encode",
     "length_batches",
@@ -25,4 +27,6 @@ __all__ = [
     "sample_language_code",
     "sample_languages",
     "sample_texts",
+    "token_limit",
+    "token_places",
 ]

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedConfig
 
 from tmerge.errors import NotEnoughMemoryError
 from tmerge.models import LoadedModel
 
-__all__ = ["EncodedTexts", "encode", "length_batches", "padded", "read_batches"]
+__all__ = ["EncodedTexts", "encode", "length_batches", "padded", "read_batches", "token_limit"]
 
 # Texts this much shorter than the longest of a batch (one part in) may join it; the rest would be padding.
 _SLACK = 8
@@ -52,9 +53,7 @@ def encode(loaded: LoadedModel, texts: Sequence[str], max_tokens: int) -> Encode
         texts: T texts.
         max_tokens: Most tokens of a text.
     """
-    # Models with learned positions cannot read further than their table.
-    positions = getattr(loaded.model.config, "max_position_embeddings", None)
-    limit = min(max_tokens, positions) if isinstance(positions, int) and positions > 0 else max_tokens
+    limit = token_limit(loaded.model.config, max_tokens)
     characters = limit * _CHARACTERS_PER_TOKEN
     ids: list[list[int]] = []
     truncated = 0
@@ -65,6 +64,12 @@ def encode(loaded: LoadedModel, texts: Sequence[str], max_tokens: int) -> Encode
             truncated += len(tokens) > limit
             ids.append(list(tokens[:limit]))
     return EncodedTexts(ids, truncated, limit)
+
+
+def token_limit(config: PreTrainedConfig, max_tokens: int) -> int:
+    """Most tokens of a text: models with learned positions cannot read further than their table."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return min(max_tokens, positions) if isinstance(positions, int) and positions > 0 else max_tokens
 
 
 def length_batches(lengths: Sequence[int], limit: int) -> list[list[int]]:

@@ -12,11 +12,12 @@ import hashlib
 import json
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from tmerge.calibration.batches import encode, read_batches
 from tmerge.calibration.features import FeatureWriter
+from tmerge.calibration.places import token_places
 from tmerge.errors import Cancelled, CheckpointError, DeviceError, TmergeError, TokenizerError, UnsupportedModelError
 from tmerge.models import LoadedModel
 from tmerge.models.projections import Architecture, Tap
@@ -74,10 +76,13 @@ def capture(
     max_tokens: int,
     batch_tokens: int,
     key: str,
+    ends: Sequence[Sequence[int]] | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> CaptureReport:
     """Read the pre and post features of some projections over all texts, into a `FeatureStore`.
+
+    A row of the store is a text, the mean over its tokens; or, with `ends`, one of the tokens that end there.
 
     Args:
         loaded: The model and its tokenizer.
@@ -88,6 +93,7 @@ def capture(
         max_tokens: Longer texts are cut.
         batch_tokens: Most padded tokens of a forward pass.
         key: Kept in the store: what decides its contents.
+        ends: Per text, the characters after which a token is read (`common_ends`); None for means over whole texts.
         progress: Called with (texts done, T) after each batch; may raise to stop, and then there is no store.
         cancelled: Asked before each batch whether to stop.
 
@@ -116,8 +122,10 @@ def capture(
     }
     forward_seconds, done, padded, batches = 0.0, len(empty), 0, 0
     widths = {(tap.layer, tap.key): tap.features for tap in taps}
-    with FeatureWriter(folder, len(texts), widths, key=key, facts=facts) as writer:
-        pool = _Pool(loaded, taps, lengths, writer)
+    places = None if ends is None else token_places(loaded.tokenizer, texts, ends, encoded.limit)
+    rows = len(texts) if places is None else sum(map(len, places))
+    with FeatureWriter(folder, rows, widths, key=key, facts=facts) as writer:
+        pool = _Pool(loaded, taps, lengths, writer, places)
         with pool.hooked():
             for batch, seconds in read_batches(loaded, encoded, batch_tokens, pool.begin):
                 pool.end()
@@ -129,7 +137,7 @@ def capture(
                 if cancelled is not None and cancelled():
                     raise Cancelled("stopped while reading features; the same command continues")
         pool.write()
-        if empty:
+        if empty and places is None:
             writer.fill_with_mean(empty)
         writer.finish()
     return CaptureReport(
@@ -159,8 +167,17 @@ class _Pool:
     projection is not pooled once for each of its parts.
     """
 
-    def __init__(self, loaded: LoadedModel, taps: Sequence[Tap], lengths: Sequence[int], writer: FeatureWriter) -> None:
-        self._loaded, self._lengths, self._writer = loaded, lengths, writer
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        taps: Sequence[Tap],
+        lengths: Sequence[int],
+        writer: FeatureWriter,
+        places: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        self._loaded, self._lengths, self._writer, self._places = loaded, lengths, writer, places
+        # Where a text's rows begin in the store.
+        self._first = [] if places is None else list(accumulate(map(len, places), initial=0))
         self._served: dict[nn.Module, list[Tap]] = {}
         for tap in taps:
             self._served.setdefault(tap.module, []).append(tap)
@@ -180,7 +197,11 @@ class _Pool:
 
     def begin(self, texts: list[int]) -> None:
         """Say which texts the next forward pass reads, one a row."""
-        self._texts = texts
+        self._texts = self._rows = texts
+        if self._places is not None:
+            self._rows = [self._first[text] + index for text in texts for index in range(len(self._places[text]))]
+            read = [(row, place) for row, text in enumerate(texts) for place in self._places[text]]
+            self._read = torch.tensor(read, dtype=torch.int64).reshape(-1, 2)
         self._batch_lengths = [self._lengths[place] for place in texts]
         # Rows of one length lie side by side in a batch, so they are summed together and padding is never touched.
         self._runs: list[tuple[slice, int]] = []
@@ -219,10 +240,16 @@ class _Pool:
             self._take()
 
     def _mean(self, features: Tensor) -> Tensor:
-        """Means over each row's real tokens, ``(B, S, n)`` or ``(B * S, n)`` in any dtype to ``(B, n)`` float32."""
+        """Rows for the store, of ``(B, S, n)`` or ``(B * S, n)`` in any dtype.
+
+        Means over each text's real tokens, ``(B, n)`` float32; or the tokens that are read, as many as there are.
+        """
         if features.dim() == 2:
             # Some models flatten their tokens before the MLP.
             features = features.unflatten(0, (len(self._texts), -1))
+        if self._places is not None:
+            read = self._read.to(features.device)
+            return features[read[:, 0], read[:, 1]].float()
         if features.device.type != "cpu":
             return self._masked_mean(features)
         means = torch.empty(len(self._texts), features.shape[2])
@@ -274,10 +301,12 @@ class _Pool:
                 moved = torch.cat([self._pending[place] for place in places], 1).cpu().split(widths, 1)
                 self._pending.update(zip(places, moved, strict=True))
         for place, rows in self._pending.items():
+            if not len(rows):
+                continue
             # The sum first, as it is quicker; it may overflow where no value does.
             if not math.isfinite(float(rows.sum())) and not bool(torch.isfinite(rows).all()):
                 raise self._not_finite(place, rows)
-            self._waiting.setdefault(place, []).append((self._texts, rows))
+            self._waiting.setdefault(place, []).append((self._rows, rows))
         self._waiting_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
         if self._waiting_bytes > _PENDING_BYTES:
@@ -285,7 +314,8 @@ class _Pool:
 
     def _not_finite(self, place: tuple[int, str], rows: Tensor) -> TmergeError:
         layer, key = place
-        text = self._texts[int((~torch.isfinite(rows)).any(1).nonzero()[0])]
+        row = self._rows[int((~torch.isfinite(rows)).any(1).nonzero()[0])]
+        text = row if self._places is None else bisect_right(self._first, row) - 1
         what = f"{self._loaded.reference}: {key} of layer {layer} is not finite for text {text}"
         if self._loaded.dtype == torch.float32:
             return CheckpointError(f"{what}, in float32; the weights are damaged: download or convert them again")

@@ -50,6 +50,8 @@ class TextSet:
         notes: Sentences for the report.
         prompts: Per calibration text, how many of its characters come before what answers; 0 where nothing does.
         choosing: Kept away from both, to choose settings on; empty unless something is chosen.
+        ends: Per calibration text, the characters after which a token of both models ends and is read; empty where
+            features are means over texts.
     """
 
     texts: tuple[str, ...]
@@ -66,10 +68,12 @@ class TextSet:
     notes: tuple[str, ...] = ()
     choosing: tuple[str, ...] = ()
     prompts: tuple[int, ...] = ()
+    ends: tuple[tuple[int, ...], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """What the report records: everything but the texts, which are given by their number; JSON-serialisable."""
         data = asdict(self)
+        data.pop("ends")
         counts = {"texts": len(self.texts), "held_out": len(self.held_out), "choosing": len(self.choosing)}
         return {**data, **counts, "prompts": sum(map(bool, self.prompts)), "notes": list(self.notes)}
 
@@ -92,6 +96,7 @@ class TextSet:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+            tuples["ends"] = tuple(map(tuple, tuples.get("ends", ())))
             loaded = cls(**tuples)
         except FileNotFoundError:
             raise DatasetError(f"{path.name}: no texts are kept under this name; start the run again") from None

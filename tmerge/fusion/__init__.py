@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tmerge.fusion.carry import Carried, carry
 from tmerge.fusion.coupling import Coupling, coupling_tensors, couplings, layer_plans
-from tmerge.fusion.inputs import FusionInputs, layers_with, recorded_inputs, solved_inputs
+from tmerge.fusion.inputs import FusionInputs, layers_with, recorded_inputs, solved_inputs, structured_inputs
 from tmerge.fusion.maps import FeatureStatistics, phi_in, phi_out, unit_factors
 from tmerge.fusion.merge import (
     Alpha,
@@ -60,6 +60,7 @@ __all__ = [
     "select_neurons",
     "solved_inputs",
     "sparsify",
+    "structured_inputs",
     "transport_neurons",
     "unit_factors",
 ]

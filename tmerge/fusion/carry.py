@@ -19,7 +19,8 @@ from tmerge.fusion.maps import phi_in, phi_out, unit_factors
 from tmerge.fusion.merge import TransportedNeurons, layer_weights, read_neurons, transport_neurons
 from tmerge.fusion.pairs import Pairs, PlanPair, Statistics
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_side, select_neurons
-from tmerge.models import Architecture, feature_key
+from tmerge.fusion.stream import carry_stream
+from tmerge.models import STREAM, Architecture, feature_key
 from tmerge.recipe import FusionSettings, TransportSettings
 from tmerge.transport import one_thread_each
 
@@ -135,8 +136,7 @@ class _Carrier:
         """Phi_out or Phi_in of a pair; q, k and v ask for the same one, so it is kept while the layer is worked on."""
         built = maps.get((key, other, outwards))
         if built is None:
-            build = phi_out if outwards else phi_in
-            built = build(read.plan, scale=self.fusion.scale, kept=self.transport.entries_kept, mask=read.mask)
+            built = self.plain_map(read, outwards=outwards)
             if self.fusion.units != "none":
                 mine, theirs = self.statistics[0][layer, key], self.statistics[1][other, key]
                 a, b = unit_factors(*((mine, theirs) if outwards else (theirs, mine)), self.fusion.units)
@@ -146,6 +146,31 @@ class _Carrier:
             order = self.shuffle(layer, key, read.plan.shape[0])
             return built[order] if outwards else built[:, order]
         return built
+
+    def plain_map(self, read: PlanPair, *, outwards: bool) -> Tensor:
+        """Phi_out or Phi_in of a pair, in the features' own units."""
+        if read.maps is not None:
+            return read.maps[0 if outwards else 1]
+        build = phi_out if outwards else phi_in
+        kept = self.transport.entries_kept
+        return build(read.plan, scale=self.fusion.scale, kept=kept, mask=read.mask, partial=read.partial)
+
+    def stream(self, vocabulary: int, *, shuffled: bool) -> list[TransportedNeurons]:
+        """The task vector of what else lies on the residual stream, which one correspondence carries everywhere."""
+        assert self.source_base is not None  # the recipe sees to it
+        others: dict[int, int] = {}
+        for coupling in self.couplings.values():
+            for row, layer in enumerate(coupling.target_layers):
+                others.setdefault(layer, coupling.source_layers[int(coupling.kept[row, 0])])
+        projection = next(iter(self.couplings))
+        key = feature_key(projection, "post" if projection in COLUMN_PROJECTIONS else "pre")
+        first = self.couplings[projection].target_layers[0]
+        read = self.pairs.of_layer(first, [(key, others[first])])[key, others[first]]
+        maps = self.plain_map(read, outwards=True), self.plain_map(read, outwards=False)
+        if shuffled and self.shuffle is not None:
+            order = self.shuffle(-1, STREAM, maps[0].shape[0])
+            maps = maps[0][order], maps[1][:, order]
+        return carry_stream(self.target, self.source, self.source_base, others, maps, vocabulary)
 
     def _source_weight(self, layer: int, projection: str) -> tuple[Tensor, Tensor | None]:
         """What is transported of a source layer: its weight, or what it learned since the base."""
@@ -190,6 +215,7 @@ def carry(
     *,
     source_base: Architecture | None = None,
     shuffle: Callable[[int, str, int], Tensor] | None = None,
+    vocabulary: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Carried:
     """Transport every fused projection of every target layer (Eq. 13-14 up to alpha).
@@ -204,6 +230,7 @@ def carry(
         transport: The recipe's section.
         source_base: For task vectors: the source before its fine-tuning.
         shuffle: (layer, key, n) -> a permutation (n,) of the target's neurons, for the `permuted` control.
+        vocabulary: With ``fusion.stream``: tokens that have one id in both models.
         progress: Called with (layers done, all); may raise to stop.
     """
     settings = (fusion, transport)
@@ -226,6 +253,10 @@ def carry(
             raise
     carried.tensors = pairs.tensors()
     _finish(carried, carrier, target)
+    if fusion.stream:
+        carried.transported += carrier.stream(vocabulary, shuffled=False)
+        if shuffle is not None:
+            carried.permuted += carrier.stream(vocabulary, shuffled=True)
     return carried
 
 

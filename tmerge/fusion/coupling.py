@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,20 @@ from tmerge.recipe import TransportSettings
 from tmerge.transport import FeaturePlans, LayerPlan, couple_layers, solve_layers
 
 __all__ = ["Coupling", "coupling_tensors", "couplings", "layer_plans"]
+
+
+class _Costs(Protocol):
+    @property
+    def target_layers(self) -> tuple[int, ...]: ...
+    @property
+    def source_layers(self) -> tuple[int, ...]: ...
+    @property
+    def cost(self) -> Tensor: ...
+
+
+class _Plan(Protocol):
+    @property
+    def plan(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -86,15 +100,15 @@ def _restricted(layer_plan: LayerPlan, pre: FeaturePlans, post: FeaturePlans) ->
 
 
 def coupling_tensors(
-    plans: Mapping[str, FeaturePlans],
-    layers: Mapping[str, LayerPlan],
+    plans: Mapping[str, _Costs],
+    layers: Mapping[str, _Plan],
     coupled: Mapping[str, Coupling],
     statistics: Mapping[str, Mapping[tuple[int, str], FeatureStatistics]],
 ) -> dict[str, Tensor]:
     """What a run's record keeps of layers: costs, plans, couplings and feature statistics.
 
     Args:
-        plans: feature key -> its solved plans.
+        plans: feature key -> its layers and their costs.
         layers: feature key -> its layer plan.
         coupled: projection -> its coupling.
         statistics: ``target`` and ``source`` -> (layer, feature key) -> statistics.

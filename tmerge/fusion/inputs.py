@@ -13,10 +13,12 @@ from tmerge.fusion.coupling import Coupling, coupling_tensors, couplings, layer_
 from tmerge.fusion.maps import FeatureStatistics
 from tmerge.fusion.pairs import Pairs, RecordedPairs, SolvedPairs, Statistics, recorded_couplings
 from tmerge.fusion.record import TransportRecord
+from tmerge.fusion.rivals import MappedPairs
+from tmerge.fusion.structured import StructuredPairs, paired_couplings, paired_layers
 from tmerge.recipe import TransportSettings
-from tmerge.transport import FeaturePlans
+from tmerge.transport import FeaturePlans, Structure
 
-__all__ = ["FusionInputs", "layers_with", "recorded_inputs", "solved_inputs"]
+__all__ = ["FusionInputs", "layers_with", "recorded_inputs", "solved_inputs", "structured_inputs"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def solved_inputs(
     coupled = couplings(projections, plans, layers, settings.layers_kept)
     statistics = {"target": _statistics(target, plans), "source": _statistics(source, plans)}
     return FusionInputs(
-        SolvedPairs(plans, (target.get, source.get), settings.entries_kept),
+        _mapped(SolvedPairs(plans, (target.get, source.get), settings.entries_kept), target, source, settings),
         coupled,
         (statistics["target"], statistics["source"]),
         list(plans),
@@ -62,6 +64,34 @@ def solved_inputs(
             "layer_plans_converged": all(plan.converged for plan in layers.values()),
         },
     )
+
+
+def structured_inputs(
+    structure: Structure,
+    target: FeatureStore,
+    source: FeatureStore,
+    projections: Sequence[str],
+    settings: TransportSettings,
+) -> FusionInputs:
+    """From this run's one correspondence for the whole models."""
+    paired = paired_layers(structure)
+    coupled = paired_couplings(projections, paired)
+    statistics = {"target": _statistics(target, paired), "source": _statistics(source, paired)}
+    return FusionInputs(
+        _mapped(StructuredPairs(structure, paired), target, source, settings),
+        coupled,
+        (statistics["target"], statistics["source"]),
+        list(paired),
+        coupling_tensors(paired, paired, coupled, statistics),
+        {"eta": {}, "layer_plans_converged": True},
+    )
+
+
+def _mapped(pairs: Pairs, target: FeatureStore, source: FeatureStore, settings: TransportSettings) -> Pairs:
+    """The pairs, or with fitted maps in place of their plans."""
+    if settings.map == "plan":
+        return pairs
+    return MappedPairs(pairs, (target.get, source.get), settings.map, settings.ridge)
 
 
 def recorded_inputs(record: TransportRecord, transport: Mapping[str, Any], projections: Sequence[str]) -> FusionInputs:

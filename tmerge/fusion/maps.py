@@ -52,7 +52,7 @@ class FeatureStatistics:
         return float((self.deviation.double().square() + self.mean.double().square()).mean().sqrt())
 
 
-def phi_out(plan: Tensor, *, scale: Scale, kept: int, mask: Tensor | None = None) -> Tensor:
+def phi_out(plan: Tensor, *, scale: Scale, kept: int, mask: Tensor | None = None, partial: bool = False) -> Tensor:
     """Phi_out of a post-side plan: each target output as an average of source outputs.
 
     Args:
@@ -61,14 +61,16 @@ def phi_out(plan: Tensor, *, scale: Scale, kept: int, mask: Tensor | None = None
             ``literal`` gives the sparsified plan as it is.
         kept: Entries that survive per row and per column.
         mask: (n, n') which entries survive, where `mutual_top` has already been asked.
+        partial: A correspondence (`tmerge.transport.matching`): entries have signs, and a neuron without an entry has
+            no counterpart and carries nothing.
 
     Returns:
         (n, n').
     """
-    return _map(plan, mutual_top(plan, kept) if mask is None else mask, scale)
+    return _map(plan, mutual_top(plan, kept) if mask is None else mask, scale, partial)
 
 
-def phi_in(plan: Tensor, *, scale: Scale, kept: int, mask: Tensor | None = None) -> Tensor:
+def phi_in(plan: Tensor, *, scale: Scale, kept: int, mask: Tensor | None = None, partial: bool = False) -> Tensor:
     """Phi_in of a pre-side plan: each source input as an average of target inputs.
 
     Args:
@@ -76,11 +78,12 @@ def phi_in(plan: Tensor, *, scale: Scale, kept: int, mask: Tensor | None = None)
         scale: As for `phi_out`; barycentric is n' * Q^T, sparsified and renormalised.
         kept: Entries that survive per row and per column.
         mask: (n, n') as for `phi_out`.
+        partial: As for `phi_out`.
 
     Returns:
         (n', n).
     """
-    return _map(plan.T, (mutual_top(plan, kept) if mask is None else mask).T, scale)
+    return _map(plan.T, (mutual_top(plan, kept) if mask is None else mask).T, scale, partial)
 
 
 def unit_factors(target: FeatureStatistics, source: FeatureStatistics, units: Units) -> tuple[Tensor, Tensor]:
@@ -108,10 +111,13 @@ def unit_factors(target: FeatureStatistics, source: FeatureStatistics, units: Un
     return a, b
 
 
-def _map(plan: Tensor, mask: Tensor, scale: Scale) -> Tensor:
+def _map(plan: Tensor, mask: Tensor, scale: Scale, partial: bool) -> Tensor:
     kept = torch.where(mask, plan, torch.zeros_like(plan))
     if scale == "literal":
         return kept
+    if partial:
+        # Rows without an entry stay zero.
+        return kept / kept.abs().sum(1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
     # A row whose every entry lost the mutual vote would transport zeros, which is a shrinking in disguise:
     # it keeps its single largest entry instead. So does one left with entries that underflowed to zero.
     empty = kept.sum(1) == 0

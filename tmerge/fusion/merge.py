@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tmerge.fusion.maps import Scale
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
-from tmerge.models import PROJECTIONS, Projection
+from tmerge.models import PROJECTIONS, Projection, group_of
 
 __all__ = [
     "Alpha",
@@ -37,12 +37,13 @@ __all__ = [
 
 
 Alpha = float | Mapping[str, float]
-"""Fusion strength: one for all projections, or one for each (projections that it does not name are left alone)."""
+"""Fusion strength: one for all projections, or one for each (projections that it does not name are left alone); what
+else lies on the residual stream goes by the name ``stream``."""
 
 
 def alpha_of(alpha: Alpha, projection: str) -> float:
     """The strength that a projection is fused with."""
-    return alpha.get(projection, 0.0) if isinstance(alpha, Mapping) else alpha
+    return alpha.get(group_of(projection), 0.0) if isinstance(alpha, Mapping) else alpha
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class TransportedNeurons:
 
     Attributes:
         layer: Target layer.
-        projection: Its name.
+        projection: Its name, or of what else lies on the residual stream; the layer behind the last holds what
+            belongs to none.
         neurons: (k,) selected rows (q k v gate up) or columns (o down).
         weight: (k, in) transported rows, or (out, k) transported columns, float32.
         bias: (k,) for rows, (out,) for columns; None where it is not fused.
@@ -129,7 +131,7 @@ def fuse(
     alpha is 0 nothing is written at all.
 
     Args:
-        layers: The target's projections, `Architecture.layers`.
+        layers: The target's projections, `Architecture.views`.
         transported: For every fused layer and projection.
         alpha: Fusion strength, or one for each projection.
         progress: Called with (done, all).
@@ -194,6 +196,7 @@ def load_transported(path: Path) -> list[TransportedNeurons]:
     return result
 
 
-def _place(name: str) -> tuple[int, int]:
+def _place(name: str) -> tuple[int, int, str]:
     layer, projection, _ = name.split(".")
-    return int(layer), PROJECTIONS.index(projection)
+    known = projection in PROJECTIONS
+    return int(layer), PROJECTIONS.index(projection) if known else len(PROJECTIONS), projection

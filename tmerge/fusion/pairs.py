@@ -20,7 +20,7 @@ from tmerge.fusion.record import TransportRecord, mass_of_top, sparsify
 from tmerge.models import feature_key
 from tmerge.transport import FeaturePlans, feature_plan, mutual_top, standardise
 
-__all__ = ["PlanPair", "Pairs", "RecordedPairs", "SolvedPairs", "Statistics", "recorded_couplings"]
+__all__ = ["PlanPair", "PlanParts", "Pairs", "RecordedPairs", "SolvedPairs", "Statistics", "recorded_couplings"]
 
 Read = Callable[[int, str], Tensor]
 Statistics = tuple[Mapping[tuple[int, str], FeatureStatistics], Mapping[tuple[int, str], FeatureStatistics]]
@@ -38,6 +38,8 @@ class PlanPair:
         plan: (n, n') float32. Of a recorded one, the entries that are stored, times n.
         mask: (n, n') the entries that survive among the largest of their row and of their column.
         mass: As `mass_of_top`, where the plan is to be recorded.
+        partial: Whether it is a correspondence, as `phi_out` takes it.
+        maps: (n, n') Phi_out and (n', n) Phi_in where they are not read off the plan.
     """
 
     key: str
@@ -46,6 +48,8 @@ class PlanPair:
     plan: Tensor
     mask: Tensor
     mass: Tensor | None = None
+    partial: bool = False
+    maps: tuple[Tensor, Tensor] | None = None
 
 
 class Pairs(Protocol):
@@ -75,7 +79,7 @@ class SolvedPairs:
 
     def __init__(self, plans: Mapping[str, FeaturePlans], features: tuple[Read, Read], kept: int) -> None:
         self._plans, self._features, self._kept = plans, features, kept
-        self._parts: dict[str, list[Tensor]] = {}
+        self._parts = PlanParts()
 
     def of_layer(self, layer: int, wanted: Sequence[tuple[str, int]]) -> dict[tuple[str, int], PlanPair]:
         """As `Pairs.of_layer`."""
@@ -97,27 +101,42 @@ class SolvedPairs:
         for key, solved in self._plans.items():
             group = [pair for pair in used if pair.key == key]
             if group:
-                self._add(key, solved, group)
+                potentials = {
+                    name: torch.stack([values[pair.row, pair.column] for pair in group])
+                    for name, values in ((f"f.{key}", solved.f), (f"g.{key}", solved.g))
+                }
+                self._parts.add(key, group, potentials)
 
-    def _add(self, key: str, solved: FeaturePlans, group: Sequence[PlanPair]) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """As `Pairs.tensors`."""
+        return self._parts.tensors()
+
+
+class PlanParts:
+    """Sparse plans for a run's record, gathered layer by layer."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def add(self, key: str, group: Sequence[PlanPair], beside: Mapping[str, Tensor]) -> None:
+        """One target layer's plans of a feature key, and tensors with a row for each."""
         sparse = sparsify([pair.plan for pair in group], [pair.mask for pair in group])
         before = self._parts.get(f"plan.{key}.offsets")
         entries = before[-1][-1] if before else 0
         pieces = {
             f"pairs.{key}": torch.tensor([(pair.row, pair.column) for pair in group], dtype=torch.int32),
-            f"f.{key}": torch.stack([solved.f[pair.row, pair.column] for pair in group]),
-            f"g.{key}": torch.stack([solved.g[pair.row, pair.column] for pair in group]),
             f"mass.{key}": torch.stack([pair.mass for pair in group if pair.mass is not None]),
             f"plan.{key}.offsets": sparse.offsets[1:] + entries if before else sparse.offsets,
             f"plan.{key}.columns": sparse.columns,
             f"plan.{key}.values": sparse.values,
             f"plan.{key}.beyond": sparse.beyond + entries,
+            **beside,
         }
         for name, piece in pieces.items():
             self._parts.setdefault(name, []).append(piece)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As `Pairs.tensors`."""
+        """All of it, by the record's names."""
         return {name: torch.cat(pieces) for name, pieces in self._parts.items()}
 
 
@@ -126,6 +145,7 @@ class RecordedPairs:
 
     def __init__(self, record: TransportRecord) -> None:
         self._record = record
+        self._partial = record.facts.get("structure", "none") != "none"
         self._plans = {key: record.plans(key) for key in record.keys}
         self._places = {key: {pair: index for index, pair in enumerate(record.pairs(key))} for key in record.keys}
         self._layers = {
@@ -141,7 +161,7 @@ class RecordedPairs:
             row, column = self._layers["target", key].index(layer), self._layers["source", key].index(other)
             plan, mask = self._plans[key].read(self._places[key][row, column])
             # As `literal` takes it, entries of n * Q are n times too large.
-            read[key, other] = PlanPair(key, row, column, plan / plan.shape[0], mask)
+            read[key, other] = PlanPair(key, row, column, plan / plan.shape[0], mask, partial=self._partial)
         return read
 
     def keep(self, used: Sequence[PlanPair]) -> None:

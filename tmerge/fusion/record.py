@@ -8,7 +8,7 @@
 | ``kept.PROJ.layers``, ``.weights`` | (L, k) | source layers kept per target layer (as columns of M), strongest first |
 | ``layers.target.KEY``, ``layers.source.KEY`` | (L,), (M,) | the models' own layer numbers of the rows and columns |
 | ``pairs.KEY`` | (K, 2) | the kept layer pairs, as (row of L, column of M) |
-| ``f.KEY``, ``g.KEY`` | (K, n), (K, n') | their potentials |
+| ``f.KEY``, ``g.KEY`` | (K, n), (K, n') | their potentials; not where the structure is shared and nothing is iterated |
 | ``plan.KEY.offsets``, ``.columns``, ``.values`` | (K n + 1,), (E,), (E,) | sparse plans by rows: n * Q in float16 |
 | ``plan.KEY.beyond`` | (B,) | those of the E that did not survive, the largest of a row or column left empty |
 | ``mass.KEY`` | (K, len(MASS_AT)) | share of a row's mass in its top entries, mean over 256 rows (Figure 3) |
@@ -117,7 +117,7 @@ def mass_of_top(plan: Tensor) -> Tensor:
         (len(MASS_AT),) float32, rising to 1.
     """
     rows = plan[:: -(-plan.shape[0] // _MASS_ROWS)]
-    ordered = np.sort(rows.numpy(), axis=1)[:, ::-1]
+    ordered = np.sort(rows.abs().numpy(), axis=1)[:, ::-1]
     share = np.cumsum(ordered, axis=1, dtype=np.float64)
     share /= share[:, -1:]
     return torch.tensor([share[:, min(k, plan.shape[1]) - 1].mean() for k in MASS_AT], dtype=torch.float32)
@@ -168,13 +168,18 @@ class TransportRecord:
         """Feature keys, in the order they were solved."""
         return list(self.facts["keys"])
 
+    def widths(self, key: str) -> tuple[int, int]:
+        """Neurons of a feature key in the target (n) and in the source (n')."""
+        mine, theirs = (self.tensors[f"statistics.{role}.{key}.mean"].shape[1] for role in ("target", "source"))
+        return mine, theirs
+
     def pairs(self, key: str) -> list[tuple[int, int]]:
         """The kept layer pairs of a feature key, as (row of L, column of M)."""
         return [(int(row), int(column)) for row, column in self.tensors[f"pairs.{key}"].tolist()]
 
     def plans(self, key: str) -> SparsePlans:
         """The sparse plans of a feature key's kept pairs, in the order of `pairs`."""
-        shape = (self.tensors[f"f.{key}"].shape[1], self.tensors[f"g.{key}"].shape[1])
+        shape = self.widths(key)
         return SparsePlans(
             self.tensors[f"plan.{key}.offsets"],
             self.tensors[f"plan.{key}.columns"],

@@ -23,12 +23,17 @@ from tmerge.models.projections import (
 )
 from tmerge.models.reference import ModelReference, trusts
 from tmerge.models.remote import Snapshot, fetch, hub_errors, open_repo
+from tmerge.models.rotary import head_facts
 from tmerge.models.saving import save_checkpoint, verify_checkpoint
+from tmerge.models.stream import EMBEDDING, HEAD, STREAM, group_of
 
 __all__ = [
     "DEMO_MODELS",
+    "EMBEDDING",
+    "HEAD",
     "PROJECTIONS",
     "SIDES",
+    "STREAM",
     "Architecture",
     "DemoModel",
     "HeadLayout",
@@ -46,6 +51,8 @@ __all__ = [
     "feature_key",
     "fetch",
     "file_digest",
+    "group_of",
+    "head_facts",
     "hub_errors",
     "load_model",
     "load_tokenizer",

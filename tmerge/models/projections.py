@@ -11,6 +11,7 @@ from torch import nn
 from tmerge.errors import UnsupportedModelError
 from tmerge.models.discovery import find_block_list, read_block, unwrap
 from tmerge.models.layouts import MLP_NAMES, HeadLayout
+from tmerge.models.stream import stream_views
 from tmerge.models.views import PROJECTIONS, SIDES, Projection, Rows, Tap, feature_key
 
 __all__ = [
@@ -37,12 +38,21 @@ class Architecture:
             may have fewer than another: a mixture of experts has no dense MLP.
         left_alone: What has weights and is not merged, one sentence each with the layers it concerns.
         attention: Per block, its heads; None for a block without plain attention.
+        stream: What else lies on the residual stream, as `stream_views` gives it.
     """
 
     model_type: str
     layers: list[dict[str, Projection]]
     left_alone: list[str] = field(default_factory=list)
     attention: list[HeadLayout | None] = field(default_factory=list)
+    stream: list[dict[str, Projection]] = field(default_factory=list)
+
+    @property
+    def views(self) -> list[dict[str, Projection]]:
+        """Everything that can be fused, by layer: the projections and, in one list more, what else there is."""
+        if not self.stream:
+            return self.layers
+        return [{**mine, **other} for mine, other in zip([*self.layers, {}], self.stream, strict=True)]
 
     @property
     def num_layers(self) -> int:
@@ -160,9 +170,14 @@ def describe(model: nn.Module, *, rounded_to: torch.dtype | None = None) -> Arch
             f"{'; '.join(sentences) or 'none'}; choose a model of another architecture"
         )
     layers = [block.projections for block in found]
+    width = next((layer["o"].out_features for layer in layers if "o" in layer), 0)
+    stream = stream_views(inner, blocks, width) if width else []
     if rounded_to is not None:
-        layers = [{name: replace(view, rounded_to=rounded_to) for name, view in layer.items()} for layer in layers]
-    return Architecture(config.model_type, layers, sentences, [block.heads for block in found])
+        layers, stream = (
+            [{name: replace(view, rounded_to=rounded_to) for name, view in layer.items()} for layer in part]
+            for part in (layers, stream)
+        )
+    return Architecture(config.model_type, layers, sentences, [block.heads for block in found], stream)
 
 
 def match(target: Architecture, source: Architecture, wanted: Iterable[str]) -> tuple[list[str], dict[str, str]]:

@@ -103,7 +103,7 @@ class Projection:
     """A view on one projection of one layer.
 
     Attributes:
-        name: One of `PROJECTIONS`.
+        name: One of `PROJECTIONS`, or of what else lies on the residual stream (`tmerge.models.stream`).
         layer: Index of the block, from 0.
         out_features: Rows of the weight.
         in_features: Columns of the weight.
@@ -132,6 +132,8 @@ class Projection:
 
     def _stored_weight(self) -> Tensor:
         weight = self.module.get_parameter("weight").detach()
+        if weight.dim() == 1:
+            return weight.unsqueeze(1)  # a norm's, as a matrix of one column
         # The class says which way round it is stored; a square weight's shape could not.
         return weight.T if isinstance(self.module, Conv1D) else weight
 
@@ -147,6 +149,8 @@ class Projection:
         gradient = self.module.get_parameter("weight").grad
         if gradient is None:
             return None
+        if gradient.dim() == 1:
+            return gradient.unsqueeze(1)
         return self.rows.select(gradient.T if isinstance(self.module, Conv1D) else gradient, 0)
 
     def bias(self) -> Tensor | None:

@@ -40,7 +40,7 @@ def top_mass(record: TransportRecord, by: Literal["feature", "projection"] = "fe
             for a line per fused projection, the mean of its input's and its output's.
     """
     at = np.array(MASS_AT, dtype=np.float64)
-    widths = {key: record.tensors[f"g.{key}"].shape[1] for key in record.keys}
+    widths = {key: record.widths(key)[1] for key in record.keys}
     features = {key: 100 * record.tensors[f"mass.{key}"].double().mean(dim=0).numpy() for key in record.keys}
     shown = at <= 2 ** np.ceil(np.log2(max(widths.values())))
     if by == "feature":

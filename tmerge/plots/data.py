@@ -64,10 +64,10 @@ def plan_data(entries: Entries) -> str:
 def mass_data(record: TransportRecord) -> str:
     """Mass in the top k entries of a row, by feature, mean over the kept layer pairs (Figure 3)."""
     rows = (
-        (key, record.tensors[f"g.{key}"].shape[1], k, f"{100 * share:.6g}")
+        (key, record.widths(key)[1], k, f"{100 * share:.6g}")
         for key in record.keys
         for k, share in zip(MASS_AT, record.tensors[f"mass.{key}"].double().mean(dim=0).tolist(), strict=True)
-        if k <= record.tensors[f"g.{key}"].shape[1]
+        if k <= record.widths(key)[1]
     )
     return _csv(("feature", "source_neurons", "k", "percent_of_mass"), rows)
 

@@ -124,14 +124,7 @@ def facts(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
         yield "cut short", f"{count(cut['target'], 'text')} (target), {count(cut['source'], 'text')} (source)"
     held_out = report["evaluation"]
     yield "held out", f"{held_out['texts']:,} other texts, {held_out['bytes']:,} bytes"
-    steps = solved["iterations"]
-    yield (
-        "feature plans",
-        f"{solved['converged']:,} of {solved['problems']:,} converged, {steps['median']:g} iterations in the median, "
-        f"{steps['max']} at most, marginals within {solved['worst_marginal_violation']:.1e}",
-    )
-    yield "regularisation", f"epsilon {solved['epsilon']}, eta {solved['eta']}"
-    yield "layer plan", f"{solved['layer_cost']} cost, {solved['layer_marginals']} marginals"
+    yield from _solved(solved)
     if fusion["what"] == "task-vector":
         yield "what was moved", f"what the source learned since {report['source_base']}"
     else:
@@ -185,3 +178,26 @@ def _interval(item: Mapping[str, Any], sign: str = "") -> str:
 
 def _and(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _solved(solved: Mapping[str, Any]) -> Iterable[Sequence[str]]:
+    """How the transport was solved."""
+    steps = solved["iterations"]
+    shared = solved.get("structure", "none") == "shared"
+    if shared:
+        kind = "one to one" if solved["matching"] == "one-to-one" else f"entropic, epsilon {solved['epsilon']}"
+        yield "structure", f"one residual stream, whole heads, MLP neurons as units, layers in order; {kind}"
+    if not shared or solved["matching"] == "entropic":
+        yield (
+            "feature plans",
+            f"{solved['converged']:,} of {solved['problems']:,} converged, {steps['median']:g} iterations in the "
+            f"median, {steps['max']} at most, marginals within {solved['worst_marginal_violation']:.1e}",
+        )
+    if not shared:
+        yield "regularisation", f"epsilon {solved['epsilon']}, eta {solved['eta']}"
+        yield "layer plan", f"{solved['layer_cost']} cost, {solved['layer_marginals']} marginals"
+    if solved.get("map", "plan") != "plan":
+        yield "map", f"{solved['map']}, fitted to the features"
+    if solved.get("relatedness"):
+        found = solved["relatedness"]
+        yield "relatedness", f"{found['value']:.2f}, by chance {found['permuted']:.2f}"

@@ -209,7 +209,7 @@ def _neurons(record: TransportRecord, projection: str) -> tuple[list[int], int]:
     """The target layers that have a projection, and how many neurons each has to select from."""
     layers = record.tensors[f"layers.target.{feature_key(projection, 'post')}"].tolist()
     key = feature_key(projection, neuron_side(projection))
-    return layers, record.tensors[f"f.{key}"].shape[1]
+    return layers, record.widths(key)[0]
 
 
 def _edges(groups: Sequence[np.ndarray], first: int) -> np.ndarray:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from tmerge.transport.cost import correlation_cost, standardise
+from tmerge.transport.heads import Heads
+from tmerge.transport.matching import Correspondence, couple, match
+from tmerge.transport.order import cka, gram, in_order
 from tmerge.transport.plans import (
     FeaturePlans,
     LayerPlan,
@@ -18,25 +21,41 @@ from tmerge.transport.plans import (
     solve_layers,
     working_dtype,
 )
+from tmerge.transport.relatedness import Relatedness, relatedness
 from tmerge.transport.sinkhorn import SinkhornResult, plan_from_potentials, sinkhorn
+from tmerge.transport.structure import STREAM_KEYS, Side, Structure, pair_layers, solve_structure
 
 __all__ = [
+    "STREAM_KEYS",
+    "Correspondence",
     "FeaturePlans",
+    "Heads",
     "LayerPlan",
+    "Relatedness",
+    "Side",
     "SinkhornResult",
+    "Structure",
+    "cka",
     "correlation_cost",
+    "couple",
     "couple_layers",
     "effective_weights",
     "feature_plan",
+    "gram",
+    "in_order",
     "keep_layers",
     "load_plans",
+    "match",
     "mutual_top",
     "one_thread_each",
+    "pair_layers",
     "plan_from_potentials",
+    "relatedness",
     "save_plans",
     "sinkhorn",
     "solve_features",
     "solve_layers",
+    "solve_structure",
     "standardise",
     "working_dtype",
 ]

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from tmerge.errors import RecipeError, TmergeError
 from tmerge.recipe import Recipe, load_recipe, preset_names
+from tmerge.sections import section_defaults
 
 __all__ = [
     "GROUPS",
@@ -79,6 +80,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("fusion.units", "Units", "choice", ("none", "layer", "feature")),
         Setting("fusion.biases", "Biases", "switch"),
         Setting("fusion.what", "What is transported", "choice", ("weights", "task-vector")),
+        Setting("fusion.stream", "Embeddings and norms", "switch"),
         Setting(
             "source_base", "Source before its fine-tuning", "words", help="A Hub id; needed for a task vector only"
         ),
@@ -94,9 +96,16 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("calibration.max_tokens", "Longest text, tokens", "whole"),
         Setting("calibration.batch_tokens", "Tokens of a batch", "whole"),
         Setting("calibration.held_out", "Share held out", "number"),
+        Setting("calibration.rows", "Features are of", "choice", ("texts", "tokens")),
+        Setting("calibration.token_rows", "Single tokens", "whole"),
         Setting("calibration.choosing", "Share to choose alpha on", "number"),
     ),
     "Transport": (
+        Setting("transport.structure", "Structure", "choice", ("none", "shared")),
+        Setting("transport.matching", "Matching", "choice", ("one-to-one", "entropic")),
+        Setting("transport.signed", "Signed matching", "switch"),
+        Setting("transport.map", "Map", "choice", ("plan", "procrustes", "ridge")),
+        Setting("transport.ridge", "Ridge penalty", "number"),
         Setting("transport.epsilon", "Epsilon", "number"),
         Setting("transport.max_iterations", "Most iterations", "whole"),
         Setting("transport.tolerance", "Tolerance", "value"),
@@ -261,9 +270,9 @@ def _refuse_anchors(text: str) -> None:
 def _value_of(data: Mapping[str, Any], key: str) -> Any:
     section, dot, name = key.partition(".")
     if not dot:
-        return data[section] if section in data else _default(key)
+        return data[section] if section in data else _default(key, data)
     inner = data.get(section)
-    return inner[name] if isinstance(inner, dict) and name in inner else _default(key)
+    return inner[name] if isinstance(inner, dict) and name in inner else _default(key, data)
 
 
 def _shown(setting: Setting, value: Any) -> Any:
@@ -280,8 +289,12 @@ def _shown(setting: Setting, value: Any) -> Any:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _default(key: str) -> Any:
+def _default(key: str, data: Mapping[str, Any]) -> Any:
+    """What a recipe that says `data` holds under a key that it does not name."""
     section, dot, name = key.partition(".")
+    others = section_defaults(data).get(section, {})
+    if name in others:
+        return others[name]
     field = Recipe.model_fields[section]
     if not dot:
         return None if field.is_required() else field.default
@@ -302,17 +315,19 @@ def _short(data: Mapping[str, Any]) -> dict[str, Any]:
             value = {
                 key: value[key]
                 for key in order
-                if f"{name}.{key}" in _ALWAYS or key not in inner_fields or not _is_default(f"{name}.{key}", value[key])
+                if f"{name}.{key}" in _ALWAYS
+                or key not in inner_fields
+                or not _is_default(f"{name}.{key}", value[key], data)
             }
             if value:
                 result[name] = value
-        elif name in _ALWAYS or field is None or not _is_default(name, value):
+        elif name in _ALWAYS or field is None or not _is_default(name, value, data):
             result[name] = value
     return result
 
 
-def _is_default(key: str, value: Any) -> bool:
-    default = _default(key)
+def _is_default(key: str, value: Any, data: Mapping[str, Any]) -> bool:
+    default = _default(key, data)
     default = list(default) if isinstance(default, tuple) else default
     return (
         type(value) is type(default)

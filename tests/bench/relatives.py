@@ -1,0 +1,333 @@
+"""A pair of relatives: two models of different shape whose true correspondence is known.
+
+    python -m tests.bench.relatives --out FOLDER [--language indonesian] [--seed 0]
+
+``base/`` is SmolLM2-135M-Instruct; ``source/`` is the base adapted to a language; ``target/`` is the base with fewer
+layers, heads and MLP neurons, what is left in shuffled order, healed on English. ``truth.json`` says which base
+neuron every target neuron was. For a projection W and its ``rows, columns`` (see `slices`), before the healing
+
+    W_target = W_base[rows][:, columns]
+
+A part that is there and finished is kept, and a training that was stopped goes on, so the command can be repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import random
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tmerge.adaptation import adapt
+from tmerge.calibration import sample_texts
+from tmerge.calibration.texts import is_held_out, normalise
+from tmerge.evaluation import score_texts
+from tmerge.models import LoadedModel, load_model
+from tmerge.models.saving import save_checkpoint
+from tmerge.recipe import AdaptationSettings
+
+BASE = "demo:smollm2-135m-instruct"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+LANGUAGES = ("indonesian", "thai", "malay", "cantonese")
+
+DROPPED_LAYERS = 5
+DROPPED_GROUPS = 1
+NEURONS = 1152
+# Paragraphs at most; texts over which the activity of MLP neurons is measured.
+PROSE, ACTIVITY_TEXTS = 1500, 64
+# The texts' split is the same for every pair, so that pairs can be compared.
+SPLIT_SEED, HELD_OUT = 0, 0.25
+
+log = logging.getLogger("relatives")
+Split = tuple[list[str], list[str]]
+Truth = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a pair: the source's language, the seed of surgery and trainings, and their optimiser steps."""
+
+    language: str = "indonesian"
+    seed: int = 0
+    sft_steps: int = 103
+    healing_steps: int = 150
+
+
+# -- texts ----------------------------------------------------------------------------------------------------------
+
+
+def split(texts: Sequence[str]) -> Split:
+    """Texts to train on and held-out ones, each once and in the order given."""
+    distinct = list({normalise(text): text for text in reversed(texts) if text.strip()}.values())[::-1]
+    sides: Split = ([], [])
+    for text in distinct:
+        sides[is_held_out(text, SPLIT_SEED, HELD_OUT)].append(text)
+    return sides
+
+
+def language_texts(language: str, data: Path) -> Split:
+    """Texts of the source's language."""
+    if language != "indonesian":
+        return split(sample_texts(language))
+    lines = _read(data / "id_gsd_dev.txt").split("\n")
+    return split([line.strip() for line in lines] + _reviews(data, "indonesian"))
+
+
+def english_texts(seed: int, data: Path) -> Split:
+    """Texts to heal the target on, Python's documentation among them, and held-out ones, without it."""
+    train, held_out = split(sample_texts("english") + _reviews(data, "english"))
+    prose = list(dict.fromkeys(_prose()))
+    return train + random.Random(f"prose {seed}").sample(prose, min(PROSE, len(prose))), held_out
+
+
+def _reviews(data: Path, language: str) -> list[str]:
+    lines = _read(data / "nusax_valid.jsonl").split("\n")
+    return [json.loads(line)[language].strip() for line in lines if line.strip()]
+
+
+def _prose() -> Iterator[str]:
+    """Paragraphs of 200 to 800 characters of Python's documentation; shorter ones are joined to the next."""
+    for topic in topics.values():
+        text = ""
+        for block in re.split(r"\n\s*\n|\n(?= *\* )", topic):
+            words = " ".join(block.split()).removeprefix("* ")
+            letters = sum(letter.isalpha() or letter == " " for letter in words)
+            # Neither a heading, nor code, a grammar or a signature.
+            if not re.match(r"[A-Z].*[.:]$", words) or letters < 0.88 * len(words) or re.search(r"::=|>>>|---", words):
+                continue
+            text = f"{text} {words}".strip()
+            if len(text) >= 200:
+                if len(text) <= 800:
+                    yield text
+                text = ""
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise SystemExit(f"{path.name} is not in the folder of shared data; give its place by --data")
+    return path.read_text(encoding="utf-8")
+
+
+# -- surgery --------------------------------------------------------------------------------------------------------
+
+
+def plan(
+    model: nn.Module, seed: int, *, layers: int = 0, groups: int = 0, neurons: int | None = None, texts: Any = None
+) -> Truth:
+    """Draw what is left of the base, and in which order.
+
+    Args:
+        model: The base.
+        seed: Of every choice.
+        layers: How many layers go, never the first two or the last.
+        groups: How many key-value heads of each layer go, with their query heads.
+        neurons: How many MLP neurons of each layer stay; None for all.
+        texts: Token ids of texts, on which the most active neurons are found; needed with `neurons`.
+
+    Returns:
+        ``layers``: target layer -> base layer; ``residual``: target neuron -> base neuron of the residual stream;
+        ``indices``: per target layer ``q``, ``k``, ``v`` (outputs), ``o`` (inputs) and ``mlp``, target -> base.
+    """
+    draw, config = random.Random(f"relatives {seed}"), model.config
+    gone = set(draw.sample(range(2, config.num_hidden_layers - 1), layers))
+    kept = [layer for layer in range(config.num_hidden_layers) if layer not in gone]
+    residual = draw.sample(range(config.hidden_size), config.hidden_size)
+    activity = None if neurons is None else mlp_activity(model, texts)
+    width, heads = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    indices = []
+    for layer in kept:
+        found: dict[str, list[int]] = {name: [] for name in ("q", "k", "v", "o")}
+        for group in draw.sample(range(config.num_key_value_heads), config.num_key_value_heads - groups):
+            # Dimensions of q and k are tied to their rotary frequencies, those of v and o are free.
+            within = draw.sample(range(width), width)
+            found["k"] += range(group * width, (group + 1) * width)
+            found["v"] += [group * width + place for place in within]
+            for head in draw.sample(range(group * heads, (group + 1) * heads), heads):
+                found["q"] += range(head * width, (head + 1) * width)
+                found["o"] += [head * width + place for place in within]
+        left = list(range(config.intermediate_size))
+        if activity is not None:
+            left = activity[layer].topk(neurons).indices.sort().values.tolist()
+        indices.append(found | {"mlp": draw.sample(left, len(left))})
+    return {"layers": kept, "residual": residual, "indices": indices}
+
+
+def slices(truth: Truth, layer: int) -> dict[str, tuple[list[int], list[int]]]:
+    """Of a target layer: projection -> (rows, columns) of the base's weight that it was cut out of."""
+    at, residual = truth["indices"][layer], truth["residual"]
+    reading = {"q": at["q"], "k": at["k"], "v": at["v"], "gate": at["mlp"], "up": at["mlp"]}
+    writing = {"o": at["o"], "down": at["mlp"]}
+    return {name: (rows, residual) for name, rows in reading.items()} | {
+        name: (residual, columns) for name, columns in writing.items()
+    }
+
+
+def projections(layer: nn.Module) -> dict[str, nn.Linear]:
+    """The linear maps of a llama layer, by their short names."""
+    names = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn"}
+    names |= {"gate": "mlp", "up": "mlp", "down": "mlp"}
+    return {name: getattr(getattr(layer, part), f"{name}_proj") for name, part in names.items()}
+
+
+@torch.no_grad()
+def cut(model: nn.Module, truth: Truth) -> nn.Module:
+    """The model that `plan` describes, with the base's weights."""
+    config, first = copy.deepcopy(model.config), truth["indices"][0]
+    config.num_hidden_layers = len(truth["layers"])
+    config.num_attention_heads = len(first["q"]) // config.head_dim
+    config.num_key_value_heads = len(first["k"]) // config.head_dim
+    config.intermediate_size = len(first["mlp"])
+    small, residual = type(model)(config).to(model.dtype), torch.tensor(truth["residual"])
+    small.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:, residual])
+    small.model.norm.weight.copy_(model.model.norm.weight[residual])
+    if not config.tie_word_embeddings:
+        small.lm_head.weight.copy_(model.lm_head.weight[:, residual])
+    for place, base_layer in enumerate(truth["layers"]):
+        layer, base = small.model.layers[place], model.model.layers[base_layer]
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            getattr(layer, norm).weight.copy_(getattr(base, norm).weight[residual])
+        for name, (rows, columns) in slices(truth, place).items():
+            assert projections(base)[name].bias is None
+            projections(layer)[name].weight.copy_(projections(base)[name].weight[rows][:, columns])
+    small.generation_config = copy.deepcopy(model.generation_config)
+    return small.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def mlp_activity(model: nn.Module, texts: Sequence[Tensor]) -> list[Tensor]:
+    """Per layer, the sum of |activation| of every MLP neuron over the texts' tokens."""
+    sums = [torch.zeros(model.config.intermediate_size) for _ in model.model.layers]
+
+    def adding(place: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, inputs: sums[place].add_(inputs[0].abs().sum((0, 1)))
+
+    hooks = [
+        layer.mlp.down_proj.register_forward_pre_hook(adding(place)) for place, layer in enumerate(model.model.layers)
+    ]
+    for ids in texts:
+        model.model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return sums
+
+
+@torch.no_grad()
+def check_surgery(base: LoadedModel, target: nn.Module, truth: Truth, seed: int) -> float:
+    """Assert that `truth` holds, and that order alone changes no logit; gives the largest change of one."""
+    for place, base_layer in enumerate(truth["layers"]):
+        theirs = projections(base.model.model.layers[base_layer])
+        for name, module in projections(target.model.layers[place]).items():
+            rows, columns = (torch.tensor(index) for index in slices(truth, place)[name])
+            found, expected = module.weight, theirs[name].weight.index_select(0, rows).index_select(1, columns)
+            assert torch.equal(found, expected), f"layer {place}, {name}"
+    ids = base.tokenizer("The kettle had been whistling for a minute.", return_tensors="pt")["input_ids"]
+    shuffled = cut(base.model, plan(base.model, seed))
+    difference = (shuffled(input_ids=ids).logits - base.model(input_ids=ids).logits).abs().max().item()
+    assert difference < 1e-3, f"the base in another order gives logits that differ by {difference:.3g}"
+    return difference
+
+
+# -- the pair -------------------------------------------------------------------------------------------------------
+
+
+def build(out: Path, settings: Settings, data: Path = DATA) -> dict[str, dict[str, float]]:
+    """Make what is not there yet of a pair, and give bits per byte: model -> file of texts -> value."""
+    texts = dict(zip(("train", "held_out"), language_texts(settings.language, data), strict=True))
+    texts |= zip(("english_train", "english_held_out"), english_texts(settings.seed, data), strict=True)
+    out.mkdir(parents=True, exist_ok=True)
+    noted = out / "settings.json"
+    if noted.exists() and json.loads(noted.read_text(encoding="utf-8")) != asdict(settings):
+        raise SystemExit(f"{out} was begun with other settings: {noted.read_text(encoding='utf-8').strip()}")
+    _write(noted, json.dumps(asdict(settings)))
+    for name, kept in texts.items():
+        _write(out / f"{name}.jsonl", "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in kept))
+        log.info("%s: %d texts", name, len(kept))
+    _part(out, "base", lambda: load_model(BASE, dtype="float32", device="cpu"))
+    _part(out, "source", lambda: _source(out, settings, texts["train"]))
+    _part(out, "target", lambda: _target(out, settings, texts["english_train"]))
+    scores = {}
+    for model in ("base", "source", "target"):
+        loaded = load_model(str(out / model), device="cpu")
+        scores[model] = {
+            name: score_texts(loaded, texts[name]).bits_per_byte for name in ("held_out", "english_held_out")
+        }
+    _write(out / "scores.json", json.dumps(scores, indent=1))
+    return scores
+
+
+def _source(out: Path, settings: Settings, texts: list[str]) -> LoadedModel:
+    loaded = load_model(str(out / "base"), device="cpu")
+    return _trained(loaded, texts, settings.sft_steps, settings.seed, out / "work_source")
+
+
+def _target(out: Path, settings: Settings, texts: list[str]) -> LoadedModel:
+    base, seed = load_model(str(out / "base"), device="cpu"), settings.seed
+    chosen = random.Random(f"activity {seed}").sample(texts, min(ACTIVITY_TEXTS, len(texts)))
+    ids = [base.tokenizer(text, return_tensors="pt")["input_ids"] for text in chosen]
+    truth = plan(base.model, seed, layers=DROPPED_LAYERS, groups=DROPPED_GROUPS, neurons=NEURONS, texts=ids)
+    _write(out / "truth.json", json.dumps(truth))
+    truth = json.loads((out / "truth.json").read_text(encoding="utf-8"))
+    target = replace(base, model=cut(base.model, truth))
+    log.info("surgery checked: order alone moves logits by %.2g", check_surgery(base, target.model, truth, seed))
+    return _trained(target, texts, settings.healing_steps, seed, out / "work_target")
+
+
+def _trained(loaded: LoadedModel, texts: list[str], steps: int, seed: int, work: Path) -> LoadedModel:
+    settings = AdaptationSettings(objective="sft", steps=steps, batch_size=8, learning_rate=2e-4, max_tokens=256)
+    report = adapt(
+        loaded,
+        texts,
+        settings,
+        seed=seed,
+        work=work,
+        progress=lambda done, of: log.info("%s %d/%d", work.name, done, of),
+    )
+    log.info("%s: loss %.3f -> %.3f", work.name, report.loss_curve[0][1], report.loss_curve[-1][1])
+    return loaded
+
+
+def _part(out: Path, name: str, make: Callable[[], LoadedModel]) -> None:
+    """Make a model's folder, unless it is there: it gets its name when all is in it."""
+    if (out / name / "config.json").is_file():
+        return
+    partial = out / f"{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_checkpoint(make(), partial)
+    partial.rename(out / name)
+    log.info("%s is finished", name)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Build a pair and say how its models do."""
+    parser = argparse.ArgumentParser(description="Build a pair of relatives whose true correspondence is known.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--language", choices=LANGUAGES, default=Settings.language)
+    parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument("--sft-steps", type=int, default=Settings.sft_steps)
+    parser.add_argument("--healing-steps", type=int, default=Settings.healing_steps)
+    parser.add_argument("--data", type=Path, default=DATA, help="the folder of shared texts")
+    asked = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    log.setLevel(logging.INFO)
+    settings = Settings(asked.language, asked.seed, asked.sft_steps, asked.healing_steps)
+    sys.stdout.write(json.dumps(build(asked.out, settings, asked.data), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Single tokens as rows of the features, where two tokenizations of a text agree (``calibration.rows: tokens``).
+
+A mean over a text's tokens blurs most of what tells neurons apart. A single token's features can be held against the
+other model's at a place where a token of both ends: up to there both have read the same characters. The first token is
+left out, since the few massive activations that many models keep there would decide every correlation.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from tmerge.errors import TokenizerError
+
+__all__ = ["common_ends", "token_places"]
+
+_TEXTS_AT_ONCE = 512
+
+
+def common_ends(
+    target: PreTrainedTokenizerBase,
+    source: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    limits: tuple[int, int],
+    wanted: int,
+    seed: int,
+) -> tuple[tuple[int, ...], ...]:
+    """Where in each text to read both models.
+
+    Args:
+        target: The target's tokenizer.
+        source: The source's.
+        texts: T texts.
+        limits: Most tokens of a text, for each of the two.
+        wanted: Places in all, as many from each text as it takes to have them; a text may have fewer.
+        seed: Of the choice.
+
+    Returns:
+        Per text, characters after which a token of both ends, ascending; `wanted` at most in all, unless each text
+        gives one.
+
+    Raises:
+        TokenizerError: A tokenizer does not know where its tokens lie in the text.
+    """
+    mine, theirs = _ends(target, texts, limits[0]), _ends(source, texts, limits[1])
+    each = -(-wanted // max(1, len(texts)))
+    draw = random.Random(seed)
+    chosen = []
+    for ours, other in zip(mine, theirs, strict=True):
+        common = sorted(set(ours) & set(other))
+        chosen.append(tuple(sorted(draw.sample(common, min(each, len(common))))))
+    return tuple(chosen)
+
+
+def token_places(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ends: Sequence[Sequence[int]], limit: int
+) -> list[list[int]]:
+    """Per text, the index of the token that ends at each of its `ends`.
+
+    Args:
+        tokenizer: Of the model that is read.
+        texts: As given to `common_ends`.
+        ends: What it returned.
+        limit: As there.
+    """
+    found = _ends(tokenizer, texts, limit)
+    return [[places[end] for end in wanted] for places, wanted in zip(found, ends, strict=True)]
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int) -> list[dict[int, int]]:
+    """Per text: character -> the last token that ends there, the first token of the text left out."""
+    if not tokenizer.is_fast:
+        raise TokenizerError(
+            f"the tokenizer of {tokenizer.name_or_path or 'a model'} does not say where in a text its tokens lie, "
+            "which calibration.rows: tokens needs; set calibration.rows: texts"
+        )
+    ends: list[dict[int, int]] = []
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        part = list(texts[start : start + _TEXTS_AT_ONCE])
+        found = tokenizer(part, return_offsets_mapping=True, truncation=False, padding=False, verbose=False)
+        for offsets in found["offset_mapping"]:
+            # A special token lies nowhere: it begins where it ends.
+            real = [(end, place) for place, (begin, end) in enumerate(offsets[:limit]) if end > begin]
+            ends.append(dict(real[1:]))
+    return ends

@@ -1,0 +1,62 @@
+"""Carrying a task vector's embeddings, head and norms: what lies on the residual stream beside the projections.
+
+They meet the stream's correspondence on one side only. A norm's weights and an embedding's columns are outputs to the
+stream, so Phi_out carries them; a head's columns read it, so Phi_in does. An embedding's rows are tokens, and stay what
+they are where both models have one vocabulary. Between projections this carries most of what fine-tuning in another
+language changed (docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tmerge.fusion.merge import TransportedNeurons
+from tmerge.models import EMBEDDING, HEAD, Architecture
+
+__all__ = ["carry_stream"]
+
+
+def carry_stream(
+    target: Architecture,
+    source: Architecture,
+    source_base: Architecture,
+    pairs: Mapping[int, int],
+    maps: tuple[Tensor, Tensor],
+    vocabulary: int,
+) -> list[TransportedNeurons]:
+    """The task vector of everything on the stream that both models have.
+
+    Args:
+        target: The target.
+        source: The source.
+        source_base: The source before its fine-tuning.
+        pairs: target layer -> source layer, whose norms are held against each other by name.
+        maps: (n, n') Phi_out and (n', n) Phi_in of the stream.
+        vocabulary: Tokens that have one id in both models, counted from 0; 0 leaves embeddings and head alone.
+    """
+    out_map, in_map = maps
+    last = {len(target.layers): len(source.layers)}
+    carried = []
+    for layer, other in {**pairs, **last}.items():
+        for name, view in target.stream[layer].items():
+            theirs, base = source.stream[other].get(name), source_base.stream[other].get(name)
+            if theirs is None or base is None or (name in (EMBEDDING, HEAD) and not vocabulary):
+                continue
+            rows = vocabulary if name in (EMBEDDING, HEAD) else theirs.out_features
+            learned = theirs.weight()[:rows].float().cpu() - base.weight()[:rows].float().cpu()
+            if name == HEAD:
+                weight = learned @ in_map
+            elif name == EMBEDDING:
+                weight = learned @ out_map.T
+            else:
+                weight = out_map @ learned
+            bias = None
+            own, own_bias, old = view.bias(), theirs.bias(), base.bias()
+            if name not in (EMBEDDING, HEAD) and own is not None and own_bias is not None and old is not None:
+                bias = out_map @ (own_bias.float().cpu() - old.float().cpu())
+            neurons = torch.arange(weight.shape[0])
+            carried.append(TransportedNeurons(layer, name, neurons, weight.contiguous(), bias, True))
+    return carried

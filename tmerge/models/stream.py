@@ -1,0 +1,81 @@
+"""What lies on the residual stream beside the projections: embeddings, head and norms, as views like theirs.
+
+Their rows or columns are the stream's own neurons, or a vocabulary's tokens, so between models that share a vocabulary
+they can be carried by the stream's correspondence alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from tmerge.models.views import PROJECTIONS, Projection, Rows
+
+__all__ = ["EMBEDDING", "HEAD", "STREAM", "group_of", "stream_views"]
+
+EMBEDDING = "embedding"
+"""(V, n): a row for each token. Where the head is tied to it, it is the head too."""
+HEAD = "head"
+"""(V, n): a row for each token."""
+STREAM = "stream"
+"""All of these together, where an alpha is named for each projection."""
+_NORM = "norm:"
+
+
+def group_of(name: str) -> str:
+    """A projection's own name; `STREAM` for whatever else lies on the stream."""
+    return name if name in PROJECTIONS else STREAM
+
+
+def stream_views(model: PreTrainedModel, blocks: nn.ModuleList, width: int) -> list[dict[str, Projection]]:
+    """The views, by layer; what belongs to no block stands behind the last one.
+
+    Args:
+        model: The causal LM, or its base model, which has no head.
+        blocks: Its blocks.
+        width: Of the residual stream.
+
+    Returns:
+        As many dicts as blocks, and one more: ``norm:NAME`` for a norm of the stream's width (by its name within the
+        block), `EMBEDDING` and `HEAD`.
+    """
+    views: list[dict[str, Projection]] = []
+    inside = {id(module) for block in blocks for module in block.modules()}
+    for layer, block in enumerate(blocks):
+        # A norm inside the attention is of q or k, though it may be as wide as the stream (olmo2).
+        norms = _norms(block.named_children(), width)
+        views.append({name: _view(name, layer, module) for name, module in norms})
+    last = len(blocks)
+    outside = ((name, part) for name, part in model.named_modules() if id(part) not in inside)
+    rest = {name: _view(name, last, part) for name, part in _norms(outside, width)}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if _is_matrix(embedding, width):
+        rest[EMBEDDING] = _view(EMBEDDING, last, embedding)
+        if head is not None and _is_matrix(head, width) and head.weight is not embedding.weight:
+            rest[HEAD] = _view(HEAD, last, head)
+    return [*views, rest]
+
+
+def _norms(modules: Iterable[tuple[str, nn.Module]], width: int) -> list[tuple[str, nn.Module]]:
+    """Modules with one weight for each neuron of the stream, by their names."""
+    found = []
+    for name, part in modules:
+        weight = getattr(part, "weight", None)
+        if isinstance(weight, nn.Parameter) and tuple(weight.shape) == (width,):
+            found.append((_NORM + name.replace(".", "/"), part))
+    return found
+
+
+def _is_matrix(module: nn.Module | None, width: int) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 2 and weight.shape[1] == width
+
+
+def _view(name: str, layer: int, module: nn.Module) -> Projection:
+    weight = module.get_parameter("weight")
+    rows = weight.shape[0]
+    biased = isinstance(getattr(module, "bias", None), nn.Parameter)
+    columns = weight.shape[1] if weight.dim() == 2 else 1
+    return Projection(name, layer, rows, columns, biased, module, name, Rows(1, rows, 0, rows))

@@ -1,0 +1,193 @@
+"""Matching the attention of one layer with that of another, head by head (the structure that attention scores need).
+
+A score is a product of q and k, dimension by dimension, so both must be carried by one correspondence; a rotary
+embedding turns the two dimensions of a pair by a frequency of their own, so pairs stay together and meet the pair of
+the same frequency; query heads that share a key and value head must still share one afterwards. What is free: which
+kv group meets which, which query head of a group meets which, and, within a group, the order of v's dimensions (the
+inputs of o follow) and of those dimensions of q and k that nothing rotates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tmerge.transport.matching import Correspondence, match
+
+__all__ = ["Heads", "match_heads"]
+
+Couple = Callable[[Tensor], Correspondence]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How one layer's attention features divide into heads.
+
+    Attributes:
+        heads: Query heads H.
+        kv_heads: Key and value heads G.
+        head_dim: Dimensions D of q and k.
+        pairs: (R, 2) int64, the dimensions that a rotary embedding turns together; R = 0 where nothing rotates.
+        frequencies: (R,) radians a position, or None where they are not known.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    pairs: Tensor
+    frequencies: Tensor | None = None
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Heads:
+        """From what `tmerge.models.head_facts` says of a layer."""
+        frequencies = None if facts["frequencies"] is None else torch.tensor(facts["frequencies"], dtype=torch.float64)
+        pairs = torch.tensor(facts["pairs"], dtype=torch.int64).reshape(-1, 2)
+        return cls(facts["heads"], facts["kv_heads"], facts["head_dim"], pairs, frequencies)
+
+    @property
+    def free(self) -> Tensor:
+        """Dimensions of q and k that nothing rotates."""
+        kept = torch.ones(self.head_dim, dtype=torch.bool)
+        kept[self.pairs.flatten()] = False
+        return kept.nonzero().flatten()
+
+
+def match_heads(
+    correlations: Mapping[str, Tensor], target: Heads, source: Heads, couple: Couple, *, signed: bool
+) -> dict[str, Correspondence]:
+    """The correspondences of q.post, k.post, v.post and o.pre of a pair of layers.
+
+    Args:
+        correlations: Feature key -> (n, n') correlations of the target's with the source's neurons; those of the four
+            keys that are there take part.
+        target: The target layer's heads.
+        source: The source layer's.
+        couple: Similarity (a, b) -> correspondence; for heads and for dimensions alike.
+        signed: Whether a dimension of v may meet its negative.
+
+    Returns:
+        By feature key, for the keys in `correlations`.
+    """
+    blocks = {key: _blocks(key, values, target, source) for key, values in correlations.items()}
+    turned = _rotated(target, source)
+    heads = torch.zeros(target.heads, source.heads)
+    for key in ("q.post", "o.pre"):
+        if key in blocks:
+            heads = heads + _likeness(key, blocks[key], turned, target, source)
+    groups = torch.zeros(target.kv_heads, source.kv_heads)
+    for key in ("k.post", "v.post"):
+        if key in blocks:
+            groups = groups + _likeness(key, blocks[key], turned, target, source)
+    mine, theirs = target.heads // target.kv_heads, source.heads // source.kv_heads
+    inner: dict[tuple[int, int], Correspondence] = {}
+    for a in range(target.kv_heads):
+        for b in range(source.kv_heads):
+            block = heads[a * mine : (a + 1) * mine, b * theirs : (b + 1) * theirs]
+            inner[a, b] = couple(block)
+            groups[a, b] += (inner[a, b].dense() * block).sum() / mine
+    plans = {key: torch.zeros(values.shape) for key, values in correlations.items()}
+    found = couple(groups)
+    for a, b, share in zip(found.rows.tolist(), found.columns.tolist(), found.values.tolist(), strict=True):
+        _fill(plans, blocks, turned, (a, b, share), inner[a, b], target, source, couple, signed)
+    return {key: Correspondence.of(plan) for key, plan in plans.items()}
+
+
+def _blocks(key: str, values: Tensor, target: Heads, source: Heads) -> Tensor:
+    """(n, n') as (heads, heads', dimensions, dimensions')."""
+    mine, theirs = (side.heads if key in ("q.post", "o.pre") else side.kv_heads for side in (target, source))
+    return values.unflatten(1, (theirs, -1)).unflatten(0, (mine, -1)).permute(0, 2, 1, 3)
+
+
+def _rotated(target: Heads, source: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rotated dimensions meet: (E,) target dimensions, (E,) source dimensions, (E,) shares."""
+    none = torch.empty(0, dtype=torch.int64)
+    if not len(target.pairs) or not len(source.pairs):
+        return none, none, torch.empty(0)
+    if target.frequencies is not None and source.frequencies is not None:
+        ratio = target.frequencies.double().log().unsqueeze(1) - source.frequencies.double().log()
+        # One where the frequencies agree; the pair that turns nearly as fast keeps a score's meaning nearly.
+        found = match(torch.exp(-ratio.abs()))
+    else:
+        places = torch.arange(min(len(target.pairs), len(source.pairs)))
+        shape = (len(target.pairs), len(source.pairs))
+        found = Correspondence(places, places, torch.ones(len(places)), shape)
+    mine, theirs = target.pairs[found.rows].T.flatten(), source.pairs[found.columns].T.flatten()
+    return mine, theirs, found.values.repeat(2)
+
+
+def _likeness(key: str, blocks: Tensor, turned: tuple[Tensor, Tensor, Tensor], target: Heads, source: Heads) -> Tensor:
+    """(heads, heads') mean correlation of the dimensions: of those that are tied, with their own; else the best."""
+    if key in ("v.post", "o.pre"):
+        return blocks.abs().amax(3).mean(2)
+    mine, theirs, _ = turned
+    total = torch.zeros(blocks.shape[:2])
+    if len(mine):
+        total = total + blocks[:, :, mine, theirs].sum(2) * (len(target.pairs) * 2 / len(mine))
+    free, others = target.free, source.free
+    if len(free) and len(others):
+        total = total + blocks[:, :, free][:, :, :, others].amax(3).sum(2)
+    return total / target.head_dim
+
+
+def _fill(
+    plans: dict[str, Tensor],
+    blocks: Mapping[str, Tensor],
+    turned: tuple[Tensor, Tensor, Tensor],
+    group: tuple[int, int, float],
+    inner: Correspondence,
+    target: Heads,
+    source: Heads,
+    couple: Couple,
+    signed: bool,
+) -> None:
+    """Write one pair of kv groups into the plans."""
+    a, b, share = group
+    mine, theirs = target.heads // target.kv_heads, source.heads // source.kv_heads
+    members = [
+        (a * mine + row, b * theirs + column, value)
+        for row, column, value in zip(inner.rows.tolist(), inner.columns.tolist(), inner.values.tolist(), strict=True)
+    ]
+    weight = sum(value for _, _, value in members)
+
+    def together(single: str, many: str) -> Tensor:
+        """Mean correlation of the group's dimensions over its key or value head and its matched query heads."""
+        found = []
+        if single in blocks:
+            found.append(blocks[single][a, b])
+        if many in blocks:
+            found.append(sum(blocks[many][h, g] * value for h, g, value in members) / weight)
+        return torch.stack(found).mean(0)
+
+    if "q.post" in blocks or "k.post" in blocks:
+        dims = torch.zeros(target.head_dim, source.head_dim)
+        dims[turned[0], turned[1]] = turned[2]
+        free, others = target.free, source.free
+        if len(free) and len(others):
+            dims[free.unsqueeze(1), others] = couple(together("k.post", "q.post")[free][:, others]).dense()
+        _place(plans, "q.post", "k.post", (a, b, share), members, dims)
+    if "v.post" in blocks or "o.pre" in blocks:
+        alike = together("v.post", "o.pre")
+        found = couple(alike.abs()).signed(alike) if signed else couple(alike)
+        _place(plans, "o.pre", "v.post", (a, b, share), members, found.dense())
+
+
+def _place(
+    plans: dict[str, Tensor],
+    many: str,
+    single: str,
+    group: tuple[int, int, float],
+    members: list[tuple[int, int, float]],
+    dims: Tensor,
+) -> None:
+    """One correspondence of dimensions, for the key or value head and for every matched query head."""
+    n, m = dims.shape
+    a, b, share = group
+    if single in plans:
+        plans[single][a * n : (a + 1) * n, b * m : (b + 1) * m] = share * dims
+    if many in plans:
+        for h, g, value in members:
+            plans[many][h * n : (h + 1) * n, g * m : (g + 1) * m] = share * value * dims

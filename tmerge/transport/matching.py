@@ -1,0 +1,121 @@
+"""Matching neurons with each other: what a feature plan becomes as eps goes to zero.
+
+Without regularisation, and with as many neurons on each side, an optimal plan is a permutation (Birkhoff), and
+averaging takes nothing from the weights that it carries. Between two widths that leaves a question, which marginals of
+1/n and 1/n' answer badly: they force a share of every target neuron onto source neurons that have no counterpart. So
+the marginals are relaxed: every target neuron has a source neuron, and a source neuron that is left over joins the
+target neuron that it resembles, if it resembles it as much as that one's own partner does (a copy), and else stays out.
+
+`couple` also solves the regularised problem for the same similarities, for comparison (Eq. 8-9).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from tmerge.transport.sinkhorn import plan_from_potentials, sinkhorn
+
+__all__ = ["Correspondence", "couple", "match"]
+
+# A neuron that is left over counts as a copy when it comes this near to the similarity of the partner that is there.
+_COPY = 0.01
+# Of a regularised plan, an entry below this share of its row's and of its column's largest is left out.
+_NEGLIGIBLE = 1e-4
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """Which source neurons stand for which target neurons, as a sparse plan.
+
+    Attributes:
+        rows: (E,) int64 target neurons.
+        columns: (E,) int64 source neurons.
+        values: (E,) float32: +1 or -1 of a matching (the sign that the source neuron is taken with), n * Q of a plan.
+        shape: (n, n').
+        iterations: Sinkhorn sweeps; 0 where the problem was solved exactly.
+        marginal_error: Largest relative violation of the target's marginal.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+    shape: tuple[int, int]
+    iterations: int = 0
+    marginal_error: float = 0.0
+
+    def dense(self) -> Tensor:
+        """(n, n') float32 of the values, zero elsewhere."""
+        plan = torch.zeros(self.shape)
+        plan[self.rows, self.columns] = self.values
+        return plan
+
+    def signed(self, similarity: Tensor) -> Correspondence:
+        """Its values with the signs of `similarity` (n, n'): which neurons are matched with their negative."""
+        negative = similarity[self.rows, self.columns] < 0
+        return replace(self, values=torch.where(negative, -self.values.abs(), self.values.abs()))
+
+    def partner(self) -> Tensor:
+        """(n,) the strongest source neuron of every target neuron."""
+        return self.dense().abs().argmax(1)
+
+    @classmethod
+    def of(cls, plan: Tensor, iterations: int = 0, marginal_error: float = 0.0) -> Correspondence:
+        """From a dense plan (n, n')."""
+        rows, columns = plan.nonzero(as_tuple=True)
+        shape = (plan.shape[0], plan.shape[1])
+        return cls(rows, columns, plan[rows, columns].float(), shape, iterations, marginal_error)
+
+
+def match(similarity: Tensor) -> Correspondence:
+    """The one-to-one matching of largest total similarity, with the neurons that are left over.
+
+    Args:
+        similarity: (n, n'), larger is more alike: correlations, or means of them.
+
+    Returns:
+        Every target neuron with at least one source neuron. Where the target is wider, its neurons that are left over
+        take the source neuron that is most like them. Equals `scipy.optimize.linear_sum_assignment` in its pairs.
+    """
+    exact = similarity.double()
+    rows, columns = (torch.from_numpy(index) for index in linear_sum_assignment(exact.numpy(), maximize=True))
+    n, m = exact.shape
+    plan = torch.zeros(n, m)
+    plan[rows, columns] = 1.0
+    if n > m:
+        left = torch.ones(n, dtype=torch.bool)
+        left[rows] = False
+        plan[left.nonzero().flatten(), exact[left].argmax(1)] = 1.0
+    elif m > n:
+        left = torch.ones(m, dtype=torch.bool)
+        left[columns] = False
+        others = left.nonzero().flatten()
+        best = exact[:, others].max(0)
+        own = torch.empty(n, dtype=torch.float64)
+        own[rows] = exact[rows, columns]
+        copies = (best.values > 0) & (best.values >= own[best.indices] * (1 - _COPY))
+        plan[best.indices[copies], others[copies]] = 1.0
+    return Correspondence.of(plan)
+
+
+def couple(
+    similarity: Tensor, *, epsilon: float | None = None, max_iterations: int = 200, tolerance: float = 1e-6
+) -> Correspondence:
+    """A matching, or with `epsilon` the entropic plan of cost 1 - similarity and uniform marginals (Eq. 8-9).
+
+    Args:
+        similarity: (n, n').
+        epsilon: Regularisation; None matches.
+        max_iterations: Sinkhorn sweeps.
+        tolerance: Relative marginal violation.
+    """
+    if epsilon is None:
+        return match(similarity)
+    cost = 1.0 - similarity.double()
+    result = sinkhorn(cost, epsilon, max_iterations=max_iterations, tolerance=tolerance)
+    plan = plan_from_potentials(cost, result.f, result.g, epsilon) * cost.shape[0]
+    large = (plan >= _NEGLIGIBLE * plan.amax(1, keepdim=True)) | (plan >= _NEGLIGIBLE * plan.amax(0, keepdim=True))
+    return Correspondence.of(torch.where(large, plan, 0.0), int(result.iterations), float(result.marginal_error))

@@ -1,0 +1,249 @@
+"""One correspondence for a whole model: transport that respects how a transformer is built (the paper's future work).
+
+Solved apart, the plans of a projection's two sides know nothing of each other, or of the next layer's. But all layers
+read and write one residual stream, q and k meet in a product, and an MLP neuron is one unit seen by gate, up and down.
+So: layers are paired in order (`tmerge.transport.order`); then one correspondence of the residual stream is solved from
+the correlations of all pairs' stream features together, one of each pair's heads (`tmerge.transport.heads`) and one of
+each pair's MLP neurons. Each is a problem of Eq. 7-9 whose cost is a mean over features that must agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, safe_open, save_file
+from torch import Tensor
+
+from tmerge.errors import TransportError
+from tmerge.transport.cost import standardise
+from tmerge.transport.heads import Heads, match_heads
+from tmerge.transport.matching import Correspondence, couple
+from tmerge.transport.order import cka, gram, in_order
+
+__all__ = ["STREAM_KEYS", "Side", "Structure", "pair_layers", "solve_structure"]
+
+STREAM_KEYS = ("qkv.pre", "mlp.pre", "o.post", "down.post")
+"""Features whose neurons are those of the residual stream: what is read from it and what is written to it."""
+_HEAD_KEYS = ("q.post", "k.post", "v.post", "o.pre")
+_MLP_KEYS = ("gate.post", "up.post", "down.pre")
+# Rows that a similarity of layers is taken over; more cost their square and say no more.
+_GRAM_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model, as far as its features tell.
+
+    Attributes:
+        read: (layer, key) -> (T, n) features.
+        keys: layer -> the feature keys it has.
+        heads: layer -> how its attention divides; layers that are not named have none that is known.
+    """
+
+    read: Callable[[int, str], Tensor]
+    keys: Mapping[int, Sequence[str]]
+    heads: Mapping[int, Heads]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What `solve_structure` finds.
+
+    Attributes:
+        pairs: target layer -> source layer.
+        cost: Feature key -> (L, M) one minus the similarity of the layers that have it, `target_layers` by
+            `source_layers` of that key.
+        layers: Feature key -> (its target layers, its source layers).
+        stream: The residual stream's correspondence, one for all layers.
+        inner: (target layer, feature key) -> the correspondence with its pair's, of heads and MLP neurons.
+    """
+
+    pairs: dict[int, int]
+    cost: dict[str, Tensor]
+    layers: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    stream: Correspondence
+    inner: dict[tuple[int, str], Correspondence]
+
+    def of(self, layer: int, key: str) -> Correspondence:
+        """The correspondence of a target layer's feature."""
+        return self.stream if key in STREAM_KEYS else self.inner[layer, key]
+
+    @property
+    def problems(self) -> list[Correspondence]:
+        """All of them, the stream's once."""
+        return [self.stream, *self.inner.values()]
+
+    def save(self, path: Path) -> None:
+        """Write to a temporary name, then rename."""
+        tensors = {f"cost/{key}": cost.contiguous() for key, cost in self.cost.items()}
+        found = {"stream": self.stream} | {f"{layer}/{key}": item for (layer, key), item in self.inner.items()}
+        facts = {}
+        for name, item in found.items():
+            # A layer's MLP features share one: each is written by itself.
+            tensors |= {f"{name}/{field}": getattr(item, field).clone() for field in ("rows", "columns", "values")}
+            facts[name] = [*item.shape, item.iterations, item.marginal_error]
+        noted = {"pairs": list(self.pairs.items()), "layers": self.layers, "found": facts}
+        temporary = path.with_name(path.name + ".part")
+        save_file(tensors, temporary, metadata={"structure": json.dumps(noted)})
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Structure:
+        """Read what `save` wrote."""
+        with safe_open(path, "pt") as stored:
+            noted = json.loads(stored.metadata()["structure"])
+        tensors = load_file(path)
+        found = {}
+        for name, (n, m, sweeps, error) in noted["found"].items():
+            rows, columns, values = (tensors[f"{name}/{field}"] for field in ("rows", "columns", "values"))
+            found[name] = Correspondence(rows, columns, values, (n, m), sweeps, error)
+        stream = found.pop("stream")
+        places = {(int(name.partition("/")[0]), name.partition("/")[2]): item for name, item in found.items()}
+        return cls(
+            dict(map(tuple, noted["pairs"])),
+            {key: tensors[f"cost/{key}"] for key in noted["layers"]},
+            {key: (tuple(mine), tuple(theirs)) for key, (mine, theirs) in noted["layers"].items()},
+            stream,
+            places,
+        )
+
+
+def pair_layers(
+    target: Side,
+    source: Side,
+    keys: Sequence[str],
+    *,
+    solved: Callable[[str, int, Tensor], None] | None = None,
+) -> tuple[dict[int, int], dict[str, Tensor], dict[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """Which source layer each target layer is: the pairing in order of largest mean similarity over the features.
+
+    Args:
+        target: The target.
+        source: The source.
+        keys: Feature keys to compare.
+        solved: Called with (key, target layer, its (M,) costs); may raise to stop.
+
+    Returns:
+        target layer -> source layer; and by key the (L, M) costs 1 - CKA, and which layers its rows and columns are.
+    """
+    mine, theirs = sorted(target.keys), sorted(source.keys)
+    total, seen = torch.zeros(len(mine), len(theirs)), torch.zeros(len(mine), len(theirs))
+    cost, layers = {}, {}
+    for key in keys:
+        rows = [layer for layer in mine if key in target.keys[layer]]
+        columns = [layer for layer in theirs if key in source.keys[layer]]
+        others = [gram(_some(source.read(layer, key))) for layer in columns]
+        found = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+        for row, layer in enumerate(rows):
+            own = gram(_some(target.read(layer, key)))
+            found[row] = torch.tensor([1.0 - cka(own, other) for other in others], dtype=torch.float64)
+            if solved is not None:
+                solved(key, layer, found[row])
+        cost[key], layers[key] = found, (tuple(rows), tuple(columns))
+        place = (
+            torch.tensor([mine.index(layer) for layer in rows])[:, None],
+            torch.tensor([theirs.index(layer) for layer in columns]),
+        )
+        total[place] += 1.0 - found.float()
+        seen[place] += 1.0
+    chosen = in_order(total / seen.clamp_min(1.0))
+    return {layer: theirs[column] for layer, column in zip(mine, chosen.tolist(), strict=True)}, cost, layers
+
+
+def solve_structure(
+    target: Side,
+    source: Side,
+    pairs: Mapping[int, int],
+    *,
+    epsilon: float | None = None,
+    max_iterations: int = 200,
+    tolerance: float = 1e-6,
+    signed: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Correspondence, dict[tuple[int, str], Correspondence]]:
+    """The residual stream's correspondence, and each layer pair's of heads and MLP neurons.
+
+    Args:
+        target: The target.
+        source: The source.
+        pairs: target layer -> source layer.
+        epsilon: Regularisation of every problem; None matches one to one.
+        max_iterations: Of Sinkhorn.
+        tolerance: Of Sinkhorn.
+        signed: Whether neurons of the stream, of v and of gated MLPs may meet their negative.
+        progress: Called with (layers done, all); may raise to stop.
+
+    Raises:
+        TransportError: What a model reads from its residual stream and what it writes differ in width.
+    """
+    solve = partial(couple, epsilon=epsilon, max_iterations=max_iterations, tolerance=tolerance)
+    stream: Tensor | None = None
+    inner: dict[tuple[int, str], Correspondence] = {}
+    counted = 0
+    for done, (layer, other) in enumerate(pairs.items(), start=1):
+        keys = [key for key in target.keys[layer] if key in source.keys[other]]
+        alike = {key: _correlation(target.read(layer, key), source.read(other, key)) for key in keys}
+        for key in keys:
+            if key in STREAM_KEYS:
+                if stream is not None and stream.shape != alike[key].shape:
+                    raise TransportError(
+                        f"{key} of layer {layer} has {tuple(alike[key].shape)} neurons, other features of the residual "
+                        f"stream {tuple(stream.shape)}: set transport.structure: none"
+                    )
+                stream, counted = alike[key] if stream is None else stream + alike[key], counted + 1
+        inner |= {
+            (layer, key): item for key, item in _layer(alike, layer, other, target, source, solve, signed).items()
+        }
+        if progress is not None:
+            progress(done, len(pairs))
+    if stream is None:
+        raise TransportError("no pair of layers reads or writes a residual stream; set transport.structure: none")
+    stream = stream / counted
+    return solve(stream.abs()).signed(stream) if signed else solve(stream), inner
+
+
+def _layer(
+    alike: Mapping[str, Tensor],
+    layer: int,
+    other: int,
+    target: Side,
+    source: Side,
+    solve: Callable[[Tensor], Correspondence],
+    signed: bool,
+) -> dict[str, Correspondence]:
+    """Everything of a pair of layers that is not the residual stream."""
+    found: dict[str, Correspondence] = {}
+    heads = {key: alike[key] for key in _HEAD_KEYS if key in alike}
+    if heads and layer in target.heads and other in source.heads:
+        found |= match_heads(heads, target.heads[layer], source.heads[other], solve, signed=signed)
+    else:
+        found |= {key: solve(values) for key, values in heads.items()}
+    neurons = {key: alike[key] for key in _MLP_KEYS if key in alike}
+    if neurons:
+        gate = neurons.get("gate.post")
+        rest = [values for key, values in neurons.items() if key != "gate.post"]
+        if gate is not None and signed and rest:
+            # Silu(gate) * up: up and down may both change sign, the gate may not.
+            together = sum(rest[1:], rest[0])
+            units = solve((gate + together.abs()) / len(neurons))
+            found |= {key: units if key == "gate.post" else units.signed(together) for key in neurons}
+        else:
+            units = solve(sum(rest, torch.zeros(1) if gate is None else gate) / len(neurons))
+            found |= dict.fromkeys(neurons, units)
+    return found
+
+
+def _some(features: Tensor) -> Tensor:
+    """Evenly spaced rows."""
+    return features[:: -(-features.shape[0] // _GRAM_ROWS)]
+
+
+def _correlation(target: Tensor, source: Tensor) -> Tensor:
+    """(n, n') Pearson correlations."""
+    return standardise(target).T @ standardise(source)
