@@ -24,16 +24,36 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from tests.pico import pico_model
-from tmerge.models import Architecture, Projection, describe, feature_key
-from tmerge.transport import one_thread_each
+from tmerge.models import Architecture, Projection, describe, feature_key, head_facts
+from tmerge.transport import Heads, Side, one_thread_each
 
-__all__ = ["PLANTED_FAMILIES", "Planted", "noisy", "plant", "planted_model", "pooled_features"]
+__all__ = [
+    "PLANTED_FAMILIES",
+    "PLANTED_LAYERS",
+    "PLANTED_NOISE",
+    "Planted",
+    "PlantedCase",
+    "noisy",
+    "plant",
+    "planted_case",
+    "planted_model",
+    "pooled_features",
+    "relative_errors",
+    "side_of",
+]
+
+PLANTED_LAYERS = 4
+"""Depth of F."""
+PLANTED_NOISE = 0.02
+"""The target's distance from F, relative to each projection's norm."""
 
 # Family -> config keys of F, and how often its heads are copied. Widths double everywhere else.
 PLANTED_FAMILIES: dict[str, tuple[dict[str, int], int]] = {
@@ -71,7 +91,7 @@ def planted_model(family: str, *, seed: int = 0) -> PreTrainedModel:
     over correlations can tell them apart.
     """
     options, _ = PLANTED_FAMILIES[family]
-    model = pico_model(family, layers=4, seed=seed, **options).double()
+    model = pico_model(family, layers=PLANTED_LAYERS, seed=seed, **options).double()
     for view in describe(model).projections(("q", "k")):
         view.write(view.weight() * 6.0)
     for view in describe(model).projections():
@@ -156,6 +176,67 @@ def pooled_features(model: PreTrainedModel, tokens: Tensor, *, batch: int = 100)
         for hook in hooks:
             hook.remove()
     return {place: torch.cat(parts) for place, parts in caught.items()}
+
+
+@dataclass(frozen=True)
+class PlantedCase:
+    """F, the target and the source of one family, with their features."""
+
+    original: PreTrainedModel
+    target: PreTrainedModel
+    planted: Planted
+    tokens: Tensor
+    target_features: dict[tuple[int, str], Tensor]
+    source_features: dict[tuple[int, str], Tensor]
+
+    @property
+    def keys(self) -> list[str]:
+        return list(dict.fromkeys(key for _, key in self.target_features))
+
+    @property
+    def source_layers(self) -> list[int]:
+        """Where each layer of F is in the source."""
+        return [self.planted.source_layer(layer) for layer in range(PLANTED_LAYERS)]
+
+    @torch.no_grad()
+    def loss(self, model: torch.nn.Module) -> float:
+        """Cross-entropy against what F itself predicts, whose minimum is F's own."""
+        wanted = torch.softmax(self.original(self.tokens[:100]).logits, -1)
+        return float(cross_entropy(model(self.tokens[:100]).logits.flatten(0, 1), wanted.flatten(0, 1)))
+
+
+@cache
+def planted_case(family: str) -> PlantedCase:
+    """The case of a family, made once; nobody may change its models."""
+    original = planted_model(family)
+    planted = plant(original, head_copies=PLANTED_FAMILIES[family][1])
+    target = noisy(original, PLANTED_NOISE, seed=1)
+    tokens = torch.randint(3, original.config.vocab_size, (400, 10), generator=torch.Generator().manual_seed(2))
+    return PlantedCase(
+        original, target, planted, tokens, pooled_features(target, tokens), pooled_features(planted.model, tokens)
+    )
+
+
+def relative_errors(model: PreTrainedModel, original: PreTrainedModel) -> dict[str, float]:
+    """Projection, or ``projection.bias``, -> its largest relative distance from the original's over the layers."""
+    errors: dict[str, float] = {}
+    pairs = zip(describe(model).projections(), describe(original).projections(), strict=True)
+    for got, want in pairs:
+        parts = {got.name: (got.weight(), want.weight())}
+        if want.has_bias:
+            parts[f"{got.name}.bias"] = (got.bias(), want.bias())
+        for name, (ours, theirs) in parts.items():
+            errors[name] = max(errors.get(name, 0.0), float((ours - theirs).norm() / theirs.norm()))
+    return errors
+
+
+def side_of(model: PreTrainedModel, features: Mapping[tuple[int, str], Tensor]) -> Side:
+    """A model and its features, as `tmerge.transport.solve_structure` takes them."""
+    keys: dict[int, list[str]] = {}
+    for layer, key in features:
+        keys.setdefault(layer, []).append(key)
+    heads = {int(layer): Heads.of(facts) for layer, facts in head_facts(model, describe(model)).items()}
+    return Side(lambda layer, key: features[layer, key], keys, heads)
 
 
 class _Index:

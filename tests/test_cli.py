@@ -71,7 +71,7 @@ def test_check_and_dry_run_write_nothing(run, pair, tmp_path, monkeypatch):
     assert list(facts["projections"]["matched"]) == ["q", "k", "v", "o"]
     assert facts["estimate"]["seconds"] > 0 and facts["estimate"]["disk_bytes"] > 0
     code, printed, _ = run("merge", *small(pair, tmp_path / "fused"), "--dry-run")
-    assert code == 0 and "expected:" in printed and "alpha: 0.1" in printed
+    assert code == 0 and "expected:" in printed and "alpha: auto" in printed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -221,11 +221,11 @@ def test_a_device_that_is_not_there(run, pair, tmp_path):
 
 
 def test_a_fault_of_ours_keeps_its_traceback_and_exits_1(run, pair, tmp_path, monkeypatch):
-    from tmerge import pipeline
+    from tmerge import solving
 
     def broken(*_, **__):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(pipeline, "solve_features", broken)
+    monkeypatch.setattr(solving, "solve_features", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run("merge", *small(pair, tmp_path / "fused"))

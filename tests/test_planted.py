@@ -25,66 +25,38 @@ balanced layer marginals, 1e-4 .. 2e-2 with semi-relaxed ones.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from tests.planted import PLANTED_FAMILIES, Planted, noisy, plant, planted_model, pooled_features
+from tests.planted import (
+    PLANTED_FAMILIES,
+    PLANTED_LAYERS,
+    PLANTED_NOISE,
+    PlantedCase,
+    plant,
+    planted_case,
+    planted_model,
+    relative_errors,
+)
 from tmerge.fusion import Carried, FeatureStatistics, SolvedPairs, carry, couplings, fuse, layer_plans
 from tmerge.models import describe
 from tmerge.recipe import FusionSettings, TransportSettings
 from tmerge.transport import FeaturePlans, feature_plan, solve_features, standardise
 
-_LAYERS = 4
-_NOISE = 0.02
-
-
-@dataclass(frozen=True)
-class Case:
-    """F, the target and the source of one family, with their features."""
-
-    original: torch.nn.Module
-    target: torch.nn.Module
-    planted: Planted
-    tokens: Tensor
-    target_features: dict[tuple[int, str], Tensor]
-    source_features: dict[tuple[int, str], Tensor]
-
-    @property
-    def keys(self) -> list[str]:
-        return list(dict.fromkeys(key for _, key in self.target_features))
-
-    @property
-    def source_layers(self) -> list[int]:
-        """Where each layer of F is in the source."""
-        return [self.planted.source_layer(layer) for layer in range(_LAYERS)]
-
-
-@cache
-def _case(family: str) -> Case:
-    original = planted_model(family)
-    planted = plant(original, head_copies=PLANTED_FAMILIES[family][1])
-    target = noisy(original, _NOISE, seed=1)
-    tokens = torch.randint(3, original.config.vocab_size, (400, 10), generator=torch.Generator().manual_seed(2))
-    return Case(
-        original, target, planted, tokens, pooled_features(target, tokens), pooled_features(planted.model, tokens)
-    )
-
 
 @cache
 def _plans(family: str, epsilon: float) -> dict[str, FeaturePlans]:
-    case = _case(family)
+    case = planted_case(family)
     depth = len(case.planted.layers)
     return {
         key: solve_features(
             key,
             lambda layer, key=key: case.target_features[layer, key],
             lambda layer, key=key: case.source_features[layer, key],
-            range(_LAYERS),
+            range(PLANTED_LAYERS),
             range(depth),
             epsilon=epsilon,
         )
@@ -92,7 +64,7 @@ def _plans(family: str, epsilon: float) -> dict[str, FeaturePlans]:
     }
 
 
-def _plan(case: Case, solved: FeaturePlans, layer: int, other: int) -> Tensor:
+def _plan(case: PlantedCase, solved: FeaturePlans, layer: int, other: int) -> Tensor:
     mine = standardise(case.target_features[layer, solved.key], solved.f.dtype)
     theirs = standardise(case.source_features[other, solved.key], solved.f.dtype)
     return feature_plan(mine, theirs, solved.f[layer, other], solved.g[layer, other], solved.epsilon)
@@ -108,7 +80,7 @@ def _merge(
     marginals: str = "balanced",
 ) -> tuple[torch.nn.Module, Carried]:
     """The target after a dense merge, and what was carried."""
-    case = _case(family)
+    case = planted_case(family)
     merged = copy.deepcopy(case.target)
     mine, theirs = describe(merged), describe(case.planted.model)
     transport = TransportSettings(epsilon=epsilon, layers_kept=kept, layer_marginals=marginals)
@@ -134,32 +106,12 @@ def _merge(
     return merged, carried
 
 
-def relative_errors(case: Case, merged: torch.nn.Module) -> dict[str, float]:
-    """Projection, or ``projection.bias``, -> its largest relative distance from F's over the layers."""
-    errors: dict[str, float] = {}
-    pairs = zip(describe(merged).projections(), describe(case.original).projections(), strict=True)
-    for got, want in pairs:
-        parts = {got.name: (got.weight(), want.weight())}
-        if want.has_bias:
-            parts[f"{got.name}.bias"] = (got.bias(), want.bias())
-        for name, (ours, theirs) in parts.items():
-            errors[name] = max(errors.get(name, 0.0), float((ours - theirs).norm() / theirs.norm()))
-    return errors
-
-
-@torch.no_grad()
-def _loss(model: torch.nn.Module, case: Case) -> float:
-    """Cross-entropy against what F itself predicts, whose minimum is F's own."""
-    wanted = torch.softmax(case.original(case.tokens[:100]).logits, -1)
-    return float(cross_entropy(model(case.tokens[:100]).logits.flatten(0, 1), wanted.flatten(0, 1)))
-
-
 families = pytest.mark.parametrize("family", PLANTED_FAMILIES)
 
 
 @families
 def test_the_source_computes_what_f_computes(family):
-    case = _case(family)
+    case = planted_case(family)
     with torch.no_grad():
         wanted = case.original(case.tokens[:100]).logits
         got = case.planted.model(case.tokens[:100]).logits
@@ -171,7 +123,7 @@ def test_the_source_computes_what_f_computes(family):
 
 @families
 def test_every_feature_plan_recovers_the_planted_neurons(family):
-    case = _case(family)
+    case = planted_case(family)
     for key, solved in _plans(family, 0.01).items():
         for layer, other in enumerate(case.source_layers):
             plan = _plan(case, solved, layer, other)
@@ -183,7 +135,7 @@ def test_every_feature_plan_recovers_the_planted_neurons(family):
 
 @families
 def test_every_feature_plan_puts_nearly_all_mass_on_the_planted_neurons(family):
-    case = _case(family)
+    case = planted_case(family)
     for key, solved in _plans(family, 0.01).items():
         for layer, other in enumerate(case.source_layers):
             plan = _plan(case, solved, layer, other)
@@ -196,7 +148,7 @@ def test_every_feature_plan_puts_nearly_all_mass_on_the_planted_neurons(family):
 @pytest.mark.parametrize("marginals", ["balanced", "semi-relaxed"])
 @pytest.mark.parametrize("epsilon", [0.1, 0.01])
 def test_the_layer_plan_finds_the_planted_layers(family, marginals, epsilon):
-    case = _case(family)
+    case = planted_case(family)
     layers = layer_plans(_plans(family, epsilon), TransportSettings(layer_marginals=marginals))
     # An inserted layer reads the very stream that the layer after it reads, so those two cannot be told apart by
     # what enters q k v (or, in parallel with it, the MLP): there either of the two may be the largest.
@@ -224,28 +176,28 @@ _BOUNDS = {0.1: (0.6, 0.15), 0.03: (0.15, 1e-3), 0.01: (3e-3, 1e-7), 0.005: (2e-
 @families
 @pytest.mark.parametrize("epsilon", _BOUNDS)
 def test_a_dense_merge_gives_the_original_back(family, epsilon):
-    case = _case(family)
+    case = planted_case(family)
     merged, carried = _merge(family, epsilon)
     shared_heads, others = _BOUNDS[epsilon]
-    before, after = relative_errors(case, case.target), relative_errors(case, merged)
+    before, after = relative_errors(case.target, case.original), relative_errors(merged, case.original)
     assert set(after) == set(before)
-    assert all(error == pytest.approx(_NOISE, rel=1e-6) for error in before.values())
+    assert all(error == pytest.approx(PLANTED_NOISE, rel=1e-6) for error in before.values())
     for name, error in after.items():
         bound = shared_heads if name == "o" and family != "gpt_neox" else others
         assert error < bound, f"{name} at eps {epsilon}: {error:.1e}"
     if epsilon <= 0.01:
         for name, ratios in carried.norm_ratios.items():
             # The target's own norm is F's to within its noise squared.
-            assert ratios == pytest.approx([1.0] * _LAYERS, rel=2e-3), name
+            assert ratios == pytest.approx([1.0] * PLANTED_LAYERS, rel=2e-3), name
     fates = set(carried.biases.values())
     assert fates == {"llama": {"none"}, "qwen2": {"fused", "none"}, "gpt_neox": {"fused"}}[family]
 
 
 @families
 def test_a_dense_merge_gives_the_original_loss_back(family):
-    case = _case(family)
+    case = planted_case(family)
     merged, _ = _merge(family, 0.005)
-    wanted, noised, got = (_loss(model, case) for model in (case.original, case.target, merged))
+    wanted, noised, got = (case.loss(model) for model in (case.original, case.target, merged))
     assert noised - wanted > 1e-4
     assert abs(got - wanted) < 1e-8
     with torch.no_grad():
@@ -256,7 +208,7 @@ def test_a_dense_merge_gives_the_original_loss_back(family):
 
 @families
 def test_what_is_not_a_projection_stays_the_targets(family):
-    case = _case(family)
+    case = planted_case(family)
     merged, _ = _merge(family, 0.005)
     fused = {view.module_name for view in describe(merged).projections()}
     own = case.target.state_dict()
@@ -269,7 +221,7 @@ def test_what_is_not_a_projection_stays_the_targets(family):
 @families
 def test_the_plain_plan_shrinks_by_the_number_of_neurons(family):
     """`literal` cannot pass: its maps' rows sum to 1/n and 1/n', so the transported weight is that much too small."""
-    case = _case(family)
+    case = planted_case(family)
     mine, theirs = describe(case.target), describe(case.planted.model)
     _, carried = _merge(family, 0.01, scale="literal")
     transport = TransportSettings(epsilon=0.01)
@@ -278,24 +230,24 @@ def test_the_plain_plan_shrinks_by_the_number_of_neurons(family):
     for name, ratios in carried.norm_ratios.items():
         size = mine.layers[0][name].out_features * theirs.layers[0][name].in_features
         for layer, ratio in enumerate(ratios):
-            share = float(coupled[name].weights[layer, 0]) * _LAYERS  # at most 1
+            share = float(coupled[name].weights[layer, 0]) * PLANTED_LAYERS  # at most 1
             assert ratio * size == pytest.approx(share, rel=0.01), name
             assert ratio < 1e-3
 
 
 @families
 def test_units_by_feature_leave_an_error_that_eps_does_not_cure(family):
-    case = _case(family)
-    errors = relative_errors(case, _merge(family, 0.005, units="feature")[0])
+    case = planted_case(family)
+    errors = relative_errors(_merge(family, 0.005, units="feature")[0], case.original)
     assert all(3e-3 < error < 6e-2 for error in errors.values()), errors
 
 
 @families
 def test_semi_relaxed_layers_survive_more_than_one_source_layer(family):
     """Balanced marginals give the inserted layers their mass, and with three kept layers that lands in the average."""
-    case = _case(family)
+    case = planted_case(family)
     balanced, relaxed = (
-        relative_errors(case, _merge(family, 0.005, kept=3, marginals=marginals)[0])
+        relative_errors(_merge(family, 0.005, kept=3, marginals=marginals)[0], case.original)
         for marginals in ("balanced", "semi-relaxed")
     )
     assert min(balanced.values()) > 0.2

@@ -9,7 +9,7 @@ DOMAINS = ("malay", "indonesian", "thai", "cantonese", "finance", "medical", "ma
 
 
 def test_the_papers_domains_are_there():
-    assert set(preset_names()) == {"demo", *DOMAINS}
+    assert set(preset_names()) == {"demo", "relatives", *DOMAINS}
 
 
 @pytest.mark.parametrize("name", DOMAINS)

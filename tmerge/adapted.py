@@ -52,7 +52,7 @@ def adapt_run(
         OutputExistsError: `out` holds something else.
         RunNotFoundError: Not a finished run, or its cache is gone.
     """
-    from tmerge.adaptation import adapt, feature_goals
+    from tmerge.adaptation import adapt, feature_goals, refuse_token_rows
 
     run, listener = Run(Path(folder)), listener or (lambda step: None)
     merged = run.report()
@@ -78,6 +78,7 @@ def adapt_run(
             raise AdaptationError(
                 "adaptation.transport_weight draws features on the run's own calibration texts; leave --dataset away"
             )
+        refuse_token_rows(recipe)
         stores = [FeatureStore(session.feature_folder(role)) for role in ("target", "source")]
         goals = feature_goals(TransportRecord.load(run.transport_path), *stores)
     _open(adapted, key)

@@ -185,13 +185,13 @@ class _Comparison:
 
     def _still(self, name: str, change: str | None, alpha: Alpha) -> dict[str, Any]:
         """The target with something fused into it, nothing trained."""
-        layers = self.session.layout("target").layers
+        layers = self.session.layout("target").views
         items = self._direction(change) if change else []
         with applied(layers, items, alpha) if items else nullcontext():
             return self._scores(self.session.model("target"), name)
 
     def _direction(self, name: str) -> list[TransportedNeurons]:
-        layers = self.session.layout("target").layers
+        layers = self.session.layout("target").views
         if name == "shrink":
             return shrink(self.transported)
         if name == "noise":
@@ -260,8 +260,9 @@ class _Comparison:
 
     def _goals(self) -> Any:
         """Where the target's features are drawn to: the merge's own plans and features."""
-        from tmerge.adaptation import feature_goals
+        from tmerge.adaptation import feature_goals, refuse_token_rows
 
+        refuse_token_rows(self.recipe)
         stores = [FeatureStore(self.session.feature_folder(role)) for role in ("target", "source")]
         return feature_goals(TransportRecord.load(self.run.transport_path), *stores)
 

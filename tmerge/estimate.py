@@ -17,7 +17,7 @@ from torch.nn import functional
 from tmerge.calibration import SAMPLES_PREFIX, sample_texts
 from tmerge.evaluation import PROJECTION_GROUPS
 from tmerge.fusion import COLUMN_PROJECTIONS, neuron_count
-from tmerge.models import Architecture, ModelFacts, multiplies_fast, pick_device
+from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pick_device
 from tmerge.recipe import Recipe
 from tmerge.transport import correlation_cost, match, sinkhorn, standardise, working_dtype
 
@@ -113,8 +113,10 @@ def estimate_run(
     flops = 2 * side**3 / _seconds_of(lambda: functional.linear(left, left)[0, 0].item())
     scored = 1 + 1 + len(recipe.evaluation.controls)
     if recipe.fusion.alpha == "auto":
-        # The base once, and every alpha for every group of projections that has one here.
-        groups = sum(any(name in projections for name in group) for group in PROJECTION_GROUPS)
+        # The base once, and every alpha for all groups of projections together and for each that has one here.
+        named = {*projections, STREAM} if recipe.fusion.stream else set(projections)
+        groups = sum(not named.isdisjoint(group) for group in PROJECTION_GROUPS)
+        groups += groups > 1
         scored += 1 + groups * len(recipe.fusion.alphas)
 
     def forward(facts: ModelFacts, layout: Architecture, texts: int, scorings: float) -> float:

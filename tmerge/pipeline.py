@@ -74,7 +74,9 @@ def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) 
         raise
 
 
-def advance(recipe: Recipe, out: str | Path, *, until: str, listener: Listener | None = None) -> None:
+def advance(
+    recipe: Recipe, out: str | Path, *, until: str, listener: Listener | None = None
+) -> dict[str, dict[str, Any]]:
     """Run a recipe up to a stage, which it ends with; `merge` or another call goes on from there, in any process.
 
     Args:
@@ -83,14 +85,19 @@ def advance(recipe: Recipe, out: str | Path, *, until: str, listener: Listener |
         until: One of `STAGES`.
         listener: As for `merge`.
 
+    Returns:
+        Stage -> what it noted.
+
     Raises:
         TmergeError: As for `merge`.
     """
     run = Run.open(Path(out), recipe)
     try:
-        for name in _Merge(recipe, run, listener or (lambda step: None)).stages():
+        work = _Merge(recipe, run, listener or (lambda step: None))
+        for name in work.stages():
             if name == until:
-                return
+                break
+        return work.notes
     except BaseException:
         run.abandon()
         raise
@@ -126,7 +133,9 @@ class _Merge(Session):
         if self.plan is not None:
             self.plan.refuse_other_texts(self.texts.sha256)
         for role in ("target", "source"):
-            with self.stage(role, texts=self.texts.sha256, **self.model_facts(role)):
+            # Where in the texts the tokens are read, which both tokenizers decide.
+            places = {"ends": self.texts.ends} if self.texts.ends else {}
+            with self.stage(role, texts=self.texts.sha256, **places, **self.model_facts(role)):
                 self._read_model(role)
             yield role
         solved = {"target": self.keys["target"], "source": self.keys["source"], "plan": self.plan_key}
@@ -214,8 +223,8 @@ class _Merge(Session):
         if self.notes["transport"]:
             return
         if self.plan is not None:
-            facts = ("problems", "iterations", "worst_marginal_violation", "converged")
-            self.notes["transport"] = {name: self.plan.report["transport"][name] for name in facts}
+            facts = ("problems", "iterations", "worst_marginal_violation", "converged", "relatedness")
+            self.notes["transport"] = {name: self.plan.report["transport"].get(name) for name in facts}
             return
         if self.recipe.transport.structure == "shared":
             self.notes["transport"] = solve_shared(self)
@@ -315,8 +324,8 @@ class _Merge(Session):
         texts, calibration = self.texts.texts[: self.recipe.evaluation.descent], self.recipe.calibration
         found = descent_cosines(
             self.model("target"),
-            self.layout("target").views,
-            fused,
+            self.layout("target").layers,
+            [item for item in fused if group_of(item.projection) != STREAM],
             texts,
             seed=self.recipe.seed,
             max_tokens=calibration.max_tokens,

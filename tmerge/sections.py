@@ -32,7 +32,6 @@ TASK_VECTOR_DEFAULTS: dict[str, dict[str, Any]] = {
     "calibration": {"rows": "tokens"},
     "transport": {"structure": "shared"},
     "fusion": {
-        "alpha": 1.0,
         "alphas": [0.3, 0.5, 1.0, 1.5],
         "top_k": 1.0,
         "projections": ["q", "k", "v", "o", "gate", "up", "down"],
@@ -136,7 +135,7 @@ class FusionSettings(Section):
         "weights", description="task-vector: what `source` learned since `source_base`, instead of its weights"
     )
     alpha: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        0.1, description="fusion strength; auto chooses it per projection group, 0 included, on texts kept for that"
+        "auto", description="fusion strength; auto chooses it per projection group, 0 included, on texts kept for that"
     )
     alphas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.01, 0.03, 0.1, 0.3, 1.0), description="what alpha: auto tries beside 0"

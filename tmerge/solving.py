@@ -113,7 +113,7 @@ def solve_shared(session: Session) -> dict[str, Any]:
         done += 1
         session.step("transport", f"layers by {key}", done, total, "layers", (key, layer, costs))
 
-    pairs, cost, layers = pair_layers(target, source, keys, solved=compared)
+    pairs, cost, layers = pair_layers(target, source, keys, signed=settings.signed, solved=compared)
     stream, inner = solve_structure(
         target,
         source,

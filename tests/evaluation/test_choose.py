@@ -63,6 +63,7 @@ def test_alpha_is_chosen_by_group_and_is_zero_where_nothing_gains():
     assert choice.difference.high < 0
     assert [(trial.group, trial.alpha) for trial in choice.trials] == [
         (("q",), 0.1), (("q",), 1.0), (("o",), 0.1), (("o",), 1.0), (("up",), 0.1), (("up",), 1.0),
+        (("q", "o", "up"), 0.1), (("q", "o", "up"), 1.0),
     ]  # fmt: skip
     assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
 

@@ -65,6 +65,7 @@ def test_a_merge_runs_to_its_end_and_its_folder_is_a_run(store, tmp_path):
             "source": str(tmp_path / "source"),
             "dtype": "float32",
             "calibration": {"dataset": "upload:texts.txt", "texts": 80},
+            "fusion": {"alpha": 0.1},
             "evaluation": {"bootstrap": 100},
         }
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tmerge.adaptation.goals import FeatureGoals, feature_goals
+from tmerge.adaptation.goals import FeatureGoals, feature_goals, refuse_token_rows
 from tmerge.adaptation.residual import attach_residual, fold_residual
 from tmerge.adaptation.training import AdaptationReport, adapt, text_order
 
@@ -13,5 +13,6 @@ __all__ = [
     "attach_residual",
     "feature_goals",
     "fold_residual",
+    "refuse_token_rows",
     "text_order",
 ]

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from tmerge.calibration import FeatureStore
+from tmerge.errors import AdaptationError
 from tmerge.fusion import TransportRecord
 from tmerge.models import Architecture, feature_key
 from tmerge.models.projections import Tap
+from tmerge.recipe import Recipe
 
-__all__ = ["FeatureGoals", "FeatureWatch", "feature_goals"]
+__all__ = ["FeatureGoals", "FeatureWatch", "feature_goals", "refuse_token_rows"]
 
 # A feature that hardly varies over texts says nothing, and would weigh most.
 _LEAST_DEVIATION = 1e-6
@@ -46,6 +48,19 @@ class FeatureGoals:
     goals: dict[tuple[int, str], Tensor]
     deviations: dict[tuple[int, str], Tensor]
     projections: tuple[str, ...]
+
+
+def refuse_token_rows(recipe: Recipe) -> None:
+    """The goals are of means over texts, as the training's features are.
+
+    Raises:
+        AdaptationError: The run's features are of single tokens.
+    """
+    if recipe.calibration.rows == "tokens":
+        raise AdaptationError(
+            "adaptation.transport_weight draws means over texts, and this run read single tokens; merge with "
+            "calibration.rows: texts, or set transport_weight to 0"
+        )
 
 
 def feature_goals(record: TransportRecord, target: FeatureStore, source: FeatureStore) -> FeatureGoals:

@@ -24,7 +24,7 @@ from tmerge.adaptation.goals import FeatureGoals, FeatureWatch
 from tmerge.adaptation.residual import attach_residual, fold_residual
 from tmerge.errors import AdaptationError, MissingExtraError, TokenizerError
 from tmerge.fusion import Alpha, TransportedNeurons, fuse
-from tmerge.models import Architecture, LoadedModel, describe
+from tmerge.models import STREAM, Architecture, LoadedModel, describe, group_of
 from tmerge.recipe import AdaptationSettings
 
 __all__ = ["AdaptationReport", "adapt", "text_order"]
@@ -129,10 +129,13 @@ def adapt(
         peft_config = lora(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=names)
     if transported:
         # With LoRA the base weights stand still, so a residual beside them and one within them are the same.
-        if settings.residual == "frozen" and not settings.lora_rank:
-            attach_residual(layers, transported, alpha)
-        else:
-            fuse(layers, transported, alpha)
+        # Nor is a residual held beside an embedding: where the head is tied to it, the head would not see it.
+        beside = settings.residual == "frozen" and not settings.lora_rank
+        apart: dict[bool, list[TransportedNeurons]] = {True: [], False: []}
+        for item in transported:
+            apart[beside and group_of(item.projection) != STREAM].append(item)
+        fuse(architecture.views, apart[False], alpha)
+        attach_residual(layers, apart[True], alpha)
     trainer = _trainer(
         sft, loaded, (encoded, labels), read, teacher, watch, settings, seed, work, peft_config, progress
     )

@@ -35,12 +35,11 @@ def common_ends(
         source: The source's.
         texts: T texts.
         limits: Most tokens of a text, for each of the two.
-        wanted: Places in all, as many from each text as it takes to have them; a text may have fewer.
+        wanted: Places in all, at most.
         seed: Of the choice.
 
     Returns:
-        Per text, characters after which a token of both ends, ascending; `wanted` at most in all, unless each text
-        gives one.
+        Per text, characters after which a token of both ends, ascending; about as many of each text, or all it has.
 
     Raises:
         TokenizerError: A tokenizer does not know where its tokens lie in the text.
@@ -51,8 +50,17 @@ def common_ends(
     chosen = []
     for ours, other in zip(mine, theirs, strict=True):
         common = sorted(set(ours) & set(other))
-        chosen.append(tuple(sorted(draw.sample(common, min(each, len(common))))))
-    return tuple(chosen)
+        chosen.append(draw.sample(common, min(each, len(common))))
+    places = [(row, end) for row, of_text in enumerate(chosen) for end in of_text]
+    kept = draw.sample(places, min(wanted, len(places)))
+    return tuple(tuple(sorted(end for _, end in group)) for group in _by_row(kept, len(texts)))
+
+
+def _by_row(places: Sequence[tuple[int, int]], rows: int) -> list[list[tuple[int, int]]]:
+    groups: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
+    for place in places:
+        groups[place[0]].append(place)
+    return groups
 
 
 def token_places(

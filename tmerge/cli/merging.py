@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -124,22 +125,58 @@ def check(
     recipe: RecipeArgument = None,
     target: TargetOption = None,
     source: SourceOption = None,
+    source_base: BaseOption = None,
+    dataset: DatasetOption = None,
     settings: SetOption = None,
+    relatedness: Annotated[
+        bool,
+        typer.Option(
+            "--relatedness", help="Also read both models' features, and say whether their neurons correspond."
+        ),
+    ] = False,
     json_output: JsonOption = False,
 ) -> None:
     """Hold two models against each other from their configs alone: what matches, and what a merge would take."""
     from tmerge.recipe import load_recipe
     from tmerge.show import show_check
 
-    loaded = load_recipe(recipe, {"target": target, "source": source}, settings or ())
+    overrides = {"target": target, "source": source, "source_base": source_base, "calibration.dataset": dataset}
+    if source_base is not None:
+        overrides["fusion.what"] = "task-vector"
+    loaded = load_recipe(recipe, overrides, settings or ())
     quiet_libraries()
     from tmerge.check import check as check_models
 
     result = check_models(loaded)
+    found = _relatedness(loaded) if relatedness else None
     if json_output:
-        print_json(result.to_dict())
-    else:
-        show_check(result)
+        print_json(result.to_dict() | ({} if found is None else {"relatedness": found}))
+        return
+    show_check(result)
+    if found is not None:
+        from tmerge.report import relatedness_words
+
+        typer.echo(relatedness_words(found))
+
+
+def _relatedness(recipe: Any) -> dict[str, Any]:
+    """Both models read, and their neurons matched twice; nothing is kept."""
+    from tmerge.models import PROJECTIONS
+    from tmerge.pipeline import advance
+    from tmerge.show import listening
+
+    # Single tokens and all projections, whatever will be fused: the question is of the models, not of the recipe.
+    asked = recipe.model_copy(
+        update={
+            "plan": None,
+            "fusion": recipe.fusion.model_copy(update={"projections": PROJECTIONS}),
+            "calibration": recipe.calibration.model_copy(update={"rows": "tokens"}),
+            "transport": recipe.transport.model_copy(update={"structure": "shared", "map": "plan"}),
+        }
+    )
+    with tempfile.TemporaryDirectory() as folder, listening() as listener:
+        found: dict[str, Any] = advance(asked, Path(folder) / "pair", until="transport", listener=listener)["transport"]
+    return dict(found["relatedness"])
 
 
 @app.command()

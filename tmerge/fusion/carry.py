@@ -237,7 +237,7 @@ def carry(
     carrier = _Carrier(target, source, source_base, pairs, couplings, statistics, settings, shuffle)
     layers = sorted({layer for coupling in couplings.values() for layer in coupling.target_layers})
     carried = Carried(norm_ratios={projection: [] for projection in couplings})
-    with one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
+    with one_thread_each() as workers, _pool(workers) as pool:
         pending = [pool.submit(carrier.layer, layer) for layer in layers]
         try:
             for done, future in enumerate(pending, start=1):
@@ -258,6 +258,12 @@ def carry(
         if shuffle is not None:
             carried.permuted += carrier.stream(vocabulary, shuffled=True)
     return carried
+
+
+def _pool(workers: int) -> ThreadPoolExecutor:
+    # Each worker is told too: what torch was told elsewhere does not reach LAPACK in a thread that begins later, and an
+    # SVD took 300 times as long in two threads where the cores are busy.
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _finish(carried: Carried, carrier: _Carrier, target: Architecture) -> None:

@@ -47,6 +47,8 @@ def carry_stream(
                 continue
             rows = vocabulary if name in (EMBEDDING, HEAD) else theirs.out_features
             learned = theirs.weight()[:rows].float().cpu() - base.weight()[:rows].float().cpu()
+            if name == EMBEDDING:
+                learned *= source.embedding_scale / target.embedding_scale
             if name == HEAD:
                 weight = learned @ in_map
             elif name == EMBEDDING:

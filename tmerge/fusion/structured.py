@@ -29,7 +29,7 @@ class PairedLayers:
     Attributes:
         target_layers: The L target layers that have the feature.
         source_layers: The M source layers that have it.
-        cost: (L, M) one minus the layers' similarity.
+        cost: (L, M) of the layers, `nearest_cost`.
         plan: (L, M) float64: 1/L at each target layer's pair.
     """
 

@@ -55,6 +55,11 @@ class Architecture:
         return [{**mine, **other} for mine, other in zip([*self.layers, {}], self.stream, strict=True)]
 
     @property
+    def embedding_scale(self) -> float:
+        """What a token's embedding is multiplied by before it enters the residual stream."""
+        return self.hidden_size**0.5 if self.model_type.startswith("gemma") else 1.0
+
+    @property
     def num_layers(self) -> int:
         """Number of blocks."""
         return len(self.layers)

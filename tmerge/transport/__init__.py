@@ -5,7 +5,7 @@ from __future__ import annotations
 from tmerge.transport.cost import correlation_cost, standardise
 from tmerge.transport.heads import Heads
 from tmerge.transport.matching import Correspondence, couple, match
-from tmerge.transport.order import cka, gram, in_order
+from tmerge.transport.order import in_order, nearest_cost
 from tmerge.transport.plans import (
     FeaturePlans,
     LayerPlan,
@@ -35,18 +35,17 @@ __all__ = [
     "Side",
     "SinkhornResult",
     "Structure",
-    "cka",
     "correlation_cost",
     "couple",
     "couple_layers",
     "effective_weights",
     "feature_plan",
-    "gram",
     "in_order",
     "keep_layers",
     "load_plans",
     "match",
     "mutual_top",
+    "nearest_cost",
     "one_thread_each",
     "pair_layers",
     "plan_from_potentials",

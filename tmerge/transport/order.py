@@ -1,8 +1,10 @@
-"""Which source layer each target layer is, before any neuron is matched: similar representations, in order.
+"""Which source layer each target layer is, before one correspondence is solved for all of them.
 
-Linear CKA compares two layers' features by their inner products over the texts, so it needs no correspondence of
-neurons (Kornblith et al. 2019, arXiv 1905.00414, Eq. 3). Neighbouring layers of a residual stream are alike, and one
-layer's best counterpart may be a neighbour's by a hair; that layers follow one another in both models settles it.
+Two layers are as far apart as their neurons are from the nearest ones of the other side: the cost of semi-relaxed
+transport without regularisation, in which every target neuron goes to the source neuron of least cost (Eq. 10 with the
+source's marginal free and eps towards 0). It needs no iteration, so every pair of layers can be asked, and some of the
+neurons and texts suffice. That layers follow one another in both models then settles what is nearly equal: neighbouring
+layers of a residual stream are alike.
 """
 
 from __future__ import annotations
@@ -14,30 +16,42 @@ from torch import Tensor
 
 from tmerge.transport.cost import standardise
 
-__all__ = ["cka", "gram", "in_order"]
+__all__ = ["in_order", "layer_features", "nearest_cost", "sampled"]
+
+# Texts and target neurons that a layer is known by.
+_ROWS = 512
+_NEURONS = 256
 
 
-def gram(features: Tensor) -> Tensor:
-    """The centred inner products of one layer's features, of norm one.
+def sampled(features: Tensor, *, neurons: int | None = None) -> Tensor:
+    """Standardised columns over evenly spaced rows.
 
     Args:
-        features: (T, n); T texts or tokens.
-
-    Returns:
-        (T, T) float32: X X^T of the standardised columns over its Frobenius norm, its diagonal left out, which holds
-        nothing of the likeness of two texts and most of the norm where n is large (the unbiased form of Song et al.
-        2012 leaves it out likewise). Zero where nothing varies.
+        features: (T, n).
+        neurons: Take evenly spaced columns, this many at most; all if None.
     """
-    columns = standardise(features)
-    products = columns @ columns.T
-    products.fill_diagonal_(0.0)
-    norm = torch.linalg.vector_norm(products)
-    return products / norm if norm > 0 else products
+    rows = features[:: -(-features.shape[0] // _ROWS)]
+    if neurons is not None:
+        rows = rows[:, :: -(-features.shape[1] // neurons)]
+    return standardise(rows)
 
 
-def cka(target: Tensor, source: Tensor) -> float:
-    """Similarity of two layers, at most 1, from their `gram` matrices over the same texts."""
-    return float((target * source).sum())
+def nearest_cost(target: Tensor, source: Tensor, *, signed: bool = False) -> float:
+    """Mean over the target's neurons of 1 - correlation with the source neuron that is most like it, in [0, 1].
+
+    Args:
+        target: (T, n) from `sampled`.
+        source: (T, n') likewise, over the same rows.
+        signed: Whether a neuron's negative is as like it as the neuron itself.
+    """
+    # A neuron without a likeness is at cost 1, as one that never varies is.
+    likeness = target.T @ source
+    return float(1.0 - (likeness.abs() if signed else likeness).amax(1).clamp_min(0.0).mean())
+
+
+def layer_features(features: Tensor) -> Tensor:
+    """What a target layer is known by."""
+    return sampled(features, neurons=_NEURONS)
 
 
 def in_order(similarity: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from tmerge.errors import TransportError
 from tmerge.transport.cost import standardise
 from tmerge.transport.heads import Heads, match_heads
 from tmerge.transport.matching import Correspondence, couple
-from tmerge.transport.order import cka, gram, in_order
+from tmerge.transport.order import in_order, layer_features, nearest_cost, sampled
 
 __all__ = ["STREAM_KEYS", "Side", "Structure", "pair_layers", "solve_structure"]
 
@@ -32,8 +32,6 @@ STREAM_KEYS = ("qkv.pre", "mlp.pre", "o.post", "down.post")
 """Features whose neurons are those of the residual stream: what is read from it and what is written to it."""
 _HEAD_KEYS = ("q.post", "k.post", "v.post", "o.pre")
 _MLP_KEYS = ("gate.post", "up.post", "down.pre")
-# Rows that a similarity of layers is taken over; more cost their square and say no more.
-_GRAM_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,7 @@ class Structure:
 
     Attributes:
         pairs: target layer -> source layer.
-        cost: Feature key -> (L, M) one minus the similarity of the layers that have it, `target_layers` by
-            `source_layers` of that key.
+        cost: Feature key -> (L, M) `nearest_cost` of the layers that have it.
         layers: Feature key -> (its target layers, its source layers).
         stream: The residual stream's correspondence, one for all layers.
         inner: (target layer, feature key) -> the correspondence with its pair's, of heads and MLP neurons.
@@ -119,18 +116,20 @@ def pair_layers(
     source: Side,
     keys: Sequence[str],
     *,
+    signed: bool = False,
     solved: Callable[[str, int, Tensor], None] | None = None,
 ) -> tuple[dict[int, int], dict[str, Tensor], dict[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """Which source layer each target layer is: the pairing in order of largest mean similarity over the features.
+    """Which source layer each target layer is: the pairing in order of least mean cost over the features.
 
     Args:
         target: The target.
         source: The source.
         keys: Feature keys to compare.
+        signed: As for `nearest_cost`.
         solved: Called with (key, target layer, its (M,) costs); may raise to stop.
 
     Returns:
-        target layer -> source layer; and by key the (L, M) costs 1 - CKA, and which layers its rows and columns are.
+        target layer -> source layer; and by key the (L, M) costs, and which layers their rows and columns are.
     """
     mine, theirs = sorted(target.keys), sorted(source.keys)
     total, seen = torch.zeros(len(mine), len(theirs)), torch.zeros(len(mine), len(theirs))
@@ -138,11 +137,13 @@ def pair_layers(
     for key in keys:
         rows = [layer for layer in mine if key in target.keys[layer]]
         columns = [layer for layer in theirs if key in source.keys[layer]]
-        others = [gram(_some(source.read(layer, key))) for layer in columns]
+        others = [sampled(source.read(layer, key)) for layer in columns]
         found = torch.zeros(len(rows), len(columns), dtype=torch.float64)
         for row, layer in enumerate(rows):
-            own = gram(_some(target.read(layer, key)))
-            found[row] = torch.tensor([1.0 - cka(own, other) for other in others], dtype=torch.float64)
+            own = layer_features(target.read(layer, key))
+            found[row] = torch.tensor(
+                [nearest_cost(own, other, signed=signed) for other in others], dtype=torch.float64
+            )
             if solved is not None:
                 solved(key, layer, found[row])
         cost[key], layers[key] = found, (tuple(rows), tuple(columns))
@@ -237,11 +238,6 @@ def _layer(
             units = solve(sum(rest, torch.zeros(1) if gate is None else gate) / len(neurons))
             found |= dict.fromkeys(neurons, units)
     return found
-
-
-def _some(features: Tensor) -> Tensor:
-    """Evenly spaced rows."""
-    return features[:: -(-features.shape[0] // _GRAM_ROWS)]
 
 
 def _correlation(target: Tensor, source: Tensor) -> Tensor:

@@ -1,0 +1,119 @@
+"""Carrying embeddings, head and norms: by Phi_out what is written to the stream, by Phi_in what reads it.
+
+That a whole task vector arrives exactly is in test_structured.py.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tests.pico import PICO_VOCAB, pico_model
+from tmerge.fusion import fuse
+from tmerge.fusion.stream import carry_stream
+from tmerge.models import EMBEDDING, HEAD, describe
+
+
+def _maps(n, m, seed=0):
+    """Any Phi_out (n, m) and Phi_in (m, n)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, m, generator=generator), torch.rand(m, n, generator=generator)
+
+
+def _fine_tuned(model, seed=1):
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return other
+
+
+def _carried(family, source_family=None, *, vocabulary=PICO_VOCAB, **options):
+    base = pico_model(source_family or family, layers=3, seed=3, **options)
+    source, target = _fine_tuned(base), pico_model(family)
+    maps = _maps(64, base.config.hidden_size)
+    found = carry_stream(describe(target), describe(source), describe(base), {0: 0, 1: 2}, maps, vocabulary)
+    return target, source, base, maps, {(item.layer, item.projection): item for item in found}
+
+
+def test_each_is_carried_by_the_side_that_meets_the_stream():
+    target, source, base, (out_map, in_map), found = _carried("gpt_neox", hidden_size=80)
+    wanted = {}
+    for layer, other in ((0, 0), (1, 2)):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            new, old = (getattr(model.gpt_neox.layers[other], name) for model in (source, base))
+            wanted[layer, f"norm:{name}"] = (
+                out_map @ (new.weight - old.weight)[:, None],
+                out_map @ (new.bias - old.bias),
+            )
+    new, old = source.gpt_neox.final_layer_norm, base.gpt_neox.final_layer_norm
+    wanted[2, "norm:gpt_neox/final_layer_norm"] = (
+        out_map @ (new.weight - old.weight)[:, None],
+        out_map @ (new.bias - old.bias),
+    )
+    embeddings = source.get_input_embeddings().weight - base.get_input_embeddings().weight
+    heads = source.get_output_embeddings().weight - base.get_output_embeddings().weight
+    wanted[2, EMBEDDING], wanted[2, HEAD] = (embeddings @ out_map.T, None), (heads @ in_map, None)
+    assert found.keys() == wanted.keys()
+    for place, (weight, bias) in wanted.items():
+        item = found[place]
+        assert item.is_difference and item.neurons.tolist() == list(range(len(item.weight)))
+        torch.testing.assert_close(item.weight, weight.detach(), rtol=1e-5, atol=1e-5)
+        if bias is None:
+            assert item.bias is None
+        else:
+            torch.testing.assert_close(item.bias, bias.detach(), rtol=1e-5, atol=1e-5)
+    # And it is of the shape that the target takes.
+    before = target.get_input_embeddings().weight.detach().clone()
+    fuse(describe(target).views, list(found.values()), 0.5)
+    change = target.get_input_embeddings().weight - before
+    torch.testing.assert_close(change, 0.5 * found[2, EMBEDDING].weight, rtol=0, atol=1e-5)
+
+
+def test_alpha_of_the_stream_is_one_of_its_own():
+    target, _, _, _, found = _carried("llama")
+    before = {name: values.clone() for name, values in target.state_dict().items()}
+    fuse(describe(target).views, list(found.values()), {"q": 1.0, "stream": 0.0})
+    assert all(values.equal(before[name]) for name, values in target.state_dict().items())
+    fuse(describe(target).views, list(found.values()), {"stream": 1.0})
+    changed = {name for name, values in target.state_dict().items() if not values.equal(before[name])}
+    assert changed == {name for name in before if "norm" in name or "embed" in name or "lm_head" in name}
+
+
+@pytest.mark.parametrize("vocabulary", [0, 100, PICO_VOCAB])
+def test_tokens_that_are_not_shared_stay(vocabulary):
+    target, _, _, _, found = _carried("llama", vocabulary=vocabulary)
+    names = {name for _, name in found}
+    assert ({EMBEDDING, HEAD} <= names) == (vocabulary > 0)
+    before = target.get_input_embeddings().weight.detach().clone()
+    fuse(describe(target).views, list(found.values()), 1.0)
+    changed = (target.get_input_embeddings().weight != before).any(1)
+    assert changed[:vocabulary].all() and not changed[vocabulary:].any()
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "left"),
+    [
+        # A head of its own has no counterpart where the source's is its embedding.
+        ("llama", "llama-tied", {HEAD}),
+        ("llama-tied", "llama", set()),
+        # Norms meet by their names in the block, and these two have them in other places.
+        ("olmo2", "llama", {"norm:post_feedforward_layernorm"}),
+    ],
+)
+def test_what_the_source_lacks_stays(target, source, left):
+    model, _, _, _, found = _carried(target, source)
+    names = {name for layer in describe(model).stream for name in layer}
+    assert {name for _, name in found} == names - left
+
+
+def test_nothing_learned_is_nothing_carried():
+    base = pico_model("gpt2", layers=3, seed=3)
+    found = carry_stream(
+        describe(pico_model("gpt2")), describe(base), describe(base), {0: 0, 1: 1}, _maps(64, 64), PICO_VOCAB
+    )
+    assert len(found) == 6
+    assert not any(item.weight.any() or (item.bias is not None and item.bias.any()) for item in found)
