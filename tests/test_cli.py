@@ -75,6 +75,22 @@ def test_check_and_dry_run_write_nothing(run, pair, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_check_asks_whether_the_neurons_correspond(run, pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("--dataset", "samples:english", "--set", "calibration.texts=90", "--relatedness")
+    found = {}
+    for name in ("source", "target"):
+        code, printed, progress = run("check", "--target", pair / "target", "--source", pair / name, *words, "--json")
+        assert code == 0 and "[transport] relatedness" in progress
+        found[name] = json.loads(printed)["relatedness"]
+    # With itself every neuron is found twice; gpt_neox with random weights of its own has none of them.
+    assert found["target"]["value"] == 1.0 and found["source"]["value"] < 0.4
+    assert all(item["permuted"] < 0.2 for item in found.values())
+    code, printed, _ = run("check", "--target", pair / "target", "--source", pair / "source", *words)
+    assert code == 0 and "share no correspondence" in printed and f"{found['source']['value']:.2f}" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
 def _truncated(folder):
     save_pico("llama", folder)
     path = folder / "model.safetensors"

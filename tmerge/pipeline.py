@@ -41,7 +41,7 @@ from tmerge.fusion import (
 from tmerge.hub import write_card
 from tmerge.models import STREAM, group_of, head_facts
 from tmerge.recipe import Recipe
-from tmerge.report import build_report, library_versions
+from tmerge.report import build_report, library_versions, relatedness_words
 from tmerge.run import Run, write_json, write_text
 from tmerge.session import NOTE, STAGES, Listener, Session, Step
 from tmerge.solving import fusion_inputs, measure_relatedness, solve_apart, solve_shared
@@ -230,7 +230,9 @@ class _Merge(Session):
             self.notes["transport"] = solve_shared(self)
         else:
             self.notes["transport"] = solve_apart(self)
-        self.notes["transport"]["relatedness"] = measure_relatedness(self)
+        found = self.notes["transport"]["relatedness"] = measure_relatedness(self)
+        # Said before anything is fused.
+        self.step(NOTE, relatedness_words(found), 1, 1, "notes")
 
     def _fuse(self) -> None:
         """Transport the selected neurons, and keep the run's record of its plans."""

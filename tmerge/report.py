@@ -149,7 +149,7 @@ def build_report(
 
 def relatedness_words(found: Mapping[str, Any]) -> str:
     """Whether the two models' neurons correspond, in a sentence (`tmerge.transport.relatedness`)."""
-    numbers = f"relatedness {found['value']:.2f} (by chance {found['permuted']:.2f})"
+    numbers = f"Relatedness {found['value']:.2f} (by chance {found['permuted']:.2f})"
     if found["value"] >= RELATED:
         return f"{numbers}: these models' neurons correspond, as those of models with a common ancestor do"
     return (
@@ -161,7 +161,7 @@ def relatedness_words(found: Mapping[str, Any]) -> str:
 def solved_words(solved: Mapping[str, Any]) -> str:
     """How many problems the transport solved, and how well."""
     if solved.get("structure") == "shared" and solved["matching"] == "one-to-one":
-        return f"{solved['problems']} matchings, one to one: of the residual stream, and of each layer's heads and MLP"
+        return f"{solved['problems']} correspondences, matched one to one: the residual stream's, each layer's own"
     steps = solved["iterations"]
     return (
         f"{solved['problems']} feature plans, {solved['converged']} converged, {steps['median']} iterations in the "

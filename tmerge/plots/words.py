@@ -133,6 +133,8 @@ def facts(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
         "fusion",
         f"alpha {alpha_words(fusion)}, {fusion['scale']} scale, units {fusion['units']}, top_k {fusion['top_k']}",
     )
+    if fusion.get("stream"):
+        yield "on the residual stream", ", ".join(fusion["stream"])
     yield "run on", f"{report['device']}, {report['dtype']}, seed {report['seed']}"
 
 
