@@ -95,7 +95,7 @@ def test_unknown_preset_names_the_nearest():
 @pytest.mark.parametrize("word", ["alpha", "=1", "fusion.alpha.x=1"])
 def test_bad_settings(word):
     with pytest.raises(RecipeError):
-        load_recipe("demo", {}, [word, "fusion.alpha=0.1"])
+        load_recipe("demo", {}, ["fusion.alpha=0.1", word])
 
 
 def test_recipe_is_frozen():

@@ -193,7 +193,7 @@ class _Comparison:
     def _direction(self, name: str) -> list[TransportedNeurons]:
         layers = self.session.layout("target").views
         if name == "shrink":
-            return shrink(self.transported)
+            return shrink(layers, self.transported)
         if name == "noise":
             return noise(layers, self.transported, self.recipe.seed)
         if name == "permuted":

@@ -123,7 +123,7 @@ class _Merge(Session):
             commits = {role: self.commit(role) for role in ("target", "source")}
             self.plan.refuse_other_recipe(self.recipe, commits, self.check.projections)
         calibration = self.recipe.digest("calibration", "seed")
-        if self.recipe.calibration.rows == "tokens":
+        if self.recipe.calibration.rows != "texts":
             # Where both tokenizers agree depends on both.
             calibration += self.commit("source")
         apart = auto or (self.plan is not None and self.plan.recipe.fusion.alpha == "auto")
@@ -177,7 +177,7 @@ class _Merge(Session):
         calibration = self.recipe.calibration
         choosing = calibration.choosing if apart else 0.0
         self.texts = read_texts(calibration, seed=self.recipe.seed, choosing=choosing, chat_tokenizer=tokenizer)
-        if calibration.rows == "tokens" and self.plan is None:
+        if calibration.rows != "texts" and self.plan is None:
             self.texts = replace(self.texts, ends=self.common_ends())
         self.texts.save(path)
         self.notes["texts"] = {"texts": self.texts.to_dict()}
@@ -303,7 +303,7 @@ class _Merge(Session):
         layers, alpha = self.layout("target").views, self._alpha()
         fused = self._transported()
         candidates: dict[str, Callable[[], list[TransportedNeurons]]] = {
-            "shrink": lambda: shrink(fused),
+            "shrink": lambda: shrink(layers, fused),
             "noise": lambda: noise(layers, fused, self.recipe.seed),
             "permuted": self._permuted,
         }

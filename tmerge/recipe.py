@@ -105,6 +105,8 @@ class Recipe(Section):
             raise ValueError("fusion.stream needs fusion.what: task-vector and transport.structure: shared")
         if self.transport.map != "plan" and self.plan is not None:
             raise ValueError(f"transport.map is {self.transport.map}, which a recorded plan does not hold; drop plan")
+        if self.fusion.stream and self.transport.map != "plan":
+            raise ValueError(f"fusion.stream needs transport.map: plan, not {self.transport.map}; set it to false")
         return self
 
     @classmethod

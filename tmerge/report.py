@@ -299,7 +299,7 @@ def peak_memory() -> int:
 
 def library_versions() -> dict[str, str]:
     """Of Python and the libraries that decide the numbers."""
-    names = ("tmerge", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+    names = ("tmerge", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "scipy")
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in names:
         try:

@@ -51,7 +51,9 @@ def section_defaults(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}
     defaults = {name: dict(values) for name, values in TASK_VECTOR_DEFAULTS.items()}
     structure = transport.get("structure", "shared") if isinstance(transport, Mapping) else "shared"
-    defaults["fusion"]["stream"] = structure == "shared"
+    fitted = isinstance(transport, Mapping) and transport.get("map", "plan") != "plan"
+    # A fitted map is another one for every layer, and the stream has none of its own.
+    defaults["fusion"]["stream"] = structure == "shared" and not fitted
     return defaults
 
 
@@ -77,9 +79,10 @@ class CalibrationSettings(Section):
     held_out: Annotated[float, Field(gt=0, lt=0.9)] = Field(
         0.2, description="share of the texts kept away from calibration, chosen by hash, for the verdict"
     )
-    rows: Literal["texts", "tokens"] = Field(
+    rows: Literal["texts", "tokens", "last"] = Field(
         "texts",
-        description="features are means over whole texts (the paper's), or single tokens where both tokenizers agree",
+        description="features are means over whole texts (the paper's), single tokens where both tokenizers agree, or "
+        "the last of these in each text",
     )
     token_rows: Annotated[int, Field(ge=64)] = Field(
         2000, description="with rows: tokens, how many in all, spread evenly over the texts"

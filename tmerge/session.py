@@ -179,7 +179,7 @@ class Session:
         )
 
     def common_ends(self) -> tuple[tuple[int, ...], ...]:
-        """Where in each calibration text both models are read, for ``calibration.rows: tokens``."""
+        """Where in each calibration text both models are read, where features are of single tokens."""
         calibration = self.recipe.calibration
         return common_ends(
             self.tokenizer("target"),
@@ -189,7 +189,7 @@ class Session:
                 token_limit(self.check.target.config.get_text_config(), calibration.max_tokens),
                 token_limit(self.check.source.config.get_text_config(), calibration.max_tokens),
             ),
-            wanted=calibration.token_rows,
+            wanted=calibration.token_rows if calibration.rows == "tokens" else None,
             seed=self.recipe.seed,
         )
 

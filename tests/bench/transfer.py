@@ -92,7 +92,7 @@ class Pair:
     @cache
     def structure(self, kind: str, epsilon: float | None, signed: bool) -> Structure:
         target, source = self.sides(kind)
-        pairs, cost, layers = pair_layers(target, source, keys_of(list(ALL)))
+        pairs, cost, layers = pair_layers(target, source, keys_of(list(ALL)), signed=signed)
         return Structure(pairs, cost, layers, *solve_structure(target, source, pairs, epsilon=epsilon, signed=signed))
 
     @cache
@@ -195,7 +195,7 @@ def rows_of(pair: Pair) -> Iterator[tuple[str, Callable[[], Any]]]:
             if control == "noise":
                 items = noise(pair.layouts["target"].views, items, 0)
             if control == "shrink":
-                items = shrink(items)
+                items = shrink(pair.layouts["target"].views, items)
             return items, alpha
 
         return build
@@ -221,12 +221,12 @@ def rows_of(pair: Pair) -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"oracle/all+stream/alpha-{alpha:g}", true(alpha, stream=True)
             yield f"oracle/all/alpha-{alpha:g}", true(alpha)
     for control in ("permuted", "noise", "shrink"):
-        strength = 0.1 if control == "shrink" else 1.0
-        yield f"control/{control}", merge("tokens", shared(), control, strength, stream=True)
+        yield f"control/{control}", merge("tokens", shared(), control, stream=True)
     for alpha in (1.0, 1.5):
         yield f"attention/alpha-{alpha:g}", merge("tokens", shared(), alpha=alpha, projections=ATTENTION)
         if pair.truth is not None:
             yield f"oracle/attention/alpha-{alpha:g}", true(alpha, ATTENTION)
+    yield "mlp/alpha-1", merge("tokens", shared(), projections=ALL[4:])
     yield "texts", merge("texts", shared(), stream=True)
     yield "signed", merge("tokens", shared(signed=True), stream=True)
     for epsilon in (0.1, 0.03, 0.01, 0.005):

@@ -104,7 +104,7 @@ def test_the_choice_is_the_seeds_and_is_spread_over_the_texts() -> None:
 
 
 def test_limits_are_each_models_own() -> None:
-    texts = [TEXTS[0] * 4]
+    texts = [TEXTS[0] * 4] * 4  # enough places in all
     for limits in ((12, 200), (200, 12)):
         chosen = common_ends(pico_tokenizer(), word_tokenizer(), texts, limits=limits, wanted=1000, seed=0)
         short, limit = ((pico_tokenizer(), 12), (word_tokenizer(), 12))[limits[0] > limits[1]]
@@ -222,3 +222,15 @@ def test_a_token_that_is_not_finite_names_its_text(tmp_path: Path) -> None:
     # A text that is read at that token or, in later layers, behind it.
     (places,) = token_places(loaded.tokenizer, TEXTS[named : named + 1], chosen[named : named + 1], LIMITS[0])
     assert token in loaded.tokenizer(TEXTS[named])["input_ids"][: places[-1] + 1]
+
+
+def test_tokenizers_that_hardly_agree_are_refused() -> None:
+    with pytest.raises(TokenizerError, match="at one place only 0 times in 3 texts, where 16 are needed"):
+        common_ends(pico_tokenizer(), word_tokenizer(), ["a", "b", ""], limits=LIMITS, wanted=80, seed=0)
+
+
+def test_the_last_common_end_of_every_text():
+    tokenizers = pico_tokenizer(), word_tokenizer()
+    last = common_ends(*tokenizers, TEXTS, limits=LIMITS, wanted=None, seed=0)
+    every = common_ends(*tokenizers, TEXTS, limits=LIMITS, wanted=100_000, seed=0)
+    assert last == tuple(found[-1:] for found in every) and any(last)

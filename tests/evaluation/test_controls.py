@@ -29,7 +29,7 @@ def test_shrink_scales_the_neurons_by_one_minus_alpha():
     items = some(layers)
     before = [read_neurons(layers[1][item.projection], item.neurons).clone() for item in items]
     bias = layers[1]["q"].bias().clone()
-    with applied(layers, shrink(items), 0.25):
+    with applied(layers, shrink(layers, items), 0.25):
         for item, own in zip(items, before, strict=True):
             torch.testing.assert_close(read_neurons(layers[1][item.projection], item.neurons), 0.75 * own)
         torch.testing.assert_close(layers[1]["q"].bias()[items[0].neurons], 0.75 * bias[items[0].neurons])

@@ -68,7 +68,7 @@ def _carry(target, source, structure, features, fusion, *, source_base=None, **o
     carried = carry(
         mine,
         describe(source),
-        StructuredPairs(structure, paired),
+        StructuredPairs(structure, paired, 128),
         coupled,
         statistics,
         FusionSettings(top_k=1.0, projections=tuple(mine.names), **fusion),

@@ -56,7 +56,7 @@ def refuse_token_rows(recipe: Recipe) -> None:
     Raises:
         AdaptationError: The run's features are of single tokens.
     """
-    if recipe.calibration.rows == "tokens":
+    if recipe.calibration.rows != "texts":
         raise AdaptationError(
             "adaptation.transport_weight draws means over texts, and this run read single tokens; merge with "
             "calibration.rows: texts, or set transport_weight to 0"
@@ -84,7 +84,7 @@ def feature_goals(record: TransportRecord, target: FeatureStore, source: Feature
             carried = torch.zeros_like(own)
             for column, weight in zip(kept[row], (weights[row] / weights[row].sum()).tolist(), strict=True):
                 plan = plans.dense(pairs.index((row, column)))
-                out_map = plan / plan.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+                out_map = plan / plan.abs().sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
                 carried += weight * _standard(source.get(theirs[column], key))[0] @ out_map.T
             deviation = _standard(own)[1]
             goals[layer, key] = own.mean(0) + deviation * _standard(carried)[0]

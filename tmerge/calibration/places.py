@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from tmerge.errors import TokenizerError
 
-__all__ = ["common_ends", "token_places"]
+__all__ = ["MINIMUM_ROWS", "common_ends", "token_places"]
 
 _TEXTS_AT_ONCE = 512
+MINIMUM_ROWS = 16
+"""Fewest rows: a correlation over less says nothing."""
 
 
 def common_ends(
@@ -25,7 +27,7 @@ def common_ends(
     texts: Sequence[str],
     *,
     limits: tuple[int, int],
-    wanted: int,
+    wanted: int | None,
     seed: int,
 ) -> tuple[tuple[int, ...], ...]:
     """Where in each text to read both models.
@@ -35,16 +37,18 @@ def common_ends(
         source: The source's.
         texts: T texts.
         limits: Most tokens of a text, for each of the two.
-        wanted: Places in all, at most.
+        wanted: Places in all, at most; None for the last of each text.
         seed: Of the choice.
 
     Returns:
         Per text, characters after which a token of both ends, ascending; about as many of each text, or all it has.
 
     Raises:
-        TokenizerError: A tokenizer does not know where its tokens lie in the text.
+        TokenizerError: A tokenizer does not know where its tokens lie in the text, or they hardly ever agree.
     """
     mine, theirs = _ends(target, texts, limits[0]), _ends(source, texts, limits[1])
+    if wanted is None:
+        return tuple(tuple(sorted(set(ours) & set(other))[-1:]) for ours, other in zip(mine, theirs, strict=True))
     each = -(-wanted // max(1, len(texts)))
     draw = random.Random(seed)
     chosen = []
@@ -52,6 +56,11 @@ def common_ends(
         common = sorted(set(ours) & set(other))
         chosen.append(draw.sample(common, min(each, len(common))))
     places = [(row, end) for row, of_text in enumerate(chosen) for end in of_text]
+    if len(places) < MINIMUM_ROWS:
+        raise TokenizerError(
+            f"the two tokenizers end a token at one place only {len(places)} times in {len(texts)} texts, where "
+            f"{MINIMUM_ROWS} are needed; give more or longer texts, or set calibration.rows: texts"
+        )
     kept = draw.sample(places, min(wanted, len(places)))
     return tuple(tuple(sorted(end for _, end in group)) for group in _by_row(kept, len(texts)))
 

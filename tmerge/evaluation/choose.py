@@ -1,10 +1,11 @@
 """``fusion.alpha: auto``: how strongly each group of projections is fused, chosen on texts that serve nothing else.
 
 The groups are taken in turn, from all zero. A group gets the alpha with the fewest bits per byte on the choosing
-texts, the groups before it fused as chosen; but only if the paired 95 % interval of what it gains lies below zero. At
-last all groups are fused alike, since what fine-tuning changed in one projection counts on what it changed in the
-others, and that is taken if it clearly gains on what the groups found for themselves.
-So the result is never worse than the base on the choosing texts, and luck among few texts is not taken for gain.
+texts, the groups before it fused as chosen; but only if what it gains is clear of zero, by an interval that allows for
+how many are tried. At last all groups are fused alike, since what fine-tuning changed in one projection counts on what
+it changed in the others, and that is taken if it clearly gains on what the groups found for themselves.
+So the result is better than the base on the choosing texts or is the base, and luck among few texts is hardly taken
+for gain.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from tmerge.evaluation.controls import applied
-from tmerge.evaluation.intervals import Interval, difference
+from tmerge.evaluation.intervals import Interval, clearly_gains, difference
 from tmerge.evaluation.likelihood import Scores
 from tmerge.fusion import TransportedNeurons
 from tmerge.models import STREAM, Projection, group_of
@@ -94,7 +95,9 @@ def choose_alpha(
     trials = []
     groups = [tuple(name for name in group if name in chosen) for group in PROJECTION_GROUPS]
     groups = [group for group in groups if group]
-    for members in [*groups, tuple(names)] if len(groups) > 1 else groups:
+    asked = [*groups, tuple(names)] if len(groups) > 1 else groups
+    chances = len(asked) * len(alphas)
+    for members in asked:
         found: tuple[float, Scores] | None = None
         for alpha in sorted(alphas):
             with applied(layers, transported, {**chosen, **dict.fromkeys(members, alpha)}):
@@ -102,7 +105,8 @@ def choose_alpha(
             seconds += scores.seconds
             gain = difference(scores, best, counts)
             trials.append(Trial(members, alpha, gain))
-            if gain.high < 0 and (found is None or scores.bits_per_byte < found[1].bits_per_byte):
+            clear = clearly_gains(scores, best, counts, chances=chances)
+            if clear and (found is None or scores.bits_per_byte < found[1].bits_per_byte):
                 found = alpha, scores
         if found is not None:
             chosen.update(dict.fromkeys(members, found[0]))

@@ -2,7 +2,8 @@
 
 Each takes the same selected neurons as the merge, and asks one question of its result.
 
-* ``shrink``: the neurons scaled by 1 - alpha. Is it only that they became smaller?
+* ``shrink``: the neurons scaled by 1 - alpha, or, for a task vector, made smaller by as much as it changes them. Is it
+  only that they became smaller?
 * ``noise``: a random direction of the same norm as the merge's change. Would any change do?
 * ``permuted``: transported through plans whose target neurons are shuffled: the same entries, the same layers, the
   wrong correspondence. Does the *correspondence* carry anything?
@@ -33,10 +34,21 @@ def control_generator(seed: int, *place: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def shrink(transported: Sequence[TransportedNeurons]) -> list[TransportedNeurons]:
-    """Targets of zero: fusing with alpha then scales the selected neurons by 1 - alpha."""
+def shrink(
+    layers: Sequence[dict[str, Projection]], transported: Sequence[TransportedNeurons]
+) -> list[TransportedNeurons]:
+    """Targets of zero: fusing with alpha then scales the selected neurons by 1 - alpha.
+
+    A task vector is added and takes nothing away; its control goes as far towards zero as the task vector goes.
+
+    Args:
+        layers: The *unfused* target's projections, `Architecture.views`.
+        transported: What the merge would fuse.
+    """
     return [
-        replace(
+        _towards_zero(layers[item.layer][item.projection], item)
+        if item.is_difference
+        else replace(
             item,
             weight=torch.zeros_like(item.weight),
             bias=None if item.bias is None else torch.zeros_like(item.bias),
@@ -44,6 +56,13 @@ def shrink(transported: Sequence[TransportedNeurons]) -> list[TransportedNeurons
         )
         for item in transported
     ]
+
+
+def _towards_zero(view: Projection, item: TransportedNeurons) -> TransportedNeurons:
+    own = read_neurons(view, item.neurons).cpu()
+    size = torch.linalg.vector_norm(own)
+    share = torch.linalg.vector_norm(item.weight) / size if size > 0 else torch.zeros(())
+    return replace(item, weight=-share * own, bias=None)
 
 
 def noise(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tmerge.evaluation.likelihood import Scores
 
-__all__ = ["Interval", "Verdict", "difference", "resamples", "score", "verdict"]
+__all__ = ["Interval", "Verdict", "clearly_gains", "difference", "resamples", "score", "verdict"]
 
 Verdict = Literal["helps", "hurts", "no difference"]
 
@@ -65,6 +65,22 @@ def difference(scores: Scores, base: Scores, counts: Tensor) -> Interval:
         raise ValueError("paired scores need the same texts on both sides")
     value = float((scores.bits - base.bits).sum() / base.bytes.sum())
     return _interval(value, counts @ (scores.bits - base.bits) / (counts @ base.bytes))
+
+
+def clearly_gains(scores: Scores, base: Scores, counts: Tensor, *, chances: int) -> bool:
+    """Whether a model is better than the base beyond luck, among so many that are asked the same.
+
+    The interval is as much wider as it takes for one of `chances` intervals to lie below zero by luck once in forty
+    times, all together (Bonferroni).
+
+    Args:
+        scores: Of the model.
+        base: Of the base, on the same texts.
+        counts: (B, N) from `resamples`.
+        chances: How many models are compared.
+    """
+    samples = counts @ (scores.bits - base.bits) / (counts @ base.bytes)
+    return float(torch.quantile(samples, 1 - 0.025 / chances)) < 0
 
 
 def verdict(interval: Interval) -> Verdict:

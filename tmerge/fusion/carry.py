@@ -20,7 +20,7 @@ from tmerge.fusion.merge import TransportedNeurons, layer_weights, read_neurons,
 from tmerge.fusion.pairs import Pairs, PlanPair, Statistics
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_side, select_neurons
 from tmerge.fusion.stream import carry_stream
-from tmerge.models import STREAM, Architecture, feature_key
+from tmerge.models import STREAM, Architecture, Projection, feature_key
 from tmerge.recipe import FusionSettings, TransportSettings
 from tmerge.transport import one_thread_each
 
@@ -118,6 +118,8 @@ class _Carrier:
             if carried_bias is not None:
                 bias = share * carried_bias if bias is None else bias + share * carried_bias
         assert weight is not None  # a target layer in a coupling has at least one source layer
+        if self.source_base is None and read[post, other].partial and read[post, other].maps is None:
+            weight = self._keep_unmatched(view, projection, neurons, weight, out_map, in_map)
         if self.bias_fate(projection, neurons.shape[0] == score.shape[0]) != "fused":
             bias = None
         if self.fusion.scale == "row-norm":
@@ -146,6 +148,16 @@ class _Carrier:
             order = self.shuffle(layer, key, read.plan.shape[0])
             return built[order] if outwards else built[:, order]
         return built
+
+    def _keep_unmatched(
+        self, view: Projection, projection: str, neurons: Tensor, weight: Tensor, out_map: Tensor, in_map: Tensor
+    ) -> Tensor:
+        """A neuron without a counterpart keeps its weight: nothing is said of it, which is not the same as zero."""
+        if projection in COLUMN_PROJECTIONS:
+            alone = (in_map == 0).all(0)[neurons]
+            return torch.where(alone, read_neurons(view, neurons).cpu(), weight)
+        alone = (out_map == 0).all(1)[neurons]
+        return torch.where(alone.unsqueeze(1), read_neurons(view, neurons).cpu(), weight)
 
     def plain_map(self, read: PlanPair, *, outwards: bool) -> Tensor:
         """Phi_out or Phi_in of a pair, in the features' own units."""

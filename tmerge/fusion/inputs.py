@@ -78,7 +78,7 @@ def structured_inputs(
     coupled = paired_couplings(projections, paired)
     statistics = {"target": _statistics(target, paired), "source": _statistics(source, paired)}
     return FusionInputs(
-        _mapped(StructuredPairs(structure, paired), target, source, settings),
+        _mapped(StructuredPairs(structure, paired, settings.entries_kept), target, source, settings),
         coupled,
         (statistics["target"], statistics["source"]),
         list(paired),

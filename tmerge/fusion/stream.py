@@ -2,8 +2,9 @@
 
 They meet the stream's correspondence on one side only. A norm's weights and an embedding's columns are outputs to the
 stream, so Phi_out carries them; a head's columns read it, so Phi_in does. An embedding's rows are tokens, and stay what
-they are where both models have one vocabulary. Between projections this carries most of what fine-tuning in another
-language changed (docs/experiments.md).
+they are where both models have one vocabulary; where the target's head is tied to its embedding, that one carries the
+source's embedding, and what a head of the source's own learned stays behind. Beside the projections this carries
+much of what fine-tuning in another language changed (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def carry_stream(
             theirs, base = source.stream[other].get(name), source_base.stream[other].get(name)
             if theirs is None or base is None or (name in (EMBEDDING, HEAD) and not vocabulary):
                 continue
-            rows = vocabulary if name in (EMBEDDING, HEAD) else theirs.out_features
+            rows = theirs.out_features
+            if name in (EMBEDDING, HEAD):
+                rows = min(vocabulary, view.out_features, rows, base.out_features)
             learned = theirs.weight()[:rows].float().cpu() - base.weight()[:rows].float().cpu()
             if name == EMBEDDING:
                 learned *= source.embedding_scale / target.embedding_scale
@@ -54,7 +57,8 @@ def carry_stream(
             elif name == EMBEDDING:
                 weight = learned @ out_map.T
             else:
-                weight = out_map @ learned
+                # A gain: of a neuron that is matched with its negative, the gain is the same.
+                weight = out_map.abs() @ learned
             bias = None
             own, own_bias, old = view.bias(), theirs.bias(), base.bias()
             if name not in (EMBEDDING, HEAD) and own is not None and own_bias is not None and old is not None:

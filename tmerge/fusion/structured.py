@@ -17,7 +17,7 @@ from tmerge.fusion.coupling import Coupling
 from tmerge.fusion.pairs import PlanPair, PlanParts
 from tmerge.fusion.record import mass_of_top
 from tmerge.models import feature_key
-from tmerge.transport import Structure
+from tmerge.transport import Structure, mutual_top
 
 __all__ = ["PairedLayers", "StructuredPairs", "paired_couplings", "paired_layers"]
 
@@ -73,10 +73,16 @@ def paired_couplings(projections: Sequence[str], paired: Mapping[str, PairedLaye
 
 
 class StructuredPairs:
-    """A structure's correspondences as the plans of paired layers (`tmerge.fusion.pairs.Pairs`)."""
+    """A structure's correspondences as the plans of paired layers (`tmerge.fusion.pairs.Pairs`).
 
-    def __init__(self, structure: Structure, paired: Mapping[str, PairedLayers]) -> None:
-        self._structure, self._paired = structure, paired
+    Args:
+        structure: What was solved.
+        paired: Of `paired_layers`.
+        kept: Entries that survive per row and per column.
+    """
+
+    def __init__(self, structure: Structure, paired: Mapping[str, PairedLayers], kept: int) -> None:
+        self._structure, self._paired, self._kept = structure, paired, kept
         self._parts = PlanParts()
 
     def of_layer(self, layer: int, wanted: Sequence[tuple[str, int]]) -> dict[tuple[str, int], PlanPair]:
@@ -87,7 +93,8 @@ class StructuredPairs:
             row, column = layers.target_layers.index(layer), layers.source_layers.index(other)
             values = self._structure.of(layer, key).dense()
             plan = values / values.shape[0]
-            read[key, other] = PlanPair(key, row, column, plan, plan != 0, mass_of_top(plan), partial=True)
+            mask = (plan != 0) & mutual_top(plan.abs(), self._kept)
+            read[key, other] = PlanPair(key, row, column, plan, mask, mass_of_top(plan), partial=True)
         return read
 
     def keep(self, used: Sequence[PlanPair]) -> None:

@@ -74,26 +74,34 @@ def match_heads(
     """
     blocks = {key: _blocks(key, values, target, source) for key, values in correlations.items()}
     turned = _rotated(target, source)
-    heads = torch.zeros(target.heads, source.heads)
-    for key in ("q.post", "o.pre"):
-        if key in blocks:
-            heads = heads + _likeness(key, blocks[key], turned, target, source)
-    groups = torch.zeros(target.kv_heads, source.kv_heads)
-    for key in ("k.post", "v.post"):
-        if key in blocks:
-            groups = groups + _likeness(key, blocks[key], turned, target, source)
+    swept: list[Correspondence] = []
+
+    def solve(similarity: Tensor) -> Correspondence:
+        swept.append(couple(similarity))
+        return swept[-1]
+
+    alike = {key: _likeness(key, values, turned, target, source) for key, values in blocks.items()}
+    heads = _mean([alike[key] for key in ("q.post", "o.pre") if key in alike], target.heads, source.heads)
+    groups = _mean([alike[key] for key in ("k.post", "v.post") if key in alike], target.kv_heads, source.kv_heads)
     mine, theirs = target.heads // target.kv_heads, source.heads // source.kv_heads
     inner: dict[tuple[int, int], Correspondence] = {}
     for a in range(target.kv_heads):
         for b in range(source.kv_heads):
             block = heads[a * mine : (a + 1) * mine, b * theirs : (b + 1) * theirs]
-            inner[a, b] = couple(block)
-            groups[a, b] += (inner[a, b].dense() * block).sum() / mine
+            inner[a, b] = solve(block)
+            within = inner[a, b].dense()
+            groups[a, b] = (groups[a, b] + (within * block).sum() / within.sum()) / 2
     plans = {key: torch.zeros(values.shape) for key, values in correlations.items()}
-    found = couple(groups)
+    found = solve(groups)
     for a, b, share in zip(found.rows.tolist(), found.columns.tolist(), found.values.tolist(), strict=True):
-        _fill(plans, blocks, turned, (a, b, share), inner[a, b], target, source, couple, signed)
-    return {key: Correspondence.of(plan) for key, plan in plans.items()}
+        _fill(plans, blocks, turned, (a, b, share), inner[a, b], target, source, solve, signed)
+    sweeps, error = max(item.iterations for item in swept), max(item.marginal_error for item in swept)
+    return {key: Correspondence.of(plan, sweeps, error) for key, plan in plans.items()}
+
+
+def _mean(found: list[Tensor], rows: int, columns: int) -> Tensor:
+    """Of similarities of heads; nothing is alike where none was measured."""
+    return torch.stack(found).mean(0) if found else torch.zeros(rows, columns)
 
 
 def _blocks(key: str, values: Tensor, target: Heads, source: Heads) -> Tensor:

@@ -153,7 +153,11 @@ def pair_layers(
         )
         total[place] += 1.0 - found.float()
         seen[place] += 1.0
-    chosen = in_order(total / seen.clamp_min(1.0))
+    # A source layer that lacks a feature of the target's layer cannot feed it: it is taken only where none is left.
+    lacking = torch.tensor(
+        [[any(key in target.keys[a] and key not in source.keys[b] for key in keys) for b in theirs] for a in mine]
+    )
+    chosen = in_order(total / seen.clamp_min(1.0) - 2.0 * lacking)
     return {layer: theirs[column] for layer, column in zip(mine, chosen.tolist(), strict=True)}, cost, layers
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from tmerge.errors import RecipeError, TmergeError
 from tmerge.recipe import Recipe, load_recipe, preset_names
-from tmerge.sections import section_defaults
+from tmerge.sections import TASK_VECTOR_DEFAULTS, section_defaults
 
 __all__ = [
     "GROUPS",
@@ -96,7 +96,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("calibration.max_tokens", "Longest text, tokens", "whole"),
         Setting("calibration.batch_tokens", "Tokens of a batch", "whole"),
         Setting("calibration.held_out", "Share held out", "number"),
-        Setting("calibration.rows", "Features are of", "choice", ("texts", "tokens")),
+        Setting("calibration.rows", "Features are of", "choice", ("texts", "tokens", "last")),
         Setting("calibration.token_rows", "Single tokens", "whole"),
         Setting("calibration.choosing", "Share to choose alpha on", "number"),
     ),
@@ -203,6 +203,19 @@ def with_value(data: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
         place.pop(name, None)
     else:
         place[name] = value
+    return _follow(data, changed) if key == "fusion.what" else changed
+
+
+def _follow(before: Mapping[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings that said what was the default before: they follow to what is the default now."""
+    for section in TASK_VECTOR_DEFAULTS:
+        inner = changed.get(section)
+        if isinstance(inner, dict):
+            changed[section] = {
+                name: value
+                for name, value in inner.items()
+                if name == "what" or not _is_default(f"{section}.{name}", value, before)
+            }
     return changed
 
 

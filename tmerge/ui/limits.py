@@ -45,6 +45,7 @@ _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,2})?")
 _MOST: tuple[tuple[str, Callable[[Recipe], float], float], ...] = (
     ("calibration.max_tokens", lambda recipe: recipe.calibration.max_tokens, 1024),
     ("calibration.batch_tokens", lambda recipe: recipe.calibration.batch_tokens, 16384),
+    ("calibration.token_rows", lambda recipe: recipe.calibration.token_rows, 8000),
     ("transport.max_iterations", lambda recipe: recipe.transport.max_iterations, 2000),
     ("transport.layer_max_iterations", lambda recipe: recipe.transport.layer_max_iterations, 20000),
     ("transport.entries_kept", lambda recipe: recipe.transport.entries_kept, 512),
