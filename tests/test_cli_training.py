@@ -13,7 +13,7 @@ TRAIN = ["--set", "adaptation.batch_size=2", "--set", "adaptation.max_tokens=32"
 
 def test_adapt_and_evaluate(run, pair, tmp_path):  # noqa: F811
     fused, out = tmp_path / "fused", tmp_path / "fused-adapted"
-    assert run("merge", *small(pair, fused))[0] == 0
+    assert run("merge", *small(pair, fused), "--set", "fusion.alpha=0.1")[0] == 0
     code, printed, progress = run("adapt", fused, "--steps", 3, "--lr", 1e-3, *TRAIN, "--json")
     assert code == 0, progress
     report = json.loads(printed)

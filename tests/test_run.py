@@ -20,7 +20,7 @@ def test_new_folder_then_taken_up_again(tmp_path):
 def test_another_recipe_is_refused_and_named(tmp_path):
     Run.open(tmp_path / "fused", RECIPE)
     other = Recipe.from_mapping({"target": "a", "source": "b", "fusion": {"alpha": 0.4}})
-    with pytest.raises(OutputExistsError, match=r"fusion\.alpha: 0\.1 there, 0\.4 here"):
+    with pytest.raises(OutputExistsError, match=r"fusion\.alpha: auto there, 0\.4 here"):
         Run.open(tmp_path / "fused", other)
 
 
