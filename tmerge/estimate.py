@@ -97,7 +97,7 @@ def estimate_run(
     target_layout, source_layout = layouts
     device = pick_device(recipe.device)
     dtype = {"float32": torch.float32, "float16": torch.float16}.get(recipe.dtype, torch.bfloat16)
-    if recipe.dtype == "auto" and not multiplies_fast(dtype, device):
+    if recipe.dtype == "auto" and (not multiplies_fast(dtype, device) or _itemsize(target, recipe, dtype) == 4):
         dtype = torch.float32  # as they are held here
     texts, dataset = recipe.calibration.texts, recipe.calibration.dataset
     if dataset.startswith(SAMPLES_PREFIX):
@@ -139,7 +139,7 @@ def estimate_run(
 
     # All are held at once while weights are transported.
     held = [facts for facts in models if facts is not None]
-    weights = sum(facts.parameters for facts in held) * torch.finfo(dtype).bits // 8
+    weights = sum(facts.parameters * _itemsize(facts, recipe, dtype) for facts in held)
     vocabulary = max(int(facts.config.get_text_config().vocab_size) for facts in (target, source))
     logits = min(1 << 26, recipe.calibration.batch_tokens * vocabulary) * (torch.finfo(dtype).bits // 8 + 1)
     sizes = [max(mine[key]) * max(theirs[key]) for key in mine if key in theirs]
@@ -158,8 +158,11 @@ def estimate_run(
     unpacked = max((4 * facts.parameters for facts in held if facts.reference.kind == "gguf"), default=0)
     # Reloading the checkpoint to compare it holds a second copy of the target, and the record exists twice while its
     # parts are joined.
-    carried = _carried_bytes(recipe, target, target_layout, projections)
-    needed = weights + checkpoint + logits + problem + unpacked + 2 * record + carried + min(feature_bytes, 1 << 30)
+    each = _carried_bytes(recipe, target, target_layout, projections)
+    carried = each * (2 if "permuted" in recipe.evaluation.controls else 1)
+    # While a control is scored there are also the control itself and the neurons that it took the place of.
+    needed = weights + checkpoint + logits + problem + unpacked + 2 * record + carried + 2 * each
+    needed += min(feature_bytes, 1 << 30)
     memory = psutil.Process().memory_info().rss + _ALLOCATOR_SLACK * needed
     disk = checkpoint + feature_bytes + record + carried
     return Estimate(
@@ -200,8 +203,15 @@ def _entries(recipe: Recipe) -> int:
     return 1 if matched else recipe.transport.entries_kept
 
 
+def _itemsize(facts: ModelFacts, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Bytes that a model's values are held in: with dtype auto those that they are stored in, if these are more."""
+    if recipe.dtype != "auto" or facts.reference.kind == "gguf":
+        return dtype.itemsize
+    return max(dtype.itemsize, 4 if facts.weight_bytes > 3 * facts.parameters else 2)
+
+
 def _carried_bytes(recipe: Recipe, target: ModelFacts, layout: Architecture, projections: list[str]) -> int:
-    """What is transported, in float32, with the permuted control's own."""
+    """What is transported, in float32."""
     values = 0
     for view in layout.projections(projections):
         by_columns = view.name in COLUMN_PROJECTIONS
@@ -209,4 +219,4 @@ def _carried_bytes(recipe: Recipe, target: ModelFacts, layout: Architecture, pro
         values += neuron_count(recipe.fusion.top_k, neurons) * across
     if recipe.fusion.stream:
         values += layout.hidden_size * int(target.config.get_text_config().vocab_size)
-    return 4 * values * (2 if "permuted" in recipe.evaluation.controls else 1)
+    return 4 * values
