@@ -137,7 +137,8 @@ def test_everything_is_fused_from_single_tokens(models, finished):
     stores = [FeatureStore(folder / "fused" / "tmerge" / "cache" / "features" / role) for role in ("target", "source")]
     texts = TextSet.load(folder / "fused" / "tmerge" / "cache" / "calibration.json")
     assert stores[0].texts == stores[1].texts == sum(map(len, texts.ends)) >= 200
-    assert report["calibration"]["texts"] == len(texts.texts) == len(texts.ends)
+    # The neurons were matched on English samples; what is counted as calibration are the dataset's own.
+    assert report["calibration"]["texts"] == len(texts.texts) and report["calibration"]["other"] == len(texts.ends)
 
 
 def test_the_report_says_whether_the_models_are_related(finished):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tmerge.calibration import TextSet, capture, read_texts
+from tmerge.calibration import TextSet, capture, other_texts, read_texts
 from tmerge.check import refuse_unfit
 from tmerge.evaluation import (
     Scores,
@@ -135,7 +135,8 @@ class _Merge(Session):
         for role in ("target", "source"):
             # Where in the texts the tokens are read, which both tokenizers decide.
             places = {"ends": self.texts.ends} if self.texts.ends else {}
-            with self.stage(role, texts=self.texts.sha256, **places, **self.model_facts(role)):
+            other = {"other": self.texts.other} if self.texts.other else {}
+            with self.stage(role, texts=self.texts.sha256, **places, **other, **self.model_facts(role)):
                 self._read_model(role)
             yield role
         solved = {"target": self.keys["target"], "source": self.keys["source"], "plan": self.plan_key}
@@ -177,6 +178,9 @@ class _Merge(Session):
         calibration = self.recipe.calibration
         choosing = calibration.choosing if apart else 0.0
         self.texts = read_texts(calibration, seed=self.recipe.seed, choosing=choosing, chat_tokenizer=tokenizer)
+        if calibration.match_on is not None and self.plan is None:
+            other = other_texts(calibration, seed=self.recipe.seed, chat_tokenizer=tokenizer)
+            self.texts = replace(self.texts, **other)
         if calibration.rows != "texts" and self.plan is None:
             self.texts = replace(self.texts, ends=self.common_ends())
         self.texts.save(path)
@@ -201,7 +205,7 @@ class _Merge(Session):
         captured = capture(
             model,
             self.layout(role),
-            self.texts.texts,
+            self.texts.matched_on,
             self.check.projections,
             self.feature_folder(role),
             max_tokens=calibration.max_tokens,

@@ -34,9 +34,10 @@ __all__ = [
 ]
 
 SCHEMA = 1
+_CLEAR = 0.9
 RELATED = 0.5
 """Relatedness from which a merge is worth trying: more than half of the neurons are found twice alike. Relatives that
-were measured lie above 0.9, strangers below 0.1 (docs/experiments.md), so that the exact place does not matter."""
+were measured lie at 0.98 and above on texts that both read, at 0.70 on others; strangers at 0.01 (docs/experiments.md)."""
 
 
 def build_report(
@@ -151,7 +152,13 @@ def relatedness_words(found: Mapping[str, Any]) -> str:
     """Whether the two models' neurons correspond, in a sentence (`tmerge.transport.relatedness`)."""
     numbers = f"Relatedness {found['value']:.2f} (by chance {found['permuted']:.2f})"
     if found["value"] >= RELATED:
-        return f"{numbers}: these models' neurons correspond, as those of models with a common ancestor do"
+        sentence = f"{numbers}: these models' neurons correspond, as those of models with a common ancestor do"
+        if found["value"] < _CLEAR:
+            sentence += (
+                "; not all were found: name texts that both models read well in calibration.match_on, such as "
+                "samples:english"
+            )
+        return sentence
     return (
         f"{numbers}: two halves of the calibration set do not agree on which neuron is which, so these models share "
         "no correspondence that weights could be carried by; train or distil instead (tmerge adapt)"

@@ -29,7 +29,7 @@ __all__ = [
 ProjectionName = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 TASK_VECTOR_DEFAULTS: dict[str, dict[str, Any]] = {
-    "calibration": {"rows": "tokens"},
+    "calibration": {"rows": "tokens", "match_on": "samples:english"},
     "transport": {"structure": "shared"},
     "fusion": {
         "alphas": [0.3, 0.5, 1.0, 1.5],
@@ -78,6 +78,11 @@ class CalibrationSettings(Section):
     batch_tokens: Annotated[int, Field(ge=64)] = Field(2048, description="padded tokens of one forward batch")
     held_out: Annotated[float, Field(gt=0, lt=0.9)] = Field(
         0.2, description="share of the texts kept away from calibration, chosen by hash, for the verdict"
+    )
+    match_on: str | None = Field(
+        None,
+        description="another dataset, whose texts the neurons are matched on: in a language that both models read, "
+        "where the target hardly reads the dataset's own",
     )
     rows: Literal["texts", "tokens", "last"] = Field(
         "texts",

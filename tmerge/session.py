@@ -184,7 +184,7 @@ class Session:
         return common_ends(
             self.tokenizer("target"),
             self.tokenizer("source"),
-            self.texts.texts,
+            self.texts.matched_on,
             limits=(
                 token_limit(self.check.target.config.get_text_config(), calibration.max_tokens),
                 token_limit(self.check.source.config.get_text_config(), calibration.max_tokens),
@@ -250,6 +250,8 @@ class Session:
         if self.texts.revision is not None:
             name = self.recipe.calibration.dataset.partition("@")[0]
             data["calibration"]["dataset"] = f"{name}@{self.texts.revision}"
+        if self.texts.other_dataset is not None:
+            data["calibration"]["match_on"] = self.texts.other_dataset
         return Recipe.from_mapping(data)
 
     def held_out(self) -> list[str]:

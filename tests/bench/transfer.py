@@ -41,11 +41,11 @@ TEXTS = 200
 class Pair:
     """Three models, the texts, and everything that is computed once."""
 
-    def __init__(self, folder: Path, rows: int) -> None:
-        self.folder, self.rows = folder, rows
+    def __init__(self, folder: Path, rows: int, texts: str) -> None:
+        self.folder, self.rows, self.texts = folder, rows, texts
         self.models = {role: load_model(str(folder / role), dtype="float32") for role in ROLES}
         self.layouts: dict[str, Architecture] = {role: describe(item.model) for role, item in self.models.items()}
-        self.train = self._texts("train")[: 2 * TEXTS]
+        self.train = self._texts(texts)[: 2 * TEXTS]
         self.held_out, self.english = self._texts("held_out")[:TEXTS], self._texts("english_held_out")[:TEXTS]
         truth = folder / "truth.json"
         self.truth = json.loads(truth.read_text()) if truth.exists() else None
@@ -56,7 +56,7 @@ class Pair:
 
     @cache
     def store(self, role: str, kind: str) -> FeatureStore:
-        folder = self.folder / f"features-{kind}-{self.rows}" / role
+        folder = self.folder / f"features-{self.texts}-{kind}-{self.rows}" / role
         if not FeatureStore.is_finished(folder, kind):
             folder.parent.mkdir(exist_ok=True)
             ends = self._ends if kind == "tokens" else None
@@ -247,7 +247,7 @@ def rows_of(pair: Pair) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def measure(pair: Pair, only: list[str], counts: dict[str, torch.Tensor], base: dict[str, Any]) -> None:
     """Every row that is asked for and not there yet."""
-    kept = pair.folder / "rows.jsonl"
+    kept = pair.folder / ("rows.jsonl" if pair.texts == "train" else f"rows-{pair.texts}.jsonl")
     known = {json.loads(line)["row"] for line in kept.read_text().splitlines()} if kept.exists() else set()
     for name, build in rows_of(pair):
         if name in known or (only and not any(name.startswith(word) for word in only)):
@@ -278,9 +278,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pair", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=2000, help="token rows of calibration")
+    parser.add_argument("--texts", default="train", help="what is calibrated on: train, or english_train")
     parser.add_argument("--only", nargs="*", default=[], help="rows whose names begin so")
     given = parser.parse_args()
-    pair = Pair(given.pair, given.rows)
+    pair = Pair(given.pair, given.rows, given.texts)
     counts = {
         name: resamples(len(texts), 2000, 0) for name, texts in (("held_out", pair.held_out), ("english", pair.english))
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.pico import pico_tokenizer
-from tmerge.calibration import SAMPLES_PREFIX, TextSet, is_held_out, read_texts, sample_languages, sample_texts
+from tmerge.calibration import (
+    SAMPLES_PREFIX,
+    TextSet,
+    is_held_out,
+    other_texts,
+    read_texts,
+    sample_languages,
+    sample_texts,
+)
 from tmerge.calibration.texts import normalise
 from tmerge.errors import DatasetError, TooFewTextsError
 from tmerge.recipe import CalibrationSettings
@@ -234,3 +243,16 @@ def test_unknown_samples(dataset: str, message: str) -> None:
 def test_a_configuration_is_for_the_hub_only() -> None:
     with pytest.raises(DatasetError, match="'fr', but 'samples:english' is no Hub dataset"):
         read("samples:english", config="fr")
+
+
+def test_neurons_can_be_matched_on_other_texts():
+    settings = CalibrationSettings(dataset="samples:thai", texts=80, match_on="samples:english")
+    texts = read_texts(settings, seed=0)
+    other = other_texts(settings, seed=0)
+    english = set(sample_texts("english"))
+    assert other["other_dataset"] == "samples:english" and len(other["other"]) == 80
+    assert set(other["other"]) <= english and not english & set(texts.texts + texts.held_out)
+    both = replace(texts, **other)
+    # What is scored, chosen on and trained on stays the dataset's own.
+    assert (both.texts, both.held_out, both.sha256) == (texts.texts, texts.held_out, texts.sha256)
+    assert texts.matched_on == texts.texts and both.matched_on == other["other"] and both.to_dict()["other"] == 80

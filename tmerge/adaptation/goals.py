@@ -56,10 +56,10 @@ def refuse_token_rows(recipe: Recipe) -> None:
     Raises:
         AdaptationError: The run's features are of single tokens.
     """
-    if recipe.calibration.rows != "texts":
+    if recipe.calibration.rows != "texts" or recipe.calibration.match_on is not None:
         raise AdaptationError(
-            "adaptation.transport_weight draws means over texts, and this run read single tokens; merge with "
-            "calibration.rows: texts, or set transport_weight to 0"
+            "adaptation.transport_weight draws means over the calibration texts, and this run read single tokens or "
+            "other texts; merge with calibration.rows: texts and no match_on, or set transport_weight to 0"
         )
 
 

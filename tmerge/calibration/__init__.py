@@ -7,7 +7,7 @@ from tmerge.calibration.capture import CaptureReport, bare_forward, capture
 from tmerge.calibration.features import FeatureStore, FeatureWriter
 from tmerge.calibration.places import common_ends, token_places
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_language_code, sample_languages, sample_texts
-from tmerge.calibration.texts import TextSet, is_held_out, normalise, read_texts
+from tmerge.calibration.texts import TextSet, is_held_out, normalise, other_texts, read_texts
 
 __all__ = [
     "SAMPLES_PREFIX",
@@ -22,6 +22,7 @@ __all__ = [
     "encode",
     "length_batches",
     "normalise",
+    "other_texts",
     "padded",
     "read_texts",
     "sample_language_code",

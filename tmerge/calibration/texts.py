@@ -50,7 +50,9 @@ class TextSet:
         notes: Sentences for the report.
         prompts: Per calibration text, how many of its characters come before what answers; 0 where nothing does.
         choosing: Kept away from both, to choose settings on; empty unless something is chosen.
-        ends: Per calibration text, the characters after which a token of both models ends and is read; empty where
+        other: Of another dataset (``calibration.match_on``): its features are read, and not those of `texts`.
+        other_dataset: Its name, with its commit if it is of the Hub.
+        ends: Per text of `matched_on`, the characters after which a token of both models ends and is read; empty where
             features are means over texts.
     """
 
@@ -69,11 +71,19 @@ class TextSet:
     choosing: tuple[str, ...] = ()
     prompts: tuple[int, ...] = ()
     ends: tuple[tuple[int, ...], ...] = ()
+    other: tuple[str, ...] = ()
+    other_dataset: str | None = None
+
+    @property
+    def matched_on(self) -> tuple[str, ...]:
+        """The texts whose features are read."""
+        return self.other or self.texts
 
     def to_dict(self) -> dict[str, Any]:
         """What the report records: everything but the texts, which are given by their number; JSON-serialisable."""
         data = asdict(self)
         data.pop("ends")
+        data["other"] = len(self.other)
         counts = {"texts": len(self.texts), "held_out": len(self.held_out), "choosing": len(self.choosing)}
         return {**data, **counts, "prompts": sum(map(bool, self.prompts)), "notes": list(self.notes)}
 
@@ -248,6 +258,23 @@ def _shuffled(rows: Iterable[dict[str, Any]], seed: int, size: int) -> Iterator[
         held[place] = row
     draw.shuffle(held)
     yield from held
+
+
+def other_texts(settings: CalibrationSettings, *, seed: int, chat_tokenizer: Any | None = None) -> dict[str, Any]:
+    """What ``calibration.match_on`` adds to a `TextSet`: ``other`` and ``other_dataset``.
+
+    Raises:
+        DatasetError, TooFewTextsError: As `read_texts`.
+    """
+    asked = settings.model_copy(
+        update={"dataset": settings.match_on, "config": None, "split": "train", "column": None, "match_on": None}
+    )
+    found = read_texts(asked, seed=seed, chat_tokenizer=chat_tokenizer)
+    # As it was named, and a Hub dataset with the commit that was read.
+    name = settings.match_on or ""
+    if found.revision is not None:
+        name = f"{name.partition('@')[0]}@{found.revision}"
+    return {"other": found.texts + found.held_out, "other_dataset": name}
 
 
 def _digest(*parts: Iterable[str]) -> str:

@@ -205,11 +205,12 @@ def _refuse_local(recipe: Recipe) -> None:
                 f"{key} {reference!r} is on this machine alone, and the job runs elsewhere; push it and name its Hub id"
             )
     # As the texts' own reader tells a file from a dataset of the Hub.
-    dataset = recipe.calibration.dataset.strip()
-    path = Path(dataset).expanduser()
-    is_file = path.exists() or path.suffix.lower() in FILE_SUFFIXES or path.is_absolute()
-    if not dataset.startswith(SAMPLES_PREFIX) and is_file:
-        raise RemoteError(
-            f"calibration.dataset {dataset!r} is a file of this machine, and the job runs elsewhere; push it as a "
-            "dataset, and name its Hub id"
-        )
+    for key in ("dataset", "match_on"):
+        dataset = (getattr(recipe.calibration, key) or "").strip()
+        path = Path(dataset).expanduser()
+        is_file = bool(dataset) and (path.exists() or path.suffix.lower() in FILE_SUFFIXES or path.is_absolute())
+        if not dataset.startswith(SAMPLES_PREFIX) and is_file:
+            raise RemoteError(
+                f"calibration.{key} {dataset!r} is a file of this machine, and the job runs elsewhere; push it as a "
+                "dataset, and name its Hub id"
+            )

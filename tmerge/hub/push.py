@@ -362,7 +362,8 @@ def _warnings(report: dict[str, Any], recipe: Recipe, repo: str) -> tuple[str, .
     begins = licence.name_begins
     if begins and not _letters(repo.rpartition("/")[2]).startswith(_letters(begins)):
         remarks.append(f'the licence asks that the model\'s name begins with "{begins}", which {repo} does not')
-    named = (recipe.target, recipe.source, recipe.source_base, recipe.plan, recipe.calibration.dataset)
+    models = (recipe.target, recipe.source, recipe.source_base, recipe.plan)
+    named = (*models, recipe.calibration.dataset, recipe.calibration.match_on)
     # What has a path here has one there: the card quotes the recipe.
     paths = [name for name in named if name and (Path(name).is_absolute() or Path(name).exists())]
     if paths:

@@ -118,6 +118,8 @@ def facts(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
     """What was read, how it was solved, how it was fused, and where."""
     read, solved, fusion = report["calibration"], report["transport"], report["fusion"]
     yield "calibration", f"{read['texts']:,} texts of {read['dataset']}"
+    if read.get("other"):
+        yield "neurons matched on", f"{read['other']:,} texts of {read['other_dataset']}"
     yield "tokens", f"{read['tokens']['target']:,} (target), {read['tokens']['source']:,} (source)"
     cut = read["truncated"]
     if cut["target"] or cut["source"]:

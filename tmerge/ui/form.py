@@ -96,6 +96,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("calibration.max_tokens", "Longest text, tokens", "whole"),
         Setting("calibration.batch_tokens", "Tokens of a batch", "whole"),
         Setting("calibration.held_out", "Share held out", "number"),
+        Setting("calibration.match_on", "Match neurons on", "words"),
         Setting("calibration.rows", "Features are of", "choice", ("texts", "tokens", "last")),
         Setting("calibration.token_rows", "Single tokens", "whole"),
         Setting("calibration.choosing", "Share to choose alpha on", "number"),

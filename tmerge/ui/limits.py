@@ -138,6 +138,8 @@ def vetted(recipe: Recipe, settings: AppSettings) -> Recipe:
         if reference is not None:
             _refuse_path(key, reference, settings, demo=key != "plan")
     refuse_dataset_path(recipe.calibration.dataset, settings)
+    if recipe.calibration.match_on is not None:
+        refuse_dataset_path(recipe.calibration.match_on, settings, "calibration.match_on")
     if not _DEVICE.fullmatch(recipe.device):
         raise RecipeError(f"device is {recipe.device!r}; choose auto, cpu, cuda or mps")
     if settings.zero_gpu and recipe.device != "auto":
@@ -202,7 +204,7 @@ def _refuse_path(key: str, reference: str, settings: AppSettings, *, demo: bool)
         raise ModelNotFoundError(refusal)
 
 
-def refuse_dataset_path(dataset: str, settings: AppSettings) -> None:
+def refuse_dataset_path(dataset: str, settings: AppSettings, key: str = "calibration.dataset") -> None:
     """Refuse a dataset that would be read from the server's disk.
 
     Raises:
@@ -216,7 +218,7 @@ def refuse_dataset_path(dataset: str, settings: AppSettings) -> None:
     path = Path(name)
     if not _HUB_DATASET.fullmatch(name) or path.suffix.lower() in FILE_SUFFIXES or path.exists():
         raise RecipeError(
-            f"calibration.dataset {name!r} is not a Hub dataset; write user/name or samples:english, or upload the file"
+            f"{key} {name!r} is not a Hub dataset; write user/name or samples:english, or upload the file"
         )
 
 
