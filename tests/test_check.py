@@ -62,7 +62,7 @@ def test_a_source_base_is_counted_and_its_gate_said(models, tmp_path, monkeypatc
     plain = {"dtype": "float32", "fusion": alike}
     with_base = plain | {
         "source_base": str(tmp_path / "base"),
-        "calibration": {"rows": "texts"},
+        "calibration": {"rows": "texts", "match_on": None},
         "transport": {"structure": "none"},
         "fusion": alike | {"what": "task-vector"},
     }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_plots import KEPT, SOURCE_LAYERS, TARGET_LAYERS, WIDTHS, record, report  # noqa: F401 - two fixtures
+from tests.plotted import KEPT, SOURCE_LAYERS, TARGET_LAYERS, WIDTHS, record, report  # noqa: F401 - two fixtures
 from tmerge.fusion import MASS_AT, TransportRecord
 from tmerge.plots import (
     data,

@@ -99,12 +99,14 @@ def estimate_run(
     dtype = {"float32": torch.float32, "float16": torch.float16}.get(recipe.dtype, torch.bfloat16)
     if recipe.dtype == "auto" and (not multiplies_fast(dtype, device) or _itemsize(target, recipe, dtype) == 4):
         dtype = torch.float32  # as they are held here
-    texts, dataset = recipe.calibration.texts, recipe.calibration.dataset
-    if dataset.startswith(SAMPLES_PREFIX):
-        texts = min(texts, len(sample_texts(dataset.removeprefix(SAMPLES_PREFIX))))
+    texts = _most_texts(recipe.calibration.dataset, recipe.calibration.texts)
     held_out = min(recipe.evaluation.texts, round(texts * recipe.calibration.held_out))
     # With another run's plan nothing is calibrated: the models only read what is held out.
-    read = 0 if recipe.plan is not None else texts - held_out
+    read = texts - held_out
+    if recipe.calibration.match_on is not None:
+        read = _most_texts(recipe.calibration.match_on, recipe.calibration.texts)
+    if recipe.plan is not None:
+        read = 0
     tokens_per_text = min(recipe.calibration.max_tokens, TOKENS_PER_TEXT)
 
     side = 1024
@@ -177,6 +179,13 @@ def estimate_run(
         reading,
         scoring + forward(target, target_layout, 0, slopes),
     )
+
+
+def _most_texts(dataset: str, wanted: int) -> int:
+    """As many as are asked for, or as the built-in samples have."""
+    if not dataset.startswith(SAMPLES_PREFIX):
+        return wanted
+    return min(wanted, len(sample_texts(dataset.removeprefix(SAMPLES_PREFIX))))
 
 
 def _solving_seconds(

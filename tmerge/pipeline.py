@@ -235,8 +235,8 @@ class _Merge(Session):
         else:
             self.notes["transport"] = solve_apart(self)
         found = self.notes["transport"]["relatedness"] = measure_relatedness(self)
-        # Said before anything is fused.
-        self.step(NOTE, relatedness_words(found), 1, 1, "notes")
+        if found is not None:  # said before anything is fused
+            self.step(NOTE, relatedness_words(found), 1, 1, "notes")
 
     def _fuse(self) -> None:
         """Transport the selected neurons, and keep the run's record of its plans."""

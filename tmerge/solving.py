@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tmerge.calibration import FeatureStore
 from tmerge.check import keys_of
+from tmerge.errors import TransportError
 from tmerge.fusion import FusionInputs, layers_with, recorded_inputs, solved_inputs, structured_inputs
 from tmerge.session import Session
 from tmerge.transport import (
@@ -31,7 +32,7 @@ from tmerge.transport import (
     solve_structure,
 )
 
-__all__ = ["fusion_inputs", "measure_relatedness", "sides_of", "solve_apart", "solve_shared"]
+__all__ = ["fusion_inputs", "measure_relatedness", "solve_apart", "solve_shared"]
 
 
 def _structure_path(session: Session) -> Path:
@@ -39,7 +40,7 @@ def _structure_path(session: Session) -> Path:
     return session.run.cache / "structure.safetensors"
 
 
-def sides_of(session: Session) -> tuple[Side, Side]:
+def _sides(session: Session) -> tuple[Side, Side]:
     """The target and the source, as their features and notes tell."""
     target, source = (_side(session, role) for role in ("target", "source"))
     return target, source
@@ -104,7 +105,7 @@ def solve_shared(session: Session) -> dict[str, Any]:
     """
     settings = session.recipe.transport
     began = time.perf_counter()
-    target, source = sides_of(session)
+    target, source = _sides(session)
     keys = keys_of(session.check.projections)
     total, done = sum(key in of for key in keys for of in target.keys.values()), 0
 
@@ -133,27 +134,33 @@ def solve_shared(session: Session) -> dict[str, Any]:
         "iterations": {"median": int(median(sweeps)), "max": max(sweeps)},
         "worst_marginal_violation": max(item.marginal_error for item in found),
         "converged": sum(item.marginal_error <= settings.tolerance for item in found),
-        "pairs": list(pairs.values()),
         "solve_seconds": time.perf_counter() - began,
     }
 
 
-def measure_relatedness(session: Session) -> dict[str, Any]:
-    """Whether the two models' neurons correspond at all, for the report."""
-    target, source = sides_of(session)
+def measure_relatedness(session: Session) -> dict[str, Any] | None:
+    """Whether the two models' neurons correspond at all, for the report.
+
+    None where it cannot be asked: what a model reads from its residual stream and what it writes are not of one width,
+    which plans solved apart can do with.
+    """
+    target, source = _sides(session)
     if session.recipe.transport.structure == "shared":
         pairs = Structure.load(_structure_path(session)).pairs
     else:
         pairs, _, _ = pair_layers(target, source, keys_of(session.check.projections))
     rows = FeatureStore(session.feature_folder("target")).texts
-    found = relatedness(
-        target,
-        source,
-        pairs,
-        rows,
-        seed=session.recipe.seed,
-        progress=lambda done, total: session.step("transport", "relatedness", done, total, "problems"),
-    )
+    try:
+        found = relatedness(
+            target,
+            source,
+            pairs,
+            rows,
+            seed=session.recipe.seed,
+            progress=lambda done, total: session.step("transport", "relatedness", done, total, "problems"),
+        )
+    except TransportError:
+        return None
     return found.to_dict()
 
 

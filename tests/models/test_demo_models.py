@@ -107,7 +107,7 @@ def test_facts_of_the_real_models(name, parameters, layers, kind, licence):
     try:
         facts = read_facts(f"demo:{name}")
     except MissingExtraError as error:
-        pytest.skip(str(error))
+        pytest.skip(str(error))  # says which package is not installed, and how it is
     assert (facts.parameters, facts.layers, facts.model_type, facts.licence) == (parameters, layers, kind, licence)
 
 
@@ -116,7 +116,7 @@ def test_the_smaller_real_model_speaks():
     try:
         loaded = load_model(f"demo:{SMOLLM}", device="cpu")
     except MissingExtraError as error:
-        pytest.skip(str(error))
+        pytest.skip(str(error))  # says which package is not installed, and how it is
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         best = loaded.model(ids).logits[0, -1].argmax()

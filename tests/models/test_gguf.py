@@ -64,7 +64,7 @@ def test_a_real_model_is_that_of_transformers_bit_for_bit():
     try:
         path = demo_path("smollm2-135m-instruct")
     except MissingExtraError as error:
-        pytest.skip(str(error))
+        pytest.skip(str(error))  # says which package is not installed, and how it is
     _assert_same(load_model("demo:smollm2-135m-instruct", device="cpu"), *_plain(path, torch.bfloat16))
 
 

@@ -163,14 +163,19 @@ def _relatedness(recipe: Any) -> dict[str, Any]:
     """Both models read, and their neurons matched twice; nothing is kept."""
     from tmerge.models import PROJECTIONS
     from tmerge.pipeline import advance
+    from tmerge.sections import TASK_VECTOR_DEFAULTS
     from tmerge.show import listening
 
-    # Single tokens and all projections, whatever will be fused: the question is of the models, not of the recipe.
+    # All projections, read as for a task vector, whatever will be fused: the question is of the models. What the recipe
+    # says of the texts itself stays.
+    reading = dict(TASK_VECTOR_DEFAULTS["calibration"])
+    if recipe.calibration.match_on is not None:
+        reading["match_on"] = recipe.calibration.match_on
     asked = recipe.model_copy(
         update={
             "plan": None,
             "fusion": recipe.fusion.model_copy(update={"projections": PROJECTIONS}),
-            "calibration": recipe.calibration.model_copy(update={"rows": "tokens"}),
+            "calibration": recipe.calibration.model_copy(update=reading),
             "transport": recipe.transport.model_copy(update={"structure": "shared", "map": "plan"}),
         }
     )

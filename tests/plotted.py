@@ -1,0 +1,168 @@
+"""A record and a report made by hand, for pictures to be held against."""
+
+import pytest
+import torch
+
+from tmerge.fusion import (
+    FeatureStatistics,
+    TransportRecord,
+    coupling_tensors,
+    couplings,
+    layer_plans,
+    mass_of_top,
+    sparsify,
+)
+from tmerge.recipe import TransportSettings
+from tmerge.transport import feature_plan, mutual_top, solve_features, standardise
+
+WIDTHS = {"qkv.pre": (48, 64), "q.post": (60, 96), "o.pre": (60, 96), "o.post": (48, 64)}
+TARGET_LAYERS, SOURCE_LAYERS = (0, 1, 2, 3, 4, 7), (0, 2, 3, 5)  # numbers that are not places
+GROUPS, TEXTS, KEPT = 6, 80, 16
+
+
+def planted_features(role, layers, depth):
+    """(layer, key) -> (T, n): neurons of a few groups, each group's signal drifting along the depth."""
+    draw = torch.Generator().manual_seed(7)
+    signals = {key: torch.randn(2, TEXTS, GROUPS, generator=draw, dtype=torch.float64) for key in WIDTHS}
+    draw.manual_seed(role)
+    found = {}
+    for place, layer in enumerate(layers):
+        t = place / (depth - 1)
+        for key, widths in WIDTHS.items():
+            group = torch.arange(widths[role]) % GROUPS
+            early, late = signals[key]
+            noise = torch.randn(TEXTS, widths[role], generator=draw, dtype=torch.float64)
+            found[layer, key] = ((1 - t) * early + t * late)[:, group] + 0.3 * noise
+    return found
+
+
+@pytest.fixture(scope="module")
+def record():
+    """A record as a run keeps it, from solved plans of planted features."""
+    settings = TransportSettings(layers_kept=2, entries_kept=KEPT)
+    features = (
+        planted_features(0, TARGET_LAYERS, len(TARGET_LAYERS)),
+        planted_features(1, SOURCE_LAYERS, len(SOURCE_LAYERS)),
+    )
+    plans = {
+        key: solve_features(
+            key,
+            lambda layer, key=key: features[0][layer, key],
+            lambda layer, key=key: features[1][layer, key],
+            TARGET_LAYERS,
+            SOURCE_LAYERS,
+            epsilon=settings.epsilon,
+        )
+        for key in WIDTHS
+    }
+    layers = layer_plans(plans, settings)
+    coupled = couplings(("q", "o"), plans, layers, settings.layers_kept)
+    statistics = [
+        {place: FeatureStatistics(x.mean(0), x.std(0), x.abs().mean(0)) for place, x in side.items()}
+        for side in features
+    ]
+    tensors = coupling_tensors(plans, layers, coupled, {"target": statistics[0], "source": statistics[1]})
+    for key, solved in plans.items():
+        kept = coupled["q" if key in ("qkv.pre", "q.post") else "o"].kept
+        pairs = [(row, int(column)) for row in range(len(TARGET_LAYERS)) for column in kept[row]]
+        dense = [
+            feature_plan(
+                standardise(features[0][TARGET_LAYERS[row], key]),
+                standardise(features[1][SOURCE_LAYERS[column], key]),
+                solved.f[row, column],
+                solved.g[row, column],
+                solved.epsilon,
+            )
+            for row, column in pairs
+        ]
+        sparse = sparsify(dense, [mutual_top(plan, KEPT) for plan in dense])
+        tensors |= {
+            f"pairs.{key}": torch.tensor(pairs, dtype=torch.int32),
+            f"f.{key}": torch.stack([solved.f[pair] for pair in pairs]),
+            f"g.{key}": torch.stack([solved.g[pair] for pair in pairs]),
+            f"mass.{key}": torch.stack([mass_of_top(plan) for plan in dense]),
+            f"plan.{key}.offsets": sparse.offsets,
+            f"plan.{key}.columns": sparse.columns,
+            f"plan.{key}.values": sparse.values,
+            f"plan.{key}.beyond": sparse.beyond,
+        }
+    return TransportRecord({"schema": 1, "projections": ["q", "o"], "keys": list(WIDTHS), "epsilon": 0.1}, tensors)
+
+
+def interval(value, half, **more):
+    return {"value": value, "ci95": [value - half, value + half], **more}
+
+
+@pytest.fixture
+def report():
+    layers = list(TARGET_LAYERS)
+    model = {
+        "commit": "a" * 40,
+        "architecture": "llama",
+        "parameters": 134515008,
+        "layers": 8,
+        "hidden_size": 48,
+        "licence": "apache-2.0",
+    }
+    ratios = {"q": [0.004, 0.005, 0.006, 0.007, 0.008, 0.009], "o": [0.02, 0.03, 0.0, 0.05, 0.06, 0.07]}
+    return {
+        "schema": 1,
+        "tmerge": "0.1.0",
+        "verdict": "hurts",
+        "target": {"ref": "someone/small@abc", **model},
+        "source": {"ref": "someone/large", **model, "licence": None},
+        "source_base": None,
+        "same_model": False,
+        "calibration": {
+            "texts": 80,
+            "dataset": "samples:indonesian",
+            "tokens": {"target": 1200, "source": 900},
+            "truncated": {"target": 0, "source": 1},
+        },
+        "transport": {
+            "problems": 96,
+            "converged": 95,
+            "iterations": {"median": 6, "max": 9},
+            "worst_marginal_violation": 9.6e-7,
+            "epsilon": 0.1,
+            "eta": 0.1,
+            "layer_cost": "median-scaled",
+            "layer_marginals": "balanced",
+        },
+        "projections": {"fused": ["q", "o"], "skipped": {"gate": "the source has no gate"}, "left_alone": ["experts"]},
+        "fusion": {
+            "what": "weights",
+            "alpha": 0.1,
+            "scale": "barycentric",
+            "units": "none",
+            "top_k": 16,
+            "projections": {
+                name: {"layers": layers, "norm_ratio": values, "neurons": 16, "of": 60, "bias": "none"}
+                for name, values in ratios.items()
+            },
+        },
+        "evaluation": {
+            "metric": "bits_per_byte",
+            "texts": 20,
+            "bytes": 4321,
+            "base": interval(2.9, 0.05),
+            "fused": interval(3.1, 0.05),
+            "source": interval(1.5, 0.04),
+            "difference": interval(0.2, 0.02),
+            "controls": {
+                "shrink": interval(3.09, 0.05, difference=interval(0.19, 0.02)),
+                "noise": interval(2.9, 0.05, difference=interval(0.001, 0.01)),
+                "permuted": interval(3.3, 0.05, difference=interval(0.4, 0.02)),
+            },
+        },
+        "stages": [
+            {"name": "target", "seconds": 3.0, "forward_seconds": 2.5, "peak_rss_bytes": 1_500_000_000},
+            {"name": "fuse", "seconds": 1.0, "forward_seconds": 0.0, "peak_rss_bytes": 1_600_000_000},
+        ],
+        "timing": {"total_seconds": 4.0, "forward_seconds": 2.5, "other_seconds": 1.5},
+        "device": "cpu",
+        "dtype": "float32",
+        "seed": 0,
+        "versions": {"torch": "2.13.0"},
+        "notes": ["a note"],
+    }
