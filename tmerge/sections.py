@@ -162,6 +162,9 @@ class FusionSettings(Section):
         False,
         description="a task vector's embeddings and norms too, where the vocabulary is shared (structure: shared)",
     )
+    affine: bool = Field(
+        False, description="the features' means go into the biases: maps carry deviations (where the target has biases)"
+    )
     biases: bool = Field(True, description="fuse the biases of these projections as well, where both models have them")
 
     @field_validator("projections")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tmerge.fusion.affine import difference_bias, mean_keeping_bias
 from tmerge.fusion.coupling import Coupling
 from tmerge.fusion.maps import phi_in, phi_out, unit_factors
 from tmerge.fusion.merge import TransportedNeurons, layer_weights, read_neurons, transport_neurons
@@ -113,6 +114,8 @@ class _Carrier:
             out_map = self._map(layer, other, post, read[post, other], maps, outwards=True, shuffled=shuffled)
             in_map = self._map(layer, other, pre, read[pre, other], maps, outwards=False, shuffled=shuffled)
             theirs, their_bias = self._source_weight(other, projection)
+            if self.fusion.affine and self.source_base is not None:
+                their_bias = difference_bias(their_bias, theirs, self.statistics[1][other, pre].mean)
             carried, carried_bias = transport_neurons(theirs, their_bias, out_map, in_map, projection, neurons)
             weight = share * carried if weight is None else weight + share * carried
             if carried_bias is not None:
@@ -120,17 +123,42 @@ class _Carrier:
         assert weight is not None  # a target layer in a coupling has at least one source layer
         if self.source_base is None and read[post, other].partial and read[post, other].maps is None:
             weight = self._keep_unmatched(view, projection, neurons, weight, out_map, in_map)
-        if self.bias_fate(projection, neurons.shape[0] == score.shape[0]) != "fused":
+        fused = self.bias_fate(projection, neurons.shape[0] == score.shape[0]) == "fused"
+        if not fused:
             bias = None
+        own = read_neurons(view, neurons).cpu()
         if self.fusion.scale == "row-norm":
-            own = read_neurons(view, neurons).cpu()
             across = 0 if projection in COLUMN_PROJECTIONS else 1
             norm = torch.linalg.vector_norm(weight, dim=across)
             factor = torch.linalg.vector_norm(own, dim=across) / norm.clamp_min(torch.finfo(torch.float32).tiny)
             weight = weight * (factor if across == 0 else factor.unsqueeze(1))
             if bias is not None and across == 1:
                 bias = bias * factor
+        if self.fusion.affine and fused:
+            mean = self.statistics[0][layer, pre].mean
+            bias = self._affine_bias(view, projection, neurons, own, weight, bias, mean)
         return TransportedNeurons(layer, projection, neurons, weight, bias, self.fusion.what == "task-vector")
+
+    def _affine_bias(
+        self,
+        view: Projection,
+        projection: str,
+        neurons: Tensor,
+        own: Tensor,
+        weight: Tensor,
+        carried: Tensor | None,
+        mean: Tensor,
+    ) -> Tensor:
+        """b~ of affine maps, from the transported neurons, what Phi_out made of the bias, and mu_A of all inputs."""
+        by_columns = projection in COLUMN_PROJECTIONS
+        mean = mean[neurons] if by_columns else mean
+        if self.source_base is not None:
+            assert carried is not None  # `difference_bias` gave Phi_out something to carry
+            return carried - weight @ mean
+        bias = view.bias()
+        assert bias is not None  # `bias_fate` sees to it
+        bias = bias.float().cpu()
+        return mean_keeping_bias(own, bias if by_columns else bias[neurons], weight, mean)
 
     def _map(
         self, layer: int, other: int, key: str, read: PlanPair, maps: _Maps, *, outwards: bool, shuffled: bool
@@ -203,12 +231,12 @@ class _Carrier:
         mine = self.target.layers[coupling.target_layers[0]][projection].has_bias
         theirs = self.source.layers[coupling.source_layers[0]][projection].has_bias
         if not mine and not theirs:
-            return "none"
+            return "none" if not self.fusion.affine else "left alone: the target has none for an affine map's"
         if not self.fusion.biases:
             return "left alone: fusion.biases is off"
         if not mine:
             return "left alone: the target has none to write the source's into"
-        if not theirs:
+        if not theirs and not self.fusion.affine:
             return "left alone: the source has none"
         if projection in COLUMN_PROJECTIONS and not all_neurons:
             # The bias belongs to the outputs; the neurons chosen here are inputs.

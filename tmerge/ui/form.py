@@ -79,6 +79,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("fusion.scale", "Scale of the maps", "choice", ("barycentric", "literal", "row-norm")),
         Setting("fusion.units", "Units", "choice", ("none", "layer", "feature")),
         Setting("fusion.biases", "Biases", "switch"),
+        Setting("fusion.affine", "Affine maps", "switch"),
         Setting("fusion.what", "What is transported", "choice", ("weights", "task-vector")),
         Setting("fusion.stream", "Embeddings and norms", "switch"),
         Setting(
