@@ -7,7 +7,6 @@ row that is there is not measured again. Where the truth is known, an oracle is 
 through the true correspondence.
 """
 
-# ruff: noqa: B019 - there is one pair a process, and it lives as long
 from __future__ import annotations
 
 import argparse
@@ -15,166 +14,32 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import cache, cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.bench.relatives import SPLIT_SEED, slices
-from tmerge.calibration import FeatureStore, capture, common_ends
-from tmerge.check import keys_of
-from tmerge.evaluation import applied, control_generator, difference, noise, resamples, score_texts, shrink
-from tmerge.fusion import Carried, TransportedNeurons, carry, layers_with, solved_inputs, structured_inputs
-from tmerge.fusion.stream import carry_stream
-from tmerge.models import Architecture, describe, head_facts, load_model
+from tests.bench.pair import ALL, ATTENTION, Pair
+from tmerge.evaluation import applied, difference, noise, resamples, score_texts, shrink
+from tmerge.fusion import TransportedNeurons
 from tmerge.recipe import FusionSettings, TransportSettings
-from tmerge.transport import FeaturePlans, Heads, Side, Structure, pair_layers, relatedness, solve_features
-from tmerge.transport.structure import solve_structure
-
-ALL = ("q", "k", "v", "o", "gate", "up", "down")
-ATTENTION = ALL[:4]
-ROLES = ("target", "source", "base")
-TEXTS = 200
+from tmerge.transport import relatedness
 
 
-class Pair:
-    """Three models, the texts, and everything that is computed once."""
-
-    def __init__(self, folder: Path, rows: int, texts: str) -> None:
-        self.folder, self.rows, self.texts = folder, rows, texts
-        self.models = {role: load_model(str(folder / role), dtype="float32") for role in ROLES}
-        self.layouts: dict[str, Architecture] = {role: describe(item.model) for role, item in self.models.items()}
-        self.train = self._texts(texts)[: 2 * TEXTS]
-        self.held_out, self.english = self._texts("held_out")[:TEXTS], self._texts("english_held_out")[:TEXTS]
-        truth = folder / "truth.json"
-        self.truth = json.loads(truth.read_text()) if truth.exists() else None
-
-    def _texts(self, name: str) -> list[str]:
-        lines = (self.folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
-        return [json.loads(line)["text"] for line in lines if line.strip()]
-
-    @cache
-    def store(self, role: str, kind: str) -> FeatureStore:
-        folder = self.folder / f"features-{self.texts}-{kind}-{self.rows}" / role
-        if not FeatureStore.is_finished(folder, kind):
-            folder.parent.mkdir(exist_ok=True)
-            ends = self._ends if kind == "tokens" else None
-            model = self.models[role]
-            capture(
-                model,
-                self.layouts[role],
-                self.train,
-                ALL,
-                folder,
-                max_tokens=256,
-                batch_tokens=2048,
-                key=kind,
-                ends=ends,
-            )
-        return FeatureStore(folder)
-
-    @cached_property
-    def _ends(self) -> tuple[tuple[int, ...], ...]:
-        tokenizers = [self.models[role].tokenizer for role in ("target", "source")]
-        return common_ends(*tokenizers, self.train, limits=(256, 256), wanted=self.rows, seed=SPLIT_SEED)
-
-    @cache
-    def sides(self, kind: str) -> tuple[Side, Side]:
-        return tuple(self._side(role, kind) for role in ("target", "source"))  # type: ignore[return-value]
-
-    def _side(self, role: str, kind: str) -> Side:
-        store = self.store(role, kind)
-        facts = head_facts(self.models[role].model, self.layouts[role])
-        heads = {int(layer): Heads.of(item) for layer, item in facts.items()}
-        return Side(store.get, {layer: store.keys(layer) for layer in store.layers}, heads)
-
-    @cache
-    def structure(self, kind: str, epsilon: float | None, signed: bool) -> Structure:
-        target, source = self.sides(kind)
-        pairs, cost, layers = pair_layers(target, source, keys_of(list(ALL)), signed=signed)
-        return Structure(pairs, cost, layers, *solve_structure(target, source, pairs, epsilon=epsilon, signed=signed))
-
-    @cache
-    def plans(self, kind: str, epsilon: float) -> dict[str, FeaturePlans]:
-        mine, theirs = (self.store(role, kind) for role in ("target", "source"))
-        return {
-            key: solve_features(
-                key,
-                lambda layer, key=key: mine.get(layer, key),
-                lambda layer, key=key: theirs.get(layer, key),
-                layers_with(mine, key),
-                layers_with(theirs, key),
-                epsilon=epsilon,
-            )
-            for key in keys_of(list(ALL))
-        }
-
-    def carried(self, kind: str, transport: TransportSettings, fusion: FusionSettings, permuted: bool) -> Carried:
-        target, source = (self.store(role, kind) for role in ("target", "source"))
-        projections = list(fusion.projections)
-        if transport.structure == "shared":
-            epsilon = transport.epsilon if transport.matching == "entropic" else None
-            inputs = structured_inputs(
-                self.structure(kind, epsilon, transport.signed), target, source, projections, transport
-            )
-        else:
-            inputs = solved_inputs(self.plans(kind, transport.epsilon), target, source, projections, transport)
-
-        def shuffle(layer: int, key: str, neurons: int) -> torch.Tensor:
-            return torch.randperm(neurons, generator=control_generator(0, "permuted", layer, key))
-
-        return carry(
-            self.layouts["target"],
-            self.layouts["source"],
-            inputs.pairs,
-            inputs.couplings,
-            inputs.statistics,
-            fusion,
-            transport,
-            source_base=self.layouts["base"] if fusion.what == "task-vector" else None,
-            shuffle=shuffle if permuted else None,
-            vocabulary=self.models["target"].model.config.vocab_size,
-        )
-
-    def oracle(self, projections: tuple[str, ...], stream: bool, what: str) -> list[TransportedNeurons]:
-        """Through the true correspondence."""
-        items = []
-        learned = what == "task-vector"
-        for layer, views in enumerate(self.layouts["target"].layers):
-            other = self.truth["layers"][layer]
-            for name, (rows, columns) in slices(self.truth, layer).items():
-                if name not in projections:
-                    continue
-                weight = self.layouts["source"].layers[other][name].weight()[rows][:, columns].clone()
-                if learned:
-                    weight -= self.layouts["base"].layers[other][name].weight()[rows][:, columns]
-                by_columns = name in ("o", "down")
-                neurons = torch.arange(views[name].in_features if by_columns else views[name].out_features)
-                items.append(TransportedNeurons(layer, name, neurons, weight, None, learned))
-        if stream:
-            residual = torch.tensor(self.truth["residual"])
-            out = torch.zeros(len(residual), self.layouts["source"].hidden_size)
-            out[torch.arange(len(residual)), residual] = 1.0
-            pairs = dict(enumerate(self.truth["layers"]))
-            vocabulary = self.models["target"].model.config.vocab_size
-            layouts = (self.layouts[role] for role in ROLES)
-            items += carry_stream(*layouts, pairs, (out, out.T), vocabulary)
-        return items
-
-    def found(self, kind: str, epsilon: float | None, signed: bool = False) -> dict[str, float]:
-        """The share of layers, and by feature of neurons, for which the true one was found."""
-        structure = self.structure(kind, epsilon, signed)
-        layers = [structure.pairs[layer] == other for layer, other in enumerate(self.truth["layers"])]
-        keys = {"q": "q.post", "k": "k.post", "v": "v.post", "o": "o.pre", "mlp": "up.post"}
-        shares: dict[str, list[float]] = {name: [] for name in keys}
-        for layer, index in enumerate(self.truth["indices"]):
-            for name, key in keys.items():
-                hit = structure.inner[layer, key].partner() == torch.tensor(index[name])
-                shares[name].append(float(hit.double().mean()))
-        stream = structure.stream.partner() == torch.tensor(self.truth["residual"])
-        means = {name: sum(values) / len(values) for name, values in shares.items()}
-        return {"layers": sum(layers) / len(layers), "stream": float(stream.double().mean()), **means}
+def as_large_as_learned(
+    pair: Pair, items: list[TransportedNeurons], others: dict[int, int]
+) -> list[TransportedNeurons]:
+    """Each transported weight of the size of what it came from: the same root mean square, which averaging took."""
+    source, base = (pair.layouts[role].views for role in ("source", "base"))
+    last = {len(pair.layouts["target"].layers): len(pair.layouts["source"].layers)}
+    scaled = []
+    for item in items:
+        layer = (others | last)[item.layer]
+        learned = source[layer][item.projection].weight() - base[layer][item.projection].weight()
+        factor = learned.square().mean().sqrt() / item.weight.square().mean().sqrt()
+        scaled.append(replace(item, weight=item.weight * factor))
+    return scaled
 
 
 def shared(**more: Any) -> TransportSettings:
@@ -196,6 +61,8 @@ def rows_of(pair: Pair) -> Iterator[tuple[str, Callable[[], Any]]]:
                 items = noise(pair.layouts["target"].views, items, 0)
             if control == "shrink":
                 items = shrink(pair.layouts["target"].views, items)
+            if control == "norm":
+                items = as_large_as_learned(pair, items, pair.structure(kind, transport.epsilon, False).pairs)
             return items, alpha
 
         return build
@@ -231,23 +98,50 @@ def rows_of(pair: Pair) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "signed", merge("tokens", shared(signed=True), stream=True)
     for epsilon in (0.1, 0.03, 0.01, 0.005):
         yield f"entropic-{epsilon:g}", merge("tokens", shared(matching="entropic", epsilon=epsilon), stream=True)
+        entropic = {kept: shared(matching="entropic", epsilon=epsilon, entries_kept=kept) for kept in (1, 4, 16, 128)}
+        for kept in (1, 4, 16):
+            yield f"entropic-{epsilon:g}/mutual-{kept}", merge("tokens", entropic[kept], stream=True)
+        yield f"entropic-{epsilon:g}/norm", merge("tokens", entropic[128], "norm", stream=True)
+    for kind in ("last", "first", "tokens-250", "tokens-500", "tokens-1000"):
+        if pair.truth is not None:
+            yield f"found/{kind}", lambda kind=kind: pair.found(kind, None)
+        yield f"features/{kind}", merge(kind, shared(), stream=True)
     for kind in ("tokens", "texts"):
         for rival in ("procrustes", "ridge"):
             yield f"{rival}/{kind}", merge(kind, shared(map=rival))
         yield f"plan-beside-rivals/{kind}", merge(kind, shared())
     for alpha in (0.1, 0.3, 1.0):
         yield f"weights/alpha-{alpha:g}", merge("tokens", shared(), alpha=alpha, what="weights")
-    for epsilon in (0.1, 0.03):
-        yield f"apart-{epsilon:g}", merge("texts", TransportSettings(epsilon=epsilon, layers_kept=1))
-        yield (
-            f"apart-{epsilon:g}/attention",
-            merge("texts", TransportSettings(epsilon=epsilon, layers_kept=1), projections=ATTENTION),
-        )
+    if pair.layouts["target"].layers[0]["q"].has_bias:
+        for alpha in (0.1, 0.3, 1.0):
+            yield f"affine/weights/alpha-{alpha:g}", merge("tokens", shared(), alpha=alpha, what="weights", affine=True)
+        for alpha in (1.0, 1.5):
+            yield f"affine/all/alpha-{alpha:g}", merge("tokens", shared(), alpha=alpha, affine=True)
+            yield f"affine/all+stream/alpha-{alpha:g}", merge("tokens", shared(), alpha=alpha, affine=True, stream=True)
+    yield from apart(pair, merge)
 
 
-def measure(pair: Pair, only: list[str], counts: dict[str, torch.Tensor], base: dict[str, Any]) -> None:
+def apart(pair: Pair, merge: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Each side of each projection solved by itself, as the paper has it, and the ways to plan its layers."""
+    ways = {
+        "": {},
+        "/semi-relaxed": {"layer_marginals": "semi-relaxed"},
+        "/plain": {"layer_cost": "plain"},
+        "/plain-semi-relaxed": {"layer_cost": "plain", "layer_marginals": "semi-relaxed"},
+    }
+    for epsilon in (0.03, 0.1):
+        for way, settings in ways.items():
+            transport = {kept: TransportSettings(epsilon=epsilon, layers_kept=kept, **settings) for kept in (1, 3)}
+            if pair.truth is not None:
+                yield f"found-apart-{epsilon:g}{way}", lambda one=transport[1]: pair.found_apart("texts", one)
+            for kept, one in transport.items():
+                yield f"apart-{epsilon:g}{way}/layers-{kept}", merge("texts", one)
+                yield f"apart-{epsilon:g}{way}/layers-{kept}/attention", merge("texts", one, projections=ATTENTION)
+
+
+def measure(pair: Pair, only: list[str], counts: dict[str, torch.Tensor], base: dict[str, Any], biased: bool) -> None:
     """Every row that is asked for and not there yet."""
-    kept = pair.folder / ("rows.jsonl" if pair.texts == "train" else f"rows-{pair.texts}.jsonl")
+    kept = pair.folder / f"rows{'' if pair.texts == 'train' else '-' + pair.texts}{'-biased' if biased else ''}.jsonl"
     known = {json.loads(line)["row"] for line in kept.read_text().splitlines()} if kept.exists() else set()
     for name, build in rows_of(pair):
         if name in known or (only and not any(name.startswith(word) for word in only)):
@@ -280,8 +174,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000, help="token rows of calibration")
     parser.add_argument("--texts", default="train", help="what is calibrated on: train, or english_train")
     parser.add_argument("--only", nargs="*", default=[], help="rows whose names begin so")
+    parser.add_argument("--biases", action="store_true", help="give the target biases (of zero), for affine maps")
     given = parser.parse_args()
-    pair = Pair(given.pair, given.rows, given.texts)
+    pair = Pair(given.pair, given.rows, given.texts, given.biases)
     counts = {
         name: resamples(len(texts), 2000, 0) for name, texts in (("held_out", pair.held_out), ("english", pair.english))
     }
@@ -292,7 +187,7 @@ def main() -> None:
     for role in ("target", "source"):
         scores = base if role == "target" else {"held_out": score_texts(pair.models[role], pair.held_out)}
         sys.stdout.write(json.dumps({role: {name: item.bits_per_byte for name, item in scores.items()}}) + "\n")
-    measure(pair, given.only, counts, base)
+    measure(pair, given.only, counts, base, given.biases)
 
 
 if __name__ == "__main__":

@@ -306,7 +306,8 @@ def test_affine_weights_leave_the_mean_of_what_a_projection_gives(family):
             for name, view in views.items():
                 if view.has_bias:
                     entering, leaving = (
-                        case.target_features[layer, feature_key(name, side)].double().mean(0) for side in ("pre", "post")
+                        case.target_features[layer, feature_key(name, side)].double().mean(0)
+                        for side in ("pre", "post")
                     )
                     got = view.weight().double() @ entering + view.bias().double()
                     errors.setdefault(affine, []).append(float((got - leaving).norm() / leaving.norm()))

@@ -1,9 +1,10 @@
 """Affine maps: the features' means travel too, and what they shift goes into the bias.
 
-A linear Phi maps zero to zero, but features are not centred, and what correlation matched are deviations from the means
-mu (inputs) and nu (outputs). Carrying deviations, a target input x stands for the source input
-``mu_B + Phi_in (x - mu_A)``, and a source output y for the target output ``nu_A + Phi_out (y - nu_B)``. Of a weight, the
-source's own means cancel, since nu_B = W_B mu_B + b_B, and what is left is a bias that keeps the target's mean output:
+A linear Phi maps zero to zero, but features are not centred, and what correlation matched are deviations from the
+means mu (inputs) and nu (outputs). Carrying deviations, a target input x stands for the source input
+``mu_B + Phi_in (x - mu_A)``, and a source output y for the target output ``nu_A + Phi_out (y - nu_B)``. Of a weight,
+the source's own means cancel, since nu_B = W_B mu_B + b_B, and what is left is a bias that keeps the target's mean
+output:
 
     b~ = nu_A - W~ mu_A                                        with W~ = Phi_out W_B Phi_in, nu_A = W mu_A + b
 
