@@ -20,6 +20,7 @@ from tmerge.fusion.maps import phi_in, phi_out, unit_factors
 from tmerge.fusion.merge import TransportedNeurons, layer_weights, read_neurons, transport_neurons
 from tmerge.fusion.pairs import Pairs, PlanPair, Statistics
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_side, select_neurons
+from tmerge.fusion.sparse import scaled, unmatched
 from tmerge.fusion.stream import carry_stream
 from tmerge.models import STREAM, Architecture, Projection, feature_key
 from tmerge.recipe import FusionSettings, TransportSettings
@@ -170,11 +171,11 @@ class _Carrier:
             if self.fusion.units != "none":
                 mine, theirs = self.statistics[0][layer, key], self.statistics[1][other, key]
                 a, b = unit_factors(*((mine, theirs) if outwards else (theirs, mine)), self.fusion.units)
-                built = a.unsqueeze(1) * built * b
+                built = scaled(built, a, b)
             maps[key, other, outwards] = built
         if shuffled and self.shuffle is not None:
             order = self.shuffle(layer, key, read.plan.shape[0])
-            return built[order] if outwards else built[:, order]
+            return built.index_select(0 if outwards else 1, order)
         return built
 
     def _keep_unmatched(
@@ -182,9 +183,9 @@ class _Carrier:
     ) -> Tensor:
         """A neuron without a counterpart keeps its weight: nothing is said of it, which is not the same as zero."""
         if projection in COLUMN_PROJECTIONS:
-            alone = (in_map == 0).all(0)[neurons]
+            alone = unmatched(in_map, 1)[neurons]
             return torch.where(alone, read_neurons(view, neurons).cpu(), weight)
-        alone = (out_map == 0).all(1)[neurons]
+        alone = unmatched(out_map, 0)[neurons]
         return torch.where(alone.unsqueeze(1), read_neurons(view, neurons).cpu(), weight)
 
     def plain_map(self, read: PlanPair, *, outwards: bool) -> Tensor:
@@ -209,7 +210,7 @@ class _Carrier:
         maps = self.plain_map(read, outwards=True), self.plain_map(read, outwards=False)
         if shuffled and self.shuffle is not None:
             order = self.shuffle(-1, STREAM, maps[0].shape[0])
-            maps = maps[0][order], maps[1][:, order]
+            maps = maps[0].index_select(0, order), maps[1].index_select(1, order)
         return carry_stream(self.target, self.source, self.source_base, others, maps, vocabulary)
 
     def _source_weight(self, layer: int, projection: str) -> tuple[Tensor, Tensor | None]:

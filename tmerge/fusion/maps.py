@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tmerge.fusion.sparse import normalised_rows
 from tmerge.transport import mutual_top
 
 __all__ = ["FeatureStatistics", "phi_in", "phi_out", "unit_factors"]
@@ -56,7 +57,7 @@ def phi_out(plan: Tensor, *, scale: Scale, kept: int, mask: Tensor | None = None
     """Phi_out of a post-side plan: each target output as an average of source outputs.
 
     Args:
-        plan: (n, n') Q, entries summing to 1.
+        plan: (n, n') Q, entries summing to 1. A sparse one is a correspondence all of whose entries survive.
         scale: ``barycentric`` and ``row-norm`` give rows that sum to 1: n * Q, sparsified and renormalised.
             ``literal`` gives the sparsified plan as it is.
         kept: Entries that survive per row and per column.
@@ -65,8 +66,10 @@ def phi_out(plan: Tensor, *, scale: Scale, kept: int, mask: Tensor | None = None
             no counterpart and carries nothing.
 
     Returns:
-        (n, n').
+        (n, n'), sparse where the plan is.
     """
+    if plan.is_sparse:
+        return plan if scale == "literal" else normalised_rows(plan)
     return _map(plan, mutual_top(plan, kept) if mask is None else mask, scale, partial)
 
 
@@ -74,15 +77,17 @@ def phi_in(plan: Tensor, *, scale: Scale, kept: int, mask: Tensor | None = None,
     """Phi_in of a pre-side plan: each source input as an average of target inputs.
 
     Args:
-        plan: (n, n') Q, entries summing to 1.
+        plan: (n, n') as for `phi_out`.
         scale: As for `phi_out`; barycentric is n' * Q^T, sparsified and renormalised.
         kept: Entries that survive per row and per column.
         mask: (n, n') as for `phi_out`.
         partial: As for `phi_out`.
 
     Returns:
-        (n', n).
+        (n', n), sparse where the plan is.
     """
+    if plan.is_sparse:
+        return phi_out(plan.t().coalesce(), scale=scale, kept=kept)
     return _map(plan.T, (mutual_top(plan, kept) if mask is None else mask).T, scale, partial)
 
 
@@ -117,7 +122,7 @@ def _map(plan: Tensor, mask: Tensor, scale: Scale, partial: bool) -> Tensor:
         return kept
     if partial:
         # Rows without an entry stay zero.
-        return kept / kept.abs().sum(1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
+        return normalised_rows(kept)
     # A row whose every entry lost the mutual vote would transport zeros, which is a shrinking in disguise:
     # it keeps its single largest entry instead. So does one left with entries that underflowed to zero.
     empty = kept.sum(1) == 0

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tmerge.fusion.maps import Scale
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
+from tmerge.fusion.sparse import after, before
 from tmerge.models import PROJECTIONS, Projection, group_of
 
 __all__ = [
@@ -91,8 +92,8 @@ def transport_neurons(
     Args:
         weight: (out', in') of the source projection.
         bias: (out',) or None.
-        out_map: (out, out') Phi_out.
-        in_map: (in', in) Phi_in.
+        out_map: (out, out') Phi_out, dense or sparse.
+        in_map: (in', in) Phi_in, dense or sparse.
         projection: Decides whether `neurons` are rows or columns.
         neurons: (k,) int64.
 
@@ -101,10 +102,10 @@ def transport_neurons(
     """
     if projection in COLUMN_PROJECTIONS:
         # The thin factor first: (out', in') (in', k), then (out, out') (out', k).
-        carried = out_map @ (weight @ in_map[:, neurons])
-        return carried, None if bias is None else out_map @ bias
-    rows = out_map[neurons]
-    return (rows @ weight) @ in_map, None if bias is None else rows @ bias
+        carried = before(out_map, after(weight, in_map.index_select(1, neurons)))
+        return carried, None if bias is None else before(out_map, bias)
+    rows = out_map.index_select(0, neurons)
+    return after(before(rows, weight), in_map), None if bias is None else before(rows, bias)
 
 
 def read_neurons(projection: Projection, neurons: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ class PlanPair:
         key: The feature.
         row: The target layer's row in L.
         column: The source layer's column in M.
-        plan: (n, n') float32. Of a recorded one, the entries that are stored, times n.
-        mask: (n, n') the entries that survive among the largest of their row and of their column.
+        plan: (n, n') float32; sparse of a correspondence, and then it holds what survives and nothing else.
+        mask: (n, n') the entries that survive among the largest of their row and of their column; None: all of them.
         mass: As `mass_of_top`, where the plan is to be recorded.
         partial: Whether it is a correspondence, as `phi_out` takes it.
         maps: (n, n') Phi_out and (n', n) Phi_in where they are not read off the plan.
@@ -46,7 +46,7 @@ class PlanPair:
     row: int
     column: int
     plan: Tensor
-    mask: Tensor
+    mask: Tensor | None
     mass: Tensor | None = None
     partial: bool = False
     maps: tuple[Tensor, Tensor] | None = None
@@ -157,9 +157,11 @@ class RecordedPairs:
     def of_layer(self, layer: int, wanted: Sequence[tuple[str, int]]) -> dict[tuple[str, int], PlanPair]:
         """As `Pairs.of_layer`."""
         read = {}
+        mask: Tensor | None
         for key, other in wanted:
             row, column = self._layers["target", key].index(layer), self._layers["source", key].index(other)
-            plan, mask = self._plans[key].read(self._places[key][row, column])
+            place = self._places[key][row, column]
+            plan, mask = (self._plans[key].sparse(place), None) if self._partial else self._plans[key].read(place)
             # As `literal` takes it, entries of n * Q are n times too large.
             read[key, other] = PlanPair(key, row, column, plan / plan.shape[0], mask, partial=self._partial)
         return read

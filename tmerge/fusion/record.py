@@ -67,31 +67,48 @@ class SparsePlans:
         plan, mask = self.read(index)
         return torch.where(mask, plan, 0.0)
 
+    def sparse(self, index: int) -> Tensor:
+        """Plan number `index` as (n, n') sparse float32, entries of n * Q, with what survived."""
+        n, m = self.shape
+        rows, columns, values, survived = self._entries(index)
+        places = torch.stack([rows[survived], columns[survived]])
+        return torch.sparse_coo_tensor(places, values[survived], (n, m), check_invariants=False).coalesce()
+
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """Plan number `index` with all its stored entries, (n, n') float32 of n * Q, and which of them survived."""
         n, m = self.shape
-        offsets = self.offsets[index * n : (index + 1) * n + 1]
-        start, stop = int(offsets[0]), int(offsets[-1])
-        rows, columns = torch.repeat_interleave(torch.arange(n), offsets.diff()), self.columns[start:stop].long()
+        rows, columns, values, survived = self._entries(index)
         plan, mask = torch.zeros(n, m), torch.zeros(n, m, dtype=torch.bool)
-        plan[rows, columns] = self.values[start:stop].float()
-        survived = torch.ones(stop - start, dtype=torch.bool)
-        first, last = torch.searchsorted(self.beyond, torch.tensor([start, stop])).tolist()
-        survived[self.beyond[first:last] - start] = False
+        plan[rows, columns] = values
         mask[rows, columns] = survived
         return plan, mask
 
+    def _entries(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows, columns, values and whether they survived, of the E entries of one plan."""
+        n = self.shape[0]
+        offsets = self.offsets[index * n : (index + 1) * n + 1]
+        start, stop = int(offsets[0]), int(offsets[-1])
+        rows, columns = torch.repeat_interleave(torch.arange(n), offsets.diff()), self.columns[start:stop].long()
+        survived = torch.ones(stop - start, dtype=torch.bool)
+        first, last = torch.searchsorted(self.beyond, torch.tensor([start, stop])).tolist()
+        survived[self.beyond[first:last] - start] = False
+        return rows, columns, self.values[start:stop].float(), survived
 
-def sparsify(plans: list[Tensor], masks: list[Tensor]) -> SparsePlans:
-    """Gather the masked entries of plans Q (n, n') of one shape, as n * Q in float16."""
+
+def sparsify(plans: list[Tensor], masks: list[Tensor | None]) -> SparsePlans:
+    """Gather the masked entries of plans Q (n, n') of one shape, as n * Q in float16; of sparse plans all entries."""
     counts, columns, values, survived = [], [], [], []
     for plan, mask in zip(plans, masks, strict=True):
-        stored = mask | _largest_of_empty(plan, mask)
-        rows, places = stored.nonzero(as_tuple=True)
+        if mask is None:
+            (rows, places), entries = plan.indices(), plan.values()
+            remaining = torch.ones(len(rows), dtype=torch.bool)
+        else:
+            rows, places = (mask | _largest_of_empty(plan, mask)).nonzero(as_tuple=True)
+            entries, remaining = plan[rows, places], mask[rows, places]
         counts.append(torch.bincount(rows, minlength=plan.shape[0]))
         columns.append(places.to(torch.int16 if plan.shape[1] <= torch.iinfo(torch.int16).max else torch.int32))
-        values.append((plan[rows, places] * plan.shape[0]).to(torch.float16))
-        survived.append(mask[rows, places])
+        values.append((entries * plan.shape[0]).to(torch.float16))
+        survived.append(remaining)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(counts).cumsum(0)])
     beyond = (~torch.cat(survived)).nonzero().flatten()
     n, m = plans[0].shape
@@ -116,7 +133,8 @@ def mass_of_top(plan: Tensor) -> Tensor:
     Returns:
         (len(MASS_AT),) float32, rising to 1.
     """
-    rows = plan[:: -(-plan.shape[0] // _MASS_ROWS)]
+    rows = plan.index_select(0, torch.arange(0, plan.shape[0], -(-plan.shape[0] // _MASS_ROWS)))
+    rows = rows.to_dense() if rows.is_sparse else rows
     ordered = np.sort(rows.abs().numpy(), axis=1)[:, ::-1]
     share = np.cumsum(ordered, axis=1, dtype=np.float64)
     share /= share[:, -1:]

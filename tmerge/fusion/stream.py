@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tmerge.fusion.merge import TransportedNeurons
+from tmerge.fusion.sparse import after, before
 from tmerge.models import EMBEDDING, HEAD, Architecture
 
 __all__ = ["carry_stream"]
@@ -35,7 +36,7 @@ def carry_stream(
         source: The source.
         source_base: The source before its fine-tuning.
         pairs: target layer -> source layer, whose norms are held against each other by name.
-        maps: (n, n') Phi_out and (n', n) Phi_in of the stream.
+        maps: (n, n') Phi_out and (n', n) Phi_in of the stream, dense or sparse.
         vocabulary: Tokens that have one id in both models, counted from 0; 0 leaves embeddings and head alone.
     """
     out_map, in_map = maps
@@ -53,16 +54,16 @@ def carry_stream(
             if name == EMBEDDING:
                 learned *= source.embedding_scale / target.embedding_scale
             if name == HEAD:
-                weight = learned @ in_map
+                weight = after(learned, in_map)
             elif name == EMBEDDING:
-                weight = learned @ out_map.T
+                weight = after(learned, out_map.t())
             else:
                 # A gain: of a neuron that is matched with its negative, the gain is the same.
-                weight = out_map.abs() @ learned
+                weight = before(out_map.abs(), learned)
             bias = None
             own, own_bias, old = view.bias(), theirs.bias(), base.bias()
             if name not in (EMBEDDING, HEAD) and own is not None and own_bias is not None and old is not None:
-                bias = out_map @ (own_bias.float().cpu() - old.float().cpu())
+                bias = before(out_map, own_bias.float().cpu() - old.float().cpu())
             neurons = torch.arange(weight.shape[0])
             carried.append(TransportedNeurons(layer, name, neurons, weight.contiguous(), bias, True))
     return carried

@@ -16,6 +16,7 @@ from tmerge.errors import UnsupportedModelError
 from tmerge.fusion.coupling import Coupling
 from tmerge.fusion.pairs import PlanPair, PlanParts
 from tmerge.fusion.record import mass_of_top
+from tmerge.fusion.sparse import sparse_plan
 from tmerge.models import feature_key
 from tmerge.transport import Structure, mutual_top
 
@@ -91,9 +92,11 @@ class StructuredPairs:
         for key, other in wanted:
             layers = self._paired[key]
             row, column = layers.target_layers.index(layer), layers.source_layers.index(other)
-            values = self._structure.of(layer, key).dense()
-            plan = values / values.shape[0]
-            mask = (plan != 0) & mutual_top(plan.abs(), self._kept)
+            found = self._structure.of(layer, key)
+            plan, mask = sparse_plan(found, self._kept), None
+            if plan is None:
+                plan = found.dense() / found.shape[0]
+                mask = (plan != 0) & mutual_top(plan.abs(), self._kept)
             read[key, other] = PlanPair(key, row, column, plan, mask, mass_of_top(plan), partial=True)
         return read
 
