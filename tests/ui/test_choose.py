@@ -107,6 +107,26 @@ def test_form_and_yaml_are_in_step_both_ways(visit):
     expect(page.locator("#problem")).to_contain_text("not YAML")
 
 
+def test_a_recipe_outlives_a_reload_as_when_signing_in(visit, picos):
+    page = visit()
+    open_fold(page, "Advanced settings")
+    alpha = page.get_by_label("Strength (alpha)")
+    alpha.press("Control+A")
+    alpha.press_sequentially("0.07")
+    for role, path in picos.items():
+        name_model(page, role, path)
+    expect(page.locator("#expected")).to_contain_text("qwen3", timeout=60_000)
+    page.wait_for_function("Object.keys(localStorage).includes('tmerge-recipe')")
+    page.wait_for_timeout(500)
+    page.reload()
+    expect(page.locator("#target-model input")).to_have_value(picos["target"], timeout=20_000)
+    open_fold(page, "Recipe (YAML)")
+    expect(page.locator("#recipe-yaml .cm-content")).to_contain_text("alpha: 0.07")
+    expect(page.locator("#expected")).to_contain_text("qwen3", timeout=60_000)
+    # Another visitor's browser does not have it.
+    expect(visit().locator("#target-model input")).not_to_have_value(picos["target"])
+
+
 @pytest.mark.parametrize(
     ("line", "why"),
     [

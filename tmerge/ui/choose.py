@@ -59,6 +59,8 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     begin = dict(begin or from_preset("demo"))
     good = gr.State(begin)
     upload = gr.State(None)
+    # Kept by the browser, not by the server: signing in loads the page anew.
+    kept = gr.BrowserState("", storage_key="tmerge-recipe")
 
     with gr.Row(equal_height=False):
         target = _model_field("target", "Target: the model that is changed", begin)
@@ -139,8 +141,10 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         return write
 
     state, into = [good, upload], [code, good, problem]
+    # Or what is typed while the change before it is being written would be lost.
+    last = {"trigger_mode": "always_last", **_in_turn()}
     for field, key in ((target, "target"), (source, "source")):
-        gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **_in_turn())
+        gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **last)
         names = gr.State(_DEMO)
         field.key_up(_finder(search), names, [field, names], trigger_mode="multiple", **_quiet())
     for setting, field in zip(SETTINGS, fields, strict=True):
@@ -151,8 +155,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
             writer(setting.key, _reader(setting)),
             [field, *state],
             into,
-            trigger_mode="always_last",
-            **_in_turn(),
+            **last,
         )
     for field, key in (
         (texts.dataset, "calibration.dataset"),
@@ -160,7 +163,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         (texts.split, "calibration.split"),
         (texts.column, "calibration.column"),
     ):
-        gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **_in_turn())
+        gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **last)
     _wire_kinds(texts, upload, good, into, complaint)
 
     code.input(edited, [code, good, upload], [good, problem, *written], trigger_mode="always_last", **_in_turn())
@@ -226,6 +229,17 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         **_LIGHT,
     )
     app.load(lambda data, uploaded: expected_cards(app, data, uploaded), [good, upload], expected)
+    good.change(write_yaml, good, kept, trigger_mode="always_last", **_quiet())
+
+    def restored(text: Any, data: dict[str, Any], uploaded: str | None) -> list[Any]:
+        """The recipe that this browser had before the page was loaded anew."""
+        try:
+            before = read_yaml(text) if isinstance(text, str) and text else data
+        except TmergeError:
+            before = data
+        return replaced(before, uploaded) if before != data else [gr.skip() for _ in everything]
+
+    app.load(restored, [kept, good, upload], everything)
 
 
 def _ready(app: AppContext, data: Mapping[str, Any], upload: str | None) -> Any:

@@ -71,7 +71,6 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
                 min_width=220,
             )
         if offers_sign_in(app):
-            markup(note("Signing in loads this page anew: sign in first, or download a recipe that you have changed."))
             gr.LoginButton("Sign in with Hugging Face", logout_value="Sign out ({})", elem_id="job-sign-in")
         go = gr.Button("Start the job", elem_id="job-go")
         result = markup(note("", keep=True), elem_id="job-result")
