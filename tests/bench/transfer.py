@@ -93,6 +93,8 @@ def rows_of(pair: Pair) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"attention/alpha-{alpha:g}", merge("tokens", shared(), alpha=alpha, projections=ATTENTION)
         if pair.truth is not None:
             yield f"oracle/attention/alpha-{alpha:g}", true(alpha, ATTENTION)
+    for top_k in (0.1, 0.5):
+        yield f"top-{top_k:g}", merge("tokens", shared(), stream=True, top_k=top_k)
     yield "mlp/alpha-1", merge("tokens", shared(), projections=ALL[4:])
     yield "texts", merge("texts", shared(), stream=True)
     yield "signed", merge("tokens", shared(signed=True), stream=True)
@@ -136,6 +138,8 @@ def apart(pair: Pair, merge: Callable[..., Any]) -> Iterator[tuple[str, Callable
                 yield f"found-apart-{epsilon:g}{way}", lambda one=transport[1]: pair.found_apart("texts", one)
             for kept, one in transport.items():
                 yield f"apart-{epsilon:g}{way}/layers-{kept}", merge("texts", one)
+                one_to_one = one.model_copy(update={"entries_kept": 1})
+                yield f"apart-{epsilon:g}{way}/layers-{kept}/mutual-1", merge("texts", one_to_one)
                 yield f"apart-{epsilon:g}{way}/layers-{kept}/attention", merge("texts", one, projections=ATTENTION)
 
 
