@@ -83,22 +83,25 @@ def match(similarity: Tensor) -> Correspondence:
     exact = similarity.double()
     rows, columns = (torch.from_numpy(index) for index in linear_sum_assignment(exact.numpy(), maximize=True))
     n, m = exact.shape
-    plan = torch.zeros(n, m)
-    plan[rows, columns] = 1.0
     if n > m:
-        left = torch.ones(n, dtype=torch.bool)
-        left[rows] = False
-        plan[left.nonzero().flatten(), exact[left].argmax(1)] = 1.0
+        alone = _others(rows, n)
+        rows, columns = torch.cat([rows, alone]), torch.cat([columns, exact[alone].argmax(1)])
     elif m > n:
-        left = torch.ones(m, dtype=torch.bool)
-        left[columns] = False
-        others = left.nonzero().flatten()
+        others = _others(columns, m)
         best = exact[:, others].max(0)
         own = torch.empty(n, dtype=torch.float64)
         own[rows] = exact[rows, columns]
         copies = (best.values > 0) & (best.values >= own[best.indices] * (1 - _COPY))
-        plan[best.indices[copies], others[copies]] = 1.0
-    return Correspondence.of(plan)
+        rows, columns = torch.cat([rows, best.indices[copies]]), torch.cat([columns, others[copies]])
+    order = torch.argsort(rows * m + columns)
+    return Correspondence(rows[order], columns[order], torch.ones(len(rows)), (n, m))
+
+
+def _others(indices: Tensor, size: int) -> Tensor:
+    """Those below `size` that are not among `indices`, ascending."""
+    left = torch.ones(size, dtype=torch.bool)
+    left[indices] = False
+    return left.nonzero().flatten()
 
 
 def couple(
