@@ -100,6 +100,12 @@ def test_words_of_the_command_line_are_said_too():
         ({**PAIR, "calibration": {"token_rows": 3}}, ["calibration.token_rows", "64"]),
         ({**TASK, "transport": {"strukture": "shared"}}, ["transport.strukture", "'structure'"]),
         ({**TASK, "fusion": ["what"]}, ["fusion"]),
+        ({**TASK, "fusion": {"what": "task-vector", "scale": "row-norm"}}, ["fusion.scale is row-norm", "barycentric"]),
+        ({**PAIR, "fusion": {"affine": True, "biases": False}}, ["fusion.affine", "fusion.biases"]),
+        ({**PAIR, "fusion": {"alphas": []}}, ["fusion.alphas"]),
+        ({**PAIR, "transport": {"signed": True}}, ["transport.signed", "structure: shared"]),
+        ({**PAIR, "transport": {"map": "ridge"}, "fusion": {"units": "layer"}}, ["map is ridge", "units: none"]),
+        ({**PAIR, "transport": {"map": "procrustes"}, "fusion": {"scale": "literal"}}, ["scale: barycentric"]),
         ({**TASK, "calibration": "tokens"}, ["calibration"]),
     ],
 )

@@ -364,18 +364,22 @@ def _vocabulary(mine, theirs, sizes):
     return Session.shared_vocabulary(SimpleNamespace(tokenizer=tokenizers.__getitem__, check=check))
 
 
-def test_tokens_are_shared_up_to_the_first_that_differs():
+def test_tokens_are_shared_by_what_they_are():
     tokens = [f"t{place}" for place in range(100)]
-    assert _vocabulary(tokens, tokens, (100, 100)) == 100
-    # Rows that pad an embedding to a round number.
-    assert _vocabulary(tokens, tokens, (128, 104)) == 104
-    assert _vocabulary(tokens, [*tokens[:95], "other", *tokens[96:]], (100, 100)) == 95
-    # More tokens behind the shared ones.
-    assert _vocabulary(tokens, [*tokens, "more"], (100, 101)) == 100
-    assert _vocabulary([*tokens, "more"], tokens, (101, 100)) == 100
-    # Where they only begin alike, they are not one.
-    assert _vocabulary(tokens, [*tokens[:50], "other", *tokens[51:]], (100, 100)) == 0
-    assert _vocabulary(tokens, tokens[::-1], (100, 100)) == 0
+    same = list(range(100))
+    assert _vocabulary(tokens, tokens, (100, 100)).tolist() == [same, same]
+    # Rows that pad an embedding to a round number; rows that it lacks.
+    assert _vocabulary(tokens, tokens, (128, 104)).tolist() == [same, same]
+    assert _vocabulary(tokens, tokens, (100, 97)).tolist() == [same[:97], same[:97]]
+    # One that differs, wherever it stands; more tokens before or behind the shared ones; another order; a part of them.
+    assert _vocabulary(tokens, ["other", *tokens[1:]], (100, 100)).tolist() == [same[1:], same[1:]]
+    assert _vocabulary(tokens, ["more", *tokens], (100, 101)).tolist() == [same, list(range(1, 101))]
+    assert _vocabulary([*tokens, "more"], tokens, (101, 100)).tolist() == [same, same]
+    assert _vocabulary(tokens, tokens[::-1], (100, 100)).tolist() == [same, same[::-1]]
+    assert _vocabulary(tokens[40:60], tokens, (20, 100)).tolist() == [list(range(20)), list(range(40, 60))]
+    # Two vocabularies that have many words in common are not one.
+    assert _vocabulary(tokens, [*tokens[:80], *(f"o{place}" for place in range(20))], (100, 100)) is None
+    assert _vocabulary(tokens, ["a", "b"], (100, 2)) is None
 
 
 def test_the_same_tokenizer_is_one_vocabulary(finished):

@@ -179,7 +179,8 @@ class _Merge(Session):
         choosing = calibration.choosing if apart else 0.0
         self.texts = read_texts(calibration, seed=self.recipe.seed, choosing=choosing, chat_tokenizer=tokenizer)
         if calibration.match_on is not None and self.plan is None:
-            other = other_texts(calibration, seed=self.recipe.seed, chat_tokenizer=tokenizer)
+            apart_texts = self.texts.choosing + self.texts.held_out
+            other = other_texts(calibration, apart_texts, seed=self.recipe.seed, chat_tokenizer=tokenizer)
             self.texts = replace(self.texts, **other)
         if calibration.rows != "texts" and self.plan is None:
             self.texts = replace(self.texts, ends=self.common_ends())
@@ -243,6 +244,11 @@ class _Merge(Session):
         if self.notes["fuse"]:
             return
         settings, fusion = self.recipe.transport, self.recipe.fusion
+        vocabulary = self.shared_vocabulary() if fusion.stream else None
+        if fusion.stream and vocabulary is None:
+            self.step(
+                NOTE, "the two vocabularies differ: embeddings stay the target's, norms are carried", 1, 1, "notes"
+            )
         inputs, seed = fusion_inputs(self), self.recipe.seed
 
         def shuffle(layer: int, key: str, neurons: int) -> Tensor:
@@ -258,7 +264,7 @@ class _Merge(Session):
             settings,
             source_base=self.layout("source_base") if self.recipe.source_base else None,
             shuffle=shuffle if "permuted" in self.recipe.evaluation.controls else None,
-            vocabulary=self.shared_vocabulary() if fusion.stream else 0,
+            vocabulary=vocabulary,
             progress=lambda done, total: self.step("fuse", "transporting weights", done, total, "layers"),
         )
         self.transported, self.permuted = carried.transported, carried.permuted

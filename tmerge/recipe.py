@@ -105,6 +105,13 @@ class Recipe(Section):
             raise ValueError("fusion.stream needs fusion.what: task-vector and transport.structure: shared")
         if self.transport.map != "plan" and self.plan is not None:
             raise ValueError(f"transport.map is {self.transport.map}, which a recorded plan does not hold; drop plan")
+        if self.transport.signed and self.transport.structure != "shared":
+            raise ValueError("transport.signed needs transport.structure: shared")
+        if self.transport.map != "plan" and (self.fusion.units != "none" or self.fusion.scale == "literal"):
+            raise ValueError(
+                f"transport.map is {self.transport.map}, a fitted map, which has its units and its scale already; set "
+                "fusion.units: none and fusion.scale: barycentric"
+            )
         if self.fusion.stream and self.transport.map != "plan":
             raise ValueError(f"fusion.stream needs transport.map: plan, not {self.transport.map}; set it to false")
         return self

@@ -146,7 +146,7 @@ class FusionSettings(Section):
         "auto", description="fusion strength; auto chooses it per projection group, 0 included, on texts kept for that"
     )
     alphas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (0.01, 0.03, 0.1, 0.3, 1.0), description="what alpha: auto tries beside 0"
+        (0.01, 0.03, 0.1, 0.3, 1.0), min_length=1, description="what alpha: auto tries beside 0"
     )
     scale: Literal["barycentric", "literal", "row-norm"] = Field(
         "barycentric", description="barycentric: maps that average; literal: the paper's; row-norm: as large as the row"
@@ -173,6 +173,17 @@ class FusionSettings(Section):
         if not value or len(set(value)) != len(value):
             raise ValueError("name at least one projection, each once")
         return value
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> FusionSettings:
+        if self.what == "task-vector" and self.scale == "row-norm":
+            raise ValueError(
+                "fusion.scale is row-norm, which would make what was learned as long as the target's own rows; for a "
+                "task vector choose barycentric"
+            )
+        if self.affine and not self.biases:
+            raise ValueError("fusion.affine writes into biases, and fusion.biases is off; set one of them otherwise")
+        return self
 
     @model_validator(mode="after")
     def _alpha_in_range(self) -> FusionSettings:

@@ -193,17 +193,21 @@ class Session:
             seed=self.recipe.seed,
         )
 
-    def shared_vocabulary(self) -> int:
-        """Tokens from 0 up that have one id in both models' tokenizers and a row in both models' embeddings.
+    def shared_vocabulary(self) -> Tensor | None:
+        """Tokens that are in both models' tokenizers and have a row in both models' embeddings.
 
-        0 where that is not nearly all of them: then the vocabularies only begin alike.
+        Returns:
+            (2, V) int64, each token's id in the target and in the source, ascending in the target's: a vocabulary that
+            was trimmed, extended or put in another order is still one. None where they are not nearly all of the
+            smaller vocabulary: then the two have words in common as any two have.
         """
         mine, theirs = (self.tokenizer(role).get_vocab() for role in ("target", "source"))
         sizes = [int(facts.config.get_text_config().vocab_size) for facts in (self.check.target, self.check.source)]
-        other = {place: token for token, place in theirs.items()}
-        differing = [place for token, place in mine.items() if other.get(place) != token]
-        shared = min(*sizes, *differing)
-        return shared if shared >= _NEARLY_ALL * min(sizes) else 0
+        common = sorted((place, theirs[token]) for token, place in mine.items() if token in theirs)
+        kept = [pair for pair in common if pair[0] < sizes[0] and pair[1] < sizes[1]]
+        if not kept or len(kept) < _NEARLY_ALL * min(len(mine), len(theirs)):
+            return None
+        return torch.tensor(kept).T.contiguous()
 
     def layout(self, role: str) -> Architecture:
         """The projections of a loaded model."""

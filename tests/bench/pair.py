@@ -66,6 +66,8 @@ class Pair:
         if with_biases:
             self.models["target"] = biased(self.models["target"])
         self.layouts: dict[str, Architecture] = {role: describe(item.model) for role, item in self.models.items()}
+        # The base's, in both.
+        self.vocabulary = torch.arange(self.models["target"].model.config.vocab_size).repeat(2, 1)
         self.train = self._texts(texts)[: 2 * TEXTS]
         self.held_out, self.english = self._texts("held_out")[:TEXTS], self._texts("english_held_out")[:TEXTS]
         truth = folder / "truth.json"
@@ -169,7 +171,7 @@ class Pair:
             transport,
             source_base=self.layouts["base"] if fusion.what == "task-vector" else None,
             shuffle=shuffle if permuted else None,
-            vocabulary=self.models["target"].model.config.vocab_size,
+            vocabulary=self.vocabulary,
         )
 
     def oracle(self, projections: tuple[str, ...], stream: bool, what: str) -> list[TransportedNeurons]:
@@ -192,9 +194,8 @@ class Pair:
             out = torch.zeros(len(residual), self.layouts["source"].hidden_size)
             out[torch.arange(len(residual)), residual] = 1.0
             pairs = dict(enumerate(self.truth["layers"]))
-            vocabulary = self.models["target"].model.config.vocab_size
             layouts = (self.layouts[role] for role in ROLES)
-            items += carry_stream(*layouts, pairs, (out, out.T), vocabulary)
+            items += carry_stream(*layouts, pairs, (out, out.T), self.vocabulary)
         return items
 
     def found(self, kind: str, epsilon: float | None, signed: bool = False) -> dict[str, float]:

@@ -248,7 +248,7 @@ def test_a_configuration_is_for_the_hub_only() -> None:
 def test_neurons_can_be_matched_on_other_texts():
     settings = CalibrationSettings(dataset="samples:thai", texts=80, match_on="samples:english")
     texts = read_texts(settings, seed=0)
-    other = other_texts(settings, seed=0)
+    other = other_texts(settings, texts.held_out, seed=0)
     english = set(sample_texts("english"))
     assert other["other_dataset"] == "samples:english" and len(other["other"]) == 80
     assert set(other["other"]) <= english and not english & set(texts.texts + texts.held_out)
@@ -256,3 +256,16 @@ def test_neurons_can_be_matched_on_other_texts():
     # What is scored, chosen on and trained on stays the dataset's own.
     assert (both.texts, both.held_out, both.sha256) == (texts.texts, texts.held_out, texts.sha256)
     assert texts.matched_on == texts.texts and both.matched_on == other["other"] and both.to_dict()["other"] == 80
+
+
+def test_neurons_are_never_matched_on_what_is_held_out_or_chooses():
+    """Whose own texts they are, or another file that holds some of them."""
+    settings = CalibrationSettings(dataset="samples:english", match_on="samples:english")
+    texts = read_texts(settings, seed=0, choosing=0.2)
+    apart = set(texts.held_out) | set(texts.choosing)
+    assert len(apart) > 20
+    assert set(other_texts(settings, apart, seed=0)["other"]) == set(texts.texts)
+    with pytest.raises(
+        TooFewTextsError, match=r"match_on 'samples:english' has 3 texts beside those that are held out"
+    ):
+        other_texts(settings, [f" {text}  " for text in sample_texts("english")[3:]], seed=0)

@@ -121,7 +121,7 @@ def test_a_merge(family, what, monkeypatch):
         original, _, base, source = _learned(family)
         fusion = {"what": "task-vector", "alpha": 1.0, "stream": True}
         found = _found(family)
-        options = {"source_base": base.model, "vocabulary": 384, "shuffle": shuffle}
+        options = {"source_base": base.model, "vocabulary": torch.arange(384).repeat(2, 1), "shuffle": shuffle}
         return _carry(original, source.model, *found, fusion, **options)[0]
 
     sparse = carried()

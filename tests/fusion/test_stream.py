@@ -35,7 +35,8 @@ def _carried(family, source_family=None, *, vocabulary=PICO_VOCAB, **options):
     base = pico_model(source_family or family, layers=3, seed=3, **options)
     source, target = _fine_tuned(base), pico_model(family)
     maps = _maps(64, base.config.hidden_size)
-    found = carry_stream(describe(target), describe(source), describe(base), {0: 0, 1: 2}, maps, vocabulary)
+    tokens = torch.arange(vocabulary).repeat(2, 1) if vocabulary else None
+    found = carry_stream(describe(target), describe(source), describe(base), {0: 0, 1: 2}, maps, tokens)
     return target, source, base, maps, {(item.layer, item.projection): item for item in found}
 
 
@@ -97,8 +98,7 @@ def test_tokens_that_are_not_shared_stay(vocabulary):
 @pytest.mark.parametrize(
     ("target", "source", "left"),
     [
-        # A head of its own has no counterpart where the source's is its embedding.
-        ("llama", "llama-tied", {HEAD}),
+        ("llama", "llama-tied", set()),
         ("llama-tied", "llama", set()),
         # Norms meet by their names in the block, and these two have them in other places.
         ("olmo2", "llama", {"norm:post_feedforward_layernorm"}),
@@ -113,7 +113,43 @@ def test_what_the_source_lacks_stays(target, source, left):
 def test_nothing_learned_is_nothing_carried():
     base = pico_model("gpt2", layers=3, seed=3)
     found = carry_stream(
-        describe(pico_model("gpt2")), describe(base), describe(base), {0: 0, 1: 1}, _maps(64, 64), PICO_VOCAB
+        describe(pico_model("gpt2")),
+        describe(base),
+        describe(base),
+        {0: 0, 1: 1},
+        _maps(64, 64),
+        torch.arange(PICO_VOCAB).repeat(2, 1),
     )
     assert len(found) == 6
     assert not any(item.weight.any() or (item.bias is not None and item.bias.any()) for item in found)
+
+
+def test_a_head_of_the_targets_own_takes_what_a_tied_source_learned():
+    target, source, base, (out_map, in_map), found = _carried("llama", "llama-tied")
+    assert source.get_output_embeddings().weight is source.get_input_embeddings().weight
+    learned = (source.get_input_embeddings().weight - base.get_input_embeddings().weight).detach()
+    torch.testing.assert_close(found[2, EMBEDDING].weight, learned @ out_map.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[2, HEAD].weight, learned @ in_map, rtol=1e-5, atol=1e-5)
+    # The other way round there is one matrix to write to, and the embedding takes it.
+    _, source, base, (out_map, _), found = _carried("llama-tied", "llama")
+    learned = (source.get_input_embeddings().weight - base.get_input_embeddings().weight).detach()
+    torch.testing.assert_close(found[2, EMBEDDING].weight, learned @ out_map.T, rtol=1e-5, atol=1e-5)
+    assert (2, HEAD) not in found
+
+
+def test_a_trimmed_and_reordered_vocabulary_is_carried_token_by_token():
+    base = pico_model("llama", layers=3, seed=3)
+    source, target = _fine_tuned(base), pico_model("llama", vocab_size=200)
+    out_map, in_map = _maps(64, 64)
+    # The last is beyond both matrices, as rows may be that a tokenizer knows and a model does not.
+    tokens = torch.tensor([[7, 3, 199, 200], [300, 4, 5, PICO_VOCAB]])
+    items = carry_stream(describe(target), describe(source), describe(base), {0: 0, 1: 2}, (out_map, in_map), tokens)
+    found = {item.projection: item for item in items}
+    before = target.get_input_embeddings().weight.detach().clone()
+    learned = (source.get_input_embeddings().weight - base.get_input_embeddings().weight).detach()
+    assert found[EMBEDDING].neurons.tolist() == found[HEAD].neurons.tolist() == [7, 3, 199]
+    fuse(describe(target).views, items, 1.0)
+    change = target.get_input_embeddings().weight.detach() - before
+    torch.testing.assert_close(change[[7, 3, 199]], learned[[300, 4, 5]] @ out_map.T, rtol=1e-4, atol=1e-5)
+    others = [row for row in range(200) if row not in (7, 3, 199)]
+    assert not change[others].any()

@@ -15,6 +15,7 @@ that a task vector holds. Without structure o was at 4e-6 at best, at eps 0.005 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -71,7 +72,7 @@ def _carry(target, source, structure, features, fusion, *, source_base=None, **o
         StructuredPairs(structure, paired, 128),
         coupled,
         statistics,
-        FusionSettings(top_k=1.0, projections=tuple(mine.names), **fusion),
+        FusionSettings(**{"top_k": 1.0, "projections": tuple(mine.names)} | fusion),
         transport,
         source_base=None if source_base is None else describe(source_base),
         **options,
@@ -168,6 +169,60 @@ def test_the_record_carries_what_its_run_carried(family, tmp_path):
         assert got.bias is wanted.bias is None or got.bias.equal(wanted.bias)
 
 
+def _without(found, neurons):
+    """A correspondence in which some target neurons have no counterpart."""
+    kept = ~torch.isin(found.rows, torch.tensor(neurons))
+    return replace(found, rows=found.rows[kept], columns=found.columns[kept], values=found.values[kept])
+
+
+@families
+def test_what_has_no_counterpart_keeps_its_weights_and_its_bias(family):
+    case, structure = planted_case(family), _weights(family)[0]
+    alone = [3, 5]
+    partial = replace(
+        structure,
+        stream=_without(structure.stream, alone),
+        inner={place: _without(found, alone) for place, found in structure.inner.items()},
+    )
+    features = case.target_features, case.source_features
+    carried, record = _carry(case.target, case.planted.model, partial, features, {"alpha": 1.0})
+    merged = copy.deepcopy(case.target)
+    fuse(describe(merged).layers, carried.transported, 1.0)
+    biases = 0
+    for layer, views in enumerate(describe(merged).layers):
+        for name, view in views.items():
+            # Every side of every projection has these two without a counterpart.
+            before, after = case.target, case.original
+            own, wanted = (describe(model).layers[layer][name] for model in (before, after))
+            for dim in (0, 1):
+                index = torch.tensor(alone)
+                torch.testing.assert_close(
+                    view.weight().index_select(dim, index), own.weight().index_select(dim, index), rtol=1e-6, atol=1e-9
+                )
+            others = [[place for place in range(size) if place not in alone] for size in view.weight().shape]
+            got, goal = (one.weight()[others[0]][:, others[1]] for one in (view, wanted))
+            torch.testing.assert_close(got, goal, rtol=1e-5, atol=1e-6)
+            if view.has_bias:
+                biases += 1
+                torch.testing.assert_close(view.bias()[alone], own.bias()[alone], rtol=1e-6, atol=1e-9)
+                torch.testing.assert_close(view.bias()[others[0]], wanted.bias()[others[0]], rtol=1e-5, atol=1e-6)
+    assert (biases > 0) == (family != "llama")
+    assert all(values.isfinite().all() for name, values in record.tensors.items() if name.startswith("mass."))
+
+
+@families
+def test_some_neurons_of_an_mlp_are_chosen_as_units(family):
+    case, structure = planted_case(family), _weights(family)[0]
+    features = case.target_features, case.source_features
+    carried, _ = _carry(case.target, case.planted.model, structure, features, {"alpha": 1.0, "top_k": 0.2})
+    chosen = {}
+    for item in carried.transported:
+        chosen[item.layer, item.projection] = item.neurons.tolist()
+    for layer in range(PLANTED_LAYERS):
+        units = [chosen[layer, name] for name in ("gate", "up", "down") if (layer, name) in chosen]
+        assert len(units) >= 2 and all(neurons == units[0] for neurons in units)
+
+
 # -- task vectors --------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +258,7 @@ def _found(family):
 def _task_vector(family, vocabulary, **options):
     original, _, base, source = _learned(family)
     fusion = {"what": "task-vector", "alpha": 1.0, "stream": True}
-    base = base.model
+    base, vocabulary = base.model, torch.arange(vocabulary).repeat(2, 1) if vocabulary else None
     return _carry(original, source.model, *_found(family), fusion, source_base=base, vocabulary=vocabulary, **options)[
         0
     ]

@@ -143,3 +143,30 @@ def test_a_norms_gradient_is_a_column():
 def test_the_groups_of_alphas():
     assert [group_of(name) for name in PROJECTIONS] == list(PROJECTIONS)
     assert {group_of(name) for of in describe(pico_model("llama")).stream for name in of} == {STREAM}
+
+
+@pytest.mark.parametrize("family", sorted(PICO_FAMILIES))
+def test_the_embeddings_scale_is_what_reaches_the_first_block(family):
+    """Measured: how far the stream moves when a token's embedding does."""
+    model = pico_model(family).float().eval()
+    layout = describe(model)
+    embedding = model.get_input_embeddings().weight
+    if embedding.shape[1] != layout.hidden_size:
+        pytest.skip("its embeddings are not of the stream's width")
+    seen = []
+    block = next(module for _, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))[0]
+    hook = block.register_forward_pre_hook(
+        lambda module, inputs, named: seen.append((inputs[0] if inputs else named["hidden_states"])[0, 1].clone()),
+        with_kwargs=True,
+    )
+    ids, move = torch.tensor([[3, 5, 7]]), torch.zeros(layout.hidden_size)
+    move[4] = 2.0**-3
+    with torch.no_grad():
+        model(ids)
+        embedding[5] += move
+        model(ids)
+    hook.remove()
+    got = (seen[1] - seen[0])[4] / move[4]
+    if family == "bloom":  # it norms its embeddings before anything else
+        return
+    assert float(got) == pytest.approx(layout.embedding_scale, rel=1e-3)

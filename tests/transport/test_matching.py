@@ -73,14 +73,16 @@ def test_order_of_the_neurons_does_not_matter(n, m, seed):
 
 @_property
 @given(_sizes, _sizes, _seeds)
-def test_every_target_neuron_has_a_source_neuron_and_pairs_are_scipys(n, m, seed):
+def test_the_narrower_side_has_partners_and_pairs_are_scipys(n, m, seed):
     similarity = _random(n, m, seed)
     plan = match(similarity).dense()
-    assert (plan.sum(1) >= 1).all() and set(plan.unique().tolist()) <= {0.0, 1.0}
+    assert set(plan.unique().tolist()) <= {0.0, 1.0}
     rows, columns = linear_sum_assignment(-similarity.numpy())
     assert (plan[rows, columns] == 1).all()
-    # A source neuron stands for one target neuron, unless the target is wider.
-    assert n > m or (plan.sum(0) <= 1).all()
+    wide, narrow = (0, 1) if n <= m else (1, 0)
+    assert (plan.sum(narrow) >= 1).all() and (plan.sum(wide) <= 1).all()
+    # Neither model is the one that the other is matched with.
+    assert match(similarity.T).dense().T.equal(plan)
 
 
 # -- what is left over ---------------------------------------------------------------------------------------------
@@ -110,10 +112,11 @@ def test_what_resembles_nothing_is_no_copy():
     assert match(torch.zeros(2, 3)).dense().sum() == 2
 
 
-def test_a_wider_target_takes_the_best_for_its_leftovers():
-    similarity = torch.tensor([[0.9, 0.1], [0.8, 0.3], [0.2, 0.7], [-0.3, -0.1]])
-    plan = match(similarity).dense()
-    assert plan.tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
+def test_a_wider_targets_leftovers_have_a_partner_only_as_copies():
+    similarity = torch.tensor([[0.9, 0.1], [0.895, 0.3], [0.2, 0.7], [0.3, -0.1]])
+    found = match(similarity)
+    assert found.dense().tolist() == [[1, 0], [1, 0], [0, 1], [0, 0]]
+    assert found.partner().tolist() == [0, 0, 1, -1]
     target, source = feature_pair("independent", 6, 1)
     wide = torch.cat([target, target, target], 1)[:, torch.randperm(18, generator=torch.Generator().manual_seed(1))]
     found = match(_correlations(wide, target))
@@ -156,8 +159,8 @@ def test_a_plan_that_is_cut_short_says_how_far_it_is():
 def test_signs_are_those_of_the_similarity():
     similarity = torch.tensor([[0.1, -0.9], [-0.8, 0.2], [0.3, 0.7]])
     found = match(similarity.abs()).signed(similarity)
-    assert found.dense().tolist() == [[0, -1], [-1, 0], [0, 1]]
-    assert found.partner().tolist() == [1, 0, 1]
+    assert found.dense().tolist() == [[0, -1], [-1, 0], [0, 0]]
+    assert found.partner().tolist() == [1, 0, -1]
     # A second time changes nothing, and a plan's entries keep their size.
     assert found.signed(similarity).dense().equal(found.dense())
     plan = couple(similarity.abs(), epsilon=0.1, tolerance=1e-12)

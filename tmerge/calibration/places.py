@@ -48,7 +48,9 @@ def common_ends(
     """
     mine, theirs = _ends(target, texts, limits[0]), _ends(source, texts, limits[1])
     if wanted is None:
-        return tuple(tuple(sorted(set(ours) & set(other))[-1:]) for ours, other in zip(mine, theirs, strict=True))
+        last = tuple(tuple(sorted(set(ours) & set(other))[-1:]) for ours, other in zip(mine, theirs, strict=True))
+        _refuse_too_few(sum(map(len, last)), len(texts))
+        return last
     each = -(-wanted // max(1, len(texts)))
     draw = random.Random(seed)
     chosen = []
@@ -56,13 +58,17 @@ def common_ends(
         common = sorted(set(ours) & set(other))
         chosen.append(draw.sample(common, min(each, len(common))))
     places = [(row, end) for row, of_text in enumerate(chosen) for end in of_text]
-    if len(places) < MINIMUM_ROWS:
-        raise TokenizerError(
-            f"the two tokenizers end a token at one place only {len(places)} times in {len(texts)} texts, where "
-            f"{MINIMUM_ROWS} are needed; give more or longer texts, or set calibration.rows: texts"
-        )
+    _refuse_too_few(len(places), len(texts))
     kept = draw.sample(places, min(wanted, len(places)))
     return tuple(tuple(sorted(end for _, end in group)) for group in _by_row(kept, len(texts)))
+
+
+def _refuse_too_few(places: int, texts: int) -> None:
+    if places < MINIMUM_ROWS:
+        raise TokenizerError(
+            f"the two tokenizers end a token at one place only {places} times in {texts} texts, where "
+            f"{MINIMUM_ROWS} are needed; give more or longer texts, or set calibration.rows: texts"
+        )
 
 
 def _by_row(places: Sequence[tuple[int, int]], rows: int) -> list[list[tuple[int, int]]]:

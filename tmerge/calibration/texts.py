@@ -260,8 +260,16 @@ def _shuffled(rows: Iterable[dict[str, Any]], seed: int, size: int) -> Iterator[
     yield from held
 
 
-def other_texts(settings: CalibrationSettings, *, seed: int, chat_tokenizer: Any | None = None) -> dict[str, Any]:
+def other_texts(
+    settings: CalibrationSettings, apart: Iterable[str], *, seed: int, chat_tokenizer: Any | None = None
+) -> dict[str, Any]:
     """What ``calibration.match_on`` adds to a `TextSet`: ``other`` and ``other_dataset``.
+
+    Args:
+        settings: ``match_on`` names the dataset.
+        apart: Texts that nothing may be matched on, since they decide alpha or the verdict.
+        seed: As for `read_texts`.
+        chat_tokenizer: As for `read_texts`.
 
     Raises:
         DatasetError, TooFewTextsError: As `read_texts`.
@@ -274,7 +282,15 @@ def other_texts(settings: CalibrationSettings, *, seed: int, chat_tokenizer: Any
     name = settings.match_on or ""
     if found.revision is not None:
         name = f"{name.partition('@')[0]}@{found.revision}"
-    return {"other": found.texts + found.held_out, "other_dataset": name}
+    kept_apart = {normalise(text) for text in apart}
+    other = tuple(text for text in found.texts + found.held_out if normalise(text) not in kept_apart)
+    if len(other) < MINIMUM_CALIBRATION:
+        raise TooFewTextsError(
+            f"calibration.match_on {settings.match_on!r} has {len(other)} texts beside those that are held out or "
+            f"choose alpha, and {MINIMUM_CALIBRATION} are needed; name another dataset there, or null for the "
+            "calibration set's own texts"
+        )
+    return {"other": other, "other_dataset": name}
 
 
 def _digest(*parts: Iterable[str]) -> str:

@@ -104,7 +104,7 @@ class _Carrier:
     ) -> TransportedNeurons:
         view = self.target.layers[layer][projection]
         pre, post = feature_key(projection, "pre"), feature_key(projection, "post")
-        score = self.statistics[0][layer, feature_key(projection, neuron_side(projection))].magnitude
+        score = self._scores(layer, projection)
         neurons = select_neurons(score, self.fusion.top_k)
         row = coupling.target_layers.index(layer)
         weights = layer_weights(coupling.weights[row], len(coupling.target_layers), self.fusion.scale)
@@ -122,12 +122,13 @@ class _Carrier:
             if carried_bias is not None:
                 bias = share * carried_bias if bias is None else bias + share * carried_bias
         assert weight is not None  # a target layer in a coupling has at least one source layer
-        if self.source_base is None and read[post, other].partial and read[post, other].maps is None:
-            weight = self._keep_unmatched(view, projection, neurons, weight, out_map, in_map)
+        own = read_neurons(view, neurons).cpu()
         fused = self.bias_fate(projection, neurons.shape[0] == score.shape[0]) == "fused"
         if not fused:
             bias = None
-        own = read_neurons(view, neurons).cpu()
+        if self.source_base is None and read[post, other].partial and read[post, other].maps is None:
+            alone = unmatched(out_map, 0), unmatched(in_map, 1)
+            weight, bias = self._keep_unmatched(view, projection, neurons, own, (weight, bias), alone)
         if self.fusion.scale == "row-norm":
             across = 0 if projection in COLUMN_PROJECTIONS else 1
             norm = torch.linalg.vector_norm(weight, dim=across)
@@ -139,6 +140,13 @@ class _Carrier:
             mean = self.statistics[0][layer, pre].mean
             bias = self._affine_bias(view, projection, neurons, own, weight, bias, mean)
         return TransportedNeurons(layer, projection, neurons, weight, bias, self.fusion.what == "task-vector")
+
+    def _scores(self, layer: int, projection: str) -> Tensor:
+        """s_j of A.5. MLP neurons that travel as units are chosen as units: by what they give to ``down``."""
+        key = feature_key(projection, neuron_side(projection))
+        unit = feature_key("down", "pre")
+        as_units = self.transport.structure == "shared" and projection in ("gate", "up")
+        return self.statistics[0][layer, unit if as_units and (layer, unit) in self.statistics[0] else key].magnitude
 
     def _affine_bias(
         self,
@@ -179,14 +187,27 @@ class _Carrier:
         return built
 
     def _keep_unmatched(
-        self, view: Projection, projection: str, neurons: Tensor, weight: Tensor, out_map: Tensor, in_map: Tensor
-    ) -> Tensor:
-        """A neuron without a counterpart keeps its weight: nothing is said of it, which is not the same as zero."""
+        self,
+        view: Projection,
+        projection: str,
+        neurons: Tensor,
+        own: Tensor,
+        carried: tuple[Tensor, Tensor | None],
+        alone: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Where an output or an input has no counterpart, nothing is said of a weight, which is not to say zero."""
+        weight, bias = carried
+        outputs, inputs = alone
         if projection in COLUMN_PROJECTIONS:
-            alone = unmatched(in_map, 1)[neurons]
-            return torch.where(alone, read_neurons(view, neurons).cpu(), weight)
-        alone = unmatched(out_map, 0)[neurons]
-        return torch.where(alone.unsqueeze(1), read_neurons(view, neurons).cpu(), weight)
+            inputs = inputs[neurons]
+        else:
+            outputs = outputs[neurons]
+        weight = torch.where(outputs.unsqueeze(1) | inputs, own, weight)
+        own_bias = view.bias()
+        if bias is not None and own_bias is not None:
+            own_bias = own_bias.float().cpu()
+            bias = torch.where(outputs, own_bias if projection in COLUMN_PROJECTIONS else own_bias[neurons], bias)
+        return weight, bias
 
     def plain_map(self, read: PlanPair, *, outwards: bool) -> Tensor:
         """Phi_out or Phi_in of a pair, in the features' own units."""
@@ -196,7 +217,7 @@ class _Carrier:
         kept = self.transport.entries_kept
         return build(read.plan, scale=self.fusion.scale, kept=kept, mask=read.mask, partial=read.partial)
 
-    def stream(self, vocabulary: int, *, shuffled: bool) -> list[TransportedNeurons]:
+    def stream(self, vocabulary: Tensor | None, *, shuffled: bool) -> list[TransportedNeurons]:
         """The task vector of what else lies on the residual stream, which one correspondence carries everywhere."""
         assert self.source_base is not None  # the recipe sees to it
         others: dict[int, int] = {}
@@ -256,7 +277,7 @@ def carry(
     *,
     source_base: Architecture | None = None,
     shuffle: Callable[[int, str, int], Tensor] | None = None,
-    vocabulary: int = 0,
+    vocabulary: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Carried:
     """Transport every fused projection of every target layer (Eq. 13-14 up to alpha).
@@ -271,7 +292,7 @@ def carry(
         transport: The recipe's section.
         source_base: For task vectors: the source before its fine-tuning.
         shuffle: (layer, key, n) -> a permutation (n,) of the target's neurons, for the `permuted` control.
-        vocabulary: With ``fusion.stream``: tokens that have one id in both models.
+        vocabulary: With ``fusion.stream``: (2, V) ids in the target and in the source of tokens that both have.
         progress: Called with (layers done, all); may raise to stop.
     """
     settings = (fusion, transport)

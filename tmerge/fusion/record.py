@@ -131,11 +131,14 @@ def mass_of_top(plan: Tensor) -> Tensor:
         plan: (n, n'); of more than 256 rows, evenly spaced ones are read, 256 at most.
 
     Returns:
-        (len(MASS_AT),) float32, rising to 1.
+        (len(MASS_AT),) float32, rising to 1. A row without an entry, of a neuron without a counterpart, has no mass.
     """
     rows = plan.index_select(0, torch.arange(0, plan.shape[0], -(-plan.shape[0] // _MASS_ROWS)))
     rows = rows.to_dense() if rows.is_sparse else rows
     ordered = np.sort(rows.abs().numpy(), axis=1)[:, ::-1]
+    ordered = ordered[ordered[:, 0] > 0]
+    if not len(ordered):
+        return torch.ones(len(MASS_AT))
     share = np.cumsum(ordered, axis=1, dtype=np.float64)
     share /= share[:, -1:]
     return torch.tensor([share[:, min(k, plan.shape[1]) - 1].mean() for k in MASS_AT], dtype=torch.float32)

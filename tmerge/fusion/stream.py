@@ -3,8 +3,9 @@
 They meet the stream's correspondence on one side only. A norm's weights and an embedding's columns are outputs to the
 stream, so Phi_out carries them; a head's columns read it, so Phi_in does. An embedding's rows are tokens, and stay what
 they are where both models have one vocabulary; where the target's head is tied to its embedding, that one carries the
-source's embedding, and what a head of the source's own learned stays behind. Beside the projections this carries
-much of what fine-tuning in another language changed (docs/experiments.md).
+source's embedding, and what a head of the source's own learned stays behind; a head of the target's own takes what a
+tied source learned in its one matrix. Norms of q and k, learned positions and a head's bias are left alone. Beside the
+projections this carries much of what fine-tuning in another language changed (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tmerge.fusion.merge import TransportedNeurons
 from tmerge.fusion.sparse import after, before
-from tmerge.models import EMBEDDING, HEAD, Architecture
+from tmerge.models import EMBEDDING, HEAD, Architecture, Projection
 
 __all__ = ["carry_stream"]
 
@@ -27,7 +28,7 @@ def carry_stream(
     source_base: Architecture,
     pairs: Mapping[int, int],
     maps: tuple[Tensor, Tensor],
-    vocabulary: int,
+    vocabulary: Tensor | None,
 ) -> list[TransportedNeurons]:
     """The task vector of everything on the stream that both models have.
 
@@ -37,20 +38,24 @@ def carry_stream(
         source_base: The source before its fine-tuning.
         pairs: target layer -> source layer, whose norms are held against each other by name.
         maps: (n, n') Phi_out and (n', n) Phi_in of the stream, dense or sparse.
-        vocabulary: Tokens that have one id in both models, counted from 0; 0 leaves embeddings and head alone.
+        vocabulary: (2, V) ids in the target and in the source of the tokens that both have; None leaves embeddings and
+            head alone.
     """
     out_map, in_map = maps
     last = {len(target.layers): len(source.layers)}
     carried = []
     for layer, other in {**pairs, **last}.items():
         for name, view in target.stream[layer].items():
-            theirs, base = source.stream[other].get(name), source_base.stream[other].get(name)
-            if theirs is None or base is None or (name in (EMBEDDING, HEAD) and not vocabulary):
+            theirs, base = (_view(model, other, name) for model in (source, source_base))
+            if theirs is None or base is None or (name in (EMBEDDING, HEAD) and vocabulary is None):
                 continue
-            rows = theirs.out_features
             if name in (EMBEDDING, HEAD):
-                rows = min(vocabulary, view.out_features, rows, base.out_features)
-            learned = theirs.weight()[:rows].float().cpu() - base.weight()[:rows].float().cpu()
+                assert vocabulary is not None
+                rows = min(theirs.out_features, base.out_features)
+                neurons, others = vocabulary[:, (vocabulary[0] < view.out_features) & (vocabulary[1] < rows)]
+            else:
+                neurons, others = torch.arange(view.out_features), torch.arange(theirs.out_features)
+            learned = theirs.weight()[others].float().cpu() - base.weight()[others].float().cpu()
             if name == EMBEDDING:
                 learned *= source.embedding_scale / target.embedding_scale
             if name == HEAD:
@@ -64,6 +69,11 @@ def carry_stream(
             own, own_bias, old = view.bias(), theirs.bias(), base.bias()
             if name not in (EMBEDDING, HEAD) and own is not None and own_bias is not None and old is not None:
                 bias = before(out_map, own_bias.float().cpu() - old.float().cpu())
-            neurons = torch.arange(weight.shape[0])
             carried.append(TransportedNeurons(layer, name, neurons, weight.contiguous(), bias, True))
     return carried
+
+
+def _view(model: Architecture, layer: int, name: str) -> Projection | None:
+    """What goes by a name; the head of a model that ties it to its embedding is that embedding."""
+    views = model.stream[layer]
+    return views.get(name) or (views.get(EMBEDDING) if name == HEAD else None)

@@ -11,7 +11,7 @@ from torch import nn
 from tmerge.errors import UnsupportedModelError
 from tmerge.models.discovery import find_block_list, read_block, unwrap
 from tmerge.models.layouts import MLP_NAMES, HeadLayout
-from tmerge.models.stream import stream_views
+from tmerge.models.stream import embedding_scale, stream_views
 from tmerge.models.views import PROJECTIONS, SIDES, Projection, Rows, Tap, feature_key
 
 __all__ = [
@@ -39,6 +39,7 @@ class Architecture:
         left_alone: What has weights and is not merged, one sentence each with the layers it concerns.
         attention: Per block, its heads; None for a block without plain attention.
         stream: What else lies on the residual stream, as `stream_views` gives it.
+        embedding_scale: What a token's embedding is multiplied by before it enters the residual stream.
     """
 
     model_type: str
@@ -46,6 +47,7 @@ class Architecture:
     left_alone: list[str] = field(default_factory=list)
     attention: list[HeadLayout | None] = field(default_factory=list)
     stream: list[dict[str, Projection]] = field(default_factory=list)
+    embedding_scale: float = 1.0
 
     @property
     def views(self) -> list[dict[str, Projection]]:
@@ -53,11 +55,6 @@ class Architecture:
         if not self.stream:
             return self.layers
         return [{**mine, **other} for mine, other in zip([*self.layers, {}], self.stream, strict=True)]
-
-    @property
-    def embedding_scale(self) -> float:
-        """What a token's embedding is multiplied by before it enters the residual stream."""
-        return self.hidden_size**0.5 if self.model_type.startswith("gemma") else 1.0
 
     @property
     def num_layers(self) -> int:
@@ -182,7 +179,8 @@ def describe(model: nn.Module, *, rounded_to: torch.dtype | None = None) -> Arch
             [{name: replace(view, rounded_to=rounded_to) for name, view in layer.items()} for layer in part]
             for part in (layers, stream)
         )
-    return Architecture(config.model_type, layers, sentences, [block.heads for block in found], stream)
+    heads = [block.heads for block in found]
+    return Architecture(config.model_type, layers, sentences, heads, stream, embedding_scale(inner))
 
 
 def match(target: Architecture, source: Architecture, wanted: Iterable[str]) -> tuple[list[str], dict[str, str]]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tmerge.models.views import PROJECTIONS, Projection, Rows
 
-__all__ = ["EMBEDDING", "HEAD", "STREAM", "group_of", "stream_views"]
+__all__ = ["EMBEDDING", "HEAD", "STREAM", "embedding_scale", "group_of", "stream_views"]
 
 EMBEDDING = "embedding"
 """(V, n): a row for each token. Where the head is tied to it, it is the head too."""
@@ -56,6 +56,20 @@ def stream_views(model: PreTrainedModel, blocks: nn.ModuleList, width: int) -> l
         if head is not None and _is_matrix(head, width) and head.weight is not embedding.weight:
             rest[HEAD] = _view(HEAD, last, head)
     return [*views, rest]
+
+
+def embedding_scale(model: PreTrainedModel) -> float:
+    """What a token's embedding is multiplied by before it enters the residual stream."""
+    module, config = model.get_input_embeddings(), model.config
+    for value in (
+        getattr(module, "scalar_embed_scale", None),  # gemma
+        getattr(module, "embed_scale", None),  # xglm, biogpt
+        getattr(config, "embedding_multiplier", None),  # granite
+    ):
+        if isinstance(value, (int, float)):
+            return float(value)
+    # Before it had a module of its own.
+    return float(config.hidden_size) ** 0.5 if config.model_type.startswith("gemma") else 1.0
 
 
 def _norms(modules: Iterable[tuple[str, nn.Module]], width: int) -> list[tuple[str, nn.Module]]:

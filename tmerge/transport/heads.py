@@ -1,10 +1,12 @@
 """Matching the attention of one layer with that of another, head by head (the structure that attention scores need).
 
-A score is a product of q and k, dimension by dimension, so both must be carried by one correspondence; a rotary
+A score is a product of q and k, dimension by dimension, so both must be carried by one correspondence. A rotary
 embedding turns the two dimensions of a pair by a frequency of their own, so pairs stay together and meet the pair of
-the same frequency; query heads that share a key and value head must still share one afterwards. What is free: which
-kv group meets which, which query head of a group meets which, and, within a group, the order of v's dimensions (the
-inputs of o follow) and of those dimensions of q and k that nothing rotates.
+the same place among the frequencies (which is the same frequency, unless one of the models was stretched to longer
+texts since they parted: then the place is what they have in common). Query heads that share a key and value head must
+still share one afterwards. What is free: which kv group meets which, which query head of a group meets which, and,
+within a group, the order of v's dimensions (the inputs of o follow) and of those dimensions of q and k that nothing
+rotates.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tmerge.transport.matching import Correspondence, match
+from tmerge.transport.matching import Correspondence
 
 __all__ = ["Heads", "match_heads"]
 
@@ -47,6 +49,13 @@ class Heads:
         frequencies = None if facts["frequencies"] is None else torch.tensor(facts["frequencies"], dtype=torch.float64)
         pairs = torch.tensor(facts["pairs"], dtype=torch.int64).reshape(-1, 2)
         return cls(facts["heads"], facts["kv_heads"], facts["head_dim"], pairs, frequencies)
+
+    @property
+    def ranked(self) -> Tensor:
+        """(R, 2) the pairs from the fastest to the slowest, or as they come where that is not known."""
+        if self.frequencies is None:
+            return self.pairs
+        return self.pairs[torch.argsort(self.frequencies, descending=True, stable=True)]
 
     @property
     def free(self) -> Tensor:
@@ -115,16 +124,13 @@ def _rotated(target: Heads, source: Heads) -> tuple[Tensor, Tensor, Tensor]:
     none = torch.empty(0, dtype=torch.int64)
     if not len(target.pairs) or not len(source.pairs):
         return none, none, torch.empty(0)
-    if target.frequencies is not None and source.frequencies is not None:
-        ratio = target.frequencies.double().log().unsqueeze(1) - source.frequencies.double().log()
-        # One where the frequencies agree; the pair that turns nearly as fast keeps a score's meaning nearly.
-        found = match(torch.exp(-ratio.abs()))
-    else:
-        places = torch.arange(min(len(target.pairs), len(source.pairs)))
-        shape = (len(target.pairs), len(source.pairs))
-        found = Correspondence(places, places, torch.ones(len(places)), shape)
-    mine, theirs = target.pairs[found.rows].T.flatten(), source.pairs[found.columns].T.flatten()
-    return mine, theirs, found.values.repeat(2)
+    # Pair i of R turns by theta^(-i/R): with as large a theta, i/R says the frequency. The side with fewer pairs meets
+    # every so-manieth of the other's.
+    few = min(len(target.pairs), len(source.pairs))
+    mine, theirs = (
+        side.ranked[(torch.arange(few) * len(side.pairs) / few).round().long()].T.flatten() for side in (target, source)
+    )
+    return mine, theirs, torch.ones(2 * few)
 
 
 def _likeness(key: str, blocks: Tensor, turned: tuple[Tensor, Tensor, Tensor], target: Heads, source: Heads) -> Tensor:

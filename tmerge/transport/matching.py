@@ -2,9 +2,9 @@
 
 Without regularisation, and with as many neurons on each side, an optimal plan is a permutation (Birkhoff), and
 averaging takes nothing from the weights that it carries. Between two widths that leaves a question, which marginals of
-1/n and 1/n' answer badly: they force a share of every target neuron onto source neurons that have no counterpart. So
-the marginals are relaxed: every target neuron has a source neuron, and a source neuron that is left over joins the
-target neuron that it resembles, if it resembles it as much as that one's own partner does (a copy), and else stays out.
+1/n and 1/n' answer badly: they force a share of every neuron onto neurons that are no counterpart of it. So the
+marginals are relaxed: of the narrower side every neuron has a partner, and a neuron of the wider side that is left over
+joins the one that it resembles, if it resembles it as much as that one's own partner does (a copy), and else stays out.
 
 `couple` also solves the regularised problem for the same similarities, for comparison (Eq. 8-9).
 """
@@ -59,8 +59,9 @@ class Correspondence:
         return replace(self, values=torch.where(negative, -self.values.abs(), self.values.abs()))
 
     def partner(self) -> Tensor:
-        """(n,) the strongest source neuron of every target neuron."""
-        return self.dense().abs().argmax(1)
+        """(n,) the strongest source neuron of every target neuron; -1 where it has none."""
+        plan = self.dense().abs()
+        return torch.where(plan.amax(1) > 0, plan.argmax(1), -1)
 
     @classmethod
     def of(cls, plan: Tensor, iterations: int = 0, marginal_error: float = 0.0) -> Correspondence:
@@ -77,24 +78,36 @@ def match(similarity: Tensor) -> Correspondence:
         similarity: (n, n'), larger is more alike: correlations, or means of them.
 
     Returns:
-        Every target neuron with at least one source neuron. Where the target is wider, its neurons that are left over
-        take the source neuron that is most like them. Equals `scipy.optimize.linear_sum_assignment` in its pairs.
+        The pairs of `scipy.optimize.linear_sum_assignment`, and copies among the neurons that they leave over.
     """
     exact = similarity.double()
     rows, columns = (torch.from_numpy(index) for index in linear_sum_assignment(exact.numpy(), maximize=True))
     n, m = exact.shape
+    own = exact[rows, columns]
     if n > m:
-        alone = _others(rows, n)
-        rows, columns = torch.cat([rows, alone]), torch.cat([columns, exact[alone].argmax(1)])
+        copies, of = _copies(exact.T, _others(rows, n), columns, own)
+        rows, columns = torch.cat([rows, copies]), torch.cat([columns, of])
     elif m > n:
-        others = _others(columns, m)
-        best = exact[:, others].max(0)
-        own = torch.empty(n, dtype=torch.float64)
-        own[rows] = exact[rows, columns]
-        copies = (best.values > 0) & (best.values >= own[best.indices] * (1 - _COPY))
-        rows, columns = torch.cat([rows, best.indices[copies]]), torch.cat([columns, others[copies]])
+        copies, of = _copies(exact, _others(columns, m), rows, own)
+        rows, columns = torch.cat([rows, of]), torch.cat([columns, copies])
     order = torch.argsort(rows * m + columns)
     return Correspondence(rows[order], columns[order], torch.ones(len(rows)), (n, m))
+
+
+def _copies(similarity: Tensor, alone: Tensor, paired: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Neurons that are left over and no strangers, and whose copies they are.
+
+    Args:
+        similarity: (a, b) with the narrower side's neurons as rows, all of which have a partner.
+        alone: Columns that are left over.
+        paired: (a,) rows in the order of `own`.
+        own: (a,) similarity of each to its partner.
+    """
+    nearness = torch.empty_like(own)
+    nearness[paired] = own
+    best = similarity[:, alone].max(0)
+    copies = (best.values > 0) & (best.values >= nearness[best.indices] * (1 - _COPY))
+    return alone[copies], best.indices[copies]
 
 
 def _others(indices: Tensor, size: int) -> Tensor:

@@ -94,7 +94,9 @@ def _part(side: Side, rows: Tensor) -> Side:
 
 
 def _agreement(one: Correspondence, other: Correspondence) -> float:
-    return float((one.partner() == other.partner()).double().mean())
+    mine, theirs = one.partner(), other.partner()
+    # Where one has none, there is nothing to agree on.
+    return float(((mine == theirs) & (mine >= 0)).double().mean())
 
 
 def _mean(stream: float, mlp: float | None) -> float:
