@@ -43,6 +43,28 @@ def test_equals_the_sum_over_tokens(family, bos, batch_tokens):
     assert scores.bits_per_byte == pytest.approx(float(expected.sum()) / float(scores.bytes.sum()), rel=2e-6)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_text_longer_than_the_model_reads_goes_through_in_windows(family):
+    one = loaded(family)
+    reach = one.model.config.max_position_embeddings
+    texts = ["A short one.", "The cat sat on the mat while the rain fell. " * (3 * reach // 10), TEXTS[3]]
+    ids = [one.tokenizer.bos_token_id, *one.tokenizer(texts[1], add_special_tokens=False)["input_ids"]]
+    assert len(ids) > 2 * reach
+    wanted, place = 0.0, 0
+    while place < len(ids) - 1:
+        window = ids[place : place + reach]
+        with torch.no_grad():
+            chances = torch.log_softmax(one.model(torch.tensor([window])).logits[0].double(), -1)
+        wanted -= sum(float(chances[index, token]) for index, token in enumerate(window[1:])) / math.log(2)
+        place += len(window) - 1
+    seen = []
+    scores = score_texts(one, texts, batch_tokens=64, progress=lambda done, total: seen.append(done))
+    assert float(scores.bits[1]) == pytest.approx(wanted, rel=1e-5)
+    assert float(scores.bits[0]) == pytest.approx(by_hand(one, texts[0]), rel=1e-5)
+    assert scores.tokens == sum(len(one.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    assert seen == sorted(seen) and seen[-1] == 3
+
+
 def test_progress_counts_every_text_and_may_stop():
     one, seen = loaded(), []
     score_texts(one, TEXTS, batch_tokens=16, progress=lambda done, total: seen.append((done, total)))

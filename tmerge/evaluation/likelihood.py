@@ -3,20 +3,23 @@
     bits per byte = -sum_t log2 p(token_t | tokens before it) / bytes of the text
 
 Every token of a text is scored, the first one too, given the model's begin-of-text token (its end-of-text token
-where it has no other), as lm-evaluation-harness's rolling log-likelihood does. All models score the same bytes.
+where it has no other), as lm-evaluation-harness's rolling log-likelihood does. A text that is longer than the model can
+read goes through it in windows, each given the last token of the one before. All models score the same bytes.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tmerge.calibration import length_batches, padded
+from tmerge.calibration import length_batches, padded, token_limit
 from tmerge.errors import NotEnoughMemoryError, TokenizerError
 from tmerge.models import LoadedModel
 
@@ -77,7 +80,14 @@ def score_texts(
             f"{loaded.reference}: the tokenizer has neither a BOS nor an EOS token, so the first token of a text "
             "cannot be scored; set one of them in its tokenizer_config.json"
         )
-    encoded = [[start, *ids] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    reach = token_limit(model.config.get_text_config(), sys.maxsize)
+    encoded, owners = [], []
+    for owner, ids in enumerate(tokenizer(list(texts), add_special_tokens=False)["input_ids"]):
+        windows = list(_windows([start, *ids], reach))
+        encoded += windows
+        owners += [owner] * len(windows)
+    of_text = torch.tensor(owners)
+    left = Counter(owners)
     bits = torch.zeros(len(texts), dtype=torch.float64)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     limit = max(1, min(batch_tokens, _LOGITS_AT_ONCE // vocabulary))
@@ -87,9 +97,10 @@ def score_texts(
     model.eval()
     try:
         for batch in length_batches([len(ids) for ids in encoded], limit):
-            bits[batch] = _bits_of(model, [encoded[index] for index in batch], loaded.device)
+            bits.index_add_(0, of_text[batch], _bits_of(model, [encoded[index] for index in batch], loaded.device))
             tokens += sum(len(encoded[index]) - 1 for index in batch)
-            done += len(batch)
+            left.subtract(owners[index] for index in batch)
+            done = sum(not windows for windows in left.values())
             if progress is not None:
                 progress(done, len(texts))
     except torch.OutOfMemoryError:
@@ -101,6 +112,12 @@ def score_texts(
         model.train(was_training)
     sizes = torch.tensor([len(text.encode()) for text in texts], dtype=torch.float64)
     return Scores(bits, sizes, tokens, time.perf_counter() - began)
+
+
+def _windows(ids: list[int], reach: int) -> Iterator[list[int]]:
+    """Pieces of at most `reach` tokens, each beginning with the last token of the one before, which is scored there."""
+    for first in range(0, max(1, len(ids) - 1), reach - 1):
+        yield ids[first : first + reach]
 
 
 def _bits_of(model: torch.nn.Module, sequences: list[list[int]], device: torch.device) -> Tensor:
