@@ -156,8 +156,8 @@ def relatedness_words(found: Mapping[str, Any]) -> str:
         sentence = f"{numbers}: these models' neurons correspond, as those of models with a common ancestor do"
         if found["value"] < _CLEAR:
             sentence += (
-                "; not all were found: name texts that both models read well in calibration.match_on, such as "
-                "samples:english"
+                "; not all were found, and more will be on texts that both models read well (calibration.match_on, by "
+                "default the English samples)"
             )
         return sentence
     return (

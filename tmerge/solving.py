@@ -17,7 +17,15 @@ from torch import Tensor
 from tmerge.calibration import FeatureStore
 from tmerge.check import keys_of
 from tmerge.errors import TransportError
-from tmerge.fusion import FusionInputs, layers_with, recorded_inputs, solved_inputs, structured_inputs
+from tmerge.fusion import (
+    FusionInputs,
+    layers_with,
+    paired_couplings,
+    paired_layers,
+    recorded_inputs,
+    solved_inputs,
+    structured_inputs,
+)
 from tmerge.session import Session
 from tmerge.transport import (
     FeaturePlans,
@@ -126,6 +134,8 @@ def solve_shared(session: Session) -> dict[str, Any]:
         progress=lambda done, total: session.step("transport", "matching heads and neurons", done, total, "layers"),
     )
     structure = Structure(pairs, cost, layers, stream, inner)
+    # Said now, and not after the third model was loaded.
+    paired_couplings(session.check.projections, paired_layers(structure))
     structure.save(_structure_path(session))
     found = structure.problems
     sweeps = [item.iterations for item in found]

@@ -70,17 +70,18 @@ def rows_of(pair: Pair) -> Iterator[tuple[str, Callable[[], Any]]]:
     def true(alpha: float, projections: tuple[str, ...] = ALL, stream: bool = False, what: str = "task-vector") -> Any:
         return lambda: (pair.oracle(projections, stream, what), alpha)
 
-    def related() -> Any:
-        target, source = pair.sides("tokens")
-        pairs = pair.structure("tokens", None, False).pairs
-        return relatedness(target, source, pairs, pair.store("target", "tokens").texts, seed=0).to_dict()
+    def related(kind: str) -> Any:
+        target, source = pair.sides(kind)
+        pairs = pair.structure(kind, None, False).pairs
+        return relatedness(target, source, pairs, pair.store("target", kind).texts, seed=0).to_dict()
 
     if pair.truth is not None:
         for kind in ("tokens", "texts"):
             yield f"found/{kind}", lambda kind=kind: pair.found(kind, None)
         yield "found/signed", lambda: pair.found("tokens", None, True)
         yield "found/entropic-0.03", lambda: pair.found("tokens", 0.03)
-    yield "relatedness", related
+    for kind in ("tokens", "texts"):
+        yield f"relatedness{'' if kind == 'tokens' else '/texts'}", lambda kind=kind: related(kind)
     for alpha in (0.5, 1.0, 1.5, 2.0):
         yield f"all+stream/alpha-{alpha:g}", merge("tokens", shared(), alpha=alpha, stream=True)
         yield f"all/alpha-{alpha:g}", merge("tokens", shared(), alpha=alpha)

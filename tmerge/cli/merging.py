@@ -148,7 +148,7 @@ def check(
     from tmerge.check import check as check_models
 
     result = check_models(loaded)
-    found = _relatedness(loaded) if relatedness else None
+    found = _relatedness(loaded, named=dataset) if relatedness else None
     if json_output:
         print_json(result.to_dict() | ({} if found is None else {"relatedness": found}))
         return
@@ -159,8 +159,8 @@ def check(
         typer.echo(relatedness_words(found))
 
 
-def _relatedness(recipe: Any) -> dict[str, Any]:
-    """Both models read, and their neurons matched twice; nothing is kept."""
+def _relatedness(recipe: Any, named: str | None) -> dict[str, Any]:
+    """Both models read, and their neurons matched twice; nothing is kept. On the dataset, where one was named."""
     from tmerge.models import PROJECTIONS
     from tmerge.pipeline import advance
     from tmerge.sections import TASK_VECTOR_DEFAULTS
@@ -169,7 +169,9 @@ def _relatedness(recipe: Any) -> dict[str, Any]:
     # All projections, read as for a task vector, whatever will be fused: the question is of the models. What the recipe
     # says of the texts itself stays.
     reading = dict(TASK_VECTOR_DEFAULTS["calibration"])
-    if recipe.calibration.match_on is not None:
+    if named is not None:
+        reading["match_on"] = None
+    elif recipe.calibration.match_on is not None:
         reading["match_on"] = recipe.calibration.match_on
     asked = recipe.model_copy(
         update={

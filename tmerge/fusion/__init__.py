@@ -21,6 +21,7 @@ from tmerge.fusion.merge import (
 from tmerge.fusion.pairs import Pairs, PlanPair, RecordedPairs, SolvedPairs, Statistics, recorded_couplings
 from tmerge.fusion.record import MASS_AT, SparsePlans, TransportRecord, mass_of_top, sparsify
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_count, neuron_side, select_neurons
+from tmerge.fusion.structured import paired_couplings, paired_layers
 
 __all__ = [
     "COLUMN_PROJECTIONS",
@@ -51,6 +52,8 @@ __all__ = [
     "mass_of_top",
     "neuron_count",
     "neuron_side",
+    "paired_couplings",
+    "paired_layers",
     "phi_in",
     "phi_out",
     "read_neurons",
