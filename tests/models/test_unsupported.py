@@ -90,7 +90,7 @@ def test_heads_are_described_layer_by_layer() -> None:
     assert [heads.rotary_dim for heads in smollm3.attention] == [16, 0]
     neox = describe(empty_pico("gpt_neox"))
     assert (neox.heads, neox.kv_heads, neox.head_dim, neox.hidden_size, neox.num_layers) == (4, 4, 16, 64, 2)
-    assert neox.attention[0] == HeadLayout(4, 4, 16, rotary_dim=4, rotary_pairs="halves")
+    assert neox.attention[0] == HeadLayout(4, 4, 16, rotary_dim=4, rotary_pairs="halves", scaling=0.25)
 
 
 def test_the_base_model_and_a_compiled_one_have_the_same_views() -> None:

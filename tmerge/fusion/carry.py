@@ -118,6 +118,9 @@ class _Carrier:
             if self.fusion.affine and self.source_base is not None:
                 their_bias = difference_bias(their_bias, theirs, self.statistics[1][other, pre].mean)
             carried, carried_bias = transport_neurons(theirs, their_bias, out_map, in_map, projection, neurons)
+            factor = self._score_factor(projection, layer, other, read[post, other])
+            if factor != 1.0:
+                carried, carried_bias = factor * carried, None if carried_bias is None else factor * carried_bias
             weight = share * carried if weight is None else weight + share * carried
             if carried_bias is not None:
                 bias = share * carried_bias if bias is None else bias + share * carried_bias
@@ -140,6 +143,20 @@ class _Carrier:
             mean = self.statistics[0][layer, pre].mean
             bias = self._affine_bias(view, projection, neurons, own, weight, bias, mean)
         return TransportedNeurons(layer, projection, neurons, weight, bias, self.fusion.what == "task-vector")
+
+    def _score_factor(self, projection: str, layer: int, other: int, read: PlanPair) -> float:
+        """What q and k are multiplied by, so that scores are what they were between wider or narrower heads.
+
+        A score is ``scaling * sum_i q_i k_i``. Of heads of D' dimensions min(D, D') are carried, so the sum has that
+        share of its terms, and the scaling is another: each of q and k makes up for the root of both.
+        """
+        if projection not in ("q", "k") or not read.partial or read.maps is not None:
+            return 1.0
+        mine, theirs = self.target.attention[layer], self.source.attention[other]
+        if mine is None or theirs is None or mine.scaling is None or theirs.scaling is None:
+            return 1.0
+        carried = min(mine.head_dim, theirs.head_dim) / theirs.head_dim
+        return float((theirs.scaling / mine.scaling / carried) ** 0.5)
 
     def _scores(self, layer: int, projection: str) -> Tensor:
         """s_j of A.5. MLP neurons that travel as units are chosen as units: by what they give to ``down``."""

@@ -87,6 +87,8 @@ class HeadLayout:
             None where tmerge has no description.
         rotary_pairs: Which dimensions rotate together: ``halves`` (i and i + rotary_dim / 2), ``neighbours``
             (2 i and 2 i + 1), or None where nothing rotates or tmerge has no description.
+        scaling: What a product of q and k is multiplied by before the softmax; None where both are normed first, so
+            that their size does not matter.
     """
 
     heads: int
@@ -94,6 +96,7 @@ class HeadLayout:
     head_dim: int
     rotary_dim: int | None = None
     rotary_pairs: str | None = None
+    scaling: float | None = None
 
 
 def _one_after_another(heads: HeadLayout) -> dict[str, Rows]:
