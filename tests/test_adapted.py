@@ -105,5 +105,13 @@ def test_compare_trains_every_row_on_the_same_tokens(pair, tmp_path):
         assert len(values) == 2 and min(values) <= row["value"] <= max(values)
         assert row["difference"]["ci95"][1] < 0
     assert len({row["value"] for row in trained}) == 4
+    added = {item["row"]: item for item in result["added"]}
+    assert {name: item["to"] for name, item in added.items()} == {"fused+sft": "sft", "fused+distill": "distill"}
+    for name, item in added.items():
+        assert item["value"] == pytest.approx(rows[name]["value"] - rows[item["to"]]["value"], abs=1e-9)
+        assert item["ci95"][0] <= item["value"] <= item["ci95"][1]
+        assert sum(seed["value"] for seed in item["seeds"]) / 2 == pytest.approx(item["value"], abs=1e-9)
+        for place in ("compare.md", "compare.html"):
+            assert f"{name} against {item['to']}: {item['value']:+.4f}" in (tmp_path / "c" / place).read_text()
     assert "Training loss" in (tmp_path / "c" / "compare.html").read_text()
     assert not list((tmp_path / "c" / "training").iterdir())

@@ -318,6 +318,7 @@ class _Comparison:
             "descent": self.report["evaluation"]["descent"],
             "adaptation": self.recipe.adaptation.model_dump(mode="json"),
             "rows": [self._row(group, base) for group in grouped.values()],
+            "added": self._added(grouped),
             "published": self.recipe.published.model_dump(mode="json") if self.recipe.published else None,
             "versions": library_versions(),
         }
@@ -344,6 +345,23 @@ class _Comparison:
             ]
         return row
 
+    def _added(self, grouped: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+        """What the merge adds to a training: with it against without it, the seeds averaged text by text."""
+        found = []
+        for name, group in grouped.items():
+            without = grouped.get(name.removeprefix("fused+"), ())
+            if not name.startswith("fused+") or not without:
+                continue
+            merged, plain = _mean_scores(group), _mean_scores(without)
+            counts = resamples(len(plain.bits), self.recipe.evaluation.bootstrap, self.recipe.seed)
+            seeds = [
+                {"seed": one["seed"], "value": _bits_per_byte(one) - _bits_per_byte(other)}
+                for one, other in zip(group, without, strict=True)
+            ]
+            to = name.removeprefix("fused+")
+            found.append({"row": name, "to": to, **difference(merged, plain, counts).to_dict(), "seeds": seeds})
+        return found
+
     def _intervals(
         self, items: Sequence[tuple[list[float], list[float]]], base: tuple[list[float], list[float]], first: Mapping
     ) -> dict[str, Any]:
@@ -354,6 +372,12 @@ class _Comparison:
         if first["name"] != "base":
             result["difference"] = difference(scores, own, counts).to_dict()
         return result
+
+
+def _mean_scores(group: Sequence[Mapping[str, Any]]) -> Scores:
+    """Of a row, its seeds averaged text by text."""
+    mean = torch.tensor([row["bits"] for row in group], dtype=torch.float64).mean(0)
+    return _as_scores(mean, group[0]["bytes"])
 
 
 def _as_scores(bits: torch.Tensor, sizes: list[float]) -> Scores:

@@ -17,6 +17,7 @@ from tmerge.hub import PushPlan
 from tmerge.pipeline import Listener, Step
 from tmerge.report import alpha_words, solved_words, summary
 from tmerge.session import NOTE
+from tmerge.tables import added_words
 
 __all__ = [
     "listening",
@@ -192,6 +193,8 @@ def show_comparison(result: Mapping[str, Any], folder: Path) -> None:
         counts = [str(row["tokens"] or ""), str(row["steps"] or ""), f"{row['seconds']:.1f}"]
         table.add_row(row["name"], f"{row['value']:.4f}", *cells, *counts)
     console.print(table)
+    for item in result["added"]:
+        console.print(added_words(item), markup=False, highlight=False)
     console.print(_descent(result["descent"]))
     console.print(
         f"The same with figures: {folder / 'compare.html'}; as Markdown: {folder / 'compare.md'}", markup=False

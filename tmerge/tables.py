@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["comparison_table"]
+__all__ = ["added_words", "comparison_table"]
 
 
 def comparison_table(result: Mapping[str, Any]) -> str:
@@ -19,6 +19,8 @@ def comparison_table(result: Mapping[str, Any]) -> str:
     for row in result["rows"]:
         counts = f"{row['tokens'] or ''} | {row['steps'] or ''} | {row['seconds']:.1f}"
         lines.append(f"| {_cell(row['name'])} | {row['value']:.4f}{_spread(row)} | {_change(row)} | {counts} |")
+    if result["added"]:
+        lines += ["", *(f"- {_cell(added_words(item))}" for item in result["added"])]
     for task in result["rows"][0].get("tasks", {}):
         first = result["rows"][0]["tasks"][task]
         lines += ["", f"{_cell(task)}: {first['metric']} on {first['questions']} questions, higher is better.", ""]
@@ -40,6 +42,20 @@ def comparison_table(result: Mapping[str, Any]) -> str:
             for name in next(iter(sizes.values())):
                 lines.append(f"| {_cell(name)} | {' | '.join(f'{scores[name]:g}' for scores in sizes.values())} |")
     return "\n".join(lines) + "\n"
+
+
+def added_words(item: Mapping[str, Any]) -> str:
+    """Whether a merge adds anything to a training, in a sentence."""
+    low, high = item["ci95"]
+    if high < 0:
+        verdict = f"the merge adds to {item['to']}"
+    elif low > 0:
+        verdict = f"{item['to']} does better without the merge"
+    else:
+        verdict = f"as far as these texts show, the merge adds nothing to {item['to']}"
+    seeds = [seed["value"] for seed in item["seeds"]]
+    spread = f", {min(seeds):+.4f} to {max(seeds):+.4f} over {len(seeds)} seeds" if len(seeds) > 1 else ""
+    return f"{item['row']} against {item['to']}: {item['value']:+.4f} [{low:+.4f}, {high:+.4f}]{spread}: {verdict}"
 
 
 def _cell(text: str) -> str:

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from tmerge.plots.style import BAD, GOOD, NEUTRAL, OWN, PROJECTION_COLOURS, TEMPLATES, escaped, finish
+from tmerge.tables import added_words
 
 __all__ = [
     "alpha_sweep",
@@ -256,6 +257,7 @@ def comparison_page(result: Mapping[str, Any]) -> str:
     for figure in filter(None, figures):
         figure.update_layout(template=TEMPLATES["light"])
         parts.append(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
+    added = "".join(f"<p>{html.escape(added_words(item))}.</p>" for item in result["added"])
     title = html.escape(f"{result['target']['ref']} and {result['source']['ref']}: what helps")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
@@ -265,7 +267,7 @@ def comparison_page(result: Mapping[str, Any]) -> str:
         "th,td{padding:.25rem .75rem;text-align:right;border-bottom:1px solid #dde1e6;white-space:nowrap}"
         f"th:first-child,td:first-child{{text-align:left}}</style><script>{get_plotlyjs()}</script></head><body>"
         f"<h1>{title}</h1><p>Bits per byte on {result['texts']} held-out texts, lower is better; differences are to "
-        f"the base, paired by text.</p>{_table(result['rows'])}{''.join(parts)}</body></html>\n"
+        f"the base, paired by text.</p>{_table(result['rows'])}{added}{''.join(parts)}</body></html>\n"
     )
 
 
