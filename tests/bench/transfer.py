@@ -113,7 +113,7 @@ def rows_of(pair: Pair) -> Iterator[tuple[str, Callable[[], Any]]]:
         for rival in ("procrustes", "ridge"):
             yield f"{rival}/{kind}", merge(kind, shared(map=rival))
         yield f"plan-beside-rivals/{kind}", merge(kind, shared())
-    for penalty in (0.01, 1.0):
+    for penalty in (0.0001, 0.001, 0.01, 1.0):
         yield f"ridge-{penalty:g}/tokens", merge("tokens", shared(map="ridge", ridge=penalty))
     for alpha in (0.1, 0.3, 1.0):
         yield f"weights/alpha-{alpha:g}", merge("tokens", shared(), alpha=alpha, what="weights")
