@@ -1,5 +1,6 @@
 """The command line: what it prints where, its exit codes, and one line for every mistake with nothing left behind."""
 
+import errno
 import json
 import sys
 
@@ -245,3 +246,24 @@ def test_a_fault_of_ours_keeps_its_traceback_and_exits_1(run, pair, tmp_path, mo
     monkeypatch.setattr(solving, "solve_features", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run("merge", *small(pair, tmp_path / "fused"))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        # As safetensors says it.
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_disk_that_fills_meanwhile_is_one_line(run, pair, tmp_path, monkeypatch, fault):
+    from tmerge import pipeline
+
+    def broken(*_, **__):
+        raise fault
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "save_transported", broken)
+        code, _, said = run("merge", *small(pair, tmp_path / "fused"))
+    assert code == 2 and said.strip().splitlines()[-1].startswith("error: the disk is full; make room")
+    assert run("merge", *small(pair, tmp_path / "fused"))[0] == 0

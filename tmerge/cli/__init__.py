@@ -5,6 +5,8 @@ Exit codes: 0 done, 2 the user's mistake or bad input, 1 a fault of ours, 130 in
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
 from typing import Any
@@ -14,7 +16,7 @@ import typer
 # Each module adds its commands to the app, in the order in which help lists them.
 from tmerge.cli import extending, merging, publishing, serving, training  # noqa: F401
 from tmerge.cli.shared import app
-from tmerge.errors import Cancelled, TmergeError
+from tmerge.errors import Cancelled, NotEnoughDiskError, TmergeError
 
 __all__ = ["app", "main"]
 
@@ -40,6 +42,17 @@ def main() -> None:
         else:
             show()
         sys.exit(error.exit_code)
+    except Exception as error:
+        # Room was looked for before; somebody else has taken it since.
+        if not _disk_is_full(error):
+            raise
+        typer.echo("error: the disk is full; make room, and the same command continues", err=True)
+        sys.exit(NotEnoughDiskError.exit_code)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    # safetensors says it in words alone.
+    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _stop(number: int, frame: Any) -> None:
