@@ -352,7 +352,9 @@ class _Comparison:
             without = grouped.get(name.removeprefix("fused+"), ())
             if not name.startswith("fused+") or not without:
                 continue
-            merged, plain = _mean_scores(group), _mean_scores(without)
+            merged, plain = (
+                _mean_scores([(item["bits"], item["bytes"]) for item in rows]) for rows in (group, without)
+            )
             counts = resamples(len(plain.bits), self.recipe.evaluation.bootstrap, self.recipe.seed)
             seeds = [
                 {"seed": one["seed"], "value": _bits_per_byte(one) - _bits_per_byte(other)}
@@ -365,23 +367,18 @@ class _Comparison:
     def _intervals(
         self, items: Sequence[tuple[list[float], list[float]]], base: tuple[list[float], list[float]], first: Mapping
     ) -> dict[str, Any]:
-        mean = torch.tensor([bits for bits, _ in items], dtype=torch.float64).mean(0)
-        scores, own = _as_scores(mean, items[0][1]), _as_scores(torch.tensor(base[0], dtype=torch.float64), base[1])
-        counts = resamples(len(mean), self.recipe.evaluation.bootstrap, self.recipe.seed)
+        scores, own = _mean_scores(items), _mean_scores([base])
+        counts = resamples(len(own.bits), self.recipe.evaluation.bootstrap, self.recipe.seed)
         result: dict[str, Any] = score(scores, counts).to_dict()
         if first["name"] != "base":
             result["difference"] = difference(scores, own, counts).to_dict()
         return result
 
 
-def _mean_scores(group: Sequence[Mapping[str, Any]]) -> Scores:
-    """Of a row, its seeds averaged text by text."""
-    mean = torch.tensor([row["bits"] for row in group], dtype=torch.float64).mean(0)
-    return _as_scores(mean, group[0]["bytes"])
-
-
-def _as_scores(bits: torch.Tensor, sizes: list[float]) -> Scores:
-    return Scores(bits, torch.tensor(sizes, dtype=torch.float64), 0, 0.0)
+def _mean_scores(items: Sequence[tuple[list[float], list[float]]]) -> Scores:
+    """Bits and bytes of a row's seeds, averaged text by text."""
+    bits, sizes = torch.tensor(items, dtype=torch.float64).mean(0)
+    return Scores(bits, sizes, 0, 0.0)
 
 
 def _as_tasks(group: Sequence[Mapping[str, Any]]) -> dict[str, TaskScore]:

@@ -13,7 +13,7 @@ from tests.fusion.test_structured import _carry, _found, _learned, _weights, fam
 from tests.planted import planted_case
 from tmerge.fusion import phi_in, phi_out, transport_neurons
 from tmerge.fusion.record import mass_of_top, sparsify
-from tmerge.fusion.sparse import after, before, scaled, sparse_plan, unmatched
+from tmerge.fusion.sparse import after, scaled, sparse_plan, unmatched
 from tmerge.fusion.structured import StructuredPairs
 from tmerge.transport import Correspondence, mutual_top
 
@@ -140,5 +140,5 @@ def test_products_with_bias_vectors():
     found = _correspondence(4, 6, 0)
     plan, (whole, _) = sparse_plan(found, 1000), _dense(found)
     vector, weight = torch.rand(6), torch.rand(3, 4)
-    torch.testing.assert_close(before(plan, vector), whole @ vector)
+    torch.testing.assert_close(plan @ vector, whole @ vector)
     torch.testing.assert_close(after(weight, plan), weight @ whole)

@@ -20,9 +20,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+from tests.hub.jobs import Job, start_job
 from tests.hub.server import LoopbackHub, Repo
 
-__all__ = ["Fault", "Job", "WritableHub"]
+__all__ = ["Fault", "WritableHub"]
 
 _LARGE = (".safetensors", ".png", ".bin")
 _PART = 200_000
@@ -51,15 +52,6 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     bytes: int = 1000
     passes: int = 0
-
-
-@dataclass
-class Job:
-    """A job that was asked for, and what it is to say."""
-
-    spec: dict[str, Any]
-    log: list[str]
-    stage: str
 
 
 class WritableHub(LoopbackHub):
@@ -179,7 +171,7 @@ def _writing(handler: Any) -> Any:
             if parts[:2] == ["api", "validate-yaml"]:
                 return self._validate(json.loads(body)["content"])
             if parts[:2] == ["api", "jobs"]:
-                return self._start_job(json.loads(body))
+                return self._json(start_job(hub, json.loads(body)))
             if parts[:3] == ["api", "repos", "create"]:
                 return self._create(json.loads(body))
             if address.path.endswith(".git/info/lfs/objects/batch"):
@@ -368,37 +360,13 @@ def _writing(handler: Any) -> Any:
             siblings = [{"rfilename": path} for path in files]
             self._json(info | {"siblings": siblings, "runtime": {"stage": "RUNNING", "hardware": hardware}})
 
-        # -- jobs ------------------------------------------------------------------------------------------------
-
-        def _start_job(self, spec: dict[str, Any]) -> None:
-            hub = self.server_hub
-            number = f"{len(hub.jobs) + 1:024x}"
-            hub.jobs[number] = Job(spec, list(hub.job_log), hub.job_stage)
-            self._json(self._job_info(number, "SCHEDULING"))
-
         def _job(self, rest: list[str]) -> None:
-            hub = self.server_hub
-            if rest[0] not in hub.jobs:
+            hub, number = self.server_hub, rest[0]
+            if number not in hub.jobs:
                 return self._fail(404, "", "Job not found", True)
-            job = hub.jobs[rest[0]]
-            if len(rest) > 1 and rest[1] == "logs":
-                lines = ["===== Job started at 2026-01-01 00:00:00 =====", *job.log]
-                events = [json.dumps({"data": line, "timestamp": "2026-01-01T00:00:00Z"}) for line in lines]
-                stream = "".join(f"data: {event}\n\n" for event in events).encode()
-                return self._send(200, stream, {"Content-Type": "text/event-stream"}, True)
-            self._json(self._job_info(rest[0], job.stage))
-
-        def _job_info(self, number: str, stage: str) -> dict[str, Any]:
-            hub = self.server_hub
-            return {
-                "id": number,
-                "createdAt": "2026-01-01T00:00:00.000Z",
-                "dockerImage": "image",
-                "command": hub.jobs[number].spec.get("command"),
-                "flavor": hub.jobs[number].spec.get("flavor"),
-                "status": {"stage": stage, "message": None},
-                "owner": {"id": "0", "name": hub.user, "type": "user"},
-            }
+            if rest[1:2] == ["logs"]:
+                return self._send(200, hub.jobs[number].stream(), {"Content-Type": "text/event-stream"}, True)
+            self._json(hub.jobs[number].info(number, hub.user))
 
         def _json(self, document: dict[str, Any]) -> None:
             self._send(200, json.dumps(document).encode(), {"Content-Type": "application/json"}, True)

@@ -145,14 +145,13 @@ def test_the_groups_of_alphas():
     assert {group_of(name) for of in describe(pico_model("llama")).stream for name in of} == {STREAM}
 
 
-@pytest.mark.parametrize("family", sorted(PICO_FAMILIES))
+# Between the embedding and the first block opt has a linear layer, and bloom a norm.
+@pytest.mark.parametrize("family", sorted(set(PICO_FAMILIES) - {"opt", "bloom"}))
 def test_the_embeddings_scale_is_what_reaches_the_first_block(family):
     """Measured: how far the stream moves when a token's embedding does."""
     model = pico_model(family).float().eval()
     layout = describe(model)
     embedding = model.get_input_embeddings().weight
-    if embedding.shape[1] != layout.hidden_size:
-        pytest.skip("its embeddings are not of the stream's width")
     seen = []
     block = next(module for _, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))[0]
     hook = block.register_forward_pre_hook(
@@ -167,6 +166,4 @@ def test_the_embeddings_scale_is_what_reaches_the_first_block(family):
         model(ids)
     hook.remove()
     got = (seen[1] - seen[0])[4] / move[4]
-    if family == "bloom":  # it norms its embeddings before anything else
-        return
     assert float(got) == pytest.approx(layout.embedding_scale, rel=1e-3)

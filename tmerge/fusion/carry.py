@@ -104,7 +104,7 @@ class _Carrier:
     ) -> TransportedNeurons:
         view = self.target.layers[layer][projection]
         pre, post = feature_key(projection, "pre"), feature_key(projection, "post")
-        score = self._scores(layer, projection)
+        score = self._scores(layer, projection, as_units=next(iter(read.values())).partial)
         neurons = select_neurons(score, self.fusion.top_k)
         row = coupling.target_layers.index(layer)
         weights = layer_weights(coupling.weights[row], len(coupling.target_layers), self.fusion.scale)
@@ -131,7 +131,7 @@ class _Carrier:
             bias = None
         if self.source_base is None and read[post, other].partial and read[post, other].maps is None:
             alone = unmatched(out_map, 0), unmatched(in_map, 1)
-            weight, bias = self._keep_unmatched(view, projection, neurons, own, (weight, bias), alone)
+            weight, bias = self._keep_unmatched(view, neurons, own, (weight, bias), alone)
         if self.fusion.scale == "row-norm":
             across = 0 if projection in COLUMN_PROJECTIONS else 1
             norm = torch.linalg.vector_norm(weight, dim=across)
@@ -141,7 +141,7 @@ class _Carrier:
                 bias = bias * factor
         if self.fusion.affine and fused:
             mean = self.statistics[0][layer, pre].mean
-            bias = self._affine_bias(view, projection, neurons, own, weight, bias, mean)
+            bias = self._affine_bias(view, neurons, own, weight, bias, mean)
         return TransportedNeurons(layer, projection, neurons, weight, bias, self.fusion.what == "task-vector")
 
     def _score_factor(self, projection: str, layer: int, other: int, read: PlanPair) -> float:
@@ -158,17 +158,16 @@ class _Carrier:
         carried = min(mine.head_dim, theirs.head_dim) / theirs.head_dim
         return float((theirs.scaling / mine.scaling / carried) ** 0.5)
 
-    def _scores(self, layer: int, projection: str) -> Tensor:
+    def _scores(self, layer: int, projection: str, *, as_units: bool) -> Tensor:
         """s_j of A.5. MLP neurons that travel as units are chosen as units: by what they give to ``down``."""
-        key = feature_key(projection, neuron_side(projection))
-        unit = feature_key("down", "pre")
-        as_units = self.transport.structure == "shared" and projection in ("gate", "up")
-        return self.statistics[0][layer, unit if as_units and (layer, unit) in self.statistics[0] else key].magnitude
+        unit = layer, feature_key("down", "pre")
+        if not as_units or projection not in ("gate", "up") or unit not in self.statistics[0]:
+            return self.statistics[0][layer, feature_key(projection, neuron_side(projection))].magnitude
+        return self.statistics[0][unit].magnitude
 
     def _affine_bias(
         self,
         view: Projection,
-        projection: str,
         neurons: Tensor,
         own: Tensor,
         weight: Tensor,
@@ -176,15 +175,13 @@ class _Carrier:
         mean: Tensor,
     ) -> Tensor:
         """b~ of affine maps, from the transported neurons, what Phi_out made of the bias, and mu_A of all inputs."""
-        by_columns = projection in COLUMN_PROJECTIONS
-        mean = mean[neurons] if by_columns else mean
+        mean = mean[neurons] if view.name in COLUMN_PROJECTIONS else mean
         if self.source_base is not None:
             assert carried is not None  # `difference_bias` gave Phi_out something to carry
             return carried - weight @ mean
-        bias = view.bias()
+        bias = _own_bias(view, neurons)
         assert bias is not None  # `bias_fate` sees to it
-        bias = bias.float().cpu()
-        return mean_keeping_bias(own, bias if by_columns else bias[neurons], weight, mean)
+        return mean_keeping_bias(own, bias, weight, mean)
 
     def _map(
         self, layer: int, other: int, key: str, read: PlanPair, maps: _Maps, *, outwards: bool, shuffled: bool
@@ -206,7 +203,6 @@ class _Carrier:
     def _keep_unmatched(
         self,
         view: Projection,
-        projection: str,
         neurons: Tensor,
         own: Tensor,
         carried: tuple[Tensor, Tensor | None],
@@ -215,15 +211,14 @@ class _Carrier:
         """Where an output or an input has no counterpart, nothing is said of a weight, which is not to say zero."""
         weight, bias = carried
         outputs, inputs = alone
-        if projection in COLUMN_PROJECTIONS:
+        if view.name in COLUMN_PROJECTIONS:
             inputs = inputs[neurons]
         else:
             outputs = outputs[neurons]
         weight = torch.where(outputs.unsqueeze(1) | inputs, own, weight)
-        own_bias = view.bias()
+        own_bias = _own_bias(view, neurons)
         if bias is not None and own_bias is not None:
-            own_bias = own_bias.float().cpu()
-            bias = torch.where(outputs, own_bias if projection in COLUMN_PROJECTIONS else own_bias[neurons], bias)
+            bias = torch.where(outputs, own_bias, bias)
         return weight, bias
 
     def plain_map(self, read: PlanPair, *, outwards: bool) -> Tensor:
@@ -281,6 +276,14 @@ class _Carrier:
             # The bias belongs to the outputs; the neurons chosen here are inputs.
             return "left alone: it is fused only when all neurons are selected"
         return "fused"
+
+
+def _own_bias(view: Projection, neurons: Tensor) -> Tensor | None:
+    """The target's bias: of the selected rows, or of all outputs where columns are selected; float32."""
+    bias = view.bias()
+    if bias is None:
+        return None
+    return bias.float().cpu() if view.name in COLUMN_PROJECTIONS else bias.float().cpu()[neurons]
 
 
 def carry(

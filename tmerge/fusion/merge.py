@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tmerge.fusion.maps import Scale
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
-from tmerge.fusion.sparse import after, before
+from tmerge.fusion.sparse import after
 from tmerge.models import PROJECTIONS, Projection, group_of
 
 __all__ = [
@@ -102,10 +102,10 @@ def transport_neurons(
     """
     if projection in COLUMN_PROJECTIONS:
         # The thin factor first: (out', in') (in', k), then (out, out') (out', k).
-        carried = before(out_map, after(weight, in_map.index_select(1, neurons)))
-        return carried, None if bias is None else before(out_map, bias)
+        carried = out_map @ after(weight, in_map.index_select(1, neurons))
+        return carried, None if bias is None else out_map @ bias
     rows = out_map.index_select(0, neurons)
-    return after(before(rows, weight), in_map), None if bias is None else before(rows, bias)
+    return after(rows @ weight, in_map), None if bias is None else rows @ bias
 
 
 def read_neurons(projection: Projection, neurons: Tensor) -> Tensor:

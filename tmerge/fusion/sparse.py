@@ -1,7 +1,8 @@
 """Maps with a few entries a row, held as such: a one-to-one correspondence carries a weight by moving its rows.
 
 Between an MLP of 14336 neurons and one of 8192, a dense map has 117 million entries of which 8192 are not zero. These
-functions take dense maps as well, so that whoever carries weights need not know which kind a map is.
+functions take dense maps as well, so that whoever carries weights need not know which kind a map is; from the left both
+multiply as they are, ``mapping @ weight``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tmerge.transport import Correspondence
 
-__all__ = ["after", "before", "normalised_rows", "scaled", "sparse_plan", "unmatched"]
+__all__ = ["after", "normalised_rows", "scaled", "sparse_plan", "unmatched"]
 
 
 def sparse_plan(found: Correspondence, kept: int) -> Tensor | None:
@@ -28,11 +29,6 @@ def sparse_plan(found: Correspondence, kept: int) -> Tensor | None:
     return torch.sparse_coo_tensor(
         torch.stack([found.rows, found.columns]), found.values / n, (n, m), check_invariants=False
     ).coalesce()
-
-
-def before(mapping: Tensor, weight: Tensor) -> Tensor:
-    """``mapping @ weight``: of a weight (m, k) or bias (m,), what a map (n, m) makes of its outputs; dense."""
-    return mapping @ weight
 
 
 def after(weight: Tensor, mapping: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tmerge.fusion.merge import TransportedNeurons
-from tmerge.fusion.sparse import after, before
+from tmerge.fusion.sparse import after
 from tmerge.models import EMBEDDING, HEAD, Architecture, Projection
 
 __all__ = ["carry_stream"]
@@ -64,11 +64,11 @@ def carry_stream(
                 weight = after(learned, out_map.t())
             else:
                 # A gain: of a neuron that is matched with its negative, the gain is the same.
-                weight = before(out_map.abs(), learned)
+                weight = out_map.abs() @ learned
             bias = None
             own, own_bias, old = view.bias(), theirs.bias(), base.bias()
             if name not in (EMBEDDING, HEAD) and own is not None and own_bias is not None and old is not None:
-                bias = before(out_map, own_bias.float().cpu() - old.float().cpu())
+                bias = out_map @ (own_bias.float().cpu() - old.float().cpu())
             carried.append(TransportedNeurons(layer, name, neurons, weight.contiguous(), bias, True))
     return carried
 

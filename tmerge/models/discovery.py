@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -210,16 +209,8 @@ def _attention(config: PreTrainedConfig, layer: int, block: nn.Module, where: st
         sites = _sites(config, path, container, heads, f"{where}.{path}")
         missing = set(ATTENTION_NAMES) - set(sites.found)
         if missing <= MAY_LACK.get(config.model_type, frozenset()):
-            return sites, replace(heads, scaling=_scaling(container, heads))
+            return sites, heads
     return None
-
-
-def _scaling(attention: nn.Module, heads: HeadLayout) -> float | None:
-    """As `HeadLayout.scaling`: the module's own number, or one over the square root of the head's width."""
-    if any(re.match(r"(q|k|query|key|qk)_?(layer)?norm", name) for name, _ in attention.named_children()):
-        return None
-    scaling = getattr(attention, "scaling", None)
-    return float(scaling) if isinstance(scaling, (int, float)) else heads.head_dim**-0.5
 
 
 def _mlp(config: PreTrainedConfig, block: nn.Module, taken: str | None, where: str) -> _Sites | None:

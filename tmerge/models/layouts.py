@@ -7,6 +7,7 @@ embeddings) is listed here per model type, read off that model's forward pass. W
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -235,4 +236,12 @@ def head_layout(config: PreTrainedConfig, layer: int, attention: nn.Module) -> H
         return None
     head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
     rotary_dim, pairs = _rotary(config, attention, head_dim)
-    return HeadLayout(heads, _kv_heads(config, heads), head_dim, rotary_dim, pairs)
+    return HeadLayout(heads, _kv_heads(config, heads), head_dim, rotary_dim, pairs, _scaling(attention, head_dim))
+
+
+def _scaling(attention: nn.Module, head_dim: int) -> float | None:
+    """As `HeadLayout.scaling`: the module's own number, or one over the square root of the head's width."""
+    if any(re.match(r"(q|k|query|key|qk)_?(layer)?norm", name) for name, _ in attention.named_children()):
+        return None
+    scaling = getattr(attention, "scaling", None)
+    return float(scaling) if isinstance(scaling, (int, float)) else head_dim**-0.5
