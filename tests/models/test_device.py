@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import types
+
 import psutil
 import pytest
 import torch
 
 from tmerge.errors import NotEnoughMemoryError
-from tmerge.models import available_memory, pick_device
+from tmerge.models import available_memory, multiplies_fast, pick_device
 from tmerge.models import device as device_module
 from tmerge.models.device import check_memory, memory_errors
 
@@ -55,3 +57,38 @@ def test_the_environment_says_what_auto_is_where_torch_cannot_be_believed(monkey
     assert pick_device("auto") == CPU and pick_device("cuda").type == "cuda"
     monkeypatch.setenv(device_module.DEVICE_VARIABLE, "auto")
     assert pick_device("auto").type == "cuda"
+
+
+def processor(monkeypatch, onednn, **flags):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    names = ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported")
+    monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace(**dict.fromkeys(names, lambda: onednn)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "bfloat16", "float16"),
+    [
+        # oneDNN emulates bfloat16 on every AVX-512 and says that it supports it.
+        ({"avx512_f": True, "avx512_bw": True, "avx512_bf16": False, "amx_bf16": False}, False, False),
+        ({"avx512_f": True, "avx512_bf16": True}, True, False),
+        ({"avx512_f": True, "amx_bf16": True, "avx512_fp16": True}, True, True),
+        ({"neon": True, "bf16": False, "fp16_arith": True}, False, True),
+        ({"neon": True, "bf16": True, "fp16_arith": False}, True, False),
+        ({"avx2": True}, False, False),
+    ],
+)
+def test_a_processors_own_flags_say_what_it_multiplies_fast(monkeypatch, flags, bfloat16, float16):
+    processor(monkeypatch, onednn=True, **flags)
+    assert multiplies_fast(torch.bfloat16, CPU) is bfloat16
+    assert multiplies_fast(torch.float16, CPU) is float16
+    assert multiplies_fast(torch.float32, CPU) and multiplies_fast(torch.bfloat16, torch.device("cuda"))
+
+
+def test_instructions_that_onednn_does_not_use_are_none(monkeypatch):
+    processor(monkeypatch, onednn=False, avx512_bf16=True, avx512_fp16=True)
+    assert not multiplies_fast(torch.bfloat16, CPU) and not multiplies_fast(torch.float16, CPU)
+
+
+def test_a_torch_that_does_not_tell_the_flags_counts_as_having_none(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not multiplies_fast(torch.bfloat16, CPU)

@@ -33,6 +33,13 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 
+# dtype -> the processor's flags (x86, then ARM) any of which multiplies in it, and what says that oneDNN, which does
+# torch's products on a CPU, knows how.
+_INSTRUCTIONS: dict[torch.dtype, tuple[tuple[str, ...], str]] = {
+    torch.bfloat16: (("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"), "_is_mkldnn_bf16_supported"),
+    torch.float16: (("avx512_fp16", "amx_fp16", "fp16_arith"), "_is_mkldnn_fp16_supported"),
+}
+
 # Limits that a container puts on this process, cgroup version 2 and 1: the limit, what is used, and of what kinds.
 _CGROUP = Path("/sys/fs/cgroup")
 _LIMITS = (
@@ -95,15 +102,17 @@ def pick_dtype(dtype: str | torch.dtype, stored: torch.dtype) -> torch.dtype:
 def multiplies_fast(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a device has instructions for products in a dtype.
 
-    A CPU without them (below AVX-512, or ARM below its bfloat16 extension) takes three to seven times as long as for
-    float32. Asked of oneDNN, which does torch's products on a CPU, and not measured: a choice that depends on how
-    busy the machine is would not give the same weights twice.
+    A CPU without them takes three to seventy times as long as for float32. Read from the processor's own flags, which
+    are the same in every run: oneDNN's word alone counts what it emulates (bfloat16 on any AVX-512), and a measurement
+    would vary with whatever else the machine does, so that one recipe would not give the same weights twice. Where
+    this torch does not tell the flags (before `torch.cpu.get_capabilities`), a CPU counts as having none.
     """
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+    if device.type != "cpu" or dtype not in _INSTRUCTIONS:
         return True
-    asked = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
-    known = getattr(torch.ops.mkldnn, asked, None)
-    return known is not None and bool(known())
+    flags, onednn = _INSTRUCTIONS[dtype]
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    used = getattr(torch.ops.mkldnn, onednn, None)
+    return any(capabilities.get(flag) for flag in flags) and used is not None and bool(used())
 
 
 def available_memory(device: torch.device) -> int:
