@@ -9,7 +9,7 @@ hears of every step; it may raise `Cancelled`, which stops between two steps and
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from tmerge.evaluation import (
     control_generator,
     descent_cosines,
     noise,
-    resamples,
     shrink,
+    unchanged_layers,
+    without_unchanged_layers,
 )
 from tmerge.fusion import (
     Alpha,
@@ -292,14 +293,21 @@ class _Merge(Session):
         """Alpha for each group of projections, on texts that serve nothing else."""
         if self.notes["choose"]:
             return
-        texts = self.cut(self.texts.choosing)
-        choice = choose_alpha(
-            self.layout("target").views,
-            self._transported(),
-            self.recipe.fusion.alphas,
-            lambda what: self.score("target", "choose", f"choosing: {what}", texts),
-            resamples(len(texts), self.recipe.evaluation.bootstrap, self.recipe.seed),
-        )
+        texts, transported = self.cut(self.texts.choosing), self._transported()
+
+        def score(what: str, rows: Sequence[int]) -> Scores:
+            return self.score("target", "choose", f"choosing: {what}", [texts[row] for row in rows])
+
+        with without_unchanged_layers(self.model("target").model, unchanged_layers(transported)):
+            choice = choose_alpha(
+                self.layout("target").views,
+                transported,
+                self.recipe.fusion.alphas,
+                score,
+                len(texts),
+                bootstrap=self.recipe.evaluation.bootstrap,
+                seed=self.recipe.seed,
+            )
         self.notes["choose"] = {"choice": choice.to_dict() | {"texts": len(texts)}, "forward_seconds": choice.seconds}
 
     def _alpha(self) -> Alpha:
@@ -318,9 +326,10 @@ class _Merge(Session):
             "permuted": self._permuted,
         }
         scores = {}
-        for name in ("fused", *self.recipe.evaluation.controls):
-            with applied(layers, fused if name == "fused" else candidates[name](), alpha):
-                scores[name] = self.score("target", "evaluate", f"{name}: held-out texts")
+        with without_unchanged_layers(self.model("target").model, unchanged_layers(fused)):
+            for name in ("fused", *self.recipe.evaluation.controls):
+                with applied(layers, fused if name == "fused" else candidates[name](), alpha):
+                    scores[name] = self.score("target", "evaluate", f"{name}: held-out texts")
         forward = sum(result.seconds for result in scores.values())
         self.notes["evaluate"] = {
             "scores": {name: _note_scores(result) for name, result in scores.items()},

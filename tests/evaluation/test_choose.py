@@ -1,10 +1,11 @@
-"""alpha: auto chooses what lowers the loss, and nothing where nothing does."""
+"""alpha: auto chooses what lowers the loss, and nothing where nothing does, without scoring everything on all texts."""
 
+import pytest
 import torch
 
 from tests.pico import pico_model, pico_tokenizer
 from tmerge.calibration import sample_texts
-from tmerge.evaluation import choose_alpha, resamples, score_texts
+from tmerge.evaluation import Scores, choose_alpha, score_texts
 from tmerge.fusion import TransportedNeurons
 from tmerge.models import LoadedModel, ModelReference, describe
 
@@ -12,6 +13,13 @@ from tmerge.models import LoadedModel, ModelReference, describe
 def loaded(model):
     reference = ModelReference.parse("user/pico")
     return LoadedModel(reference, "sha256:0", model, pico_tokenizer(), None, torch.device("cpu"), torch.float32)
+
+
+def chosen(layers, items, alphas, model, texts):
+    def score(what, rows):
+        return score_texts(model, [texts[row] for row in rows])
+
+    return choose_alpha(layers, items, alphas, score, len(texts), bootstrap=200, seed=0)
 
 
 def everything(layers, weights):
@@ -57,8 +65,7 @@ def test_alpha_is_chosen_by_group_and_is_zero_where_nothing_gains():
         return torch.randn(view.weight().shape, generator=generator)
 
     items, model = everything(layers, weights), loaded(target)
-    counts = resamples(len(texts), 200, 0)
-    choice = choose_alpha(layers, items, (0.1, 1.0), lambda what: score_texts(model, texts), counts)
+    choice = chosen(layers, items, (0.1, 1.0), model, texts)
     assert choice.alpha == {"q": 0.0, "o": 1.0, "up": 0.0}
     assert choice.difference.high < 0
     assert [(trial.group, trial.alpha) for trial in choice.trials] == [
@@ -74,6 +81,74 @@ def test_noise_alone_is_never_chosen():
     layers, generator = describe(target).layers, torch.Generator().manual_seed(1)
     items = everything(layers, lambda layer, name, view: torch.randn(view.weight().shape, generator=generator))
     model = loaded(target)
-    choice = choose_alpha(layers, items, (0.3, 1.0), lambda what: score_texts(model, texts), resamples(24, 200, 0))
+    choice = chosen(layers, items, (0.3, 1.0), model, texts)
     assert set(choice.alpha.values()) == {0.0}
     assert (choice.difference.value, choice.difference.low, choice.difference.high) == (0, 0, 0)
+
+
+def simulated(effects, texts=200, spread=0.02, seed=0):
+    """A model of one projection whose bits per byte at each alpha are 3 + effect, each text about it by `spread`.
+
+    Returns:
+        The choice, and (alpha, texts) of every scoring.
+    """
+    layers = describe(pico_model("llama")).layers
+    view = layers[0]["q"]
+    items = [TransportedNeurons(0, "q", torch.arange(4), view.weight()[:4] + 1, None)]
+    clean = view.weight().clone()
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(50, 200, (texts,), generator=generator).double()
+    own = {alpha: spread * torch.randn(texts, generator=generator).double() for alpha in effects}
+    asked = []
+
+    def score(what, rows):
+        moved = (view.weight()[0, 0] - clean[0, 0]).item()  # what is fused says which alpha it is
+        alpha = min((0.0, *effects), key=lambda alpha: abs(alpha - moved))
+        asked.append((alpha, len(rows)))
+        change = effects[alpha] + own[alpha][list(rows)] if alpha else torch.zeros(len(rows)).double()
+        size = sizes[list(rows)]
+        return Scores(size * (3 + change), size, len(rows), 1.0)
+
+    choice = choose_alpha(layers, items, tuple(effects), score, texts, bootstrap=200, seed=0)
+    assert torch.equal(view.weight(), clean)
+    return choice, asked
+
+
+ALPHAS = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+def test_what_cannot_win_any_more_is_not_scored_on():
+    choice, asked = simulated(dict(zip(ALPHAS, (-0.001, -0.01, -0.05, 0.2, 2.0), strict=True)))
+    assert choice.alpha == {"q": 0.1}
+    seen = {trial.alpha: trial.texts for trial in choice.trials}
+    assert seen[0.1] == 200 and seen[0.3] == seen[1.0] == 25
+    assert sum(count for alpha, count in asked if alpha) == sum(seen.values()) < 0.5 * 5 * 200
+    assert asked[0] == (0.0, 200)  # the base's scores are asked for once
+    assert [alpha for alpha, _ in asked].count(0.0) == 1
+
+
+def test_where_all_lose_the_answer_is_certain_at_once():
+    choice, asked = simulated(dict(zip(ALPHAS, (0.1, 0.2, 0.3, 0.4, 2.0), strict=True)))
+    assert choice.alpha == {"q": 0.0} and choice.difference.value == 0
+    assert {trial.texts for trial in choice.trials} == {25}
+    assert len(asked) == 1 + len(ALPHAS)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_chosen_is_what_scoring_everything_would_choose(seed):
+    effects = dict(zip(ALPHAS, (-0.002, -0.006, -0.02, -0.04, 0.1), strict=True))
+    choice, _ = simulated(effects, spread=0.05, seed=seed)
+    assert choice.alpha == {"q": 0.3}
+    assert [trial.texts for trial in choice.trials if trial.alpha == 0.3] == [200]
+
+
+@pytest.mark.parametrize("texts", [8, 9, 16, 77])
+def test_few_texts_are_all_seen(texts):
+    choice, _ = simulated({0.1: -0.5, 1.0: 0.5}, texts=texts)
+    assert choice.alpha == {"q": 0.1}
+    assert {trial.alpha: trial.texts for trial in choice.trials}[0.1] == texts
+
+
+def test_luck_among_few_texts_is_hardly_ever_chosen():
+    picked = sum(simulated(dict.fromkeys(ALPHAS, 0.0), texts=40, seed=seed)[0].alpha["q"] > 0 for seed in range(60))
+    assert picked <= 4  # one in forty expected: 1.5; five or more come by luck once in 60

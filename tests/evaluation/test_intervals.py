@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 
 from tmerge.evaluation import Interval, Scores, difference, resamples, score, verdict
+from tmerge.evaluation.intervals import can_still_gain, clearly_gains, upper_bound
 
 
 def scores(bits, sizes):
@@ -79,3 +80,59 @@ def test_other_texts_are_refused(two):
     other = scores([1.0] * 60, [2.0] * 60)
     with pytest.raises(ValueError, match="same texts"):
         difference(other, two[1], resamples(60, 200, 0))
+
+
+def test_the_studentised_bound_agrees_with_a_plain_loop(two):
+    fused, base = two
+    change, sizes = (fused.bits - base.bits).numpy(), base.bytes.numpy()
+
+    def ratio(rows):
+        gain = change[rows].sum() / sizes[rows].sum()
+        left = change[rows] - gain * sizes[rows]
+        return gain, np.std(left, ddof=0) * np.sqrt(60 * 60 / 59) / sizes[rows].sum()
+
+    random = np.random.default_rng(1)
+    gain, error = ratio(np.arange(60))
+    drawn = [ratio(random.integers(60, size=60)) for _ in range(20_000)]
+    quantile = np.quantile([(other - gain) / spread for other, spread in drawn], 0.01)
+    ours = upper_bound(fused, base, level=0.01, seed=0)
+    assert ours == pytest.approx(gain - quantile * error, abs=0.1 * error)  # 2500 resamples scatter by 0.05 of it
+    assert upper_bound(fused, base, level=0.01, seed=0) == ours
+
+
+def test_a_bound_takes_the_resamples_that_its_level_needs():
+    # Most texts gain a little and a few lose much, as where a merge breaks some texts. All of a hundred resamples lie
+    # below zero, though the level is for one of eight hundred.
+    random = np.random.default_rng(0)
+    sizes = np.full(60, 100.0)
+    change = random.normal(-1.0, 0.3, 60)
+    change[:3] = 4.0
+    base = scores(sizes * 3, sizes)
+    fused = scores(sizes * 3 + change, sizes)
+    assert float((resamples(60, 100, 0) @ (fused.bits - base.bits)).max()) < 0
+    assert upper_bound(fused, base, level=0.025 / 20, seed=0) > 0
+    assert not clearly_gains(fused, base, chances=20, seed=0)
+    change[:3] = -1.0
+    assert clearly_gains(scores(sizes * 3 + change, sizes), base, chances=20, seed=0)
+
+
+def test_a_gain_that_all_texts_share_is_clear_at_any_level(two):
+    _, base = two
+    fused = scores((base.bits * 0.99).numpy(), base.bytes.numpy())
+    assert clearly_gains(fused, base, chances=40, seed=0)
+    assert not clearly_gains(base, fused, chances=1, seed=0)
+    assert not clearly_gains(base, base, chances=1, seed=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_gain_that_is_clear_in_the_end_was_possible_all_along(seed):
+    random = np.random.default_rng(seed)
+    sizes = random.integers(50, 200, 160).astype(float)
+    base = scores(3 * sizes, sizes)
+    fused = scores(sizes * (3 + random.normal(-0.03, 0.05, 160)), sizes)
+    assert clearly_gains(fused, base, chances=20, seed=0)
+    for seen in (20, 40, 80):
+        assert can_still_gain(fused.first(seen), base.first(seen), of=160, level=0.025 / 20)
+    worse = scores(sizes * (3 + random.normal(0.03, 0.05, 160)), sizes)
+    assert not can_still_gain(worse.first(40), base.first(40), of=160, level=0.025 / 20)
+    assert not can_still_gain(worse.first(40), fused.first(40), of=160, level=0.5)

@@ -7,6 +7,7 @@ from tmerge.evaluation.controls import Control, applied, control_generator, nois
 from tmerge.evaluation.descent import Descent, descent_cosines
 from tmerge.evaluation.intervals import Interval, Verdict, difference, resamples, score, verdict
 from tmerge.evaluation.likelihood import Scores, score_texts
+from tmerge.evaluation.unchanged import unchanged_layers, without_unchanged_layers
 
 __all__ = [
     "PROJECTION_GROUPS",
@@ -27,5 +28,7 @@ __all__ = [
     "score",
     "score_texts",
     "shrink",
+    "unchanged_layers",
     "verdict",
+    "without_unchanged_layers",
 ]

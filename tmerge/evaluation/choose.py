@@ -1,23 +1,28 @@
 """``fusion.alpha: auto``: how strongly each group of projections is fused, chosen on texts that serve nothing else.
 
-The groups are taken in turn, from all zero. A group gets the alpha with the fewest bits per byte on the choosing
-texts, the groups before it fused as chosen; but only if what it gains is clear of zero, by an interval that allows for
-how many are tried. At last all groups are fused alike, since what fine-tuning changed in one projection counts on what
-it changed in the others, and that is taken if it clearly gains on what the groups found for themselves.
-So the result is better than the base on the choosing texts or is the base, and luck among few texts is hardly taken
-for gain.
+The groups are taken in turn, from all zero. For each, the alphas race against the groups before it fused as chosen,
+and against each other, by successive halving (Karnin, Koren and Somekh 2013): all are scored on an eighth of the texts,
+and each time the texts double, the worse half drops out, and besides whatever can no longer win: an alpha whose gain
+over all texts, predicted from those seen, will hardly be clear of zero, or hardly the greatest. One that is left after
+all texts is taken if what it gains is clear of zero, by an interval that allows for how many are tried. At last all
+groups are fused alike, since what fine-tuning changed in one projection counts on what it changed in the others, and
+that is taken if it clearly gains on what the groups found for themselves.
+Dropping out early can only cost a gain, never feign one: what is chosen was scored on all choosing texts, and is better
+than the base on them or is the base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from tmerge.evaluation.controls import applied
-from tmerge.evaluation.intervals import Interval, clearly_gains, difference
+from tmerge.evaluation.intervals import Interval, can_still_gain, clearly_gains, difference, resamples
 from tmerge.evaluation.likelihood import Scores
 from tmerge.fusion import TransportedNeurons
 from tmerge.models import STREAM, Projection, group_of
@@ -28,6 +33,10 @@ PROJECTION_GROUPS: tuple[tuple[str, ...], ...] = (("q", "k"), ("v",), ("o",), ("
 """What is fused with one alpha: q and k make the attention scores together, gate and up the MLP's hidden neurons; and
 embeddings and norms, where a task vector has them."""
 
+# Fewest texts of a first round; where there are many, it is one in so many of them.
+_FEWEST = 8
+_FIRST_SHARE = 8
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -37,11 +46,13 @@ class Trial:
         group: The projections.
         alpha: Tried for them.
         gain: Bits per byte against the best so far, paired; negative is better.
+        texts: How many choosing texts it was scored on before it dropped out; all of them, if it did not.
     """
 
     group: tuple[str, ...]
     alpha: float
     gain: Interval
+    texts: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,12 @@ class Choice:
             "alpha": self.alpha,
             "difference": self.difference.to_dict(),
             "trials": [
-                {"group": list(trial.group), "alpha": trial.alpha, "gain": trial.gain.to_dict()}
+                {
+                    "group": list(trial.group),
+                    "alpha": trial.alpha,
+                    "gain": trial.gain.to_dict(),
+                    "texts": trial.texts,
+                }
                 for trial in self.trials
             ],
         }
@@ -76,8 +92,11 @@ def choose_alpha(
     layers: Sequence[dict[str, Projection]],
     transported: Sequence[TransportedNeurons],
     alphas: Sequence[float],
-    score: Callable[[str], Scores],
-    counts: Tensor,
+    score: Callable[[str, Sequence[int]], Scores],
+    texts: int,
+    *,
+    bootstrap: int,
+    seed: int,
 ) -> Choice:
     """Choose alpha for every group of projections that was transported.
 
@@ -85,30 +104,70 @@ def choose_alpha(
         layers: The unfused target's projections, `Architecture.views`; they have their bytes back afterwards.
         transported: What fusing would write.
         alphas: Tried beside 0.
-        score: Scores the model as it is in memory on the choosing texts; told what is being scored.
-        counts: (B, N) from `resamples`, for the choosing texts.
+        score: Scores the model as it is in memory on some of the choosing texts; told what is being scored, and which.
+        texts: N, how many choosing texts there are.
+        bootstrap: Resamples of the intervals that are told; the one that decides takes what its level needs.
+        seed: Of the order of the texts and of the resamples.
     """
     names = list(dict.fromkeys(group_of(item.projection) for item in transported))
-    chosen = dict.fromkeys(names, 0.0)
-    base = best = score("base")
-    seconds = base.seconds
-    trials = []
-    groups = [tuple(name for name in group if name in chosen) for group in PROJECTION_GROUPS]
+    # Not in their own order: the first of a file may be of one subject.
+    order = torch.randperm(texts, generator=torch.Generator().manual_seed(seed)).tolist()
+    groups = [tuple(name for name in group if name in names) for group in PROJECTION_GROUPS]
     groups = [group for group in groups if group]
     asked = [*groups, tuple(names)] if len(groups) > 1 else groups
     chances = len(asked) * len(alphas)
+    chosen = dict.fromkeys(names, 0.0)
+    base = best = score("base", order)
+    seconds, trials = base.seconds, []
     for members in asked:
-        found: tuple[float, Scores] | None = None
-        for alpha in sorted(alphas):
-            with applied(layers, transported, {**chosen, **dict.fromkeys(members, alpha)}):
-                scores = score(f"{' '.join(members)} at alpha {alpha:g}")
-            seconds += scores.seconds
-            gain = difference(scores, best, counts)
-            trials.append(Trial(members, alpha, gain))
-            clear = clearly_gains(scores, best, counts, chances=chances)
-            if clear and (found is None or scores.bits_per_byte < found[1].bits_per_byte):
-                found = alpha, scores
-        if found is not None:
-            chosen.update(dict.fromkeys(members, found[0]))
-            best = found[1]
-    return Choice(chosen, trials, difference(best, base, counts), seconds)
+        running, tried = sorted(alphas), dict[float, Scores]()
+        for begin, end in pairwise((0, *_rounds(texts))):
+            for alpha in running:
+                with applied(layers, transported, {**chosen, **dict.fromkeys(members, alpha)}):
+                    scores = score(f"{' '.join(members)} at alpha {alpha:g}", order[begin:end])
+                seconds += scores.seconds
+                tried[alpha] = tried[alpha].followed_by(scores) if begin else scores
+            if not running:
+                break
+            if end < texts:
+                seen = {alpha: tried[alpha] for alpha in running}
+                running = _still_running(seen, best.first(end), of=texts, level=0.025 / chances)
+        for alpha, scores in tried.items():
+            count = len(scores.bits)
+            gain = difference(scores, best.first(count), resamples(count, bootstrap, seed))
+            trials.append(Trial(members, alpha, gain, count))
+        clear = [alpha for alpha in running if clearly_gains(tried[alpha], best, chances=chances, seed=seed)]
+        if clear:
+            found = min(clear, key=lambda alpha: tried[alpha].bits_per_byte)
+            chosen.update(dict.fromkeys(members, found))
+            best = tried[found]
+    gain = difference(best, base, resamples(texts, bootstrap, seed))
+    return Choice(chosen, trials, gain, seconds)
+
+
+def _rounds(texts: int) -> Iterator[int]:
+    """How many texts have been seen after each round."""
+    end = max(_FEWEST, math.ceil(texts / _FIRST_SHARE))
+    while end < texts:
+        yield end
+        end *= 2
+    yield texts
+
+
+def _still_running(seen: dict[float, Scores], best: Scores, *, of: int, level: float) -> list[float]:
+    """The better half of some alphas, as far as each can still win.
+
+    Args:
+        seen: alpha -> its scores on the first n of N texts.
+        best: Of what the alphas have to beat, on the same.
+        of: N.
+        level: At which a gain over all N texts has to be clear.
+    """
+    ranked = sorted(seen, key=lambda alpha: seen[alpha].bits_per_byte)
+    leader = seen[ranked[0]]
+    return sorted(
+        alpha
+        for alpha in ranked[: math.ceil(len(ranked) / 2)]
+        if can_still_gain(seen[alpha], best, of=of, level=level)
+        and (alpha == ranked[0] or can_still_gain(seen[alpha], leader, of=of, level=0.5))
+    )

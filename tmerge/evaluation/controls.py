@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tmerge.fusion import COLUMN_PROJECTIONS, Alpha, TransportedNeurons, fuse, read_neurons
+from tmerge.fusion import COLUMN_PROJECTIONS, Alpha, TransportedNeurons, alpha_of, fuse, read_neurons
 from tmerge.models import Projection
 
 __all__ = ["Control", "applied", "control_generator", "noise", "shrink"]
@@ -96,7 +96,8 @@ def applied(
     layers: Sequence[dict[str, Projection]], transported: Sequence[TransportedNeurons], alpha: Alpha
 ) -> Iterator[None]:
     """The target with something fused into it, for the length of a ``with``; its bytes come back afterwards."""
-    kept = [(layers[item.layer][item.projection], item.neurons) for item in transported]
+    changed = [item for item in transported if alpha_of(alpha, item.projection) != 0]
+    kept = [(layers[item.layer][item.projection], item.neurons) for item in changed]
     stored = []
     for view, neurons in kept:
         weight = view.weight()
@@ -104,7 +105,7 @@ def applied(
         bias = view.bias()
         stored.append((own.clone(), None if bias is None else bias.clone()))
     try:
-        fuse(layers, transported, alpha)
+        fuse(layers, changed, alpha)
         yield
     finally:
         for (view, neurons), (own, bias) in zip(kept, stored, strict=True):

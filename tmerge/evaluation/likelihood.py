@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,19 @@ class Scores:
     def bits_per_byte(self) -> float:
         """Over all texts together: sum of bits over sum of bytes."""
         return float(self.bits.sum() / self.bytes.sum())
+
+    def first(self, texts: int) -> Scores:
+        """On the first of the texts alone; tokens and seconds stay those of all."""
+        return replace(self, bits=self.bits[:texts], bytes=self.bytes[:texts])
+
+    def followed_by(self, other: Scores) -> Scores:
+        """The same model on these texts and then on others."""
+        return Scores(
+            torch.cat([self.bits, other.bits]),
+            torch.cat([self.bytes, other.bytes]),
+            self.tokens + other.tokens,
+            self.seconds + other.seconds,
+        )
 
 
 @torch.inference_mode()

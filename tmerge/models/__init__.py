@@ -6,6 +6,7 @@ from tmerge.models.checkpoint import file_digest
 from tmerge.models.configs import meta_model
 from tmerge.models.demo import DEMO_MODELS, DemoModel, demo_path
 from tmerge.models.device import available_memory, multiplies_fast, pick_device, pick_dtype
+from tmerge.models.discovery import find_block_list
 from tmerge.models.facts import ModelFacts, read_facts
 from tmerge.models.licences import OutputLicence, output_licence
 from tmerge.models.loading import LoadedModel, load_model, load_tokenizer, model_commit
@@ -50,6 +51,7 @@ __all__ = [
     "describe",
     "feature_key",
     "fetch",
+    "find_block_list",
     "file_digest",
     "group_of",
     "head_facts",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -110,7 +111,7 @@ def multiplies_fast(dtype: torch.dtype, device: torch.device) -> bool:
     if device.type != "cpu" or dtype not in _INSTRUCTIONS:
         return True
     flags, onednn = _INSTRUCTIONS[dtype]
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     used = getattr(torch.ops.mkldnn, onednn, None)
     return any(capabilities.get(flag) for flag in flags) and used is not None and bool(used())
 
