@@ -20,7 +20,7 @@ READY = {
     "Push": "#push-markdown h1",
 }
 TEXTS = {
-    "Choose": ("#masthead", "#target-model", "#expected", "#problem ~ *", "#start"),
+    "Choose": ("#masthead", "#target-model", "#expected", "#start"),
     "Run": ("#run-head", "#run-stages", "#run-log", "#run-result", "#run-files"),
     "Look": ("#look-head", "#look h2", "#look h3"),
     "Try": ("#try-prompt", "#try-go", "#try-target", "#try-scores"),

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections import namedtuple
+from dataclasses import replace
 from types import SimpleNamespace
 from urllib.parse import quote
 
@@ -17,10 +18,11 @@ pytest.importorskip("gradio", reason="the app extra is not installed")
 from tests.hub import LoopbackHub, Repo, run_client
 from tests.pico import save_pico
 from tests.ui.search_hub import HOSTILE
+from tmerge.check import check
 from tmerge.errors import DatasetError, RecipeError, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.ui import cards, limits, push_cards, pushes, runs
-from tmerge.ui.limits import AppSettings, describe_limits, settings_here, vetted
+from tmerge.ui.limits import AppSettings, describe_limits, refuse_large, settings_here, vetted
 from tmerge.ui.progress import log_lines, result_cards
 from tmerge.ui.runs import RunStore
 from tmerge.ui.safe import escape
@@ -65,6 +67,16 @@ def test_sizes_and_time_are_refused_before_any_weight_is_fetched(tmp_path):
     fetched = [line for line in hub.requests if line.startswith("GET") and "model.safetensors" in line]
     assert all("bytes=" in line for line in fetched), fetched
     assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def test_who_is_refused_hangs_on_the_work_and_not_on_the_machines_speed(models):
+    found = check(Recipe(target=str(models / "target"), source=str(models / "source"), dtype="float32"))
+    within, beyond = (AppSettings(max_operations=share * found.estimate.operations) for share in (1.1, 0.9))
+    for seconds in (1e-3, 1e9):
+        timed = replace(found, estimate=replace(found.estimate, seconds=seconds))
+        refuse_large(timed, within)
+        with pytest.raises(RecipeError, match="trillion operations, where this app takes"):
+            refuse_large(timed, beyond)
 
 
 def test_a_disk_that_is_too_full_is_said_before_anything_is_read(models, monkeypatch):
