@@ -14,6 +14,7 @@ from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
 from tmerge.run import Run
 from tmerge.session import Session
+from tmerge.speed import Timing
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_a_source_base_is_counted_and_its_gate_said(models, tmp_path, monkeypatc
         return replace(read_facts(reference, **options), **its)
 
     monkeypatch.setattr("tmerge.check.read_facts", facts_of)
-    monkeypatch.setattr("tmerge.estimate._seconds_of", lambda action, at_least=0.0: 1e-3)
+    monkeypatch.setattr("tmerge.estimate.timing_of", lambda *words: Timing(1e-3, "2026-01-01", True))
     monkeypatch.setattr(
         "tmerge.estimate.psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
     )
@@ -131,7 +132,7 @@ def test_feature_keys_are_shared():
 
 def test_choosing_alpha_is_part_of_the_estimate(models, monkeypatch):
     # A machine of one known speed: what is left are the operations counted.
-    monkeypatch.setattr("tmerge.estimate._seconds_of", lambda action, at_least=0.0: 1e-3)
+    monkeypatch.setattr("tmerge.estimate.timing_of", lambda *words: Timing(1e-3, "2026-01-01", True))
 
     def seconds(**fusion):
         sections = {"fusion": fusion, "evaluation": {"controls": []}}

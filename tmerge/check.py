@@ -87,10 +87,14 @@ class Check:
             "notes": self.notes,
             "estimate": {
                 "seconds": round(self.estimate.seconds, 3),
+                "range_seconds": [round(seconds, 3) for seconds in self.estimate.range_seconds],
+                "time": self.estimate.time_words,
+                "operations": self.estimate.operations,
                 "memory_bytes": self.estimate.memory_bytes,
                 "disk_bytes": self.estimate.disk_bytes,
                 "download_bytes": self.estimate.download_bytes,
                 "assumes": self.estimate.assumes,
+                "measured": list(self.estimate.measured),
             },
         }
 

@@ -1,14 +1,15 @@
-"""What a run is expected to take on this machine, from two configs and a moment's measuring.
+"""What a run is expected to take on this machine, from two configs and the machine's speed.
 
-Seconds come from this machine's own speed times the operations that the run will do; they are an estimate and say what
-they assume.
+The operations are counted, and are the same everywhere: who may run what is decided by them. Seconds are operations
+over this machine's speed, as `tmerge.speed` has measured it; they are an estimate, shown as a range, and say what they
+assume.
 """
 
 from __future__ import annotations
 
-import time
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
@@ -19,14 +20,22 @@ from tmerge.evaluation import PROJECTION_GROUPS
 from tmerge.fusion import COLUMN_PROJECTIONS, neuron_count
 from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pick_device
 from tmerge.recipe import Recipe
+from tmerge.speed import SPEED_FILE, Timing, timing_of
 from tmerge.transport import correlation_cost, match, sinkhorn, standardise, working_dtype
 
-__all__ = ["TOKENS_PER_TEXT", "Estimate", "estimate_run", "widths_of"]
+__all__ = ["TOKENS_PER_TEXT", "Estimate", "estimate_run", "scorings", "widths_of"]
 
 # What an estimate assumes of texts that it has not read.
 TOKENS_PER_TEXT = 64
 # Freed blocks that the C library keeps for itself; measured on the demo, where the peak was a tenth above the sum.
 _ALLOCATOR_SLACK = 1.1
+# A run takes so many times the seconds that are counted: small products reach less of the measured speed than large
+# ones, texts are shorter or longer than is assumed, and the machine has other things to do.
+_LEAST, _MOST = 0.75, 1.75
+# What is no product, counted as the operations of a product that takes as long, per entry of a problem's cost matrix:
+# one Sinkhorn sweep, which waits for memory, and an assignment's search.
+_SWEEP_OPERATIONS = 32
+_SEARCH_OPERATIONS = 4000
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class Estimate:
     """What a run is expected to take here.
 
     Attributes:
-        seconds: Of the whole run, without download.
+        seconds: Of the whole run on the idle machine, without download; `range_seconds` is what is shown.
         memory_bytes: Peak of this process.
         disk_bytes: In the output folder.
         download_bytes: Still to be fetched from the Hub into its cache.
@@ -42,6 +51,8 @@ class Estimate:
         forward_seconds: Of `seconds`, those of the models' forward passes.
         read_operations: Floating-point operations until both models have read their texts.
         score_operations: Of all forward passes after that, the descent control's backward passes included.
+        solve_operations: Of the transport problems.
+        measured: The dates (ISO 8601), earliest and latest, at which this machine's speed was measured.
     """
 
     seconds: float
@@ -52,6 +63,33 @@ class Estimate:
     forward_seconds: float
     read_operations: float
     score_operations: float
+    solve_operations: float
+    measured: tuple[str, str]
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of the whole run, as counted from the configs and the recipe alone."""
+        return self.read_operations + self.score_operations + self.solve_operations
+
+    @property
+    def range_seconds(self) -> tuple[float, float]:
+        """Least and most seconds that the run is expected to take."""
+        return _LEAST * self.seconds, _MOST * self.seconds
+
+    @property
+    def time_words(self) -> str:
+        """The range as it is shown everywhere: ``about 2 to 4 min``."""
+        low, high = self.range_seconds
+        if high < 10:
+            return "under 10 s"
+        size, unit = (1.0, "s") if high < 100 else (60.0, "min") if high < 7200 else (3600.0, "h")
+        return f"about {_rounded(low / size, math.floor)} to {_rounded(high / size, math.ceil)} {unit}"
+
+
+def _rounded(value: float, to_whole: Callable[[float], int]) -> str:
+    """In steps of about a twentieth to a tenth: an estimate is worth no more digits."""
+    step = 0.5 if value < 10 else 1.0 if value < 20 else 5.0 if value < 100 else 10.0
+    return f"{step * to_whole(value / step):g}"
 
 
 def _body_parameters(layout: Architecture) -> int:
@@ -66,17 +104,21 @@ def widths_of(layout: Architecture, projections: list[str]) -> dict[str, list[in
     return widths
 
 
-def _seconds_of(action: Any, at_least: float = 0.05) -> float:
-    """Seconds of the fastest call, after a first that warms up, of as many as fill a moment.
+def scorings(recipe: Recipe, projections: list[str]) -> int:
+    """How often all held-out texts are scored with a model of the target's size, the target itself included.
 
-    The fastest, as whatever else the machine does can only slow a call down.
+    Args:
+        recipe: Of the run.
+        projections: That are fused.
     """
-    action()
-    fastest, until = float("inf"), time.perf_counter() + at_least
-    while (began := time.perf_counter()) < until:
-        action()
-        fastest = min(fastest, time.perf_counter() - began)
-    return fastest
+    scored = 1 + 1 + len(recipe.evaluation.controls)
+    if recipe.fusion.alpha == "auto":
+        # The base once, and every alpha for all groups of projections together and for each that has one here.
+        named = {*projections, STREAM} if recipe.fusion.stream else set(projections)
+        groups = sum(not named.isdisjoint(group) for group in PROJECTION_GROUPS)
+        groups += groups > 1
+        scored += 1 + groups * len(recipe.fusion.alphas)
+    return scored
 
 
 def estimate_run(
@@ -109,17 +151,10 @@ def estimate_run(
         read = 0
     tokens_per_text = min(recipe.calibration.max_tokens, TOKENS_PER_TEXT)
 
-    side = 1024
-    left = torch.randn(side, side, device=device).to(dtype)
     # float16 products are emulated on most CPUs; the measured rate shows it.
-    flops = 2 * side**3 / _seconds_of(lambda: functional.linear(left, left)[0, 0].item())
-    scored = 1 + 1 + len(recipe.evaluation.controls)
-    if recipe.fusion.alpha == "auto":
-        # The base once, and every alpha for all groups of projections together and for each that has one here.
-        named = {*projections, STREAM} if recipe.fusion.stream else set(projections)
-        groups = sum(not named.isdisjoint(group) for group in PROJECTION_GROUPS)
-        groups += groups > 1
-        scored += 1 + groups * len(recipe.fusion.alphas)
+    product = _product(device, dtype)
+    flops = 2 * _SIDE**3 / product.seconds * _threads(device)
+    scored = scorings(recipe, projections)
 
     def forward(facts: ModelFacts, layout: Architecture, texts: int, scorings: float) -> float:
         """Operations to read some texts, and to score what is held out so often."""
@@ -136,8 +171,12 @@ def estimate_run(
     mine, theirs = widths_of(target_layout, projections), widths_of(source_layout, projections)
     by_token = recipe.calibration.rows == "tokens"
     rows = min(recipe.calibration.token_rows, read * tokens_per_text) if by_token else read
+    timings, solving = [product], 0.0
     if recipe.plan is None:
-        seconds += _solving_seconds(recipe, mine, theirs, rows, device)
+        solving = _solving_operations(recipe, mine, theirs, rows)
+        more, used = _solving_seconds(recipe, mine, theirs, rows, device)
+        seconds += more
+        timings += used
 
     # All are held at once while weights are transported.
     held = [facts for facts in models if facts is not None]
@@ -174,11 +213,20 @@ def estimate_run(
         # One commit is fetched once.
         sum({facts.commit: facts.download_bytes or 0 for facts in held}.values()),
         f"{read + held_out} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device} at "
-        f"{flops / 1e9:.0f} GFLOP/s measured now; downloading and loading not counted",
+        f"{flops / 1e9:.0f} GFLOP/s, {_measured_words(timings)}; downloading and loading not counted",
         forward_seconds,
         reading,
         scoring + forward(target, target_layout, 0, slopes),
+        solving,
+        (min(timing.measured for timing in timings), max(timing.measured for timing in timings)),
     )
+
+
+def _measured_words(timings: list[Timing]) -> str:
+    when = " and ".join(sorted({timing.measured for timing in timings}))
+    if not all(timing.calm for timing in timings):
+        return f"measured on {when} beside other work, and again when the machine is idle"
+    return f"measured on {when} (delete {SPEED_FILE} in tmerge's cache to measure anew)"
 
 
 def _most_texts(dataset: str, wanted: int) -> int:
@@ -188,28 +236,95 @@ def _most_texts(dataset: str, wanted: int) -> int:
     return min(wanted, len(sample_texts(dataset.removeprefix(SAMPLES_PREFIX))))
 
 
-def _solving_seconds(
-    recipe: Recipe, mine: dict[str, list[int]], theirs: dict[str, list[int]], rows: int, device: torch.device
-) -> float:
-    """Of the transport stage: the measured time of a small problem, by the sizes of those that there are."""
-    width = 512
-    working = working_dtype(recipe.transport.epsilon)
-    features = standardise(torch.randn(max(rows, 2), width), working).to(device)
-    cost = correlation_cost(features, features)
-    product = _seconds_of(lambda: correlation_cost(features, features)) / width**2
+# Of the products that are timed, and of the transport problem.
+_SIDE, _WIDTH, _ROWS = 512, 512, 512
+# Of the features of that problem: what both models' neurons have in common, and what each adds. Sinkhorn's sweeps
+# depend on it: features that have nothing in common are done after three, a problem of features with themselves is not
+# done after a hundred, and neither is what a run meets.
+_SHARED, _OWN = 8, 0.3
+
+
+def _product(device: torch.device, dtype: torch.dtype) -> Timing:
+    """Of one product of two square matrices, 2 * _SIDE**3 operations."""
+
+    def prepare() -> Callable[[], object]:
+        generator = torch.Generator().manual_seed(0)
+        left = torch.randn(_SIDE, _SIDE, generator=generator).to(device, dtype)
+        # Read back, as an accelerator would else be asked for the next one before it has done this.
+        return lambda: functional.linear(left, left)[0, 0].item()
+
+    return timing_of(f"product {_SIDE}", prepare, device, dtype)
+
+
+def _threads(device: torch.device) -> int:
+    """That share the work; a processor is timed in one."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def _entries_of(recipe: Recipe, mine: dict[str, list[int]], theirs: dict[str, list[int]]) -> float:
+    """Entries of all problems' cost matrices."""
     if recipe.transport.structure == "shared":
         # Pairs of layers alone, and of an eighth of them as much again for each half that relatedness looks at.
-        entries = sum(sum(mine[key]) * max(theirs[key]) for key in mine if key in theirs)
-        small = cost.float().cpu()
-        return 1.5 * entries * (product + _seconds_of(lambda: match(small)) / width**2)
-    entries = sum(sum(mine[key]) * sum(theirs[key]) for key in mine if key in theirs)
-    return entries * (product + _seconds_of(lambda: sinkhorn(cost, recipe.transport.epsilon)) / width**2)
+        return 1.5 * sum(sum(mine[key]) * max(theirs[key]) for key in mine if key in theirs)
+    return float(sum(sum(mine[key]) * sum(theirs[key]) for key in mine if key in theirs))
+
+
+def _is_matched(recipe: Recipe) -> bool:
+    """Whether the problems are assignments, and not solved by Sinkhorn's sweeps."""
+    return recipe.transport.structure == "shared" and recipe.transport.matching == "one-to-one"
+
+
+def _solving_operations(recipe: Recipe, mine: dict[str, list[int]], theirs: dict[str, list[int]], rows: int) -> float:
+    """Of the transport stage."""
+    solved = _SEARCH_OPERATIONS if _is_matched(recipe) else _SWEEP_OPERATIONS * recipe.transport.max_iterations
+    return _entries_of(recipe, mine, theirs) * (2 * rows + solved)
+
+
+def _features(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(_ROWS, _WIDTH) standardised features of two models that have something in common; the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator)
+
+    common = normal(_ROWS, _SHARED) / _SHARED**0.5
+    left, right = (
+        standardise(common @ normal(_SHARED, _WIDTH) + _OWN * normal(_ROWS, _WIDTH), dtype) for _ in range(2)
+    )
+    return left.to(device), right.to(device)
+
+
+def _solving_seconds(
+    recipe: Recipe, mine: dict[str, list[int]], theirs: dict[str, list[int]], rows: int, device: torch.device
+) -> tuple[float, list[Timing]]:
+    """Of the transport stage: the time of a small problem, by the sizes of those that there are; and what was timed."""
+    working = working_dtype(recipe.transport.epsilon)
+
+    def costs() -> Callable[[], object]:
+        left, right = _features(working, device)
+        return lambda: correlation_cost(left, right)[0, 0].item()
+
+    def matching() -> Callable[[], object]:
+        similarity = 1 - correlation_cost(*_features(torch.float32, torch.device("cpu")))
+        return lambda: match(similarity)
+
+    def sweeps() -> Callable[[], object]:
+        cost = correlation_cost(*_features(working, device))
+        return lambda: sinkhorn(cost, recipe.transport.epsilon)
+
+    compared = timing_of(f"costs {_ROWS} by {_WIDTH}", costs, device, working)
+    if recipe.transport.structure == "shared":
+        solved = timing_of(f"matching {_WIDTH}", matching, torch.device("cpu"), torch.float32)
+    else:
+        solved = timing_of(f"sinkhorn {_WIDTH}, epsilon {recipe.transport.epsilon:g}", sweeps, device, working)
+    # A problem a thread.
+    each = compared.seconds * rows / _ROWS / _threads(device) + solved.seconds / torch.get_num_threads()
+    return _entries_of(recipe, mine, theirs) * each / _WIDTH**2, [compared, solved]
 
 
 def _entries(recipe: Recipe) -> int:
     """Of a plan's row that are kept, at most."""
-    matched = recipe.transport.structure == "shared" and recipe.transport.matching == "one-to-one"
-    return 1 if matched else recipe.transport.entries_kept
+    return 1 if _is_matched(recipe) else recipe.transport.entries_kept
 
 
 def _itemsize(facts: ModelFacts, recipe: Recipe, dtype: torch.dtype) -> int:

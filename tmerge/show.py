@@ -86,7 +86,7 @@ def show_check(result: Check) -> None:
         console.print(f"  terms: {what}, {url}", markup=False)
     estimate = facts["estimate"]
     console.print(
-        f"expected: {_duration(estimate['seconds'])}, {_bytes(estimate['memory_bytes'])} of memory, "
+        f"expected: {estimate['time']}, {_bytes(estimate['memory_bytes'])} of memory, "
         f"{_bytes(estimate['disk_bytes'])} of disk, {_bytes(estimate['download_bytes'])} to download "
         f"({estimate['assumes']})",
         markup=False,

@@ -1,4 +1,4 @@
-"""Every tab at the narrowest and the widest, light and dark: nothing overflows, all is named, nothing complains."""
+"""Every tab at three widths, light and dark: all can be read and is named, nothing overflows, nothing complains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,31 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from playwright.sync_api import expect
 
+from tests.ui.readable import assert_readable, outside
+
 TABS = ("Choose", "Run", "Look", "Try", "Push")
+# What tells that a tab is filled, and what a visitor reads there.
+READY = {
+    "Choose": "#start",
+    "Run": "#run-map .main-svg",
+    "Look": "#look .main-svg",
+    "Try": "#try-prompt",
+    "Push": "#push-markdown h1",
+}
+TEXTS = {
+    "Choose": ("#masthead", "#target-model", "#expected", "#start"),
+    "Run": ("#run-head", "#run-stages", "#run-log", "#run-result", "#run-files"),
+    "Look": ("#look-head", "#look h2", "#look h3"),
+    "Try": ("#try-prompt", "#try-go", "#try-target", "#try-scores"),
+    "Push": (
+        "#push-verdict",
+        "#push-account",
+        "#push-files",
+        "#push-metadata",
+        "#push-markdown h1",
+        "#push-markdown p",
+    ),
+}
 
 # What a screen reader would find without a name, and whether the page is wider than its window.
 _UNNAMED = """() => {
@@ -61,17 +85,52 @@ def open_tab(page, name):
     tab.click()
 
 
-@pytest.mark.parametrize(("width", "theme"), [(380, "dark"), (1600, "light")])
-def test_every_tab_fits_and_is_named(visit, run_id, width, theme):
+@pytest.mark.parametrize(("width", "theme"), [(380, "dark"), (768, "light"), (1440, "dark")])
+def test_every_tab_is_read_and_named(visit, run_id, width, theme):
     page = visit(f"&run={run_id}", width=width, theme=theme)
     expect(page.locator("#run-head")).to_contain_text("Done", timeout=30_000)
-    ready = {"Look": "#look .main-svg", "Try": "#try-prompt", "Push": "#push-markdown h1", "Run": "#run-map .main-svg"}
     for name in TABS:
         open_tab(page, name)
-        page.locator(ready.get(name, "#start")).first.wait_for()
+        page.locator(READY[name]).first.wait_for()
+        assert_readable(page, "main", *TEXTS[name])
         assert page.evaluate(_OVERFLOW) <= 0, name
         assert page.evaluate(_UNNAMED) == [], name
         assert page.evaluate(_CONTRAST) == [], name
+
+
+@pytest.mark.parametrize(
+    ("style", "why"),
+    [
+        ("", None),
+        # As the card's preview was: a second column, beside a box that scrolls.
+        ("max-height: 60px; overflow: auto; display: flex; flex-flow: column wrap; width: 300px", "beside"),
+        ("width: 40px; overflow: hidden; white-space: nowrap", "beside"),
+        ("height: 5px; overflow: hidden", "above or below"),
+        ("height: 30px; overflow: auto", None),  # read by scrolling
+        ("position: absolute; left: -200px; width: 150px", "beside the window"),
+        ("visibility: hidden", "nothing to read"),
+        ("font-size: 0", "nothing to read"),
+    ],
+)
+def test_text_that_is_cut_off_is_told_from_text_that_can_be_read(browser, style, why):
+    """What the assertion above is worth: Playwright calls a text visible that lies outside its box."""
+    page = browser.new_page(viewport={"width": 800, "height": 600})
+    words = "".join(f"<p style='margin: 0'>A line of words, the {number}.</p>" for number in range(6))
+    page.set_content(f"<main><div id=box style='{style}'>{words}</div></main>")
+    said = outside(page, "#box")
+    page.close()
+    assert (said == []) if why is None else (said and why in said[0]), said
+
+
+@pytest.mark.parametrize(("verdict", "icon"), [("helps", "\u25b2"), ("hurts", "\u25bc")])
+def test_a_verdict_has_its_icon(visit, verdict, icon):
+    page = visit()
+    page.evaluate(
+        "(verdict) => document.querySelector('#masthead p').className = `verdict ${verdict}`",
+        verdict,
+    )
+    content = page.evaluate("() => getComputedStyle(document.querySelector('#masthead p'), '::before').content")
+    assert content == f'"{icon}\u00a0"'
 
 
 def test_the_tabs_are_walked_with_the_keyboard(visit):

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections import namedtuple
+from dataclasses import replace
 from types import SimpleNamespace
 from urllib.parse import quote
 
@@ -17,10 +18,11 @@ pytest.importorskip("gradio", reason="the app extra is not installed")
 from tests.hub import LoopbackHub, Repo, run_client
 from tests.pico import save_pico
 from tests.ui.search_hub import HOSTILE
+from tmerge.check import check
 from tmerge.errors import DatasetError, RecipeError, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.ui import cards, limits, push_cards, pushes, runs
-from tmerge.ui.limits import AppSettings, describe_limits, settings_here, vetted
+from tmerge.ui.limits import AppSettings, describe_limits, refuse_large, settings_here, vetted
 from tmerge.ui.progress import log_lines, result_cards
 from tmerge.ui.runs import RunStore
 from tmerge.ui.safe import escape
@@ -39,10 +41,10 @@ from tmerge.ui.expected import _check
 from tmerge.ui.limits import AppSettings
 recipe = Recipe(target="user/target", source="user/source")
 cases = {
-    "small enough": AppSettings(max_parameters=10**9, max_download_bytes=10**9, max_seconds=10**4),
+    "small enough": AppSettings(max_parameters=10**9, max_download_bytes=10**9, max_operations=1e15),
     "parameters": AppSettings(max_parameters=1000),
     "download": AppSettings(max_download_bytes=1000),
-    "time": AppSettings(max_seconds=1e-9),
+    "work": AppSettings(max_operations=1),
 }
 print("RESULTS" + json.dumps({name: _check(recipe, settings)["refused"] for name, settings in cases.items()}))
 """
@@ -60,11 +62,21 @@ def test_sizes_and_time_are_refused_before_any_weight_is_fetched(tmp_path):
     assert refused["small enough"] is None
     assert "billion parameters, where this app takes 0.0" in refused["parameters"]
     assert "GB to fetch, where this app takes 0.0 GB" in refused["download"]
-    assert "expected to take" in refused["time"]
+    assert "operations, where this app takes 1e-12 trillion operations" in refused["work"]
     # Of the weights, headers alone are read, as ranges.
     fetched = [line for line in hub.requests if line.startswith("GET") and "model.safetensors" in line]
     assert all("bytes=" in line for line in fetched), fetched
     assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def test_who_is_refused_hangs_on_the_work_and_not_on_the_machines_speed(models):
+    found = check(Recipe(target=str(models / "target"), source=str(models / "source"), dtype="float32"))
+    within, beyond = (AppSettings(max_operations=share * found.estimate.operations) for share in (1.1, 0.9))
+    for seconds in (1e-3, 1e9):
+        timed = replace(found, estimate=replace(found.estimate, seconds=seconds))
+        refuse_large(timed, within)
+        with pytest.raises(RecipeError, match="trillion operations, where this app takes"):
+            refuse_large(timed, beyond)
 
 
 def test_a_disk_that_is_too_full_is_said_before_anything_is_read(models, monkeypatch):
@@ -122,7 +134,7 @@ def test_what_no_browser_may_ask_for(changes, why):
 def test_a_space_has_every_limit(monkeypatch):
     monkeypatch.setenv("SPACE_ID", "user/app")
     settings = settings_here()
-    named = ("max_parameters", "max_download_bytes", "max_texts", "max_seconds", "runs_per_visitor", "total_runs")
+    named = ("max_parameters", "max_download_bytes", "max_texts", "max_operations", "runs_per_visitor", "total_runs")
     assert settings.public and settings.local_root is None and not settings.zero_gpu
     assert all(getattr(settings, name) is not None for name in named)
     assert settings.job_package.endswith("/spaces/user/app") and settings.job_package.startswith("git+http")
@@ -349,7 +361,7 @@ def test_what_others_wrote_is_escaped_on_every_card():
             "unknown": [ATTACK + "2"],
             "duties": [ATTACK],
         },
-        "estimate": {"seconds": 1, "memory_bytes": 1, "disk_bytes": 1, "download_bytes": 1, "assumes": ATTACK},
+        "estimate": {"time": ATTACK, "memory_bytes": 1, "disk_bytes": 1, "download_bytes": 1, "assumes": ATTACK},
     }
     for page in (
         cards.check_cards(facts, ATTACK),

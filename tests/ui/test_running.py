@@ -1,6 +1,7 @@
 """The Run tab in a browser: to the end, cancelled, come back to, two visitors, and one that fails."""
 
 import json
+import threading
 import time
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import expect
 
 from tests.ui.test_choose import open_fold, write_yaml
+from tmerge.ui import choose, starting
 
 
 def fill(page, served, **changes):
@@ -119,3 +121,74 @@ def test_start_without_a_model_says_which(visit):
     page = visit()
     page.locator("#start").click()
     expect(page.locator("#problem")).to_contain_text("name a target model first")
+
+
+@pytest.fixture
+def held_up(monkeypatch):
+    """Edits reach the server, and are not taken in before the event is set."""
+    free = threading.Event()
+
+    def hold_up(name):
+        plain = getattr(choose, name)
+
+        def held(*words):
+            assert free.wait(30)
+            return plain(*words)
+
+        monkeypatch.setattr(choose, name, held)
+
+    yield hold_up, free
+    free.set()
+
+
+def test_start_right_after_an_edit_of_the_recipe_waits_for_it(visit, served, held_up):
+    page = visit()
+    fill(page, served)
+    hold_up, free = held_up
+    hold_up("read_yaml")
+    write_yaml(page, served.recipe(seed=41).to_yaml())
+    page.locator("#start").click()
+    expect(page.locator("#problem")).to_contain_text("Waiting for the last change")
+    expect(page.locator("#start")).to_be_disabled()
+    free.set()
+    page.wait_for_url("**run=*")
+    run = served.ended(page.url.partition("run=")[2])
+    assert (run.state, run.recipe.seed) == ("done", 41)
+    page.get_by_role("tab", name="Choose").click()
+    expect(page.locator("#start")).to_be_enabled()
+
+
+def test_start_right_after_an_edit_of_a_field_runs_what_the_field_says(visit, served, held_up):
+    page = visit()
+    fill(page, served)
+    open_fold(page, "Advanced settings")
+    expect(page.get_by_label("Strength (alpha)")).to_have_value(str(served.recipe().fusion.alpha))
+    hold_up, free = held_up
+    hold_up("with_value")
+    alpha = page.get_by_label("Strength (alpha)")
+    alpha.press("Control+A")
+    alpha.press_sequentially("0.37")
+    page.locator("#start").click()
+    expect(page.locator("#problem")).to_contain_text("Waiting for the last change")
+    free.set()
+    page.wait_for_url("**run=*")
+    run = served.ended(page.url.partition("run=")[2])
+    assert (run.state, run.recipe.fusion.alpha) == ("done", 0.37)
+
+
+def test_start_after_an_edit_that_cannot_be_read_says_why_and_can_be_pressed_again(visit, served, monkeypatch):
+    # Long enough to be seen, as this page looks every second.
+    monkeypatch.setattr(starting, "_PATIENCE_UNREADABLE", 3.0)
+    page = visit()
+    fill(page, served)
+    before = len(served.context.store._runs)
+    write_yaml(page, "target: a/b\nsource: [c\n")
+    page.locator("#start").click()
+    expect(page.locator("#start")).to_be_disabled()
+    expect(page.locator("#start")).to_be_enabled()
+    expect(page.locator("#problem")).to_contain_text("not YAML")
+    assert len(served.context.store._runs) == before
+    write_yaml(page, served.recipe(seed=42).to_yaml())
+    page.locator("#start").click()
+    page.wait_for_url("**run=*")
+    assert served.ended(page.url.partition("run=")[2]).recipe.seed == 42

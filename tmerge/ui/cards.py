@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tmerge.ui.limits import AppSettings, describe_limits
-from tmerge.ui.safe import bytes_words, duration_words, escape, number_words
+from tmerge.ui.safe import bytes_words, escape, number_words
 
 __all__ = ["check_cards", "empty_card", "error_card", "limits_line", "note"]
 
@@ -76,7 +76,7 @@ def check_cards(facts: Mapping[str, Any], refused: str | None = None) -> str:
         '<thead><tr><th scope="col">name</th><th scope="col">target</th><th scope="col">source</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
         '<div class="card"><p class="card-title">Expected here</p><dl class="big">'
-        f"<div><dt>time</dt><dd>{escape(duration_words(estimate['seconds']))}</dd></div>"
+        f"<div><dt>time</dt><dd>{escape(estimate['time'])}</dd></div>"
         f"<div><dt>memory</dt><dd>{escape(bytes_words(estimate['memory_bytes']))}</dd></div>"
         f"<div><dt>disk</dt><dd>{escape(bytes_words(estimate['disk_bytes']))}</dd></div>{download}</dl>"
         f'<p class="small">{escape(estimate["assumes"])}</p>{listed}</div>'

@@ -12,31 +12,31 @@ from typing import Any
 
 import gradio as gr
 
-from tmerge.errors import RecipeError, TmergeError
+from tmerge.errors import TmergeError
 from tmerge.models.demo import DEMO_MODELS
 from tmerge.models.reference import DEMO_PREFIX
 from tmerge.recipe import preset_names
 from tmerge.ui.cards import empty_card, limits_line, note
 from tmerge.ui.context import AppContext
-from tmerge.ui.expected import expected_cards, fit_to_run
+from tmerge.ui.expected import expected_cards
 from tmerge.ui.form import (
     GROUPS,
     SETTINGS,
     Setting,
     form_values,
     from_preset,
+    holds_value,
     read_yaml,
-    recipe_of,
     typed_value,
     with_value,
     write_yaml,
 )
 from tmerge.ui.job_part import build_job
-from tmerge.ui.limits import UPLOAD_PREFIX, vetted
+from tmerge.ui.limits import UPLOAD_PREFIX
 from tmerge.ui.search import Choice, HubSearch, offered
+from tmerge.ui.starting import Holds, ready_recipe, wire_start
 from tmerge.ui.style import markup
-from tmerge.ui.texts_part import KINDS, TextsPart, build_texts, look_into, shown, upload_name
-from tmerge.ui.visitor import visitor_of
+from tmerge.ui.texts_part import KINDS, TextsPart, build_texts, holds_texts, look_into, shown, upload_name
 
 __all__ = ["build_choose"]
 
@@ -111,7 +111,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
 
     def complaint(data: Mapping[str, Any], uploaded: str | None) -> str:
         try:
-            _ready(app, data, uploaded)
+            ready_recipe(app, data, uploaded)
         except TmergeError as error:
             return note(str(error), bad=True)
         return note("", keep=True)
@@ -205,29 +205,9 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         **_quiet(),
     )
 
-    def begin_run(data: dict[str, Any], text: str, uploaded: str | None, request: gr.Request) -> tuple[Any, ...]:
-        try:
-            if read_yaml(text or "") != data:
-                raise RecipeError("the recipe has just been changed; press Start again")
-            recipe = _ready(app, data, uploaded)
-            gpu = fit_to_run(app, recipe)
-            run_id = app.store.start(recipe, visitor_of(request), Path(uploaded) if uploaded else None, gpu)
-        except TmergeError as error:
-            return gr.skip(), gr.skip(), note(str(error), bad=True)
-        except RuntimeError:
-            _log.exception("a run could not be started")
-            return gr.skip(), gr.skip(), note("a fault of ours; the server's log has it", bad=True)
-        return run_id, gr.Tabs(selected="run"), note("", keep=True)
-
-    start.click(
-        begin_run,
-        [good, code, upload],
-        [app.run_id, app.tabs, problem],
-        show_progress="minimal",
-        show_progress_on=start,
-        trigger_mode="once",
-        **_LIGHT,
-    )
+    held: list[tuple[Any, Holds]] = [(target, _holds_model("target")), (source, _holds_model("source"))]
+    held += [*holds_texts(texts), *zip(fields, map(_holds_setting, SETTINGS), strict=True)]
+    wire_start(app, start, problem, good, upload, code, held)
     app.load(lambda data, uploaded: expected_cards(app, data, uploaded), [good, upload], expected)
     good.change(write_yaml, good, kept, trigger_mode="always_last", **_quiet())
 
@@ -240,31 +220,6 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         return replaced(before, uploaded) if before != data else [gr.skip() for _ in everything]
 
     app.load(restored, [kept, good, upload], everything)
-
-
-def _ready(app: AppContext, data: Mapping[str, Any], upload: str | None) -> Any:
-    """The recipe of the form's mapping, if it may run here.
-
-    Raises:
-        TmergeError: Why not.
-    """
-    dataset = _dataset_of(data)
-    if dataset == "":
-        raise RecipeError("name a Hub dataset, or choose the built-in samples")
-    recipe = vetted(recipe_of(data), app.settings)
-    if dataset is not None and dataset.startswith(UPLOAD_PREFIX):
-        name = dataset.removeprefix(UPLOAD_PREFIX)
-        if not name:
-            raise RecipeError("upload a file with the calibration texts, or choose the built-in samples")
-        if upload is None or upload_name(upload) != name:
-            raise RecipeError(f"the recipe reads {name}, which this page does not have: upload it again")
-    return recipe
-
-
-def _dataset_of(data: Mapping[str, Any]) -> str | None:
-    section = data.get("calibration")
-    dataset = section.get("dataset") if isinstance(section, dict) else None
-    return dataset if isinstance(dataset, str) else None
 
 
 def _looked(app: AppContext, data: Mapping[str, Any], upload: str | None) -> list[Any]:
@@ -328,6 +283,14 @@ def _stripped(value: Any) -> str:
 
 def _reader(setting: Setting) -> Callable[[Any], Any]:
     return lambda value: typed_value(setting, value)
+
+
+def _holds_setting(setting: Setting) -> Holds:
+    return lambda data, value: holds_value(setting, data, value)
+
+
+def _holds_model(role: str) -> Holds:
+    return lambda data, value: _stripped(value) == str(data.get(role) or "")
 
 
 def _finder(search: HubSearch) -> Callable[..., Any]:

@@ -240,6 +240,18 @@ def form_values(data: Mapping[str, Any]) -> list[Any]:
     return [_shown(setting, _value_of(data, setting.key)) for setting in SETTINGS]
 
 
+def holds_value(setting: Setting, data: Mapping[str, Any], value: Any) -> bool:
+    """Whether what a component gave is what a mapping holds.
+
+    Raises:
+        RecipeError: As `typed_value`.
+    """
+    if value == _shown(setting, _value_of(data, setting.key)):
+        return True
+    # Written otherwise, as 0.10 is.
+    return _short(with_value(data, setting.key, typed_value(setting, value))) == _short(data)
+
+
 def typed_value(setting: Setting, value: Any) -> Any:
     """What a component gave, as YAML would have read it.
 

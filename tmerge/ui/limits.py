@@ -75,7 +75,8 @@ class AppSettings:
         max_download_bytes: Most bytes of weights that are fetched for one run.
         max_texts: Most calibration texts, held-out ones included.
         max_upload_bytes: Largest calibration file that is taken.
-        max_seconds: Longest run, as `check` expects it.
+        max_operations: Most floating-point operations of a run, as `check` counts them: the same for a recipe at every
+            moment, as seconds are not.
         runs_per_visitor: Most runs of one visitor that wait or run at once.
         total_runs: Most runs of all visitors that wait or run at once.
         runs_kept_seconds: A run that has ended is removed from the disk this long after it was last looked at.
@@ -90,7 +91,7 @@ class AppSettings:
     max_download_bytes: int | None = None
     max_texts: int | None = None
     max_upload_bytes: int = 50 * 2**20
-    max_seconds: float | None = None
+    max_operations: float | None = None
     runs_per_visitor: int | None = None
     total_runs: int | None = None
     runs_kept_seconds: float = 6 * 3600
@@ -110,7 +111,8 @@ def settings_here() -> AppSettings:
         max_parameters=2_000_000_000,
         max_download_bytes=10 * 10**9,
         max_texts=2000,
-        max_seconds=3600,
+        # About an hour of the two processors that a free Space has.
+        max_operations=3e14,
         runs_per_visitor=1,
         total_runs=8,
         runs_kept_seconds=2 * 3600,
@@ -174,11 +176,16 @@ def refuse_large(found: Check, settings: AppSettings) -> None:
             f"the two models are {fetched / 1e9:.1f} GB to fetch, where this app takes "
             f"{settings.max_download_bytes / 1e9:.1f} GB; choose smaller models, {own}"
         )
-    if settings.max_seconds is not None and found.estimate.seconds > settings.max_seconds:
+    operations = found.estimate.operations
+    if settings.max_operations is not None and operations > settings.max_operations:
         raise RecipeError(
-            f"this run is expected to take {found.estimate.seconds / 60:.0f} minutes here, where this app gives "
-            f"{settings.max_seconds / 60:.0f}; lower calibration.texts, choose smaller models, {own}"
+            f"this run takes {_operations_words(operations)}, where this app takes "
+            f"{_operations_words(settings.max_operations)}; lower calibration.texts, choose smaller models, {own}"
         )
+
+
+def _operations_words(count: float) -> str:
+    return f"{count / 1e12:,.3g} trillion operations"
 
 
 def _too_much(name: str, value: float, most: float) -> str:
@@ -237,8 +244,8 @@ def describe_limits(settings: AppSettings) -> list[tuple[str, Any]]:
         rows.append(("weights fetched", f"{settings.max_download_bytes / 1e9:.0f} GB"))
     if settings.max_texts is not None:
         rows.append(("calibration texts", f"{settings.max_texts:,}"))
-    if settings.max_seconds is not None:
-        rows.append(("expected time", f"{settings.max_seconds / 60:.0f} min"))
+    if settings.max_operations is not None:
+        rows.append(("work", _operations_words(settings.max_operations)))
     if settings.zero_gpu and settings.max_gpu_seconds is not None:
         rows.append(("time that a GPU is asked for", f"{settings.max_gpu_seconds:.0f} s"))
     if settings.runs_per_visitor is not None:

@@ -268,7 +268,7 @@ def files_list(run: VisitorRun) -> str:
     cache = run.folder / "tmerge" / "cache"
     found = sorted(path for path in run.folder.rglob("*") if path.is_file() and cache not in path.parents)
     rows = "".join(
-        f'<tr><th scope="row"><code>{escape(path.relative_to(run.folder))}</code></th>'
+        f'<tr><th scope="row" class="break"><code>{escape(path.relative_to(run.folder))}</code></th>'
         f"<td>{escape(bytes_words(path.stat().st_size))}</td></tr>"
         for path in found
     )

@@ -96,7 +96,8 @@ def markup(value: str, **options: Any) -> gr.HTML:
     return gr.HTML(value, apply_default_css=False, js_on_load=None, **options)
 
 
-CSS = """
+# Raw: an escape within it is CSS's own.
+CSS = r"""
 :root { --good: #0b6e4f; --bad: #b3401a; --line: #dde3ea; --card: #ffffff; --quiet: #566273; }
 .dark { --good: #4cc39a; --bad: #ff9466; --line: #2b3442; --card: #161b23; --quiet: #98a5b6; }
 .gradio-container
@@ -144,18 +145,21 @@ button:focus-visible, a:focus-visible, [tabindex]:focus-visible, summary:focus-v
 table.plain { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; border: 0; }
 table.plain th, table.plain td
   { text-align: left; padding: 4px 12px 4px 0; border: 0; border-bottom: 1px solid var(--line); font-size: 0.92rem; }
+table.plain td { white-space: nowrap; }
 table.plain thead th { font-weight: 400; color: var(--quiet); font-size: 0.8rem; }
 table.plain tbody tr:last-child th, table.plain tbody tr:last-child td { border-bottom: 0; }
 .scroll { overflow-x: auto; }
 .tall { max-height: 300px; overflow-y: auto; }
 #push-preview { border: 1px solid var(--line); border-radius: 8px; background: var(--card); padding: 12px 16px;
-  max-height: 640px; overflow: auto; }
+  max-height: 640px; overflow: auto; flex-wrap: nowrap; }
+#push-preview > * { flex-shrink: 0; max-width: 100%; }
 #push-preview details.card { border: 0; padding: 0; }
 #push-preview summary { cursor: pointer; color: var(--quiet); font-size: 0.88rem; }
 #push-preview pre { font-size: 0.8rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0; }
-#push-markdown table { display: block; overflow-x: auto; }
+#push-markdown table { display: block; overflow-x: auto; border: 0; }
+#push-markdown th, #push-markdown td { word-break: normal; overflow-wrap: normal; }
 #push-markdown img { max-width: 100%; background: #ffffff; }
-.verdict.helps::before { content: "\25B2 "; } .verdict.hurts::before { content: "\25BC "; }
+.verdict.helps::before { content: "\25B2\00A0"; } .verdict.hurts::before { content: "\25BC\00A0"; }
 .note { min-height: 1.4em; margin: 0; font-size: 0.88rem; color: var(--quiet); overflow-wrap: anywhere; }
 .note.bad { color: var(--bad); }
 .steps { display: grid; gap: 6px; min-height: 258px; align-content: start; }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tmerge.ui.safe import bytes_words, escape
 from tmerge.ui.search import Choice, DatasetFacts, HubSearch, dataset_facts, file_facts, offered
 from tmerge.ui.style import markup
 
-__all__ = ["KINDS", "TextsPart", "build_texts", "kind_of", "upload_name"]
+__all__ = ["KINDS", "TextsPart", "build_texts", "holds_texts", "kind_of", "upload_name"]
 
 KINDS = ("Built-in samples", "Hub dataset", "Upload")
 _SAMPLES, _HUB, _UPLOAD = KINDS
@@ -138,6 +138,33 @@ def shown(data: Mapping[str, Any]) -> list[Any]:
         gr.Dropdown(value=words["column"], visible=kind != _SAMPLES),
         gr.Group(visible=kind == _HUB),
         gr.Group(visible=kind == _UPLOAD),
+    ]
+
+
+def holds_texts(part: TextsPart) -> list[tuple[Any, Callable[[Mapping[str, Any], Any], bool]]]:
+    """The part's components that write into the recipe, each with whether a value of it is what a mapping holds."""
+
+    def word(key: str, default: str = "") -> Callable[[Mapping[str, Any], Any], bool]:
+        def holds(data: Mapping[str, Any], value: Any) -> bool:
+            section, dataset = _section(data)
+            return kind_of(dataset) != _HUB or str(value or default).strip() == str(section.get(key) or default)
+
+        return holds
+
+    def kind(data: Mapping[str, Any], value: Any) -> bool:
+        return value == kind_of(_section(data)[1])
+
+    def language(data: Mapping[str, Any], value: Any) -> bool:
+        name = _section(data)[1].removeprefix(SAMPLES_PREFIX)
+        return name not in sample_languages() or value == name
+
+    return [
+        (part.kind, kind),
+        (part.language, language),
+        (part.dataset, word("dataset")),
+        (part.config, word("config")),
+        (part.split, word("split", "train")),
+        (part.column, word("column")),
     ]
 
 

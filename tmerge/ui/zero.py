@@ -96,6 +96,9 @@ def as_on_zero(found: Check, recipe: Recipe, settings: AppSettings) -> tuple[Che
     estimate = dataclasses.replace(
         found.estimate,
         seconds=found.estimate.seconds - found.estimate.forward_seconds + total,
+        # Forward passes have a limit of their own there: the seconds of a GPU.
+        read_operations=0.0,
+        score_operations=0.0,
         assumes=f"{found.estimate.assumes}; the models read on ZeroGPU, for up to {total:.0f} s, not measured; waiting "
         "for a GPU not counted",
     )

@@ -1,0 +1,168 @@
+"""Starting a run from the Choose tab: with the recipe as it is on the page when Start is pressed.
+
+What a visitor edits is written into the recipe by an event of its own, which takes its time. A Start that is pressed
+right after it would find the recipe from before, and so it waits until the editor, the fields and the recipe agree.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from tmerge.errors import RecipeError, TmergeError
+from tmerge.recipe import Recipe
+from tmerge.ui.cards import note
+from tmerge.ui.context import AppContext
+from tmerge.ui.expected import fit_to_run
+from tmerge.ui.form import read_yaml, recipe_of, write_yaml
+from tmerge.ui.limits import UPLOAD_PREFIX, vetted
+from tmerge.ui.texts_part import upload_name
+from tmerge.ui.visitor import visitor_of
+
+__all__ = ["Holds", "ready_recipe", "wire_start"]
+
+_log = logging.getLogger(__name__)
+
+# Between two looks at the page, and how long it may stay as it is without agreeing.
+_PAUSE = 0.1
+_PATIENCE = 10.0
+# Where something on it cannot be read, which no event will bring into the recipe.
+_PATIENCE_UNREADABLE = 1.0
+_LIGHT: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 16}
+
+
+Holds = Callable[[Mapping[str, Any], Any], bool]
+"""Whether what a field shows is what the recipe's mapping holds; raises `RecipeError` where it cannot be read."""
+
+
+class _Waiting(NamedTuple):
+    """A Start that waits for the page to agree.
+
+    Attributes:
+        look: Counts up; each new one makes the page send itself again.
+        seen: The page at the last look.
+        since: When it was first seen so, `time.monotonic`.
+    """
+
+    look: int
+    seen: tuple[Any, ...]
+    since: float
+
+
+def wire_start(
+    app: AppContext,
+    start: gr.Button,
+    problem: gr.HTML,
+    good: gr.State,
+    upload: gr.State,
+    code: gr.Code,
+    fields: Sequence[tuple[Any, Holds]],
+) -> None:
+    """Wire the button.
+
+    Args:
+        app: What the tabs share.
+        start: The button.
+        problem: The line above it.
+        good: The recipe's mapping.
+        upload: Path of the uploaded file.
+        code: The recipe's editor.
+        fields: Each with whether a value of it is what a mapping holds.
+    """
+    waiting: gr.State = gr.State(None)
+    agreed: gr.State = gr.State(None)
+    holders = [holds for _, holds in fields]
+
+    def pressed() -> list[Any]:
+        return [_Waiting(0, (), time.monotonic()), note("", keep=True), gr.Button(interactive=False)]
+
+    def released() -> Any:
+        return gr.Button(interactive=True)
+
+    async def look(
+        before: _Waiting | None, data: dict[str, Any], uploaded: str | None, text: str, *values: Any
+    ) -> list[Any]:
+        if before is None:
+            return [gr.skip() for _ in range(4)]
+        patience, why = _PATIENCE, "the recipe and the form do not agree; mend the recipe, and press Start again"
+        try:
+            if _agree(data, text, values, holders):
+                return [None, (data, uploaded, time.monotonic()), note("", keep=True), gr.skip()]
+        except TmergeError as error:
+            patience, why = _PATIENCE_UNREADABLE, str(error)
+        now = (data, text, values)
+        since = before.since if now == before.seen else time.monotonic()
+        if time.monotonic() - since > patience:
+            return [None, gr.skip(), note(why, bad=True), gr.Button(interactive=True)]
+        await asyncio.sleep(_PAUSE)
+        said = note("Waiting for the last change to be taken in.") if before.look == 0 else gr.skip()
+        return [_Waiting(before.look + 1, now, since), gr.skip(), said, gr.skip()]
+
+    def begin(found: tuple[Any, ...] | None, request: gr.Request) -> list[Any]:
+        if found is None:
+            return [gr.skip() for _ in range(3)]
+        data, uploaded, _ = found
+        try:
+            recipe = ready_recipe(app, data, uploaded)
+            gpu = fit_to_run(app, recipe)
+            run_id = app.store.start(recipe, visitor_of(request), Path(uploaded) if uploaded else None, gpu)
+        except TmergeError as error:
+            return [gr.skip(), gr.skip(), note(str(error), bad=True)]
+        except RuntimeError:
+            _log.exception("a run could not be started")
+            return [gr.skip(), gr.skip(), note("a fault of ours; the server's log has it", bad=True)]
+        return [run_id, gr.Tabs(selected="run"), note("", keep=True)]
+
+    quiet = {"show_progress": "hidden", **_LIGHT}
+    start.click(pressed, None, [waiting, problem, start], trigger_mode="once", **quiet)
+    waiting.change(
+        look, [waiting, good, upload, code, *(field for field, _ in fields)], [waiting, agreed, problem, start], **quiet
+    ).failure(released, None, start, **quiet)
+    begun = agreed.change(
+        begin, agreed, [app.run_id, app.tabs, problem], show_progress="minimal", show_progress_on=start, **_LIGHT
+    )
+    # Whatever came of it.
+    begun.then(released, None, start, **quiet)
+
+
+def ready_recipe(app: AppContext, data: Mapping[str, Any], upload: str | None) -> Recipe:
+    """The recipe of the form's mapping, if it may run here.
+
+    Args:
+        app: What the tabs share.
+        data: The form's recipe.
+        upload: Path of the uploaded file.
+
+    Raises:
+        TmergeError: Why not.
+    """
+    section = data.get("calibration")
+    dataset = section.get("dataset") if isinstance(section, dict) else None
+    if dataset == "":
+        raise RecipeError("name a Hub dataset, or choose the built-in samples")
+    recipe = vetted(recipe_of(data), app.settings)
+    if isinstance(dataset, str) and dataset.startswith(UPLOAD_PREFIX):
+        name = dataset.removeprefix(UPLOAD_PREFIX)
+        if not name:
+            raise RecipeError("upload a file with the calibration texts, or choose the built-in samples")
+        if upload is None or upload_name(upload) != name:
+            raise RecipeError(f"the recipe reads {name}, which this page does not have: upload it again")
+    return recipe
+
+
+def _agree(data: Mapping[str, Any], text: str | None, values: Sequence[Any], holders: Sequence[Holds]) -> bool:
+    """Whether neither the editor nor any field holds what the recipe does not.
+
+    Raises:
+        RecipeError: One of them cannot be read.
+    """
+    # As YAML: what equals the default is said or not.
+    if write_yaml(read_yaml(text or "")) != write_yaml(data):
+        return False
+    return all(holds(data, value) for holds, value in zip(holders, values, strict=True))
