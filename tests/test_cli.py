@@ -209,7 +209,7 @@ def test_an_output_folder_that_is_something_else_is_left_alone(run, pair, tmp_pa
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_to_change(run, pair, tmp_path, monkeypatch):
-    from tmerge import check
+    from tmerge.preflight import check
 
     monkeypatch.setattr(check, "available_memory", lambda device: 1000)
     code, _, said = run("merge", *small(pair, tmp_path / "fused"))
@@ -221,7 +221,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_to_change(run, pair, tmp_pat
 def test_no_disk_is_refused_with_what_to_change(run, pair, tmp_path, monkeypatch):
     import shutil
 
-    from tmerge import check
+    from tmerge.preflight import check
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(check.shutil, "disk_usage", lambda path: usage._replace(free=1000))

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from tmerge.calibration import TextSet, capture, other_texts, read_texts
-from tmerge.check import refuse_unfit
 from tmerge.evaluation import (
     Scores,
     applied,
@@ -40,6 +39,7 @@ from tmerge.fusion import (
 )
 from tmerge.hub import write_card
 from tmerge.models import STREAM, group_of, head_facts
+from tmerge.preflight.check import refuse_unfit
 from tmerge.recipe import Recipe
 from tmerge.report import build_report, library_versions, relatedness_words
 from tmerge.run import Run, write_json, write_text

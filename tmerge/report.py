@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from tmerge.check import Check
 from tmerge.evaluation import Scores, difference, resamples, score, verdict
 from tmerge.fusion import neuron_count
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.models import Architecture, ModelFacts
+from tmerge.preflight.check import Check
 from tmerge.recipe import Recipe
 
 __all__ = [

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tmerge.calibration import TextSet, common_ends, token_limit
-from tmerge.check import Check, check
 from tmerge.evaluation import Scores, score_texts
 from tmerge.hub.pull import Plan
 from tmerge.models import (
@@ -32,6 +31,7 @@ from tmerge.models import (
     trusts,
     verify_checkpoint,
 )
+from tmerge.preflight.check import Check, check
 from tmerge.recipe import Recipe
 from tmerge.report import library_versions, peak_memory
 from tmerge.run import Run, stage_key

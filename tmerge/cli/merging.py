@@ -145,7 +145,7 @@ def check(
         overrides["fusion.what"] = "task-vector"
     loaded = load_recipe(recipe, overrides, settings or ())
     quiet_libraries()
-    from tmerge.check import check as check_models
+    from tmerge.preflight.check import check as check_models
 
     result = check_models(loaded)
     found = _relatedness(loaded, named=dataset) if relatedness else None
@@ -231,8 +231,8 @@ def _run_remotely(
             "https:// address of its wheel"
         )
     quiet_libraries()
-    from tmerge.check import check as check_models
     from tmerge.hub.jobs import follow_job, start_job
+    from tmerge.preflight.check import check as check_models
     from tmerge.show import show_check
 
     # What cannot be merged is said here, before the job costs anything. The recipe's device is the job's, and this
@@ -277,7 +277,7 @@ def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool)
     if resume and not (out / "tmerge").is_dir():
         raise RunNotFoundError(f"there is no run in {out} to resume; leave --resume away to begin one")
     if dry_run:
-        from tmerge.check import check as check_models
+        from tmerge.preflight.check import check as check_models
 
         result = check_models(recipe)
         if json_output:

@@ -121,7 +121,7 @@ def compare(
     overrides = {"target": target, "source": source, "calibration.dataset": dataset, "device": device}
     loaded = load_recipe(recipe, overrides, settings or ())
     quiet_libraries()
-    from tmerge.compare import compare as run_comparison
+    from tmerge.comparison import compare as run_comparison
     from tmerge.show import listening, show_comparison
 
     with listening() as listener:

@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub import constants
 
 from tmerge.calibration import SAMPLES_PREFIX
-from tmerge.check import Check
 from tmerge.errors import ModelNotFoundError, NotEnoughDiskError, NotEnoughMemoryError, RecipeError, TmergeError
 from tmerge.models import ModelReference
+from tmerge.preflight.check import Check
 from tmerge.recipe import CompareSettings, Recipe
 
 __all__ = [
