@@ -165,8 +165,8 @@ class _Comparison:
                 rows.append(_Row(label, "sweep", partial(self._still, label, name, alpha), merged | facts))
         for source in self.settings.sources:
             label = f"fused with {source}"
-            facts = merged | {"of": source, "commit": model_commit(source)}
-            rows.append(_Row(label, "source", partial(self._other, source), facts))
+            other = merged | {"of": source, "commit": model_commit(source)}
+            rows.append(_Row(label, "source", partial(self._other, source), other))
         training = {"adaptation": self.recipe.adaptation.model_dump(mode="json")}
         for name in self.settings.rows:
             for seed in self.settings.seeds:
