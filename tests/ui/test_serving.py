@@ -72,7 +72,9 @@ def test_without_gradio_one_line_says_what_to_install(tmp_path):
     process = start(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     _, said = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert said.strip().splitlines()[-1] == 'error: the app needs gradio; install it with: pip install "tmerge[app]"'
+    assert (
+        said.strip().splitlines()[-1] == 'error: the app needs gradio; install it with: pip install "tmerge-llm[app]"'
+    )
 
 
 def _is_free(port):

@@ -31,11 +31,12 @@ from tmerge.cli.shared import (
 )
 from tmerge.cli.stopping import same_command, stages_kept, when_stopped
 from tmerge.errors import TmergeError
+from tmerge.version import DISTRIBUTION
 
 __all__ = ["check", "demo", "inspect", "merge", "recipe"]
 
 # An address, and never a name alone: on PyPI the name tmerge is another project's, and the job holds the user's token.
-_PACKAGE = re.compile(r"(tmerge(\[[\w,-]*\])? *@ *)?(git\+)?https://\S+", re.IGNORECASE)
+_PACKAGE = re.compile(rf"({DISTRIBUTION}(\[[\w,-]*\])? *@ *)?(git\+)?https://\S+", re.IGNORECASE)
 
 
 @app.command()

@@ -9,6 +9,7 @@ import typer
 from tmerge.cli.shared import JsonOption, app, print_json, quiet_libraries
 from tmerge.cli.stopping import same_command, when_stopped
 from tmerge.errors import MissingExtraError, PortTakenError, PushError
+from tmerge.version import DISTRIBUTION
 
 __all__ = ["serve", "space"]
 
@@ -26,7 +27,7 @@ def serve(
     except ImportError as error:
         if error.name != "gradio":
             raise
-        raise MissingExtraError('the app needs gradio; install it with: pip install "tmerge[app]"') from None
+        raise MissingExtraError(f'the app needs gradio; install it with: pip install "{DISTRIBUTION}[app]"') from None
     when_stopped(lambda: f"the app is closed; to open it again: {same_command()}")
     try:
         launch(port)

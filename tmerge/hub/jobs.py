@@ -66,7 +66,7 @@ def start_job(
         recipe: Names nothing that is on this machine alone.
         flavor: Of the Hub's hardware, such as ``cpu-upgrade`` or ``l4x1``.
         repo: ``user/name``.
-        package: What ``uv`` installs tmerge from: a requirement such as ``tmerge==0.1.0`` or ``git+https://...``.
+        package: What ``uv`` installs tmerge from: ``git+https://...`` of this project, or a wheel's address.
         timeout: After which the Hub stops it: ``30m``, ``4h``, ``1.5h``, or seconds.
         token: In place of the user's own.
 
