@@ -209,6 +209,34 @@ def test_a_push(command, finished, monkeypatch, number):
     )
 
 
+@both
+def test_a_second_signal_does_not_wait(tmp_path, number):
+    ready, script = (
+        tmp_path / "ready",
+        (
+            "import os, sys, time\nfrom pathlib import Path\nfrom tmerge.cli import stopping\n"
+            "with stopping.signals_heard():\n"
+            "    stopping.when_stopped(lambda: 'never said')\n"
+            "    try:\n        os.kill(os.getpid(), 2)\n        time.sleep(60)\n"
+            "    finally:\n        Path(sys.argv[1]).touch()\n        time.sleep(60)\n"
+        ),
+    )
+    code, lines = stopped(start([ready, "merge", "x.yaml"], script), number, ready)
+    assert code == CODES[number]
+    assert lines == [f"stopped at once; to go on: tmerge {ready} merge x.yaml"]
+
+
+def test_a_signal_after_the_end_changes_nothing(command, monkeypatch):
+    ended = cli.stopping.finished
+
+    def too_late():
+        ended()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("tmerge.cli.stopping.finished", too_late)
+    assert command("inspect", "nowhere")[0] == 2
+
+
 def test_how_signals_were_heard_before_is_how_they_are_heard_after(command):
     before = [signal.getsignal(number) for number in CODES]
     assert command("inspect", "nowhere")[0] == 2

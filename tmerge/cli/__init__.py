@@ -19,6 +19,7 @@ def main() -> None:
             from tmerge.cli.running import run
 
             code = run()
+            stopping.finished()
         except BaseException:
             # Whatever came of a stop: libraries wrap it, and lose it.
             if stopping.exit_code() is None:

@@ -16,6 +16,7 @@ from types import FrameType
 
 __all__ = [
     "exit_code",
+    "finished",
     "last_words",
     "raise_if_stopped",
     "same_command",
@@ -32,11 +33,13 @@ class _State:
 
     Attributes:
         process: That runs it; a process forked from it inherits how it hears signals.
+        finished: Whether it has ended by itself: a signal comes too late to stop anything.
         number: The signal that came; None before.
         words: What is kept and how to go on, for what is under way; None while nothing has been begun.
     """
 
     process: int = 0
+    finished: bool = False
     number: int | None = None
     words: Callable[[], str] | None = None
 
@@ -47,7 +50,7 @@ _state = _State()
 @contextmanager
 def signals_heard() -> Iterator[None]:
     """While a command runs, SIGINT and SIGTERM stop it."""
-    _state.process, _state.number, _state.words = os.getpid(), None, None
+    _state.process, _state.finished, _state.number, _state.words = os.getpid(), False, None, None
     # A shell that starts a command behind it may have it ignore Ctrl-C.
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     for number, handler in before.items():
@@ -67,6 +70,11 @@ def when_stopped(words: Callable[[], str]) -> None:
         words: Asked for when everything has been put away: what is kept, and which command goes on.
     """
     _state.words = words
+
+
+def finished() -> None:
+    """The command has ended by itself; from here on a signal changes nothing."""
+    _state.finished = True
 
 
 def exit_code() -> int | None:
@@ -112,13 +120,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
+    if _state.finished:
+        return
     # The second signal does not wait for the first one's stack to unwind; what is written is written under temporary
     # names, and half of it is never taken for the whole. And where nothing has been begun there is nothing to put
     # away: an interrupt in the midst of an import may be swallowed by what is imported.
     if _state.number is None and _state.words is not None:
         _state.number = number
         raise KeyboardInterrupt
-    first, _state.number = _state.number is None, number
-    if first:
-        os.write(2, f"{last_words()}\n".encode())
+    said = last_words() if _state.number is None else f"stopped at once; to go on: {same_command()}"
+    os.write(2, f"{said}\n".encode())
     os._exit(128 + number)
