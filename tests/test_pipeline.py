@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -234,28 +233,6 @@ def test_another_model_in_the_same_place_is_not_taken_for_the_old_one(pair, tmp_
     assert "source" in {step.stage for step in steps}
     assert "texts" not in {step.stage for step in steps}
     assert digest(tmp_path / "fused") != before
-
-
-def test_interrupt_exits_130_and_the_same_command_continues(pair, finished, tmp_path):
-    recipe, out = recipe_for(pair), tmp_path / "fused"
-    path = tmp_path / "recipe.yaml"
-    path.write_text(recipe.to_yaml())
-    command = [sys.executable, "-m", "tmerge.cli", "merge", str(path), "--out", str(out)]
-    # Its own thread count: the digest compares bytes with runs of one thread.
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
-    deadline = time.monotonic() + 60
-    while not (out / "tmerge" / "cache" / "target.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode in (130, 0), said.decode()
-    if process.returncode == 130:  # else it was quicker than the signal
-        assert b"same command continues" in said
-        assert b"Traceback" not in said
-    done = subprocess.run(command, env=env, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr.decode()
-    assert digest(out) == digest(finished[0])
 
 
 def test_the_run_reads_back(finished):

@@ -1,9 +1,14 @@
 """The recipe: strict, frozen, and one line for every mistake."""
 
+from pathlib import Path
+
 import pytest
+from huggingface_hub.serialization._base import parse_size_to_int
 
 from tmerge.errors import RecipeError
 from tmerge.recipe import Recipe, load_recipe, preset_names
+from tmerge.recipe_page import recipe_page
+from tmerge.strict_yaml import load_yaml
 
 PAIR = {"target": "a/target", "source": "b/source"}
 
@@ -51,6 +56,104 @@ def test_mistakes_are_one_line_that_names_the_key(data, words):
     assert "\n" not in text
     for word in words:
         assert word in text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"seed": True},
+        {"target": False},
+        {"fusion": {"alpha": True}},
+        {"fusion": {"alphas": [0.1, True]}},
+        {"fusion": {"top_k": True}},
+        {"calibration": {"texts": True}},
+        {"compare": {"task_limit": True}},
+        {"compare": {"domains": {"Malay": True}}},
+        {"save": {"max_shard_size": True}},
+        {"published": {"table": "", "metric": "", "scores": {"PIQA": [True, 1, 2]}}},
+    ],
+)
+def test_a_boolean_is_no_number_and_no_word(data):
+    with pytest.raises(RecipeError, match="True|False") as caught:
+        Recipe.from_mapping(PAIR | data)
+    assert "YAML" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def _number_fields():
+    for name, field in Recipe.model_fields.items():
+        section = type(field.default)
+        for key, inner in getattr(section, "model_fields", {}).items():
+            if {int, float} & {type(inner.default)}:
+                yield name, key
+
+
+@pytest.mark.parametrize(("section", "key"), _number_fields())
+@pytest.mark.parametrize("value", [True, float("nan"), float("inf")])
+def test_every_number_of_every_section_is_a_finite_number(section, key, value):
+    with pytest.raises(RecipeError, match=f"{section}.{key}"):
+        Recipe.from_mapping({**PAIR, section: {key: value}})
+
+
+def test_where_true_and_false_are_meant_they_stay():
+    assert Recipe.from_mapping({**PAIR, "fusion": {"biases": False}}).fusion.biases is False
+
+
+def test_numbers_as_yaml_1_2_writes_them(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("target: a\nsource: b\nadaptation: {learning_rate: 1e-6}\ntransport: {tolerance: '1e-5'}\n")
+    recipe = load_recipe(str(path), {}, ["calibration.texts=2e3", "fusion.alphas=[1e-1, 2.5e-1]"])
+    assert recipe.adaptation.learning_rate == 1e-6 and recipe.transport.tolerance == 1e-5
+    assert recipe.calibration.texts == 2000 and recipe.fusion.alphas == (0.1, 0.25)
+    assert load_yaml("[e5, 1e5x, 1.2.3e4, a1e5]", "") == ["e5", "1e5x", "1.2.3e4", "a1e5"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("target: a\nsource: b\ntarget: c\n", ["line 3", "'target' is given twice", "line 1"]),
+        ("target: a\nfusion:\n  alpha: 1\n  'alpha': 2\n", ["line 4", "'alpha' is given twice", "line 3"]),
+        ("target: a\nfusion: {alpha: 1, top_k: 2, alpha: 1}\n", ["line 2", "'alpha' is given twice"]),
+        ("target: a\nsource: 2024-13-45\n", ["cannot be read"]),
+        ("[" * 5000, ["cannot be read"]),
+    ],
+)
+def test_what_yaml_would_lose_in_silence_is_refused(tmp_path, text, words):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(path))
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+    with pytest.raises(RecipeError):
+        load_recipe("demo", {}, ["fusion={alpha: 1, alpha: 2}"])
+
+
+@pytest.mark.parametrize("size", ["5GB", "500MB", "1.5 gb", "10kb", 5_000_000])
+def test_sizes_are_those_that_the_library_reads(size):
+    read = Recipe.from_mapping({**PAIR, "save": {"max_shard_size": size}}).save.max_shard_size
+    assert read == size
+    assert not isinstance(size, str) or parse_size_to_int(size) > 0
+
+
+@pytest.mark.parametrize("size", ["banana", "", "5", "GB", "-5GB", "0GB", "0.0001KB", "5GiB", "nanGB", "infGB", 0, -1])
+def test_a_size_that_is_none_is_refused_when_the_recipe_is_read(size):
+    with pytest.raises(RecipeError, match=r"save\.max_shard_size") as caught:
+        Recipe.from_mapping({**PAIR, "save": {"max_shard_size": size}})
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_says_where_all_keys_are():
+    for key in ("fusion.alhpa", "zzz"):
+        with pytest.raises(RecipeError, match="All keys: tmerge recipe"):
+            load_recipe("demo", {}, [f"{key}=1"])
+
+
+def test_the_page_of_all_keys_is_as_the_schema_says():
+    written = (Path(__file__).parents[1] / "docs/recipe.md").read_text(encoding="utf-8")
+    assert written == recipe_page(), "docs/recipe.md is out of date: tmerge recipe > docs/recipe.md"
+    for name, field in Recipe.model_fields.items():
+        assert f"## {name}\n" in written or f"| `{name}` |" in written
+        for key in getattr(type(field.default), "model_fields", {}):
+            assert f"| `{key}` |" in written
 
 
 def test_misspelt_key_is_named_before_what_it_left_missing():

@@ -10,10 +10,10 @@ import torch
 
 from tests.pico import save_pico
 from tmerge import speed
-from tmerge.check import check
-from tmerge.estimate import _MOST, Estimate
+from tmerge.preflight.check import check
+from tmerge.preflight.estimate import _MOST, Estimate
+from tmerge.preflight.speed import SPEED_FILE, Timing, timing_of
 from tmerge.recipe import Recipe
-from tmerge.speed import SPEED_FILE, Timing, timing_of
 
 CPU = torch.device("cpu")
 

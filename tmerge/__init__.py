@@ -10,20 +10,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tmerge.check import check
-    from tmerge.compare import compare
+    from tmerge.comparison import compare
     from tmerge.pipeline import Step, merge
+    from tmerge.preflight.check import check
     from tmerge.recipe import Recipe, load_recipe
     from tmerge.run import Run
 
 __all__ = ["Recipe", "Run", "Step", "check", "compare", "load_recipe", "load_run", "merge"]
 
+# No module of this package bears one of these names: importing it would put the module in the name's place.
 _HOMES = {
     "Recipe": "recipe",
     "Run": "run",
     "Step": "pipeline",
-    "check": "check",
-    "compare": "compare",
+    "check": "preflight.check",
+    "compare": "comparison",
     "load_recipe": "recipe",
     "merge": "pipeline",
 }
@@ -47,3 +48,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(f"tmerge.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'tmerge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

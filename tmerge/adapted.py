@@ -21,7 +21,7 @@ from tmerge.hub import write_card
 from tmerge.models import load_model, load_tokenizer, trusts
 from tmerge.recipe import Recipe
 from tmerge.report import library_versions
-from tmerge.run import Run, stage_key, write_json, write_text
+from tmerge.run import Run, read_json, stage_key, write_json, write_text
 from tmerge.session import Listener, Session, Step
 
 __all__ = ["adapt_run"]
@@ -71,7 +71,8 @@ def adapt_run(
         alpha = recipe.adaptation.alpha
     settings = recipe.adaptation
     adapted = Run(Path(out))
-    key = stage_key("adapt", recipe=recipe.digest(), texts=list(texts), versions=library_versions())
+    decides = {"texts": list(texts), "prompts": list(prompts), "merge": run.key("fuse"), "alpha": alpha}
+    key = stage_key("adapt", recipe=recipe.digest(), versions=library_versions(), **decides)
     goals = None
     if settings.transport_weight:
         if dataset is not None:
@@ -81,7 +82,7 @@ def adapt_run(
         refuse_token_rows(recipe)
         stores = [FeatureStore(session.feature_folder(role)) for role in ("target", "source")]
         goals = feature_goals(TransportRecord.load(run.transport_path), *stores)
-    _open(adapted, key)
+    _open(adapted, key, data)
     target = load_model(
         recipe.target,
         dtype=recipe.dtype,
@@ -151,21 +152,24 @@ def _texts(session: Session, dataset: str | None) -> tuple[tuple[str, ...], tupl
     return texts, prompts, found.to_dict() | {"texts": len(texts), "held_out": 0}
 
 
-def _open(adapted: Run, key: str) -> None:
+def _open(adapted: Run, key: str, data: Mapping[str, Any]) -> None:
     """A new folder, or one where this very training was stopped."""
-    folder = adapted.folder
-    note = Run.note(adapted.cache / "adapt.json", key)
+    folder, read = adapted.folder, {name: data[name] for name in ("dataset", "file_sha256", "sha256")}
+    path = adapted.cache / "adapt.json"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if note is None:
-            raise OutputExistsError(
-                f"{folder} exists and is not this training, begun before; choose another --out, or delete the folder"
-            )
+        if Run.note(path, key) is None:
+            before = (read_json(path) or {}).get("facts", {})
+            changed = before.get("dataset") == read["dataset"] and before.get("sha256") != read["sha256"]
+            why = "exists and is not this training, begun before"
+            if changed:
+                why = f"was begun before {read['dataset']} changed, and trains on its former texts"
+            raise OutputExistsError(f"{folder} {why}; choose another --out, or delete the folder")
         return
     try:
         adapted.cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputExistsError(f"{folder} cannot be made: {error.strerror}; choose another --out") from None
-    adapted.finish("adapt", key, {})
+    adapted.finish("adapt", key, read)
 
 
 def _evaluation(run: Run, recipe: Recipe, adapted: Scores) -> dict[str, Interval]:

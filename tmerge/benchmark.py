@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tmerge.calibration import read_texts
+from tmerge.calibration import dataset_identity, file_identity, pinned, read_texts
 from tmerge.evaluation import Scores, difference, resamples, score, score_texts
 from tmerge.evaluation.tasks import TaskScore, run_tasks, task_difference, task_score
 from tmerge.models import load_model, load_tokenizer
@@ -48,14 +48,17 @@ def evaluate_models(
         listener: Hears every `Step`; may raise `Cancelled`.
 
     Returns:
+        ``data``: dataset and tasks' files -> what identifies their contents (a SHA-256, a Hub dataset's commit); and
         ``models``: one entry a reference, with ``bits_per_byte`` and ``tasks``, each a value, its 95 % interval and
         the paired ``difference`` to the first model.
     """
     hear = listener or (lambda step: None)
     read: list[str] = []
+    identities = {str(path): file_identity(path) for path in (data or {}).values()}
     if dataset is not None:
         # The reader splits by hash; all texts count here, and enough must lie on either side for it.
-        words = {"dataset": dataset, "texts": max(texts, 64), "held_out": 0.35}
+        identities[dataset] = dataset_identity(dataset)
+        words = {"dataset": pinned(dataset, identities[dataset]), "texts": max(texts, 64), "held_out": 0.35}
         settings = CalibrationSettings.model_validate(words)
         found = read_texts(settings, seed=seed, chat_tokenizer=load_tokenizer(references[0]))
         limit_characters = 4 * settings.max_tokens
@@ -81,7 +84,7 @@ def evaluate_models(
         entries.append(entry)
         del model
         gc.collect()
-    return {"texts": len(read), "dataset": dataset, "seed": seed, "models": entries}
+    return {"texts": len(read), "dataset": dataset, "data": identities, "seed": seed, "models": entries}
 
 
 def task_entries(

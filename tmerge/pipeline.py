@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from tmerge.calibration import TextSet, capture, other_texts, read_texts
-from tmerge.check import refuse_unfit
 from tmerge.evaluation import (
     Scores,
     applied,
@@ -41,6 +40,7 @@ from tmerge.fusion import (
 )
 from tmerge.hub import write_card
 from tmerge.models import STREAM, group_of, head_facts
+from tmerge.preflight.check import refuse_unfit
 from tmerge.recipe import Recipe
 from tmerge.report import build_report, library_versions, relatedness_words
 from tmerge.run import Run, write_json, write_text
@@ -128,7 +128,7 @@ class _Merge(Session):
             # Where both tokenizers agree depends on both.
             calibration += self.commit("source")
         apart = auto or (self.plan is not None and self.plan.recipe.fusion.alpha == "auto")
-        with self.stage("texts", recipe=calibration, target=self.check.target.commit, choosing=apart):
+        with self.stage("texts", recipe=calibration, target=self.check.target.commit, choosing=apart, data=self.data):
             self._texts(apart)
         yield "texts"
         if self.plan is not None:
@@ -176,13 +176,14 @@ class _Merge(Session):
         if self.check.source.reference.kind != "gguf":
             # Asked for now, so that its lack is seen before anything is kept; a GGUF file carries its own.
             self.tokenizer("source")
-        calibration = self.recipe.calibration
+        calibration = self.calibration()
         choosing = calibration.choosing if apart else 0.0
         self.texts = read_texts(calibration, seed=self.recipe.seed, choosing=choosing, chat_tokenizer=tokenizer)
         if calibration.match_on is not None and self.plan is None:
             apart_texts = self.texts.choosing + self.texts.held_out
             other = other_texts(calibration, apart_texts, seed=self.recipe.seed, chat_tokenizer=tokenizer)
             self.texts = replace(self.texts, **other)
+        self.refuse_changed(self.texts)
         if calibration.rows != "texts" and self.plan is None:
             self.texts = replace(self.texts, ends=self.common_ends())
         self.texts.save(path)

@@ -33,6 +33,7 @@ from tmerge.sections import (
     TransportSettings,
     section_defaults,
 )
+from tmerge.strict_yaml import load_yaml
 
 __all__ = [
     "RECIPE_VARIABLE",
@@ -46,6 +47,7 @@ __all__ = [
     "SaveSettings",
     "TransportSettings",
     "load_recipe",
+    "parse_setting",
     "preset_names",
 ]
 
@@ -54,26 +56,23 @@ RECIPE_VARIABLE = "TMERGE_RECIPE"
 
 
 class Recipe(Section):
-    """Everything that decides a run.
+    """Everything that decides a run; each key says what it is in its description (`tmerge recipe` shows them all)."""
 
-    Attributes:
-        target: The model that is changed: Hub id (with ``@revision``), folder or ``.gguf`` file.
-        source: The model that is read.
-        source_base: The source before its fine-tuning, for task vectors.
-        dtype: Of both models' weights and forward passes; ``auto`` is each checkpoint's own, bfloat16 for GGUF.
-        device: ``auto`` takes an accelerator when there is one.
-        trust_remote_code: The references, and no others, whose repos may run their own code.
-        plan: A finished run, a folder or a Hub id, whose transport plan is fused from; then nothing is calibrated.
-    """
-
-    target: str
-    source: str
-    source_base: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
-    seed: Annotated[int, Field(ge=0)] = 0
-    trust_remote_code: tuple[str, ...] = ()
-    plan: str | None = None
+    target: str = Field(description="the model that is changed: Hub id (with `@revision`), folder or `.gguf` file")
+    source: str = Field(description="the model that is read")
+    source_base: str | None = Field(None, description="the source before its fine-tuning, for task vectors")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of both models' weights and forward passes; auto is each checkpoint's own, bfloat16 for GGUF",
+    )
+    device: str = Field("auto", description="auto takes an accelerator when there is one; or cpu, cuda, cuda:1, mps")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the split, the controls and the bootstrap")
+    trust_remote_code: tuple[str, ...] = Field(
+        (), description="the references, and no others, whose repos may run their own code"
+    )
+    plan: str | None = Field(
+        None, description="a finished run, folder or Hub id, whose transport is fused from; then nothing is calibrated"
+    )
     calibration: CalibrationSettings = CalibrationSettings()
     transport: TransportSettings = TransportSettings()
     fusion: FusionSettings = FusionSettings()
@@ -179,14 +178,20 @@ def load_recipe(
         if value is not None:
             _put(data, key, value)
     for word in settings:
-        key, separator, text = word.partition("=")
-        if not separator or not key:
-            raise RecipeError(f"--set {word!r} is not of the form section.key=value, for example fusion.alpha=0.1")
-        try:
-            _put(data, key.strip(), yaml.safe_load(text))
-        except yaml.YAMLError:
-            raise RecipeError(f"--set {word!r}: the value is not YAML; quote it") from None
+        _put(data, *parse_setting(word))
     return Recipe.from_mapping(data, where)
+
+
+def parse_setting(word: str) -> tuple[str, Any]:
+    """Key and value of one ``section.key=value`` of ``--set``, the value read as YAML.
+
+    Raises:
+        RecipeError: It is not of that form.
+    """
+    key, separator, text = word.partition("=")
+    if not separator or not key.strip():
+        raise RecipeError(f"--set {word!r} is not of the form section.key=value, for example fusion.alpha=0.1")
+    return key.strip(), load_yaml(text, f"--set {word!r}")
 
 
 def _read(name: str | None) -> tuple[dict[str, Any], str]:
@@ -205,12 +210,7 @@ def _read(name: str | None) -> tuple[dict[str, Any], str]:
         close = difflib.get_close_matches(name, preset_names(), 1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; presets are {', '.join(preset_names())}"
         raise RecipeError(f"recipe {name!r} is neither a file nor a preset{hint}")
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{where}{line}: not YAML ({getattr(error, 'problem', 'unreadable')})") from None
+    data = load_yaml(text, where)
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: a recipe is a mapping of keys to values, starting with target: and source:")
     return data, where
@@ -248,11 +248,13 @@ def _one_line(error: ValidationError, where: str) -> str:
     if first["type"] == "extra_forbidden":
         known = _keys(tuple(first["loc"]))
         close = difflib.get_close_matches(str(first["loc"][-1]), known, 1, cutoff=0.4)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"{where}: unknown key {key!r}; {hint}{more}"
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}."
+        return f"{where}: unknown key {key!r}; {hint} All keys: tmerge recipe{more}"
     if first["type"] == "missing":
         return f"{where}: {key!r} is missing; name it in the recipe or as --{key.replace('_', '-')} REF{more}"
     message = str(first["msg"]).removeprefix("Value error, ")
-    if isinstance(first["input"], dict):  # said of a whole section, by a validator that names its keys itself
+    if (
+        isinstance(first["input"], dict) and len(location) < 2
+    ):  # said of a whole section, by a validator that names its keys itself
         return f"{where}: {message}{more}"
     return f"{where}: {key} is {first['input']!r}: {message[:1].lower() + message[1:]}{more}"

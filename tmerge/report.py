@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from tmerge.check import Check
 from tmerge.evaluation import Scores, difference, resamples, score, verdict
 from tmerge.fusion import neuron_count
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.models import Architecture, ModelFacts
+from tmerge.preflight.check import Check
 from tmerge.recipe import Recipe
+from tmerge.version import VERSION
 
 __all__ = [
     "RELATED",
@@ -307,8 +308,8 @@ def peak_memory() -> int:
 
 def library_versions() -> dict[str, str]:
     """Of Python and the libraries that decide the numbers."""
-    names = ("tmerge", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "scipy")
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    names = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "scipy")
+    versions = {"python": ".".join(map(str, sys.version_info[:3])), "tmerge": VERSION}
     for name in names:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -8,7 +8,9 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from tmerge.errors import ModelNotFoundError, OutputExistsError
+from tmerge.calibration import file_identity
+from tmerge.calibration.files import local_file
+from tmerge.errors import DatasetError, ModelNotFoundError, OutputExistsError
 from tmerge.hub import FoundRun, find_run
 from tmerge.models import fetch, file_digest, hub_errors, model_commit
 from tmerge.pipeline import merge
@@ -42,6 +44,7 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
         RunNotFoundError: No finished run there.
         OutputExistsError: `out` is the run itself, lies in it, or holds a finished run.
         ModelNotFoundError: A model that the recipe names as a file is not here, or is another one.
+        DatasetError: Likewise, a local file of texts.
         TmergeError: As `merge`.
     """
     found = find_run(reference)
@@ -49,6 +52,7 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
     folder = Path(out)
     _refuse_out(found, folder)
     _refuse_other_models(found, there, recipe)
+    _refuse_other_data(found, there, recipe)
     published = _published(found, there["weights"])
     others = sorted(set(published) - set(there["weights"]))
     changed = [name for name, digest in there["weights"].items() if published.get(name) != digest]
@@ -72,6 +76,7 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
     names = sorted({*there["weights"], *here["weights"]})
     weights = {name: {place: files.get(name) for place, files in kept.items()} for name in names}
     facts = [(name, there.get(name), here.get(name)) for name in ("device", "dtype", "computed_in")]
+    facts.append(("calibration texts", *(report["calibration"]["sha256"][:12] for report in (there, here))))
     facts += [(name, version, here["versions"].get(name)) for name, version in there["versions"].items()]
     return {
         "reference": found.name,
@@ -174,6 +179,27 @@ def _refuse_other_models(found: FoundRun, report: dict[str, Any], recipe: Recipe
             raise ModelNotFoundError(
                 f"{reference} here is not the {role} that {found.name} was made from ({here[7:19]} here, "
                 f"{commit[7:19]} there); put that one in its place"
+            )
+
+
+def _refuse_other_data(found: FoundRun, report: dict[str, Any], recipe: Recipe) -> None:
+    """Local files of texts are known by their contents too; other texts would give other weights."""
+    read, calibration = report["calibration"], recipe.calibration
+    files = [(calibration.dataset, read.get("file_sha256")), (calibration.match_on, read.get("other_sha256"))]
+    if "adaptation" in report:
+        data = report["adaptation"]["data"]
+        files += [(data["dataset"], data.get("file_sha256"))] if data["sha256"] != read["sha256"] else []
+    for reference, digest in files:
+        if reference is None or digest is None:  # of the Hub or built in, or of a report from before they were hashed
+            continue
+        path = local_file(reference)
+        if path is None or not path.is_file():
+            made = f"{reference}, whose texts {found.name} was made from,"
+            raise DatasetError(f"{made} is not here; put it in its place (sha256 {digest})")
+        if (here := file_identity(path).removeprefix("sha256:")) != digest:
+            raise DatasetError(
+                f"the contents of {reference} have changed since {found.name} was made from it ({here[:12]} here, "
+                f"{digest[:12]} there); put that file in its place"
             )
 
 

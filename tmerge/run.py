@@ -26,7 +26,7 @@ from typing import Any
 from tmerge.errors import OutputExistsError, RunNotFoundError
 from tmerge.recipe import Recipe, load_recipe
 
-__all__ = ["Run", "stage_key", "write_json", "write_text"]
+__all__ = ["Run", "read_json", "stage_key", "write_json", "write_text"]
 
 
 def stage_key(stage: str, **facts: Any) -> str:
@@ -47,6 +47,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """`write_text` of a JSON document."""
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A file's JSON object; None where there is no file, or something else in it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
 
 
 class Run:
@@ -97,7 +106,7 @@ class Run:
                 raise OutputExistsError(
                     f"{folder} exists and is not a run of tmerge; choose another --out, or move it away"
                 )
-            asked = _read_json(request)
+            asked = read_json(request)
             if asked is None:
                 raise OutputExistsError(
                     f"{folder} holds a run without its cache, which cannot be continued; choose another --out"
@@ -123,7 +132,7 @@ class Run:
     @staticmethod
     def note(path: Path, key: str) -> dict[str, Any] | None:
         """What a file notes under this key; None where there is none, or it is of another key."""
-        note = _read_json(path)
+        note = read_json(path)
         return note["facts"] if note and note.get("key") == key else None
 
     def noted(self, stage: str) -> dict[str, Any]:
@@ -132,10 +141,19 @@ class Run:
         Raises:
             RunNotFoundError: The run's cache is gone.
         """
-        note = _read_json(self.cache / f"{stage}.json")
+        note = read_json(self.cache / f"{stage}.json")
         if note is None or "facts" not in note:
             raise RunNotFoundError(f"{self.folder} has no tmerge/cache/{stage}.json any more; run the merge again")
         return note["facts"]
+
+    def key(self, stage: str) -> str:
+        """What decided a finished stage's result, hashed.
+
+        Raises:
+            RunNotFoundError: The run's cache is gone.
+        """
+        self.noted(stage)
+        return str((read_json(self.cache / f"{stage}.json") or {})["key"])
 
     def finish(self, stage: str, key: str, facts: Mapping[str, Any]) -> None:
         """Note that a stage's artifacts are all on disk."""
@@ -145,7 +163,7 @@ class Run:
         """Leave nothing behind: remove the folder if no stage of it has finished."""
         if not self.cache.is_dir():
             return
-        finished = any("key" in (_read_json(path) or {}) for path in self.cache.glob("*.json"))
+        finished = any("key" in (read_json(path) or {}) for path in self.cache.glob("*.json"))
         if not finished and not (self.folder / "config.json").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -155,7 +173,7 @@ class Run:
         Raises:
             RunNotFoundError: There is none: not a run, or not a finished one.
         """
-        report = _read_json(self.work / "report.json")
+        report = read_json(self.work / "report.json")
         if report is None:
             if self.cache.is_dir():
                 raise RunNotFoundError(f"{self.folder} is not finished; continue it with the command that began it")
@@ -170,14 +188,6 @@ class Run:
         if not path.is_file():
             raise RunNotFoundError(f"{self.folder} is not a finished run of tmerge (no tmerge/recipe.yaml)")
         return load_recipe(str(path))
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return data if isinstance(data, dict) else None
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

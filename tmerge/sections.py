@@ -6,10 +6,11 @@ best on models that are related, and no worse than nothing elsewhere: see docs/e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 __all__ = [
     "TASK_VECTOR_DEFAULTS",
@@ -57,10 +58,35 @@ def section_defaults(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return defaults
 
 
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The plain types that an annotation is made of."""
+    parts = get_args(annotation)
+    if not parts or get_origin(annotation) is Literal:
+        yield annotation
+    for part in parts if get_origin(annotation) is not Literal else ():
+        yield from _kinds(part)
+
+
+def _holds_boolean(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return any(map(_holds_boolean, value)) if isinstance(value, (list, tuple)) else isinstance(value, bool)
+
+
 class Section(BaseModel):
     """Frozen and strict: unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_word_is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic reads true as 1, and YAML reads yes and on as true: ``alpha: yes`` would be 1.0."""
+        kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
+        has_own = any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds)
+        if bool not in kinds and not has_own and _holds_boolean(value):
+            raise ValueError("true and false, which YAML reads yes, no, on and off as too, are no value here")
+        return value
 
 
 class CalibrationSettings(Section):
@@ -208,13 +234,28 @@ class EvaluationSettings(Section):
     )
 
 
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]B)", re.IGNORECASE)
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
 class SaveSettings(Section):
     """How the checkpoint is written."""
 
-    max_shard_size: str = Field("5GB", description="largest weights file of the checkpoint")
+    max_shard_size: Annotated[int, Field(ge=1)] | str = Field(
+        "5GB", description="largest weights file of the checkpoint: 5GB, 500MB, or a number of bytes"
+    )
     language: tuple[Annotated[str, Field(pattern=r"^([a-z]{2,3}|multilingual|code)$")], ...] = Field(
         (), description="for the model card, as ISO 639 codes (id, ms, yue); the built-in samples know their own"
     )
+
+    @field_validator("max_shard_size", mode="after")
+    @classmethod
+    def _is_a_size(cls, value: int | str) -> int | str:
+        # As huggingface_hub reads it when the checkpoint is written, after all other stages.
+        found = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+        if isinstance(value, str) and (found is None or float(found[1]) * _UNITS[found[2].upper()] < 1):
+            raise ValueError("write it as 5GB or 500MB (TB, GB, MB or KB), or as a number of bytes")
+        return value
 
 
 class AdaptationSettings(Section):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tmerge.calibration import TextSet, common_ends, token_limit
-from tmerge.check import Check, check
+from tmerge.calibration import DatasetRecord, TextSet, common_ends, pinned, token_limit
+from tmerge.errors import DatasetError
 from tmerge.evaluation import Scores, score_texts
 from tmerge.hub.pull import Plan
 from tmerge.models import (
@@ -32,7 +32,8 @@ from tmerge.models import (
     trusts,
     verify_checkpoint,
 )
-from tmerge.recipe import Recipe
+from tmerge.preflight.check import Check, check
+from tmerge.recipe import CalibrationSettings, Recipe
 from tmerge.report import library_versions, peak_memory
 from tmerge.run import Run, stage_key
 
@@ -104,6 +105,34 @@ class Session:
     def plan_key(self) -> str | None:
         """What identifies that plan."""
         return None if self.plan is None else self.plan.key
+
+    @cached_property
+    def data(self) -> dict[str, str]:
+        """The calibration's datasets -> what identifies their contents; a recorded plan needs none to match on."""
+        settings = self.recipe.calibration
+        other = [] if settings.match_on is None or self.plan is not None else [settings.match_on]
+        record = DatasetRecord(self.run.cache / "data.json", lambda words: self.step(NOTE, words, 1, 1, "notes"))
+        found = record.identify([settings.dataset, *other])
+        record.save()
+        return found
+
+    def calibration(self) -> CalibrationSettings:
+        """The recipe's, with its Hub datasets at the commits that were identified."""
+        settings = self.recipe.calibration
+        names = {"dataset": settings.dataset, "match_on": settings.match_on}
+        read = {key: pinned(name, self.data[name]) for key, name in names.items() if name in self.data}
+        return settings.model_copy(update=read)
+
+    def refuse_changed(self, texts: TextSet) -> None:
+        """Refuse texts of a file that was written to between being identified and being read.
+
+        Raises:
+            DatasetError: One was.
+        """
+        settings = self.recipe.calibration
+        for name, digest in ((settings.dataset, texts.file_sha256), (settings.match_on, texts.other_sha256)):
+            if digest is not None and self.data[str(name)] != f"sha256:{digest}":
+                raise DatasetError(f"dataset {name!r} changed while it was read; start again when it is written")
 
     @cached_property
     def device(self) -> torch.device:

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tmerge.check import Check
 from tmerge.hub import PushPlan
 from tmerge.pipeline import Listener, Step
+from tmerge.preflight.check import Check
 from tmerge.report import alpha_words, solved_words, summary
 from tmerge.session import NOTE
 from tmerge.tables import added_words

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from tmerge.calibration import FeatureStore
-from tmerge.check import keys_of
 from tmerge.errors import TransportError
 from tmerge.fusion import (
     FusionInputs,
@@ -26,6 +25,7 @@ from tmerge.fusion import (
     solved_inputs,
     structured_inputs,
 )
+from tmerge.preflight.check import keys_of
 from tmerge.session import Session
 from tmerge.transport import (
     FeaturePlans,

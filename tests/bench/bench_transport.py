@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from tmerge.calibration import FeatureStore, capture, sample_languages, sample_texts
-from tmerge.check import keys_of
 from tmerge.models import describe, load_model
+from tmerge.preflight.check import keys_of
 from tmerge.transport import solve_features
 
 

@@ -20,11 +20,11 @@ import torch
 
 from tests.bench.relatives import SPLIT_SEED, slices
 from tmerge.calibration import FeatureStore, capture, common_ends
-from tmerge.check import keys_of
 from tmerge.evaluation import control_generator
 from tmerge.fusion import Carried, TransportedNeurons, carry, layer_plans, layers_with, solved_inputs, structured_inputs
 from tmerge.fusion.stream import carry_stream
 from tmerge.models import Architecture, LoadedModel, describe, head_facts, load_model
+from tmerge.preflight.check import keys_of
 from tmerge.recipe import FusionSettings, TransportSettings
 from tmerge.transport import FeaturePlans, Heads, Side, Structure, pair_layers, solve_features
 from tmerge.transport.structure import solve_structure

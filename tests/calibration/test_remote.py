@@ -16,7 +16,8 @@ from tests.hub import STOP_THE_HUB, Repo, run_client
 # One process for all cases: importing the libraries costs seconds.
 SCRIPT = """
 import json
-from tmerge.calibration import read_texts
+from pathlib import Path
+from tmerge.calibration import DatasetRecord, dataset_identity, pinned, read_texts
 from tmerge.errors import TmergeError
 from tmerge.recipe import CalibrationSettings
 
@@ -27,7 +28,25 @@ for name, settings in json.loads(CASES).items():
         results[name] = {**found.to_dict(), "all": sorted([*found.texts, *found.held_out]), "first": found.texts[0]}
     except TmergeError as error:
         results[name] = f"{type(error).__name__}: {error}"
+def record(*references):
+    notes = []
+    kept = DatasetRecord(Path(RECORD), notes.append)
+    found = kept.identify(references)
+    kept.save()
+    return found, notes
+
+results["identities"] = record("user/plain", "user/plain@v1")
+name = pinned("user/plain@main", results["identities"][0]["user/plain"])
+results["pinned"] = read_texts(CalibrationSettings(dataset=name), seed=0).revision
+# As if it had been at another commit when the run began.
+Path(RECORD).write_text(json.dumps({"user/plain": results["identities"][0]["user/plain@v1"]}))
+results["moved"] = record("user/plain")
 # STOP
+results["out of reach"] = record("user/plain")
+try:
+    dataset_identity("user/plain")
+except TmergeError as error:
+    results["unknown"] = f"{type(error).__name__}: {error}"
 try:
     read_texts(CalibrationSettings(dataset="user/plain"), seed=0)
 except TmergeError as error:
@@ -100,7 +119,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     repos["user/damaged"].commit(folders["damaged"])
     with DatasetHub(repos) as hub:
         ran = run_client(
-            hub, root / "home", f"CASES = {json.dumps(json.dumps(CASES))}\n{SCRIPT.replace('# STOP', STOP_THE_HUB)}"
+            hub,
+            root / "home",
+            f"CASES, RECORD = {json.dumps(json.dumps(CASES))}, {str(root / 'data.json')!r}\n"
+            f"{SCRIPT.replace('# STOP', STOP_THE_HUB)}",
         )
         endpoint = hub.endpoint
     assert ran.returncode == 0, ran.stderr
@@ -117,6 +139,19 @@ def test_a_dataset_is_streamed_at_a_commit(answers: dict[str, Any]) -> None:
     numbers = [int(text.split()[1]) for text in found["all"]]
     assert max(numbers) > 300 and min(numbers) < 100
     assert answers["again"] == found
+
+
+def test_a_dataset_is_known_by_its_commit(answers: dict[str, Any]) -> None:
+    found, notes = answers["identities"]
+    assert found == {"user/plain": answers["head"], "user/plain@v1": answers["old"]["revision"]} and notes == []
+    assert answers["pinned"] == answers["head"]
+    found, (note,) = answers["moved"]
+    assert found == {"user/plain": answers["head"]}
+    assert "'user/plain' changed since" in note and answers["head"][:12] in note and "done anew" in note
+    # Without a network a run goes on with what it has read, and says so; one that has read nothing cannot.
+    found, (note,) = answers["out of reach"]
+    assert found == {"user/plain": answers["head"]} and "cannot be reached" in note and "is kept" in note
+    assert answers["unknown"].startswith("DatasetError: dataset 'user/plain': the Hub")
 
 
 def test_split_revision_and_configuration_are_those_asked_for(answers: dict[str, Any]) -> None:

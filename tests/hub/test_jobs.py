@@ -221,7 +221,7 @@ def test_who_stops_following_is_told_that_the_job_goes_on(hub, results):
     lines = results["stopped"]["err"].strip().splitlines()
     assert results["stopped"]["code"] == 130 and "merging" in lines
     assert lines[-1] == (
-        f"stopped following; the job goes on: {hub.endpoint}/jobs/user/{number}; its log: `hf jobs logs {number}`; "
+        f"stopped; the job goes on: {hub.endpoint}/jobs/user/{number}; its log: `hf jobs logs {number}`; "
         f"to stop it: `hf jobs cancel {number}`"
     )
     lines = results["stopped early"]["err"].strip().splitlines()

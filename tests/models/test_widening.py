@@ -17,7 +17,7 @@ from tmerge.recipe import Recipe
 @pytest.fixture
 def slow(monkeypatch):
     monkeypatch.setattr("tmerge.models.loading.multiplies_fast", lambda dtype, device: dtype == torch.float32)
-    monkeypatch.setattr("tmerge.estimate.multiplies_fast", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr("tmerge.preflight.estimate.multiplies_fast", lambda dtype, device: dtype == torch.float32)
 
 
 def test_the_same_values_in_float32(slow, tmp_path):

@@ -18,8 +18,8 @@ pytest.importorskip("gradio", reason="the app extra is not installed")
 from tests.hub import LoopbackHub, Repo, run_client
 from tests.pico import save_pico
 from tests.ui.search_hub import HOSTILE
-from tmerge.check import check
 from tmerge.errors import DatasetError, RecipeError, TmergeError
+from tmerge.preflight.check import check
 from tmerge.recipe import Recipe
 from tmerge.ui import cards, limits, push_cards, pushes, runs
 from tmerge.ui.limits import AppSettings, describe_limits, refuse_large, settings_here, vetted

@@ -15,10 +15,10 @@ from gradio.context import LocalContext
 
 from tests.ui.lent_gpu import LentGpu
 from tmerge import pipeline
-from tmerge.check import check
 from tmerge.errors import RecipeError, TmergeError
 from tmerge.models.device import DEVICE_VARIABLE
 from tmerge.pipeline import merge
+from tmerge.preflight.check import check
 from tmerge.recipe import Recipe
 from tmerge.ui import expected, zero
 from tmerge.ui.limits import AppSettings, vetted

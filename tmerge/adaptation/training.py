@@ -26,6 +26,7 @@ from tmerge.errors import AdaptationError, MissingExtraError, TokenizerError
 from tmerge.fusion import Alpha, TransportedNeurons, fuse
 from tmerge.models import STREAM, Architecture, LoadedModel, describe, group_of
 from tmerge.recipe import AdaptationSettings
+from tmerge.version import DISTRIBUTION
 
 __all__ = ["AdaptationReport", "adapt", "text_order"]
 
@@ -184,7 +185,7 @@ def _libraries(settings: AdaptationSettings) -> tuple[Any, Any]:
 
             return trl, peft.LoraConfig
     except ImportError:
-        raise MissingExtraError('training needs trl and peft: pip install "tmerge[adapt]"') from None
+        raise MissingExtraError(f'training needs trl and peft: pip install "{DISTRIBUTION}[adapt]"') from None
     return trl, None
 
 

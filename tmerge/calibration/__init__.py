@@ -5,6 +5,7 @@ from __future__ import annotations
 from tmerge.calibration.batches import encode, length_batches, padded, token_limit
 from tmerge.calibration.capture import CaptureReport, bare_forward, capture
 from tmerge.calibration.features import FeatureStore, FeatureWriter
+from tmerge.calibration.identity import DatasetRecord, dataset_identity, file_identity, pinned
 from tmerge.calibration.places import common_ends, token_places
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_language_code, sample_languages, sample_texts
 from tmerge.calibration.texts import TextSet, is_held_out, normalise, other_texts, read_texts
@@ -12,18 +13,22 @@ from tmerge.calibration.texts import TextSet, is_held_out, normalise, other_text
 __all__ = [
     "SAMPLES_PREFIX",
     "CaptureReport",
+    "DatasetRecord",
     "FeatureStore",
     "FeatureWriter",
     "TextSet",
     "bare_forward",
     "capture",
     "common_ends",
-    "is_held_out",
+    "dataset_identity",
     "encode",
+    "file_identity",
+    "is_held_out",
     "length_batches",
     "normalise",
     "other_texts",
     "padded",
+    "pinned",
     "read_texts",
     "sample_language_code",
     "sample_languages",

@@ -14,12 +14,33 @@ import pyarrow.parquet
 
 from tmerge.errors import DatasetError
 
-__all__ = ["FILE_SUFFIXES", "read_file"]
+__all__ = ["FILE_SUFFIXES", "local_file", "read_file", "refuse_unreadable"]
 
 Row = dict[str, Any]
 
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 """Kinds of file that are read, by the end of their name."""
+
+
+def local_file(reference: str) -> Path | None:
+    """The file that a dataset's reference names, there or not; None of a Hub dataset. Not to be asked of samples."""
+    path = Path(reference.strip()).expanduser()
+    is_file = path.exists() or path.suffix.lower() in FILE_SUFFIXES or path.is_absolute()
+    return path if is_file else None
+
+
+def refuse_unreadable(path: Path) -> None:
+    """Refuse what no reader is for, before it is opened.
+
+    Raises:
+        DatasetError: No such file, a folder, or another kind of file.
+    """
+    if not path.exists():
+        raise DatasetError(f"dataset {str(path)!r}: no such file; check the path")
+    if path.is_dir():
+        raise DatasetError(f"dataset {str(path)!r} is a folder; name one of its {', '.join(FILE_SUFFIXES)} files")
+    if path.suffix.lower() not in FILE_SUFFIXES:
+        raise DatasetError(f"dataset {path.name!r}: not a kind of file that is read; use {', '.join(FILE_SUFFIXES)}")
 
 
 def read_file(path: Path) -> Iterator[Row]:
@@ -35,12 +56,7 @@ def read_file(path: Path) -> Iterator[Row]:
         DatasetError: No such file, another kind of file, or contents that are not what the suffix says.
     """
     name, suffix = path.name, path.suffix.lower()
-    if not path.exists():
-        raise DatasetError(f"dataset {str(path)!r}: no such file; check the path")
-    if path.is_dir():
-        raise DatasetError(f"dataset {str(path)!r} is a folder; name one of its {', '.join(FILE_SUFFIXES)} files")
-    if suffix not in FILE_SUFFIXES:
-        raise DatasetError(f"dataset {name!r}: not a kind of file that is read; use {', '.join(FILE_SUFFIXES)}")
+    refuse_unreadable(path)
     readers = {".txt": _text, ".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
     try:
         yield from readers.get(suffix, _csv)(path)

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 
 from tmerge.errors import DatasetError
 
-__all__ = ["RemoteRows", "open_remote"]
+__all__ = ["RemoteRows", "open_remote", "remote_commit"]
 
 # The HTTP library under the Hub's client has changed before: its error class is taken from where it is sure to be.
 _TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -60,6 +60,23 @@ class RemoteRows:
             yield row
 
 
+def remote_commit(reference: str) -> str:
+    """The commit that a Hub dataset's reference stands for now: one request.
+
+    Raises:
+        DatasetError: No such dataset or revision, no access, no network.
+    """
+    repo, _, asked = reference.partition("@")
+    try:
+        return str(HfApi().dataset_info(repo, revision=asked or None).sha)
+    except RevisionNotFoundError:
+        raise DatasetError(
+            f"dataset {repo!r} has no revision {asked!r}; see {constants.ENDPOINT}/datasets/{repo}/commits/main"
+        ) from None
+    except (HfHubHTTPError, HFValidationError, _TransportError, *_READING_ERRORS) as error:
+        raise _explain(repo, error) from None
+
+
 def open_remote(reference: str, config: str | None, split: str, *, seed: int, buffer: int) -> RemoteRows:
     """Open a Hub dataset for streaming.
 
@@ -74,9 +91,9 @@ def open_remote(reference: str, config: str | None, split: str, *, seed: int, bu
         DatasetError: No such dataset, revision, configuration or split; no access, no network; or a dataset that only
             its own script could read.
     """
-    repo, _, asked = reference.partition("@")
+    repo = reference.partition("@")[0]
+    commit = remote_commit(reference)
     try:
-        commit = HfApi().dataset_info(repo, revision=asked or None).sha
         stream = datasets.load_dataset(repo, config, split=split, revision=commit, streaming=True)
         columns = tuple(stream.features) if stream.features else None
         if stream.features:
@@ -85,11 +102,7 @@ def open_remote(reference: str, config: str | None, split: str, *, seed: int, bu
             stream = stream.select_columns(written)
         read = stream.info.config_name
         shuffled = stream.shuffle(seed=seed, buffer_size=buffer)
-        return RemoteRows(repo, str(commit), config or (None if read == "default" else read), columns, shuffled)
-    except RevisionNotFoundError:
-        raise DatasetError(
-            f"dataset {repo!r} has no revision {asked!r}; see {constants.ENDPOINT}/datasets/{repo}/commits/main"
-        ) from None
+        return RemoteRows(repo, commit, config or (None if read == "default" else read), columns, shuffled)
     except (HfHubHTTPError, HFValidationError, _TransportError, *_READING_ERRORS) as error:
         raise _explain(repo, error, config, split) from None
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tmerge.calibration.columns import Renderer, choose_column
-from tmerge.calibration.files import FILE_SUFFIXES, read_file
+from tmerge.calibration.files import local_file, read_file, refuse_unreadable
+from tmerge.calibration.identity import file_identity
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_texts
 from tmerge.errors import DatasetError, TooFewTextsError
 from tmerge.recipe import CalibrationSettings
@@ -52,6 +53,8 @@ class TextSet:
         choosing: Kept away from both, to choose settings on; empty unless something is chosen.
         other: Of another dataset (``calibration.match_on``): its features are read, and not those of `texts`.
         other_dataset: Its name, with its commit if it is of the Hub.
+        file_sha256: Hex digest over the bytes of the local file that the texts are of; None for other datasets.
+        other_sha256: Likewise, of `other_dataset`.
         ends: Per text of `matched_on`, the characters after which a token of both models ends and is read; empty where
             features are means over texts.
     """
@@ -73,6 +76,8 @@ class TextSet:
     ends: tuple[tuple[int, ...], ...] = ()
     other: tuple[str, ...] = ()
     other_dataset: str | None = None
+    file_sha256: str | None = None
+    other_sha256: str | None = None
 
     @property
     def matched_on(self) -> tuple[str, ...]:
@@ -210,6 +215,7 @@ def read_texts(
         notes=tuple(render.notes()),
         choosing=to_choose,
         prompts=tuple(before[text] for text in texts),
+        file_sha256=source.file_sha256,
     )
     _check_enough(result, settings, choosing)
     return result
@@ -222,14 +228,14 @@ class _Source:
     revision: str | None = None
     config: str | None = None
     columns: tuple[str, ...] | None = None
+    file_sha256: str | None = None
 
 
 def _open(settings: CalibrationSettings, seed: int, buffer: int) -> _Source:
     name = settings.dataset.strip()
-    path = Path(name).expanduser()
     is_sample = name.startswith(SAMPLES_PREFIX)
-    is_file = not is_sample and (path.exists() or path.suffix.lower() in FILE_SUFFIXES or path.is_absolute())
-    if not is_sample and not is_file:
+    path = None if is_sample else local_file(name)
+    if not is_sample and path is None:
         # The library behind it takes a second to import, and samples and files do without.
         from tmerge.calibration.remote import open_remote
 
@@ -239,10 +245,12 @@ def _open(settings: CalibrationSettings, seed: int, buffer: int) -> _Source:
         raise DatasetError(
             f"calibration.config is {settings.config!r}, but {name!r} is no Hub dataset; only those have configurations"
         )
-    if is_sample:
+    if path is None:
         rows: Iterable[dict[str, Any]] = ({"text": text} for text in sample_texts(name.removeprefix(SAMPLES_PREFIX)))
         return _Source(name, _shuffled(rows, seed, buffer))
-    return _Source(path.name, _shuffled(read_file(path), seed, buffer))
+    refuse_unreadable(path)
+    digest = file_identity(path).removeprefix("sha256:")
+    return _Source(path.name, _shuffled(read_file(path), seed, buffer), file_sha256=digest)
 
 
 def _shuffled(rows: Iterable[dict[str, Any]], seed: int, size: int) -> Iterator[dict[str, Any]]:
@@ -263,7 +271,7 @@ def _shuffled(rows: Iterable[dict[str, Any]], seed: int, size: int) -> Iterator[
 def other_texts(
     settings: CalibrationSettings, apart: Iterable[str], *, seed: int, chat_tokenizer: Any | None = None
 ) -> dict[str, Any]:
-    """What ``calibration.match_on`` adds to a `TextSet`: ``other`` and ``other_dataset``.
+    """What ``calibration.match_on`` adds to a `TextSet`: ``other``, ``other_dataset`` and ``other_sha256``.
 
     Args:
         settings: ``match_on`` names the dataset.
@@ -290,7 +298,7 @@ def other_texts(
             f"choose alpha, and {MINIMUM_CALIBRATION} are needed; name another dataset there, or null for the "
             "calibration set's own texts"
         )
-    return {"other": other, "other_dataset": name}
+    return {"other": other, "other_dataset": name, "other_sha256": found.file_sha256}
 
 
 def _digest(*parts: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -26,14 +26,17 @@ from tmerge.cli.shared import (
     TargetOption,
     app,
     print_json,
+    progress,
     quiet_libraries,
 )
-from tmerge.errors import Cancelled, TmergeError
+from tmerge.cli.stopping import same_command, stages_kept, when_stopped
+from tmerge.errors import TmergeError
+from tmerge.version import DISTRIBUTION
 
-__all__ = ["check", "demo", "inspect", "merge"]
+__all__ = ["check", "demo", "inspect", "merge", "recipe"]
 
 # An address, and never a name alone: on PyPI the name tmerge is another project's, and the job holds the user's token.
-_PACKAGE = re.compile(r"(tmerge(\[[\w,-]*\])? *@ *)?(git\+)?https://\S+", re.IGNORECASE)
+_PACKAGE = re.compile(rf"({DISTRIBUTION}(\[[\w,-]*\])? *@ *)?(git\+)?https://\S+", re.IGNORECASE)
 
 
 @app.command()
@@ -145,7 +148,7 @@ def check(
         overrides["fusion.what"] = "task-vector"
     loaded = load_recipe(recipe, overrides, settings or ())
     quiet_libraries()
-    from tmerge.check import check as check_models
+    from tmerge.preflight.check import check as check_models
 
     result = check_models(loaded)
     found = _relatedness(loaded, named=dataset) if relatedness else None
@@ -159,12 +162,19 @@ def check(
         typer.echo(relatedness_words(found))
 
 
+@app.command()
+def recipe() -> None:
+    """Show all keys of a recipe, with what they take, their defaults and what they are."""
+    from tmerge.recipe_page import recipe_page
+
+    typer.echo(recipe_page(), nl=False)
+
+
 def _relatedness(recipe: Any, named: str | None) -> dict[str, Any]:
     """Both models read, and their neurons matched twice; nothing is kept. On the dataset, where one was named."""
     from tmerge.models import PROJECTIONS
     from tmerge.pipeline import advance
     from tmerge.sections import TASK_VECTOR_DEFAULTS
-    from tmerge.show import listening
 
     # All projections, read as for a task vector, whatever will be fused: the question is of the models. What the recipe
     # says of the texts itself stays.
@@ -181,7 +191,8 @@ def _relatedness(recipe: Any, named: str | None) -> dict[str, Any]:
             "transport": recipe.transport.model_copy(update={"structure": "shared", "map": "plan"}),
         }
     )
-    with tempfile.TemporaryDirectory() as folder, listening() as listener:
+    when_stopped(lambda: f"nothing is kept; to start again: {same_command()}")
+    with tempfile.TemporaryDirectory() as folder, progress() as listener:
         found: dict[str, Any] = advance(asked, Path(folder) / "pair", until="transport", listener=listener)["transport"]
     return dict(found["relatedness"])
 
@@ -231,8 +242,8 @@ def _run_remotely(
             "https:// address of its wheel"
         )
     quiet_libraries()
-    from tmerge.check import check as check_models
     from tmerge.hub.jobs import follow_job, start_job
+    from tmerge.preflight.check import check as check_models
     from tmerge.show import show_check
 
     # What cannot be merged is said here, before the job costs anything. The recipe's device is the job's, and this
@@ -244,40 +255,30 @@ def _run_remotely(
         print_json(result.to_dict()) if json_output else show_check(result)
         return
     # The same command again would start another job, so what is said on Ctrl-C is of the job alone.
-    try:
-        job = start_job(recipe, flavor, repo, package=package, timeout=timeout)
-    except KeyboardInterrupt:
-        _stop_following("stopped; whether a job had started already is shown by `hf jobs ps`")
-    try:
-        typer.echo(f"[remote] job {job.job} on {flavor}: {job.url}", err=True)
-        typer.echo(f"[remote] stopping this command does not stop it; `hf jobs cancel {job.job}` does", err=True)
-        commit = follow_job(job, lambda line: typer.echo(line, err=True))
-    except KeyboardInterrupt:
-        _stop_following(
-            f"stopped following; the job goes on: {job.url}; its log: `hf jobs logs {job.job}`; to stop it: "
-            f"`hf jobs cancel {job.job}`"
-        )
+    when_stopped(lambda: "whether a job had started already is shown by `hf jobs ps`")
+    job = start_job(recipe, flavor, repo, package=package, timeout=timeout)
+    when_stopped(
+        lambda: f"the job goes on: {job.url}; its log: `hf jobs logs {job.job}`; to stop it: `hf jobs cancel {job.job}`"
+    )
+    typer.echo(f"[remote] job {job.job} on {flavor}: {job.url}", err=True)
+    typer.echo(f"[remote] stopping this command does not stop it; `hf jobs cancel {job.job}` does", err=True)
+    commit = follow_job(job, lambda line: typer.echo(line, err=True))
     if json_output:
         print_json({"job": job.job, "job_url": job.url, "repo": repo, "commit": commit})
     else:
         typer.echo(f"{repo} (private), commit {commit}; its verdict: tmerge inspect {repo}")
 
 
-def _stop_following(line: str) -> NoReturn:
-    typer.echo(line, err=True)
-    raise SystemExit(Cancelled.exit_code) from None
-
-
 def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool) -> dict[str, Any] | None:
     """What merge and demo share: the report, or None of a dry run."""
     quiet_libraries()
     from tmerge.errors import RunNotFoundError
-    from tmerge.show import listening, show_check, show_report
+    from tmerge.show import show_check, show_report
 
     if resume and not (out / "tmerge").is_dir():
         raise RunNotFoundError(f"there is no run in {out} to resume; leave --resume away to begin one")
     if dry_run:
-        from tmerge.check import check as check_models
+        from tmerge.preflight.check import check as check_models
 
         result = check_models(recipe)
         if json_output:
@@ -288,7 +289,8 @@ def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool)
         return None
     from tmerge.pipeline import merge as run_merge
 
-    with listening() as listener:
+    when_stopped(lambda: stages_kept(out))
+    with progress() as listener:
         report = run_merge(recipe, out, listener=listener)
     if json_output:
         print_json(report)

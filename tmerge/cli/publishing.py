@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tmerge.cli.shared import JsonOption, RunArgument, app, print_json, quiet_libraries
+from tmerge.cli.shared import JsonOption, RunArgument, app, print_json, progress, quiet_libraries
+from tmerge.cli.stopping import same_command, stages_kept, when_stopped
 from tmerge.errors import ReproductionError
 
 __all__ = ["push", "push_and_show", "reproduce"]
@@ -59,6 +60,8 @@ def push_and_show(run: Path, repo: str, *, show: bool, **options: Any) -> dict[s
 
     for warning in plan_push(run, repo, even_if_worse=options["even_if_worse"]).warnings:
         typer.echo(f"note: {warning}", err=True)
+    # One commit: the repo has all of it or nothing.
+    when_stopped(lambda: f"{run} is kept, and {repo} has all of it or nothing of it; to push it: {same_command()}")
     pushed = push_run(run, repo, **options, listener=lambda what: typer.echo(f"[push] {what}", err=True))
     if show:
         typer.echo(pushed.url)
@@ -76,9 +79,9 @@ def reproduce(
     quiet_libraries()
     from tmerge.reproduce import difference_words
     from tmerge.reproduce import reproduce as reproduce_run
-    from tmerge.show import listening
 
-    with listening() as listener:
+    when_stopped(lambda: stages_kept(out))
+    with progress() as listener:
         result = reproduce_run(run, out, listener=listener)
     if json_output:
         print_json(result)

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from tmerge.cli.shared import JsonOption, app, print_json, quiet_libraries
+from tmerge.cli.stopping import same_command, when_stopped
 from tmerge.errors import MissingExtraError, PortTakenError, PushError
+from tmerge.version import DISTRIBUTION
 
 __all__ = ["serve", "space"]
 
@@ -25,7 +27,8 @@ def serve(
     except ImportError as error:
         if error.name != "gradio":
             raise
-        raise MissingExtraError('the app needs gradio; install it with: pip install "tmerge[app]"') from None
+        raise MissingExtraError(f'the app needs gradio; install it with: pip install "{DISTRIBUTION}[app]"') from None
+    when_stopped(lambda: f"the app is closed; to open it again: {same_command()}")
     try:
         launch(port)
     except OSError as error:
@@ -59,6 +62,7 @@ def space(
         typer.echo(f"{len(planned.files)} files, {planned.total_bytes / 1e6:.1f} MB, for {repo} on {hardware}")
         return
     quiet_libraries()
+    when_stopped(lambda: f"{repo} has all of this deployment or nothing of it; to deploy it: {same_command()}")
     deployed = deploy_space(planned, private=private, listener=lambda what: typer.echo(f"[space] {what}", err=True))
     if json_output:
         print_json({"repo": deployed.repo, "url": deployed.url, "commit": deployed.commit})

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from tmerge.cli.stopping import raise_if_stopped
+from tmerge.version import VERSION
 
 __all__ = [
     "BaseOption",
@@ -26,8 +31,16 @@ __all__ = [
     "TargetOption",
     "app",
     "print_json",
+    "progress",
     "quiet_libraries",
 ]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tmerge {VERSION}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="tmerge",
@@ -38,13 +51,21 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", is_eager=True, callback=_show_version, help="Print the version."),
+) -> None:
+    pass
+
+
 RecipeArgument = Annotated[str | None, typer.Argument(help="A recipe file, or a preset's name.")]
 TargetOption = Annotated[str | None, typer.Option(help="Model that is changed: Hub id, folder or .gguf file.")]
 SourceOption = Annotated[str | None, typer.Option(help="Model that is read.")]
 BaseOption = Annotated[str | None, typer.Option(help="The source before its fine-tuning, for task vectors.")]
 DatasetOption = Annotated[str | None, typer.Option(help="samples:LANGUAGE, a Hub dataset, or a text file.")]
 OutOption = Annotated[Path, typer.Option(help="The run's folder.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, any key of the recipe.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; all keys: `tmerge recipe`.")]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 DtypeOption = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")]
 SeedOption = Annotated[int | None, typer.Option(help="Of the split, the controls and the bootstrap.")]
@@ -52,6 +73,20 @@ ResumeOption = Annotated[bool, typer.Option("--resume", help="Only continue: fai
 DryOption = Annotated[bool, typer.Option("--dry-run", help="Check and show the plan; write nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    """A listener that shows every step on stderr, and stops where a signal came that something has swallowed."""
+    from tmerge.show import listening
+
+    with listening() as listener:
+
+        def hear(step: Any) -> None:
+            raise_if_stopped()
+            listener(step)
+
+        yield hear
 
 
 def print_json(document: dict[str, Any]) -> None:

@@ -20,8 +20,10 @@ from tmerge.cli.shared import (
     TargetOption,
     app,
     print_json,
+    progress,
     quiet_libraries,
 )
+from tmerge.cli.stopping import same_command, stages_kept, when_stopped
 
 __all__ = ["adapt", "compare", "evaluate"]
 
@@ -53,9 +55,10 @@ def evaluate(
         files[task] = Path(path)
     quiet_libraries()
     from tmerge.benchmark import evaluate_models
-    from tmerge.show import listening, show_evaluation
+    from tmerge.show import show_evaluation
 
-    with listening() as listener:
+    when_stopped(lambda: f"no score is kept; to start again: {same_command()}")
+    with progress() as listener:
         result = evaluate_models(
             models,
             dataset=dataset,
@@ -93,10 +96,11 @@ def adapt(
     words |= _section_words("adaptation", settings or ())
     quiet_libraries()
     from tmerge.adapted import adapt_run
-    from tmerge.show import listening, show_adapted
+    from tmerge.show import show_adapted
 
     folder = out or run.with_name(f"{run.absolute().name}-adapted")
-    with listening() as listener:
+    when_stopped(lambda: _training_kept(folder))
+    with progress() as listener:
         report = adapt_run(run, folder, words, dataset=dataset, listener=listener)
     if json_output:
         print_json(report)
@@ -121,10 +125,11 @@ def compare(
     overrides = {"target": target, "source": source, "calibration.dataset": dataset, "device": device}
     loaded = load_recipe(recipe, overrides, settings or ())
     quiet_libraries()
-    from tmerge.compare import compare as run_comparison
-    from tmerge.show import listening, show_comparison
+    from tmerge.comparison import compare as run_comparison
+    from tmerge.show import show_comparison
 
-    with listening() as listener:
+    when_stopped(lambda: _rows_kept(out))
+    with progress() as listener:
         result = run_comparison(loaded, out, listener=listener)
     if json_output:
         print_json(result)
@@ -132,16 +137,29 @@ def compare(
         show_comparison(result, out)
 
 
+def _training_kept(folder: Path) -> str:
+    saved = sorted((folder / "tmerge" / "cache" / "training").glob("checkpoint-*/trainer_state.json"))
+    if not saved:
+        return f"no checkpoint of the training had been saved; to start again: {same_command()}"
+    return f"the training's last checkpoint is kept in {folder}; to continue: {same_command()}"
+
+
+def _rows_kept(out: Path) -> str:
+    rows = len(list((out / "rows").glob("*.json")))
+    if not rows:
+        return stages_kept(out / "merge")
+    return f"the merge and {rows} finished rows are kept in {out}; to continue: {same_command()}"
+
+
 def _section_words(section: str, settings: list[str] | tuple[str, ...]) -> dict[str, Any]:
     """``--set section.key=value`` words of one section, values read as YAML."""
-    import yaml
-
     from tmerge.errors import RecipeError
+    from tmerge.recipe import parse_setting
 
     words = {}
     for word in settings:
-        key, separator, text = word.partition("=")
-        if not separator or not key.startswith(f"{section}."):
+        key, value = parse_setting(word)
+        if not key.startswith(f"{section}."):
             raise RecipeError(f"--set {word!r}: only keys of {section} can be set here, as {section}.key=value")
-        words[key.removeprefix(f"{section}.")] = yaml.safe_load(text)
+        words[key.removeprefix(f"{section}.")] = value
     return words

@@ -26,6 +26,7 @@ from tmerge.errors import DatasetError, MissingExtraError, RecipeError
 from tmerge.evaluation.intervals import Interval, difference, score
 from tmerge.evaluation.likelihood import Scores
 from tmerge.models import LoadedModel
+from tmerge.version import DISTRIBUTION
 
 __all__ = ["TASK_GROUPS", "TaskScore", "expand_tasks", "run_tasks", "task_difference", "task_score"]
 
@@ -107,7 +108,7 @@ def run_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise MissingExtraError('benchmarks need lm-evaluation-harness: pip install "tmerge[eval]"') from None
+        raise MissingExtraError(f'benchmarks need lm-evaluation-harness: pip install "{DISTRIBUTION}[eval]"') from None
     data, wanted = data or {}, expand_tasks(tasks)
     ours = {name: _definition(name, data.get(name)) for name in wanted if name in _defined() and _is_ours(name, data)}
     theirs = [name for name in wanted if name not in ours]

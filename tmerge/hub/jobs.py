@@ -11,14 +11,13 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from huggingface_hub import HfApi, JobHardware, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from tmerge.calibration import SAMPLES_PREFIX
-from tmerge.calibration.files import FILE_SUFFIXES
+from tmerge.calibration.files import local_file
 from tmerge.errors import ModelNotFoundError, RemoteError
 from tmerge.hub.failures import pushing, running_jobs
 from tmerge.models import ModelReference
@@ -67,7 +66,7 @@ def start_job(
         recipe: Names nothing that is on this machine alone.
         flavor: Of the Hub's hardware, such as ``cpu-upgrade`` or ``l4x1``.
         repo: ``user/name``.
-        package: What ``uv`` installs tmerge from: a requirement such as ``tmerge==0.1.0`` or ``git+https://...``.
+        package: What ``uv`` installs tmerge from: ``git+https://...`` of this project, or a wheel's address.
         timeout: After which the Hub stops it: ``30m``, ``4h``, ``1.5h``, or seconds.
         token: In place of the user's own.
 
@@ -204,12 +203,9 @@ def _refuse_local(recipe: Recipe) -> None:
             raise RemoteError(
                 f"{key} {reference!r} is on this machine alone, and the job runs elsewhere; push it and name its Hub id"
             )
-    # As the texts' own reader tells a file from a dataset of the Hub.
     for key in ("dataset", "match_on"):
         dataset = (getattr(recipe.calibration, key) or "").strip()
-        path = Path(dataset).expanduser()
-        is_file = bool(dataset) and (path.exists() or path.suffix.lower() in FILE_SUFFIXES or path.is_absolute())
-        if not dataset.startswith(SAMPLES_PREFIX) and is_file:
+        if dataset and not dataset.startswith(SAMPLES_PREFIX) and local_file(dataset) is not None:
             raise RemoteError(
                 f"calibration.{key} {dataset!r} is a file of this machine, and the job runs elsewhere; push it as a "
                 "dataset, and name its Hub id"

@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from tmerge.errors import PushError, RunNotFoundError
 from tmerge.hub.failures import no_token, pushing
+from tmerge.version import DISTRIBUTION, VERSION
 
 __all__ = ["HARDWARE", "DeployedSpace", "SpacePlan", "deploy_space", "plan_space"]
 
@@ -133,7 +134,7 @@ def deploy_space(
                 folder_path=staged,
                 # Modules that are no more would still be found there.
                 delete_patterns=["tmerge/**", "*.dist-info/**"],
-                commit_message=f"tmerge {importlib.metadata.version('tmerge')}, deployed by `tmerge space`",
+                commit_message=f"tmerge {VERSION}, deployed by `tmerge space`",
             )
         # Not before: an upload that fails leaves the Space as it was.
         if moves:
@@ -207,15 +208,15 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _written() -> dict[str, str]:
-    """What the Space's repo holds beyond copies: its version, and what makes it a project that pip installs."""
+    """What the Space's repo holds beyond copies: what makes it a project that pip installs."""
     try:
-        facts = importlib.metadata.metadata("tmerge")
+        facts = importlib.metadata.metadata(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         raise RunNotFoundError(
-            "tmerge runs here without being installed, so its version is not known; run `pip install -e .` first"
+            f"tmerge runs here without being installed as {DISTRIBUTION}, so what it needs is not known; run "
+            "`pip install -e .` first"
         ) from None
-    version = facts["Version"]
-    needed = [line for line in importlib.metadata.requires("tmerge") or () if "extra ==" not in line]
+    needed = [line for line in importlib.metadata.requires(DISTRIBUTION) or () if "extra ==" not in line]
     project = "\n".join(
         [
             "# Written by `tmerge space`, so that a job can install this very code: pip install git+<this repo>",
@@ -224,8 +225,8 @@ def _written() -> dict[str, str]:
             'build-backend = "setuptools.build_meta"',
             "",
             "[project]",
-            'name = "tmerge"',
-            f'version = "{version}"',
+            f'name = "{DISTRIBUTION}"',
+            f'version = "{VERSION}"',
             f'requires-python = "{facts["Requires-Python"]}"',
             f"dependencies = {_toml(needed)}",
             "",
@@ -240,11 +241,7 @@ def _written() -> dict[str, str]:
             "",
         ]
     )
-    return {
-        "pyproject.toml": project,
-        # The package lies beside app.py and is not installed; by this its version is found all the same.
-        f"tmerge-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: tmerge\nVersion: {version}\n",
-    }
+    return {"pyproject.toml": project}
 
 
 def _toml(lines: list[str]) -> str:

@@ -35,7 +35,7 @@ _TOKENS = 32
 
 
 def save_checkpoint(
-    loaded: LoadedModel, folder: Path, *, max_shard_size: str = "5GB", dtype: torch.dtype | None = None
+    loaded: LoadedModel, folder: Path, *, max_shard_size: int | str = "5GB", dtype: torch.dtype | None = None
 ) -> list[Path]:
     """Write a model, its tokenizer, chat template and generation config into a folder.
 
@@ -46,7 +46,7 @@ def save_checkpoint(
     Args:
         loaded: What to write; it is left as it is.
         folder: Made if it is not there. The caller renames it into place when all is well.
-        max_shard_size: Above it the weights go into several files with an index, as "5GB" or "200MB".
+        max_shard_size: Above it the weights go into several files with an index: "5GB", "200MB", or bytes.
         dtype: Of the weights in the file; by default as in memory.
 
     Returns:

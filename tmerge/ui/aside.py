@@ -106,7 +106,7 @@ def _answer(connection: Connection) -> None:
     import datasets
     import transformers
 
-    import tmerge.check  # noqa: F401 - so that it is there when the first question comes
+    import tmerge.preflight.check  # noqa: F401 - so that it is there when the first question comes
 
     # An interrupt on the terminal is the app's to act on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

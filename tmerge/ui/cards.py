@@ -42,7 +42,7 @@ def check_cards(facts: Mapping[str, Any], refused: str | None = None) -> str:
     """What `check` found, the two models side by side.
 
     Args:
-        facts: `tmerge.check.Check.to_dict`.
+        facts: `tmerge.preflight.check.Check.to_dict`.
         refused: Why this app does not run it, if it does not.
     """
     matched = facts["projections"]["matched"]

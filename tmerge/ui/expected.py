@@ -10,8 +10,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-from tmerge.check import check
 from tmerge.errors import TmergeError
+from tmerge.preflight.check import check
 from tmerge.recipe import Recipe
 from tmerge.ui.cards import check_cards, empty_card, error_card
 from tmerge.ui.context import AppContext
@@ -58,7 +58,7 @@ def fit_to_run(app: AppContext, recipe: Recipe) -> dict[str, float] | None:
 
 
 def check_facts(app: AppContext, recipe: Recipe) -> dict[str, Any]:
-    """`tmerge.check.Check.to_dict`, with ``refused``: why this app does not run it.
+    """`tmerge.preflight.check.Check.to_dict`, with ``refused``: why this app does not run it.
 
     Raises:
         TmergeError: The two cannot be merged, or not be read.

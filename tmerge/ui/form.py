@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from tmerge.errors import RecipeError, TmergeError
 from tmerge.recipe import Recipe, load_recipe, preset_names
 from tmerge.sections import TASK_VECTOR_DEFAULTS, section_defaults
+from tmerge.strict_yaml import load_yaml
 
 __all__ = [
     "GROUPS",
@@ -155,14 +156,7 @@ def read_yaml(text: str) -> dict[str, Any]:
     if "&" in text or "*" in text:
         # Anchors let a short text unfold into gigabytes, and no recipe needs them.
         _refuse_anchors(text)
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"recipe{line}: not YAML ({getattr(error, 'problem', None) or 'unreadable'})") from None
-    except (ValueError, RecursionError):
-        raise RecipeError("recipe: a value in it cannot be read") from None
+    data = load_yaml(text, "recipe")
     if data is None:
         return {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):

@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub import constants
 
 from tmerge.calibration import SAMPLES_PREFIX
-from tmerge.check import Check
 from tmerge.errors import ModelNotFoundError, NotEnoughDiskError, NotEnoughMemoryError, RecipeError, TmergeError
 from tmerge.models import ModelReference
+from tmerge.preflight.check import Check
 from tmerge.recipe import CompareSettings, Recipe
 
 __all__ = [
@@ -146,7 +146,7 @@ def vetted(recipe: Recipe, settings: AppSettings) -> Recipe:
         raise RecipeError(f"device is {recipe.device!r}; choose auto, cpu, cuda or mps")
     if settings.zero_gpu and recipe.device != "auto":
         raise RecipeError(f"device is {recipe.device!r}; this app runs on ZeroGPU, which takes auto alone")
-    if not _SHARD_SIZE.fullmatch(recipe.save.max_shard_size):
+    if not _SHARD_SIZE.fullmatch(str(recipe.save.max_shard_size)):
         raise RecipeError(f"save.max_shard_size is {recipe.save.max_shard_size!r}; write it as 500MB or 5GB")
     if settings.max_texts is not None and recipe.calibration.texts > settings.max_texts:
         raise RecipeError(_too_much("calibration.texts", recipe.calibration.texts, settings.max_texts))

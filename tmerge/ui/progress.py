@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from tmerge.check import keys_of
 from tmerge.plots.style import COLOUR_SCALE, feature_name, finish
+from tmerge.preflight.check import keys_of
 from tmerge.report import alpha_words, summary
 from tmerge.session import STAGES
 from tmerge.ui.cards import error_card

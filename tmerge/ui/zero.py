@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 import tmerge.errors
-from tmerge.check import TOKENS_PER_TEXT, Check
 from tmerge.errors import Cancelled, DeviceError, TmergeError
 from tmerge.models import ModelReference, open_repo
 from tmerge.models.device import DEVICE_VARIABLE
 from tmerge.models.remote import fetch_weights
 from tmerge.pipeline import advance
+from tmerge.preflight.check import TOKENS_PER_TEXT, Check
 from tmerge.recipe import Recipe
 from tmerge.session import Step
 from tmerge.ui.limits import AppSettings

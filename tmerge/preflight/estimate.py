@@ -1,7 +1,7 @@
 """What a run is expected to take on this machine, from two configs and the machine's speed.
 
 The operations are counted, and are the same everywhere: who may run what is decided by them. Seconds are operations
-over this machine's speed, as `tmerge.speed` has measured it; they are an estimate, shown as a range, and say what they
+over this machine's speed, as `tmerge.preflight.speed` has measured it; they are an estimate, shown as a range, and say what they
 assume.
 """
 
@@ -19,8 +19,8 @@ from tmerge.calibration import SAMPLES_PREFIX, sample_texts
 from tmerge.evaluation import PROJECTION_GROUPS
 from tmerge.fusion import COLUMN_PROJECTIONS, neuron_count
 from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pick_device
+from tmerge.preflight.speed import SPEED_FILE, Timing, timing_of
 from tmerge.recipe import Recipe
-from tmerge.speed import SPEED_FILE, Timing, timing_of
 from tmerge.transport import correlation_cost, match, sinkhorn, standardise, working_dtype
 
 __all__ = ["TOKENS_PER_TEXT", "Estimate", "estimate_run", "scorings", "widths_of"]

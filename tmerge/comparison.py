@@ -25,17 +25,17 @@ from typing import Any
 import torch
 
 from tmerge.benchmark import task_entries
-from tmerge.calibration import FeatureStore, TextSet, read_texts
+from tmerge.calibration import DatasetRecord, FeatureStore, TextSet, file_identity, pinned, read_texts
 from tmerge.errors import RecipeError
 from tmerge.evaluation import Scores, applied, difference, noise, resamples, score, score_texts, shrink
 from tmerge.evaluation.tasks import TaskScore, run_tasks
 from tmerge.fusion import Alpha, TransportedNeurons, TransportRecord, load_transported
-from tmerge.models import LoadedModel, load_model, trusts
+from tmerge.models import LoadedModel, load_model, model_commit, trusts
 from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
 from tmerge.report import library_versions
 from tmerge.run import Run, stage_key, write_json, write_text
-from tmerge.session import Listener, Session, Step
+from tmerge.session import NOTE, Listener, Session, Step
 from tmerge.tables import comparison_table
 
 __all__ = ["SCHEMA", "compare"]
@@ -87,12 +87,17 @@ class _Comparison:
             update={"evaluation": evaluation, "compare": plain, "adaptation": type(recipe.adaptation)()}
         )
         self.rows_folder = out / "rows"
+        self.record = DatasetRecord(out / "data.json", lambda words: listener(Step(NOTE, words, 1, 1, "notes")))
+        self.data: dict[str, str] = {}
         self.settings = recipe.compare
 
     def go(self) -> dict[str, Any]:
+        # Asked first: what is missing is said before the merge has taken its hours.
+        self.data = self._identify()
         report = merge(self.merge_recipe, self.out / "merge", listener=self.listener)
         self.report = report
         self.rows_folder.mkdir(exist_ok=True)
+        self.record.save()
         rows = [self._finished(row) for row in self._rows()]
         result = self._result(rows)
         write_json(self.out / "compare.json", result)
@@ -101,6 +106,14 @@ class _Comparison:
 
         write_text(self.out / "compare.html", comparison_page(result))
         return result
+
+    def _identify(self) -> dict[str, str]:
+        """Domains and tasks' files -> what identifies their contents."""
+        files = self.settings.task_data.values()
+        return {
+            **self.record.identify(self.settings.domains.values(), what="domain"),
+            **self.record.identify(files, lambda path: file_identity(Path(path)), what="task file"),
+        }
 
     # -- what is read once --------------------------------------------------------------------------------------
 
@@ -122,7 +135,8 @@ class _Comparison:
     def domains(self) -> Domains:
         """Held-out texts of the further domains, by name; the recipe's own come first."""
         found: Domains = {}
-        for name, dataset in self.settings.domains.items():
+        for name, reference in self.settings.domains.items():
+            dataset = pinned(reference, self.data[reference])
             settings = self.recipe.calibration.model_copy(update={"dataset": dataset, "config": None, "column": None})
             texts = read_texts(settings, seed=self.recipe.seed)
             found[name] = self.session.cut([*texts.held_out, *texts.texts])
@@ -151,7 +165,8 @@ class _Comparison:
                 rows.append(_Row(label, "sweep", partial(self._still, label, name, alpha), merged | facts))
         for source in self.settings.sources:
             label = f"fused with {source}"
-            rows.append(_Row(label, "source", partial(self._other, source), merged | {"of": source}))
+            other = merged | {"of": source, "commit": model_commit(source)}
+            rows.append(_Row(label, "source", partial(self._other, source), other))
         training = {"adaptation": self.recipe.adaptation.model_dump(mode="json")}
         for name in self.settings.rows:
             for seed in self.settings.seeds:
@@ -162,7 +177,8 @@ class _Comparison:
     def _finished(self, row: _Row) -> dict[str, Any]:
         """The row from an earlier call, or made now."""
         scored = {"domains": self.settings.domains, "tasks": self.settings.tasks, "limit": self.settings.task_limit}
-        facts = row.facts | scored | {"task_data": self.settings.task_data, "versions": library_versions()}
+        scored |= {"task_data": self.settings.task_data, "data": self.data}
+        facts = row.facts | scored | {"versions": library_versions()}
         key = stage_key(f"row {row.name}", **facts)
         store = Run(self.out)
         path = self.rows_folder / f"{key[:24]}.json"
@@ -181,7 +197,8 @@ class _Comparison:
         self.listener(Step("compare", what, done, total, unit))
 
     def _merge_key(self) -> str:
-        return stage_key("merge", recipe=self.merge_recipe.digest(), texts=self.texts.sha256, alpha=self.alpha)
+        fused = {"fuse": self.run.key("fuse"), "texts": self.run.key("texts")}
+        return stage_key("merge", recipe=self.merge_recipe.digest(), alpha=self.alpha, **fused)
 
     def _still(self, name: str, change: str | None, alpha: Alpha) -> dict[str, Any]:
         """The target with something fused into it, nothing trained."""
@@ -317,6 +334,7 @@ class _Comparison:
             "choice": self.report["fusion"].get("choice"),
             "descent": self.report["evaluation"]["descent"],
             "adaptation": self.recipe.adaptation.model_dump(mode="json"),
+            "data": self.data,
             "rows": [self._row(group, base) for group in grouped.values()],
             "added": self._added(grouped),
             "published": self.recipe.published.model_dump(mode="json") if self.recipe.published else None,

@@ -1,7 +1,7 @@
 """What can be said of a merge from the two configs alone, before any weight is read.
 
 Matched projections, sizes and licences come from the models' configs, laid out on the meta device; what the run is
-expected to take is in `tmerge.estimate`.
+expected to take is in `tmerge.preflight.estimate`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import psutil
 from huggingface_hub import constants
 
 from tmerge.errors import NotEnoughDiskError, NotEnoughMemoryError, UnsupportedModelError
-from tmerge.estimate import TOKENS_PER_TEXT, Estimate, estimate_run, widths_of
 from tmerge.models import (
     Architecture,
     ModelFacts,
@@ -31,6 +30,7 @@ from tmerge.models import (
     read_facts,
     trusts,
 )
+from tmerge.preflight.estimate import TOKENS_PER_TEXT, Estimate, estimate_run, widths_of
 from tmerge.recipe import Recipe
 
 __all__ = ["TOKENS_PER_TEXT", "Check", "Estimate", "check", "keys_of", "refuse_unfit"]

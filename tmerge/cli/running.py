@@ -1,0 +1,64 @@
+"""One command, run: one line for what a user can mend, a traceback for what they cannot."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import typer
+
+# Each module adds its commands to the app, in the order in which help lists them.
+from tmerge.cli import extending, merging, publishing, serving, training  # noqa: F401
+from tmerge.cli.shared import app
+from tmerge.cli.stopping import raise_if_stopped
+from tmerge.errors import Cancelled, NotEnoughDiskError, TmergeError
+
+__all__ = ["run"]
+
+
+def run() -> int:
+    """Run the command that the words of the command line name.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        KeyboardInterrupt: A signal has stopped it.
+        Exception: A fault of ours.
+    """
+    try:
+        result = app(standalone_mode=False)
+    except Exception as error:  # noqa: BLE001 - what is nobody's mistake is raised again by `_told`
+        raise_if_stopped()
+        return _told(error)
+    # Without its own exit, typer returns a code where a command ends itself, and for an interrupt.
+    raise_if_stopped()
+    return result if isinstance(result, int) else 0
+
+
+def _told(error: Exception) -> int:
+    """Say what a user can mend, and give its exit code; raise anything else again."""
+    if isinstance(error, TmergeError):
+        typer.echo(f"error: {error}", err=True)
+        return error.exit_code
+    if isinstance(error, typer.Abort):
+        typer.echo("stopped", err=True)
+        return Cancelled.exit_code
+    if isinstance(error, typer.TyperException):
+        # A usage error shows the command's usage with itself; the class it comes from has no public name.
+        show = getattr(error, "show", None)
+        if show is None:
+            typer.echo(f"error: {error.format_message()}", err=True)
+        else:
+            show()
+        return error.exit_code
+    # Room was looked for before; somebody else has taken it since.
+    if _disk_is_full(error):
+        typer.echo("error: the disk is full; make room, and the same command continues", err=True)
+        return NotEnoughDiskError.exit_code
+    raise error
+
+
+def _disk_is_full(error: Exception) -> bool:
+    # safetensors says it in words alone.
+    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)

@@ -1,0 +1,66 @@
+"""YAML as recipes are written in it: no key twice, and every number a number."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from tmerge.errors import RecipeError
+
+__all__ = ["load_yaml"]
+
+
+class _KeyTwiceError(yaml.MarkedYAMLError):
+    pass
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but for a key that is given twice: YAML lets the last one win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        first: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            written = (key.tag, str(key.value))
+            if written in first:
+                raise _KeyTwiceError(
+                    problem=f"the key {key.value!r} is given twice, first in line {first[written]}; keep one of them",
+                    problem_mark=key.start_mark,
+                )
+            first[written] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 has no number without a point before its exponent: 1e-6 would be a word. YAML 1.2 has.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """What a YAML document holds.
+
+    Args:
+        text: The document.
+        where: Named in the error.
+
+    Raises:
+        RecipeError: It is no YAML, gives a key twice, or holds a value that cannot be read; one line, with the line's
+            number.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except _KeyTwiceError as error:
+        raise RecipeError(f"{where}{_line(error)}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "unreadable"
+        raise RecipeError(f"{where}{_line(error)}: not YAML ({problem})") from None
+    except (ValueError, RecursionError):  # a date that is none, brackets without end
+        raise RecipeError(f"{where}: a value in it cannot be read; quote it") from None
+
+
+def _line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return "" if mark is None else f", line {mark.line + 1}"
