@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from tmerge.documents import json_text
 
 __all__ = [
     "BaseOption",
@@ -55,8 +56,8 @@ RunArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One JSON document on stdout."""
-    typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
+    """One strict JSON document on stdout."""
+    typer.echo(json_text(document, indent=1, ensure_ascii=False))
 
 
 def quiet_libraries() -> None:
