@@ -1,15 +1,21 @@
 """What can be said from the configs alone, and what is refused before anything is read."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.pico import PICO_RARE, save_pico
 from tmerge import adapted
 from tmerge.errors import UnsupportedModelError
 from tmerge.models import model_commit, read_facts
 from tmerge.pipeline import merge
+from tmerge.plots import norm_ratios
+from tmerge.plots.data import norms_data
+from tmerge.plots.words import ratio_rows
 from tmerge.preflight.check import check, keys_of, refuse_unfit
 from tmerge.preflight.speed import Timing
 from tmerge.recipe import Recipe
@@ -123,6 +129,38 @@ def test_the_estimate_names_bytes_that_a_run_then_takes(models, tmp_path):
     # Within a factor of three: headers, potentials and costs are not counted, and weigh on a pico model.
     assert estimate.disk_bytes / 3 < taken < estimate.disk_bytes * 3
     assert estimate.seconds > 0
+
+
+def test_a_side_head_is_said_in_report_and_card_and_a_zero_block_has_no_norm_ratio(models, tmp_path):
+    target = save_pico("llama", tmp_path / "target")
+    tensors = load_file(target / "model.safetensors")
+    tensors["v_head.summary.weight"] = torch.ones(1, 64)
+    # As blocks that were added to a model begin.
+    tensors["model.layers.1.self_attn.o_proj.weight"].zero_()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    sections = {
+        "calibration": {"dataset": "samples:malay", "max_tokens": 32, "held_out": 0.3},
+        "evaluation": {"bootstrap": 100, "controls": []},
+        "fusion": {"projections": ["v", "o"], "alpha": 0.1, "stream": False},
+    }
+    recipe = Recipe.from_mapping({"target": str(target), "source": str(models / "gpt2"), **sections})
+    report = merge(recipe, tmp_path / "fused")
+    side = "the target's files hold a value head (v_head.summary.weight), which a merge leaves out"
+    assert side in report["notes"]
+    card = (tmp_path / "fused" / "README.md").read_text()
+    assert r"a value head (v\_head.summary.weight), which a merge leaves out" in card
+    ratios = report["fusion"]["projections"]["o"]["norm_ratio"]
+    assert ratios[1] is None and ratios[0] > 0
+    assert any("o neurons are all zero in layer 1: " in note for note in report["notes"])
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    written = json.loads((tmp_path / "fused" / "tmerge" / "report.json").read_text(), parse_constant=refuse)
+    assert written["fusion"]["projections"]["o"]["norm_ratio"] == ratios and "undefined" not in written
+    assert norms_data(report).count("o,1,,") == 1
+    assert [row[2] for row in ratio_rows(report)][1].endswith(f"to {ratios[0]:.2g}")
+    norm_ratios(report)
 
 
 def test_feature_keys_are_shared():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ __all__ = [
     "build_report",
     "library_versions",
     "peak_memory",
+    "ratio_words",
     "relatedness_words",
     "solved_words",
     "summary",
@@ -85,6 +86,14 @@ def build_report(
             f"tolerance (worst marginal violation {solved['worst_marginal_violation']:.1e}): raise "
             "transport.max_iterations or transport.epsilon"
         )
+    for name, ratios in notes["fuse"]["norm_ratios"].items():
+        if zero := [
+            str(layer) for layer, ratio in zip(notes["fuse"]["layers"][name], ratios, strict=True) if ratio is None
+        ]:
+            remarks.append(
+                f"the target's own {name} neurons are all zero in layer{'s' * (len(zero) > 1)} {', '.join(zero)}: what "
+                "was transported has no norm to be held against there (norm_ratio null)"
+            )
     if solved.get("relatedness") is not None:
         remarks.append(relatedness_words(solved["relatedness"]))
     choice = notes["choose"]["choice"] if "choose" in notes else None
@@ -184,6 +193,12 @@ def alpha_words(fusion: Mapping[str, Any]) -> str:
         return str(fusion["alpha"])
     chosen = ", ".join(f"{name} {alpha:g}" for name, alpha in fusion["choice"]["alpha"].items())
     return f"{fusion['alpha']} ({chosen})"
+
+
+def ratio_words(ratios: Sequence[float | None]) -> str:
+    """A projection's norm ratios in words: the smallest to the largest of those that there are."""
+    known = [ratio for ratio in ratios if ratio is not None]
+    return f"{min(known):.2g} to {max(known):.2g}" if known else "undefined: its own are zero"
 
 
 def summary(report: Mapping[str, Any]) -> str:

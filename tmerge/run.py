@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tmerge.documents import json_text
 from tmerge.errors import OutputExistsError, RunNotFoundError
 from tmerge.recipe import Recipe, load_recipe
 
@@ -45,8 +46,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """`write_text` of a JSON document."""
-    write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    """`write_text` of a strict JSON document (`json_text`)."""
+    write_text(path, json_text(data, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

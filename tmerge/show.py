@@ -15,7 +15,7 @@ from rich.table import Table
 from tmerge.hub import PushPlan
 from tmerge.pipeline import Listener, Step
 from tmerge.preflight.check import Check
-from tmerge.report import alpha_words, solved_words, summary
+from tmerge.report import alpha_words, ratio_words, solved_words, summary
 from tmerge.session import NOTE
 from tmerge.tables import added_words
 
@@ -131,9 +131,7 @@ def show_report(report: Mapping[str, Any], folder: str | Path) -> None:
     for heading in ("projection", "neurons", "transported / own norm", "bias"):
         moved.add_column(heading)
     for name, item in fusion["projections"].items():
-        ratios = item["norm_ratio"]
-        spread = f"{min(ratios):.3g} to {max(ratios):.3g}"
-        moved.add_row(name, f"{item['neurons']} of {item['of']}", spread, item["bias"])
+        moved.add_row(name, f"{item['neurons']} of {item['of']}", ratio_words(item["norm_ratio"]), item["bias"])
     console.print(moved)
     if "descent" in evaluation:
         console.print(_descent(evaluation["descent"]))

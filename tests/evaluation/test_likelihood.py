@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.pico import pico_model, pico_tokenizer
-from tmerge.errors import TokenizerError
+from tmerge.errors import DeviceError, TokenizerError
 from tmerge.evaluation import score_texts
 from tmerge.models import LoadedModel, ModelReference
 
@@ -83,3 +83,21 @@ def test_no_token_to_start_from_is_said():
     one.tokenizer.eos_token = None
     with pytest.raises(TokenizerError, match="neither a BOS nor an EOS"):
         score_texts(one, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [(torch.float32, "lower fusion.alpha, or use another model"), (torch.float16, "set dtype: float32")],
+)
+def test_a_score_that_is_not_finite_is_named_with_its_text(dtype, remedy):
+    """Only the second text has the token whose row is spoilt, as an overflow on the way would spoil it."""
+    one = loaded()
+    one.model.to(dtype)
+    (token,) = set(one.tokenizer("A")["input_ids"]) - set(one.tokenizer(TEXTS[0])["input_ids"])
+    with torch.no_grad():
+        one.model.get_input_embeddings().weight[token] = torch.inf
+    with pytest.raises(DeviceError) as caught:
+        score_texts(one, [TEXTS[0], "AA"])
+    name = str(dtype).removeprefix("torch.")
+    assert str(caught.value).startswith(f"user/pico: the score of text 1 (1 of 2) is not finite, in {name}; ")
+    assert str(caught.value).endswith(remedy)

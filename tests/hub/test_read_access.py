@@ -71,6 +71,10 @@ for name in ("nothing", "gated", "broken", "pickles", "ggufs", "adapter", "trunc
     case(name, lambda: loaded(f"user/{name}"))
 case("facts gated", lambda: facts("user/gated"))
 case("facts pickles", lambda: facts("user/pickles"))
+case("facts headless", lambda: facts("user/headless"))
+case("packed", lambda: loaded("user/packed"))
+case("facts packed", lambda: facts("user/packed"))
+case("facts with a value head", lambda: {"side": [str(part) for part in read_facts("user/valued").side]})
 case("unknown revision", lambda: loaded("user/pico@v9"))
 case("no tokenizer", lambda: loaded("user/mute"))
 
@@ -135,6 +139,13 @@ def hub_results(tmp_path_factory):
     tensors = load_file(headless / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, headless / "model.safetensors", metadata={"format": "pt"})
+    tensors["lm_head.weight"] = torch.zeros(384, 64)
+    packed = tensors | {"lm_head.weight": torch.zeros(384, 64, dtype=torch.int8), "lm_head.SCB": torch.ones(384)}
+    valued = tensors | {"v_head.summary.weight": torch.ones(1, 64)}
+    odd = {}
+    for name, held in (("packed", packed), ("valued", valued)):
+        save_file(held, root / f"{name}.safetensors", metadata={"format": "pt"})
+        odd[name] = (root / f"{name}.safetensors").read_bytes()
     sharded = save_pico("llama", root / "sharded", seed=4, max_shard_size="50KB")
     repos = {
         "user/pico": pico,
@@ -148,6 +159,8 @@ def hub_results(tmp_path_factory):
         "user/adapter": variant("adapter", drop=["config.json"], add={"adapter_config.json": "{}"}),
         "user/truncated": variant("truncated", add={"model.safetensors": weights[:-100]}),
         "user/mute": variant("mute", drop=["tokenizer.json", "tokenizer_config.json"]),
+        "user/packed": variant("packed", add={"model.safetensors": odd["packed"]}),
+        "user/valued": variant("valued", add={"model.safetensors": odd["valued"]}),
         "user/code": variant("code", add={"config.json": json.dumps(own), "modeling.py": MODELING}),
     }
     commits["sharded"] = repos["user/sharded"].commit(sharded)
@@ -208,6 +221,10 @@ def test_facts_come_without_the_weights(hub_results, case):
     assert 0 < sizes - exact < 8192
 
 
+def test_a_side_head_of_a_repo_is_named_from_its_headers(hub_results):
+    assert hub_results["cases"]["facts with a value head"] == {"side": ["a value head (v_head.summary.weight)"]}
+
+
 @pytest.mark.parametrize(
     ("case", "error", "words"),
     [
@@ -222,6 +239,9 @@ def test_facts_come_without_the_weights(hub_results, case):
         ("adapter", "CheckpointError", ["adapter", "merge_and_unload"]),
         ("truncated", "CheckpointError", ["model.safetensors", "truncated", "download"]),
         ("headless", "CheckpointError", ["lm_head.weight"]),
+        ("facts headless", "CheckpointError", ["'user/headless' lacks 1 of the weights", "lm_head.weight"]),
+        ("packed", "CheckpointError", ["'user/packed' stores quantised weights as I8 (lm_head.weight)"]),
+        ("facts packed", "CheckpointError", ["'user/packed' stores quantised weights as I8 (lm_head.weight)"]),
         ("no tokenizer", "TokenizerError", ["user/mute", "no tokenizer files"]),
         ("own code refused", "UnsupportedModelError", ["trust_remote_code: [user/code]"]),
         ("wrong token", "GatedModelError", ["user/pico", "does not accept this token", "hf auth login"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tmerge.cli.stopping import raise_if_stopped
+from tmerge.documents import json_text
 from tmerge.version import VERSION
 
 __all__ = [
@@ -90,8 +90,8 @@ def progress() -> Iterator[Any]:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One JSON document on stdout."""
-    typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
+    """One strict JSON document on stdout."""
+    typer.echo(json_text(document, indent=1, ensure_ascii=False))
 
 
 def quiet_libraries() -> None:

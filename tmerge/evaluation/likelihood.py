@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tmerge.calibration import length_batches, padded, token_limit
-from tmerge.errors import NotEnoughMemoryError, TokenizerError
+from tmerge.errors import DeviceError, NotEnoughMemoryError, TokenizerError
 from tmerge.models import LoadedModel
 
 __all__ = ["Scores", "score_texts"]
@@ -85,6 +85,7 @@ def score_texts(
     Raises:
         TokenizerError: The tokenizer has neither a begin- nor an end-of-text token to start from.
         NotEnoughMemoryError: A batch did not fit.
+        DeviceError: The model's forward gives a score that is not finite, in the dtype that it computes in.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -123,8 +124,22 @@ def score_texts(
         ) from None
     finally:
         model.train(was_training)
+    _check_finite(loaded, bits)
     sizes = torch.tensor([len(text.encode()) for text in texts], dtype=torch.float64)
     return Scores(bits, sizes, tokens, time.perf_counter() - began)
+
+
+def _check_finite(loaded: LoadedModel, bits: Tensor) -> None:
+    """Say which text's score is not finite, rather than let one make every mean NaN."""
+    if bool(torch.isfinite(bits).all()):
+        return
+    spoilt = (~torch.isfinite(bits)).nonzero().flatten().tolist()
+    computed = str(loaded.model.dtype).removeprefix("torch.")
+    remedy = "lower fusion.alpha, or use another model" if computed == "float32" else "set dtype: float32"
+    raise DeviceError(
+        f"{loaded.reference}: the score of text {spoilt[0]} ({len(spoilt)} of {len(bits)}) is not finite, in "
+        f"{computed}; {remedy}"
+    )
 
 
 def _windows(ids: list[int], reach: int) -> Iterator[list[int]]:

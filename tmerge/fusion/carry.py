@@ -38,14 +38,15 @@ class Carried:
     Attributes:
         transported: One item per fused layer and projection, by layer.
         permuted: The same through plans whose target neurons are shuffled; empty unless asked for.
-        norm_ratios: projection -> one number per fused layer: transported over own norm of the selected neurons.
+        norm_ratios: projection -> one number per fused layer: transported over own norm of the selected neurons; None
+            where the target's own are all zero.
         biases: projection -> what became of its bias, in words.
         tensors: For the run's record: pairs, potentials, sparse plans, mass curves, selected neurons.
     """
 
     transported: list[TransportedNeurons] = field(default_factory=list)
     permuted: list[TransportedNeurons] = field(default_factory=list)
-    norm_ratios: dict[str, list[float]] = field(default_factory=dict)
+    norm_ratios: dict[str, list[float | None]] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -353,7 +354,8 @@ def _finish(carried: Carried, carrier: _Carrier, target: Architecture) -> None:
     for item in carried.transported:
         own = torch.linalg.vector_norm(read_neurons(target.layers[item.layer][item.projection], item.neurons))
         ratio = torch.linalg.vector_norm(item.weight.double()) / own.double().cpu()
-        carried.norm_ratios[item.projection].append(float(ratio))
+        # Blocks that were added to a model begin with zeros, and over nothing there is no ratio.
+        carried.norm_ratios[item.projection].append(float(ratio) if own else None)
     for projection in carrier.couplings:
         items = [item for item in carried.transported if item.projection == projection]
         carried.tensors[f"neurons.{projection}"] = torch.stack([item.neurons for item in items]).to(torch.int32)

@@ -34,6 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
+from tmerge.documents import json_text
 from tmerge.errors import RunNotFoundError
 
 __all__ = ["MASS_AT", "SparsePlans", "TransportRecord", "mass_of_top", "sparsify"]
@@ -160,7 +161,7 @@ class TransportRecord:
         """Write to a temporary name, then rename."""
         temporary = path.with_name(path.name + ".part")
         tensors = {name: tensor.contiguous() for name, tensor in sorted(self.tensors.items())}
-        save_file(tensors, temporary, metadata={"tmerge": json.dumps(self.facts, sort_keys=True)})
+        save_file(tensors, temporary, metadata={"tmerge": json_text(self.facts, sort_keys=True)})
         # safetensors makes files for their owner alone; a run's folder is to be shared like any other.
         temporary.chmod(0o644)
         os.replace(temporary, path)

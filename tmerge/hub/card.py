@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from tmerge.calibration import SAMPLES_PREFIX, sample_language_code
 from tmerge.models import ModelReference, OutputLicence, output_licence
 from tmerge.recipe import Recipe
-from tmerge.report import alpha_words, summary, training_summary
+from tmerge.report import alpha_words, ratio_words, summary, training_summary
 from tmerge.run import Run, write_text
 
 __all__ = ["FIGURES", "card_data", "card_text", "merge_licence", "published_verdict", "write_card"]
@@ -58,7 +58,7 @@ def card_text(report: Mapping[str, Any], recipe: Recipe, *, repo: str | None = N
     """
     evaluation, adapted = report["evaluation"], "adaptation" in report
     environment = Environment(undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
-    environment.filters |= {"md": _inline, "code": _code}
+    environment.filters |= {"md": _inline, "code": _code, "ratios": ratio_words}
     template = environment.from_string((resources.files("tmerge.hub") / "card.md").read_text(encoding="utf-8"))
     yaml_text = recipe.to_yaml().rstrip()
     models = [(role, _shown(report[role])) for role in _ROLES]

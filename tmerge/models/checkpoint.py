@@ -30,6 +30,7 @@ __all__ = [
     "folder_licence",
     "is_tokenizer_file",
     "read_config",
+    "read_headers",
     "read_index",
     "read_safetensors_header",
     "tokenizer_files",
@@ -179,6 +180,15 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
             f"{str(path)!r} is truncated: {size:,} of {8 + length + end:,} bytes; download or save it again"
         )
     return tensors
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """`read_safetensors_header` of several files together.
+
+    Raises:
+        CheckpointError: As that.
+    """
+    return {name: entry for path in files for name, entry in read_safetensors_header(path).items()}
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

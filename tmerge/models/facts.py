@@ -7,15 +7,17 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from tmerge.models.checkpoint import weight_files
+from tmerge.models.checkpoint import StoredTensor, read_headers, weight_files
 from tmerge.models.configs import check_config, load_config, meta_model, stored_dtype, tidy_gguf_config
 from tmerge.models.demo import demo_model
 from tmerge.models.gguf import fast_reading, read_header
-from tmerge.models.loading import Place, gguf_file
+from tmerge.models.loading import gguf_file
+from tmerge.models.place import Place
 from tmerge.models.reference import ModelReference
 from tmerge.models.remote import download_bytes, remote_headers, weight_bytes
+from tmerge.models.stored import SidePart, side_parts
 
 __all__ = ["ModelFacts", "read_facts"]
 
@@ -39,6 +41,7 @@ class ModelFacts:
         private: Whether the repo is private.
         stored: Dtype as safetensors name it -> number of values in the repo's files; None where they were not asked.
         download_bytes: What loading it would still fetch from the Hub; 0 for what is here.
+        side: Parts of the checkpoint beside the language model, which are left out.
     """
 
     reference: ModelReference
@@ -55,6 +58,7 @@ class ModelFacts:
     private: bool = False
     stored: dict[str, int] | None = None
     download_bytes: int | None = 0
+    side: tuple[SidePart, ...] = ()
 
 
 def read_facts(
@@ -64,7 +68,7 @@ def read_facts(
 
     Raises:
         TmergeError: As `load_model`, for what can be seen without the weights: not found, gated, no causal LM,
-            pickles only, truncated.
+            pickles only, truncated, quantised, not all of the model or more than it has a place for.
     """
     where = reference if isinstance(reference, ModelReference) else ModelReference.parse(reference)
     if where.kind == "gguf":
@@ -72,13 +76,19 @@ def read_facts(
     place = Place.find(where, revision_override)
     check_config(where, place.config, trust_remote_code)
     snapshot = place.snapshot
+    headers: dict[str, StoredTensor] | None
     if snapshot is None:
-        size: int | None = sum(path.stat().st_size for path in weight_files(place.folder))
-        headers = None
+        files = weight_files(place.folder)
+        size: int | None = sum(path.stat().st_size for path in files)
+        headers = read_headers(files)
     else:
         size, headers = weight_bytes(snapshot), remote_headers(snapshot)
     config = load_config(where, place.pretrained, place.options, trust_remote_code)
-    facts = _facts(where, config, stored_dtype(place.config, headers or {}), size, place.licence(), trust_remote_code)
+    model = meta_model(config, trust_remote_code)
+    # Without the Hub there are no headers yet; loading reads them.
+    side = () if headers is None else side_parts(where, model, headers)
+    facts = _facts(where, config, model, stored_dtype(place.config, headers or {}), size, place.licence())
+    facts = replace(facts, side=side)
     if snapshot is None:
         return facts
     counts: Counter[str] = Counter()
@@ -101,20 +111,20 @@ def _gguf_facts(reference: ModelReference) -> ModelFacts:
         config = load_config(reference, folder, {"gguf_file": path.name})
     tidy_gguf_config(config)
     licence = demo_model(reference.demo).licence if reference.demo is not None else header.licence
-    return _facts(reference, config, torch.bfloat16, header.weight_bytes, licence, False)
+    return _facts(reference, config, meta_model(config), torch.bfloat16, header.weight_bytes, licence)
 
 
 def _facts(
     reference: ModelReference,
     config: PreTrainedConfig,
+    model: PreTrainedModel,
     dtype: torch.dtype,
     stored: int | None,
     licence: str | None,
-    trust_remote_code: bool,
 ) -> ModelFacts:
     decoder = config.get_text_config(decoder=True)
     # Parameters() passes over a tied tensor the second time.
-    parameters = sum(parameter.numel() for parameter in meta_model(config, trust_remote_code).parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     return ModelFacts(
         reference=reference,
         commit=None,

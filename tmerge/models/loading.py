@@ -19,26 +19,20 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging
 
 from tmerge.errors import CheckpointError, MissingExtraError, UnsupportedModelError
-from tmerge.models.checkpoint import (
-    StoredTensor,
-    file_digest,
-    folder_digest,
-    folder_licence,
-    read_config,
-    read_safetensors_header,
-    weight_files,
-)
-from tmerge.models.configs import check_config, load_config, stored_dtype, tidy_gguf_config
+from tmerge.models.checkpoint import file_digest, read_headers
+from tmerge.models.configs import check_config, load_config, meta_model, stored_dtype, tidy_gguf_config
 from tmerge.models.demo import demo_model, demo_path
 from tmerge.models.device import check_memory, memory_errors, multiplies_fast, pick_device, pick_dtype
+from tmerge.models.finite import check_finite, gguf_tensors, safetensors_tensors
 from tmerge.models.gguf import fast_reading, read_header
+from tmerge.models.place import Place
 from tmerge.models.reference import ModelReference, first_line
-from tmerge.models.remote import Snapshot, fetch, fetch_weights, hub_errors, open_repo
+from tmerge.models.remote import hub_errors
+from tmerge.models.stored import announce_what_is_there, side_parts
 from tmerge.models.tokenizers import check_tokenizer, read_tokenizer
 
 __all__ = [
     "LoadedModel",
-    "Place",
     "gguf_file",
     "load_model",
     "load_tokenizer",
@@ -95,63 +89,6 @@ class LoadedModel:
         return int(cast(torch.Tensor, self.model.get_input_embeddings().weight).shape[0])
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a checkpoint's files are: a local folder, or a snapshot in the Hub's cache.
-
-    Attributes:
-        reference: What the user asked for.
-        folder: Holds ``config.json``.
-        snapshot: Of a repo; None for a folder.
-        config: The raw ``config.json``.
-    """
-
-    reference: ModelReference
-    folder: Path
-    snapshot: Snapshot | None
-    config: dict[str, Any]
-
-    @classmethod
-    def find(cls, reference: ModelReference, revision: str | None) -> Place:
-        """Find a Hub repo's or a folder's files; of a repo only ``config.json`` is fetched."""
-        if reference.kind == "hub":
-            snapshot = open_repo(reference, revision)
-            return cls(reference, snapshot.folder, snapshot, read_config(snapshot.folder / "config.json"))
-        assert reference.path is not None
-        config = reference.path / "config.json"
-        if not config.is_file() and (ggufs := sorted(reference.path.glob("*.gguf"))):
-            raise CheckpointError(
-                f"{reference.text!r} has no config.json but GGUF files; give the path of one: {ggufs[0].name}"
-            )
-        return cls(reference, reference.path, None, read_config(config))
-
-    @property
-    def pretrained(self) -> str:
-        """What ``transformers`` is given: the repo id, for which it has special cases, or the folder."""
-        return self.reference.repo or str(self.folder)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What ``transformers`` is told beside it: of a repo, the commit."""
-        return {} if self.snapshot is None else self.snapshot.options
-
-    def weights(self) -> list[Path]:
-        """Its safetensors files, fetched if need be."""
-        return weight_files(self.folder) if self.snapshot is None else fetch_weights(self.snapshot)
-
-    def licence(self) -> str | None:
-        """The licence that its card states."""
-        if self.snapshot is None:
-            return folder_licence(self.folder / "README.md")
-        # The card is fetched although the Hub has told the licence: without a network it is all that tells it again.
-        readme = fetch(self.snapshot, "README.md")
-        return self.snapshot.licence or (None if readme is None else folder_licence(readme))
-
-    def commit(self, weights: list[Path]) -> str:
-        """As `LoadedModel.commit`."""
-        return f"sha256:{folder_digest(self.folder, weights)}" if self.snapshot is None else self.snapshot.commit
-
-
 def load_model(
     reference: str | ModelReference,
     *,
@@ -177,9 +114,10 @@ def load_model(
         ModelNotFoundError: Nothing by that name, or no way to it.
         GatedModelError: No access to the repo.
         UnsupportedModelError: Not a causal LM that this ``transformers`` knows, or stored quantised.
-        CheckpointError: Weights missing, truncated, or pickles only.
+        CheckpointError: Weights missing, truncated, not finite, quantised, without a place in the model, or pickles
+            only.
         TokenizerError: No tokenizer, or one with more tokens than the embedding has rows.
-        DeviceError: No such device or dtype here.
+        DeviceError: No such device or dtype here, or weights beyond the dtype's range.
         NotEnoughMemoryError: It does not fit.
         NotEnoughDiskError: The download does not fit.
         MissingExtraError: A package that this model needs is not installed.
@@ -192,9 +130,8 @@ def load_model(
     check_config(where, place.config, trust_remote_code)
     config = load_config(where, place.pretrained, place.options, trust_remote_code)
     weights = place.weights()
-    headers: dict[str, StoredTensor] = {}
-    for path in weights:
-        headers |= read_safetensors_header(path)
+    headers = read_headers(weights)
+    side_parts(where, meta_model(config, trust_remote_code), headers)
     number_format = pick_dtype(dtype, stored_dtype(place.config, headers))
     values = sum(tensor.nbytes // _width(tensor.dtype) for tensor in headers.values())
     check_memory(where.text, values * number_format.itemsize, there)
@@ -210,12 +147,9 @@ def load_model(
             trust_remote_code=trust_remote_code,
             **options,
         )
-    if missing := sorted(report["missing_keys"]):
-        # transformers would leave them random and say so in its log only.
-        raise CheckpointError(
-            f"{where.text!r} lacks {len(missing)} of the weights of {type(model).__name__} ({missing[0]}); it is not a "
-            "whole causal LM: use the full model"
-        )
+    # Asked again of what was really done: the headers alone may have told of it in another way.
+    announce_what_is_there(model, side_parts(where, model, headers, report))
+    check_finite(where, model, lambda: safetensors_tensors(weights))
     loaded = _finish(where, place.commit(weights), model, tokenizer, place.licence(), there)
     return _widened(loaded, widen and dtype == "auto")
 
@@ -283,6 +217,7 @@ def _load_gguf(reference: ModelReference, dtype: str | torch.dtype, device: torc
             f"{reference.text!r} lacks {len(missing)} of the weights of {type(model).__name__} ({missing[0]}); "
             "use another GGUF file of the model, or its safetensors"
         )
+    check_finite(reference, model, lambda: gguf_tensors(path))
     # The weights are plain now. What remains of the packing would make transformers refuse to save them.
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)

@@ -137,7 +137,7 @@ def norm_ratios(report: Mapping[str, Any]) -> go.Figure:
         figure.add_trace(
             go.Scatter(
                 x=item["layers"],
-                y=[ratio if ratio > 0 else None for ratio in item["norm_ratio"]],  # a logarithm has no place for zero
+                y=[ratio or None for ratio in item["norm_ratio"]],  # a logarithm has no place for zero
                 name=escaped(name),
                 mode="lines+markers",
                 line={"color": PROJECTION_COLOURS.get(name, NEUTRAL), "width": 1.5},
@@ -145,7 +145,7 @@ def norm_ratios(report: Mapping[str, Any]) -> go.Figure:
                 hovertemplate=f"{escaped(name)}, layer %{{x}}: %{{y:.3g}}<extra></extra>",
             )
         )
-    ratios = [ratio for item in report["fusion"]["projections"].values() for ratio in item["norm_ratio"] if ratio > 0]
+    ratios = [ratio for item in report["fusion"]["projections"].values() for ratio in item["norm_ratio"] if ratio]
     powers = np.floor(np.log10(min([1.0, *ratios]))), np.ceil(np.log10(max([1.0, *ratios])))
     ticks = 10.0 ** np.arange(powers[0], powers[1] + 1)
     figure.add_trace(

@@ -75,7 +75,7 @@ def mass_data(record: TransportRecord) -> str:
 def norms_data(report: Mapping[str, Any]) -> str:
     """Norm ratio and number of selected neurons of every layer and projection."""
     rows = (
-        (name, layer, f"{ratio:.8g}", item["neurons"], item["of"])
+        (name, layer, "" if ratio is None else f"{ratio:.8g}", item["neurons"], item["of"])
         for name, item in report["fusion"]["projections"].items()
         for layer, ratio in zip(item["layers"], item["norm_ratio"], strict=True)
     )

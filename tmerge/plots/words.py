@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tmerge.plots.style import count
-from tmerge.report import alpha_words
+from tmerge.report import alpha_words, ratio_words
 
 __all__ = ["CAPTIONS", "facts", "findings", "model_rows", "ratio_rows", "score_rows"]
 
@@ -110,8 +110,7 @@ def model_rows(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
 def ratio_rows(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
     """Projection, neurons, smallest and largest norm ratio, what became of the bias."""
     for name, item in report["fusion"]["projections"].items():
-        ratios = item["norm_ratio"]
-        yield name, f"{item['neurons']:,} of {item['of']:,}", f"{min(ratios):.2g} to {max(ratios):.2g}", item["bias"]
+        yield name, f"{item['neurons']:,} of {item['of']:,}", ratio_words(item["norm_ratio"]), item["bias"]
 
 
 def facts(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
@@ -162,7 +161,9 @@ def _controls(evaluation: Mapping[str, Any]) -> str:
 def _arrived(report: Mapping[str, Any]) -> str:
     """What the norm ratios say about the fusion."""
     fusion = report["fusion"]
-    ratios = [ratio for item in fusion["projections"].values() for ratio in item["norm_ratio"]]
+    ratios = [ratio for item in fusion["projections"].values() for ratio in item["norm_ratio"] if ratio is not None]
+    if not ratios:
+        return "The target's own neurons are all zero, so there is no norm to hold what was transported against."
     low, high = min(ratios), max(ratios)
     sentence = f"What was transported has {low:.2g} to {high:.2g} times the norm of the neurons it is mixed into"
     if fusion["what"] == "task-vector":

@@ -131,11 +131,7 @@ def check(recipe: Recipe) -> Check:
     for role, facts in models:
         if facts.gated:
             notes.append(f"the {role}'s repo is gated: its terms must have been accepted by your account")
-        if facts.stored is not None and sum(facts.stored.values()) < facts.parameters:
-            notes.append(
-                f"the {role}'s files hold {sum(facts.stored.values()):,} values, fewer than its architecture's "
-                f"{facts.parameters:,}: what is missing would start at random"
-            )
+        notes += [f"the {role}'s files hold {part}, which a merge leaves out" for part in facts.side]
     licence = output_licence(
         target.licence,
         source.licence,

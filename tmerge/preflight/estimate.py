@@ -1,8 +1,8 @@
 """What a run is expected to take on this machine, from two configs and the machine's speed.
 
 The operations are counted, and are the same everywhere: who may run what is decided by them. Seconds are operations
-over this machine's speed, as `tmerge.preflight.speed` has measured it; they are an estimate, shown as a range, and say what they
-assume.
+over this machine's speed, as `tmerge.preflight.speed` has measured it; they are an estimate, shown as a range, and say
+what they assume.
 """
 
 from __future__ import annotations

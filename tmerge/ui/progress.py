@@ -258,7 +258,8 @@ def _score_row(name: str, item: dict[str, Any], change: dict[str, Any] | None) -
 
 
 def _median(values: Any) -> float:
-    return float(np.median(list(values.values()) if isinstance(values, dict) else values))
+    known = [value for value in (values.values() if isinstance(values, dict) else values) if value is not None]
+    return float(np.median(known)) if known else np.nan
 
 
 def files_list(run: VisitorRun) -> str:
