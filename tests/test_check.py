@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.pico import PICO_RARE, save_pico
 from tmerge import adapted
+from tmerge.calibration import sample_texts
 from tmerge.errors import UnsupportedModelError
+from tmerge.evaluation import most_scorings
 from tmerge.models import model_commit, read_facts
 from tmerge.pipeline import merge
 from tmerge.plots import norm_ratios
@@ -176,10 +178,16 @@ def test_choosing_alpha_is_part_of_the_estimate(models, monkeypatch):
         sections = {"fusion": fusion, "evaluation": {"controls": []}}
         return check(recipe_for(models, "llama", "gpt2", **sections)).estimate.seconds
 
-    fixed, auto = seconds(alpha=0.1), seconds(alpha="auto", alphas=[0.1])
-    more = seconds(alpha="auto", alphas=[0.1, 0.3])
-    # q k, v and o: three groups, and all together, each scored once more for a second alpha.
-    assert more - auto == pytest.approx(4 / 5 * (auto - fixed)) and auto > fixed
+    fixed = seconds(alpha=0.1)
+    one, two, five = (
+        seconds(alpha="auto", alphas=alphas) for alphas in ([0.1], [0.1, 0.3], [0.01, 0.03, 0.1, 0.3, 1.0])
+    )
+    assert fixed < one < two < five
+    texts = len(sample_texts("english"))
+    choosing = round((texts - round(0.2 * texts)) * 0.2)
+    raced = [most_scorings(count, choosing) for count in (1, 2, 5)]
+    assert raced[0] == 1 and raced[2] < 2.3  # of five alphas, half drop out after each round
+    assert (five - one) / (two - one) == pytest.approx((raced[2] - raced[0]) / (raced[1] - raced[0]))
 
 
 def test_a_recipe_that_is_pinned_to_commits_trusts_what_it_did_before(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.pico import save_pico
-from tmerge import speed
+from tmerge.preflight import speed
 from tmerge.preflight.check import check
 from tmerge.preflight.estimate import _MOST, Estimate
 from tmerge.preflight.speed import SPEED_FILE, Timing, timing_of

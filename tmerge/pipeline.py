@@ -33,6 +33,7 @@ from tmerge.fusion import (
     Alpha,
     TransportedNeurons,
     TransportRecord,
+    alpha_of,
     carry,
     fuse,
     load_transported,
@@ -297,7 +298,8 @@ class _Merge(Session):
         texts, transported = self.cut(self.texts.choosing), self._transported()
 
         def score(what: str, rows: Sequence[int]) -> Scores:
-            return self.score("target", "choose", f"choosing: {what}", [texts[row] for row in rows])
+            chosen = [texts[row] for row in rows]
+            return self.score("target", "choose", f"choosing: {what}", chosen, finite=False)
 
         with without_unchanged_layers(self.model("target").model, unchanged_layers(transported)):
             choice = choose_alpha(
@@ -326,15 +328,17 @@ class _Merge(Session):
             "noise": lambda: noise(layers, fused, self.recipe.seed),
             "permuted": self._permuted,
         }
-        scores = {}
-        with without_unchanged_layers(self.model("target").model, unchanged_layers(fused)):
-            for name in ("fused", *self.recipe.evaluation.controls):
-                with applied(layers, fused if name == "fused" else candidates[name](), alpha):
-                    scores[name] = self.score("target", "evaluate", f"{name}: held-out texts")
-        forward = sum(result.seconds for result in scores.values())
-        self.notes["evaluate"] = {
-            "scores": {name: _note_scores(result) for name, result in scores.items()},
-        }
+        names, scores, forward = ("fused", *self.recipe.evaluation.controls), {}, 0.0
+        if any(alpha_of(alpha, item.projection) for item in fused):
+            with without_unchanged_layers(self.model("target").model, unchanged_layers(fused)):
+                for name in names:
+                    with applied(layers, fused if name == "fused" else candidates[name](), alpha):
+                        result = self.score("target", "evaluate", f"{name}: held-out texts")
+                    scores[name], forward = _note_scores(result), forward + result.seconds
+        else:  # every one of them is the target, which was scored when it was read
+            scores = dict.fromkeys(names, self.notes["target"]["scores"])
+            self.step("evaluate", "nothing is fused: the scores are the target's", 1, 1, "models")
+        self.notes["evaluate"] = {"scores": scores}
         if self.recipe.evaluation.descent:
             began = time.perf_counter()
             self.notes["evaluate"]["descent"] = self._descent(fused)

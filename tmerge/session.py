@@ -296,12 +296,15 @@ class Session:
         limit = _SCORED_CHARACTERS * self.recipe.calibration.max_tokens
         return [text[:limit] for text in texts[: self.recipe.evaluation.texts]]
 
-    def score(self, role: str, stage: str, what: str, texts: Sequence[str] | None = None) -> Scores:
+    def score(
+        self, role: str, stage: str, what: str, texts: Sequence[str] | None = None, *, finite: bool = True
+    ) -> Scores:
         """Score a model, as it is in memory now, on the held-out texts, or on others."""
         return score_texts(
             self.model(role),
             self.held_out() if texts is None else texts,
             batch_tokens=self.recipe.calibration.batch_tokens,
+            finite=finite,
             progress=lambda done, total: self.step(stage, what, done, total, "texts"),
         )
 

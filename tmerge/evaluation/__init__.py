@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tmerge.evaluation.choose import PROJECTION_GROUPS, Choice, Trial, choose_alpha
+from tmerge.evaluation.choose import PROJECTION_GROUPS, Choice, Trial, choose_alpha, most_scorings
 from tmerge.evaluation.controls import Control, applied, control_generator, noise, shrink
 from tmerge.evaluation.descent import Descent, descent_cosines
 from tmerge.evaluation.intervals import Interval, Verdict, difference, resamples, score, verdict
@@ -23,6 +23,7 @@ __all__ = [
     "applied",
     "control_generator",
     "difference",
+    "most_scorings",
     "noise",
     "resamples",
     "score",

@@ -1,12 +1,12 @@
 """``fusion.alpha: auto``: how strongly each group of projections is fused, chosen on texts that serve nothing else.
 
 The groups are taken in turn, from all zero. For each, the alphas race against the groups before it fused as chosen,
-and against each other, by successive halving (Karnin, Koren and Somekh 2013): all are scored on an eighth of the texts,
-and each time the texts double, the worse half drops out, and besides whatever can no longer win: an alpha whose gain
-over all texts, predicted from those seen, will hardly be clear of zero, or hardly the greatest. One that is left after
-all texts is taken if what it gains is clear of zero, by an interval that allows for how many are tried. At last all
-groups are fused alike, since what fine-tuning changed in one projection counts on what it changed in the others, and
-that is taken if it clearly gains on what the groups found for themselves.
+and against each other, by successive halving (Karnin, Koren and Somekh 2013): all are scored on a sixteenth of the
+texts, and each time the texts double, the worse half drops out, and besides whatever can no longer win: an alpha whose
+gain over all texts, predicted from those seen, will hardly be clear of zero, or hardly the greatest; or whose scores
+are not finite. One that is left after all texts is taken if what it gains is clear of zero, by an interval that allows
+for how many are tried. At last all groups are fused alike, since what fine-tuning changed in one projection counts on
+what it changed in the others, and that is taken if it clearly gains on what the groups found for themselves.
 Dropping out early can only cost a gain, never feign one: what is chosen was scored on all choosing texts, and is better
 than the base on them or is the base.
 """
@@ -22,20 +22,22 @@ from typing import Any
 import torch
 
 from tmerge.evaluation.controls import applied
-from tmerge.evaluation.intervals import Interval, can_still_gain, clearly_gains, difference, resamples
+from tmerge.evaluation.intervals import Interval, chance_to_gain, clearly_gains, difference, resamples
 from tmerge.evaluation.likelihood import Scores
 from tmerge.fusion import TransportedNeurons
 from tmerge.models import STREAM, Projection, group_of
 
-__all__ = ["PROJECTION_GROUPS", "Choice", "Trial", "choose_alpha"]
+__all__ = ["PROJECTION_GROUPS", "Choice", "Trial", "choose_alpha", "most_scorings"]
 
 PROJECTION_GROUPS: tuple[tuple[str, ...], ...] = (("q", "k"), ("v",), ("o",), ("gate", "up"), ("down",), (STREAM,))
 """What is fused with one alpha: q and k make the attention scores together, gate and up the MLP's hidden neurons; and
 embeddings and norms, where a task vector has them."""
 
-# Fewest texts of a first round; where there are many, it is one in so many of them.
-_FEWEST = 8
-_FIRST_SHARE = 8
+# The first round has this part of the texts, halved so often, but not fewer than these.
+_HALVINGS = 4
+_FEWEST = 5
+# What is less likely than this is not waited for.
+_HARDLY = 0.025
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,11 @@ def choose_alpha(
             count = len(scores.bits)
             gain = difference(scores, best.first(count), resamples(count, bootstrap, seed))
             trials.append(Trial(members, alpha, gain, count))
-        clear = [alpha for alpha in running if clearly_gains(tried[alpha], best, chances=chances, seed=seed)]
+        clear = [
+            alpha
+            for alpha in running
+            if _is_finite(tried[alpha]) and clearly_gains(tried[alpha], best, chances=chances, seed=seed)
+        ]
         if clear:
             found = min(clear, key=lambda alpha: tried[alpha].bits_per_byte)
             chosen.update(dict.fromkeys(members, found))
@@ -145,17 +151,29 @@ def choose_alpha(
     return Choice(chosen, trials, gain, seconds)
 
 
+def most_scorings(alphas: int, texts: int) -> float:
+    """How often all choosing texts are scored for one group, at most: where no alpha drops out but by halving."""
+    scored, running = 0, alphas
+    for begin, end in pairwise((0, *_rounds(texts))):
+        scored += running * (end - begin)
+        running = math.ceil(running / 2)
+    return scored / max(texts, 1)
+
+
 def _rounds(texts: int) -> Iterator[int]:
-    """How many texts have been seen after each round."""
-    end = max(_FEWEST, math.ceil(texts / _FIRST_SHARE))
-    while end < texts:
-        yield end
-        end *= 2
+    """How many texts have been seen after each round: about a sixteenth, an eighth, ... all."""
+    for halvings in range(_HALVINGS, 0, -1):
+        end = math.ceil(texts / 2**halvings)
+        if end >= _FEWEST:
+            yield end
     yield texts
 
 
 def _still_running(seen: dict[float, Scores], best: Scores, *, of: int, level: float) -> list[float]:
     """The better half of some alphas, as far as each can still win.
+
+    Ranked by what taking them may bring: the gain seen, times the chance that it will be clear. A small alpha whose
+    gain is sure goes before a larger one that gains more here and there.
 
     Args:
         seen: alpha -> its scores on the first n of N texts.
@@ -163,11 +181,22 @@ def _still_running(seen: dict[float, Scores], best: Scores, *, of: int, level: f
         of: N.
         level: At which a gain over all N texts has to be clear.
     """
-    ranked = sorted(seen, key=lambda alpha: seen[alpha].bits_per_byte)
-    leader = seen[ranked[0]]
+    finite = {alpha: scores for alpha, scores in seen.items() if _is_finite(scores)}
+    chance = {alpha: chance_to_gain(scores, best, of=of, level=level) for alpha, scores in finite.items()}
+    gain = {alpha: best.bits_per_byte - scores.bits_per_byte for alpha, scores in finite.items()}
+    able = [alpha for alpha in finite if chance[alpha] >= _HARDLY]
+    ranked = sorted(able, key=lambda alpha: (-gain[alpha] * chance[alpha], alpha))[: math.ceil(len(seen) / 2)]
+    sure = [alpha for alpha in ranked if chance[alpha] >= 1 - _HARDLY]
+    if not sure:
+        return sorted(ranked)
+    leader = max(sure, key=lambda alpha: gain[alpha])
     return sorted(
         alpha
-        for alpha in ranked[: math.ceil(len(ranked) / 2)]
-        if can_still_gain(seen[alpha], best, of=of, level=level)
-        and (alpha == ranked[0] or can_still_gain(seen[alpha], leader, of=of, level=0.5))
+        for alpha in ranked
+        if alpha == leader or chance_to_gain(finite[alpha], finite[leader], of=of, level=0.5) >= _HARDLY
     )
+
+
+def _is_finite(scores: Scores) -> bool:
+    """Whether the model computed at all: fused strongly, one in float16 may overflow."""
+    return bool(torch.isfinite(scores.bits).all())

@@ -12,6 +12,7 @@ from statistics import NormalDist
 from typing import Literal
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from tmerge.evaluation.likelihood import Scores
@@ -19,7 +20,7 @@ from tmerge.evaluation.likelihood import Scores
 __all__ = [
     "Interval",
     "Verdict",
-    "can_still_gain",
+    "chance_to_gain",
     "clearly_gains",
     "difference",
     "resamples",
@@ -33,7 +34,6 @@ Verdict = Literal["helps", "hurts", "no difference"]
 # Resamples that lie beyond a quantile that is read: it then scatters by a fifth of its own probability.
 _BEYOND_THE_QUANTILE = 25
 _RESAMPLES_AT_ONCE = 4096
-_TWO_SIDED_95 = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
@@ -135,16 +135,16 @@ def upper_bound(scores: Scores, base: Scores, *, level: float, seed: int) -> flo
     return float(gain - torch.quantile(studentised, level, interpolation="lower") * error)
 
 
-def can_still_gain(scores: Scores, base: Scores, *, of: int, level: float) -> bool:
-    """Whether a model, seen on the first n of N texts, may still turn out better than another on all of them.
+def chance_to_gain(scores: Scores, base: Scores, *, of: int, level: float) -> float:
+    """How likely a model, seen on the first n of N texts, is to be clearly better than another on all of them.
 
     The difference over all N is predicted from the n: it will lie about the one seen with the standard error
-    s sqrt((N - n) / (N n)), s the deviation of a text's difference. "May" is within two of them (one in forty).
+    s sqrt((N - n) / (N n)), s the deviation of a text's difference, which n texts tell with n - 1 degrees of freedom.
 
     Args:
         scores: Of the model, on the first n texts.
         base: Of the other, on the same.
-        of: N.
+        of: N, more than n.
         level: One-sided, at which the gain over all N will have to be clear of zero; 0.5 asks only for a gain.
     """
     change = _paired(scores, base)
@@ -152,9 +152,11 @@ def can_still_gain(scores: Scores, base: Scores, *, of: int, level: float) -> bo
     gain = change.sum() / base.bytes.sum()
     error = _standard_error((change - gain * base.bytes).square().sum(), base.bytes.sum(), texts)
     deviation = float(error) * texts**0.5
-    likely = float(gain) - _TWO_SIDED_95 * deviation * ((of - texts) / (of * texts)) ** 0.5
-    needed = NormalDist().inv_cdf(1 - level) * deviation / of**0.5
-    return likely + needed < 0
+    if deviation == 0:  # every text alike, as where nothing differs
+        return float(gain < 0)
+    needed = NormalDist().inv_cdf(1 - level) / of**0.5
+    reach = ((of - texts) / (of * texts)) ** 0.5
+    return float(stats.t.cdf((-float(gain) / deviation - needed) / reach, texts - 1))
 
 
 def verdict(interval: Interval) -> Verdict:

@@ -72,6 +72,7 @@ def score_texts(
     texts: Sequence[str],
     *,
     batch_tokens: int = 2048,
+    finite: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Score every text under a causal model.
@@ -80,12 +81,13 @@ def score_texts(
         loaded: Model and tokenizer.
         texts: N texts, not empty.
         batch_tokens: Most padded tokens of one forward pass; fewer where the vocabulary is large.
+        finite: Whether a score that is not finite is refused; a candidate that overflows may simply lose.
         progress: Called with (texts done, N); may raise to stop.
 
     Raises:
         TokenizerError: The tokenizer has neither a begin- nor an end-of-text token to start from.
         NotEnoughMemoryError: A batch did not fit.
-        DeviceError: The model's forward gives a score that is not finite, in the dtype that it computes in.
+        DeviceError: With `finite`, a score that is not finite in the dtype that the model computes in.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -124,7 +126,8 @@ def score_texts(
         ) from None
     finally:
         model.train(was_training)
-    _check_finite(loaded, bits)
+    if finite:
+        _check_finite(loaded, bits)
     sizes = torch.tensor([len(text.encode()) for text in texts], dtype=torch.float64)
     return Scores(bits, sizes, tokens, time.perf_counter() - began)
 

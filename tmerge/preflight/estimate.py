@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from tmerge.calibration import SAMPLES_PREFIX, sample_texts
-from tmerge.evaluation import PROJECTION_GROUPS
+from tmerge.evaluation import PROJECTION_GROUPS, most_scorings
 from tmerge.fusion import COLUMN_PROJECTIONS, neuron_count
 from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pick_device
 from tmerge.preflight.speed import SPEED_FILE, Timing, timing_of
@@ -104,20 +104,23 @@ def widths_of(layout: Architecture, projections: list[str]) -> dict[str, list[in
     return widths
 
 
-def scorings(recipe: Recipe, projections: list[str]) -> int:
-    """How often all held-out texts are scored with a model of the target's size, the target itself included.
+def scorings(recipe: Recipe, projections: list[str], held_out: int, choosing: int) -> float:
+    """How often all held-out texts are scored with a model of the target's size, at most, the target itself included.
 
     Args:
         recipe: Of the run.
         projections: That are fused.
+        held_out: How many texts decide the verdict.
+        choosing: How many texts serve to choose alpha.
     """
-    scored = 1 + 1 + len(recipe.evaluation.controls)
+    scored = 1.0 + 1 + len(recipe.evaluation.controls)
     if recipe.fusion.alpha == "auto":
-        # The base once, and every alpha for all groups of projections together and for each that has one here.
+        # The base once, and the alphas for all groups of projections together and for each that has one here.
         named = {*projections, STREAM} if recipe.fusion.stream else set(projections)
         groups = sum(not named.isdisjoint(group) for group in PROJECTION_GROUPS)
         groups += groups > 1
-        scored += 1 + groups * len(recipe.fusion.alphas)
+        tried = 1 + groups * most_scorings(len(recipe.fusion.alphas), choosing)
+        scored += tried * choosing / max(held_out, 1)
     return scored
 
 
@@ -144,7 +147,8 @@ def estimate_run(
     texts = _most_texts(recipe.calibration.dataset, recipe.calibration.texts)
     held_out = min(recipe.evaluation.texts, round(texts * recipe.calibration.held_out))
     # With another run's plan nothing is calibrated: the models only read what is held out.
-    read = texts - held_out
+    apart = round((texts - held_out) * recipe.calibration.choosing) if recipe.fusion.alpha == "auto" else 0
+    read = texts - held_out - apart
     if recipe.calibration.match_on is not None:
         read = _most_texts(recipe.calibration.match_on, recipe.calibration.texts)
     if recipe.plan is not None:
@@ -154,7 +158,7 @@ def estimate_run(
     # float16 products are emulated on most CPUs; the measured rate shows it.
     product = _product(device, dtype)
     flops = 2 * _SIDE**3 / product.seconds * _threads(device)
-    scored = scorings(recipe, projections)
+    scored = scorings(recipe, projections, held_out, min(recipe.evaluation.texts, apart))
 
     def forward(facts: ModelFacts, layout: Architecture, texts: int, scorings: float) -> float:
         """Operations to read some texts, and to score what is held out so often."""
@@ -212,7 +216,7 @@ def estimate_run(
         int(disk),
         # One commit is fetched once.
         sum({facts.commit: facts.download_bytes or 0 for facts in held}.values()),
-        f"{read + held_out} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device} at "
+        f"{read + apart + held_out} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device} at "
         f"{flops / 1e9:.0f} GFLOP/s, {_measured_words(timings)}; downloading and loading not counted",
         forward_seconds,
         reading,
