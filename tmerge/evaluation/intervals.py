@@ -12,7 +12,7 @@ from statistics import NormalDist
 from typing import Literal
 
 import torch
-from scipy import stats
+from scipy.special import stdtr
 from torch import Tensor
 
 from tmerge.evaluation.likelihood import Scores
@@ -156,7 +156,7 @@ def chance_to_gain(scores: Scores, base: Scores, *, of: int, level: float) -> fl
         return float(gain < 0)
     needed = NormalDist().inv_cdf(1 - level) / of**0.5
     reach = ((of - texts) / (of * texts)) ** 0.5
-    return float(stats.t.cdf((-float(gain) / deviation - needed) / reach, texts - 1))
+    return float(stdtr(texts - 1, (-float(gain) / deviation - needed) / reach))
 
 
 def verdict(interval: Interval) -> Verdict:

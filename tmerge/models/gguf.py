@@ -104,6 +104,13 @@ def read_header(path: Path) -> GgufHeader:
         CheckpointError: Not a GGUF file, of a version or byte order that is not read, truncated, one part of a
             split model, or packed in a way that the installed ``gguf`` does not know.
     """
+    stat = path.stat()
+    return _header_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _header_of(path: Path, size: int, changed: int) -> GgufHeader:
+    """`read_header`, once for a file of this size and time of change: a run asks for it again at every step."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise CheckpointError(f"{str(path)!r} is not a GGUF file, whatever its name: it does not start with GGUF")
@@ -116,7 +123,7 @@ def read_header(path: Path) -> GgufHeader:
             return _header(path, blob)
         except (struct.error, UnicodeDecodeError, EOFError):
             raise CheckpointError(
-                f"{str(path)!r} is truncated or damaged ({path.stat().st_size:,} bytes); download it again"
+                f"{str(path)!r} is truncated or damaged ({size:,} bytes); download it again"
             ) from None
 
 
