@@ -35,7 +35,7 @@ embeddings and norms, where a task vector has them."""
 
 # The first round has this part of the texts, halved so often, but not fewer than these.
 _HALVINGS = 4
-_FEWEST = 5
+_FEWEST = 4
 # What is less likely than this is not waited for.
 _HARDLY = 0.025
 
