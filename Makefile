@@ -12,9 +12,9 @@ demo: $(SETUP)
 	$(BIN)/tmerge demo --out fused
 	$(BIN)/tmerge inspect fused --html fused/tmerge/report.html
 
-## Lint, types, and the whole default test suite.
+## Lint, types, and the whole default test suite: a process a core, each with one thread.
 test: $(SETUP) browser lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 ## The tests that take minutes each.
 test-slow: $(SETUP) browser

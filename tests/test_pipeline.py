@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.pico import save_pico
 from tmerge.calibration import TextSet, sample_texts
-from tmerge.errors import Cancelled, TransportError
+from tmerge.errors import Cancelled, NoSharedStructureError, TransportError
 from tmerge.fusion import TransportRecord
 from tmerge.pipeline import STAGES, advance, merge
 from tmerge.recipe import Recipe
@@ -311,9 +311,20 @@ def test_a_report_says_where_the_models_read_if_all_else_was_elsewhere(pair, tmp
 
 def test_a_pair_whose_relatedness_cannot_be_asked_is_merged_all_the_same(pair, tmp_path, monkeypatch):
     def refuse(*words, **options):
-        raise TransportError("what is read and what is written differ in width")
+        raise NoSharedStructureError("what is read and what is written differ in width")
 
     monkeypatch.setattr("tmerge.solving.relatedness", refuse)
     report = merge(recipe_for(pair), tmp_path / "fused")
     assert report["transport"]["relatedness"] is None and not any("elatedness" in note for note in report["notes"])
     assert "elatedness" not in (tmp_path / "fused" / "README.md").read_text(encoding="utf-8")
+
+
+def test_features_that_cannot_be_matched_at_all_are_not_taken_for_a_pair_that_cannot_be_asked(
+    pair, tmp_path, monkeypatch
+):
+    def refuse(*words, **options):
+        raise TransportError("features are not finite: run the models with dtype float32")
+
+    monkeypatch.setattr("tmerge.solving.relatedness", refuse)
+    with pytest.raises(TransportError, match="not finite"):
+        merge(recipe_for(pair), tmp_path / "fused")

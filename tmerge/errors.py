@@ -16,6 +16,7 @@ __all__ = [
     "GatedModelError",
     "MissingExtraError",
     "ModelNotFoundError",
+    "NoSharedStructureError",
     "NotEnoughDiskError",
     "NotEnoughMemoryError",
     "OutputExistsError",
@@ -125,6 +126,10 @@ class PortTakenError(TmergeError):
 
 class TransportError(TmergeError):
     """A transport problem that has no answer: not-finite costs, marginals that do not match, eps <= 0."""
+
+
+class NoSharedStructureError(TransportError):
+    """No residual stream that two models could be matched on: it is not of one width, or no pair of layers reads it."""
 
 
 class SavedModelMismatchError(TmergeError):

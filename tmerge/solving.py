@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tmerge.calibration import FeatureStore
-from tmerge.errors import TransportError
+from tmerge.errors import NoSharedStructureError
 from tmerge.fusion import (
     FusionInputs,
     layers_with,
@@ -169,7 +169,7 @@ def measure_relatedness(session: Session) -> dict[str, Any] | None:
             seed=session.recipe.seed,
             progress=lambda done, total: session.step("transport", "relatedness", done, total, "problems"),
         )
-    except TransportError:
+    except NoSharedStructureError:
         return None
     return found.to_dict()
 

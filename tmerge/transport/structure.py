@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
-from tmerge.errors import TransportError
+from tmerge.errors import NoSharedStructureError
 from tmerge.transport.cost import standardise
 from tmerge.transport.heads import Heads, match_heads
 from tmerge.transport.matching import Correspondence, couple
@@ -185,7 +185,8 @@ def solve_structure(
         progress: Called with (layers done, all); may raise to stop.
 
     Raises:
-        TransportError: What a model reads from its residual stream and what it writes differ in width.
+        NoSharedStructureError: What a model reads from its residual stream and what it writes differ in width, or no
+            pair of layers does either.
     """
     solve = partial(couple, epsilon=epsilon, max_iterations=max_iterations, tolerance=tolerance)
     stream: Tensor | None = None
@@ -197,7 +198,7 @@ def solve_structure(
         for key in keys:
             if key in STREAM_KEYS:
                 if stream is not None and stream.shape != alike[key].shape:
-                    raise TransportError(
+                    raise NoSharedStructureError(
                         f"{key} of layer {layer} has {tuple(alike[key].shape)} neurons, other features of the residual "
                         f"stream {tuple(stream.shape)}: set transport.structure: none"
                     )
@@ -208,7 +209,9 @@ def solve_structure(
         if progress is not None:
             progress(done, len(pairs))
     if stream is None:
-        raise TransportError("no pair of layers reads or writes a residual stream; set transport.structure: none")
+        raise NoSharedStructureError(
+            "no pair of layers reads or writes a residual stream; set transport.structure: none"
+        )
     stream = stream / counted
     return solve(stream.abs()).signed(stream) if signed else solve(stream), inner
 
