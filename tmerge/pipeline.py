@@ -155,7 +155,11 @@ class _Merge(Session):
             self._fuse()
         yield "fuse"
         if auto:
-            tried = {"alphas": self.recipe.fusion.alphas, "bootstrap": self.recipe.evaluation.bootstrap}
+            tried = {
+                "alphas": self.recipe.fusion.alphas,
+                "bootstrap": self.recipe.evaluation.bootstrap,
+                "method": "halving",
+            }
             with self.stage("choose", fuse=self.keys["fuse"], **tried):
                 self._choose()
             yield "choose"

@@ -83,3 +83,29 @@ def test_layers_that_hand_on_more_than_their_output_run_every_time():
         once = calls[0]
         score_texts(model, texts)
     assert calls[0] == 2 * once > 0
+
+
+def test_layers_that_run_twice_in_a_pass_run_every_time():
+    texts = sample_texts("english")[:8]
+    model = loaded(pico_model("llama"))
+    layers = model.model.model.layers
+    inner, again = layers[1].forward, layers[0]
+
+    def looped(hidden, *args, **kwargs):
+        return inner(again(hidden, *args, **kwargs), *args, **kwargs)
+
+    layers[1].forward = looped
+    plain = score_texts(model, texts).bits
+    with without_unchanged_layers(model.model, 1):
+        for _ in range(3):
+            assert torch.equal(score_texts(model, texts).bits, plain)
+    assert layers[1].forward is looped
+
+
+def test_a_librarys_own_forward_is_there_again_afterwards():
+    model = loaded(pico_model("llama"))
+    block = model.model.model.layers[0]
+    own = block.forward = block.forward  # as accelerate's hooks leave one on the instance
+    with without_unchanged_layers(model.model, 1):
+        assert block.forward is not own
+    assert block.forward is own

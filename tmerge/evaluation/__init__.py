@@ -7,9 +7,10 @@ from tmerge.evaluation.controls import Control, applied, control_generator, nois
 from tmerge.evaluation.descent import Descent, descent_cosines
 from tmerge.evaluation.intervals import Interval, Verdict, difference, resamples, score, verdict
 from tmerge.evaluation.likelihood import Scores, score_texts
-from tmerge.evaluation.unchanged import unchanged_layers, without_unchanged_layers
+from tmerge.evaluation.unchanged import MOST_KEPT_BYTES, unchanged_layers, without_unchanged_layers
 
 __all__ = [
+    "MOST_KEPT_BYTES",
     "PROJECTION_GROUPS",
     "Choice",
     "Descent",

@@ -64,7 +64,7 @@ class Choice:
     Attributes:
         alpha: projection -> alpha, 0 included.
         trials: Everything that was tried, in order.
-        difference: The chosen model against the base on the choosing texts.
+        difference: The chosen model against the base on the choosing texts; the base itself on those that it needed.
         seconds: Of the scoring.
     """
 
@@ -119,35 +119,39 @@ def choose_alpha(
     asked = [*groups, tuple(names)] if len(groups) > 1 else groups
     chances = len(asked) * len(alphas)
     chosen = dict.fromkeys(names, 0.0)
-    base = best = score("base", order)
-    seconds, trials = base.seconds, []
+    base: Scores | None = None  # as far as it was needed, in the pieces that the alphas are scored in
+    best: Scores | None = None  # of what was chosen, on all texts; None while that is the base
+    seconds, trials = 0.0, list[Trial]()
     for members in asked:
         running, tried = sorted(alphas), dict[float, Scores]()
         for begin, end in pairwise((0, *_rounds(texts))):
+            if not running:
+                break
+            if base is None or len(base.bits) < end:
+                scores = score("base", order[begin:end])
+                seconds += scores.seconds
+                base = scores if base is None else base.followed_by(scores)
             for alpha in running:
                 with applied(layers, transported, {**chosen, **dict.fromkeys(members, alpha)}):
                     scores = score(f"{' '.join(members)} at alpha {alpha:g}", order[begin:end])
                 seconds += scores.seconds
                 tried[alpha] = tried[alpha].followed_by(scores) if begin else scores
-            if not running:
-                break
             if end < texts:
                 seen = {alpha: tried[alpha] for alpha in running}
-                running = _still_running(seen, best.first(end), of=texts, level=0.025 / chances)
+                running = _still_running(seen, (best or base).first(end), of=texts, level=0.025 / chances)
+        assert base is not None  # there is an alpha at least
+        former = best or base
         for alpha, scores in tried.items():
             count = len(scores.bits)
-            gain = difference(scores, best.first(count), resamples(count, bootstrap, seed))
+            gain = difference(scores, former.first(count), resamples(count, bootstrap, seed))
             trials.append(Trial(members, alpha, gain, count))
-        clear = [
-            alpha
-            for alpha in running
-            if _is_finite(tried[alpha]) and clearly_gains(tried[alpha], best, chances=chances, seed=seed)
-        ]
+        clear = [alpha for alpha in running if _clearly_wins(tried[alpha], former, chances, seed)]
         if clear:
             found = min(clear, key=lambda alpha: tried[alpha].bits_per_byte)
             chosen.update(dict.fromkeys(members, found))
             best = tried[found]
-    gain = difference(best, base, resamples(texts, bootstrap, seed))
+    assert base is not None  # there is a group at least
+    gain = difference(best or base, base, resamples(len(base.bits), bootstrap, seed))
     return Choice(chosen, trials, gain, seconds)
 
 
@@ -195,6 +199,10 @@ def _still_running(seen: dict[float, Scores], best: Scores, *, of: int, level: f
         for alpha in ranked
         if alpha == leader or chance_to_gain(finite[alpha], finite[leader], of=of, level=0.5) >= _HARDLY
     )
+
+
+def _clearly_wins(scores: Scores, best: Scores, chances: int, seed: int) -> bool:
+    return _is_finite(scores) and clearly_gains(scores, best, chances=chances, seed=seed)
 
 
 def _is_finite(scores: Scores) -> bool:

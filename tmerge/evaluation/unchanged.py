@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from tmerge.fusion import TransportedNeurons
 from tmerge.models import STREAM, find_block_list, group_of
 
-__all__ = ["unchanged_layers", "without_unchanged_layers"]
+__all__ = ["MOST_KEPT_BYTES", "unchanged_layers", "without_unchanged_layers"]
 
-# Bytes of hidden states that are kept; batches beyond them are computed as ever.
-_MOST = 1 << 28
+MOST_KEPT_BYTES = 1 << 28
+"""Of hidden states; batches beyond them are computed every time."""
 
 
 def unchanged_layers(transported: Sequence[TransportedNeurons]) -> int:
@@ -39,7 +39,7 @@ def without_unchanged_layers(model: PreTrainedModel, layers: int) -> Iterator[No
     """Within it, a forward pass over a batch that was seen before begins behind the first `layers` layers.
 
     Same numbers, to the bit. Layers that hand each other more than their outputs (keys and values that a later layer
-    shares) are run every time.
+    shares), or that run more than once in a forward pass, are run every time.
 
     Args:
         model: A causal LM, called with ``input_ids`` and ``attention_mask`` by name, without gradients.
@@ -51,15 +51,18 @@ def without_unchanged_layers(model: PreTrainedModel, layers: int) -> Iterator[No
     blocks = list(find_block_list(model)[1])[:layers]
     kept = _Kept()
     entering = model.register_forward_pre_hook(kept.enter, with_kwargs=True)
+    # An attribute of the instance hides the class's method; there may be one already, of a library's hooks.
+    own = [vars(block).get("forward") for block in blocks]
     for block in blocks:
-        # An instance attribute hides the class's method, and is gone when it is deleted.
         block.forward = kept.around(block.forward, last=block is blocks[-1])  # type: ignore[method-assign]
     try:
         yield
     finally:
         entering.remove()
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward  # type: ignore[method-assign]
 
 
 class _Kept:
@@ -69,19 +72,34 @@ class _Kept:
         self.outputs: dict[tuple[Any, ...], Any] = {}
         self.batch: tuple[Any, ...] = ()
         self.bytes = 0
+        self.called: set[int] = set()
+        self.given_back = self.looped = False
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         self.batch = (tuple(ids.shape), _bytes(ids), None if mask is None else _bytes(mask))
+        self.called.clear()
+        self.given_back = self.batch in self.outputs
 
     def around(self, forward: Callable[..., Any], *, last: bool) -> Callable[..., Any]:
         def shared(*args: Any, **kwargs: Any) -> Any:
-            if self.batch in self.outputs:
+            if self.given_back:
                 # The layers before the last of them pass it on as well: only the last one's output is read.
                 return _copied(self.outputs[self.batch])
+            if id(shared) in self.called:
+                # What it gives the second time depends on layers behind it.
+                self.looped = True
+                self.outputs.clear()
+            self.called.add(id(shared))
             output = forward(*args, **kwargs)
             size = _size(output)
-            if last and self.bytes + size <= _MOST and all(map(_is_plain, (*args, *kwargs.values()))):
+            if (
+                last
+                and not self.looped
+                and size
+                and self.bytes + size <= MOST_KEPT_BYTES
+                and _is_plain((args, *kwargs.values()))
+            ):
                 self.outputs[self.batch] = _copied(output)
                 self.bytes += size
             return output
@@ -102,12 +120,12 @@ def _is_plain(value: Any) -> bool:
 
 def _copied(output: Any) -> Any:
     """A copy, which the layer behind may write into."""
-    if isinstance(output, tuple):
-        return tuple(map(_copied, output))
-    return output.clone() if isinstance(output, Tensor) else output
+    return tuple(map(_copied, output)) if isinstance(output, tuple) else output if output is None else output.clone()
 
 
 def _size(output: Any) -> int:
-    if isinstance(output, tuple):
-        return sum(map(_size, output))
-    return output.nbytes if isinstance(output, Tensor) else 0
+    """Bytes of a tensor or of a tuple of tensors; 0 of anything else, which is not kept."""
+    parts = output if isinstance(output, tuple) else (output,)
+    if not all(part is None or isinstance(part, Tensor) for part in parts):
+        return 0
+    return sum(part.nbytes for part in parts if part is not None)

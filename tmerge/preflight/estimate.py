@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from tmerge.calibration import SAMPLES_PREFIX, sample_texts
-from tmerge.evaluation import PROJECTION_GROUPS, most_scorings
+from tmerge.evaluation import MOST_KEPT_BYTES, PROJECTION_GROUPS, most_scorings
 from tmerge.fusion import COLUMN_PROJECTIONS, neuron_count
 from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pick_device
 from tmerge.preflight.speed import SPEED_FILE, Timing, timing_of
@@ -208,6 +208,8 @@ def estimate_run(
     # While a control is scored there are also the control itself and the neurons that it took the place of.
     needed = weights + checkpoint + logits + problem + unpacked + 2 * record + carried + 2 * each
     needed += min(feature_bytes, 1 << 30)
+    if not set(target_layout.layers[0]).intersection(projections):
+        needed += MOST_KEPT_BYTES  # what leaves the layers that nothing changes
     memory = psutil.Process().memory_info().rss + _ALLOCATOR_SLACK * needed
     disk = checkpoint + feature_bytes + record + carried
     return Estimate(
