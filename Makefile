@@ -14,7 +14,7 @@ demo: $(SETUP)
 
 ## Lint, types, and the whole default test suite: a process a core, each with one thread.
 test: $(SETUP) browser lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 ## The tests that take minutes each.
 test-slow: $(SETUP) browser

@@ -1,8 +1,10 @@
-"""Settings that every test shares: one thread, and quiet libraries."""
+"""Settings that every test shares: one thread, quiet libraries, and what runs in one process where there are several."""
 
 from __future__ import annotations
 
 import os
+
+import pytest
 
 # Before the libraries are imported. The Hub is not switched off here, as the loopback Hub's tests need the client.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,3 +15,12 @@ import torch  # noqa: E402
 
 # A pico model's products are too small to share: where the cores are busy, two threads took seven times as long.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A file's tests share its models and runs, so they stay in one process; and so do all that drive a browser, since two
+    browsers on two cores keep each other waiting."""
+    for item in items:
+        browser = "/ui/" in item.path.as_posix() or item.path.name in {"test_plots_page.py"}
+        item.add_marker(pytest.mark.xdist_group("browser" if browser else item.path.as_posix()))

@@ -48,7 +48,8 @@ def test_a_demo_model_needs_no_file():
 
 
 @pytest.mark.parametrize("text", ["./fused", "/nowhere/fused", "~/nowhere/fused", "pico.gguf", "a/b.gguf", "fused/"])
-def test_a_path_that_is_not_there(text):
+def test_a_path_that_is_not_there(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the checkout's own demo may lie in fused/
     with pytest.raises(ModelNotFoundError, match="no such file or folder"):
         ModelReference.parse(text)
 
