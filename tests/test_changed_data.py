@@ -9,10 +9,11 @@ import pytest
 from tests.pico import save_pico
 from tests.test_pipeline import recipe_for
 from tmerge.benchmark import evaluate_models
-from tmerge.calibration import dataset_identity, sample_texts
+from tmerge.calibration import dataset_identity, read_texts, sample_texts
 from tmerge.comparison import compare
 from tmerge.errors import DatasetError, OutputExistsError
 from tmerge.pipeline import merge
+from tmerge.recipe import CalibrationSettings
 from tmerge.reproduce import reproduce
 
 
@@ -145,6 +146,59 @@ def test_a_missing_file_of_a_comparison_is_said_before_the_merge(pair, tmp_path,
     with pytest.raises(DatasetError, match="none.jsonl.*no such file"):
         compare(recipe, tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def changing(path, lines, whole):
+    """The function, and then the file is another."""
+
+    def called(*words, **options):
+        result = whole(*words, **options)
+        write(path, lines)
+        return result
+
+    return called
+
+
+def test_a_domain_that_changes_during_the_merge_is_refused(pair, tmp_path, monkeypatch):
+    domain = tmp_path / "domain.txt"
+    write(domain, sample_texts("malay")[:40])
+    recipe = recipe_for(
+        pair, compare={"rows": [], "alphas": [], "domains": {"Malay": str(domain)}}, evaluation={"descent": 4}
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr("tmerge.comparison.merge", changing(domain, sample_texts("thai")[:40], merge))
+        with pytest.raises(DatasetError, match=r"domain .*domain\.txt' changed since this comparison began") as caught:
+            compare(recipe, tmp_path / "c")
+    assert "\n" not in str(caught.value) and not list((tmp_path / "c/rows").iterdir())
+    result = compare(recipe, tmp_path / "c")
+    assert result["data"][str(domain)] == f"sha256:{sha256(domain)}"
+
+
+@pytest.mark.parametrize("when", ["merge", "tasks"])
+def test_a_task_file_that_changes_during_the_comparison_is_refused(pair, tmp_path, monkeypatch, when):
+    data, scored = tmp_path / "task.jsonl", []
+    write(data, ["one"])
+
+    def tasks(model, names, **options):
+        scored.append(names)
+        return {}
+
+    monkeypatch.setattr("tmerge.compared_data.run_tasks", changing(data, ["two"], tasks) if when == "tasks" else tasks)
+    if when == "merge":
+        monkeypatch.setattr("tmerge.comparison.merge", changing(data, ["two"], merge))
+    words = {"rows": [], "alphas": [], "tasks": ["xcopa_id"], "task_data": {"xcopa_id": str(data)}}
+    recipe = recipe_for(pair, compare=words, evaluation={"descent": 4})
+    with pytest.raises(DatasetError, match=r"task file .*task\.jsonl' changed since this comparison began"):
+        compare(recipe, tmp_path / "c")
+    assert len(scored) == (when == "tasks") and not list((tmp_path / "c/rows").iterdir())
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path):
+    data = tmp_path / "data.txt"
+    write(data, sample_texts("malay")[:60])
+    settings = CalibrationSettings(dataset=str(data), texts=60)
+    with pytest.raises(DatasetError, match=r"'data\.txt' changed while it was read"):
+        read_texts(settings, seed=0, progress=lambda done, total: done == 1 and write(data, ["another"]))
 
 
 def test_a_row_is_made_anew_where_its_source_is_another_by_now(pair, tmp_path):
