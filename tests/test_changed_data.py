@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,8 @@ from tests.test_pipeline import recipe_for
 from tmerge.benchmark import evaluate_models
 from tmerge.calibration import dataset_identity, read_texts, sample_texts
 from tmerge.comparison import compare
-from tmerge.errors import DatasetError, OutputExistsError
+from tmerge.errors import CheckpointError, DatasetError, OutputExistsError
+from tmerge.models import load_model, load_tokenizer
 from tmerge.pipeline import merge
 from tmerge.recipe import CalibrationSettings
 from tmerge.reproduce import reproduce
@@ -183,7 +185,9 @@ def test_a_task_file_that_changes_during_the_comparison_is_refused(pair, tmp_pat
         scored.append(names)
         return {}
 
-    monkeypatch.setattr("tmerge.compared_data.run_tasks", changing(data, ["two"], tasks) if when == "tasks" else tasks)
+    monkeypatch.setattr(
+        "tmerge.comparison_inputs.run_tasks", changing(data, ["two"], tasks) if when == "tasks" else tasks
+    )
     if when == "merge":
         monkeypatch.setattr("tmerge.comparison.merge", changing(data, ["two"], merge))
     words = {"rows": [], "alphas": [], "tasks": ["xcopa_id"], "task_data": {"xcopa_id": str(data)}}
@@ -241,3 +245,46 @@ def test_samples_are_known_by_their_texts(monkeypatch):
     assert before == dataset_identity(" samples:thai ") != dataset_identity("samples:malay")
     monkeypatch.setattr("tmerge.calibration.identity.sample_texts", lambda language: ["another"])
     assert dataset_identity("samples:thai") != before
+
+
+def test_rows_are_of_the_commits_that_were_merged_and_another_commit_has_others(pair, tmp_path, monkeypatch):
+    # Two models as if they were of the Hub, where a repo's main can move at any time.
+    now, loaded = ["a" * 40], []
+
+    def load(reference, *, revision_override=None, **options):
+        loaded.append(revision_override)
+        return replace(load_model(reference, **options), commit=revision_override)
+
+    def moving(*words, **options):
+        report = merge(*words, **options)
+        now[0] = "c" * 40
+        return report
+
+    monkeypatch.setattr("tmerge.preflight.check.model_commit", lambda reference: now[0])
+    monkeypatch.setattr("tmerge.session.load_model", load)
+    monkeypatch.setattr("tmerge.session.load_tokenizer", lambda reference, **options: load_tokenizer(reference))
+    monkeypatch.setattr("tmerge.comparison.merge", moving)
+    recipe = recipe_for(pair, compare={"rows": [], "alphas": []}, evaluation={"descent": 4, "controls": []})
+    made = []
+    for commit in ("a" * 40, "b" * 40):
+        now[0], loaded[:] = commit, []
+        report = compare(recipe, tmp_path / "c")
+        assert report["target"]["commit"] == report["source"]["commit"] == commit and set(loaded) == {commit}
+        made.append({path.name for path in (tmp_path / "c/rows").iterdir()} - set().union(*made))
+    assert [len(names) for names in made] == [3, 3]
+
+
+def test_a_model_that_changes_during_the_merge_is_refused(tmp_path, monkeypatch):
+    save_pico("llama", tmp_path / "target", layers=2)
+    save_pico("gpt2", tmp_path / "source", layers=2, seed=1)
+
+    def changing_model(*words, **options):
+        report = merge(*words, **options)
+        save_pico("llama", tmp_path / "target", layers=2, seed=5)
+        return report
+
+    monkeypatch.setattr("tmerge.comparison.merge", changing_model)
+    recipe = recipe_for(tmp_path, compare={"rows": [], "alphas": []}, evaluation={"descent": 4, "controls": []})
+    with pytest.raises(CheckpointError, match="target' changed since this comparison began") as caught:
+        compare(recipe, tmp_path / "c")
+    assert "\n" not in str(caught.value) and not list((tmp_path / "c/rows").iterdir())

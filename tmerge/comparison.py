@@ -26,12 +26,12 @@ import torch
 
 from tmerge.benchmark import task_entries
 from tmerge.calibration import FeatureStore, TextSet
-from tmerge.compared_data import ComparedData
+from tmerge.comparison_inputs import ComparedData, Merged, refuse_moved
 from tmerge.errors import RecipeError
 from tmerge.evaluation import Scores, applied, difference, noise, resamples, score, score_texts, shrink
 from tmerge.evaluation.tasks import TaskScore
 from tmerge.fusion import Alpha, TransportedNeurons, TransportRecord, load_transported
-from tmerge.models import LoadedModel, load_model, model_commit, trusts
+from tmerge.models import LoadedModel, load_model, model_commit
 from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
 from tmerge.report import library_versions
@@ -116,9 +116,14 @@ class _Comparison:
     def texts(self) -> TextSet:
         return TextSet.load(self.run.cache / "calibration.json")
 
+    @property
+    def commits(self) -> dict[str, str]:
+        """Of the models that were merged."""
+        return {role: str(self.report[role]["commit"]) for role in ("target", "source")}
+
     @cached_property
     def session(self) -> Session:
-        session = Session(self.merge_recipe, self.run, self.listener)
+        session = Merged(self.merge_recipe, self.run, self.listener, self.commits)
         session.texts = self.texts
         return session
 
@@ -139,7 +144,7 @@ class _Comparison:
     # -- rows ---------------------------------------------------------------------------------------------------
 
     def _rows(self) -> list[_Row]:
-        merged = {"merge": self._merge_key()}
+        merged = {"merge": self._merge_key(), "commits": self.commits}
         rows = [_Row("base", "reference", partial(self._still, "base", None, 0.0), merged)]
         for name in ("fused", *self.recipe.evaluation.controls):
             rows.append(_Row(name, "still", partial(self._still, name, name, self.alpha), merged))
@@ -150,8 +155,9 @@ class _Comparison:
                 rows.append(_Row(label, "sweep", partial(self._still, label, name, alpha), merged | facts))
         for source in self.settings.sources:
             label = f"fused with {source}"
-            other = merged | {"of": source, "commit": model_commit(source)}
-            rows.append(_Row(label, "source", partial(self._other, source), other))
+            commit = model_commit(source)
+            other = merged | {"of": source, "commit": commit}
+            rows.append(_Row(label, "source", partial(self._other, source, commit), other))
         training = {"adaptation": self.recipe.adaptation.model_dump(mode="json")}
         for name in self.settings.rows:
             for seed in self.settings.seeds:
@@ -206,12 +212,15 @@ class _Comparison:
         gc.collect()
         return result
 
-    def _other(self, source: str) -> dict[str, Any]:
+    def _other(self, source: str, commit: str) -> dict[str, Any]:
         """The same recipe with another source: its fused model."""
         folder = self.out / f"merge-{stage_key('source', source=source)[:8]}"
         recipe = Recipe.from_mapping(self.merge_recipe.model_dump(mode="json") | {"source": source})
         self.session.loaded.clear()
-        merge(recipe, folder, listener=self.listener)
+        report = merge(recipe, folder, listener=self.listener)
+        # That merge asks for the models anew, by their names.
+        refuse_moved(source, commit, report["source"]["commit"])
+        refuse_moved(self.recipe.target, self.commits["target"], report["target"]["commit"])
         model = load_model(str(folder), dtype=self.recipe.dtype, device=self.recipe.device, widen=True)
         return self._scores(model, f"fused with {source}")
 
@@ -230,13 +239,8 @@ class _Comparison:
         # A model of its own: training leaves nothing of the target as it was.
         self.session.loaded.clear()
         gc.collect()
-        model = load_model(
-            self.recipe.target,
-            dtype=self.recipe.dtype,
-            device=self.recipe.device,
-            trust_remote_code=trusts(self.recipe.trust_remote_code, self.recipe.target),
-            widen=True,
-        )
+        self.session.model("target")
+        model = self.session.loaded.pop("target")
         began = time.perf_counter()
         report = adapt(
             model,

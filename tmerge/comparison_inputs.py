@@ -1,7 +1,7 @@
-"""What a comparison scores its rows on beside the held-out texts: further domains and tasks, at what they were first.
+"""What a comparison's rows are made of beside its texts: models, further domains and tasks, as they were first.
 
-Rows are kept under what identified these data when the comparison began, and are made hours later: data that have
-become others by then are refused, and never scored under the old identity.
+Rows are kept under what identified these when the comparison began, and are made hours later: a model is loaded at the
+commit that was merged, and what has become another by then is refused, and never scored under the old identity.
 """
 
 from __future__ import annotations
@@ -12,13 +12,49 @@ from pathlib import Path
 from typing import Any
 
 from tmerge.calibration import DatasetRecord, file_identity, pinned, read_texts
-from tmerge.errors import DatasetError
+from tmerge.errors import CheckpointError, DatasetError
 from tmerge.evaluation.tasks import run_tasks
 from tmerge.models import LoadedModel
 from tmerge.recipe import Recipe
-from tmerge.session import NOTE, Listener, Step
+from tmerge.run import Run
+from tmerge.session import NOTE, Listener, Session, Step
 
-__all__ = ["ComparedData"]
+__all__ = ["ComparedData", "Merged", "refuse_moved"]
+
+
+class Merged(Session):
+    """The session of rows: its models are those that were merged, whatever their names stand for by now.
+
+    Args:
+        commits: Role -> what the merge's report says of its model.
+    """
+
+    def __init__(self, recipe: Recipe, run: Run, listener: Listener, commits: Mapping[str, str]) -> None:
+        super().__init__(recipe, run, listener)
+        self.commits = commits
+
+    def commit(self, role: str) -> str:
+        """As the merge had it; nobody is asked again."""
+        return self.commits[role]
+
+    def model(self, role: str) -> LoadedModel:
+        """As every session's; a folder, which cannot be loaded as it was, is refused where it has changed."""
+        model = super().model(role)
+        refuse_moved(getattr(self.recipe, role), self.commits[role], model.commit)
+        return model
+
+
+def refuse_moved(reference: str, before: str, now: str) -> None:
+    """Refuse a model that is another than the one that rows are kept under.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    if before != now:
+        raise CheckpointError(
+            f"model {reference!r} changed since this comparison began ({before[:19]} then, {now[:19]} now); "
+            "start the same command again, and what depends on it is done anew"
+        )
 
 
 class ComparedData:
