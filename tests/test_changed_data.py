@@ -3,16 +3,19 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from tests.pico import save_pico
 from tests.test_pipeline import recipe_for
 from tmerge.benchmark import evaluate_models
-from tmerge.calibration import dataset_identity, sample_texts
+from tmerge.calibration import dataset_identity, read_texts, sample_texts
 from tmerge.comparison import compare
-from tmerge.errors import DatasetError, OutputExistsError
+from tmerge.errors import CheckpointError, DatasetError, OutputExistsError
+from tmerge.models import load_model, load_tokenizer
 from tmerge.pipeline import merge
+from tmerge.recipe import CalibrationSettings
 from tmerge.reproduce import reproduce
 
 
@@ -147,6 +150,61 @@ def test_a_missing_file_of_a_comparison_is_said_before_the_merge(pair, tmp_path,
     assert not (tmp_path / "c").exists()
 
 
+def changing(path, lines, whole):
+    """The function, and then the file is another."""
+
+    def called(*words, **options):
+        result = whole(*words, **options)
+        write(path, lines)
+        return result
+
+    return called
+
+
+def test_a_domain_that_changes_during_the_merge_is_refused(pair, tmp_path, monkeypatch):
+    domain = tmp_path / "domain.txt"
+    write(domain, sample_texts("malay")[:40])
+    recipe = recipe_for(
+        pair, compare={"rows": [], "alphas": [], "domains": {"Malay": str(domain)}}, evaluation={"descent": 4}
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr("tmerge.comparison.merge", changing(domain, sample_texts("thai")[:40], merge))
+        with pytest.raises(DatasetError, match=r"domain .*domain\.txt' changed since this comparison began") as caught:
+            compare(recipe, tmp_path / "c")
+    assert "\n" not in str(caught.value) and not list((tmp_path / "c/rows").iterdir())
+    result = compare(recipe, tmp_path / "c")
+    assert result["data"][str(domain)] == f"sha256:{sha256(domain)}"
+
+
+@pytest.mark.parametrize("when", ["merge", "tasks"])
+def test_a_task_file_that_changes_during_the_comparison_is_refused(pair, tmp_path, monkeypatch, when):
+    data, scored = tmp_path / "task.jsonl", []
+    write(data, ["one"])
+
+    def tasks(model, names, **options):
+        scored.append(names)
+        return {}
+
+    monkeypatch.setattr(
+        "tmerge.comparison_inputs.run_tasks", changing(data, ["two"], tasks) if when == "tasks" else tasks
+    )
+    if when == "merge":
+        monkeypatch.setattr("tmerge.comparison.merge", changing(data, ["two"], merge))
+    words = {"rows": [], "alphas": [], "tasks": ["xcopa_id"], "task_data": {"xcopa_id": str(data)}}
+    recipe = recipe_for(pair, compare=words, evaluation={"descent": 4})
+    with pytest.raises(DatasetError, match=r"task file .*task\.jsonl' changed since this comparison began"):
+        compare(recipe, tmp_path / "c")
+    assert len(scored) == (when == "tasks") and not list((tmp_path / "c/rows").iterdir())
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path):
+    data = tmp_path / "data.txt"
+    write(data, sample_texts("malay")[:60])
+    settings = CalibrationSettings(dataset=str(data), texts=60)
+    with pytest.raises(DatasetError, match=r"'data\.txt' changed while it was read"):
+        read_texts(settings, seed=0, progress=lambda done, total: done == 1 and write(data, ["another"]))
+
+
 def test_a_row_is_made_anew_where_its_source_is_another_by_now(pair, tmp_path):
     save_pico("gpt2", tmp_path / "further", layers=2, seed=2)
     recipe = recipe_for(
@@ -187,3 +245,46 @@ def test_samples_are_known_by_their_texts(monkeypatch):
     assert before == dataset_identity(" samples:thai ") != dataset_identity("samples:malay")
     monkeypatch.setattr("tmerge.calibration.identity.sample_texts", lambda language: ["another"])
     assert dataset_identity("samples:thai") != before
+
+
+def test_rows_are_of_the_commits_that_were_merged_and_another_commit_has_others(pair, tmp_path, monkeypatch):
+    # Two models as if they were of the Hub, where a repo's main can move at any time.
+    now, loaded = ["a" * 40], []
+
+    def load(reference, *, revision_override=None, **options):
+        loaded.append(revision_override)
+        return replace(load_model(reference, **options), commit=revision_override)
+
+    def moving(*words, **options):
+        report = merge(*words, **options)
+        now[0] = "c" * 40
+        return report
+
+    monkeypatch.setattr("tmerge.preflight.check.model_commit", lambda reference: now[0])
+    monkeypatch.setattr("tmerge.session.load_model", load)
+    monkeypatch.setattr("tmerge.session.load_tokenizer", lambda reference, **options: load_tokenizer(reference))
+    monkeypatch.setattr("tmerge.comparison.merge", moving)
+    recipe = recipe_for(pair, compare={"rows": [], "alphas": []}, evaluation={"descent": 4, "controls": []})
+    made = []
+    for commit in ("a" * 40, "b" * 40):
+        now[0], loaded[:] = commit, []
+        report = compare(recipe, tmp_path / "c")
+        assert report["target"]["commit"] == report["source"]["commit"] == commit and set(loaded) == {commit}
+        made.append({path.name for path in (tmp_path / "c/rows").iterdir()} - set().union(*made))
+    assert [len(names) for names in made] == [3, 3]
+
+
+def test_a_model_that_changes_during_the_merge_is_refused(tmp_path, monkeypatch):
+    save_pico("llama", tmp_path / "target", layers=2)
+    save_pico("gpt2", tmp_path / "source", layers=2, seed=1)
+
+    def changing_model(*words, **options):
+        report = merge(*words, **options)
+        save_pico("llama", tmp_path / "target", layers=2, seed=5)
+        return report
+
+    monkeypatch.setattr("tmerge.comparison.merge", changing_model)
+    recipe = recipe_for(tmp_path, compare={"rows": [], "alphas": []}, evaluation={"descent": 4, "controls": []})
+    with pytest.raises(CheckpointError, match="target' changed since this comparison began") as caught:
+        compare(recipe, tmp_path / "c")
+    assert "\n" not in str(caught.value) and not list((tmp_path / "c/rows").iterdir())

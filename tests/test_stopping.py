@@ -5,14 +5,17 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.models.pico_gguf import save_pico_gguf
 from tests.pico import save_pico
 from tests.test_pipeline import digest, recipe_for
 from tmerge import cli
+from tmerge.cli import stopping
 from tmerge.pipeline import merge
 
 ROOT = Path(__file__).parents[1]
@@ -224,6 +227,62 @@ def test_a_second_signal_does_not_wait(tmp_path, number):
     code, lines = stopped(start([ready, "merge", "x.yaml"], script), number, ready)
     assert code == CODES[number]
     assert lines == [f"stopped at once; to go on: tmerge {ready} merge x.yaml"]
+
+
+@both
+@pytest.mark.parametrize("name", ["check", "merge"])
+def test_what_is_read_of_a_gguf_file_is_put_away(command, pair, tmp_path, monkeypatch, number, name):
+    # A GGUF file is read through a folder of its own, which a stop must not leave behind.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("tmerge.models.facts.load_config", send(number), raising=True)
+    save_pico_gguf(tmp_path / "source.gguf")
+    words = ["--target", tmp_path / "source.gguf", "--source", pair / "source"]
+    code, line = command(name, *words, *(["--dry-run"] if name == "merge" else []))
+    assert code == CODES[number]
+    assert line.startswith(f"stopped; nothing was changed; to start again: tmerge {name} ")
+    assert not list(tmp_path.glob("tmerge-*"))
+
+
+@pytest.mark.parametrize("words", [["inspect", "nowhere"], ["push", "nowhere", "--repo", "user/x", "--dry-run"]])
+def test_commands_that_keep_nothing_unwind(command, monkeypatch, words):
+    unwound = []
+
+    def reading(*_, **options):
+        try:
+            send(signal.SIGTERM)()
+        finally:
+            unwound.append(True)
+
+    monkeypatch.setattr("tmerge.hub.find_run", reading)
+    monkeypatch.setattr("tmerge.hub.plan_push", reading)
+    code, line = command(*words)
+    assert code == 143 and unwound
+    assert line.startswith("stopped; nothing was changed; to start again: tmerge ")
+
+
+def test_stages_of_an_earlier_call_are_not_named(tmp_path, monkeypatch):
+    # They may be of a dataset or a model that has changed since.
+    monkeypatch.setattr(sys, "argv", ["tmerge", "merge"])
+    cache = tmp_path / "tmerge/cache"
+    cache.mkdir(parents=True)
+    (cache / "texts.json").touch()
+    os.utime(cache / "texts.json", (1, 1))
+    with stopping.signals_heard():
+        assert stopping.stages_kept(tmp_path) == f"what is finished is kept in {tmp_path}; to continue: tmerge merge"
+        os.utime(cache / "texts.json", (time.time() + 1, time.time() + 1))
+        assert stopping.stages_kept(tmp_path).startswith("the finished stages (texts) are kept in ")
+
+
+def test_a_handler_that_python_did_not_set_is_left_alone(monkeypatch):
+    before = {number: signal.getsignal(number) for number in CODES}
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(signal, "getsignal", lambda number: None)
+            with stopping.signals_heard():
+                pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_signal_after_the_end_changes_nothing(command, monkeypatch):

@@ -25,17 +25,18 @@ from typing import Any
 import torch
 
 from tmerge.benchmark import task_entries
-from tmerge.calibration import DatasetRecord, FeatureStore, TextSet, file_identity, pinned, read_texts
+from tmerge.calibration import FeatureStore, TextSet
+from tmerge.comparison_inputs import ComparedData, Merged, refuse_moved
 from tmerge.errors import RecipeError
 from tmerge.evaluation import Scores, applied, difference, noise, resamples, score, score_texts, shrink
-from tmerge.evaluation.tasks import TaskScore, run_tasks
+from tmerge.evaluation.tasks import TaskScore
 from tmerge.fusion import Alpha, TransportedNeurons, TransportRecord, load_transported
-from tmerge.models import LoadedModel, load_model, model_commit, trusts
+from tmerge.models import LoadedModel, load_model, model_commit
 from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
 from tmerge.report import library_versions
 from tmerge.run import Run, stage_key, write_json, write_text
-from tmerge.session import NOTE, Listener, Session, Step
+from tmerge.session import Listener, Session, Step
 from tmerge.tables import comparison_table
 
 __all__ = ["SCHEMA", "compare"]
@@ -43,7 +44,6 @@ __all__ = ["SCHEMA", "compare"]
 SCHEMA = 1
 # The comparison's merge always says whether it points downhill: on this many calibration texts.
 _DESCENT_TEXTS = 64
-Domains = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,16 @@ class _Comparison:
             update={"evaluation": evaluation, "compare": plain, "adaptation": type(recipe.adaptation)()}
         )
         self.rows_folder = out / "rows"
-        self.record = DatasetRecord(out / "data.json", lambda words: listener(Step(NOTE, words, 1, 1, "notes")))
-        self.data: dict[str, str] = {}
+        self.data = ComparedData(recipe, out, listener)
         self.settings = recipe.compare
 
     def go(self) -> dict[str, Any]:
         # Asked first: what is missing is said before the merge has taken its hours.
-        self.data = self._identify()
+        self.data.identify()
         report = merge(self.merge_recipe, self.out / "merge", listener=self.listener)
         self.report = report
         self.rows_folder.mkdir(exist_ok=True)
-        self.record.save()
+        self.data.record.save()
         rows = [self._finished(row) for row in self._rows()]
         result = self._result(rows)
         write_json(self.out / "compare.json", result)
@@ -106,14 +105,6 @@ class _Comparison:
 
         write_text(self.out / "compare.html", comparison_page(result))
         return result
-
-    def _identify(self) -> dict[str, str]:
-        """Domains and tasks' files -> what identifies their contents."""
-        files = self.settings.task_data.values()
-        return {
-            **self.record.identify(self.settings.domains.values(), what="domain"),
-            **self.record.identify(files, lambda path: file_identity(Path(path)), what="task file"),
-        }
 
     # -- what is read once --------------------------------------------------------------------------------------
 
@@ -125,22 +116,21 @@ class _Comparison:
     def texts(self) -> TextSet:
         return TextSet.load(self.run.cache / "calibration.json")
 
+    @property
+    def commits(self) -> dict[str, str]:
+        """Of the models that were merged."""
+        return {role: str(self.report[role]["commit"]) for role in ("target", "source")}
+
     @cached_property
     def session(self) -> Session:
-        session = Session(self.merge_recipe, self.run, self.listener)
+        session = Merged(self.merge_recipe, self.run, self.listener, self.commits)
         session.texts = self.texts
         return session
 
     @cached_property
-    def domains(self) -> Domains:
-        """Held-out texts of the further domains, by name; the recipe's own come first."""
-        found: Domains = {}
-        for name, reference in self.settings.domains.items():
-            dataset = pinned(reference, self.data[reference])
-            settings = self.recipe.calibration.model_copy(update={"dataset": dataset, "config": None, "column": None})
-            texts = read_texts(settings, seed=self.recipe.seed)
-            found[name] = self.session.cut([*texts.held_out, *texts.texts])
-        return found
+    def domains(self) -> dict[str, list[str]]:
+        """Texts of the further domains, by name, cut as the held-out ones are."""
+        return {name: self.session.cut(texts) for name, texts in self.data.domains.items()}
 
     @cached_property
     def transported(self) -> list[TransportedNeurons]:
@@ -154,7 +144,7 @@ class _Comparison:
     # -- rows ---------------------------------------------------------------------------------------------------
 
     def _rows(self) -> list[_Row]:
-        merged = {"merge": self._merge_key()}
+        merged = {"merge": self._merge_key(), "commits": self.commits}
         rows = [_Row("base", "reference", partial(self._still, "base", None, 0.0), merged)]
         for name in ("fused", *self.recipe.evaluation.controls):
             rows.append(_Row(name, "still", partial(self._still, name, name, self.alpha), merged))
@@ -165,8 +155,9 @@ class _Comparison:
                 rows.append(_Row(label, "sweep", partial(self._still, label, name, alpha), merged | facts))
         for source in self.settings.sources:
             label = f"fused with {source}"
-            other = merged | {"of": source, "commit": model_commit(source)}
-            rows.append(_Row(label, "source", partial(self._other, source), other))
+            commit = model_commit(source)
+            other = merged | {"of": source, "commit": commit}
+            rows.append(_Row(label, "source", partial(self._other, source, commit), other))
         training = {"adaptation": self.recipe.adaptation.model_dump(mode="json")}
         for name in self.settings.rows:
             for seed in self.settings.seeds:
@@ -176,9 +167,7 @@ class _Comparison:
 
     def _finished(self, row: _Row) -> dict[str, Any]:
         """The row from an earlier call, or made now."""
-        scored = {"domains": self.settings.domains, "tasks": self.settings.tasks, "limit": self.settings.task_limit}
-        scored |= {"task_data": self.settings.task_data, "data": self.data}
-        facts = row.facts | scored | {"versions": library_versions()}
+        facts = row.facts | self.data.facts() | {"versions": library_versions()}
         key = stage_key(f"row {row.name}", **facts)
         store = Run(self.out)
         path = self.rows_folder / f"{key[:24]}.json"
@@ -223,12 +212,15 @@ class _Comparison:
         gc.collect()
         return result
 
-    def _other(self, source: str) -> dict[str, Any]:
+    def _other(self, source: str, commit: str) -> dict[str, Any]:
         """The same recipe with another source: its fused model."""
         folder = self.out / f"merge-{stage_key('source', source=source)[:8]}"
         recipe = Recipe.from_mapping(self.merge_recipe.model_dump(mode="json") | {"source": source})
         self.session.loaded.clear()
-        merge(recipe, folder, listener=self.listener)
+        report = merge(recipe, folder, listener=self.listener)
+        # That merge asks for the models anew, by their names.
+        refuse_moved(source, commit, report["source"]["commit"])
+        refuse_moved(self.recipe.target, self.commits["target"], report["target"]["commit"])
         model = load_model(str(folder), dtype=self.recipe.dtype, device=self.recipe.device, widen=True)
         return self._scores(model, f"fused with {source}")
 
@@ -247,13 +239,8 @@ class _Comparison:
         # A model of its own: training leaves nothing of the target as it was.
         self.session.loaded.clear()
         gc.collect()
-        model = load_model(
-            self.recipe.target,
-            dtype=self.recipe.dtype,
-            device=self.recipe.device,
-            trust_remote_code=trusts(self.recipe.trust_remote_code, self.recipe.target),
-            widen=True,
-        )
+        self.session.model("target")
+        model = self.session.loaded.pop("target")
         began = time.perf_counter()
         report = adapt(
             model,
@@ -298,7 +285,7 @@ class _Comparison:
                 progress=partial(self._step, where, unit="texts"),
             )
         return {
-            "tasks": self._tasks(model, name),
+            "tasks": self.data.score_tasks(model, partial(self._step, f"{name}: tasks", 0, 1, unit="models")),
             "bits": found[""].bits.tolist(),
             "bytes": found[""].bytes.tolist(),
             "domains": {
@@ -307,15 +294,6 @@ class _Comparison:
                 if domain
             },
         }
-
-    def _tasks(self, model: LoadedModel, name: str) -> dict[str, Any]:
-        """Every question's own result, by task."""
-        if not self.settings.tasks:
-            return {}
-        self._step(f"{name}: tasks", 0, 1, unit="models")
-        data = {task: Path(path) for task, path in self.settings.task_data.items()}
-        scores = run_tasks(model, self.settings.tasks, data=data, limit=self.settings.task_limit, seed=self.recipe.seed)
-        return {task: {"metric": item.metric, "items": item.items.tolist()} for task, item in scores.items()}
 
     def _result(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Values and paired intervals; the seeds of a trained row are averaged, text by text."""
@@ -334,7 +312,7 @@ class _Comparison:
             "choice": self.report["fusion"].get("choice"),
             "descent": self.report["evaluation"]["descent"],
             "adaptation": self.recipe.adaptation.model_dump(mode="json"),
-            "data": self.data,
+            "data": self.data.identities,
             "rows": [self._row(group, base) for group in grouped.values()],
             "added": self._added(grouped),
             "published": self.recipe.published.model_dump(mode="json") if self.recipe.published else None,

@@ -253,8 +253,7 @@ def _one_line(error: ValidationError, where: str) -> str:
     if first["type"] == "missing":
         return f"{where}: {key!r} is missing; name it in the recipe or as --{key.replace('_', '-')} REF{more}"
     message = str(first["msg"]).removeprefix("Value error, ")
-    if (
-        isinstance(first["input"], dict) and len(location) < 2
-    ):  # said of a whole section, by a validator that names its keys itself
+    # What is said of a whole section comes from a validator that names its keys itself.
+    if isinstance(first["input"], dict) and len(location) < 2:
         return f"{where}: {message}{more}"
     return f"{where}: {key} is {first['input']!r}: {message[:1].lower() + message[1:]}{more}"

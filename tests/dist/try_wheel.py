@@ -27,11 +27,18 @@ from tmerge.evaluation.tasks import _defined, _definition
 from tmerge.recipe import load_recipe, preset_names
 from tmerge.hub.card import write_card
 assert (resources.files("tmerge.hub") / "card.md").is_file() and (resources.files("tmerge") / "py.typed").is_file()
-assert len([load_recipe(name) for name in preset_names()]) == 9
+presets = preset_names()
+assert presets == PRESETS and all(load_recipe(name) for name in presets), presets
 assert sample_languages() == ["cantonese", "english", "indonesian", "malay", "thai"]
 assert all(len(sample_texts(name)) > 50 for name in sample_languages())
 assert _defined() and all(_definition(name, None) for name in _defined())
 """
+
+
+def pinned(package: str) -> str:
+    """The line of requirements.txt that pins it."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return next(line for line in lines if line.startswith(f"{package}=="))
 
 
 def main(wheel: Path) -> None:
@@ -56,7 +63,7 @@ def main(wheel: Path) -> None:
             return ended.stdout
 
         # As the Makefile has it: from an index that offers builds for CPUs, this pin is one.
-        run("python", "-m", "pip", "install", "--quiet", "torch==2.13.0")
+        run("python", "-m", "pip", "install", "--quiet", pinned("torch"))
         run("python", "-m", "pip", "install", "--quiet", wheel.resolve())
         where = run("python", "-c", "import tmerge; print(tmerge.__file__)")
         assert Path(where.strip()).is_relative_to(folder / "env"), where
@@ -64,7 +71,9 @@ def main(wheel: Path) -> None:
         found = json.loads(run("tmerge", "check", "--target", folder / "target", "--source", folder / "source", "--json"))
         assert found["target"]["architecture"] == "llama" and found["source"]["architecture"] == "gpt2"
         assert list(found["projections"]["matched"]) == ["q", "k", "v", "o"]
-        run("python", "-c", DATA)
+        # As many as the checkout has: a wheel that lacks one is found out.
+        presets = sorted(path.stem for path in (ROOT / "tmerge/recipes").glob("*.yaml"))
+        run("python", "-c", f"PRESETS = {presets!r}\n{DATA}")
         for hardware in ("cpu", "zerogpu"):
             space = json.loads(run("tmerge", "space", "--repo", "user/x", "--hardware", hardware, "--dry-run", "--json"))
             assert {"app.py", "README.md", "requirements.txt", "tmerge/hub/spaces/cpu/app.py"} <= set(space["files"])

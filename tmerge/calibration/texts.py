@@ -194,6 +194,9 @@ def read_texts(
                 progress(len(kept), settings.texts)
             if len(kept) == settings.texts:
                 break
+    # The rows are read as they are asked for, after the file was hashed.
+    if source.path is not None and file_identity(source.path) != f"sha256:{source.file_sha256}":
+        raise DatasetError(f"dataset {source.name!r} changed while it was read; start again when it is written")
     sides: tuple[list[str], list[str], list[str]] = ([], [], [])
     for text in kept:
         # A seed of its own: the texts to choose on are drawn among those that are not held out.
@@ -228,6 +231,7 @@ class _Source:
     revision: str | None = None
     config: str | None = None
     columns: tuple[str, ...] | None = None
+    path: Path | None = None
     file_sha256: str | None = None
 
 
@@ -250,7 +254,7 @@ def _open(settings: CalibrationSettings, seed: int, buffer: int) -> _Source:
         return _Source(name, _shuffled(rows, seed, buffer))
     refuse_unreadable(path)
     digest = file_identity(path).removeprefix("sha256:")
-    return _Source(path.name, _shuffled(read_file(path), seed, buffer), file_sha256=digest)
+    return _Source(path.name, _shuffled(read_file(path), seed, buffer), path=path, file_sha256=digest)
 
 
 def _shuffled(rows: Iterable[dict[str, Any]], seed: int, size: int) -> Iterator[dict[str, Any]]:

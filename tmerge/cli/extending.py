@@ -12,6 +12,7 @@ from pathlib import Path
 import typer
 
 from tmerge.cli.shared import app
+from tmerge.cli.stopping import same_command, when_stopped
 from tmerge.errors import MissingExtraError
 
 __all__ = ["extension"]
@@ -24,6 +25,7 @@ _ROOT = Path("~/.local/share/hf/extensions")
 @app.command()
 def extension(remove: bool = typer.Option(False, "--remove", help="Take it away again.")) -> None:
     """Make `hf tmerge ...` work: tell the Hub's own command line of this installation."""
+    when_stopped(lambda: f"this may be half done; to finish it: {same_command()}")
     place = _ROOT.expanduser() / _NAME
     if remove:
         shutil.rmtree(place, ignore_errors=True)

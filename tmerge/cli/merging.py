@@ -29,7 +29,7 @@ from tmerge.cli.shared import (
     progress,
     quiet_libraries,
 )
-from tmerge.cli.stopping import same_command, stages_kept, when_stopped
+from tmerge.cli.stopping import nothing_changed, same_command, stages_kept, when_stopped
 from tmerge.errors import TmergeError
 from tmerge.version import DISTRIBUTION
 
@@ -90,6 +90,7 @@ def merge(
         quiet_libraries()
         from tmerge.hub import find_run
 
+        when_stopped(nothing_changed)
         start = find_run(plan).recipe()
     loaded = load_recipe(recipe, overrides, settings or (), start=start)
     if remote is not None:
@@ -150,6 +151,7 @@ def check(
     quiet_libraries()
     from tmerge.preflight.check import check as check_models
 
+    when_stopped(nothing_changed)
     result = check_models(loaded)
     found = _relatedness(loaded, named=dataset) if relatedness else None
     if json_output:
@@ -209,11 +211,13 @@ def inspect(
     quiet_libraries()
     from tmerge.hub import find_run
 
+    when_stopped(nothing_changed)
     opened = find_run(run)
     report = opened.report()
     if html is not None:
         from tmerge.plots import report_page
 
+        when_stopped(lambda: f"{html} is written whole or not at all; to start again: {same_command()}")
         page = report_page(report, opened.record())
         try:
             write_text(html, page)
@@ -246,6 +250,7 @@ def _run_remotely(
     from tmerge.preflight.check import check as check_models
     from tmerge.show import show_check
 
+    when_stopped(nothing_changed)
     # What cannot be merged is said here, before the job costs anything. The recipe's device is the job's, and this
     # machine need not have it.
     result = check_models(recipe.model_copy(update={"device": "auto"}))
@@ -280,6 +285,7 @@ def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool)
     if dry_run:
         from tmerge.preflight.check import check as check_models
 
+        when_stopped(nothing_changed)
         result = check_models(recipe)
         if json_output:
             print_json(result.to_dict() | {"recipe": recipe.model_dump(mode="json")})

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tmerge.cli.shared import JsonOption, RunArgument, app, print_json, progress, quiet_libraries
-from tmerge.cli.stopping import same_command, stages_kept, when_stopped
+from tmerge.cli.stopping import nothing_changed, same_command, stages_kept, when_stopped
 from tmerge.errors import ReproductionError
 
 __all__ = ["push", "push_and_show", "reproduce"]
@@ -37,6 +37,7 @@ def push(
     from tmerge.show import show_push_plan
 
     if dry_run:
+        when_stopped(nothing_changed)
         planned = plan_push(run, repo, even_if_worse=even_if_worse)
         print_json(planned.to_dict()) if json_output else show_push_plan(planned)
         return
@@ -58,10 +59,10 @@ def push_and_show(run: Path, repo: str, *, show: bool, **options: Any) -> dict[s
     from tmerge.hub import plan_push
     from tmerge.hub import push as push_run
 
-    for warning in plan_push(run, repo, even_if_worse=options["even_if_worse"]).warnings:
-        typer.echo(f"note: {warning}", err=True)
     # One commit: the repo has all of it or nothing.
     when_stopped(lambda: f"{run} is kept, and {repo} has all of it or nothing of it; to push it: {same_command()}")
+    for warning in plan_push(run, repo, even_if_worse=options["even_if_worse"]).warnings:
+        typer.echo(f"note: {warning}", err=True)
     pushed = push_run(run, repo, **options, listener=lambda what: typer.echo(f"[push] {what}", err=True))
     if show:
         typer.echo(pushed.url)

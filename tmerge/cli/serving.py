@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tmerge.cli.shared import JsonOption, app, print_json, quiet_libraries
-from tmerge.cli.stopping import same_command, when_stopped
+from tmerge.cli.stopping import nothing_changed, same_command, when_stopped
 from tmerge.errors import MissingExtraError, PortTakenError, PushError
 from tmerge.version import DISTRIBUTION
 
@@ -51,6 +51,7 @@ def space(
         raise PushError("name the Space to deploy to: tmerge space --repo user/space")
     from tmerge.hub.space import deploy_space, plan_space
 
+    when_stopped(nothing_changed)
     planned = plan_space(repo, hardware)
     if dry_run:
         if json_output:

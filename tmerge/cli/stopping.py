@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = [
     "exit_code",
     "finished",
     "last_words",
+    "nothing_changed",
     "raise_if_stopped",
     "same_command",
     "signals_heard",
@@ -32,12 +34,14 @@ class _State:
     """Of the command at work.
 
     Attributes:
+        began: When it did, as files' times are, in nanoseconds.
         process: That runs it; a process forked from it inherits how it hears signals.
         finished: Whether it has ended by itself: a signal comes too late to stop anything.
         number: The signal that came; None before.
         words: What is kept and how to go on, for what is under way; None while nothing has been begun.
     """
 
+    began: int = 0
     process: int = 0
     finished: bool = False
     number: int | None = None
@@ -51,8 +55,11 @@ _state = _State()
 def signals_heard() -> Iterator[None]:
     """While a command runs, SIGINT and SIGTERM stop it."""
     _state.process, _state.finished, _state.number, _state.words = os.getpid(), False, None, None
-    # A shell that starts a command behind it may have it ignore Ctrl-C.
+    _state.began = time.time_ns()
     before = {number: signal.getsignal(number) for number in _SIGNALS}
+    # None is a handler that was not set from Python, and that Python could not set again.
+    before = {number: handler for number, handler in before.items() if handler is not None}
+    # A shell that starts a command behind it may have it ignore Ctrl-C.
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, _stop)
@@ -105,6 +112,11 @@ def same_command() -> str:
     return shlex.join([*(["hf", "tmerge"] if name == "hf-tmerge" else ["tmerge"]), *sys.argv[1:]])
 
 
+def nothing_changed() -> str:
+    """For commands that keep nothing, and yet have files of their own to put away."""
+    return f"nothing was changed; to start again: {same_command()}"
+
+
 def stages_kept(folder: Path) -> str:
     """What is kept of a run in its folder, and the command that continues it."""
     # By their notes: the run itself would have to be imported, and may be what was stopped.
@@ -112,6 +124,9 @@ def stages_kept(folder: Path) -> str:
     stages = [path.stem for path in notes if path.stem not in ("request", "calibration", "data")]
     if not stages:
         return f"no stage had finished, and nothing is kept; to start again: {same_command()}"
+    # One of an earlier call may be of a dataset or a model that is another by now, which is known to the run alone.
+    if any(path.stat().st_mtime_ns < _state.began for path in notes if path.stem in stages):
+        return f"what is finished is kept in {folder}; to continue: {same_command()}"
     return f"the finished stages ({', '.join(stages)}) are kept in {folder}; to continue: {same_command()}"
 
 

@@ -1,0 +1,141 @@
+"""What a comparison's rows are made of beside its texts: models, further domains and tasks, as they were first.
+
+Rows are kept under what identified these when the comparison began, and are made hours later: a model is loaded at the
+commit that was merged, and what has become another by then is refused, and never scored under the old identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tmerge.calibration import DatasetRecord, file_identity, pinned, read_texts
+from tmerge.errors import CheckpointError, DatasetError
+from tmerge.evaluation.tasks import run_tasks
+from tmerge.models import LoadedModel
+from tmerge.recipe import Recipe
+from tmerge.run import Run
+from tmerge.session import NOTE, Listener, Session, Step
+
+__all__ = ["ComparedData", "Merged", "refuse_moved"]
+
+
+class Merged(Session):
+    """The session of rows: its models are those that were merged, whatever their names stand for by now.
+
+    Args:
+        commits: Role -> what the merge's report says of its model.
+    """
+
+    def __init__(self, recipe: Recipe, run: Run, listener: Listener, commits: Mapping[str, str]) -> None:
+        super().__init__(recipe, run, listener)
+        self.commits = commits
+
+    def commit(self, role: str) -> str:
+        """As the merge had it; nobody is asked again."""
+        return self.commits[role]
+
+    def model(self, role: str) -> LoadedModel:
+        """As every session's; a folder, which cannot be loaded as it was, is refused where it has changed."""
+        model = super().model(role)
+        refuse_moved(getattr(self.recipe, role), self.commits[role], model.commit)
+        return model
+
+
+def refuse_moved(reference: str, before: str, now: str) -> None:
+    """Refuse a model that is another than the one that rows are kept under.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    if before != now:
+        raise CheckpointError(
+            f"model {reference!r} changed since this comparison began ({before[:19]} then, {now[:19]} now); "
+            "start the same command again, and what depends on it is done anew"
+        )
+
+
+class ComparedData:
+    """Domains and tasks of one comparison.
+
+    Attributes:
+        identities: Reference or task's file -> what identified its contents when `identify` was called.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, listener: Listener) -> None:
+        self.recipe, self.settings = recipe, recipe.compare
+        self.record = DatasetRecord(out / "data.json", lambda words: listener(Step(NOTE, words, 1, 1, "notes")))
+        self.identities: dict[str, str] = {}
+
+    def identify(self) -> None:
+        """Ask what all of them are now.
+
+        Raises:
+            DatasetError: One is missing, and was never read.
+        """
+        files = self.settings.task_data.values()
+        self.identities = {
+            **self.record.identify(self.settings.domains.values(), what="domain"),
+            **self.record.identify(files, lambda path: file_identity(Path(path)), what="task file"),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What of them decides a row."""
+        return {
+            "domains": self.settings.domains,
+            "tasks": self.settings.tasks,
+            "limit": self.settings.task_limit,
+            "task_data": self.settings.task_data,
+            "data": self.identities,
+        }
+
+    @cached_property
+    def domains(self) -> Mapping[str, list[str]]:
+        """The domains' texts, by name, uncut, the held-out ones first; read once.
+
+        Raises:
+            DatasetError: One cannot be read, or is not what was identified.
+        """
+        found = {}
+        for name, reference in self.settings.domains.items():
+            identity = self.identities[reference]
+            asked = {"dataset": pinned(reference, identity), "config": None, "column": None}
+            texts = read_texts(self.recipe.calibration.model_copy(update=asked), seed=self.recipe.seed)
+            if texts.file_sha256 is not None:
+                _refuse_another("domain", reference, identity, f"sha256:{texts.file_sha256}")
+            found[name] = [*texts.held_out, *texts.texts]
+        return found
+
+    def score_tasks(self, model: LoadedModel, began: Callable[[], None]) -> dict[str, Any]:
+        """Every question's own result, by task.
+
+        Args:
+            model: To be scored.
+            began: Called before the first task, if there are any.
+
+        Raises:
+            DatasetError: A task's file is not what was identified, or changed while it was read.
+        """
+        if not self.settings.tasks:
+            return {}
+        began()
+        self._refuse_changed_files()
+        data = {task: Path(path) for task, path in self.settings.task_data.items()}
+        scores = run_tasks(model, self.settings.tasks, data=data, limit=self.settings.task_limit, seed=self.recipe.seed)
+        # The harness reads the file itself, so what it read is known only if it is the same before and after.
+        self._refuse_changed_files()
+        return {task: {"metric": item.metric, "items": item.items.tolist()} for task, item in scores.items()}
+
+    def _refuse_changed_files(self) -> None:
+        for path in dict.fromkeys(self.settings.task_data.values()):
+            _refuse_another("task file", path, self.identities[path], file_identity(Path(path)))
+
+
+def _refuse_another(what: str, reference: str, before: str, now: str) -> None:
+    if before != now:
+        raise DatasetError(
+            f"{what} {reference!r} changed since this comparison began; start the same command again, and what depends "
+            "on it is done anew"
+        )
