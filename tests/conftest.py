@@ -1,4 +1,4 @@
-"""Settings that every test shares: one thread, quiet libraries, and what runs in one process where there are several."""
+"""Settings that every test shares: one thread, quiet libraries, and which tests stay in one process."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """A file's tests share its models and runs, so they stay in one process; and so do all that drive a browser, since two
-    browsers on two cores keep each other waiting."""
+    """Where there are several processes, a file's tests stay in one, since they share its models and runs; and so do all
+    that drive a browser, since two of these on two cores keep each other waiting."""
     for item in items:
         browser = "/ui/" in item.path.as_posix() or item.path.name in {"test_plots_page.py"}
         item.add_marker(pytest.mark.xdist_group("browser" if browser else item.path.as_posix()))
