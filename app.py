@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tmerge.errors import MissingExtraError
+from tmerge.errors import MissingExtraError, TmergeError
 from tmerge.version import DISTRIBUTION
 
 if __name__ == "__main__":
@@ -14,4 +14,7 @@ if __name__ == "__main__":
         if error.name != "gradio":
             raise
         sys.exit(str(MissingExtraError(f'the app needs gradio; install it with: pip install "{DISTRIBUTION}[app]"')))
-    launch()
+    try:
+        launch()
+    except TmergeError as error:
+        sys.exit(f"error: {error}")

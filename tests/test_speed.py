@@ -78,6 +78,19 @@ def test_what_was_measured_beside_other_work_is_measured_again_and_the_faster_on
     assert ask().seconds == 0.001 and machine.measured == 3
 
 
+def test_on_a_machine_that_is_never_idle_two_tries_that_agree_settle_it(machine, monkeypatch, tmp_path):
+    machine.busy = 90.0
+    tries = [0.002, 0.004, 0.0021, 0.5]
+    for seconds, settled in zip(tries, (False, False, True, True), strict=True):
+        machine.seconds = seconds
+        found = ask()
+        assert (found.seconds, found.settled, found.calm) == (0.002, settled, False)
+        another_process(monkeypatch)
+    assert machine.measured == 3
+    [entry] = json.loads(kept(tmp_path).read_text()).values()
+    assert entry["agreeing"] == 2
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 if __name__ == "__main__":
+    from tmerge.errors import TmergeError
     from tmerge.ui import launch
     from tmerge.ui.on_space import fetch_demo
 
     fetch_demo()
-    launch()
+    try:
+        launch()
+    except TmergeError as error:
+        sys.exit(f"error: {error}")

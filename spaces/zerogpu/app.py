@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Before torch: it puts a stand-in for the GPU into torch, which here exists only within the calls that are lent one.
 import spaces  # noqa: F401
@@ -11,8 +12,12 @@ import spaces  # noqa: F401
 os.environ.setdefault("TMERGE_DEVICE", "cpu")
 
 if __name__ == "__main__":
+    from tmerge.errors import TmergeError
     from tmerge.ui import launch
     from tmerge.ui.on_space import fetch_demo
 
     fetch_demo()
-    launch()
+    try:
+        launch()
+    except TmergeError as error:
+        sys.exit(f"error: {error}")

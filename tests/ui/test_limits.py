@@ -18,7 +18,7 @@ pytest.importorskip("gradio", reason="the app extra is not installed")
 from tests.hub import LoopbackHub, Repo, run_client
 from tests.pico import save_pico
 from tests.ui.search_hub import HOSTILE
-from tmerge.errors import DatasetError, RecipeError, TmergeError
+from tmerge.errors import DatasetError, RecipeError, RemoteError, TmergeError
 from tmerge.preflight.check import check
 from tmerge.recipe import Recipe
 from tmerge.ui import cards, limits, push_cards, pushes, runs
@@ -140,10 +140,19 @@ def test_a_space_has_every_limit(monkeypatch):
     assert settings.job_package.endswith("/spaces/user/app") and settings.job_package.startswith("git+http")
     assert len(describe_limits(settings)) >= 5
     monkeypatch.setenv("SPACES_ZERO_GPU", "true")
-    monkeypatch.setenv(limits.PACKAGE_VARIABLE, "tmerge==9.9")
-    assert settings_here().zero_gpu and settings_here().max_gpu_seconds and settings_here().job_package == "tmerge==9.9"
+    monkeypatch.setenv(limits.PACKAGE_VARIABLE, "tmerge-llm==9.9")
+    assert settings_here().zero_gpu and settings_here().max_gpu_seconds
+    assert settings_here().job_package == "tmerge-llm==9.9"
     monkeypatch.delenv("SPACE_ID")
     assert not settings_here().public and settings_here().job_package is None
+
+
+def test_a_space_whose_jobs_would_install_another_package_says_so_in_a_line(monkeypatch):
+    monkeypatch.setenv("SPACE_ID", "user/app")
+    monkeypatch.setenv(limits.PACKAGE_VARIABLE, "tmerge==0.1.0")
+    with pytest.raises(RemoteError, match="the variable TMERGE_PACKAGE is 'tmerge==0.1.0'.*; set it to git") as caught:
+        settings_here()
+    assert "\n" not in str(caught.value)
 
 
 # -- who asks ------------------------------------------------------------------------------------------------------

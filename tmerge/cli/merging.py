@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -31,12 +30,9 @@ from tmerge.cli.shared import (
 )
 from tmerge.cli.stopping import nothing_changed, same_command, stages_kept, when_stopped
 from tmerge.errors import TmergeError
-from tmerge.version import DISTRIBUTION
+from tmerge.version import DISTRIBUTION, VERSION, installs_tmerge
 
 __all__ = ["check", "demo", "inspect", "merge", "recipe"]
-
-# An address, and never a name alone: on PyPI the name tmerge is another project's, and the job holds the user's token.
-_PACKAGE = re.compile(rf"({DISTRIBUTION}(\[[\w,-]*\])? *@ *)?(git\+)?https://\S+", re.IGNORECASE)
 
 
 @app.command()
@@ -240,10 +236,10 @@ def _run_remotely(
 
     if repo is None or "/" not in repo:
         raise RemoteError("--remote leaves its result in a repo of yours; name it with --push user/fused")
-    if package is None or not _PACKAGE.fullmatch(package):
+    if package is None or not installs_tmerge(package):
         raise RemoteError(
-            "say with --remote-package what the job installs tmerge from: git+https://... of this project, or the "
-            "https:// address of its wheel"
+            "say with --remote-package what the job installs tmerge from: git+https://... of this project, "
+            f"{DISTRIBUTION}=={VERSION}, or the https:// address of its wheel"
         )
     quiet_libraries()
     from tmerge.hub.jobs import follow_job, start_job

@@ -230,8 +230,8 @@ def estimate_run(
 
 def _measured_words(timings: list[Timing]) -> str:
     when = " and ".join(sorted({timing.measured for timing in timings}))
-    if not all(timing.calm for timing in timings):
-        return f"measured on {when} beside other work, and again when the machine is idle"
+    if not all(timing.settled for timing in timings):
+        return f"measured on {when} beside other work, and once more at a later look"
     return f"measured on {when} (delete {SPEED_FILE} in tmerge's cache to measure anew)"
 
 

@@ -3,7 +3,8 @@
 An estimate made of what the machine happens to do at that moment would be another one at every look. So the fastest of
 several short calls counts, on a processor in one thread alone: beside other work a short call still has a core to
 itself now and then, and a call that all cores share waits for the slowest. It is kept in tmerge's cache, and taken
-again (the faster one stays) only where something else was busy when it was measured. Whoever wants it anew deletes
+again (the faster one stays) only where something else was busy when it was measured, until two tries agree: in a
+container the neighbours of the whole host are seen, who may never rest. Whoever wants it anew deletes
 ``speed.json`` there.
 """
 
@@ -39,6 +40,9 @@ _CALM_PERCENT = 20.0
 _LOOK_SECONDS = 0.1
 # A process that has measured beside something busy answers alike for so long before it tries again.
 _ALIKE_SECONDS = 600.0
+# Tries, so long or a process apart, that settle a timing beside something busy, and what they may differ by.
+_AGREEING = 2
+_AGREE_WITHIN = 0.1
 
 _asked: dict[tuple[Path, str], tuple[float, Timing]] = {}
 
@@ -51,11 +55,18 @@ class Timing:
         seconds: Of one call, the fastest of several.
         measured: Date (ISO 8601) of it.
         calm: Whether nothing else was busy then.
+        agreeing: How many tries came to about the same seconds, this one included.
     """
 
     seconds: float
     measured: str
     calm: bool
+    agreeing: int = 1
+
+    @property
+    def settled(self) -> bool:
+        """Whether it need not be measured again."""
+        return self.calm or self.agreeing >= _AGREEING
 
 
 def timing_of(
@@ -81,15 +92,17 @@ def timing_of(
     if known is not None and time.monotonic() - asked < _ALIKE_SECONDS:
         return known
     kept = _read(path).get(key)
-    if kept is None or not kept.calm:
+    if kept is None or not kept.settled:
         calm = _busy_percent() < _CALM_PERCENT
         with _one_thread():
             fastest = _fastest(prepare())
         found = Timing(fastest, datetime.datetime.now(datetime.timezone.utc).date().isoformat(), calm)
+        agrees = kept is not None and abs(found.seconds - kept.seconds) <= _AGREE_WITHIN * kept.seconds
         # Whatever else the machine does can only slow a call down: the faster of two is the better one.
-        if kept is None or found.seconds < kept.seconds or calm:
+        if kept is None or found.seconds < kept.seconds or calm or agrees:
             fastest = found.seconds if kept is None else min(found.seconds, kept.seconds)
-            kept = Timing(fastest, found.measured, calm)
+            agreeing = kept.agreeing + 1 if kept is not None and agrees else 1
+            kept = Timing(fastest, found.measured, calm, agreeing)
             _keep(path, key, kept)
     _asked[path, key] = time.monotonic(), kept
     return kept
@@ -145,7 +158,7 @@ def _read(path: Path) -> dict[str, Timing]:
         with contextlib.suppress(TypeError, ValueError):
             timing = Timing(**entry)
             datetime.date.fromisoformat(timing.measured)
-            if 0 < float(timing.seconds) < math.inf and isinstance(timing.calm, bool):
+            if 0 < float(timing.seconds) < math.inf and isinstance(timing.calm, bool) and type(timing.agreeing) is int:
                 found[key] = timing
     return found
 

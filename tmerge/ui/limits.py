@@ -12,10 +12,18 @@ from typing import Any
 from huggingface_hub import constants
 
 from tmerge.calibration import SAMPLES_PREFIX
-from tmerge.errors import ModelNotFoundError, NotEnoughDiskError, NotEnoughMemoryError, RecipeError, TmergeError
+from tmerge.errors import (
+    ModelNotFoundError,
+    NotEnoughDiskError,
+    NotEnoughMemoryError,
+    RecipeError,
+    RemoteError,
+    TmergeError,
+)
 from tmerge.models import ModelReference
 from tmerge.preflight.check import Check
 from tmerge.recipe import CompareSettings, Recipe
+from tmerge.version import DISTRIBUTION, VERSION, installs_tmerge
 
 __all__ = [
     "PACKAGE_VARIABLE",
@@ -32,7 +40,7 @@ __all__ = [
 
 PACKAGE_VARIABLE = "TMERGE_PACKAGE"
 """A Space's variable: what jobs install tmerge from, in place of the Space's own repo (which they cannot read if it is
-private), such as ``tmerge==0.1.0``."""
+private): an address, or a release such as ``tmerge-llm==0.1.0``."""
 
 UPLOAD_PREFIX = "upload:"
 """A recipe of the browser names an uploaded file by this and its name; the server's path of it is never shown."""
@@ -102,7 +110,11 @@ class AppSettings:
 
 
 def settings_here() -> AppSettings:
-    """Limits on a Space (``SPACE_ID`` is set there), none but the uploads' size elsewhere."""
+    """Limits on a Space (``SPACE_ID`` is set there), none but the uploads' size elsewhere.
+
+    Raises:
+        RemoteError: What jobs are to install tmerge from is another project's package, or none.
+    """
     space = os.environ.get("SPACE_ID")
     if not space:
         return AppSettings(max_upload_bytes=500 * 2**20, runs_kept_seconds=24 * 3600)
@@ -120,8 +132,19 @@ def settings_here() -> AppSettings:
         # A free account had 210 s a day when this was written, and a visitor who is not signed in 120 s.
         max_gpu_seconds=200,
         # The Space's own repo, which `tmerge space` makes installable: the job then runs the code that is seen here.
-        job_package=os.environ.get(PACKAGE_VARIABLE) or f"git+{constants.ENDPOINT}/spaces/{space}",
+        job_package=_job_package() or f"git+{constants.ENDPOINT}/spaces/{space}",
     )
+
+
+def _job_package() -> str | None:
+    """What the Space's owner has set for it, if anything."""
+    package = os.environ.get(PACKAGE_VARIABLE, "").strip()
+    if package and not installs_tmerge(package):
+        raise RemoteError(
+            f"the variable {PACKAGE_VARIABLE} is {package!r}, and jobs would install that beside a visitor's token; "
+            f"set it to git+https://... of this project, {DISTRIBUTION}=={VERSION}, or its wheel's https:// address"
+        )
+    return package or None
 
 
 def vetted(recipe: Recipe, settings: AppSettings) -> Recipe:
