@@ -174,7 +174,10 @@ def _read_report(model: PreTrainedModel, stored: Mapping[str, StoredTensor], rep
     own = model.state_dict()
     unexpected = frozenset(report.get("unexpected_keys", ()))
     passed_over = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    expected = _matching(passed_over, stored) - own.keys() - unexpected
+    prefix = f"{model.base_model_prefix}."
+    # The patterns are searched for, so they are found in names with a place too: gpt2's "attn.bias" in c_attn.bias.
+    placed = own.keys() | {name.removeprefix(prefix) for name in own} | {prefix + name for name in own}
+    expected = _matching(passed_over, stored) - placed - unexpected
     return Places(
         model=type(model).__name__,
         layers=int(model.config.get_text_config(decoder=True).num_hidden_layers),
@@ -203,22 +206,26 @@ def sort_stored(stored: Mapping[str, StoredTensor], places: Places) -> Sorting:
     """
     harmless, beyond, unknown = set(), set(), set()
     side: dict[str, list[str]] = {}
-    blocks = _block_lists(stored) | _block_lists(places.own)
+    # Of the model's own names alone: an encoder beside it has a list of blocks too, and counts them by itself.
+    blocks = _block_lists(places.own)
     predicting = {_block(name) for name in places.unplaced if _is_prediction(name)}
     for name in sorted(places.unplaced):
         stem, number = _block(name)
-        outside = number is not None and number >= places.layers and stem in blocks
+        outside = number is not None and number >= places.layers and _decoder(stem) in blocks
         if _is_prediction(name) or (outside and (stem, number) in predicting):
             side.setdefault(_PREDICTION_LAYERS, []).append(name)
-        elif outside:
-            beyond.add(name)
         elif kind := _side_kind(name):
             side.setdefault(kind, []).append(name)
+        elif outside:
+            beyond.add(name)
         elif name in places.expected or _was_computed(name, stored.get(name)):
             harmless.add(name)
         else:
             unknown.add(name)
-    left_out = harmless.union(*side.values())
+    # What a class passes over is told by its stored name, and renaming may have given that a place: only what is known
+    # to be computed is sure to be left out.
+    computed = {name for name in harmless if _was_computed(name, stored.get(name))}
+    left_out = computed.union(*side.values())
     refusals = [
         *_packed({name: entry for name, entry in stored.items() if name not in left_out}, places.integers),
         *_scales(unknown),
@@ -302,7 +309,14 @@ def _block(name: str) -> tuple[str, int | None]:
 
 
 def _block_lists(names: Iterable[str]) -> set[str]:
-    return {stem for stem, number in map(_block, names) if number == 0}
+    """Stems of the lists of blocks among a model's own names, with the base model's prefix and without it."""
+    stems = {_decoder(stem) for stem, number in map(_block, names) if number == 0}
+    return stems | {stem.partition(".")[2] for stem in stems if stem.count(".") > 1}
+
+
+def _decoder(stem: str) -> str:
+    # A checkpoint of a model with encoders names its decoder one module further down.
+    return stem.replace("language_model.", "")
 
 
 def _is_prediction(name: str) -> bool:
