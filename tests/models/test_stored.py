@@ -211,7 +211,7 @@ _SIDE = {
 def test_side_parts_are_named_left_out_and_no_longer_announced(stored, folder, tmp_path, name):
     shapes, words = _SIDE[name]
     _rewrite(folder, lambda tensors: tensors.update({key: torch.ones(shape) for key, shape in shapes.items()}))
-    _configure(folder, num_nextn_predict_layers=1, mtp_loss_weight=0.3)
+    _configure(folder, num_nextn_predict_layers=1, mtp_loss_weight=0.3, mtp_use_dedicated_embeddings=True)
     for recipe, role in (
         (Recipe(target=str(folder), source=str(stored)), "target"),
         (Recipe(target=str(stored), source=str(folder)), "source"),
@@ -224,6 +224,7 @@ def test_side_parts_are_named_left_out_and_no_longer_announced(stored, folder, t
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     # What is no count of layers stays as it is.
     assert saved["num_nextn_predict_layers"] == 0 and saved["mtp_loss_weight"] == 0.3
+    assert saved["mtp_use_dedicated_embeddings"] is True
     assert not set(shapes) & set(load_file(tmp_path / "saved" / "model.safetensors"))
     torch.testing.assert_close(
         loaded.model.state_dict(), load_model(str(stored), device="cpu").model.state_dict(), rtol=0, atol=0

@@ -20,7 +20,16 @@ from tmerge.errors import CheckpointError
 from tmerge.models.checkpoint import StoredTensor
 from tmerge.models.reference import ModelReference
 
-__all__ = ["Places", "SidePart", "Sorting", "announce_what_is_there", "find_places", "side_parts", "sort_stored"]
+__all__ = [
+    "Places",
+    "SidePart",
+    "Sorting",
+    "announce_what_is_there",
+    "find_places",
+    "side_parts",
+    "sort_stored",
+    "without_a_place",
+]
 
 _PLAIN = {"F64", "F32", "BF16", "F16"}
 
@@ -53,8 +62,9 @@ _SIDE_PARTS = (
 _PREDICTION_LAYERS = "layers that predict further tokens (MTP)"
 _CLASSIFIER = _SIDE_PARTS[1][0]
 
-# What a config announces of prediction layers: num_nextn_predict_layers, mtp_num_hidden_layers, use_mtp.
-_ANNOUNCED = re.compile(r"^(?=\w*(num|layers|depth|use|enable))(\w*_)?(mtp|nextn)(_\w*)?$")
+# How a config counts prediction layers: num_nextn_predict_layers, mtp_num_hidden_layers, num_mtp_modules. What else it
+# says of them (mtp_use_dedicated_embeddings, mtp_loss_weight) says nothing where there are none.
+_ANNOUNCED = re.compile(r"^(?=\w*(layers|depths?|modules)$)(\w*_)?(mtp|nextn)(_\w*)?$")
 
 
 @dataclass(frozen=True)
@@ -135,6 +145,26 @@ def side_parts(
     if found.refusals:
         raise CheckpointError(f"{reference.text!r} {found.refusals[0]}")
     return found.side
+
+
+def without_a_place(
+    model: PreTrainedModel, stored: Mapping[str, StoredTensor], report: Mapping[str, Any]
+) -> frozenset[str]:
+    """Names of the stored tensors that a loaded model left out, as far as they can be told.
+
+    Args:
+        model: As it was loaded.
+        stored: Name -> entry of every stored tensor.
+        report: What ``from_pretrained`` said of loading it.
+    """
+    places = _read_report(model, stored, report)
+    # What transformers renamed before it left it out is in the report under the other name.
+    known = {
+        name
+        for name, entry in stored.items()
+        if (_is_prediction(name) or _side_kind(name) or _was_computed(name, entry)) and not _among(name, places.own)
+    }
+    return places.unplaced | known
 
 
 def find_places(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> Places:
@@ -357,7 +387,8 @@ def announce_what_is_there(model: PreTrainedModel, side: Iterable[SidePart] = ()
     if not any(_is_prediction(name) for name in model.state_dict()):
         for part in {id(config): config, id(decoder): decoder}.values():
             for key, value in list(vars(part).items()):
-                if _ANNOUNCED.search(key) and isinstance(value, int) and value:
-                    setattr(part, key, type(value)(0))
+                # A flag is an int too, but counts nothing.
+                if _ANNOUNCED.search(key) and isinstance(value, int) and not isinstance(value, bool):
+                    setattr(part, key, 0)
     if any(part.kind == _CLASSIFIER for part in side):
         config.id2label = config.label2id = config.problem_type = None
