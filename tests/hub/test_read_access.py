@@ -16,6 +16,7 @@ TOKEN = "hf_TheSecretOfThisTest"
 # One process for all cases: importing torch and transformers costs seconds.
 SCRIPT = """
 import json, os, time
+import huggingface_hub
 import huggingface_hub.constants as constants
 from huggingface_hub import get_session
 from pathlib import Path
@@ -75,8 +76,13 @@ case("facts headless", lambda: facts("user/headless"))
 case("packed", lambda: loaded("user/packed"))
 case("facts packed", lambda: facts("user/packed"))
 case("facts with a value head", lambda: {"side": [str(part) for part in read_facts("user/valued").side]})
+case("weights of the valued", lambda: {"sum": loaded("user/valued")["sum"]})
 case("unknown revision", lambda: loaded("user/pico@v9"))
 case("no tokenizer", lambda: loaded("user/mute"))
+
+case("facts partly", lambda: facts("user/partly"))
+for name in PARTLY_FILES:
+    huggingface_hub.hf_hub_download("user/partly", name)
 
 right = os.environ.pop("HF_TOKEN")
 os.environ["HF_TOKEN"] = "hf_wrong"
@@ -87,6 +93,9 @@ constants.HF_HUB_OFFLINE = True
 case("offline cached", lambda: loaded("user/pico@v1"))
 case("offline sharded", lambda: loaded("user/sharded"))
 case("offline facts", lambda: facts("user/pico"))
+case("offline facts with a value head", lambda: {"side": [str(part) for part in read_facts("user/valued").side]})
+case("offline facts packed", lambda: facts("user/packed"))
+case("offline facts without all shards", lambda: facts("user/partly"))
 case("offline", lambda: loaded("user/other"))
 constants.HF_HUB_OFFLINE = False
 
@@ -150,6 +159,7 @@ def hub_results(tmp_path_factory):
     repos = {
         "user/pico": pico,
         "user/sharded": Repo(),
+        "user/partly": Repo(),
         "user/headless": Repo(),
         "user/private": variant("private", access="private"),
         "user/gated": variant("gated", access="gated"),
@@ -164,9 +174,13 @@ def hub_results(tmp_path_factory):
         "user/code": variant("code", add={"config.json": json.dumps(own), "modeling.py": MODELING}),
     }
     commits["sharded"] = repos["user/sharded"].commit(sharded)
+    repos["user/partly"].commit(sharded)
+    # The index and one shard of several.
+    partly = ["model.safetensors.index.json", min(path.name for path in sharded.glob("*.safetensors"))]
     repos["user/headless"].commit(headless)
     with LoopbackHub(repos, token=TOKEN) as hub:
         script = SCRIPT.replace("OLD_COMMIT", commits["old"]).replace("OUT_FOLDER", str(root / "out"))
+        script = script.replace("PARTLY_FILES", repr(partly))
         script = script.replace("# STOP", STOP_THE_HUB)
         done = run_client(hub, root / "home", script, token=TOKEN)
     assert "RESULTS" in done.stdout, done.stderr[-3000:]
@@ -221,8 +235,15 @@ def test_facts_come_without_the_weights(hub_results, case):
     assert 0 < sizes - exact < 8192
 
 
-def test_a_side_head_of_a_repo_is_named_from_its_headers(hub_results):
-    assert hub_results["cases"]["facts with a value head"] == {"side": ["a value head (v_head.summary.weight)"]}
+@pytest.mark.parametrize("case", ["facts with a value head", "offline facts with a value head"])
+def test_a_side_head_of_a_repo_is_named_from_its_headers(hub_results, case):
+    assert hub_results["cases"][case] == {"side": ["a value head (v_head.summary.weight)"]}
+
+
+def test_facts_without_the_hub_do_not_need_the_weights(hub_results):
+    """A shard that is not in the cache is found missing when the model is loaded."""
+    cases = hub_results["cases"]
+    assert cases["offline facts without all shards"]["parameters"] == cases["facts partly"]["parameters"]
 
 
 @pytest.mark.parametrize(
@@ -242,6 +263,7 @@ def test_a_side_head_of_a_repo_is_named_from_its_headers(hub_results):
         ("facts headless", "CheckpointError", ["'user/headless' lacks 1 of the weights", "lm_head.weight"]),
         ("packed", "CheckpointError", ["'user/packed' stores quantised weights as I8 (lm_head.weight)"]),
         ("facts packed", "CheckpointError", ["'user/packed' stores quantised weights as I8 (lm_head.weight)"]),
+        ("offline facts packed", "CheckpointError", ["'user/packed' stores quantised weights as I8 (lm_head.weight)"]),
         ("no tokenizer", "TokenizerError", ["user/mute", "no tokenizer files"]),
         ("own code refused", "UnsupportedModelError", ["trust_remote_code: [user/code]"]),
         ("wrong token", "GatedModelError", ["user/pico", "does not accept this token", "hf auth login"]),

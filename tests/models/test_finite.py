@@ -70,6 +70,22 @@ def test_what_the_dtype_cannot_hold_is_not_called_damaged(tmp_path, asked, value
     load_model(str(folder), dtype="float32", device="cpu")
 
 
+def test_what_has_no_place_in_the_model_is_not_to_blame(tmp_path):
+    folder = save_pico("gpt2", tmp_path / "pico")
+    tensors = load_file(folder / "model.safetensors")
+    name = "transformer.h.1.mlp.c_fc.weight"
+    tensors[name].view(-1)[0] = 1e5
+    tensors["transformer.h.0.attn.bias"] = torch.full((1, 1, 8, 8), float("-inf"))
+    tensors["v_head.summary.weight"] = torch.full((1, 64), float("nan"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DeviceError, match=f"1 of the .* values of {name} are beyond the range of float16"):
+        load_model(str(folder), dtype="float16", device="cpu")
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"1 of the .* values of {name} are not finite .*; the weights"):
+        load_model(str(folder), dtype="float16", device="cpu")
+
+
 @pytest.mark.parametrize("kind", [GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0])
 def test_gguf(tmp_path, monkeypatch, kind):
     def spoilt(*args, **options):

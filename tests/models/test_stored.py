@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.pico import PICO_FAMILIES, PICO_RARE, pico_config, pico_tokenizer, sa
 from tmerge.errors import CheckpointError
 from tmerge.models import load_model, meta_model, read_facts, save_checkpoint, verify_checkpoint
 from tmerge.models.checkpoint import StoredTensor, read_headers, weight_files
-from tmerge.models.stored import find_places, sort_stored
+from tmerge.models.stored import Places, find_places, sort_stored
 from tmerge.preflight.check import check
 from tmerge.recipe import Recipe
 
@@ -86,6 +87,36 @@ def _other_shapes(folder):
     _configure(folder, intermediate_size=128)
 
 
+def _further_layer_beside_an_encoder(folder):
+    _three_layers(folder)
+    _add(model__visual__blocks__4__norm__weight=torch.ones(8))(folder)
+
+
+def _integer_bias_without_the_prefix(folder):
+    """As the repo of GPT-2 names its tensors; the class passes over "attn.bias", which is found in this name."""
+    save_pico("gpt2", folder)
+
+    def change(tensors):
+        renamed = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors |= renamed
+        tensors["h.0.attn.c_attn.bias"] = torch.ones(192, dtype=torch.int8)
+
+    _rewrite(folder, change)
+
+
+def _further_layer_without_the_prefix(folder):
+    save_pico("gpt2", folder, layers=3)
+    _configure(folder, n_layer=2)
+
+    def change(tensors):
+        renamed = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors |= renamed
+
+    _rewrite(folder, change)
+
+
 def _packed_experts(folder):
     save_pico("mixtral", folder)
     _rewrite(folder, lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.experts.2.w1.weight"))
@@ -101,6 +132,19 @@ _REFUSED = {
     "layers beyond the config's": (
         _three_layers,
         ["stores 3 layers (model.layers.2.", "config.json counts 2", "num_hidden_layers"],
+    ),
+    "layers beyond the config's, beside an encoder": (
+        _further_layer_beside_an_encoder,
+        ["stores 3 layers (model.layers.2.", "set it to 3"],
+    ),
+    "layers beyond the config's, without the prefix": (
+        _further_layer_without_the_prefix,
+        ["stores 3 layers (", "h.2.", "config.json counts 2"],
+    ),
+    "an integer bias without the prefix": (_integer_bias_without_the_prefix, ["I8", "(h.0.attn.c_attn.bias)"]),
+    "blocks that are not the decoder's": (
+        _add(model__towers__0__norm__weight=torch.ones(8), model__towers__5__norm__weight=torch.ones(8)),
+        ["no place for (model.towers.0.norm.weight and 1 more)"],
     ),
     "a missing layer": (_lacks_a_layer, ["lacks 9 of the weights of LlamaForCausalLM (model.layers.2."]),
     "a missing head": (_lacks_its_head, ["lacks 1 of the weights", "lm_head.weight", "not a whole causal LM"]),
@@ -155,6 +199,10 @@ _SIDE = {
         "a value head (v_head.summary.bias and",
     ),
     "score": ({"score.weight": (3, 64)}, "a reward or classifier head (score.weight)"),
+    "an encoder of more blocks than the decoder has": (
+        {f"model.visual.blocks.{block}.norm.weight": (8,) for block in range(6)},
+        "an encoder of images or sound (model.visual.blocks.0.norm.weight and 5 more)",
+    ),
     "an encoder": ({"model.visual.patch_embed.weight": (8, 8)}, "an encoder of images or sound (model.visual."),
 }
 
@@ -163,7 +211,7 @@ _SIDE = {
 def test_side_parts_are_named_left_out_and_no_longer_announced(stored, folder, tmp_path, name):
     shapes, words = _SIDE[name]
     _rewrite(folder, lambda tensors: tensors.update({key: torch.ones(shape) for key, shape in shapes.items()}))
-    _configure(folder, num_nextn_predict_layers=1, mtp_loss_weight=0.3)
+    _configure(folder, num_nextn_predict_layers=1, mtp_loss_weight=0.3, mtp_use_dedicated_embeddings=True)
     for recipe, role in (
         (Recipe(target=str(folder), source=str(stored)), "target"),
         (Recipe(target=str(stored), source=str(folder)), "source"),
@@ -176,6 +224,7 @@ def test_side_parts_are_named_left_out_and_no_longer_announced(stored, folder, t
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     # What is no count of layers stays as it is.
     assert saved["num_nextn_predict_layers"] == 0 and saved["mtp_loss_weight"] == 0.3
+    assert saved["mtp_use_dedicated_embeddings"] is True
     assert not set(shapes) & set(load_file(tmp_path / "saved" / "model.safetensors"))
     torch.testing.assert_close(
         loaded.model.state_dict(), load_model(str(stored), device="cpu").model.state_dict(), rtol=0, atol=0
@@ -195,6 +244,35 @@ def test_a_tied_classifier_is_taken_for_its_decoder_without_its_labels(tmp_path)
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["architectures"] == ["LlamaForCausalLM"]
     assert not {"id2label", "label2id", "problem_type", "num_labels"} & {key for key, value in saved.items() if value}
+
+
+@pytest.mark.parametrize("base", ["model.", "model.language_model.", ""])
+def test_a_class_that_passes_over_its_encoder_and_its_prediction_layers(base):
+    """Names as the headers give them; the class's own have the prefix."""
+    own = {f"model.layers.{layer}.norm.weight" for layer in range(4)}
+    visual = {f"model.visual.blocks.{block}.norm.weight" for block in range(6)}
+    predicting = {f"{base}layers.4.{part}.weight" for part in ("eh_proj", "norm")}
+    passed_over = visual | predicting
+    stored = {name: StoredTensor("BF16", (8,), 16) for name in own | passed_over}
+    places = Places("Any", 4, frozenset(own), unplaced=frozenset(passed_over), expected=frozenset(passed_over))
+    found = sort_stored(stored, places)
+    assert found.refusals == ()
+    assert {part.names for part in found.side} == {tuple(sorted(visual)), tuple(sorted(predicting))}
+    # The same layer without anything that predicts is one that the config does not count.
+    names = frozenset(visual | {f"{base}layers.4.norm.weight"})
+    (refusal,) = sort_stored(stored, replace(places, unplaced=names, expected=names)).refusals
+    assert refusal.startswith(f"stores 5 layers ({base}layers.4.norm.weight), but its config.json counts 4")
+
+
+def test_an_encoder_that_the_class_passes_over_is_left_out(tmp_path):
+    folder = save_pico("qwen3_5", tmp_path / "pico")
+    _rewrite(
+        folder,
+        lambda held: held.update({f"model.visual.blocks.{block}.norm.weight": torch.ones(8) for block in range(6)}),
+    )
+    words = "an encoder of images or sound (model.visual.blocks.0.norm.weight and 5 more)"
+    assert [str(part) for part in read_facts(str(folder)).side] == [words]
+    load_model(str(folder), device="cpu")
 
 
 def test_what_older_releases_stored_is_passed_over(folder):

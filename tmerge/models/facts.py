@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tmerge.errors import ModelNotFoundError
 from tmerge.models.checkpoint import StoredTensor, read_headers, weight_files
 from tmerge.models.configs import check_config, load_config, meta_model, stored_dtype, tidy_gguf_config
 from tmerge.models.demo import demo_model
@@ -39,7 +40,8 @@ class ModelFacts:
         hidden_size: Width of the residual stream.
         gated: Whether access to the repo has to be asked for.
         private: Whether the repo is private.
-        stored: Dtype as safetensors name it -> number of values in the repo's files; None where they were not asked.
+        stored: Dtype as safetensors name it -> number of values in the repo's files; None where neither the Hub
+            nor its cache has them, and for what is no repo.
         download_bytes: What loading it would still fetch from the Hub; 0 for what is here.
         side: Parts of the checkpoint beside the language model, which are left out.
     """
@@ -83,9 +85,11 @@ def read_facts(
         headers = read_headers(files)
     else:
         size, headers = weight_bytes(snapshot), remote_headers(snapshot)
+        if headers is None:
+            headers = _cached_headers(place)
     config = load_config(where, place.pretrained, place.options, trust_remote_code)
     model = meta_model(config, trust_remote_code)
-    # Without the Hub there are no headers yet; loading reads them.
+    # Without the Hub and with no weights in its cache there is nothing to look into.
     side = () if headers is None else side_parts(where, model, headers)
     facts = _facts(where, config, model, stored_dtype(place.config, headers or {}), size, place.licence())
     facts = replace(facts, side=side)
@@ -102,6 +106,14 @@ def read_facts(
         stored=None if headers is None else dict(counts.most_common()),
         download_bytes=download_bytes(snapshot),
     )
+
+
+def _cached_headers(place: Place) -> dict[str, StoredTensor] | None:
+    """What the weights in the Hub's cache hold, or None where they are not all there."""
+    try:
+        return read_headers(place.weights())
+    except ModelNotFoundError:
+        return None
 
 
 def _gguf_facts(reference: ModelReference) -> ModelFacts:

@@ -6,7 +6,7 @@ tensor without a copy finds it: NaN spreads through minimum and maximum, and an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import gguf
@@ -30,8 +30,8 @@ def check_finite(
     Args:
         reference: Named in errors.
         model: As it was loaded, in the dtype that it is to compute in.
-        stored: Gives (name, tensor) of its file, one at a time; read only where something was found, to tell which
-            tensor it is there, or that the values came out of range in the model's dtype alone.
+        stored: Gives (name, tensor) of what the model took from its file, one at a time; read only where something was
+            found, to tell which tensor it is there, or that the values came out of range in the model's dtype alone.
 
     Raises:
         CheckpointError: They are not finite in the file.
@@ -72,12 +72,18 @@ def _more(count: int) -> str:
     return "" if count == 1 else f", and so are some of {count - 1} other tensor{'s' if count > 2 else ''}"
 
 
-def safetensors_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Name and values of every stored tensor, one in memory at a time."""
+def safetensors_tensors(files: Iterable[Path], left_out: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Name and values of every stored tensor, one in memory at a time.
+
+    Args:
+        files: To read.
+        left_out: Names to pass over: a mask holds infinities by right, and a head beside the model spoils nothing.
+    """
     for path in files:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
-                yield name, file.get_tensor(name)
+                if name not in left_out:
+                    yield name, file.get_tensor(name)
 
 
 def gguf_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

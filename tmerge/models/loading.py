@@ -28,7 +28,7 @@ from tmerge.models.gguf import fast_reading, read_header
 from tmerge.models.place import Place
 from tmerge.models.reference import ModelReference, first_line
 from tmerge.models.remote import hub_errors
-from tmerge.models.stored import announce_what_is_there, side_parts
+from tmerge.models.stored import announce_what_is_there, side_parts, without_a_place
 from tmerge.models.tokenizers import check_tokenizer, read_tokenizer
 
 __all__ = [
@@ -149,7 +149,7 @@ def load_model(
         )
     # Asked again of what was really done: the headers alone may have told of it in another way.
     announce_what_is_there(model, side_parts(where, model, headers, report))
-    check_finite(where, model, lambda: safetensors_tensors(weights))
+    check_finite(where, model, lambda: safetensors_tensors(weights, without_a_place(model, headers, report)))
     loaded = _finish(where, place.commit(weights), model, tokenizer, place.licence(), there)
     return _widened(loaded, widen and dtype == "auto")
 

@@ -20,7 +20,16 @@ from tmerge.errors import CheckpointError
 from tmerge.models.checkpoint import StoredTensor
 from tmerge.models.reference import ModelReference
 
-__all__ = ["Places", "SidePart", "Sorting", "announce_what_is_there", "find_places", "side_parts", "sort_stored"]
+__all__ = [
+    "Places",
+    "SidePart",
+    "Sorting",
+    "announce_what_is_there",
+    "find_places",
+    "side_parts",
+    "sort_stored",
+    "without_a_place",
+]
 
 _PLAIN = {"F64", "F32", "BF16", "F16"}
 
@@ -53,8 +62,9 @@ _SIDE_PARTS = (
 _PREDICTION_LAYERS = "layers that predict further tokens (MTP)"
 _CLASSIFIER = _SIDE_PARTS[1][0]
 
-# What a config announces of prediction layers: num_nextn_predict_layers, mtp_num_hidden_layers, use_mtp.
-_ANNOUNCED = re.compile(r"^(?=\w*(num|layers|depth|use|enable))(\w*_)?(mtp|nextn)(_\w*)?$")
+# How a config counts prediction layers: num_nextn_predict_layers, mtp_num_hidden_layers, num_mtp_modules. What else it
+# says of them (mtp_use_dedicated_embeddings, mtp_loss_weight) says nothing where there are none.
+_ANNOUNCED = re.compile(r"^(?=\w*(layers|depths?|modules)$)(\w*_)?(mtp|nextn)(_\w*)?$")
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,26 @@ def side_parts(
     return found.side
 
 
+def without_a_place(
+    model: PreTrainedModel, stored: Mapping[str, StoredTensor], report: Mapping[str, Any]
+) -> frozenset[str]:
+    """Names of the stored tensors that a loaded model left out, as far as they can be told.
+
+    Args:
+        model: As it was loaded.
+        stored: Name -> entry of every stored tensor.
+        report: What ``from_pretrained`` said of loading it.
+    """
+    places = _read_report(model, stored, report)
+    # What transformers renamed before it left it out is in the report under the other name.
+    known = {
+        name
+        for name, entry in stored.items()
+        if (_is_prediction(name) or _side_kind(name) or _was_computed(name, entry)) and not _among(name, places.own)
+    }
+    return places.unplaced | known
+
+
 def find_places(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> Places:
     """Ask ``transformers`` which stored tensor it would put where, renaming and stacking as it does; no weight is read.
 
@@ -174,7 +204,10 @@ def _read_report(model: PreTrainedModel, stored: Mapping[str, StoredTensor], rep
     own = model.state_dict()
     unexpected = frozenset(report.get("unexpected_keys", ()))
     passed_over = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    expected = _matching(passed_over, stored) - own.keys() - unexpected
+    prefix = f"{model.base_model_prefix}."
+    # The patterns are searched for, so they are found in names with a place too: gpt2's "attn.bias" in c_attn.bias.
+    placed = own.keys() | {name.removeprefix(prefix) for name in own} | {prefix + name for name in own}
+    expected = _matching(passed_over, stored) - placed - unexpected
     return Places(
         model=type(model).__name__,
         layers=int(model.config.get_text_config(decoder=True).num_hidden_layers),
@@ -203,22 +236,26 @@ def sort_stored(stored: Mapping[str, StoredTensor], places: Places) -> Sorting:
     """
     harmless, beyond, unknown = set(), set(), set()
     side: dict[str, list[str]] = {}
-    blocks = _block_lists(stored) | _block_lists(places.own)
+    # Of the model's own names alone: an encoder beside it has a list of blocks too, and counts them by itself.
+    blocks = _block_lists(places.own)
     predicting = {_block(name) for name in places.unplaced if _is_prediction(name)}
     for name in sorted(places.unplaced):
         stem, number = _block(name)
-        outside = number is not None and number >= places.layers and stem in blocks
+        outside = number is not None and number >= places.layers and _decoder(stem) in blocks
         if _is_prediction(name) or (outside and (stem, number) in predicting):
             side.setdefault(_PREDICTION_LAYERS, []).append(name)
-        elif outside:
-            beyond.add(name)
         elif kind := _side_kind(name):
             side.setdefault(kind, []).append(name)
+        elif outside:
+            beyond.add(name)
         elif name in places.expected or _was_computed(name, stored.get(name)):
             harmless.add(name)
         else:
             unknown.add(name)
-    left_out = harmless.union(*side.values())
+    # What a class passes over is told by its stored name, and renaming may have given that a place: only what is known
+    # to be computed is sure to be left out.
+    computed = {name for name in harmless if _was_computed(name, stored.get(name))}
+    left_out = computed.union(*side.values())
     refusals = [
         *_packed({name: entry for name, entry in stored.items() if name not in left_out}, places.integers),
         *_scales(unknown),
@@ -302,7 +339,14 @@ def _block(name: str) -> tuple[str, int | None]:
 
 
 def _block_lists(names: Iterable[str]) -> set[str]:
-    return {stem for stem, number in map(_block, names) if number == 0}
+    """Stems of the lists of blocks among a model's own names, with the base model's prefix and without it."""
+    stems = {_decoder(stem) for stem, number in map(_block, names) if number == 0}
+    return stems | {stem.partition(".")[2] for stem in stems if stem.count(".") > 1}
+
+
+def _decoder(stem: str) -> str:
+    # A checkpoint of a model with encoders names its decoder one module further down.
+    return stem.replace("language_model.", "")
 
 
 def _is_prediction(name: str) -> bool:
@@ -343,7 +387,8 @@ def announce_what_is_there(model: PreTrainedModel, side: Iterable[SidePart] = ()
     if not any(_is_prediction(name) for name in model.state_dict()):
         for part in {id(config): config, id(decoder): decoder}.values():
             for key, value in list(vars(part).items()):
-                if _ANNOUNCED.search(key) and isinstance(value, int) and value:
-                    setattr(part, key, type(value)(0))
+                # A flag is an int too, but counts nothing.
+                if _ANNOUNCED.search(key) and isinstance(value, int) and not isinstance(value, bool):
+                    setattr(part, key, 0)
     if any(part.kind == _CLASSIFIER for part in side):
         config.id2label = config.label2id = config.problem_type = None
