@@ -19,8 +19,10 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Where there are several processes, a file's tests stay in one, since they share its models and runs; and so do all
-    that drive a browser, since two of these on two cores keep each other waiting."""
+    """Where there are several processes, a file's tests stay in one, since they share its models and runs.
+
+    So do all tests that drive a browser: two of these on two cores keep each other waiting.
+    """
     for item in items:
         browser = "/ui/" in item.path.as_posix() or item.path.name in {"test_plots_page.py"}
         item.add_marker(pytest.mark.xdist_group("browser" if browser else item.path.as_posix()))

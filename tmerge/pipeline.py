@@ -155,12 +155,8 @@ class _Merge(Session):
             self._fuse()
         yield "fuse"
         if auto:
-            tried = {
-                "alphas": self.recipe.fusion.alphas,
-                "bootstrap": self.recipe.evaluation.bootstrap,
-                "method": "halving",
-            }
-            with self.stage("choose", fuse=self.keys["fuse"], **tried):
+            tried = {"alphas": self.recipe.fusion.alphas, "bootstrap": self.recipe.evaluation.bootstrap}
+            with self.stage("choose", fuse=self.keys["fuse"], method="halving", **tried):
                 self._choose()
             yield "choose"
         alpha = self._alpha()
