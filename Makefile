@@ -9,8 +9,7 @@ CHROMIUM := $(shell command -v chromium)
 
 ## Merge two real models of different architecture and draw the report (minutes on two cores).
 demo: $(SETUP)
-	$(BIN)/tmerge demo --out fused
-	$(BIN)/tmerge inspect fused --html fused/tmerge/report.html
+	$(BIN)/tmerge demo --out fused --html fused/tmerge/report.html
 
 ## Lint, types, and the whole default test suite: a process a core; the app's alone, as two browsers keep each other waiting.
 test: $(SETUP) browser lint

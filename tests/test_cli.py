@@ -65,6 +65,26 @@ def test_merge_then_inspect(run, pair, tmp_path):
     assert code == 0 and json.loads(printed) == report
 
 
+def test_a_merge_draws_its_page(run, pair, tmp_path):
+    out = tmp_path / "fused"
+    code, printed, progress = run("merge", *small(pair, out), "--html", out / "tmerge" / "report.html")
+    assert code == 0, progress
+    drawn = (out / "tmerge" / "report.html").read_text()
+    assert json.loads((out / "tmerge" / "report.json").read_text())["verdict"] in drawn
+    assert f"its pictures: {out / 'tmerge' / 'report.html'}" in printed.replace("\n", "")
+    # Drawn by `inspect` it is the same page.
+    code, _, _ = run("inspect", out, "--html", tmp_path / "page.html")
+    assert code == 0 and (tmp_path / "page.html").read_text() == drawn
+
+
+@pytest.mark.parametrize("page", ["absent/page.html", "."])
+def test_a_page_that_cannot_be_written_is_said_before_the_run(run, pair, tmp_path, monkeypatch, page):
+    monkeypatch.chdir(tmp_path)
+    code, printed, said = run("merge", *small(pair, tmp_path / "fused"), "--html", page)
+    assert code == 2 and printed == "" and "after --html" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_check_and_dry_run_write_nothing(run, pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, printed, _ = run("check", "--target", pair / "target", "--source", pair / "source", "--json")

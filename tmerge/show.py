@@ -106,7 +106,7 @@ def show_push_plan(planned: PushPlan) -> None:
     console.print(planned.card, markup=False, highlight=False)
 
 
-def show_report(report: Mapping[str, Any], folder: str | Path) -> None:
+def show_report(report: Mapping[str, Any], folder: str | Path, page: Path | None = None) -> None:
     """A run's report: verdict, scores, what was moved, where the time went."""
     console = Console(soft_wrap=True)
     evaluation, timing = report["evaluation"], report["timing"]
@@ -149,7 +149,8 @@ def show_report(report: Mapping[str, Any], folder: str | Path) -> None:
     for line in (*report["projections"]["left_alone"], *report["notes"]):
         console.print(f"note: {line}", markup=False)
     console.print(summary(report), style="bold red" if report["verdict"] == "hurts" else "bold", markup=False)
-    console.print(f"The model is in {folder}; its pictures: tmerge inspect {folder} --html report.html", markup=False)
+    pictures = f"tmerge inspect {folder} --html report.html" if page is None else page
+    console.print(f"The model is in {folder}; its pictures: {pictures}", markup=False)
 
 
 def show_adapted(report: Mapping[str, Any], folder: Path) -> None:

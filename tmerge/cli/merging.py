@@ -15,6 +15,7 @@ from tmerge.cli.shared import (
     DeviceOption,
     DryOption,
     DtypeOption,
+    HtmlOption,
     JsonOption,
     OutOption,
     RecipeArgument,
@@ -62,6 +63,7 @@ def merge(
         typer.Option(help="What the job installs tmerge from: git+https://... of this project, or a wheel's URL."),
     ] = None,
     remote_timeout: Annotated[str, typer.Option(help="After which the Hub stops the job: 30m, 4h.")] = "4h",
+    html: HtmlOption = None,
     resume: ResumeOption = False,
     dry_run: DryOption = False,
     json_output: JsonOption = False,
@@ -90,13 +92,15 @@ def merge(
         start = find_run(plan).recipe()
     loaded = load_recipe(recipe, overrides, settings or (), start=start)
     if remote is not None:
+        if html is not None:
+            raise TmergeError("--html draws a run of this machine; of a remote one: tmerge inspect REPO --html FILE")
         _run_remotely(loaded, remote, push, remote_package, remote_timeout, dry_run, json_output)
         return
     if push is not None and not dry_run:
         from tmerge.hub.push import refuse_unready
 
         refuse_unready(push)
-    report = _run(loaded, out, resume, dry_run, json_output and push is None)
+    report = _run(loaded, out, resume, dry_run, json_output and push is None, html)
     if push is not None and report is not None:
         from tmerge.cli.publishing import push_and_show
 
@@ -110,6 +114,7 @@ def demo(
     out: OutOption = Path("fused"),
     settings: SetOption = None,
     device: DeviceOption = None,
+    html: HtmlOption = None,
     resume: ResumeOption = False,
     dry_run: DryOption = False,
     json_output: JsonOption = False,
@@ -117,7 +122,7 @@ def demo(
     """Merge Gemma 3 270M into SmolLM2-135M-Instruct on the built-in Indonesian samples; no network needed."""
     from tmerge.recipe import load_recipe
 
-    _run(load_recipe("demo", {"device": device}, settings or ()), out, resume, dry_run, json_output)
+    _run(load_recipe("demo", {"device": device}, settings or ()), out, resume, dry_run, json_output, html)
 
 
 @app.command()
@@ -199,11 +204,9 @@ def _relatedness(recipe: Any, named: str | None) -> dict[str, Any]:
 def inspect(
     run: Annotated[str, typer.Argument(help="A run's folder, or a pushed run's Hub id.")] = "fused",
     json_output: JsonOption = False,
-    html: Annotated[Path | None, typer.Option(help="Write a self-contained page of pictures here.")] = None,
+    html: HtmlOption = None,
 ) -> None:
     """Show a finished run's report; --html writes its pictures."""
-    from tmerge.run import write_text
-
     quiet_libraries()
     from tmerge.hub import find_run
 
@@ -211,15 +214,8 @@ def inspect(
     opened = find_run(run)
     report = opened.report()
     if html is not None:
-        from tmerge.plots import report_page
-
         when_stopped(lambda: f"{html} is written whole or not at all; to start again: {same_command()}")
-        page = report_page(report, opened.record())
-        try:
-            write_text(html, page)
-        except OSError as error:
-            raise TmergeError(f"{html} cannot be written: {error.strerror}; name another file after --html") from None
-        typer.echo(f"wrote {html}", err=True)
+        _write_page(html, report, opened.record())
     if json_output:
         print_json(report)
     elif html is None:
@@ -270,7 +266,35 @@ def _run_remotely(
         typer.echo(f"{repo} (private), commit {commit}; its verdict: tmerge inspect {repo}")
 
 
-def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool) -> dict[str, Any] | None:
+def _write_page(path: Path, report: dict[str, Any], record: Any) -> None:
+    """A run's pictures in one file."""
+    from tmerge.plots import report_page
+    from tmerge.run import write_text
+
+    page = report_page(report, record)
+    try:
+        write_text(path, page)
+    except OSError as error:
+        raise TmergeError(f"{path} cannot be written: {error.strerror}; name another file after --html") from None
+    typer.echo(f"wrote {path}", err=True)
+
+
+def _refuse_page(path: Path, out: Path) -> None:
+    """Say before a long run that its page could not be written after it; the run's own folder may be yet to come.
+
+    Raises:
+        TmergeError: It is a folder, or in a folder that is not there.
+    """
+    if path.is_dir():
+        raise TmergeError(f"{path} is a folder; name a file after --html")
+    folder = path.parent
+    if not folder.is_dir() and folder.resolve() not in (out.resolve(), (out / "tmerge").resolve()):
+        raise TmergeError(f"{path} cannot be written: there is no folder {folder}; name another file after --html")
+
+
+def _run(
+    recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool, html: Path | None
+) -> dict[str, Any] | None:
     """What merge and demo share: the report, or None of a dry run."""
     quiet_libraries()
     from tmerge.errors import RunNotFoundError
@@ -278,6 +302,8 @@ def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool)
 
     if resume and not (out / "tmerge").is_dir():
         raise RunNotFoundError(f"there is no run in {out} to resume; leave --resume away to begin one")
+    if html is not None:
+        _refuse_page(html, out)
     if dry_run:
         from tmerge.preflight.check import check as check_models
 
@@ -294,8 +320,13 @@ def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool)
     when_stopped(lambda: stages_kept(out))
     with progress() as listener:
         report = run_merge(recipe, out, listener=listener)
+    if html is not None:
+        from tmerge.hub import find_run
+
+        when_stopped(lambda: f"the merge is finished, in {out}; its pictures: tmerge inspect {out} --html {html}")
+        _write_page(html, report, find_run(str(out)).record())
     if json_output:
         print_json(report)
     else:
-        show_report(report, out)
+        show_report(report, out, html)
     return report

@@ -20,6 +20,7 @@ __all__ = [
     "DeviceOption",
     "DryOption",
     "DtypeOption",
+    "HtmlOption",
     "JsonOption",
     "OutOption",
     "RecipeArgument",
@@ -69,6 +70,7 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 DtypeOption = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")]
 SeedOption = Annotated[int | None, typer.Option(help="Of the split, the controls and the bootstrap.")]
+HtmlOption = Annotated[Path | None, typer.Option(help="Write a self-contained page of pictures here.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Only continue: fail if there is nothing to continue.")]
 DryOption = Annotated[bool, typer.Option("--dry-run", help="Check and show the plan; write nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]

@@ -33,8 +33,8 @@ PROJECTION_GROUPS: tuple[tuple[str, ...], ...] = (("q", "k"), ("v",), ("o",), ("
 """What is fused with one alpha: q and k make the attention scores together, gate and up the MLP's hidden neurons; and
 embeddings and norms, where a task vector has them."""
 
-# The first round has this part of the texts, halved so often, but not fewer than these.
-_HALVINGS = 4
+# The first round has this part of the texts, but not fewer than these.
+_FIRST = 1 / 16
 _FEWEST = 4
 # What is less likely than this is not waited for.
 _HARDLY = 0.025
@@ -165,11 +165,11 @@ def most_scorings(alphas: int, texts: int) -> float:
 
 
 def _rounds(texts: int) -> Iterator[int]:
-    """How many texts have been seen after each round: about a sixteenth, an eighth, ... all."""
-    for halvings in range(_HALVINGS, 0, -1):
-        end = math.ceil(texts / 2**halvings)
-        if end >= _FEWEST:
-            yield end
+    """How many texts have been seen after each round: a sixteenth or a few, twice as many, ... all."""
+    end = max(_FEWEST, math.ceil(texts * _FIRST))
+    while end < texts:
+        yield end
+        end *= 2
     yield texts
 
 

@@ -4,7 +4,7 @@
 there is slow for three reasons that have nothing to do with the result, and `fast_reading` takes them out of the way
 while a file is loaded:
 
-- it parses the file's metadata again at each of three steps, one ``numpy.memmap`` slice per vocabulary entry;
+- it parses the file's metadata again at every step, one ``numpy.memmap`` slice per vocabulary entry;
 - it builds the table of tensor names again for every submodule of the model;
 - it unpacks blocks sixteen rows at a time, which for short rows (Gemma's 640-wide embedding has 262,144 of them)
   is mostly the cost of calling numpy.
@@ -24,7 +24,7 @@ import os
 import struct
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -301,13 +301,13 @@ def fast_reading(path: Path) -> Iterator[str]:
     originals = {name: getattr(gguf, name) for name in ("GGUFReader", "dequantize", "get_tensor_name_map")}
     original_reader, bar = gguf.GGUFReader, loader.tqdm
 
-    @functools.lru_cache(maxsize=1)
-    def parsed() -> _FastReader:
-        return _FastReader(wanted)
-
     def reader(file: str | os.PathLike[str], mode: Any = "r") -> gguf.GGUFReader:
-        return parsed() if mode == "r" and os.path.realpath(file) == wanted else original_reader(file, mode)
+        if mode != "r" or os.path.realpath(file) != wanted:
+            return original_reader(file, mode)
+        stat = os.stat(wanted)
+        return _parsed(wanted, stat.st_size, stat.st_mtime_ns)
 
+    mapped = _mapping()
     with _LOCK, tempfile.TemporaryDirectory(prefix="tmerge-") as alone:
         try:
             Path(alone, path.name).symlink_to(wanted)
@@ -318,9 +318,30 @@ def fast_reading(path: Path) -> Iterator[str]:
         # Asked for once per submodule of the model, and the same each time.
         gguf.get_tensor_name_map = functools.lru_cache(maxsize=1)(gguf.get_tensor_name_map)  # type: ignore[assignment]
         loader.tqdm = lambda items, **_: items
+        if mapped is not None:
+            own_reader, original_mapped = mapped
+            own_reader._mapped = lambda file: original_mapped(file).view(np.ndarray)
         try:
             yield folder
         finally:
             for name, value in originals.items():
                 setattr(gguf, name, value)
             loader.tqdm = bar
+            if mapped is not None:
+                own_reader._mapped = original_mapped
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(path: str, size: int, changed: int) -> _FastReader:
+    """The reader of a file of this size and time of change: the check, the tokenizer and the weights all ask."""
+    return _FastReader(path)
+
+
+def _mapping() -> tuple[Any, Callable[[str], np.ndarray]] | None:
+    """The module of ``transformers``' own reader and how it maps a file; None in a release that has none."""
+    try:
+        from transformers.integrations.gguf import reader
+    except ImportError:
+        return None
+    found = getattr(reader, "_mapped", None)
+    return None if found is None else (reader, found)

@@ -7,6 +7,7 @@ order, then summed into blocks. Only the sparse entries are touched, so a plan o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +32,8 @@ Order = Literal["structure", "natural"]
 _LEAF = 8
 # Steps of the power iteration. Its axis need not be exact: any direction of the leading few splits well.
 _STEPS = 12
+# A group with an entry to so many pairs of neurons is multiplied as a dense matrix: its zeros cost less than gathering.
+_DENSE = 16
 
 
 @dataclass(frozen=True)
@@ -179,17 +182,30 @@ def _second_axis(r: np.ndarray, c: np.ndarray, mass: np.ndarray, n: int, m: int)
     row_root = np.sqrt(np.bincount(r, weights=mass, minlength=n))
     column_root = np.sqrt(np.bincount(c, weights=mass, minlength=m))
     row_scale, column_scale = _inverse(row_root), _inverse(column_root)
-    weights = mass * row_scale[r] * column_scale[c]
+    multiply, multiply_transposed = _products(r, c, mass * row_scale[r] * column_scale[c], n, m)
     trivial: np.ndarray = column_root / max(float(np.linalg.norm(column_root)), np.finfo(float).tiny)
     y: np.ndarray = np.random.default_rng(0).standard_normal(m)
     x: np.ndarray = np.zeros(n)
     for _ in range(_STEPS):
+        # No singular value is above 1, and the steps are few: nothing overflows, nor vanishes, without normalising.
         y = y - trivial * (trivial @ y)
-        y = y / max(float(np.linalg.norm(y)), np.finfo(float).tiny)
-        x = np.bincount(r, weights=weights * y[c], minlength=n)
-        y = np.bincount(c, weights=weights * x[r], minlength=m)
+        x = multiply(y)
+        y = multiply_transposed(x)
     y = y - trivial * (trivial @ y)
     return x * row_scale, y * column_scale
+
+
+def _products(
+    r: np.ndarray, c: np.ndarray, weights: np.ndarray, n: int, m: int
+) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]:
+    """What multiplies a vector by the (n, m) matrix of these entries, and by its transpose."""
+    if n * m <= _DENSE * len(weights):
+        matrix = np.bincount(r * m + c, weights=weights, minlength=n * m).reshape(n, m)
+        return matrix.__matmul__, matrix.T.__matmul__
+    return (
+        lambda vector: np.bincount(r, weights=weights * vector[c], minlength=n),
+        lambda vector: np.bincount(c, weights=weights * vector[r], minlength=m),
+    )
 
 
 def _inverse(root: np.ndarray) -> np.ndarray:
