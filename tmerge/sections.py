@@ -257,6 +257,15 @@ class SaveSettings(Section):
             raise ValueError("write it as 5GB or 500MB (TB, GB, MB or KB), or as a number of bytes")
         return value
 
+    @property
+    def shard_bytes(self) -> float:
+        """The size in bytes, however it is written."""
+        if isinstance(self.max_shard_size, int):
+            return self.max_shard_size
+        found = _SIZE.fullmatch(self.max_shard_size.strip())
+        assert found is not None  # or it would have been refused
+        return float(found[1]) * _UNITS[found[2].upper()]
+
 
 class AdaptationSettings(Section):
     """Training after the merge, and of the baselines (Eq. 15-18)."""

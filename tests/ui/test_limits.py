@@ -22,6 +22,7 @@ from tmerge.errors import DatasetError, RecipeError, RemoteError, TmergeError
 from tmerge.preflight.check import check
 from tmerge.recipe import Recipe
 from tmerge.ui import cards, limits, push_cards, pushes, runs
+from tmerge.ui.form import SETTINGS, typed_value
 from tmerge.ui.limits import AppSettings, describe_limits, refuse_large, settings_here, vetted
 from tmerge.ui.progress import log_lines, result_cards
 from tmerge.ui.runs import RunStore
@@ -129,6 +130,22 @@ def test_numbers_that_decide_the_work_are_bounded(name, read, most):
 def test_what_no_browser_may_ask_for(changes, why):
     with pytest.raises(TmergeError, match=why):
         vetted(Recipe.from_mapping({"target": "a/b", "source": "c/d", **changes}), PUBLIC)
+
+
+@pytest.mark.parametrize("size", [5_000_000_000, "1TB", "1.5GB", "500mb", " 5 GB "])
+def test_sizes_of_weight_files_are_the_recipes_own(size):
+    recipe = Recipe.from_mapping({"target": "a/b", "source": "c/d", "save": {"max_shard_size": size}})
+    assert vetted(recipe, PUBLIC).save.max_shard_size == vetted(recipe, AppSettings()).save.max_shard_size == size
+    # As the form gives it, whose field holds text.
+    setting = next(setting for setting in SETTINGS if setting.key == "save.max_shard_size")
+    assert typed_value(setting, str(size)) == (size.strip() if isinstance(size, str) else size)
+
+
+def test_small_weight_files_are_refused_on_a_public_app_alone():
+    recipe = Recipe.from_mapping({"target": "a/b", "source": "c/d", "save": {"max_shard_size": "999KB"}})
+    assert vetted(recipe, AppSettings()).save.shard_bytes == 999_000
+    with pytest.raises(RecipeError, match="'999KB', where this app takes 1MB at least"):
+        vetted(recipe, PUBLIC)
 
 
 def test_a_space_has_every_limit(monkeypatch):

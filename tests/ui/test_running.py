@@ -1,6 +1,7 @@
 """The Run tab in a browser: to the end, cancelled, come back to, two visitors, and one that fails."""
 
 import json
+import re
 import threading
 import time
 
@@ -192,3 +193,44 @@ def test_start_after_an_edit_that_cannot_be_read_says_why_and_can_be_pressed_aga
     page.locator("#start").click()
     page.wait_for_url("**run=*")
     assert served.ended(page.url.partition("run=")[2]).recipe.seed == 42
+
+
+def test_start_right_after_another_upload_reads_that_file(visit, served, held_up, monkeypatch):
+    """Of the same name as the one before it."""
+    read = []
+    begin = served.context.store.start
+
+    def start(recipe, visitor, upload=None, gpu=None):
+        read.append(upload.read_text())
+        return begin(recipe, visitor, upload, gpu)
+
+    monkeypatch.setattr(served.context.store, "start", start)
+    page = visit()
+    fill(page, served)
+    page.get_by_label("Upload", exact=True).check()
+
+    def give(line):
+        file = {"name": "mine.txt", "mimeType": "text/plain", "buffer": f"{line}\n".encode() * 80}
+        page.set_input_files("#texts-file input[type=file]", file)
+
+    give("old")
+    expect(page.locator("#recipe-yaml .cm-content")).to_contain_text("upload:mine.txt")
+    hold_up, free = held_up
+    hold_up("write_yaml")
+    page.locator("#texts-file").get_by_label("Clear").first.click()
+    give("new")
+    expect(page.locator("#texts-file")).to_contain_text("mine")
+    page.locator("#start").click()
+    expect(page.locator("#problem")).to_contain_text("Waiting for the last change")
+    free.set()
+    page.wait_for_url("**run=*")
+    assert [text.split()[0] for text in read] == ["new"]
+
+
+def test_spaces_around_a_name_in_the_recipe_are_no_change(visit, served):
+    page = visit()
+    fill(page, served)
+    write_yaml(page, served.recipe(seed=43).to_yaml().replace(f"target: {served.root / 'target'}", 'target: " x "'))
+    expect(page.locator("#target-model input")).to_have_value(re.compile("^ *x *$"))
+    page.locator("#start").click()
+    expect(page.locator("#problem")).to_contain_text("'x'", timeout=8000)

@@ -207,7 +207,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
 
     held: list[tuple[Any, Holds]] = [(target, _holds_model("target")), (source, _holds_model("source"))]
     held += [*holds_texts(texts), *zip(fields, map(_holds_setting, SETTINGS), strict=True)]
-    wire_start(app, start, problem, good, upload, code, held)
+    wire_start(app, start, problem, good, upload, code, texts.file, held)
     app.load(lambda data, uploaded: expected_cards(app, data, uploaded), [good, upload], expected)
     good.change(write_yaml, good, kept, trigger_mode="always_last", **_quiet())
 
@@ -290,7 +290,7 @@ def _holds_setting(setting: Setting) -> Holds:
 
 
 def _holds_model(role: str) -> Holds:
-    return lambda data, value: _stripped(value) == str(data.get(role) or "")
+    return lambda data, value: _stripped(value) == _stripped(data.get(role))
 
 
 def _finder(search: HubSearch) -> Callable[..., Any]:

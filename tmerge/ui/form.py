@@ -136,7 +136,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
             "device", "Device", "choice", ("auto", "cpu", "cuda", "mps"), "Auto takes an accelerator when there is one"
         ),
         Setting("seed", "Seed", "whole", help="Of the split, the controls and the bootstrap"),
-        Setting("save.max_shard_size", "Largest weights file", "words"),
+        Setting("save.max_shard_size", "Largest weights file", "value"),
     ),
 }
 """The advanced settings, in groups."""

@@ -46,8 +46,10 @@ UPLOAD_PREFIX = "upload:"
 """A recipe of the browser names an uploaded file by this and its name; the server's path of it is never shown."""
 
 _HUB_DATASET = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(@[\w./-]{1,100})?")
-_SHARD_SIZE = re.compile(r"[1-9]\d{0,4} ?(MB|GB)")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,2})?")
+
+# Smaller ones would be thousands of files, on the Space's disk and in each push.
+_LEAST_SHARD_BYTES = 10**6
 
 # Most that a public Space takes of the numbers that decide how much work a run is.
 _MOST: tuple[tuple[str, Callable[[Recipe], float], float], ...] = (
@@ -169,8 +171,11 @@ def vetted(recipe: Recipe, settings: AppSettings) -> Recipe:
         raise RecipeError(f"device is {recipe.device!r}; choose auto, cpu, cuda or mps")
     if settings.zero_gpu and recipe.device != "auto":
         raise RecipeError(f"device is {recipe.device!r}; this app runs on ZeroGPU, which takes auto alone")
-    if not _SHARD_SIZE.fullmatch(str(recipe.save.max_shard_size)):
-        raise RecipeError(f"save.max_shard_size is {recipe.save.max_shard_size!r}; write it as 500MB or 5GB")
+    if settings.public and recipe.save.shard_bytes < _LEAST_SHARD_BYTES:
+        raise RecipeError(
+            f"save.max_shard_size is {recipe.save.max_shard_size!r}, where this app takes "
+            f"{_LEAST_SHARD_BYTES // 10**6}MB at least; raise it, or run `tmerge merge` on your own machine"
+        )
     if settings.max_texts is not None and recipe.calibration.texts > settings.max_texts:
         raise RecipeError(_too_much("calibration.texts", recipe.calibration.texts, settings.max_texts))
     if settings.public:

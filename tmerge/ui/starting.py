@@ -62,6 +62,7 @@ def wire_start(
     good: gr.State,
     upload: gr.State,
     code: gr.Code,
+    file: gr.File,
     fields: Sequence[tuple[Any, Holds]],
 ) -> None:
     """Wire the button.
@@ -73,6 +74,7 @@ def wire_start(
         good: The recipe's mapping.
         upload: Path of the uploaded file.
         code: The recipe's editor.
+        file: The field of the uploaded file.
         fields: Each with whether a value of it is what a mapping holds.
     """
     waiting: gr.State = gr.State(None)
@@ -86,17 +88,17 @@ def wire_start(
         return gr.Button(interactive=True)
 
     async def look(
-        before: _Waiting | None, data: dict[str, Any], uploaded: str | None, text: str, *values: Any
+        before: _Waiting | None, data: dict[str, Any], uploaded: str | None, text: str, shown: str | None, *values: Any
     ) -> list[Any]:
         if before is None:
             return [gr.skip() for _ in range(4)]
         patience, why = _PATIENCE, "the recipe and the form do not agree; mend the recipe, and press Start again"
         try:
-            if _agree(data, text, values, holders):
+            if _agree(data, text, values, holders) and _holds_upload(data, uploaded, shown):
                 return [None, (data, uploaded, time.monotonic()), note("", keep=True), gr.skip()]
         except TmergeError as error:
             patience, why = _PATIENCE_UNREADABLE, str(error)
-        now = (data, text, values)
+        now = (data, uploaded, text, shown, values)
         since = before.since if now == before.seen else time.monotonic()
         if time.monotonic() - since > patience:
             return [None, gr.skip(), note(why, bad=True), gr.Button(interactive=True)]
@@ -122,7 +124,10 @@ def wire_start(
     quiet = {"show_progress": "hidden", **_LIGHT}
     start.click(pressed, None, [waiting, problem, start], trigger_mode="once", **quiet)
     waiting.change(
-        look, [waiting, good, upload, code, *(field for field, _ in fields)], [waiting, agreed, problem, start], **quiet
+        look,
+        [waiting, good, upload, code, file, *(field for field, _ in fields)],
+        [waiting, agreed, problem, start],
+        **quiet,
     ).failure(released, None, start, **quiet)
     begun = agreed.change(
         begin, agreed, [app.run_id, app.tabs, problem], show_progress="minimal", show_progress_on=start, **_LIGHT
@@ -154,6 +159,23 @@ def ready_recipe(app: AppContext, data: Mapping[str, Any], upload: str | None) -
         if upload is None or upload_name(upload) != name:
             raise RecipeError(f"the recipe reads {name}, which this page does not have: upload it again")
     return recipe
+
+
+def _holds_upload(data: Mapping[str, Any], uploaded: str | None, shown: str | None) -> bool:
+    """Whether the file that its field shows is the one that a run would read.
+
+    The paths are compared: a file that was uploaded after another may have the same name, and other contents.
+
+    Raises:
+        DatasetError: The field shows what is no file of texts, and no event will take it in.
+    """
+    section = data.get("calibration")
+    dataset = section.get("dataset") if isinstance(section, dict) else None
+    if not isinstance(dataset, str) or not dataset.startswith(UPLOAD_PREFIX) or (shown or None) == (uploaded or None):
+        return True
+    if shown:
+        upload_name(shown)
+    return False
 
 
 def _agree(data: Mapping[str, Any], text: str | None, values: Sequence[Any], holders: Sequence[Holds]) -> bool:

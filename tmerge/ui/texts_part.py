@@ -147,7 +147,7 @@ def holds_texts(part: TextsPart) -> list[tuple[Any, Callable[[Mapping[str, Any],
     def word(key: str, default: str = "") -> Callable[[Mapping[str, Any], Any], bool]:
         def holds(data: Mapping[str, Any], value: Any) -> bool:
             section, dataset = _section(data)
-            return kind_of(dataset) != _HUB or str(value or default).strip() == str(section.get(key) or default)
+            return kind_of(dataset) != _HUB or str(value or default).strip() == str(section.get(key) or default).strip()
 
         return holds
 
