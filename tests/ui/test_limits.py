@@ -134,7 +134,8 @@ def test_what_no_browser_may_ask_for(changes, why):
 
 @pytest.mark.parametrize("size", [5_000_000_000, "1TB", "1.5GB", "500mb", " 5 GB "])
 def test_sizes_of_weight_files_are_the_recipes_own(size):
-    recipe = Recipe.from_mapping({"target": "a/b", "source": "c/d", "save": {"max_shard_size": size}})
+    given = {"target": "a/b", "source": "c/d", "calibration": {"texts": 100}, "save": {"max_shard_size": size}}
+    recipe = Recipe.from_mapping(given)
     assert vetted(recipe, PUBLIC).save.max_shard_size == vetted(recipe, AppSettings()).save.max_shard_size == size
     # As the form gives it, whose field holds text.
     setting = next(setting for setting in SETTINGS if setting.key == "save.max_shard_size")

@@ -227,6 +227,17 @@ def test_start_right_after_another_upload_reads_that_file(visit, served, held_up
     assert [text.split()[0] for text in read] == ["new"]
 
 
+def test_a_second_choice_while_the_first_is_written_is_not_dropped(visit, served, held_up):
+    page = visit()
+    fill(page, served)
+    hold_up, free = held_up
+    hold_up("write_yaml")
+    for kind in ("Hub dataset", "Upload"):
+        page.get_by_label(kind, exact=True).check()
+    free.set()
+    expect(page.locator("#recipe-yaml .cm-content")).to_contain_text("upload:")
+
+
 def test_spaces_around_a_name_in_the_recipe_are_no_change(visit, served):
     page = visit()
     fill(page, served)

@@ -142,9 +142,8 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
 
     state, into = [good, upload], [code, good, problem]
     # Or what is typed while the change before it is being written would be lost.
-    last = {"trigger_mode": "always_last", **_in_turn()}
     for field, key in ((target, "target"), (source, "source")):
-        gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **last)
+        gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **_in_turn())
         names = gr.State(_DEMO)
         field.key_up(_finder(search), names, [field, names], trigger_mode="multiple", **_quiet())
     for setting, field in zip(SETTINGS, fields, strict=True):
@@ -155,7 +154,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
             writer(setting.key, _reader(setting)),
             [field, *state],
             into,
-            **last,
+            **_in_turn(),
         )
     for field, key in (
         (texts.dataset, "calibration.dataset"),
@@ -163,10 +162,10 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         (texts.split, "calibration.split"),
         (texts.column, "calibration.column"),
     ):
-        gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **last)
+        gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **_in_turn())
     _wire_kinds(texts, upload, good, into, complaint)
 
-    code.input(edited, [code, good, upload], [good, problem, *written], trigger_mode="always_last", **_in_turn())
+    code.input(edited, [code, good, upload], [good, problem, *written], **_in_turn())
     everything = [code, good, problem, *written]
     demo.click(
         lambda uploaded: ["demo", *replaced(from_preset("demo"), uploaded)], upload, [preset, *everything], **_in_turn()
@@ -273,8 +272,11 @@ def _quiet() -> dict[str, Any]:
 
 
 def _in_turn() -> dict[str, Any]:
-    """For what changes the recipe: one after the other, or two quick changes would each start from the old one."""
-    return {**_quiet(), "concurrency_limit": 1, "concurrency_id": "recipe"}
+    """For what changes the recipe: one after the other, or two quick changes would each start from the old one.
+
+    By default a second change is dropped, unheard, while the first is being taken in: here the last one is, after it.
+    """
+    return {**_quiet(), "concurrency_limit": 1, "concurrency_id": "recipe", "trigger_mode": "always_last"}
 
 
 def _stripped(value: Any) -> str:
