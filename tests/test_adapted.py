@@ -14,8 +14,8 @@ from tmerge.calibration import TextSet, sample_texts
 from tmerge.comparison import compare
 from tmerge.errors import Cancelled, OutputExistsError, RunNotFoundError
 from tmerge.fusion import TransportRecord
-from tmerge.pipeline import merge
 from tmerge.plots import report_page
+from tmerge.stages.merge import merge
 
 pytest.importorskip("trl")
 WORDS = {"steps": 6, "batch_size": 4, "learning_rate": 2e-3, "max_tokens": 40}

@@ -14,9 +14,9 @@ from tmerge.calibration import dataset_identity, read_texts, sample_texts
 from tmerge.comparison import compare
 from tmerge.errors import CheckpointError, DatasetError, OutputExistsError
 from tmerge.models import load_model, load_tokenizer
-from tmerge.pipeline import merge
 from tmerge.recipe import CalibrationSettings
 from tmerge.reproduce import reproduce
+from tmerge.stages.merge import merge
 
 
 @pytest.fixture(scope="module")
@@ -260,9 +260,9 @@ def test_rows_are_of_the_commits_that_were_merged_and_another_commit_has_others(
         now[0] = "c" * 40
         return report
 
-    monkeypatch.setattr("tmerge.preflight.check.model_commit", lambda reference: now[0])
-    monkeypatch.setattr("tmerge.session.load_model", load)
-    monkeypatch.setattr("tmerge.session.load_tokenizer", lambda reference, **options: load_tokenizer(reference))
+    monkeypatch.setattr("tmerge.models.model.model_commit", lambda reference: now[0])
+    monkeypatch.setattr("tmerge.models.model.load_model", load)
+    monkeypatch.setattr("tmerge.models.model.load_tokenizer", lambda reference, **options: load_tokenizer(reference))
     monkeypatch.setattr("tmerge.comparison.merge", moving)
     recipe = recipe_for(pair, compare={"rows": [], "alphas": []}, evaluation={"descent": 4, "controls": []})
     made = []

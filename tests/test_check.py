@@ -14,15 +14,14 @@ from tmerge.calibration import sample_texts
 from tmerge.errors import UnsupportedModelError
 from tmerge.evaluation import most_scorings
 from tmerge.models import model_commit, read_facts
-from tmerge.pipeline import merge
 from tmerge.plots import norm_ratios
 from tmerge.plots.data import norms_data
 from tmerge.plots.words import ratio_rows
 from tmerge.preflight.check import check, keys_of, refuse_unfit
+from tmerge.preflight.models import Models
 from tmerge.preflight.speed import Timing
 from tmerge.recipe import Recipe
-from tmerge.run import Run
-from tmerge.session import Session
+from tmerge.stages.merge import merge
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,7 @@ def test_a_source_base_is_counted_and_its_gate_said(models, tmp_path, monkeypatc
         its = hub | ({"licence": "llama2"} if reference.endswith("base") else {})
         return replace(read_facts(reference, **options), **its)
 
-    monkeypatch.setattr("tmerge.preflight.check.read_facts", facts_of)
+    monkeypatch.setattr("tmerge.models.model.read_facts", facts_of)
     monkeypatch.setattr("tmerge.preflight.estimate.timing_of", lambda *words: Timing(1e-3, "2026-01-01", True))
     monkeypatch.setattr(
         "tmerge.preflight.estimate.psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
@@ -203,19 +202,21 @@ def test_a_recipe_that_is_pinned_to_commits_trusts_what_it_did_before(tmp_path, 
 
     recipe = Recipe(target=f"user/code@{commit}", source=f"user/other@{commit}", trust_remote_code=["user/code"])
     swapped = recipe.model_copy(update={"target": recipe.source, "source": recipe.target})
-    monkeypatch.setattr("tmerge.preflight.check.read_facts", stop("check"))
-    monkeypatch.setattr("tmerge.session.load_model", stop("model"))
-    monkeypatch.setattr("tmerge.session.load_tokenizer", stop("tokenizer"))
-    monkeypatch.setattr("tmerge.adapted.load_tokenizer", stop("adapted"))
-    monkeypatch.setattr(Session, "commit", lambda self, role: commit)
+    monkeypatch.setattr("tmerge.models.model.read_facts", stop("check"))
+    monkeypatch.setattr("tmerge.models.model.load_model", stop("model"))
+    monkeypatch.setattr("tmerge.models.model.load_tokenizer", stop("tokenizer"))
+    calibrated = SimpleNamespace(texts=(), prompts=(), held_out=())
     for pinned in (recipe, swapped):
-        session = Session(pinned, Run(tmp_path), lambda step: None)
+        target = Models.of(pinned, {"target": commit}).target
         for action in (
             lambda pinned=pinned: check(pinned),
-            lambda session=session: session.model("target"),
-            lambda session=session: session.tokenizer("target"),
-            lambda session=session: adapted._texts(session, "user/data"),
+            lambda target=target: target.load(),
+            lambda target=target: target.tokenizer,
+            lambda pinned=pinned, target=target: adapted._texts(pinned, target, calibrated, "user/data"),
         ):
             with pytest.raises(UnsupportedModelError, match="far enough"):
                 action()
+    # The tokenizer is asked for alone, and to read other texts.
+    asked["adapted"] = asked["tokenizer"][1::2]
+    asked["tokenizer"] = asked["tokenizer"][::2]
     assert asked == dict.fromkeys(("check", "model", "tokenizer", "adapted"), [True, False])

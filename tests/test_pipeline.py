@@ -16,9 +16,9 @@ from tests.pico import save_pico
 from tmerge.calibration import TextSet, sample_texts
 from tmerge.errors import Cancelled, NoSharedStructureError, TransportError
 from tmerge.fusion import TransportRecord
-from tmerge.pipeline import STAGES, advance, merge
 from tmerge.recipe import Recipe
 from tmerge.run import Run
+from tmerge.stages.merge import STAGES, advance, merge
 
 
 @pytest.fixture(scope="module")

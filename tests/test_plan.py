@@ -11,8 +11,8 @@ from tests.pico import save_pico
 from tmerge.errors import PlanError, RunNotFoundError
 from tmerge.fusion import load_transported
 from tmerge.hub import find_run
-from tmerge.pipeline import merge
 from tmerge.recipe import Recipe, load_recipe
+from tmerge.stages.merge import merge
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import pytest
 
 from tests.pico import save_pico
 from tmerge.errors import ModelNotFoundError, OutputExistsError
-from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
 from tmerge.reproduce import difference_words, reproduce
+from tmerge.stages.merge import merge
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from tests.pico import save_pico
 from tests.test_pipeline import digest, recipe_for
 from tmerge import cli
 from tmerge.cli import stopping
-from tmerge.pipeline import merge
+from tmerge.stages.merge import merge
 
 ROOT = Path(__file__).parents[1]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -27,20 +27,19 @@ MERGE = """
 import sys, time
 from pathlib import Path
 from tmerge.cli import main
-import tmerge.pipeline
+from tmerge.stages.{stage} import {kind}
 
-whole = tmerge.pipeline._Merge.{method}
+whole = {kind}.do
 
 def waiting(self, *words):
-    if not self.notes["{stage}"]:
-        try:
-            Path({ready!r}).touch()
-            time.sleep(120)
-        except KeyboardInterrupt:
-            {then}
+    try:
+        Path({ready!r}).touch()
+        time.sleep(120)
+    except KeyboardInterrupt:
+        {then}
     return whole(self, *words)
 
-tmerge.pipeline._Merge.{method} = waiting
+{kind}.do = waiting
 main()
 """
 
@@ -88,17 +87,17 @@ def stopped(process, number, ready):
     return process.returncode, said.strip().splitlines()
 
 
-def merging(pair, tmp_path, method, stage, then="raise"):
+def merging(pair, tmp_path, stage, then="raise"):
     recipe, ready = tmp_path / "recipe.yaml", tmp_path / "ready"
     recipe.write_text(recipe_for(pair, adaptation={"steps": 2, "batch_size": 2}).to_yaml())
-    script = MERGE.format(method=method, stage=stage, ready=str(ready), then=then)
+    script = MERGE.format(kind=stage.capitalize(), stage=stage, ready=str(ready), then=then)
     words = ["merge", str(recipe), "--out", str(tmp_path / "fused")]
     return start(words, script), ready, shlex.join(["tmerge", *words])
 
 
 @both
 def test_in_the_midst_of_a_merge(pair, finished, tmp_path, number):
-    process, ready, _ = merging(pair, tmp_path, "_fuse", "fuse")
+    process, ready, _ = merging(pair, tmp_path, "fuse")
     code, lines = stopped(process, number, ready)
     assert code == CODES[number]
     kept = f"stopped; the finished stages (texts, target, source, transport) are kept in {tmp_path / 'fused'}; "
@@ -113,7 +112,7 @@ def test_in_the_midst_of_a_merge(pair, finished, tmp_path, number):
 
 
 def test_before_any_stage_has_finished(pair, tmp_path):
-    process, ready, command = merging(pair, tmp_path, "_texts", "texts")
+    process, ready, command = merging(pair, tmp_path, "texts")
     code, lines = stopped(process, signal.SIGINT, ready)
     assert code == 130
     assert lines[-1] == f"stopped; no stage had finished, and nothing is kept; to start again: {command}"
@@ -122,7 +121,7 @@ def test_before_any_stage_has_finished(pair, tmp_path):
 
 @pytest.mark.parametrize("then", ["pass", "raise RuntimeError('wrapped') from None"], ids=["swallowed", "wrapped"])
 def test_a_stop_that_a_library_loses_is_a_stop(pair, tmp_path, then):
-    process, ready, _ = merging(pair, tmp_path, "_evaluate", "evaluate", then)
+    process, ready, _ = merging(pair, tmp_path, "evaluate", then)
     code, lines = stopped(process, signal.SIGTERM, ready)
     assert code == 143 and "to continue:" in lines[-1]
     assert not (tmp_path / "fused/config.json").exists()

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tmerge.comparison import compare
-    from tmerge.pipeline import Step, merge
     from tmerge.preflight.check import check
     from tmerge.recipe import Recipe, load_recipe
     from tmerge.run import Run
+    from tmerge.stages.merge import Step, merge
 
 __all__ = ["Recipe", "Run", "Step", "check", "compare", "load_recipe", "load_run", "merge"]
 
@@ -22,11 +22,11 @@ __all__ = ["Recipe", "Run", "Step", "check", "compare", "load_recipe", "load_run
 _HOMES = {
     "Recipe": "recipe",
     "Run": "run",
-    "Step": "pipeline",
+    "Step": "stages.merge",
     "check": "preflight.check",
     "compare": "comparison",
     "load_recipe": "recipe",
-    "merge": "pipeline",
+    "merge": "stages.merge",
 }
 
 

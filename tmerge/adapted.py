@@ -11,18 +11,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tmerge.calibration import FeatureStore, TextSet, normalise, read_texts
 from tmerge.errors import AdaptationError, OutputExistsError, RunNotFoundError
 from tmerge.evaluation import Interval, Scores, difference, resamples, score, verdict
 from tmerge.fusion import TransportRecord, load_transported
 from tmerge.hub import write_card
-from tmerge.models import load_model, load_tokenizer, trusts
+from tmerge.models import Model
+from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe
 from tmerge.report import library_versions
 from tmerge.run import Run, read_json, stage_key, write_json, write_text
-from tmerge.session import Listener, Session, Step
+from tmerge.stages.notes import ScoreNote
+from tmerge.stages.save import publish
+from tmerge.stages.scoring import held_out, load
+from tmerge.stages.scoring import score as score_in_run
+from tmerge.stages.step import Listener, Progress
 
 __all__ = ["adapt_run"]
 
@@ -62,9 +65,10 @@ def adapt_run(
     )
     if not (run.cache / "transported.safetensors").is_file():
         raise RunNotFoundError(f"{folder} has no tmerge/cache any more, which training needs; run the merge again")
-    session = Session(recipe, run, listener)
-    session.texts = TextSet.load(run.cache / "calibration.json")
-    texts, prompts, data = _texts(session, dataset)
+    commits = {role: str(merged[role]["commit"]) for role in ("target", "source")}
+    models, progress = Models.of(recipe, commits), Progress("adapt", listener)
+    calibrated = TextSet.load(run.cache / "calibration.json")
+    texts, prompts, data = _texts(recipe, models.target, calibrated, dataset)
     fusion = merged["fusion"]
     alpha = fusion["choice"]["alpha"] if "choice" in fusion else fusion["alpha"]
     if recipe.adaptation.alpha is not None:
@@ -80,16 +84,12 @@ def adapt_run(
                 "adaptation.transport_weight draws features on the run's own calibration texts; leave --dataset away"
             )
         refuse_token_rows(recipe)
-        stores = [FeatureStore(session.feature_folder(role)) for role in ("target", "source")]
+        stores = [FeatureStore(run.cache / "features" / role) for role in ("target", "source")]
         goals = feature_goals(TransportRecord.load(run.transport_path), *stores)
     _open(adapted, key, data)
-    target = load_model(
-        recipe.target,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        trust_remote_code=trusts(recipe.trust_remote_code, recipe.target),
-        widen=True,
-    )
+    target = load(models.target, progress)
+    # Training leaves nothing of it as it was.
+    models.target.release()
     trained = adapt(
         target,
         texts,
@@ -98,14 +98,14 @@ def adapt_run(
         work=adapted.cache / "training",
         transported=load_transported(run.cache / "transported.safetensors"),
         alpha=alpha,
-        source=(lambda: session.model("source")) if settings.objective == "distill" else None,
+        source=(lambda: load(models.source, progress)) if settings.objective == "distill" else None,
         goals=goals,
         prompts=prompts,
-        progress=lambda done, total: listener(Step("adapt", settings.objective, done, total, "steps")),
+        progress=progress.counting(settings.objective, "steps"),
     )
-    session.loaded["target"] = target
-    scores = session.score("target", "adapt", "adapted: held-out texts")
-    weights = session.publish("target", adapted, "adapt")
+    deciding = held_out(recipe, calibrated)
+    scores = score_in_run(recipe, target, deciding, progress, "adapted: held-out texts")
+    weights = publish(target, adapted, recipe, deciding, progress)
     adaptation = {
         **settings.model_dump(mode="json"),
         "alpha": alpha,
@@ -132,15 +132,15 @@ def adapt_run(
     return report
 
 
-def _texts(session: Session, dataset: str | None) -> tuple[tuple[str, ...], tuple[int, ...], dict[str, Any]]:
+def _texts(
+    recipe: Recipe, target: Model, calibrated: TextSet, dataset: str | None
+) -> tuple[tuple[str, ...], tuple[int, ...], dict[str, Any]]:
     """What to train on, without the texts that decide the verdict."""
     if dataset is None:
-        return session.texts.texts, session.texts.prompts, session.texts.to_dict()
-    recipe = session.recipe
+        return calibrated.texts, calibrated.prompts, calibrated.to_dict()
     settings = recipe.calibration.model_copy(update={"dataset": dataset, "config": None, "column": None})
-    tokenizer = load_tokenizer(recipe.target, trust_remote_code=trusts(recipe.trust_remote_code, recipe.target))
-    found = read_texts(settings, seed=recipe.seed, chat_tokenizer=tokenizer)
-    kept_away = {normalise(text) for text in session.texts.held_out}
+    found = read_texts(settings, seed=recipe.seed, chat_tokenizer=target.tokenizer)
+    kept_away = {normalise(text) for text in calibrated.held_out}
     # What a calibration holds out is of no use here: the run's own held-out texts decide.
     pairs = [*zip(found.texts, found.prompts, strict=True), *((text, 0) for text in found.held_out)]
     if recipe.adaptation.completions_only:
@@ -185,6 +185,4 @@ def _evaluation(run: Run, recipe: Recipe, adapted: Scores) -> dict[str, Interval
 def _noted(run: Run, stage: str, name: str | None = None) -> Scores:
     """Scores that a stage of the merge noted, text by text."""
     facts = run.noted(stage)["scores"]
-    note = facts[name] if name else facts
-    bits, sizes = (torch.tensor(note[part], dtype=torch.float64) for part in ("bits", "bytes"))
-    return Scores(bits, sizes, note["tokens"], 0.0)
+    return ScoreNote.model_validate(facts[name] if name else facts).scores()

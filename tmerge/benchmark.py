@@ -13,7 +13,7 @@ from tmerge.evaluation import Scores, difference, resamples, score, score_texts
 from tmerge.evaluation.tasks import TaskScore, run_tasks, task_difference, task_score
 from tmerge.models import load_model, load_tokenizer
 from tmerge.recipe import CalibrationSettings
-from tmerge.session import Listener, Step
+from tmerge.stages.step import Listener, Step
 
 __all__ = ["evaluate_models"]
 

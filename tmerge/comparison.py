@@ -12,7 +12,6 @@ A row that is finished is kept under a key of all that decides it, so a killed c
 
 from __future__ import annotations
 
-import gc
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,17 +25,18 @@ import torch
 
 from tmerge.benchmark import task_entries
 from tmerge.calibration import FeatureStore, TextSet
-from tmerge.comparison_inputs import ComparedData, Merged, refuse_moved
+from tmerge.comparison_inputs import ComparedData, MergedModels, refuse_moved
 from tmerge.errors import RecipeError
 from tmerge.evaluation import Scores, applied, difference, noise, resamples, score, score_texts, shrink
 from tmerge.evaluation.tasks import TaskScore
 from tmerge.fusion import Alpha, TransportedNeurons, TransportRecord, load_transported
 from tmerge.models import LoadedModel, load_model, model_commit
-from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
 from tmerge.report import library_versions
 from tmerge.run import Run, stage_key, write_json, write_text
-from tmerge.session import Listener, Session, Step
+from tmerge.stages.merge import merge
+from tmerge.stages.scoring import cut, held_out
+from tmerge.stages.step import Listener, Step
 from tmerge.tables import comparison_table
 
 __all__ = ["SCHEMA", "compare"]
@@ -122,15 +122,13 @@ class _Comparison:
         return {role: str(self.report[role]["commit"]) for role in ("target", "source")}
 
     @cached_property
-    def session(self) -> Session:
-        session = Merged(self.merge_recipe, self.run, self.listener, self.commits)
-        session.texts = self.texts
-        return session
+    def models(self) -> MergedModels:
+        return MergedModels(self.merge_recipe, self.commits, self.listener)
 
     @cached_property
     def domains(self) -> dict[str, list[str]]:
         """Texts of the further domains, by name, cut as the held-out ones are."""
-        return {name: self.session.cut(texts) for name, texts in self.data.domains.items()}
+        return {name: cut(self.merge_recipe, texts) for name, texts in self.data.domains.items()}
 
     @cached_property
     def transported(self) -> list[TransportedNeurons]:
@@ -191,13 +189,13 @@ class _Comparison:
 
     def _still(self, name: str, change: str | None, alpha: Alpha) -> dict[str, Any]:
         """The target with something fused into it, nothing trained."""
-        layers = self.session.layout("target").views
+        layers = self.models.target_layers()
         items = self._direction(change) if change else []
         with applied(layers, items, alpha) if items else nullcontext():
-            return self._scores(self.session.model("target"), name)
+            return self._scores(self.models.load("target"), name)
 
     def _direction(self, name: str) -> list[TransportedNeurons]:
-        layers = self.session.layout("target").views
+        layers = self.models.target_layers()
         if name == "shrink":
             return shrink(layers, self.transported)
         if name == "noise":
@@ -207,16 +205,15 @@ class _Comparison:
         return self.transported
 
     def _source(self) -> dict[str, Any]:
-        result = self._scores(self.session.model("source"), "source")
-        self.session.loaded.pop("source")
-        gc.collect()
+        result = self._scores(self.models.load("source"), "source")
+        self.models.release("source")
         return result
 
     def _other(self, source: str, commit: str) -> dict[str, Any]:
         """The same recipe with another source: its fused model."""
         folder = self.out / f"merge-{stage_key('source', source=source)[:8]}"
         recipe = Recipe.from_mapping(self.merge_recipe.model_dump(mode="json") | {"source": source})
-        self.session.loaded.clear()
+        self._release_both()
         report = merge(recipe, folder, listener=self.listener)
         # That merge asks for the models anew, by their names.
         refuse_moved(source, commit, report["source"]["commit"])
@@ -237,10 +234,9 @@ class _Comparison:
             raise RecipeError("compare.rows names sft+transport, which needs adaptation.transport_weight above 0")
         work = self.out / "training" / f"{name}-{seed}"
         # A model of its own: training leaves nothing of the target as it was.
-        self.session.loaded.clear()
-        gc.collect()
-        self.session.model("target")
-        model = self.session.loaded.pop("target")
+        self._release_both()
+        model = self.models.load("target")
+        self.models.release("target")
         began = time.perf_counter()
         report = adapt(
             model,
@@ -250,31 +246,35 @@ class _Comparison:
             work=work,
             transported=self.transported if is_fused else None,
             alpha=0.0 if not is_fused else self.alpha if settings.alpha is None else settings.alpha,
-            source=(lambda: self.session.model("source")) if objective == "distill" else None,
+            source=(lambda: self.models.load("source")) if objective == "distill" else None,
             progress=partial(self._step, f"{name}, seed {seed}", unit="steps"),
             prompts=self.texts.prompts,
             goals=self._goals() if rest == "sft+transport" else None,
         )
         seconds = time.perf_counter() - began
-        self.session.loaded.pop("source", None)
+        self.models.release("source")
         result = self._scores(model, name)
         shutil.rmtree(work, ignore_errors=True)
         trained = {"tokens": report.tokens, "steps": report.steps, "seconds": seconds, "loss": report.loss_curve}
         return result | trained
+
+    def _release_both(self) -> None:
+        for role in ("target", "source"):
+            self.models.release(role)
 
     def _goals(self) -> Any:
         """Where the target's features are drawn to: the merge's own plans and features."""
         from tmerge.adaptation import feature_goals, refuse_token_rows
 
         refuse_token_rows(self.recipe)
-        stores = [FeatureStore(self.session.feature_folder(role)) for role in ("target", "source")]
+        stores = [FeatureStore(self.run.cache / "features" / role) for role in ("target", "source")]
         return feature_goals(TransportRecord.load(self.run.transport_path), *stores)
 
     # -- scores -------------------------------------------------------------------------------------------------
 
     def _scores(self, model: LoadedModel, name: str) -> dict[str, Any]:
         """Bits and bytes of every held-out text, and of every text of the further domains."""
-        sets = {"": self.session.held_out(), **self.domains}
+        sets = {"": held_out(self.merge_recipe, self.texts), **self.domains}
         found = {}
         for domain, texts in sets.items():
             where = f"{name}: {domain or 'held-out texts'}"

@@ -6,6 +6,7 @@ commit that was merged, and what has become another by then is refused, and neve
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,34 +15,51 @@ from typing import Any
 from tmerge.calibration import DatasetRecord, file_identity, pinned, read_texts
 from tmerge.errors import CheckpointError, DatasetError
 from tmerge.evaluation.tasks import run_tasks
-from tmerge.models import LoadedModel
+from tmerge.models import LoadedModel, Model, Projection
+from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe
-from tmerge.run import Run
-from tmerge.session import NOTE, Listener, Session, Step
+from tmerge.stages.scoring import load
+from tmerge.stages.step import NOTE, Listener, Progress, Step
 
-__all__ = ["ComparedData", "Merged", "refuse_moved"]
+__all__ = ["ComparedData", "MergedModels", "refuse_moved"]
 
 
-class Merged(Session):
-    """The session of rows: its models are those that were merged, whatever their names stand for by now.
+class MergedModels:
+    """The models of rows: those that were merged, whatever their names stand for by now.
 
     Args:
-        commits: Role -> what the merge's report says of its model.
+        recipe: Names them.
+        commits: Role -> what the merge's report says of its model; nobody is asked again.
+        listener: Hears that one is loaded.
     """
 
-    def __init__(self, recipe: Recipe, run: Run, listener: Listener, commits: Mapping[str, str]) -> None:
-        super().__init__(recipe, run, listener)
-        self.commits = commits
+    def __init__(self, recipe: Recipe, commits: Mapping[str, str], listener: Listener) -> None:
+        self._handles, self._commits = Models.of(recipe, commits), commits
+        self._progress = Progress("compare", listener)
 
-    def commit(self, role: str) -> str:
-        """As the merge had it; nobody is asked again."""
-        return self.commits[role]
+    def load(self, role: str) -> LoadedModel:
+        """A model in memory, kept until it is let go.
 
-    def model(self, role: str) -> LoadedModel:
-        """As every session's; a folder, which cannot be loaded as it was, is refused where it has changed."""
-        model = super().model(role)
-        refuse_moved(getattr(self.recipe, role), self.commits[role], model.commit)
-        return model
+        Raises:
+            CheckpointError: A folder, which cannot be loaded as it was, has changed.
+        """
+        handle = self._handle(role)
+        loaded = load(handle, self._progress)
+        refuse_moved(handle.reference, self._commits[role], loaded.commit)
+        return loaded
+
+    def target_layers(self) -> list[dict[str, Projection]]:
+        """The loaded target's projections."""
+        self.load("target")
+        return self._handle("target").views.views
+
+    def release(self, role: str) -> None:
+        """Let a model's weights go."""
+        self._handle(role).release()
+        gc.collect()
+
+    def _handle(self, role: str) -> Model:
+        return self._handles.target if role == "target" else self._handles.source
 
 
 def refuse_moved(reference: str, before: str, now: str) -> None:

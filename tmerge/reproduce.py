@@ -13,10 +13,10 @@ from tmerge.calibration.files import local_file
 from tmerge.errors import DatasetError, ModelNotFoundError, OutputExistsError
 from tmerge.hub import FoundRun, find_run
 from tmerge.models import fetch, file_digest, hub_errors, model_commit
-from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
 from tmerge.run import Run
-from tmerge.session import NOTE, Listener, Step
+from tmerge.stages.merge import merge
+from tmerge.stages.step import NOTE, Listener, Step
 
 __all__ = ["difference_words", "reproduce"]
 

@@ -13,10 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tmerge.hub import PushPlan
-from tmerge.pipeline import Listener, Step
 from tmerge.preflight.check import Check
 from tmerge.report import alpha_words, ratio_words, solved_words, summary
-from tmerge.session import NOTE
+from tmerge.stages.merge import Listener, Step
+from tmerge.stages.step import NOTE
 from tmerge.tables import added_words
 
 __all__ = [

@@ -6,6 +6,8 @@ It needs no loaded model: how the heads divide was noted when the models were re
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,8 +27,10 @@ from tmerge.fusion import (
     solved_inputs,
     structured_inputs,
 )
+from tmerge.hub.pull import Plan
 from tmerge.preflight.check import keys_of
-from tmerge.session import Session
+from tmerge.recipe import TransportSettings
+from tmerge.stages.step import Progress
 from tmerge.transport import (
     FeaturePlans,
     Heads,
@@ -40,35 +44,55 @@ from tmerge.transport import (
     solve_structure,
 )
 
-__all__ = ["fusion_inputs", "measure_relatedness", "solve_apart", "solve_shared"]
+__all__ = ["Solving", "fusion_inputs", "measure_relatedness", "solve_apart", "solve_shared"]
 
 
-def _structure_path(session: Session) -> Path:
-    """Where a run keeps its structure until it is fused."""
-    return session.run.cache / "structure.safetensors"
+@dataclass(frozen=True)
+class Solving:
+    """What is solved, and where it is kept.
+
+    Attributes:
+        settings: How.
+        seed: Of the halves that relatedness is asked of.
+        projections: To be carried.
+        folders: ``target`` and ``source`` -> their features.
+        heads: ``target`` and ``source`` -> layer -> how its heads divide; None where a recorded transport is used.
+        cache: The run's, where plans and structure are kept until they are fused.
+        device: Where plans are solved.
+    """
+
+    settings: TransportSettings
+    seed: int
+    projections: list[str]
+    folders: Mapping[str, Path]
+    heads: Mapping[str, Mapping[str, Any] | None]
+    cache: Path
+    device: torch.device
+
+    @property
+    def structure_path(self) -> Path:
+        """Of the structure, until it is fused."""
+        return self.cache / "structure.safetensors"
+
+    def sides(self) -> tuple[Side, Side]:
+        """The target and the source, as their features and notes tell."""
+        return self._side("target"), self._side("source")
+
+    def _side(self, role: str) -> Side:
+        store = FeatureStore(self.folders[role])
+        heads = {int(layer): Heads.of(facts) for layer, facts in (self.heads[role] or {}).items()}
+        return Side(store.get, {layer: store.keys(layer) for layer in store.layers}, heads)
 
 
-def _sides(session: Session) -> tuple[Side, Side]:
-    """The target and the source, as their features and notes tell."""
-    target, source = (_side(session, role) for role in ("target", "source"))
-    return target, source
-
-
-def _side(session: Session, role: str) -> Side:
-    store = FeatureStore(session.feature_folder(role))
-    heads = {int(layer): Heads.of(facts) for layer, facts in session.notes[role]["heads"].items()}
-    return Side(store.get, {layer: store.keys(layer) for layer in store.layers}, heads)
-
-
-def solve_apart(session: Session) -> dict[str, Any]:
+def solve_apart(solving: Solving, progress: Progress) -> dict[str, Any]:
     """Solve every feature plan of every pair of layers (Eq. 7-10), and keep the potentials in the run's cache.
 
     Returns:
         What the transport stage notes of it.
     """
-    settings = session.recipe.transport
-    keys = keys_of(session.check.projections)
-    stores = {role: FeatureStore(session.feature_folder(role)) for role in ("target", "source")}
+    settings = solving.settings
+    keys = keys_of(solving.projections)
+    stores = {role: FeatureStore(solving.folders[role]) for role in ("target", "source")}
     plans: dict[str, FeaturePlans] = {}
     began = time.perf_counter()
     layers = {role: {key: layers_with(stores[role], key) for key in keys} for role in stores}
@@ -78,7 +102,7 @@ def solve_apart(session: Session) -> dict[str, Any]:
         def solved(layer: int, costs: Tensor, key: str = key) -> None:
             nonlocal done
             done += 1
-            session.step("transport", f"feature plans of {key}", done, total, "layers", (key, layer, costs))
+            progress.step(f"feature plans of {key}", done, total, "layers", (key, layer, costs))
 
         plans[key] = solve_features(
             key,
@@ -89,10 +113,10 @@ def solve_apart(session: Session) -> dict[str, Any]:
             epsilon=settings.epsilon,
             max_iterations=settings.max_iterations,
             tolerance=settings.tolerance,
-            device=session.device,
+            device=solving.device,
             solved=solved,
         )
-    save_plans(plans, session.run.cache / "plans.safetensors")
+    save_plans(plans, solving.cache / "plans.safetensors")
     iterations = torch.cat([solved.iterations.reshape(-1) for solved in plans.values()])
     errors = torch.cat([solved.marginal_error.reshape(-1) for solved in plans.values()])
     converged = torch.cat([solved.converged.reshape(-1) for solved in plans.values()])
@@ -105,22 +129,22 @@ def solve_apart(session: Session) -> dict[str, Any]:
     }
 
 
-def solve_shared(session: Session) -> dict[str, Any]:
+def solve_shared(solving: Solving, progress: Progress) -> dict[str, Any]:
     """Solve the structure of a run whose ``transport.structure`` is ``shared``, and keep it in the run's cache.
 
     Returns:
         What the transport stage notes of it.
     """
-    settings = session.recipe.transport
+    settings = solving.settings
     began = time.perf_counter()
-    target, source = _sides(session)
-    keys = keys_of(session.check.projections)
+    target, source = solving.sides()
+    keys = keys_of(solving.projections)
     total, done = sum(key in of for key in keys for of in target.keys.values()), 0
 
     def compared(key: str, layer: int, costs: Tensor) -> None:
         nonlocal done
         done += 1
-        session.step("transport", f"layers by {key}", done, total, "layers", (key, layer, costs))
+        progress.step(f"layers by {key}", done, total, "layers", (key, layer, costs))
 
     pairs, cost, layers = pair_layers(target, source, keys, signed=settings.signed, solved=compared)
     stream, inner = solve_structure(
@@ -131,12 +155,12 @@ def solve_shared(session: Session) -> dict[str, Any]:
         max_iterations=settings.max_iterations,
         tolerance=settings.tolerance,
         signed=settings.signed,
-        progress=lambda done, total: session.step("transport", "matching heads and neurons", done, total, "layers"),
+        progress=lambda done, total: progress.step("matching heads and neurons", done, total, "layers"),
     )
     structure = Structure(pairs, cost, layers, stream, inner)
     # Said now, and not after the third model was loaded.
-    paired_couplings(session.check.projections, paired_layers(structure))
-    structure.save(_structure_path(session))
+    paired_couplings(solving.projections, paired_layers(structure))
+    structure.save(solving.structure_path)
     found = structure.problems
     sweeps = [item.iterations for item in found]
     return {
@@ -148,39 +172,39 @@ def solve_shared(session: Session) -> dict[str, Any]:
     }
 
 
-def measure_relatedness(session: Session) -> dict[str, Any] | None:
+def measure_relatedness(solving: Solving, progress: Progress) -> dict[str, Any] | None:
     """Whether the two models' neurons correspond at all, for the report.
 
     None where it cannot be asked: what a model reads from its residual stream and what it writes are not of one width,
     which plans solved apart can do with.
     """
-    target, source = _sides(session)
-    if session.recipe.transport.structure == "shared":
-        pairs = Structure.load(_structure_path(session)).pairs
+    target, source = solving.sides()
+    if solving.settings.structure == "shared":
+        pairs = Structure.load(solving.structure_path).pairs
     else:
-        pairs, _, _ = pair_layers(target, source, keys_of(session.check.projections))
-    rows = FeatureStore(session.feature_folder("target")).texts
+        pairs, _, _ = pair_layers(target, source, keys_of(solving.projections))
+    rows = FeatureStore(solving.folders["target"]).texts
     try:
         found = relatedness(
             target,
             source,
             pairs,
             rows,
-            seed=session.recipe.seed,
-            progress=lambda done, total: session.step("transport", "relatedness", done, total, "problems"),
+            seed=solving.seed,
+            progress=lambda done, total: progress.step("relatedness", done, total, "problems"),
         )
     except NoSharedStructureError:
         return None
     return found.to_dict()
 
 
-def fusion_inputs(session: Session) -> FusionInputs:
+def fusion_inputs(solving: Solving, recorded: Plan | None) -> FusionInputs:
     """What the fusion reads: of this run, or of the one whose plan it takes."""
-    projections, settings = session.check.projections, session.recipe.transport
-    if session.plan is not None:
-        return recorded_inputs(session.plan.record, session.plan.report["transport"], projections)
-    target, source = (FeatureStore(session.feature_folder(role)) for role in ("target", "source"))
+    projections, settings = solving.projections, solving.settings
+    if recorded is not None:
+        return recorded_inputs(recorded.record, recorded.report["transport"], projections)
+    target, source = (FeatureStore(solving.folders[role]) for role in ("target", "source"))
     if settings.structure == "shared":
-        return structured_inputs(Structure.load(_structure_path(session)), target, source, projections, settings)
-    plans = load_plans(session.run.cache / "plans.safetensors", keys_of(projections))
+        return structured_inputs(Structure.load(solving.structure_path), target, source, projections, settings)
+    plans = load_plans(solving.cache / "plans.safetensors", keys_of(projections))
     return solved_inputs(plans, target, source, projections, settings)

@@ -13,7 +13,7 @@ from tmerge.calibration import FeatureStore, TextSet
 from tmerge.errors import AdaptationError
 from tmerge.fusion import TransportRecord
 from tmerge.models import describe, load_model
-from tmerge.pipeline import merge
+from tmerge.stages.merge import merge
 
 pytest.importorskip("trl")
 

@@ -12,9 +12,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from tests.pico import save_pico
 from tmerge.hub import card_text, plan_push, published_verdict
-from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
 from tmerge.run import Run
+from tmerge.stages.merge import merge
 
 COMMIT = {"target": "1" * 40, "source": "2" * 40}
 

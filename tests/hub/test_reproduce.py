@@ -9,8 +9,8 @@ import pytest
 
 from tests.hub import LoopbackHub, Repo, run_client
 from tests.pico import save_pico
-from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
+from tmerge.stages.merge import merge
 
 SCRIPT = """
 import json

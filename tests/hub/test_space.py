@@ -122,7 +122,7 @@ def test_modules_that_are_no_more_go(hub, results, tmp_path):
     ended = run_client(hub, tmp_path, script, token=TOKEN)
     assert "'code': 0" in ended.stdout, ended.stdout + ended.stderr
     files = files_of(hub, "app")
-    assert "tmerge/gone.py" not in files and files["notes.md"] == b"kept" and "tmerge/pipeline.py" in files
+    assert "tmerge/gone.py" not in files and files["notes.md"] == b"kept" and "tmerge/stages/merge.py" in files
 
 
 @pytest.mark.parametrize(

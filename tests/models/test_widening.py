@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from tests.pico import save_pico
 from tmerge.models import describe, load_model, multiplies_fast
-from tmerge.pipeline import merge
 from tmerge.recipe import Recipe
+from tmerge.stages.merge import merge
 
 
 @pytest.fixture

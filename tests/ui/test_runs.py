@@ -17,7 +17,7 @@ from tmerge.calibration import sample_texts
 from tmerge.errors import DatasetError
 from tmerge.recipe import Recipe
 from tmerge.run import Run
-from tmerge.session import Step
+from tmerge.stages.step import Step
 from tmerge.ui import runs
 from tmerge.ui.limits import AppSettings, BusyError, TooManyRunsError
 from tmerge.ui.runs import RunStore

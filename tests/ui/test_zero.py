@@ -14,12 +14,15 @@ import torch
 from gradio.context import LocalContext
 
 from tests.ui.lent_gpu import LentGpu
-from tmerge import pipeline
 from tmerge.errors import RecipeError, TmergeError
 from tmerge.models.device import DEVICE_VARIABLE
-from tmerge.pipeline import merge
 from tmerge.preflight.check import check
 from tmerge.recipe import Recipe
+from tmerge.stages.fuse import Fuse
+from tmerge.stages.merge import merge
+from tmerge.stages.save import Save
+from tmerge.stages.texts import Texts
+from tmerge.stages.transport import Transport
 from tmerge.ui import expected, zero
 from tmerge.ui.limits import AppSettings, vetted
 from tmerge.ui.runs import RunStore
@@ -116,20 +119,20 @@ def _start_as(request, store, recipe):
 def test_transport_and_fusion_are_not_in_a_lent_call(store, lent, recipe, monkeypatch):
     ran = {}
 
-    def noting(name):
-        plain = getattr(pipeline._Merge, name)
+    def noting(stage):
+        plain = stage.do
 
         def note(self, *words):
-            ran.setdefault(name, os.getpid())
+            ran.setdefault(stage.name, os.getpid())
             return plain(self, *words)
 
         return note
 
-    for name in ("_texts", "_transport", "_fuse", "_save"):
-        monkeypatch.setattr(pipeline._Merge, name, noting(name))
+    for stage in (Texts, Transport, Fuse, Save):
+        monkeypatch.setattr(stage, "do", noting(stage))
     assert over(store, store.start(recipe, "me", gpu=GPU)).state == "done"
     # What is noted in a forked process is not seen here; each of these was seen.
-    assert ran == dict.fromkeys(("_texts", "_transport", "_fuse", "_save"), os.getpid())
+    assert ran == dict.fromkeys(("texts", "transport", "fuse", "save"), os.getpid())
 
 
 @pytest.mark.parametrize("stuck", [False, True])
@@ -140,7 +143,7 @@ def test_cancel_ends_the_lent_process_too(store, lent, recipe, monkeypatch, stuc
                 progress(1, 2)
             time.sleep(0.1)
 
-    monkeypatch.setattr(pipeline, "capture", slow)
+    monkeypatch.setattr("tmerge.stages.read.capture", slow)
     monkeypatch.setattr(zero, "_PATIENCE", 1.0)
     run_id = store.start(recipe, "me", gpu=GPU)
     until(lambda: "target" in store.get(run_id).stages)
@@ -155,7 +158,7 @@ def test_what_a_user_can_mend_arrives_with_its_words(store, lent, recipe, monkey
     def refuse(*words, **options):
         raise RecipeError("the value is wrong; take another")
 
-    monkeypatch.setattr(pipeline, "capture", refuse)
+    monkeypatch.setattr("tmerge.stages.read.capture", refuse)
     run = over(store, store.start(recipe, "me", gpu=GPU))
     assert (run.state, run.fault, run.error) == ("failed", False, "the value is wrong; take another")
 
@@ -164,7 +167,7 @@ def test_a_fault_in_the_lent_call_is_a_fault_of_ours(store, lent, recipe, monkey
     def fail(*words, **options):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(pipeline, "capture", fail)
+    monkeypatch.setattr("tmerge.stages.read.capture", fail)
     run = over(store, store.start(recipe, "me", gpu=GPU))
     assert run.state == "failed" and run.fault
 
@@ -178,7 +181,7 @@ def test_a_quota_that_is_used_up_is_one_line(store, lent, recipe):
 
 
 def test_a_gpu_that_is_taken_back_is_one_line(store, lent, recipe, monkeypatch):
-    monkeypatch.setattr(pipeline, "capture", lambda *words, **options: time.sleep(60))
+    monkeypatch.setattr("tmerge.stages.read.capture", lambda *words, **options: time.sleep(60))
     lent.take_back = True
     run = over(store, store.start(recipe, "me", gpu=GPU))
     assert (run.state, run.fault) == ("failed", False)

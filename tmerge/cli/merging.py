@@ -176,8 +176,9 @@ def recipe() -> None:
 def _relatedness(recipe: Any, named: str | None) -> dict[str, Any]:
     """Both models read, and their neurons matched twice; nothing is kept. On the dataset, where one was named."""
     from tmerge.models import PROJECTIONS
-    from tmerge.pipeline import advance
     from tmerge.sections import TASK_VECTOR_DEFAULTS
+    from tmerge.stages.merge import advance
+    from tmerge.stages.notes import TransportNote
 
     # All projections, read as for a task vector, whatever will be fused: the question is of the models. What the recipe
     # says of the texts itself stays.
@@ -196,8 +197,9 @@ def _relatedness(recipe: Any, named: str | None) -> dict[str, Any]:
     )
     when_stopped(lambda: f"nothing is kept; to start again: {same_command()}")
     with tempfile.TemporaryDirectory() as folder, progress() as listener:
-        found: dict[str, Any] = advance(asked, Path(folder) / "pair", until="transport", listener=listener)["transport"]
-    return dict(found["relatedness"])
+        found = advance(asked, Path(folder) / "pair", until="transport", listener=listener)
+    assert isinstance(found, TransportNote) and found.relatedness is not None  # asked of a shared structure
+    return dict(found.relatedness)
 
 
 @app.command()
@@ -315,7 +317,7 @@ def _run(
             show_check(result)
             typer.echo(recipe.to_yaml())
         return None
-    from tmerge.pipeline import merge as run_merge
+    from tmerge.stages.merge import merge as run_merge
 
     when_stopped(lambda: stages_kept(out))
     with progress() as listener:

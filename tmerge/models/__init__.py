@@ -10,6 +10,7 @@ from tmerge.models.discovery import find_block_list
 from tmerge.models.facts import ModelFacts, read_facts
 from tmerge.models.licences import OutputLicence, output_licence
 from tmerge.models.loading import LoadedModel, load_model, load_tokenizer, model_commit
+from tmerge.models.model import Model
 from tmerge.models.projections import (
     PROJECTIONS,
     SIDES,
@@ -39,6 +40,7 @@ __all__ = [
     "DemoModel",
     "HeadLayout",
     "LoadedModel",
+    "Model",
     "ModelFacts",
     "ModelReference",
     "OutputLicence",

@@ -97,6 +97,7 @@ def load_model(
     trust_remote_code: bool = False,
     revision_override: str | None = None,
     widen: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
@@ -109,6 +110,7 @@ def load_model(
         revision_override: Commit to load instead of what the reference says, for a run that is continued.
         widen: With `dtype` ``auto``, hold the weights in float32 where the device multiplies their dtype slowly. The
             values are the same, and `LoadedModel.dtype` stays the stored one.
+        tokenizer: The model's, where it has been read before; it is read otherwise.
 
     Raises:
         ModelNotFoundError: Nothing by that name, or no way to it.
@@ -125,7 +127,7 @@ def load_model(
     where = reference if isinstance(reference, ModelReference) else ModelReference.parse(reference)
     there = pick_device(device)
     if where.kind == "gguf":
-        return _widened(_load_gguf(where, dtype, there), widen and dtype == "auto")
+        return _widened(_load_gguf(where, dtype, there, tokenizer), widen and dtype == "auto")
     place = Place.find(where, revision_override)
     check_config(where, place.config, trust_remote_code)
     config = load_config(where, place.pretrained, place.options, trust_remote_code)
@@ -135,8 +137,9 @@ def load_model(
     number_format = pick_dtype(dtype, stored_dtype(place.config, headers))
     values = sum(tensor.nbytes // _width(tensor.dtype) for tensor in headers.values())
     check_memory(where.text, values * number_format.itemsize, there)
-    with hub_errors(where):
-        tokenizer = read_tokenizer(where, place.folder, place.pretrained, place.options, trust_remote_code)
+    if tokenizer is None:
+        with hub_errors(where):
+            tokenizer = read_tokenizer(where, place.folder, place.pretrained, place.options, trust_remote_code)
     options = place.options | ({} if there.type == "cpu" else {"device_map": {"": there}})
     with _loading(where, there), hub_errors(where):
         model, report = read_weights(
@@ -197,7 +200,12 @@ def _gguf_commit(reference: ModelReference) -> str:
     return f"sha256:{digest}"
 
 
-def _load_gguf(reference: ModelReference, dtype: str | torch.dtype, device: torch.device) -> LoadedModel:
+def _load_gguf(
+    reference: ModelReference,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> LoadedModel:
     path = gguf_file(reference)
     header = read_header(path)
     number_format = pick_dtype(dtype, torch.bfloat16)
@@ -208,7 +216,8 @@ def _load_gguf(reference: ModelReference, dtype: str | torch.dtype, device: torc
     options: dict[str, Any] = {} if packing is None else {"quantization_config": packing(dequantize=True)}
     with fast_reading(path) as folder:
         config = load_config(reference, folder, {"gguf_file": path.name})
-        tokenizer = read_tokenizer(reference, path, folder, {"gguf_file": path.name})
+        if tokenizer is None:
+            tokenizer = read_tokenizer(reference, path, folder, {"gguf_file": path.name})
         with _loading(reference, device):
             model, report = read_weights(folder, gguf_file=path.name, config=config, dtype=number_format, **options)
             model.to(device)  # type: ignore[arg-type]

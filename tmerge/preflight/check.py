@@ -7,7 +7,7 @@ expected to take is in `tmerge.preflight.estimate`.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,13 @@ from tmerge.models import (
     ModelFacts,
     OutputLicence,
     available_memory,
-    describe,
     feature_key,
     match,
-    meta_model,
-    model_commit,
     output_licence,
     pick_device,
-    read_facts,
-    trusts,
 )
 from tmerge.preflight.estimate import TOKENS_PER_TEXT, Estimate, estimate_run, widths_of
+from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe
 
 __all__ = ["TOKENS_PER_TEXT", "Check", "Estimate", "check", "keys_of", "refuse_unfit"]
@@ -99,15 +95,20 @@ class Check:
         }
 
 
-def check(recipe: Recipe) -> Check:
+def check(recipe: Recipe, models: Models | None = None) -> Check:
     """Hold a recipe's two models against each other.
+
+    Args:
+        recipe: Names them.
+        models: Their handles, where they serve for more than this.
 
     Raises:
         ModelNotFoundError, GatedModelError: A reference cannot be read.
         UnsupportedModelError: A model is not a causal decoder, or the two share no projection the recipe wants.
     """
-    target, target_layout = _read(recipe.target, recipe)
-    source, source_layout = _read(recipe.source, recipe)
+    models = models or Models.of(recipe)
+    target, target_layout = models.target.facts, models.target.layout
+    source, source_layout = models.source.facts, models.source.layout
     projections, skipped = match(target_layout, source_layout, recipe.fusion.projections)
     for role, layout in (("target", target_layout), ("source", source_layout)):
         for name in _uneven(layout, projections):
@@ -122,13 +123,19 @@ def check(recipe: Recipe) -> Check:
     notes = []
     if target.commit == source.commit:
         notes.append("target and source are the same model: nothing new can be transported")
-    models = [("target", target), ("source", source)]
-    base, base_layout = (None, None) if recipe.source_base is None else _read_base(recipe, source_layout, projections)
-    if base is not None:
-        models.append(("source_base", base))
+    listed = [("target", target), ("source", source)]
+    base, base_layout = None, None
+    if models.source_base is not None:
+        base, base_layout = models.source_base.facts, models.source_base.layout
+        if _shapes(base_layout, projections) != _shapes(source_layout, projections):
+            raise UnsupportedModelError(
+                f"source_base {recipe.source_base} is not of the source's shape; "
+                "name the model that the source was fine-tuned from"
+            )
+        listed.append(("source_base", base))
         if base.commit == source.commit:
             notes.append("source and source_base are the same model: the task vector is zero")
-    for role, facts in models:
+    for role, facts in listed:
         if facts.gated:
             notes.append(f"the {role}'s repo is gated: its terms must have been accepted by your account")
         notes += [f"the {role}'s files hold {part}, which a merge leaves out" for part in facts.side]
@@ -144,17 +151,6 @@ def check(recipe: Recipe) -> Check:
     layouts = (target_layout, source_layout)
     estimate = estimate_run(recipe, (target, source, base), layouts, projections)
     return Check(target, source, *layouts, projections, skipped, licence, notes, estimate, base, base_layout)
-
-
-def _read_base(recipe: Recipe, source_layout: Architecture, projections: list[str]) -> tuple[ModelFacts, Architecture]:
-    """What the source was before its fine-tuning, which the fuse stage holds beside both."""
-    base, layout = _read(recipe.source_base or "", recipe)
-    if _shapes(layout, projections) != _shapes(source_layout, projections):
-        raise UnsupportedModelError(
-            f"source_base {recipe.source_base} is not of the source's shape; "
-            "name the model that the source was fine-tuned from"
-        )
-    return base, layout
 
 
 def refuse_unfit(result: Check, recipe: Recipe, out: Path) -> None:
@@ -195,14 +191,6 @@ def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
-
-
-def _read(reference: str, recipe: Recipe) -> tuple[ModelFacts, Architecture]:
-    trusted = trusts(recipe.trust_remote_code, reference)
-    facts = read_facts(reference, trust_remote_code=trusted)
-    if facts.commit is None:  # a local model: what identifies it is its contents
-        facts = replace(facts, commit=model_commit(reference))
-    return facts, describe(meta_model(facts.config, trusted))
 
 
 def _model(facts: ModelFacts, layout: Architecture) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from tmerge.plots.style import COLOUR_SCALE, feature_name, finish
 from tmerge.preflight.check import keys_of
 from tmerge.report import alpha_words, summary
-from tmerge.session import STAGES
+from tmerge.stages.step import STAGES
 from tmerge.ui.cards import error_card
 from tmerge.ui.safe import bytes_words, duration_words, escape
 from tmerge.ui.visitor_run import StageProgress, VisitorRun

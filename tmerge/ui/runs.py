@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from tmerge.errors import Cancelled, TmergeError
-from tmerge.pipeline import advance, merge
 from tmerge.recipe import Recipe
+from tmerge.stages.merge import advance, merge
 from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, BusyError, TooManyRunsError
 from tmerge.ui.stopping import watched_modules
 from tmerge.ui.visitor_run import CouplingRow, StageProgress, State, VisitorRun

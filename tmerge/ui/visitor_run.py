@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tmerge.errors import Cancelled
 from tmerge.recipe import Recipe
-from tmerge.session import NOTE, Step
+from tmerge.stages.step import NOTE, Step
 
 if TYPE_CHECKING:
     from tmerge.ui.pushes import PushUnderWay
@@ -29,7 +29,7 @@ class StageProgress:
     """How far one stage of a run is.
 
     Attributes:
-        stage: One of `tmerge.session.STAGES`, or ``choose``.
+        stage: One of `tmerge.stages.step.STAGES`, or ``choose``.
         what: In words: what is being done.
         done: Units done of this piece of work.
         total: Units in all.

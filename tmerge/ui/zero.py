@@ -27,10 +27,10 @@ from tmerge.errors import Cancelled, DeviceError, TmergeError
 from tmerge.models import ModelReference, open_repo
 from tmerge.models.device import DEVICE_VARIABLE
 from tmerge.models.remote import fetch_weights
-from tmerge.pipeline import advance
 from tmerge.preflight.check import TOKENS_PER_TEXT, Check
 from tmerge.recipe import Recipe
-from tmerge.session import Step
+from tmerge.stages.merge import advance
+from tmerge.stages.step import Step
 from tmerge.ui.limits import AppSettings
 from tmerge.ui.stopping import watched_modules
 
@@ -136,7 +136,7 @@ def on_gpu(
 
     Raises:
         GpuLimitError: No GPU was lent, or for too short a time.
-        TmergeError: As `tmerge.pipeline.merge`.
+        TmergeError: As `tmerge.stages.merge.merge`.
     """
     import gradio as gr
 

@@ -1,0 +1,69 @@
+"""The models of a recipe: one handle each, which everything of a run shares."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from tmerge.models import Model, trusts
+from tmerge.recipe import Recipe
+
+__all__ = ["Models"]
+
+
+@dataclass(frozen=True)
+class Models:
+    """By their roles.
+
+    Attributes:
+        target: Is changed.
+        source: Is read.
+        source_base: The source before its fine-tuning, where what it learned since is carried.
+    """
+
+    target: Model
+    source: Model
+    source_base: Model | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, commits: Mapping[str, str] | None = None) -> Models:
+        """Handles of a recipe's models.
+
+        Args:
+            recipe: Names them, and says how they are loaded.
+            commits: Role -> what identifies its model, where that is known; the others are asked when it is needed.
+        """
+
+        def handle(role: str, reference: str) -> Model:
+            return Model(
+                reference,
+                dtype=recipe.dtype,
+                device=recipe.device,
+                trust_remote_code=trusts(recipe.trust_remote_code, reference),
+                commit=(commits or {}).get(role),
+            )
+
+        base = None if recipe.source_base is None else handle("source_base", recipe.source_base)
+        return cls(handle("target", recipe.target), handle("source", recipe.source), base)
+
+    def pinned(self) -> dict[str, str]:
+        """Role -> the reference, a Hub repo's at its commit; what is local stays as it was written."""
+        return {role: _pin(model.reference, model.commit) for role, model in self._roles()}
+
+    def release_sources(self) -> None:
+        """Let the weights of the source and of what it was before go."""
+        for model in (self.source, self.source_base):
+            if model is not None:
+                model.release()
+        gc.collect()
+
+    def _roles(self) -> Iterator[tuple[str, Model]]:
+        yield "target", self.target
+        yield "source", self.source
+        if self.source_base is not None:
+            yield "source_base", self.source_base
+
+
+def _pin(reference: str, commit: str) -> str:
+    return reference if commit.startswith("sha256:") else f"{reference.partition('@')[0]}@{commit}"

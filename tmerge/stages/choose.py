@@ -1,0 +1,70 @@
+"""Choosing alpha for each group of projections, on texts that serve nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tmerge.calibration import TextSet
+from tmerge.evaluation import Scores, choose_alpha, unchanged_layers, without_unchanged_layers
+from tmerge.models import Model
+from tmerge.recipe import Recipe
+from tmerge.stages.neurons import Neurons
+from tmerge.stages.notes import ChooseNote
+from tmerge.stages.scoring import cut, load, score
+from tmerge.stages.step import Progress
+
+__all__ = ["Choose"]
+
+
+@dataclass(frozen=True)
+class Choose:
+    """The stage ``choose``.
+
+    Attributes:
+        recipe: Of the run.
+        target: Is fused, scored and restored, alpha by alpha.
+        texts: Whose choosing texts are scored.
+        neurons: What was transported.
+        fused: The key of the stage before.
+    """
+
+    recipe: Recipe
+    target: Model
+    texts: TextSet
+    neurons: Neurons
+    fused: str
+
+    name = "choose"
+    note = ChooseNote
+
+    def inputs(self) -> dict[str, Any]:
+        """What decides the choice."""
+        return {
+            "fuse": self.fused,
+            "method": "halving",
+            "alphas": self.recipe.fusion.alphas,
+            "bootstrap": self.recipe.evaluation.bootstrap,
+        }
+
+    def do(self, key: str, progress: Progress) -> ChooseNote:
+        """Let the alphas race."""
+        texts, transported = cut(self.recipe, self.texts.choosing), self.neurons.transported
+        loaded = load(self.target, progress)
+
+        def scored(what: str, rows: Sequence[int]) -> Scores:
+            chosen = [texts[row] for row in rows]
+            return score(self.recipe, loaded, chosen, progress, f"choosing: {what}", finite=False)
+
+        with without_unchanged_layers(loaded.model, unchanged_layers(transported)):
+            choice = choose_alpha(
+                self.target.views.views,
+                transported,
+                self.recipe.fusion.alphas,
+                scored,
+                len(texts),
+                bootstrap=self.recipe.evaluation.bootstrap,
+                seed=self.recipe.seed,
+            )
+        return ChooseNote(choice=choice.to_dict() | {"texts": len(texts)}, forward_seconds=choice.seconds)

@@ -1,0 +1,107 @@
+"""The held-out check: the fused model, and the controls that change the same neurons without the correspondence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tmerge.calibration import TextSet
+from tmerge.evaluation import (
+    applied,
+    descent_cosines,
+    noise,
+    shrink,
+    unchanged_layers,
+    without_unchanged_layers,
+)
+from tmerge.fusion import Alpha, TransportedNeurons, alpha_of
+from tmerge.models import STREAM, Model, group_of
+from tmerge.recipe import Recipe
+from tmerge.stages.neurons import Neurons
+from tmerge.stages.notes import EvaluateNote, ScoreNote
+from tmerge.stages.scoring import held_out, load, score
+from tmerge.stages.step import Progress
+
+__all__ = ["Evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """The stage ``evaluate``.
+
+    Attributes:
+        recipe: Of the run.
+        target: Is fused, scored and restored.
+        texts: Whose held-out texts decide.
+        neurons: What was transported.
+        alpha: As the recipe says, or as chosen.
+        fused: The key of the stage that carried them.
+        unfused: The target's own scores.
+    """
+
+    recipe: Recipe
+    target: Model
+    texts: TextSet
+    neurons: Neurons
+    alpha: Alpha
+    fused: str
+    unfused: ScoreNote
+
+    name = "evaluate"
+    note = EvaluateNote
+
+    def inputs(self) -> dict[str, Any]:
+        """What decides the scores."""
+        return {"fuse": self.fused, "alpha": self.alpha, "evaluation": self.recipe.digest("evaluation")}
+
+    def do(self, key: str, progress: Progress) -> EvaluateNote:
+        """Score the fused model and the controls, one after the other in the target's own memory."""
+        names, transported = ("fused", *self.recipe.evaluation.controls), self.neurons.transported
+        if any(alpha_of(self.alpha, item.projection) for item in transported):
+            scores, seconds = self._scores(names, transported, progress)
+        else:  # every one of them is the target, which was scored when it was read
+            scores, seconds = dict.fromkeys(names, self.unfused), 0.0
+            progress.step("nothing is fused: the scores are the target's", 1, 1, "models")
+        descent = None
+        if self.recipe.evaluation.descent:
+            began = time.perf_counter()
+            descent = self._descent(transported, progress)
+            seconds += time.perf_counter() - began
+        return EvaluateNote(scores=scores, descent=descent, forward_seconds=seconds)
+
+    def _scores(
+        self, names: tuple[str, ...], transported: list[TransportedNeurons], progress: Progress
+    ) -> tuple[dict[str, ScoreNote], float]:
+        """Name -> scores; and the seconds of the forward passes."""
+        loaded, layers = load(self.target, progress), self.target.views.views
+        made: dict[str, Callable[[], list[TransportedNeurons]]] = {
+            "fused": lambda: transported,
+            "shrink": lambda: shrink(layers, transported),
+            "noise": lambda: noise(layers, transported, self.recipe.seed),
+            "permuted": lambda: self.neurons.permuted,
+        }
+        texts, scores, seconds = held_out(self.recipe, self.texts), {}, 0.0
+        with without_unchanged_layers(loaded.model, unchanged_layers(transported)):
+            for name in names:
+                with applied(layers, made[name](), self.alpha):
+                    found = score(self.recipe, loaded, texts, progress, f"{name}: held-out texts")
+                scores[name] = ScoreNote.of(found)
+                seconds += found.seconds
+        return scores, seconds
+
+    def _descent(self, transported: list[TransportedNeurons], progress: Progress) -> dict[str, Any]:
+        """The merge's direction against the loss's, on calibration texts."""
+        texts, calibration = self.texts.texts[: self.recipe.evaluation.descent], self.recipe.calibration
+        found = descent_cosines(
+            load(self.target, progress),
+            self.target.views.layers,
+            [item for item in transported if group_of(item.projection) != STREAM],
+            texts,
+            seed=self.recipe.seed,
+            max_tokens=calibration.max_tokens,
+            batch_tokens=calibration.batch_tokens,
+            progress=progress.counting("descent control", "texts"),
+        )
+        return {"texts": len(texts), "projections": {name: item.to_dict() for name, item in found.items()}}

@@ -1,0 +1,148 @@
+"""Carrying the source's weights through the plans: the selected neurons, and the run's record of its transport."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tmerge.evaluation import control_generator
+from tmerge.fusion import TransportRecord, carry, save_transported
+from tmerge.hub.pull import Plan
+from tmerge.models import STREAM, Model, group_of
+from tmerge.recipe import Recipe
+from tmerge.run import Run
+from tmerge.solving import Solving, fusion_inputs
+from tmerge.stages.neurons import Neurons
+from tmerge.stages.notes import FuseNote
+from tmerge.stages.scoring import load
+from tmerge.stages.step import Progress
+
+__all__ = ["Fuse", "shared_vocabulary"]
+
+_NEARLY_ALL = 0.9
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """The stage ``fuse``. Alpha enters only when the neurons are written, so that another alpha can start from here.
+
+    Attributes:
+        recipe: Of the run.
+        target: Whose neurons are selected.
+        source: Whose weights are carried.
+        source_base: The source before its fine-tuning, where what it learned since is carried.
+        solving: What was solved.
+        transport: The key of the stage before.
+        recorded: A recorded transport, which is used instead.
+        run: Where the run's own record of its transport goes.
+        neurons: Where the selected neurons go, and those of the permuted control.
+    """
+
+    recipe: Recipe
+    target: Model
+    source: Model
+    source_base: Model | None
+    solving: Solving
+    transport: str
+    recorded: Plan | None
+    run: Run
+    neurons: Neurons
+
+    name = "fuse"
+    note = FuseNote
+
+    def inputs(self) -> dict[str, Any]:
+        """What decides the neurons."""
+        return {
+            "transport": self.transport,
+            "fusion": self.recipe.fusion.model_dump(mode="json", exclude={"alpha", "alphas"}),
+            "base": None if self.source_base is None else self.source_base.commit,
+            "seed": self.recipe.seed,
+            "permuted": "permuted" in self.recipe.evaluation.controls,
+        }
+
+    def do(self, key: str, progress: Progress) -> FuseNote:
+        """Carry the weights, and keep what was carried."""
+        settings, fusion, seed = self.recipe.transport, self.recipe.fusion, self.recipe.seed
+        vocabulary = None
+        if fusion.stream:
+            vocabulary = shared_vocabulary(
+                (self.target.tokenizer, self.source.tokenizer), (_rows(self.target), _rows(self.source))
+            )
+            if vocabulary is None:
+                progress.note("the two vocabularies differ: embeddings stay the target's, norms are carried")
+        inputs = fusion_inputs(self.solving, self.recorded)
+
+        def shuffle(layer: int, feature: str, neurons: int) -> Tensor:
+            return torch.randperm(neurons, generator=control_generator(seed, "permuted", layer, feature))
+
+        for model in (self.target, self.source, self.source_base):
+            if model is not None:
+                load(model, progress)
+        carried = carry(
+            self.target.views,
+            self.source.views,
+            inputs.pairs,
+            inputs.couplings,
+            inputs.statistics,
+            fusion,
+            settings,
+            source_base=None if self.source_base is None else self.source_base.views,
+            shuffle=shuffle if "permuted" in self.recipe.evaluation.controls else None,
+            vocabulary=vocabulary,
+            progress=progress.counting("transporting weights", "layers"),
+        )
+        save_transported(carried.transported, self.neurons.transported_path, key)
+        save_transported(carried.permuted, self.neurons.permuted_path, key)
+        facts = {
+            "schema": 1,
+            "projections": self.solving.projections,
+            "keys": inputs.keys,
+            "epsilon": settings.epsilon,
+            "structure": settings.structure
+            if self.recorded is None
+            else self.recorded.record.facts.get("structure", "none"),
+            "target": {"ref": self.recipe.target, "commit": self.target.commit},
+            "source": {"ref": self.recipe.source, "commit": self.source.commit},
+        }
+        TransportRecord(facts, inputs.tensors | carried.tensors).save(self.run.transport_path)
+        on_stream = {item.projection for item in carried.transported if group_of(item.projection) == STREAM}
+        return FuseNote.model_validate(
+            {
+                "norm_ratios": carried.norm_ratios,
+                "layers": {name: list(coupling.target_layers) for name, coupling in inputs.couplings.items()},
+                "biases": carried.biases,
+                "stream": sorted(on_stream),
+                **inputs.facts,
+            }
+        )
+
+
+def shared_vocabulary(
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase], rows: tuple[int, int]
+) -> Tensor | None:
+    """Tokens that are in both models' tokenizers and have a row in both models' embeddings.
+
+    Args:
+        tokenizers: The target's and the source's.
+        rows: Of their embeddings.
+
+    Returns:
+        (2, V) int64, each token's id in the target and in the source, ascending in the target's: a vocabulary that
+        was trimmed, extended or put in another order is still one. None where they are not nearly all of the
+        smaller vocabulary: then the two have words in common as any two have.
+    """
+    target_ids, source_ids = (tokenizer.get_vocab() for tokenizer in tokenizers)
+    common = sorted((index, source_ids[token]) for token, index in target_ids.items() if token in source_ids)
+    kept = [pair for pair in common if pair[0] < rows[0] and pair[1] < rows[1]]
+    if not kept or len(kept) < _NEARLY_ALL * min(len(target_ids), len(source_ids)):
+        return None
+    return torch.tensor(kept).T.contiguous()
+
+
+def _rows(model: Model) -> int:
+    return int(model.facts.config.get_text_config().vocab_size)

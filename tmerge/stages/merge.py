@@ -1,0 +1,202 @@
+"""The road of a merge: its stages in order, each given what those before it left.
+
+texts -> target -> source -> transport -> fuse (-> choose) -> evaluate -> save
+
+No maths here, and no printing. A listener hears of every step; it may raise `Cancelled`, which stops between two steps
+and keeps what is finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tmerge.calibration import DatasetRecord, TextSet
+from tmerge.fusion import Alpha
+from tmerge.hub import write_card
+from tmerge.hub.pull import Plan
+from tmerge.models import pick_device
+from tmerge.preflight.check import Check, check, refuse_unfit
+from tmerge.preflight.models import Models
+from tmerge.recipe import Recipe
+from tmerge.report import build_report, library_versions
+from tmerge.run import Run, write_json, write_text
+from tmerge.solving import Solving
+from tmerge.stages.choose import Choose
+from tmerge.stages.evaluate import Evaluate
+from tmerge.stages.fuse import Fuse
+from tmerge.stages.neurons import Neurons
+from tmerge.stages.notes import Note
+from tmerge.stages.read import Read
+from tmerge.stages.runner import Finished, Runner
+from tmerge.stages.save import Save
+from tmerge.stages.step import STAGES, Listener, Progress, Step
+from tmerge.stages.texts import Texts
+from tmerge.stages.transport import Transport
+
+__all__ = ["STAGES", "Listener", "Step", "advance", "merge"]
+
+
+def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) -> dict[str, Any]:
+    """Run a recipe, or take up its unfinished run.
+
+    Args:
+        recipe: What to merge, and how.
+        out: The run's folder.
+        listener: Hears every `Step`; may raise `Cancelled`.
+
+    Returns:
+        The report, as report.json holds it.
+
+    Raises:
+        TmergeError: Bad input, one line; nothing is left behind if no stage had finished.
+    """
+    run = Run.open(Path(out), recipe)
+    try:
+        road = _Road(recipe, run, listener or (lambda step: None))
+        return road.report(list(road.stages()))
+    except BaseException:
+        run.abandon()
+        raise
+
+
+def advance(recipe: Recipe, out: str | Path, *, until: str, listener: Listener | None = None) -> Note:
+    """Run a recipe up to a stage, which it ends with; `merge` or another call goes on from there, in any process.
+
+    Args:
+        recipe: As for `merge`, and the same in every call.
+        out: Likewise.
+        until: One of `STAGES`.
+        listener: As for `merge`.
+
+    Returns:
+        What that stage noted.
+
+    Raises:
+        TmergeError: As for `merge`.
+        ValueError: The recipe's road has no such stage.
+    """
+    run = Run.open(Path(out), recipe)
+    try:
+        for done in _Road(recipe, run, listener or (lambda step: None)).stages():
+            if done.name == until:
+                note: Note = done.note
+                return note
+    except BaseException:
+        run.abandon()
+        raise
+    raise ValueError(f"no stage {until!r}; choose from {', '.join(STAGES)}")
+
+
+@dataclass(frozen=True)
+class _Road:
+    """One recipe's, through one folder."""
+
+    recipe: Recipe
+    run: Run
+    listener: Listener
+
+    @cached_property
+    def models(self) -> Models:
+        return Models.of(self.recipe)
+
+    @cached_property
+    def check(self) -> Check:
+        return check(self.recipe, self.models)
+
+    def stages(self) -> Iterator[Finished[Any]]:
+        """All stages; each is given out when it is finished."""
+        recipe, run, cache, models = self.recipe, self.run, self.run.cache, self.models
+        says = Progress("texts", self.listener)
+        refuse_unfit(self.check, recipe, run.folder)
+        if not run.reported:
+            # Said before anything is fetched: a licence that forbids the merge, a repo that is gated.
+            for line in self.check.notes:
+                says.note(line)
+        projections = self.check.projections
+        recorded = None if recipe.plan is None else Plan(recipe.plan)
+        if recorded is not None:
+            commits = {"target": models.target.commit, "source": models.source.commit}
+            recorded.refuse_other_recipe(recipe, commits, projections)
+        device = pick_device(recipe.device)
+        runner = Runner(run, self.listener, str(device))
+
+        auto = recipe.fusion.alpha == "auto"
+        apart = auto or (recorded is not None and recorded.recipe.fusion.alpha == "auto")
+        path, data = cache / "calibration.json", self._data(says, recorded is not None)
+        yield runner(Texts(recipe, models.target, models.source, data, apart, recorded is not None, path))
+        texts = TextSet.load(path)
+        if recorded is not None:
+            recorded.refuse_other_texts(texts.sha256)
+
+        folders = {role: cache / "features" / role for role in ("target", "source")}
+        target = runner(Read("target", recipe, models.target, texts, projections, folders["target"], recorded))
+        yield target
+        source = runner(Read("source", recipe, models.source, texts, projections, folders["source"], recorded))
+        yield source
+
+        heads = {"target": target.note.heads, "source": source.note.heads}
+        solving = Solving(recipe.transport, recipe.seed, projections, folders, heads, cache, device)
+        solved = runner(Transport(recipe, solving, {"target": target.key, "source": source.key}, recorded))
+        yield solved
+
+        neurons, base = Neurons(cache), models.source_base
+        fused = runner(Fuse(recipe, models.target, models.source, base, solving, solved.key, recorded, run, neurons))
+        yield fused
+        models.release_sources()
+
+        if recipe.fusion.alpha == "auto":
+            chosen = runner(Choose(recipe, models.target, texts, neurons, fused.key))
+            yield chosen
+            alpha: Alpha = chosen.note.alpha
+        else:
+            alpha = recipe.fusion.alpha
+        unfused = target.note.scores
+        yield runner(Evaluate(recipe, models.target, texts, neurons, alpha, fused.key, unfused))
+        yield runner(Save(recipe, run, models.target, texts, neurons, alpha, fused.key))
+
+    def _data(self, says: Progress, recorded: bool) -> dict[str, str]:
+        """The calibration's datasets -> what identifies their contents; a recorded transport needs none to match on."""
+        settings = self.recipe.calibration
+        other = [] if settings.match_on is None or recorded else [settings.match_on]
+        record = DatasetRecord(self.run.cache / "data.json", says.note)
+        found = record.identify([settings.dataset, *other])
+        record.save()
+        return found
+
+    def report(self, finished: list[Finished[Any]]) -> dict[str, Any]:
+        """Write the report and the card, once all stages are finished."""
+        notes = {done.name: done for done in finished}
+        resolved = self._resolved(TextSet.load(self.run.cache / "calibration.json"))
+        write_text(self.run.work / "recipe.yaml", resolved.to_yaml())
+        scores = {"base": notes["target"].note.scores, "source": notes["source"].note.scores}
+        scores |= notes["evaluate"].note.scores
+        here = str(pick_device(self.recipe.device))
+        read = notes["target"].device
+        report = build_report(
+            resolved,
+            self.check,
+            {name: done.facts() for name, done in notes.items()},
+            {name: item.model_dump() for name, item in scores.items()},
+            library_versions(),
+            # Where the models read, and, if that was elsewhere, where all else was computed.
+            here if read == here else f"{read} (transport and fusion: {here})",
+        )
+        write_json(self.run.work / "report.json", report)
+        write_card(self.run, report, resolved)
+        return report
+
+    def _resolved(self, texts: TextSet) -> Recipe:
+        """The recipe with Hub references pinned to the commits that were read."""
+        data = self.recipe.model_dump(mode="json") | self.models.pinned()
+        if self.recipe.plan is not None:
+            data["plan"] = Plan(self.recipe.plan).found.name
+        if texts.revision is not None:
+            name = self.recipe.calibration.dataset.partition("@")[0]
+            data["calibration"]["dataset"] = f"{name}@{texts.revision}"
+        if texts.other_dataset is not None:
+            data["calibration"]["match_on"] = texts.other_dataset
+        return Recipe.from_mapping(data)

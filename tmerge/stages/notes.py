@@ -1,0 +1,172 @@
+"""What each stage notes of what it did: typed, frozen, and the same after it was written to the run's cache and read.
+
+A note is made once, by the stage that measured what is in it; the stages after it, the report, `adapt` and `compare`
+read it and nothing else of that stage but its files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from tmerge.evaluation import Scores
+
+__all__ = [
+    "ChooseNote",
+    "EvaluateNote",
+    "FuseNote",
+    "Note",
+    "ReadNote",
+    "SaveNote",
+    "ScoreNote",
+    "TextsNote",
+    "TransportNote",
+]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Note(_Frozen):
+    """Of any stage.
+
+    Attributes:
+        forward_seconds: Of the models' forward passes in it.
+    """
+
+    forward_seconds: float = 0.0
+
+
+class ScoreNote(_Frozen):
+    """Scores of a model, exactly: a JSON float read back is the float that was written.
+
+    Attributes:
+        bits: -log2 probability of every text.
+        bytes: Its length in UTF-8.
+        tokens: Scored in all.
+    """
+
+    bits: list[float]
+    bytes: list[float]
+    tokens: int
+
+    @classmethod
+    def of(cls, scores: Scores) -> ScoreNote:
+        """What is kept of scores."""
+        return cls(bits=scores.bits.tolist(), bytes=scores.bytes.tolist(), tokens=scores.tokens)
+
+    def scores(self) -> Scores:
+        """As they were, but for the time that they took."""
+        bits, sizes = (torch.tensor(values, dtype=torch.float64) for values in (self.bits, self.bytes))
+        return Scores(bits, sizes, self.tokens, 0.0)
+
+
+class TextsNote(Note):
+    """Of the calibration set; the texts themselves are in the run's cache.
+
+    Attributes:
+        texts: `TextSet.to_dict`.
+    """
+
+    texts: dict[str, Any]
+
+
+class ReadNote(Note):
+    """Of a model that was read for its features and scored.
+
+    Attributes:
+        scores: On the held-out texts.
+        tokens: Read for the features.
+        truncated: Texts of which the end was not read.
+        heads: Layer -> how its attention heads divide (`head_facts`); None where a recorded transport is used.
+    """
+
+    scores: ScoreNote
+    tokens: int
+    truncated: int
+    heads: dict[str, Any] | None = None
+
+
+class TransportNote(Note):
+    """Of the problems that were solved.
+
+    Attributes:
+        problems: How many.
+        iterations: ``median`` and ``max`` over them.
+        worst_marginal_violation: Largest over them.
+        converged: How many reached the tolerance.
+        relatedness: `Relatedness.to_dict`; None where it cannot be asked.
+        solve_seconds: Of solving; None where a recorded transport is used.
+    """
+
+    problems: int
+    iterations: dict[str, int]
+    worst_marginal_violation: float
+    converged: int
+    relatedness: dict[str, float | int | None] | None = None
+    solve_seconds: float | None = None
+
+
+class FuseNote(Note):
+    """Of the weights that were transported.
+
+    Attributes:
+        norm_ratios: Projection -> per layer, the transported rows' norm to the target's own; None where that is zero.
+        layers: Projection -> the target's layers that have it.
+        biases: Projection -> what became of its biases.
+        stream: Names of what lies on the residual stream and was carried.
+        eta: The layer problem's regularisation, as used.
+        layer_plans_converged: Whether the layer problems reached the tolerance.
+    """
+
+    norm_ratios: dict[str, list[float | None]]
+    layers: dict[str, list[int]]
+    biases: dict[str, str]
+    stream: list[str]
+    eta: Any
+    layer_plans_converged: Any
+
+
+class ChooseNote(Note):
+    """Of choosing alpha.
+
+    Attributes:
+        choice: `Choice.to_dict`, and how many ``texts`` it was made on.
+    """
+
+    choice: dict[str, Any]
+
+    @property
+    def alpha(self) -> dict[str, float]:
+        """Projection -> alpha."""
+        return dict(self.choice["alpha"])
+
+
+class EvaluateNote(Note):
+    """Of the held-out check.
+
+    Attributes:
+        scores: ``fused`` and the controls -> their scores.
+        descent: Of the descent control, where it was asked for.
+    """
+
+    scores: dict[str, ScoreNote]
+    descent: dict[str, Any] | None = None
+
+
+class SaveNote(Note):
+    """Of the checkpoint.
+
+    Attributes:
+        dtype: It is stored in.
+        computed_in: The dtype that the model ran in.
+        weights: File name -> SHA-256 (hex).
+    """
+
+    dtype: str
+    computed_in: str
+    weights: Mapping[str, str]

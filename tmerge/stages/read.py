@@ -1,0 +1,100 @@
+"""Reading a model: its features over the calibration texts, and its score on the held-out ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tmerge.calibration import TextSet, capture
+from tmerge.evaluation import Scores
+from tmerge.hub.pull import Plan
+from tmerge.models import Model, head_facts
+from tmerge.recipe import Recipe
+from tmerge.stages.notes import ReadNote, ScoreNote
+from tmerge.stages.scoring import held_out, load, score
+from tmerge.stages.step import Progress
+
+__all__ = ["Read"]
+
+
+@dataclass(frozen=True)
+class Read:
+    """The stages ``target`` and ``source``.
+
+    Attributes:
+        name: The model's role.
+        recipe: Of the run.
+        model: To be read.
+        texts: To read and to score it on.
+        projections: Whose features are wanted.
+        folder: Of the features.
+        recorded: A recorded transport, with which the model is scored alone.
+    """
+
+    name: str
+    recipe: Recipe
+    model: Model
+    texts: TextSet
+    projections: list[str]
+    folder: Path
+    recorded: Plan | None
+
+    note = ReadNote
+
+    def inputs(self) -> dict[str, Any]:
+        """What decides the features and the scores."""
+        texts, calibration = self.texts, self.recipe.calibration
+        return {
+            "texts": texts.sha256,
+            # Where in the texts the tokens are read, which both tokenizers decide.
+            **({"ends": texts.ends} if texts.ends else {}),
+            **({"other": texts.other} if texts.other else {}),
+            "commit": self.model.commit,
+            "dtype": self.recipe.dtype,
+            "device": self.recipe.device,
+            "projections": self.projections,
+            "max_tokens": calibration.max_tokens,
+            "batch_tokens": calibration.batch_tokens,
+            "held_out": self.recipe.evaluation.texts,
+            "plan": None if self.recorded is None else self.recorded.key,
+        }
+
+    def do(self, key: str, progress: Progress) -> ReadNote:
+        """Load, read and score it."""
+        if self.recorded is not None:
+            return self._score_alone(self.recorded, progress)
+        loaded, views = load(self.model, progress), self.model.views
+        captured = capture(
+            loaded,
+            views,
+            self.texts.matched_on,
+            self.projections,
+            self.folder,
+            max_tokens=self.recipe.calibration.max_tokens,
+            batch_tokens=self.recipe.calibration.batch_tokens,
+            key=key,
+            ends=self.texts.ends or None,
+            progress=progress.counting(f"{self.name}: reading features", "texts"),
+        )
+        scores = self._score(progress)
+        return ReadNote(
+            scores=ScoreNote.of(scores),
+            tokens=captured.tokens,
+            truncated=captured.truncated,
+            forward_seconds=captured.forward_seconds + scores.seconds,
+            heads=head_facts(loaded.model, views),
+        )
+
+    def _score_alone(self, recorded: Plan, progress: Progress) -> ReadNote:
+        scores, read = self._score(progress), recorded.report["calibration"]
+        return ReadNote(
+            scores=ScoreNote.of(scores),
+            tokens=read["tokens"][self.name],
+            truncated=read["truncated"][self.name],
+            forward_seconds=scores.seconds,
+        )
+
+    def _score(self, progress: Progress) -> Scores:
+        texts = held_out(self.recipe, self.texts)
+        return score(self.recipe, load(self.model, progress), texts, progress, f"{self.name}: held-out texts")

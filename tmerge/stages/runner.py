@@ -1,0 +1,94 @@
+"""Running a stage: skipped where it is finished, timed, and written down when it is.
+
+A stage is finished when the run's cache holds a note of it under its key: the hash of all that decides its result.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from tmerge.report import library_versions, peak_memory
+from tmerge.run import Run, stage_key
+from tmerge.stages.notes import Note
+from tmerge.stages.step import Listener, Progress
+
+__all__ = ["Finished", "Runner", "Stage"]
+
+N_co = TypeVar("N_co", bound=Note, covariant=True)
+
+
+class Stage(Protocol[N_co]):
+    """One stage of a run, made with what it works on."""
+
+    @property
+    def name(self) -> str:
+        """As it is shown, and as its note's file is named."""
+        ...
+
+    @property
+    def note(self) -> type[N_co]:
+        """The class of its note."""
+        ...
+
+    def inputs(self) -> dict[str, Any]:
+        """What decides its result, beside the libraries' versions: JSON values."""
+        ...
+
+    def do(self, key: str, progress: Progress) -> N_co:
+        """Do the work, leave its files in the run's cache under the key, and note what was measured."""
+        ...
+
+
+@dataclass(frozen=True)
+class Finished(Generic[N_co]):
+    """A stage that has been done, in this process or in an earlier one.
+
+    Attributes:
+        name: The stage's.
+        key: What decided its result, hashed.
+        note: What it noted.
+        seconds: It took.
+        peak_rss_bytes: Of the process that did it, when it was done.
+        device: Where its models ran.
+    """
+
+    name: str
+    key: str
+    note: N_co
+    seconds: float
+    peak_rss_bytes: int
+    device: str
+
+    def facts(self) -> dict[str, Any]:
+        """As the run's cache holds it."""
+        cost = {"seconds": self.seconds, "peak_rss_bytes": self.peak_rss_bytes, "device": self.device}
+        return self.note.model_dump(mode="json") | cost
+
+
+class Runner:
+    """Runs the stages of one run in order.
+
+    Attributes:
+        finished: Those that are done, in their order.
+    """
+
+    def __init__(self, run: Run, listener: Listener, device: str) -> None:
+        self.run, self.listener, self.device = run, listener, device
+        self.finished: list[Finished[Any]] = []
+
+    def __call__(self, stage: Stage[N_co]) -> Finished[N_co]:
+        """Do a stage, unless it was done under the same key before."""
+        key = stage_key(stage.name, versions=library_versions(), **stage.inputs())
+        facts = self.run.finished(stage.name, key)
+        if facts is None:
+            began = time.perf_counter()
+            note = stage.do(key, Progress(stage.name, self.listener))
+            done = Finished(stage.name, key, note, time.perf_counter() - began, peak_memory(), self.device)
+            self.run.finish(stage.name, key, done.facts())
+        else:
+            cost = {name: facts.pop(name) for name in ("seconds", "peak_rss_bytes", "device")}
+            done = Finished(stage.name, key, stage.note.model_validate(facts), **cost)
+        self.finished.append(done)
+        return done

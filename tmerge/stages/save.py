@@ -1,0 +1,96 @@
+"""Writing the fused model: beside the cache, compared with the one in memory, then moved into place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tmerge.calibration import TextSet
+from tmerge.fusion import Alpha, fuse
+from tmerge.models import LoadedModel, Model, file_digest, save_checkpoint, verify_checkpoint
+from tmerge.recipe import Recipe
+from tmerge.run import Run
+from tmerge.stages.neurons import Neurons
+from tmerge.stages.notes import SaveNote
+from tmerge.stages.scoring import held_out, load
+from tmerge.stages.step import Progress
+
+__all__ = ["Save", "publish"]
+
+# Compared before and after writing.
+_COMPARED_TEXTS = 4
+
+
+@dataclass(frozen=True)
+class Save:
+    """The stage ``save``.
+
+    Attributes:
+        recipe: Of the run.
+        run: Its folder.
+        target: Is fused for good, written and let go.
+        texts: On some of which the written model is compared.
+        neurons: What was transported.
+        alpha: As the recipe says, or as chosen.
+        fused: The key of the stage that carried them.
+    """
+
+    recipe: Recipe
+    run: Run
+    target: Model
+    texts: TextSet
+    neurons: Neurons
+    alpha: Alpha
+    fused: str
+
+    name = "save"
+    note = SaveNote
+
+    def inputs(self) -> dict[str, Any]:
+        """What decides the checkpoint."""
+        return {"fuse": self.fused, "alpha": self.alpha, "save": self.recipe.digest("save")}
+
+    def do(self, key: str, progress: Progress) -> SaveNote:
+        """Fuse, write, compare, move."""
+        loaded = load(self.target, progress)
+        fuse(self.target.views.views, self.neurons.transported, self.alpha)
+        weights = publish(loaded, self.run, self.recipe, held_out(self.recipe, self.texts), progress)
+        stored, computed = (str(dtype).removeprefix("torch.") for dtype in (loaded.dtype, loaded.model.dtype))
+        self.target.release()
+        return SaveNote(dtype=stored, computed_in=computed, weights=weights)
+
+
+def publish(loaded: LoadedModel, run: Run, recipe: Recipe, texts: Sequence[str], progress: Progress) -> dict[str, str]:
+    """Write a model beside a run's cache, compare it with the one in memory, then move it into the run's folder.
+
+    Args:
+        loaded: The model.
+        run: Of the folder.
+        recipe: How large a file may be.
+        texts: On the first of which the two are compared.
+        progress: Hears of it.
+
+    Returns:
+        File name -> SHA-256 (hex) of every weights file.
+
+    Raises:
+        CheckpointError: What was written is not what is in memory.
+    """
+    progress.step("writing the checkpoint", 0, 2, "steps")
+    fresh = run.cache / "checkpoint"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    save_checkpoint(loaded, fresh, max_shard_size=recipe.save.max_shard_size)
+    progress.step("comparing the saved checkpoint with the model in memory", 1, 2, "steps")
+    verify_checkpoint(fresh, loaded, list(texts[:_COMPARED_TEXTS]))
+    weights = {path.name: file_digest(path) for path in sorted(fresh.glob("*.safetensors"))}
+    # The config goes last: a folder without it is not mistaken for a whole checkpoint.
+    for path in sorted(fresh.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+        path.chmod(0o644)  # safetensors makes files for their owner alone
+        os.replace(path, run.folder / path.name)
+    fresh.rmdir()
+    progress.step("comparing the saved checkpoint with the model in memory", 2, 2, "steps")
+    return weights

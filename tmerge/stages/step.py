@@ -1,0 +1,59 @@
+"""Progress: what the stages of a run tell whoever listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["NOTE", "STAGES", "Listener", "Progress", "Step"]
+
+STAGES = ("texts", "target", "source", "transport", "fuse", "evaluate", "save")
+NOTE = "note"
+"""The stage of a `Step` that only says something, before the work begins."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of progress.
+
+    Attributes:
+        stage: One of `STAGES`, or ``choose`` (between fuse and evaluate) where alpha is ``auto``; or `NOTE`.
+        what: In words: what is being done.
+        done: Units done.
+        total: Units in all.
+        unit: ``texts``, ``layers``, ...
+        row: For the transport stage, (feature key, target layer, its (M,) transport costs).
+    """
+
+    stage: str
+    what: str
+    done: int
+    total: int
+    unit: str
+    row: tuple[str, int, Tensor] | None = None
+
+
+Listener = Callable[[Step], None]
+"""Hears every `Step`; may raise `Cancelled`, which stops between two steps and keeps what is finished."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one stage says, to one listener."""
+
+    stage: str
+    listener: Listener
+
+    def step(self, what: str, done: int, total: int, unit: str, row: tuple[str, int, Tensor] | None = None) -> None:
+        """Tell of a step; see `Step`."""
+        self.listener(Step(self.stage, what, done, total, unit, row))
+
+    def counting(self, what: str, unit: str) -> Callable[[int, int], None]:
+        """What a long computation calls with (units done, units in all)."""
+        return lambda done, total: self.step(what, done, total, unit)
+
+    def note(self, words: str) -> None:
+        """Say something that is no step."""
+        self.listener(Step(NOTE, words, 1, 1, "notes"))

@@ -1,0 +1,106 @@
+"""The calibration set: read once, split by hash before anything sees it, and kept in the run's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tmerge.calibration import TextSet, common_ends, other_texts, pinned, read_texts, token_limit
+from tmerge.errors import DatasetError
+from tmerge.models import Model
+from tmerge.recipe import CalibrationSettings, Recipe
+from tmerge.stages.notes import TextsNote
+from tmerge.stages.step import Progress
+
+__all__ = ["Texts"]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The stage ``texts``.
+
+    Attributes:
+        recipe: Of the run.
+        target: Its tokenizer's chat template shapes conversations.
+        source: Read where both tokenizers have to agree on token positions.
+        data: The calibration's datasets -> what identifies their contents.
+        choosing: Whether texts are kept apart to choose alpha on.
+        recorded: Whether a recorded transport is used: then nothing is matched, and no features are read.
+        path: Of the `TextSet`.
+    """
+
+    recipe: Recipe
+    target: Model
+    source: Model
+    data: Mapping[str, str]
+    choosing: bool
+    recorded: bool
+    path: Path
+
+    name = "texts"
+    note = TextsNote
+
+    def inputs(self) -> dict[str, Any]:
+        """What decides the texts."""
+        calibration = self.recipe.digest("calibration", "seed")
+        if self.recipe.calibration.rows != "texts":
+            # Where both tokenizers agree depends on both.
+            calibration += self.source.commit
+        return {
+            "recipe": calibration,
+            "target": self.target.commit,
+            "choosing": self.choosing,
+            "data": dict(self.data),
+        }
+
+    def do(self, key: str, progress: Progress) -> TextsNote:
+        """Read and split them."""
+        progress.step("reading the calibration set", 0, 1, "datasets")
+        settings, seed = self._pinned(), self.recipe.seed
+        # Both are asked for now, so that the lack of one is seen before anything is kept.
+        tokenizer, _ = self.target.tokenizer, self.source.tokenizer
+        texts = read_texts(
+            settings, seed=seed, choosing=settings.choosing if self.choosing else 0.0, chat_tokenizer=tokenizer
+        )
+        if settings.match_on is not None and not self.recorded:
+            kept_away = texts.choosing + texts.held_out
+            texts = replace(texts, **other_texts(settings, kept_away, seed=seed, chat_tokenizer=tokenizer))
+        self._refuse_changed(texts)
+        if settings.rows != "texts" and not self.recorded:
+            texts = replace(texts, ends=self._common_ends(texts))
+        texts.save(self.path)
+        progress.step("reading the calibration set", 1, 1, "datasets")
+        return TextsNote(texts=texts.to_dict())
+
+    def _pinned(self) -> CalibrationSettings:
+        """The recipe's, with its Hub datasets at the commits that were identified."""
+        settings = self.recipe.calibration
+        named = {"dataset": settings.dataset}
+        if settings.match_on is not None and settings.match_on in self.data:
+            named["match_on"] = settings.match_on
+        return settings.model_copy(update={key: pinned(name, self.data[name]) for key, name in named.items()})
+
+    def _refuse_changed(self, texts: TextSet) -> None:
+        """Refuse texts of a file that was written to between being identified and being read."""
+        settings = self.recipe.calibration
+        for name, digest in ((settings.dataset, texts.file_sha256), (settings.match_on, texts.other_sha256)):
+            if digest is not None and self.data[str(name)] != f"sha256:{digest}":
+                raise DatasetError(f"dataset {name!r} changed while it was read; start again when it is written")
+
+    def _common_ends(self, texts: TextSet) -> tuple[tuple[int, ...], ...]:
+        """Where in each text both models are read, where features are of single tokens."""
+        settings = self.recipe.calibration
+        limits = [
+            token_limit(model.facts.config.get_text_config(), settings.max_tokens)
+            for model in (self.target, self.source)
+        ]
+        return common_ends(
+            self.target.tokenizer,
+            self.source.tokenizer,
+            texts.matched_on,
+            limits=(limits[0], limits[1]),
+            wanted=settings.token_rows if settings.rows == "tokens" else None,
+            seed=self.recipe.seed,
+        )
