@@ -8,7 +8,6 @@ later fusions need of it goes into the run's `TransportRecord`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +23,7 @@ from tmerge.fusion.sparse import scaled, unmatched
 from tmerge.fusion.stream import carry_stream
 from tmerge.models import STREAM, Architecture, Projection, feature_key
 from tmerge.recipe import FusionSettings, TransportSettings
-from tmerge.transport import one_thread_each
+from tmerge.transport import in_turn, one_thread_each
 
 __all__ = ["Carried", "carry"]
 
@@ -320,20 +319,17 @@ def carry(
     carrier = _Carrier(target, source, source_base, pairs, couplings, statistics, settings, shuffle)
     layers = sorted({layer for coupling in couplings.values() for layer in coupling.target_layers})
     carried = Carried(norm_ratios={projection: [] for projection in couplings})
-    with one_thread_each() as workers, _pool(workers) as pool:
-        pending = [pool.submit(carrier.layer, layer) for layer in layers]
-        try:
-            for done, future in enumerate(pending, start=1):
-                used, transported, permuted = future.result()
-                carried.transported += transported
-                carried.permuted += permuted
-                pairs.keep(used)
-                if progress is not None:
-                    progress(done, len(layers))
-        except BaseException:
-            for future in pending:
-                future.cancel()
-            raise
+
+    def take(layer: int, found: tuple[list[PlanPair], list[TransportedNeurons], list[TransportedNeurons]]) -> None:
+        used, transported, permuted = found
+        carried.transported += transported
+        carried.permuted += permuted
+        pairs.keep(used)
+        if progress is not None:
+            progress(layers.index(layer) + 1, len(layers))
+
+    with one_thread_each() as workers:
+        in_turn(carrier.layer, layers, workers, take)
     carried.tensors = pairs.tensors()
     _finish(carried, carrier, target)
     if fusion.stream:
@@ -341,12 +337,6 @@ def carry(
         if shuffle is not None:
             carried.permuted += carrier.stream(vocabulary, shuffled=True)
     return carried
-
-
-def _pool(workers: int) -> ThreadPoolExecutor:
-    # Each worker is told too: what torch was told elsewhere does not reach LAPACK in a thread that begins later, and an
-    # SVD took 300 times as long in two threads where the cores are busy.
-    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _finish(carried: Carried, carrier: _Carrier, target: Architecture) -> None:

@@ -15,7 +15,6 @@ from tmerge.transport.plans import (
     keep_layers,
     load_plans,
     mutual_top,
-    one_thread_each,
     save_plans,
     solve_features,
     solve_layers,
@@ -24,6 +23,7 @@ from tmerge.transport.plans import (
 from tmerge.transport.relatedness import Relatedness, relatedness
 from tmerge.transport.sinkhorn import SinkhornResult, plan_from_potentials, sinkhorn
 from tmerge.transport.structure import STREAM_KEYS, Side, Structure, pair_layers, solve_structure
+from tmerge.transport.workers import in_turn, one_thread_each
 
 __all__ = [
     "STREAM_KEYS",
@@ -41,6 +41,7 @@ __all__ = [
     "effective_weights",
     "feature_plan",
     "in_order",
+    "in_turn",
     "keep_layers",
     "load_plans",
     "match",
