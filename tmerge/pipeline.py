@@ -11,13 +11,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tmerge.calibration import TextSet, capture, other_texts, read_texts
+from tmerge.calibration import FeatureStore, TextSet, capture, other_texts, read_texts
 from tmerge.evaluation import (
     Scores,
     applied,
@@ -46,7 +47,8 @@ from tmerge.recipe import Recipe
 from tmerge.report import build_report, library_versions, relatedness_words
 from tmerge.run import Run, write_json, write_text
 from tmerge.session import NOTE, STAGES, Listener, Session, Step
-from tmerge.solving import fusion_inputs, measure_relatedness, solve_apart, solve_shared
+from tmerge.solving import measure_relatedness, read_solved, solve
+from tmerge.transport import Side
 
 __all__ = ["STAGES", "Listener", "Step", "advance", "merge"]
 
@@ -234,25 +236,39 @@ class _Merge(Session):
             facts = ("problems", "iterations", "worst_marginal_violation", "converged", "relatedness")
             self.notes["transport"] = {name: self.plan.report["transport"].get(name) for name in facts}
             return
-        if self.recipe.transport.structure == "shared":
-            self.notes["transport"] = solve_shared(self)
-        else:
-            self.notes["transport"] = solve_apart(self)
-        found = self.notes["transport"]["relatedness"] = measure_relatedness(self)
+        (target, source), heard = self._sides(), partial(self.step, "transport")
+        projections, settings = self.check.projections, self.recipe.transport
+        transport, self.notes["transport"] = solve(
+            target, source, projections, settings, self.run.cache, device=self.device, heard=heard
+        )
+        rows = FeatureStore(self.feature_folder("target")).texts
+        found = self.notes["transport"]["relatedness"] = measure_relatedness(
+            transport, target, source, projections, rows, seed=self.recipe.seed, heard=heard
+        )
         if found is not None:  # said before anything is fused
             self.step(NOTE, relatedness_words(found), 1, 1, "notes")
+
+    def _sides(self) -> tuple[Side, Side]:
+        """The target and the source, as their features and notes tell."""
+        target, source = (
+            Side.of(FeatureStore(self.feature_folder(role)), self.notes[role]["heads"]) for role in ("target", "source")
+        )
+        return target, source
 
     def _fuse(self) -> None:
         """Transport the selected neurons, and keep the run's record of its plans."""
         if self.notes["fuse"]:
             return
-        settings, fusion = self.recipe.transport, self.recipe.fusion
+        settings, fusion, seed = self.recipe.transport, self.recipe.fusion, self.recipe.seed
         vocabulary = self.shared_vocabulary() if fusion.stream else None
         if fusion.stream and vocabulary is None:
             self.step(
                 NOTE, "the two vocabularies differ: embeddings stay the target's, norms are carried", 1, 1, "notes"
             )
-        inputs, seed = fusion_inputs(self), self.recipe.seed
+        if self.plan is not None:
+            transport = self.plan.transport(self.check.projections)
+        else:
+            transport = read_solved(*self._sides(), self.check.projections, settings, self.run.cache)
 
         def shuffle(layer: int, key: str, neurons: int) -> Tensor:
             return torch.randperm(neurons, generator=control_generator(seed, "permuted", layer, key))
@@ -260,11 +276,8 @@ class _Merge(Session):
         carried = carry(
             self.layout("target"),
             self.layout("source"),
-            inputs.pairs,
-            inputs.couplings,
-            inputs.statistics,
+            transport,
             fusion,
-            settings,
             source_base=self.layout("source_base") if self.recipe.source_base else None,
             shuffle=shuffle if "permuted" in self.recipe.evaluation.controls else None,
             vocabulary=vocabulary,
@@ -276,19 +289,20 @@ class _Merge(Session):
         facts = {
             "schema": 1,
             "projections": self.check.projections,
-            "keys": inputs.keys,
+            "keys": list(transport.layers),
             "epsilon": settings.epsilon,
-            "structure": settings.structure if self.plan is None else self.plan.record.facts.get("structure", "none"),
+            "structure": transport.structure,
             "target": {"ref": self.recipe.target, "commit": self.commit("target")},
             "source": {"ref": self.recipe.source, "commit": self.commit("source")},
         }
-        TransportRecord(facts, inputs.tensors | carried.tensors).save(self.run.transport_path)
+        TransportRecord(facts, carried.tensors).save(self.run.transport_path)
         self.notes["fuse"] = {
             "norm_ratios": carried.norm_ratios,
-            "layers": {name: list(coupling.target_layers) for name, coupling in inputs.couplings.items()},
+            "layers": {name: list(found.target_layers) for name, found in transport.layer_maps.items()},
             "biases": carried.biases,
             "stream": sorted({item.projection for item in carried.transported if group_of(item.projection) == STREAM}),
-            **inputs.facts,
+            "eta": dict(transport.eta),
+            "layer_plans_converged": transport.layer_plans_converged,
         }
 
     def _choose(self) -> None:

@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from tmerge.calibration import DatasetRecord, TextSet, common_ends, pinned, token_limit
 from tmerge.errors import DatasetError
 from tmerge.evaluation import Scores, score_texts
-from tmerge.hub.pull import Plan
 from tmerge.models import (
     Architecture,
     LoadedModel,
@@ -34,6 +33,7 @@ from tmerge.models import (
 )
 from tmerge.preflight.check import Check, check
 from tmerge.recipe import CalibrationSettings, Recipe
+from tmerge.recorded import RecordedRun
 from tmerge.report import library_versions, peak_memory
 from tmerge.run import Run, stage_key
 
@@ -97,13 +97,13 @@ class Session:
         return check(self.recipe)
 
     @cached_property
-    def plan(self) -> Plan | None:
-        """Another run's transport plan, where the recipe names one."""
-        return None if self.recipe.plan is None else Plan(self.recipe.plan)
+    def plan(self) -> RecordedRun | None:
+        """Another run, whose recorded transport is fused from, where the recipe names one."""
+        return None if self.recipe.plan is None else RecordedRun(self.recipe.plan)
 
     @property
     def plan_key(self) -> str | None:
-        """What identifies that plan."""
+        """What identifies that transport."""
         return None if self.plan is None else self.plan.key
 
     @cached_property

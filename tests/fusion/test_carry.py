@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import threading
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.pico import pico_model
 from tests.planted import pooled_features
-from tmerge.fusion import FeatureStatistics, SolvedPairs, carry, couplings, layer_plans
+from tmerge.fusion import carry
 from tmerge.models import describe
 from tmerge.recipe import FusionSettings, TransportSettings
-from tmerge.transport import solve_features
+from tmerge.transport import apart_transport, solve_features
 
 
 class _Counted:
-    """Plans, and how many of them were there at once."""
+    """A transport's feature maps, and how many of their plans were there at once."""
 
-    def __init__(self, pairs):
-        self._pairs, self._lock = pairs, threading.Lock()
+    def __init__(self, build):
+        self._build, self._lock = build, threading.Lock()
         self.seen, self.most = [], 0
 
-    def of_layer(self, layer, wanted):
-        read = self._pairs.of_layer(layer, wanted)
+    def __call__(self, layer, wanted):
+        maps = self._build(layer, wanted)
         with self._lock:
-            self.seen += [weakref.ref(pair.plan) for pair in read.values()]
+            self.seen += [weakref.ref(found.plan) for found in maps.values()]
             self.most = max(self.most, sum(plan() is not None for plan in self.seen))
-        return read
-
-    def keep(self, used):
-        self._pairs.keep(used)
-
-    def tensors(self):
-        return self._pairs.tensors()
+        return maps
 
 
 def _carried(layers, workers):
@@ -54,20 +49,15 @@ def _carried(layers, workers):
         )
         for key in keys
     }
-    settings = TransportSettings(layers_kept=2)
-    counted = _Counted(SolvedPairs(plans, tuple(lambda *place, of=of: of[place] for of in features), 128))
+    names = describe(target).names
+    reads = (lambda layer, key, of=of: of[layer, key] for of in features)
+    transport = apart_transport(plans, *reads, names, TransportSettings(layers_kept=2))
+    counted = _Counted(transport.build)
     before = torch.get_num_threads()
     torch.set_num_threads(workers)
     try:
-        carry(
-            describe(target),
-            describe(source),
-            counted,
-            couplings(describe(target).names, plans, layer_plans(plans, settings), 2),
-            tuple({place: FeatureStatistics.of(values) for place, values in of.items()} for of in features),
-            FusionSettings(alpha=0.5, top_k=4, projections=tuple(describe(target).names)),
-            settings,
-        )
+        fusion = FusionSettings(alpha=0.5, top_k=4, projections=tuple(names))
+        carry(describe(target), describe(source), replace(transport, build=counted), fusion)
     finally:
         torch.set_num_threads(before)
     return len(counted.seen), counted.most

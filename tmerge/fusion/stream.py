@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tmerge.fusion.maps import after
 from tmerge.fusion.merge import TransportedNeurons
-from tmerge.fusion.sparse import after
 from tmerge.models import EMBEDDING, HEAD, Architecture, Projection
 
 __all__ = ["carry_stream"]

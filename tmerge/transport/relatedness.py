@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tmerge.transport.matching import Correspondence
-from tmerge.transport.structure import STREAM_KEYS, Side, solve_structure
+from tmerge.transport.sides import Side
+from tmerge.transport.structure import STREAM_KEYS, solve_structure
 
 __all__ = ["Relatedness", "relatedness"]
 

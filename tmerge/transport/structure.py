@@ -22,31 +22,17 @@ from torch import Tensor
 
 from tmerge.errors import NoSharedStructureError
 from tmerge.transport.cost import standardise
-from tmerge.transport.heads import Heads, match_heads
+from tmerge.transport.heads import match_heads
 from tmerge.transport.matching import Correspondence, couple
 from tmerge.transport.order import in_order, layer_features, nearest_cost, sampled
+from tmerge.transport.sides import Side
 
-__all__ = ["STREAM_KEYS", "Side", "Structure", "pair_layers", "solve_structure"]
+__all__ = ["STREAM_KEYS", "Structure", "pair_layers", "solve_structure"]
 
 STREAM_KEYS = ("qkv.pre", "mlp.pre", "o.post", "down.post")
 """Features whose neurons are those of the residual stream: what is read from it and what is written to it."""
 _HEAD_KEYS = ("q.post", "k.post", "v.post", "o.pre")
 _MLP_KEYS = ("gate.post", "up.post", "down.pre")
-
-
-@dataclass(frozen=True)
-class Side:
-    """One model, as far as its features tell.
-
-    Attributes:
-        read: (layer, key) -> (T, n) features.
-        keys: layer -> the feature keys it has.
-        heads: layer -> how its attention divides; layers that are not named have none that is known.
-    """
-
-    read: Callable[[int, str], Tensor]
-    keys: Mapping[int, Sequence[str]]
-    heads: Mapping[int, Heads]
 
 
 @dataclass(frozen=True)
