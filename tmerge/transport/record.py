@@ -94,8 +94,10 @@ class TransportRecord:
 
     def widths(self, key: str) -> tuple[int, int]:
         """Neurons of a feature key in the target (n) and in the source (n')."""
-        mine, theirs = (self.tensors[f"statistics.{role}.{key}.mean"].shape[1] for role in ("target", "source"))
-        return mine, theirs
+        target_width, source_width = (
+            self.tensors[f"statistics.{role}.{key}.mean"].shape[1] for role in ("target", "source")
+        )
+        return target_width, source_width
 
     def pairs(self, key: str) -> list[tuple[int, int]]:
         """The kept layer pairs of a feature key, as (row of L, column of M)."""

@@ -48,8 +48,8 @@ def ridge(target: Tensor, source: Tensor, penalty: float) -> tuple[Tensor, Tenso
     Returns:
         Phi_out (n, n') and Phi_in (n', n), float32.
     """
-    mine, theirs = _centred(target), _centred(source)
-    return _fit(theirs, mine, penalty).float(), _fit(mine, theirs, penalty).float()
+    centred = _centred(target), _centred(source)
+    return _fit(centred[1], centred[0], penalty).float(), _fit(*centred, penalty).float()
 
 
 def with_fitted_maps(transport: Transport, target: Read, source: Read, settings: TransportSettings) -> Transport:
