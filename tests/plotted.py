@@ -1,19 +1,19 @@
 """A record and a report made by hand, for pictures to be held against."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tmerge.fusion import (
-    FeatureStatistics,
-    TransportRecord,
-    coupling_tensors,
-    couplings,
-    layer_plans,
-    mass_of_top,
-    sparsify,
-)
 from tmerge.recipe import TransportSettings
-from tmerge.transport import feature_plan, mutual_top, solve_features, standardise
+from tmerge.transport import (
+    FeatureStatistics,
+    PlanRecorder,
+    Statistics,
+    TransportRecord,
+    apart_transport,
+    solve_features,
+)
 
 WIDTHS = {"qkv.pre": (48, 64), "q.post": (60, 96), "o.pre": (60, 96), "o.post": (48, 64)}
 TARGET_LAYERS, SOURCE_LAYERS = (0, 1, 2, 3, 4, 7), (0, 2, 3, 5)  # numbers that are not places
@@ -55,38 +55,18 @@ def record():
         )
         for key in WIDTHS
     }
-    layers = layer_plans(plans, settings)
-    coupled = couplings(("q", "o"), plans, layers, settings.layers_kept)
     statistics = [
         {place: FeatureStatistics(x.mean(0), x.std(0), x.abs().mean(0)) for place, x in side.items()}
         for side in features
     ]
-    tensors = coupling_tensors(plans, layers, coupled, {"target": statistics[0], "source": statistics[1]})
-    for key, solved in plans.items():
-        kept = coupled["q" if key in ("qkv.pre", "q.post") else "o"].kept
-        pairs = [(row, int(column)) for row in range(len(TARGET_LAYERS)) for column in kept[row]]
-        dense = [
-            feature_plan(
-                standardise(features[0][TARGET_LAYERS[row], key]),
-                standardise(features[1][SOURCE_LAYERS[column], key]),
-                solved.f[row, column],
-                solved.g[row, column],
-                solved.epsilon,
-            )
-            for row, column in pairs
-        ]
-        sparse = sparsify(dense, [mutual_top(plan, KEPT) for plan in dense])
-        tensors |= {
-            f"pairs.{key}": torch.tensor(pairs, dtype=torch.int32),
-            f"f.{key}": torch.stack([solved.f[pair] for pair in pairs]),
-            f"g.{key}": torch.stack([solved.g[pair] for pair in pairs]),
-            f"mass.{key}": torch.stack([mass_of_top(plan) for plan in dense]),
-            f"plan.{key}.offsets": sparse.offsets,
-            f"plan.{key}.columns": sparse.columns,
-            f"plan.{key}.values": sparse.values,
-            f"plan.{key}.beyond": sparse.beyond,
-        }
-    return TransportRecord({"schema": 1, "projections": ["q", "o"], "keys": list(WIDTHS), "epsilon": 0.1}, tensors)
+    reads = (lambda layer, key, of=of: of[layer, key] for of in features)
+    transport = apart_transport(plans, *reads, ("q", "o"), settings)
+    recorder = PlanRecorder(replace(transport, measure=lambda: Statistics(*statistics)))
+    for layer in TARGET_LAYERS:
+        recorder.add(recorder.part(transport.feature_maps(layer).values()))
+    return TransportRecord(
+        {"schema": 1, "projections": ["q", "o"], "keys": list(WIDTHS), "epsilon": 0.1}, recorder.tensors()
+    )
 
 
 def interval(value, half, **more):

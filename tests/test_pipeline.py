@@ -313,7 +313,7 @@ def test_a_pair_whose_relatedness_cannot_be_asked_is_merged_all_the_same(pair, t
     def refuse(*words, **options):
         raise NoSharedStructureError("what is read and what is written differ in width")
 
-    monkeypatch.setattr("tmerge.solving.relatedness", refuse)
+    monkeypatch.setattr("tmerge.stages.transport.relatedness", refuse)
     report = merge(recipe_for(pair), tmp_path / "fused")
     assert report["transport"]["relatedness"] is None and not any("elatedness" in note for note in report["notes"])
     assert "elatedness" not in (tmp_path / "fused" / "README.md").read_text(encoding="utf-8")
@@ -325,6 +325,6 @@ def test_features_that_cannot_be_matched_at_all_are_not_taken_for_a_pair_that_ca
     def refuse(*words, **options):
         raise TransportError("features are not finite: run the models with dtype float32")
 
-    monkeypatch.setattr("tmerge.solving.relatedness", refuse)
+    monkeypatch.setattr("tmerge.stages.transport.relatedness", refuse)
     with pytest.raises(TransportError, match="not finite"):
         merge(recipe_for(pair), tmp_path / "fused")

@@ -41,10 +41,19 @@ from tests.planted import (
     planted_model,
     relative_errors,
 )
-from tmerge.fusion import Carried, FeatureStatistics, SolvedPairs, carry, couplings, fuse, layer_plans
+from tmerge.fusion import Carried, carry, fuse
 from tmerge.models import describe
 from tmerge.recipe import FusionSettings, TransportSettings
-from tmerge.transport import FeaturePlans, feature_plan, solve_features, standardise
+from tmerge.transport import (
+    FeaturePlans,
+    Transport,
+    apart_transport,
+    feature_plan,
+    layer_maps,
+    layer_plans,
+    solve_features,
+    standardise,
+)
 
 
 @cache
@@ -70,6 +79,17 @@ def _plan(case: PlantedCase, solved: FeaturePlans, layer: int, other: int) -> Te
     return feature_plan(mine, theirs, solved.f[layer, other], solved.g[layer, other], solved.epsilon)
 
 
+def _transport(family: str, projections: tuple[str, ...], settings: TransportSettings) -> Transport:
+    case = planted_case(family)
+    return apart_transport(
+        _plans(family, settings.epsilon),
+        lambda layer, key: case.target_features[layer, key],
+        lambda layer, key: case.source_features[layer, key],
+        projections,
+        settings,
+    )
+
+
 @cache
 def _merge(
     family: str,
@@ -85,23 +105,7 @@ def _merge(
     mine, theirs = describe(merged), describe(case.planted.model)
     transport = TransportSettings(epsilon=epsilon, layers_kept=kept, layer_marginals=marginals)
     fusion = FusionSettings(alpha=1.0, scale=scale, units=units, top_k=1.0, projections=tuple(mine.names))
-    plans = _plans(family, epsilon)
-    carried = carry(
-        mine,
-        theirs,
-        SolvedPairs(
-            plans,
-            (lambda layer, key: case.target_features[layer, key], lambda layer, key: case.source_features[layer, key]),
-            transport.entries_kept,
-        ),
-        couplings(mine.names, plans, layer_plans(plans, transport), kept),
-        tuple(
-            {place: FeatureStatistics.of(values) for place, values in features.items()}
-            for features in (case.target_features, case.source_features)
-        ),
-        fusion,
-        transport,
-    )
+    carried = carry(mine, theirs, _transport(family, tuple(mine.names), transport), fusion)
     fuse(mine.layers, carried.transported, fusion.alpha)
     return merged, carried
 
@@ -164,7 +168,7 @@ def test_the_layer_plan_finds_the_planted_layers(family, marginals, epsilon):
         else:
             assert largest == case.source_layers, key
     names = describe(case.target).names
-    for name, coupling in couplings(names, _plans(family, epsilon), layers, 1).items():
+    for name, coupling in layer_maps(names, _plans(family, epsilon), layers, 1).items():
         assert coupling.effective.argmax(1).tolist() == case.source_layers, name
         assert coupling.kept[:, 0].tolist() == case.source_layers, name
 
@@ -224,9 +228,8 @@ def test_the_plain_plan_shrinks_by_the_number_of_neurons(family):
     case = planted_case(family)
     mine, theirs = describe(case.target), describe(case.planted.model)
     _, carried = _merge(family, 0.01, scale="literal")
-    transport = TransportSettings(epsilon=0.01)
-    plans = _plans(family, 0.01)
-    coupled = couplings(mine.names, plans, layer_plans(plans, transport), 1)
+    transport = TransportSettings(epsilon=0.01, layers_kept=1)
+    coupled = _transport(family, tuple(mine.names), transport).layer_maps
     for name, ratios in carried.norm_ratios.items():
         size = mine.layers[0][name].out_features * theirs.layers[0][name].in_features
         for layer, ratio in enumerate(ratios):

@@ -6,10 +6,6 @@ import pytest
 import torch
 
 from tests.plotted import GROUPS, SOURCE_LAYERS, TARGET_LAYERS, WIDTHS, interval, record, report  # noqa: F401 - two fixtures
-from tmerge.fusion import (
-    MASS_AT,
-    sparsify,
-)
 from tmerge.plots import (
     Entries,
     feature_transport,
@@ -26,6 +22,7 @@ from tmerge.plots import (
 )
 from tmerge.plots.style import BAD, GOOD, NEUTRAL, numbers
 from tmerge.plots.words import findings
+from tmerge.transport import MASS_AT, sparsify
 
 
 @pytest.mark.parametrize("which", ["effective", "pre", "post"])

@@ -21,12 +21,21 @@ import torch
 from tests.bench.relatives import SPLIT_SEED, slices
 from tmerge.calibration import FeatureStore, capture, common_ends
 from tmerge.evaluation import control_generator
-from tmerge.fusion import Carried, TransportedNeurons, carry, layer_plans, layers_with, solved_inputs, structured_inputs
+from tmerge.fusion import Carried, TransportedNeurons, carry
 from tmerge.fusion.stream import carry_stream
 from tmerge.models import Architecture, LoadedModel, describe, head_facts, load_model
 from tmerge.preflight.check import keys_of
 from tmerge.recipe import FusionSettings, TransportSettings
-from tmerge.transport import FeaturePlans, Heads, Side, Structure, pair_layers, solve_features
+from tmerge.transport import (
+    FeaturePlans,
+    Side,
+    Structure,
+    apart_transport,
+    layer_plans,
+    pair_layers,
+    shared_transport,
+    solve_features,
+)
 from tmerge.transport.structure import solve_structure
 
 __all__ = ["ALL", "ATTENTION", "Pair"]
@@ -122,8 +131,7 @@ class Pair:
     def _side(self, role: str, kind: str) -> Side:
         store = self.store(role, kind)
         facts = head_facts(self.models[role].model, self.layouts[role])
-        heads = {int(layer): Heads.of(item) for layer, item in facts.items()}
-        return Side(store.get, {layer: store.keys(layer) for layer in store.layers}, heads)
+        return Side.of(store, {str(layer): item for layer, item in facts.items()})
 
     @cache
     def structure(self, kind: str, epsilon: float | None, signed: bool) -> Structure:
@@ -134,29 +142,28 @@ class Pair:
     @cache
     def plans(self, kind: str, epsilon: float) -> dict[str, FeaturePlans]:
         """Every plan solved by itself, as the paper has it: 8250 of them."""
-        mine, theirs = (self.store(role, kind) for role in ("target", "source"))
+        mine, theirs = self.sides(kind)
         return {
             key: solve_features(
                 key,
-                lambda layer, key=key: mine.get(layer, key),
-                lambda layer, key=key: theirs.get(layer, key),
-                layers_with(mine, key),
-                layers_with(theirs, key),
+                lambda layer, key=key: mine.read(layer, key),
+                lambda layer, key=key: theirs.read(layer, key),
+                mine.layers_with(key),
+                theirs.layers_with(key),
                 epsilon=epsilon,
             )
             for key in keys_of(list(ALL))
         }
 
     def carried(self, kind: str, transport: TransportSettings, fusion: FusionSettings, permuted: bool) -> Carried:
-        target, source = (self.store(role, kind) for role in ("target", "source"))
+        reads = [side.read for side in self.sides(kind)]
         projections = list(fusion.projections)
         if transport.structure == "shared":
             epsilon = transport.epsilon if transport.matching == "entropic" else None
-            inputs = structured_inputs(
-                self.structure(kind, epsilon, transport.signed), target, source, projections, transport
-            )
+            found = self.structure(kind, epsilon, transport.signed)
+            solved = shared_transport(found, *reads, projections, transport)
         else:
-            inputs = solved_inputs(self.plans(kind, transport.epsilon), target, source, projections, transport)
+            solved = apart_transport(self.plans(kind, transport.epsilon), *reads, projections, transport)
 
         def shuffle(layer: int, key: str, neurons: int) -> torch.Tensor:
             return torch.randperm(neurons, generator=control_generator(0, "permuted", layer, key))
@@ -164,11 +171,8 @@ class Pair:
         return carry(
             self.layouts["target"],
             self.layouts["source"],
-            inputs.pairs,
-            inputs.couplings,
-            inputs.statistics,
+            solved,
             fusion,
-            transport,
             source_base=self.layouts["base"] if fusion.what == "task-vector" else None,
             shuffle=shuffle if permuted else None,
             vocabulary=self.vocabulary,

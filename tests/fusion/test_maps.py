@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tmerge.fusion import FeatureStatistics, phi_in, phi_out, transport_neurons, unit_factors
-from tmerge.transport import mutual_top, plan_from_potentials, sinkhorn
+from tmerge.fusion import transport_neurons, unit_factors
+from tmerge.transport import FeatureStatistics, mutual_top, phi_in, phi_out, plan_from_potentials, sinkhorn
 
 _property = settings(max_examples=50, deadline=None, derandomize=True)
 _sizes = st.integers(1, 9)

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from tests.fusion.test_structured import _carry, _found, _learned, _weights, families
 from tests.planted import planted_case
-from tmerge.fusion import phi_in, phi_out, transport_neurons
-from tmerge.fusion.record import mass_of_top, sparsify
-from tmerge.fusion.sparse import after, scaled, sparse_plan, unmatched
-from tmerge.fusion.structured import StructuredPairs
-from tmerge.transport import Correspondence, mutual_top
+from tmerge.fusion import transport_neurons
+from tmerge.fusion.maps import after, scaled, unmatched
+from tmerge.transport import Correspondence, mass_of_top, mutual_top, phi_in, phi_out, shared_transport, sparsify
+from tmerge.transport.sparse import sparse_plan
 
 _property = settings(max_examples=50, deadline=None, derandomize=True)
 _sizes, _seeds = st.integers(1, 9), st.integers(0, 2**31)
@@ -93,15 +92,18 @@ def test_entries_that_would_not_survive_take_the_dense_way():
     assert sparse_plan(found, 2) is None
 
 
-class _DensePairs(StructuredPairs):
-    """As they were before there were sparse ones."""
+def _dense_transport(*words):
+    """As plans were before there were sparse ones."""
+    transport = shared_transport(*words)
 
-    def of_layer(self, layer, wanted):
-        read = super().of_layer(layer, wanted)
-        for place, pair in read.items():
-            plan = pair.plan.to_dense()
-            read[place] = replace(pair, plan=plan, mask=(plan != 0) & mutual_top(plan.abs(), 128))
-        return read
+    def build(layer, wanted):
+        maps = transport.build(layer, wanted)
+        for place, found in maps.items():
+            plan = found.plan.to_dense()
+            maps[place] = replace(found, plan=plan, survives=(plan != 0) & mutual_top(plan.abs(), 128))
+        return maps
+
+    return replace(transport, build=build)
 
 
 @families
@@ -125,7 +127,7 @@ def test_a_merge(family, what, monkeypatch):
         return _carry(original, source.model, *found, fusion, **options)[0]
 
     sparse = carried()
-    monkeypatch.setattr("tests.fusion.test_structured.StructuredPairs", _DensePairs)
+    monkeypatch.setattr("tests.fusion.test_structured.shared_transport", _dense_transport)
     dense = carried()
     assert len(sparse.transported) == len(dense.transported) and sparse.biases == dense.biases
     for name in ("transported", "permuted"):

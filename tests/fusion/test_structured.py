@@ -33,18 +33,20 @@ from tests.planted import (
     side_of,
 )
 from tmerge.errors import UnsupportedModelError
-from tmerge.fusion import (
-    FeatureStatistics,
-    TransportRecord,
-    carry,
-    coupling_tensors,
-    fuse,
-    recorded_inputs,
-)
-from tmerge.fusion.structured import StructuredPairs, paired_couplings, paired_layers
+from tmerge.fusion import carry, fuse
 from tmerge.models import EMBEDDING, HEAD, describe
 from tmerge.recipe import FusionSettings, TransportSettings
-from tmerge.transport import Structure, one_thread_each, pair_layers, solve_structure
+from tmerge.transport import (
+    Structure,
+    TransportRecord,
+    one_thread_each,
+    pair_layers,
+    paired_layer_maps,
+    paired_layers,
+    recorded_transport,
+    shared_transport,
+    solve_structure,
+)
 
 families = pytest.mark.parametrize("family", PLANTED_FAMILIES)
 
@@ -55,31 +57,21 @@ def _structure(target, source, keys, epsilon=None):
         return Structure(pairs, cost, layers, *solve_structure(target, source, pairs, epsilon=epsilon))
 
 
-def _statistics(features):
-    return {place: FeatureStatistics.of(values) for place, values in features.items()}
-
-
 def _carry(target, source, structure, features, fusion, *, source_base=None, **options):
     """Carried, and everything that the record needs."""
     mine = describe(target)
-    paired = paired_layers(structure)
-    coupled = paired_couplings(mine.names, paired)
-    statistics = tuple(map(_statistics, features))
-    transport = TransportSettings(structure="shared")
+    reads = (lambda layer, key, of=of: of[layer, key] for of in features)
+    transport = shared_transport(structure, *reads, mine.names, TransportSettings(structure="shared"))
     carried = carry(
         mine,
         describe(source),
-        StructuredPairs(structure, paired, 128),
-        coupled,
-        statistics,
-        FusionSettings(**{"top_k": 1.0, "projections": tuple(mine.names)} | fusion),
         transport,
+        FusionSettings(**{"top_k": 1.0, "projections": tuple(mine.names)} | fusion),
         source_base=None if source_base is None else describe(source_base),
         **options,
     )
-    recorded = coupling_tensors(paired, paired, coupled, dict(zip(("target", "source"), statistics, strict=True)))
-    facts = {"projections": mine.names, "keys": list(paired), "structure": "shared"}
-    return carried, TransportRecord(facts, recorded | carried.tensors)
+    facts = {"projections": mine.names, "keys": list(transport.layers), "structure": "shared"}
+    return carried, TransportRecord(facts, carried.tensors)
 
 
 @cache
@@ -151,16 +143,11 @@ def test_the_record_carries_what_its_run_carried(family, tmp_path):
     _, carried, record = _weights(family)
     record.save(tmp_path / "transport.safetensors")
     record = TransportRecord.load(tmp_path / "transport.safetensors")
-    facts = {"eta_used": {}, "layer_plans_converged": True}
-    inputs = recorded_inputs(record, facts, record.projections)
     again = carry(
         describe(case.target),
         describe(case.planted.model),
-        inputs.pairs,
-        inputs.couplings,
-        inputs.statistics,
+        recorded_transport(record, record.projections, eta={}, layer_plans_converged=True),
         FusionSettings(alpha=1.0, top_k=1.0, projections=tuple(record.projections)),
-        TransportSettings(structure="shared"),
     )
     assert again.norm_ratios == carried.norm_ratios and again.biases == carried.biases
     for got, wanted in zip(again.transported, carried.transported, strict=True):
@@ -354,6 +341,6 @@ def test_a_pair_that_lacks_a_projection_is_refused():
     }
     partial = Structure(structure.pairs, structure.cost, layers, structure.stream, structure.inner)
     paired = paired_layers(partial)
-    assert set(paired_couplings(("q", "k", "v", "o"), paired)) == set("qkvo")
+    assert set(paired_layer_maps(("q", "k", "v", "o"), paired)) == set("qkvo")
     with pytest.raises(UnsupportedModelError, match=r"layer 2 of the target .* has no up; .*structure: none$"):
-        paired_couplings(("q", "up"), paired)
+        paired_layer_maps(("q", "up"), paired)

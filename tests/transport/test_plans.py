@@ -19,7 +19,6 @@ from tmerge.transport import (
     keep_layers,
     load_plans,
     mutual_top,
-    one_thread_each,
     save_plans,
     solve_features,
     solve_layers,
@@ -139,14 +138,6 @@ def test_the_number_of_threads_changes_nothing(features):
         torch.set_num_threads(before)
     together = _solve(features)
     assert alone.f.equal(together.f) and alone.g.equal(together.g) and alone.cost.equal(together.cost)
-
-
-def test_one_thread_each_gives_the_threads_back():
-    before = torch.get_num_threads()
-    with pytest.raises(RuntimeError), one_thread_each() as workers:
-        assert (workers, torch.get_num_threads()) == (before, 1)
-        raise RuntimeError
-    assert torch.get_num_threads() == before
 
 
 def test_unequal_numbers_of_texts_are_refused(features):

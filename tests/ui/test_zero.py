@@ -22,7 +22,7 @@ from tmerge.stages.fuse import Fuse
 from tmerge.stages.merge import merge
 from tmerge.stages.save import Save
 from tmerge.stages.texts import Texts
-from tmerge.stages.transport import Transport
+from tmerge.stages.transport import SolveTransport
 from tmerge.ui import expected, zero
 from tmerge.ui.limits import AppSettings, vetted
 from tmerge.ui.runs import RunStore
@@ -128,7 +128,7 @@ def test_transport_and_fusion_are_not_in_a_lent_call(store, lent, recipe, monkey
 
         return note
 
-    for stage in (Texts, Transport, Fuse, Save):
+    for stage in (Texts, SolveTransport, Fuse, Save):
         monkeypatch.setattr(stage, "do", noting(stage))
     assert over(store, store.start(recipe, "me", gpu=GPU)).state == "done"
     # What is noted in a forked process is not seen here; each of these was seen.

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tmerge.fusion.maps import Scale
+from tmerge.fusion.maps import after
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
-from tmerge.fusion.sparse import after
 from tmerge.models import PROJECTIONS, Projection, group_of
+from tmerge.transport.maps import Scale
 
 __all__ = [
     "Alpha",

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tmerge.fusion.maps import after
 from tmerge.fusion.merge import TransportedNeurons
-from tmerge.fusion.sparse import after
 from tmerge.models import EMBEDDING, HEAD, Architecture, Projection
 
 __all__ = ["carry_stream"]
@@ -46,16 +46,16 @@ def carry_stream(
     carried = []
     for layer, other in {**pairs, **last}.items():
         for name, view in target.stream[layer].items():
-            theirs, base = (_view(model, other, name) for model in (source, source_base))
-            if theirs is None or base is None or (name in (EMBEDDING, HEAD) and vocabulary is None):
+            read, base = (_view(model, other, name) for model in (source, source_base))
+            if read is None or base is None or (name in (EMBEDDING, HEAD) and vocabulary is None):
                 continue
             if name in (EMBEDDING, HEAD):
                 assert vocabulary is not None
-                rows = min(theirs.out_features, base.out_features)
+                rows = min(read.out_features, base.out_features)
                 neurons, others = vocabulary[:, (vocabulary[0] < view.out_features) & (vocabulary[1] < rows)]
             else:
-                neurons, others = torch.arange(view.out_features), torch.arange(theirs.out_features)
-            learned = theirs.weight()[others].float().cpu() - base.weight()[others].float().cpu()
+                neurons, others = torch.arange(view.out_features), torch.arange(read.out_features)
+            learned = read.weight()[others].float().cpu() - base.weight()[others].float().cpu()
             if name == EMBEDDING:
                 learned *= source.embedding_scale / target.embedding_scale
             if name == HEAD:
@@ -66,7 +66,7 @@ def carry_stream(
                 # A gain: of a neuron that is matched with its negative, the gain is the same.
                 weight = out_map.abs() @ learned
             bias = None
-            own, own_bias, old = view.bias(), theirs.bias(), base.bias()
+            own, own_bias, old = view.bias(), read.bias(), base.bias()
             if name not in (EMBEDDING, HEAD) and own is not None and own_bias is not None and old is not None:
                 bias = out_map @ (own_bias.float().cpu() - old.float().cpu())
             carried.append(TransportedNeurons(layer, name, neurons, weight.contiguous(), bias, True))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from tmerge.hub.card import card_text, merge_licence, published_verdict, write_card
-from tmerge.hub.pull import FoundRun, Plan, find_run
 from tmerge.hub.push import Pushed, PushPlan, plan_push, push
+from tmerge.recorded import FoundRun, find_run
 
 __all__ = [
     "FoundRun",
-    "Plan",
     "PushPlan",
     "Pushed",
     "card_text",

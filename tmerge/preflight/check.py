@@ -28,6 +28,7 @@ from tmerge.models import (
 from tmerge.preflight.estimate import TOKENS_PER_TEXT, Estimate, estimate_run, widths_of
 from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe
+from tmerge.transport import feature_keys
 
 __all__ = ["TOKENS_PER_TEXT", "Check", "Estimate", "check", "keys_of", "refuse_unfit"]
 
@@ -232,4 +233,4 @@ def _uneven(layout: Architecture, projections: list[str]) -> list[str]:
 
 def keys_of(projections: list[str]) -> list[str]:
     """Feature keys of some projections, each once, in their order."""
-    return list(dict.fromkeys(feature_key(name, side) for name in projections for side in ("pre", "post")))
+    return feature_keys(projections)

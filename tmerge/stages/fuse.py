@@ -11,15 +11,15 @@ from transformers import PreTrainedTokenizerBase
 
 from tmerge.evaluation import control_generator
 from tmerge.fusion import TransportRecord, carry, save_transported
-from tmerge.hub.pull import Plan
 from tmerge.models import STREAM, Model, group_of
 from tmerge.recipe import Recipe
+from tmerge.recorded import RecordedRun
 from tmerge.run import Run
-from tmerge.solving import Solving, fusion_inputs
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import FuseNote
 from tmerge.stages.scoring import load
 from tmerge.stages.step import Progress
+from tmerge.stages.transport import Features, transport_of
 
 __all__ = ["Fuse", "shared_vocabulary"]
 
@@ -35,8 +35,8 @@ class Fuse:
         target: Whose neurons are selected.
         source: Whose weights are carried.
         source_base: The source before its fine-tuning, where what it learned since is carried.
-        solving: What was solved.
-        transport: The key of the stage before.
+        features: What the transport was solved from.
+        solved: The key of the stage that solved it.
         recorded: A recorded transport, which is used instead.
         run: Where the run's own record of its transport goes.
         neurons: Where the selected neurons go, and those of the permuted control.
@@ -46,9 +46,9 @@ class Fuse:
     target: Model
     source: Model
     source_base: Model | None
-    solving: Solving
-    transport: str
-    recorded: Plan | None
+    features: Features
+    solved: str
+    recorded: RecordedRun | None
     run: Run
     neurons: Neurons
 
@@ -58,7 +58,7 @@ class Fuse:
     def inputs(self) -> dict[str, Any]:
         """What decides the neurons."""
         return {
-            "transport": self.transport,
+            "transport": self.solved,
             "fusion": self.recipe.fusion.model_dump(mode="json", exclude={"alpha", "alphas"}),
             "base": None if self.source_base is None else self.source_base.commit,
             "seed": self.recipe.seed,
@@ -67,7 +67,7 @@ class Fuse:
 
     def do(self, key: str, progress: Progress) -> FuseNote:
         """Carry the weights, and keep what was carried."""
-        settings, fusion, seed = self.recipe.transport, self.recipe.fusion, self.recipe.seed
+        fusion, seed = self.recipe.fusion, self.recipe.seed
         vocabulary = None
         if fusion.stream:
             vocabulary = shared_vocabulary(
@@ -75,7 +75,7 @@ class Fuse:
             )
             if vocabulary is None:
                 progress.note("the two vocabularies differ: embeddings stay the target's, norms are carried")
-        inputs = fusion_inputs(self.solving, self.recorded)
+        transport = transport_of(self.recipe, self.features, self.recorded)
 
         def shuffle(layer: int, feature: str, neurons: int) -> Tensor:
             return torch.randperm(neurons, generator=control_generator(seed, "permuted", layer, feature))
@@ -86,11 +86,8 @@ class Fuse:
         carried = carry(
             self.target.views,
             self.source.views,
-            inputs.pairs,
-            inputs.couplings,
-            inputs.statistics,
+            transport,
             fusion,
-            settings,
             source_base=None if self.source_base is None else self.source_base.views,
             shuffle=shuffle if "permuted" in self.recipe.evaluation.controls else None,
             vocabulary=vocabulary,
@@ -100,24 +97,23 @@ class Fuse:
         save_transported(carried.permuted, self.neurons.permuted_path, key)
         facts = {
             "schema": 1,
-            "projections": self.solving.projections,
-            "keys": inputs.keys,
-            "epsilon": settings.epsilon,
-            "structure": settings.structure
-            if self.recorded is None
-            else self.recorded.record.facts.get("structure", "none"),
+            "projections": self.features.projections,
+            "keys": list(transport.layers),
+            "epsilon": self.recipe.transport.epsilon,
+            "structure": transport.structure,
             "target": {"ref": self.recipe.target, "commit": self.target.commit},
             "source": {"ref": self.recipe.source, "commit": self.source.commit},
         }
-        TransportRecord(facts, inputs.tensors | carried.tensors).save(self.run.transport_path)
+        TransportRecord(facts, carried.tensors).save(self.run.transport_path)
         on_stream = {item.projection for item in carried.transported if group_of(item.projection) == STREAM}
         return FuseNote.model_validate(
             {
                 "norm_ratios": carried.norm_ratios,
-                "layers": {name: list(coupling.target_layers) for name, coupling in inputs.couplings.items()},
+                "layers": {name: list(found.target_layers) for name, found in transport.layer_maps.items()},
                 "biases": carried.biases,
                 "stream": sorted(on_stream),
-                **inputs.facts,
+                "eta": dict(transport.eta),
+                "layer_plans_converged": transport.layer_plans_converged,
             }
         )
 

@@ -17,14 +17,13 @@ from typing import Any
 from tmerge.calibration import DatasetRecord, TextSet
 from tmerge.fusion import Alpha
 from tmerge.hub import write_card
-from tmerge.hub.pull import Plan
 from tmerge.models import pick_device
 from tmerge.preflight.check import Check, check, refuse_unfit
 from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe
+from tmerge.recorded import RecordedRun
 from tmerge.report import build_report, library_versions
 from tmerge.run import Run, write_json, write_text
-from tmerge.solving import Solving
 from tmerge.stages.choose import Choose
 from tmerge.stages.evaluate import Evaluate
 from tmerge.stages.fuse import Fuse
@@ -35,7 +34,7 @@ from tmerge.stages.runner import Finished, Runner
 from tmerge.stages.save import Save
 from tmerge.stages.step import STAGES, Listener, Progress, Step
 from tmerge.stages.texts import Texts
-from tmerge.stages.transport import Transport
+from tmerge.stages.transport import Features, SolveTransport
 
 __all__ = ["STAGES", "Listener", "Step", "advance", "merge"]
 
@@ -117,7 +116,7 @@ class _Road:
             for line in self.check.notes:
                 says.note(line)
         projections = self.check.projections
-        recorded = None if recipe.plan is None else Plan(recipe.plan)
+        recorded = None if recipe.plan is None else RecordedRun(recipe.plan)
         if recorded is not None:
             commits = {"target": models.target.commit, "source": models.source.commit}
             recorded.refuse_other_recipe(recipe, commits, projections)
@@ -139,12 +138,12 @@ class _Road:
         yield source
 
         heads = {"target": target.note.heads, "source": source.note.heads}
-        solving = Solving(recipe.transport, recipe.seed, projections, folders, heads, cache, device)
-        solved = runner(Transport(recipe, solving, {"target": target.key, "source": source.key}, recorded))
+        features, keys = Features(projections, folders, heads, cache), {"target": target.key, "source": source.key}
+        solved = runner(SolveTransport(recipe, features, keys, device, recorded))
         yield solved
 
         neurons, base = Neurons(cache), models.source_base
-        fused = runner(Fuse(recipe, models.target, models.source, base, solving, solved.key, recorded, run, neurons))
+        fused = runner(Fuse(recipe, models.target, models.source, base, features, solved.key, recorded, run, neurons))
         yield fused
         models.release_sources()
 
@@ -193,7 +192,7 @@ class _Road:
         """The recipe with Hub references pinned to the commits that were read."""
         data = self.recipe.model_dump(mode="json") | self.models.pinned()
         if self.recipe.plan is not None:
-            data["plan"] = Plan(self.recipe.plan).found.name
+            data["plan"] = RecordedRun(self.recipe.plan).found.name
         if texts.revision is not None:
             name = self.recipe.calibration.dataset.partition("@")[0]
             data["calibration"]["dataset"] = f"{name}@{texts.revision}"

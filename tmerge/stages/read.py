@@ -8,9 +8,9 @@ from typing import Any
 
 from tmerge.calibration import TextSet, capture
 from tmerge.evaluation import Scores
-from tmerge.hub.pull import Plan
 from tmerge.models import Model, head_facts
 from tmerge.recipe import Recipe
+from tmerge.recorded import RecordedRun
 from tmerge.stages.notes import ReadNote, ScoreNote
 from tmerge.stages.scoring import held_out, load, score
 from tmerge.stages.step import Progress
@@ -38,7 +38,7 @@ class Read:
     texts: TextSet
     projections: list[str]
     folder: Path
-    recorded: Plan | None
+    recorded: RecordedRun | None
 
     note = ReadNote
 
@@ -86,7 +86,7 @@ class Read:
             heads=head_facts(loaded.model, views),
         )
 
-    def _score_alone(self, recorded: Plan, progress: Progress) -> ReadNote:
+    def _score_alone(self, recorded: RecordedRun, progress: Progress) -> ReadNote:
         scores, read = self._score(progress), recorded.report["calibration"]
         return ReadNote(
             scores=ScoreNote.of(scores),

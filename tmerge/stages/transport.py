@@ -1,41 +1,95 @@
-"""Solving the transport between the two models' features, and asking whether they correspond at all."""
+"""Solving the transport between the two models' features, and asking whether they correspond at all.
+
+No model is loaded for it: how the heads divide was noted when the models were read.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from tmerge.hub.pull import Plan
+import torch
+
+from tmerge.calibration import FeatureStore
+from tmerge.errors import NoSharedStructureError
 from tmerge.recipe import Recipe
+from tmerge.recorded import RecordedRun
 from tmerge.report import relatedness_words
-from tmerge.solving import Solving, measure_relatedness, solve_apart, solve_shared
 from tmerge.stages.notes import TransportNote
 from tmerge.stages.step import Progress
+from tmerge.transport import (
+    Side,
+    Transport,
+    feature_keys,
+    pair_layers,
+    read_apart,
+    read_shared,
+    relatedness,
+    solve_apart,
+    solve_shared,
+)
 
-__all__ = ["Transport"]
+__all__ = ["Features", "SolveTransport", "transport_of"]
+
+# What a run keeps in its cache between being solved and being fused.
+_APART, _SHARED = "plans.safetensors", "structure.safetensors"
 
 
 @dataclass(frozen=True)
-class Transport:
+class Features:
+    """What both models were read for.
+
+    Attributes:
+        projections: Whose pre and post features there are.
+        folders: ``target`` and ``source`` -> their features.
+        heads: ``target`` and ``source`` -> layer -> how its heads divide.
+        cache: The run's.
+    """
+
+    projections: list[str]
+    folders: Mapping[str, Path]
+    heads: Mapping[str, Mapping[str, Any] | None]
+    cache: Path
+
+    def sides(self) -> tuple[Side, Side]:
+        """The target and the source, as solvers read them."""
+        return self._side("target"), self._side("source")
+
+    @property
+    def rows(self) -> int:
+        """T: texts or token positions."""
+        return FeatureStore(self.folders["target"]).texts
+
+    def _side(self, role: str) -> Side:
+        return Side.of(FeatureStore(self.folders[role]), self.heads[role] or {})
+
+
+@dataclass(frozen=True)
+class SolveTransport:
     """The stage ``transport``.
 
     Attributes:
         recipe: Of the run.
-        solving: The features, and where what is solved is kept.
+        features: Of both models.
         read: ``target`` and ``source`` -> the key of the stage that read it.
+        device: Where plans are solved.
         recorded: A recorded transport, with which nothing is solved.
     """
 
     recipe: Recipe
-    solving: Solving
-    read: dict[str, str]
-    recorded: Plan | None
+    features: Features
+    read: Mapping[str, str]
+    device: torch.device
+    recorded: RecordedRun | None
 
     name = "transport"
     note = TransportNote
 
     def inputs(self) -> dict[str, Any]:
-        """What decides the plans."""
+        """What decides the transport."""
         plan = None if self.recorded is None else self.recorded.key
         return {"recipe": self.recipe.digest("transport"), **self.read, "plan": plan}
 
@@ -45,9 +99,50 @@ class Transport:
             solved = self.recorded.report["transport"]
             names = ("problems", "iterations", "worst_marginal_violation", "converged", "relatedness")
             return TransportNote.model_validate({name: solved.get(name) for name in names})
-        solve = solve_shared if self.recipe.transport.structure == "shared" else solve_apart
-        solved = solve(self.solving, progress)
-        relatedness = measure_relatedness(self.solving, progress)
-        if relatedness is not None:
-            progress.note(relatedness_words(relatedness))
-        return TransportNote.model_validate({**solved, "relatedness": relatedness})
+        began = time.perf_counter()
+        transport = self._solve(progress)
+        assert transport.problems is not None  # it was solved here
+        noted = transport.problems.to_dict() | {"solve_seconds": time.perf_counter() - began}
+        found = self._relatedness(transport, progress)
+        if found is not None:
+            progress.note(relatedness_words(found))
+        return TransportNote.model_validate({**noted, "relatedness": found})
+
+    def _solve(self, progress: Progress) -> Transport:
+        """Solve, and keep in the run's cache what `transport_of` makes the transport from."""
+        settings, features = self.recipe.transport, self.features
+        target, source = features.sides()
+        if settings.structure == "shared":
+            path = features.cache / _SHARED
+            return solve_shared(target, source, features.projections, settings, path, heard=progress.step)
+        path = features.cache / _APART
+        return solve_apart(
+            target, source, features.projections, settings, path, device=self.device, heard=progress.step
+        )
+
+    def _relatedness(self, transport: Transport, progress: Progress) -> dict[str, Any] | None:
+        """Whether the two models' neurons correspond at all.
+
+        None where it cannot be asked: what a model reads from its residual stream and what it writes are not of one
+        width, which plans solved apart can do with.
+        """
+        target, source = self.features.sides()
+        pairs = transport.pairs
+        if pairs is None:
+            pairs, _, _ = pair_layers(target, source, feature_keys(self.features.projections))
+        heard, seed = progress.counting("relatedness", "problems"), self.recipe.seed
+        try:
+            found = relatedness(target, source, pairs, self.features.rows, seed=seed, progress=heard)
+        except NoSharedStructureError:
+            return None
+        return found.to_dict()
+
+
+def transport_of(recipe: Recipe, features: Features, recorded: RecordedRun | None) -> Transport:
+    """What a run fuses from: what `SolveTransport` solved, in this process or an earlier one, or a recorded one."""
+    if recorded is not None:
+        return recorded.transport(features.projections)
+    settings, (target, source) = recipe.transport, features.sides()
+    if settings.structure == "shared":
+        return read_shared(features.cache / _SHARED, target, source, features.projections, settings)
+    return read_apart(features.cache / _APART, target, source, features.projections, settings)

@@ -1,9 +1,11 @@
-"""Optimal transport between two models' features: costs, potentials, feature plans and layer plans."""
+"""Optimal transport between two models' features: costs, potentials, plans, and the one result of every solver."""
 
 from __future__ import annotations
 
+from tmerge.transport.apart import apart_transport, layer_maps, layer_plans, read_apart, solve_apart
 from tmerge.transport.cost import correlation_cost, standardise
 from tmerge.transport.heads import Heads
+from tmerge.transport.maps import phi_in, phi_out
 from tmerge.transport.matching import Correspondence, couple, match
 from tmerge.transport.order import in_order, nearest_cost
 from tmerge.transport.plans import (
@@ -15,46 +17,82 @@ from tmerge.transport.plans import (
     keep_layers,
     load_plans,
     mutual_top,
-    one_thread_each,
     save_plans,
     solve_features,
     solve_layers,
     working_dtype,
 )
+from tmerge.transport.record import PlanRecorder, TransportRecord, recorded_layer_maps, recorded_transport
 from tmerge.transport.relatedness import Relatedness, relatedness
+from tmerge.transport.result import FeatureLayers, FeatureMap, LayerMap, Problems, Transport
+from tmerge.transport.shared import paired_layer_maps, paired_layers, read_shared, shared_transport, solve_shared
+from tmerge.transport.sides import Heard, Side, feature_keys
 from tmerge.transport.sinkhorn import SinkhornResult, plan_from_potentials, sinkhorn
-from tmerge.transport.structure import STREAM_KEYS, Side, Structure, pair_layers, solve_structure
+from tmerge.transport.sparse import MASS_AT, SparsePlans, mass_of_top, sparsify
+from tmerge.transport.statistics import FeatureStatistics, Statistics
+from tmerge.transport.structure import STREAM_KEYS, Structure, pair_layers, solve_structure
+from tmerge.transport.workers import in_turn, one_thread_each
 
 __all__ = [
+    "MASS_AT",
     "STREAM_KEYS",
     "Correspondence",
+    "FeatureLayers",
+    "FeatureMap",
     "FeaturePlans",
+    "FeatureStatistics",
     "Heads",
+    "Heard",
+    "LayerMap",
     "LayerPlan",
+    "PlanRecorder",
+    "Problems",
     "Relatedness",
     "Side",
     "SinkhornResult",
+    "SparsePlans",
+    "Statistics",
     "Structure",
+    "Transport",
+    "TransportRecord",
+    "apart_transport",
     "correlation_cost",
     "couple",
     "couple_layers",
     "effective_weights",
+    "feature_keys",
     "feature_plan",
     "in_order",
+    "in_turn",
     "keep_layers",
+    "layer_maps",
+    "layer_plans",
     "load_plans",
+    "mass_of_top",
     "match",
     "mutual_top",
     "nearest_cost",
     "one_thread_each",
     "pair_layers",
+    "paired_layer_maps",
+    "paired_layers",
+    "phi_in",
+    "phi_out",
     "plan_from_potentials",
+    "read_apart",
+    "read_shared",
+    "recorded_layer_maps",
+    "recorded_transport",
     "relatedness",
     "save_plans",
+    "shared_transport",
     "sinkhorn",
+    "solve_apart",
     "solve_features",
     "solve_layers",
+    "solve_shared",
     "solve_structure",
+    "sparsify",
     "standardise",
     "working_dtype",
 ]

@@ -92,11 +92,11 @@ def match_heads(
     alike = {key: _likeness(key, values, turned, target, source) for key, values in blocks.items()}
     heads = _mean([alike[key] for key in ("q.post", "o.pre") if key in alike], target.heads, source.heads)
     groups = _mean([alike[key] for key in ("k.post", "v.post") if key in alike], target.kv_heads, source.kv_heads)
-    mine, theirs = target.heads // target.kv_heads, source.heads // source.kv_heads
+    per_group, source_per_group = target.heads // target.kv_heads, source.heads // source.kv_heads
     inner: dict[tuple[int, int], Correspondence] = {}
     for a in range(target.kv_heads):
         for b in range(source.kv_heads):
-            block = heads[a * mine : (a + 1) * mine, b * theirs : (b + 1) * theirs]
+            block = heads[a * per_group : (a + 1) * per_group, b * source_per_group : (b + 1) * source_per_group]
             inner[a, b] = solve(block)
             within = inner[a, b].dense()
             groups[a, b] = (groups[a, b] + (within * block).sum() / within.sum()) / 2
@@ -115,8 +115,10 @@ def _mean(found: list[Tensor], rows: int, columns: int) -> Tensor:
 
 def _blocks(key: str, values: Tensor, target: Heads, source: Heads) -> Tensor:
     """(n, n') as (heads, heads', dimensions, dimensions')."""
-    mine, theirs = (side.heads if key in ("q.post", "o.pre") else side.kv_heads for side in (target, source))
-    return values.unflatten(1, (theirs, -1)).unflatten(0, (mine, -1)).permute(0, 2, 1, 3)
+    target_heads, source_heads = (
+        side.heads if key in ("q.post", "o.pre") else side.kv_heads for side in (target, source)
+    )
+    return values.unflatten(1, (source_heads, -1)).unflatten(0, (target_heads, -1)).permute(0, 2, 1, 3)
 
 
 def _rotated(target: Heads, source: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,20 +129,20 @@ def _rotated(target: Heads, source: Heads) -> tuple[Tensor, Tensor, Tensor]:
     # Pair i of R turns by theta^(-i/R): with as large a theta, i/R says the frequency. The side with fewer pairs meets
     # every so-manieth of the other's.
     few = min(len(target.pairs), len(source.pairs))
-    mine, theirs = (
+    target_dims, source_dims = (
         side.ranked[(torch.arange(few) * len(side.pairs) / few).round().long()].T.flatten() for side in (target, source)
     )
-    return mine, theirs, torch.ones(2 * few)
+    return target_dims, source_dims, torch.ones(2 * few)
 
 
 def _likeness(key: str, blocks: Tensor, turned: tuple[Tensor, Tensor, Tensor], target: Heads, source: Heads) -> Tensor:
     """(heads, heads') mean correlation of the dimensions: of those that are tied, with their own; else the best."""
     if key in ("v.post", "o.pre"):
         return blocks.abs().amax(3).mean(2)
-    mine, theirs, _ = turned
+    target_dims, source_dims, _ = turned
     total = torch.zeros(blocks.shape[:2])
-    if len(mine):
-        total = total + blocks[:, :, mine, theirs].sum(2) * (len(target.pairs) * 2 / len(mine))
+    if len(target_dims):
+        total = total + blocks[:, :, target_dims, source_dims].sum(2) * (len(target.pairs) * 2 / len(target_dims))
     free, others = target.free, source.free
     if len(free) and len(others):
         total = total + blocks[:, :, free][:, :, :, others].amax(3).sum(2)
@@ -160,9 +162,9 @@ def _fill(
 ) -> None:
     """Write one pair of kv groups into the plans."""
     a, b, share = group
-    mine, theirs = target.heads // target.kv_heads, source.heads // source.kv_heads
+    per_group, source_per_group = target.heads // target.kv_heads, source.heads // source.kv_heads
     members = [
-        (a * mine + row, b * theirs + column, value)
+        (a * per_group + row, b * source_per_group + column, value)
         for row, column, value in zip(inner.rows.tolist(), inner.columns.tolist(), inner.values.tolist(), strict=True)
     ]
     weight = sum(value for _, _, value in members)

@@ -8,9 +8,7 @@ target's L layers with the source's M by the costs <C, Q> of their features (Eq.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from tmerge.transport.cost import correlation_cost, standardise
 from tmerge.transport.sinkhorn import SinkhornResult, plan_from_potentials, sinkhorn
+from tmerge.transport.workers import in_turn, one_thread_each
 
 __all__ = [
     "FeaturePlans",
@@ -32,7 +31,6 @@ __all__ = [
     "load_plans",
     "keep_layers",
     "mutual_top",
-    "one_thread_each",
     "save_plans",
     "solve_features",
     "solve_layers",
@@ -157,23 +155,15 @@ def solve_features(
             results.append(sinkhorn(cost, epsilon, max_iterations=max_iterations, tolerance=tolerance))
         return results
 
-    rows = []
-    with one_thread_each() as workers:
-        if device.type != "cpu":
-            workers = 1
-        # Whole problems run side by side, each on one thread: their products are too small to be split, and
-        # threads that wait for each other within one cost more than they bring (100 times, on a busy machine).
-        with ThreadPoolExecutor(workers) as pool:
-            pending = [pool.submit(solve_row, layer) for layer in target_layers]
-            try:
-                for layer, future in zip(target_layers, pending, strict=True):
-                    rows.append(future.result())
-                    if solved is not None:
-                        solved(layer, torch.cat([result.transport_cost.reshape(-1).cpu() for result in rows[-1]]))
-            except BaseException:
-                for future in pending:
-                    future.cancel()
-                raise
+    rows: list[list[SinkhornResult]] = []
+
+    def take(layer: int, row: list[SinkhornResult]) -> None:
+        rows.append(row)
+        if solved is not None:
+            solved(layer, torch.cat([result.transport_cost.reshape(-1).cpu() for result in row]))
+
+    with one_thread_each(device) as workers:
+        in_turn(solve_row, target_layers, workers, take)
 
     def gather(field: str, kind: torch.dtype, tail: tuple[int, ...] = ()) -> Tensor:
         flat = [getattr(result, field).to("cpu", kind).reshape(-1, *tail) for line in rows for result in line]
@@ -192,17 +182,6 @@ def solve_features(
         marginal_error=gather("marginal_error", torch.float64),
         converged=gather("converged", torch.bool),
     )
-
-
-@contextmanager
-def one_thread_each() -> Iterator[int]:
-    """Give torch one thread within, and yield how many it had; they are the workers to share problems among."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 def feature_plan(target: Tensor, source: Tensor, f: Tensor, g: Tensor, epsilon: float) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tmerge.transport.matching import Correspondence
-from tmerge.transport.structure import STREAM_KEYS, Side, solve_structure
+from tmerge.transport.sides import Side
+from tmerge.transport.structure import STREAM_KEYS, solve_structure
 
 __all__ = ["Relatedness", "relatedness"]
 
@@ -75,9 +76,9 @@ def relatedness(
     for shuffled in (False, True):
         halves = []
         for start in (0, half):
-            mine = torch.arange(start, start + half)
-            theirs = mine[torch.randperm(half, generator=draw)] if shuffled else mine
-            halves.append(solve_structure(_part(target, mine), _part(source, theirs), dict(some)))
+            target_rows = torch.arange(start, start + half)
+            source_rows = target_rows[torch.randperm(half, generator=draw)] if shuffled else target_rows
+            halves.append(solve_structure(_part(target, target_rows), _part(source, source_rows), dict(some)))
             if progress is not None:
                 progress(len(halves) + 2 * shuffled, 4)
         (stream, inner), (other_stream, other_inner) = halves
@@ -94,9 +95,9 @@ def _part(side: Side, rows: Tensor) -> Side:
 
 
 def _agreement(one: Correspondence, other: Correspondence) -> float:
-    mine, theirs = one.partner(), other.partner()
+    partners, other_partners = one.partner(), other.partner()
     # Where one has none, there is nothing to agree on.
-    return float(((mine == theirs) & (mine >= 0)).double().mean())
+    return float(((partners == other_partners) & (partners >= 0)).double().mean())
 
 
 def _mean(stream: float, mlp: float | None) -> float:

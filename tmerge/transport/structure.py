@@ -22,31 +22,17 @@ from torch import Tensor
 
 from tmerge.errors import NoSharedStructureError
 from tmerge.transport.cost import standardise
-from tmerge.transport.heads import Heads, match_heads
+from tmerge.transport.heads import match_heads
 from tmerge.transport.matching import Correspondence, couple
 from tmerge.transport.order import in_order, layer_features, nearest_cost, sampled
+from tmerge.transport.sides import Side
 
-__all__ = ["STREAM_KEYS", "Side", "Structure", "pair_layers", "solve_structure"]
+__all__ = ["STREAM_KEYS", "Structure", "pair_layers", "solve_structure"]
 
 STREAM_KEYS = ("qkv.pre", "mlp.pre", "o.post", "down.post")
 """Features whose neurons are those of the residual stream: what is read from it and what is written to it."""
 _HEAD_KEYS = ("q.post", "k.post", "v.post", "o.pre")
 _MLP_KEYS = ("gate.post", "up.post", "down.pre")
-
-
-@dataclass(frozen=True)
-class Side:
-    """One model, as far as its features tell.
-
-    Attributes:
-        read: (layer, key) -> (T, n) features.
-        keys: layer -> the feature keys it has.
-        heads: layer -> how its attention divides; layers that are not named have none that is known.
-    """
-
-    read: Callable[[int, str], Tensor]
-    keys: Mapping[int, Sequence[str]]
-    heads: Mapping[int, Heads]
 
 
 @dataclass(frozen=True)
@@ -105,7 +91,7 @@ class Structure:
         return cls(
             dict(map(tuple, noted["pairs"])),
             {key: tensors[f"cost/{key}"] for key in noted["layers"]},
-            {key: (tuple(mine), tuple(theirs)) for key, (mine, theirs) in noted["layers"].items()},
+            {key: (tuple(rows), tuple(columns)) for key, (rows, columns) in noted["layers"].items()},
             stream,
             places,
         )
@@ -131,12 +117,13 @@ def pair_layers(
     Returns:
         target layer -> source layer; and by key the (L, M) costs, and which layers their rows and columns are.
     """
-    mine, theirs = sorted(target.keys), sorted(source.keys)
-    total, seen = torch.zeros(len(mine), len(theirs)), torch.zeros(len(mine), len(theirs))
+    target_layers, source_layers = sorted(target.keys), sorted(source.keys)
+    total = torch.zeros(len(target_layers), len(source_layers))
+    seen = torch.zeros_like(total)
     cost, layers = {}, {}
     for key in keys:
-        rows = [layer for layer in mine if key in target.keys[layer]]
-        columns = [layer for layer in theirs if key in source.keys[layer]]
+        rows = [layer for layer in target_layers if key in target.keys[layer]]
+        columns = [layer for layer in source_layers if key in source.keys[layer]]
         others = [sampled(source.read(layer, key)) for layer in columns]
         found = torch.zeros(len(rows), len(columns), dtype=torch.float64)
         for row, layer in enumerate(rows):
@@ -148,17 +135,21 @@ def pair_layers(
                 solved(key, layer, found[row])
         cost[key], layers[key] = found, (tuple(rows), tuple(columns))
         place = (
-            torch.tensor([mine.index(layer) for layer in rows])[:, None],
-            torch.tensor([theirs.index(layer) for layer in columns]),
+            torch.tensor([target_layers.index(layer) for layer in rows])[:, None],
+            torch.tensor([source_layers.index(layer) for layer in columns]),
         )
         total[place] += 1.0 - found.float()
         seen[place] += 1.0
     # A source layer that lacks a feature of the target's layer cannot feed it: it is taken only where none is left.
     lacking = torch.tensor(
-        [[any(key in target.keys[a] and key not in source.keys[b] for key in keys) for b in theirs] for a in mine]
+        [
+            [any(key in target.keys[a] and key not in source.keys[b] for key in keys) for b in source_layers]
+            for a in target_layers
+        ]
     )
     chosen = in_order(total / seen.clamp_min(1.0) - 2.0 * lacking)
-    return {layer: theirs[column] for layer, column in zip(mine, chosen.tolist(), strict=True)}, cost, layers
+    pairs = {layer: source_layers[column] for layer, column in zip(target_layers, chosen.tolist(), strict=True)}
+    return pairs, cost, layers
 
 
 def solve_structure(

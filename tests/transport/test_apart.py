@@ -7,10 +7,10 @@ import torch
 
 from tests.pico import pico_model
 from tests.planted import pooled_features
-from tmerge.fusion import FeatureStatistics, SolvedPairs, carry, couplings, fuse, layer_plans
+from tmerge.fusion import carry, fuse
 from tmerge.models import describe
 from tmerge.recipe import FusionSettings, TransportSettings
-from tmerge.transport import effective_weights, solve_features
+from tmerge.transport import apart_transport, effective_weights, layer_plans, solve_features
 
 
 def _features(family, **options):
@@ -36,11 +36,16 @@ def _solve(target, source):
     }
 
 
+def _transport(plans, target, source, projections, settings):
+    reads = (lambda layer, key, of=of: of[layer, key] for of in (target, source))
+    return apart_transport(plans, *reads, projections, settings)
+
+
 def test_every_projection_is_coupled_by_its_own_two_sides():
     (target, mine), (_, theirs) = _features("llama"), _features("qwen2", layers=3, seed=1)
-    plans = _solve(mine, theirs)
-    layers = layer_plans(plans, TransportSettings())
-    coupled = couplings(describe(target).names, plans, layers, 2)
+    plans, settings = _solve(mine, theirs), TransportSettings(layers_kept=2)
+    layers = layer_plans(plans, settings)
+    coupled = _transport(plans, mine, theirs, describe(target).names, settings).layer_maps
     sides = {"q": ("qkv.pre", "q.post"), "o": ("o.pre", "o.post"), "gate": ("mlp.pre", "gate.post")}
     for name, (pre, post) in sides.items():
         coupling = coupled[name]
@@ -57,7 +62,8 @@ def test_layers_that_reuse_keys_and_values_are_coupled_without_them(source_famil
     assert ["k" in layer for layer in described.layers] == [True, True, False, False]
     plans, settings = _solve(mine, theirs), TransportSettings(layers_kept=2)
     layers = layer_plans(plans, settings)
-    coupled = couplings(described.names, plans, layers, 2)
+    transport = _transport(plans, mine, theirs, described.names, settings)
+    coupled = transport.layer_maps
     with_keys = (0, 1) if source_family == "gemma3n" else (0, 1, 2, 3)
     assert coupled["q"].target_layers == coupled["q"].source_layers == (0, 1, 2, 3)
     assert (coupled["k"].target_layers, coupled["k"].source_layers) == ((0, 1), with_keys)
@@ -66,18 +72,8 @@ def test_layers_that_reuse_keys_and_values_are_coupled_without_them(source_famil
     expected = effective_weights(entering / entering.sum(), layers["k.post"].plan)
     torch.testing.assert_close(coupled["k"].effective, expected)
     # And the whole way through.
-    statistics = tuple(
-        {place: FeatureStatistics.of(values) for place, values in side.items()} for side in (mine, theirs)
-    )
-    carried = carry(
-        described,
-        describe(source),
-        SolvedPairs(plans, (lambda layer, key: mine[layer, key], lambda layer, key: theirs[layer, key]), 128),
-        coupled,
-        statistics,
-        FusionSettings(alpha=0.5, top_k=4, projections=tuple(described.names)),
-        settings,
-    )
+    fusion = FusionSettings(alpha=0.5, top_k=4, projections=tuple(described.names))
+    carried = carry(described, describe(source), transport, fusion)
     assert [item.layer for item in carried.transported if item.projection == "v"] == [0, 1]
     assert [item.layer for item in carried.transported if item.projection == "q"] == [0, 1, 2, 3]
     before = described.layers[3]["q"].weight().clone()

@@ -10,18 +10,16 @@ Both take the pairs of layers as they are, and a map may mix all neurons, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tmerge.fusion.pairs import Pairs, PlanPair
+from tmerge.recipe import TransportSettings
+from tmerge.transport.result import FeatureMap, Transport, Wanted
+from tmerge.transport.sides import Read
 
-__all__ = ["MappedPairs", "procrustes", "ridge"]
-
-Read = Callable[[int, str], Tensor]
+__all__ = ["procrustes", "ridge", "with_fitted_maps"]
 
 
 def procrustes(target: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,34 +48,34 @@ def ridge(target: Tensor, source: Tensor, penalty: float) -> tuple[Tensor, Tenso
     Returns:
         Phi_out (n, n') and Phi_in (n', n), float32.
     """
-    mine, theirs = _centred(target), _centred(source)
-    return _fit(theirs, mine, penalty).float(), _fit(mine, theirs, penalty).float()
+    centred = _centred(target), _centred(source)
+    return _fit(centred[1], centred[0], penalty).float(), _fit(*centred, penalty).float()
 
 
-class MappedPairs:
-    """Pairs of layers whose maps are fitted, beside what their plans say for the record."""
+def with_fitted_maps(transport: Transport, target: Read, source: Read, settings: TransportSettings) -> Transport:
+    """A transport as the recipe's ``transport.map`` asks for it.
 
-    def __init__(
-        self, pairs: Pairs, features: tuple[Read, Read], kind: Literal["procrustes", "ridge"], penalty: float
-    ) -> None:
-        self._pairs, self._features, self._kind, self._penalty = pairs, features, kind, penalty
+    Args:
+        transport: Of plans, which stay what is recorded.
+        target: (layer, key) -> (T, n) features of the target.
+        source: (layer, key) -> (T, n') features of the source.
+        settings: The recipe's section.
 
-    def of_layer(self, layer: int, wanted: Sequence[tuple[str, int]]) -> dict[tuple[str, int], PlanPair]:
-        """As `Pairs.of_layer`."""
-        read = self._pairs.of_layer(layer, wanted)
-        for (key, other), pair in read.items():
-            mine, theirs = self._features[0](layer, key), self._features[1](other, key)
-            fitted = procrustes(mine, theirs) if self._kind == "procrustes" else ridge(mine, theirs, self._penalty)
-            read[key, other] = replace(pair, maps=fitted)
-        return read
+    Returns:
+        The same, with fitted maps in place of those that are read off the plans; itself with ``map: plan``.
+    """
+    if settings.map == "plan":
+        return transport
 
-    def keep(self, used: Sequence[PlanPair]) -> None:
-        """As `Pairs.keep`."""
-        self._pairs.keep(used)
+    def build(layer: int, wanted: Wanted) -> dict[tuple[str, int], FeatureMap]:
+        maps = transport.build(layer, wanted)
+        for (key, other), found in maps.items():
+            features = target(layer, key), source(other, key)
+            fitted = procrustes(*features) if settings.map == "procrustes" else ridge(*features, settings.ridge)
+            maps[key, other] = replace(found, fitted=fitted)
+        return maps
 
-    def tensors(self) -> dict[str, Tensor]:
-        """As `Pairs.tensors`: the plans, which these maps do without."""
-        return self._pairs.tensors()
+    return replace(transport, build=build, matched=False)
 
 
 def _centred(features: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.transport.reference import feature_pair
-from tmerge.fusion import phi_in, phi_out
-from tmerge.fusion.pairs import PlanPair
-from tmerge.fusion.rivals import MappedPairs, procrustes, ridge
+from tmerge.recipe import TransportSettings
+from tmerge.transport import FeatureMap, Statistics, Transport
+from tmerge.transport.rivals import procrustes, ridge, with_fitted_maps
 
 _property = settings(max_examples=30, deadline=None, derandomize=True)
 _seeds = st.integers(0, 2**31)
@@ -112,36 +112,35 @@ def test_more_features_than_texts_are_no_trouble():
 # -- in the plan's place -------------------------------------------------------------------------------------------
 
 
-class _Solved:
-    """Pairs whose plans are known."""
+def _solved(plan):
+    """A transport all of whose plans are this one."""
 
-    def __init__(self):
-        self.kept = []
+    def build(layer, wanted):
+        return {(key, other): FeatureMap(key, layer, other, plan, plan > 0, partial=True) for key, other in wanted}
 
-    def of_layer(self, layer, wanted):
-        plan = torch.full((4, 6), 1 / 24)
-        return {(key, other): PlanPair(key, layer, other, plan, plan > 0, torch.ones(14)) for key, other in wanted}
-
-    def keep(self, used):
-        self.kept += used
-
-    def tensors(self):
-        return {"mass.q.post": torch.ones(1)}
+    return Transport("none", {}, {}, build, True, lambda: Statistics({}, {}), {}, True)
 
 
 @pytest.mark.parametrize("kind", ["procrustes", "ridge"])
-def test_mapped_pairs_keep_their_plan_for_the_record_and_take_fitted_maps(kind):
+def test_fitted_maps_take_the_place_of_those_of_the_plan_which_stays_for_the_record(kind):
     target, source = feature_pair("factors", 4, 6)
     other_source = feature_pair("factors", 4, 6, seed=1)[1]
-    solved = _Solved()
-    sources = {3: source, 5: other_source}
-    pairs = MappedPairs(solved, (lambda layer, key: target, lambda layer, key: sources[layer]), kind, 0.1)
-    found = pairs.of_layer(0, [("q.post", 3), ("q.post", 5)])
-    for (key, other), pair in found.items():
+    plan, sources = torch.full((4, 6), 1 / 24), {3: source, 5: other_source}
+    solved, settings = _solved(plan), TransportSettings(map=kind, ridge=0.1)
+    fitted = with_fitted_maps(solved, lambda layer, key: target, lambda layer, key: sources[layer], settings)
+    # A fitted map has no empty rows that would say anything.
+    assert solved.matched and not fitted.matched
+    for other in (3, 5):
+        found, plain = fitted.feature_map(0, "q.post", other), solved.feature_map(0, "q.post", other)
         wanted = procrustes(target, sources[other]) if kind == "procrustes" else ridge(target, sources[other], 0.1)
-        assert pair.maps is not None and all(map(torch.equal, pair.maps, wanted))
-        assert key == pair.key and (pair.row, pair.column) == (0, other) and pair.plan.equal(torch.full((4, 6), 1 / 24))
-        assert not pair.maps[0].equal(phi_out(pair.plan, scale="barycentric", kept=6))
-        assert not pair.maps[1].equal(phi_in(pair.plan, scale="barycentric", kept=6))
-    pairs.keep(list(found.values()))
-    assert solved.kept == list(found.values()) and pairs.tensors().keys() == {"mass.q.post"}
+        for scale in ("barycentric", "literal"):
+            got = found.phi_out(scale), found.phi_in(scale)
+            assert all(map(torch.equal, got, wanted))
+            assert not got[0].equal(plain.phi_out(scale)) and not got[1].equal(plain.phi_in(scale))
+        assert (found.key, found.target_layer, found.source_layer) == ("q.post", 0, other)
+        assert found.plan.equal(plan) and found.survives.equal(plan > 0)
+
+
+def test_plans_stay_as_they_are_where_nothing_is_fitted():
+    solved = _solved(torch.full((4, 6), 1 / 24))
+    assert with_fitted_maps(solved, solved.build, solved.build, TransportSettings()) is solved

@@ -1,4 +1,7 @@
-"""A finished run, wherever it is: a folder here, or a repo on the Hub of which only ``tmerge/`` is fetched."""
+"""A finished run, wherever it is: a folder here, or a repo on the Hub of which only ``tmerge/`` is fetched.
+
+What it recorded of its transport can be fused from again: `RecordedRun`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from tmerge.errors import ModelNotFoundError, PlanError, RunNotFoundError
-from tmerge.fusion import TransportRecord, recorded_couplings
 from tmerge.models import ModelReference, Snapshot, fetch, file_digest, open_repo
 from tmerge.recipe import Recipe
 from tmerge.run import Run
+from tmerge.transport import Transport, TransportRecord, recorded_layer_maps, recorded_transport
 
-__all__ = ["FoundRun", "Plan", "find_run"]
+__all__ = ["FoundRun", "RecordedRun", "find_run"]
 
 _RECIPE, _REPORT, _TRANSPORT = "tmerge/recipe.yaml", "tmerge/report.json", "tmerge/transport.safetensors"
 
@@ -102,14 +105,14 @@ def find_run(reference: str) -> FoundRun:
     return found
 
 
-class Plan:
-    """A finished run's transport, to fuse from it again without calibrating.
+class RecordedRun:
+    """A finished run whose recorded transport is fused from again, without calibrating.
 
     Attributes:
         found: The run.
         recipe: Its recipe.
         report: Its report.
-        key: What identifies the plan: the digest of its file.
+        key: What identifies the transport: the digest of its file.
     """
 
     def __init__(self, reference: str) -> None:
@@ -119,11 +122,25 @@ class Plan:
 
     @cached_property
     def record(self) -> TransportRecord:
-        """What is stored of it."""
+        """What is stored of its transport."""
         return self.found.record()
 
+    def transport(self, projections: Sequence[str]) -> Transport:
+        """Its transport, for the projections to be fused.
+
+        Raises:
+            PlanError: A projection was not solved.
+        """
+        section = self.report["transport"]
+        return recorded_transport(
+            self.record,
+            projections,
+            eta=section["eta_used"],
+            layer_plans_converged=section["layer_plans_converged"],
+        )
+
     def refuse_other_recipe(self, recipe: Recipe, commits: Mapping[str, str], projections: Sequence[str]) -> None:
-        """Refuse a recipe that this plan was not made for.
+        """Refuse a recipe that the transport was not solved for.
 
         Args:
             recipe: The merge's.
@@ -132,7 +149,7 @@ class Plan:
 
         Raises:
             PlanError: Another model or commit, another seed or other transport settings, a projection that it does
-                not hold; or ``alpha: auto``, where the plan has read the texts that it would be chosen on.
+                not hold; or ``alpha: auto``, where the run has read the texts that it would be chosen on.
         """
         for role, commit in commits.items():
             there = self.record.facts[role]
@@ -153,10 +170,10 @@ class Plan:
                 f"the plan of {self.found.reference} has read every text that fusion.alpha auto could be chosen on; "
                 "give alpha a number, or merge without --plan"
             )
-        recorded_couplings(self.record, projections)
+        recorded_layer_maps(self.record, projections)
 
     def refuse_other_texts(self, sha256: str) -> None:
-        """Refuse texts other than the plan's, whose held-out ones it might have read.
+        """Refuse texts other than the run's, whose held-out ones it might have read.
 
         Raises:
             PlanError: They differ.

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tmerge.errors import RunNotFoundError
-from tmerge.fusion import MASS_AT, SparsePlans, TransportRecord, mass_of_top, sparsify
-from tmerge.transport import mutual_top
+from tmerge.transport import MASS_AT, SparsePlans, TransportRecord, mass_of_top, mutual_top, sparsify
 
 _property = settings(max_examples=40, deadline=None, derandomize=True)
 

@@ -1,0 +1,72 @@
+"""What is in memory while a source is carried over."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.pico import pico_model
+from tests.planted import pooled_features
+from tmerge.fusion import carry
+from tmerge.models import describe
+from tmerge.recipe import FusionSettings, TransportSettings
+from tmerge.transport import apart_transport, solve_features
+
+
+class _Counted:
+    """A transport's feature maps, and how many of their plans were there at once."""
+
+    def __init__(self, build):
+        self._build, self._lock = build, threading.Lock()
+        self.seen, self.most = [], 0
+
+    def __call__(self, layer, wanted):
+        maps = self._build(layer, wanted)
+        with self._lock:
+            self.seen += [weakref.ref(found.plan) for found in maps.values()]
+            self.most = max(self.most, sum(plan() is not None for plan in self.seen))
+        return maps
+
+
+def _carried(layers, workers):
+    """The plans that were made of a target of so many layers, and how many at most were there at once."""
+    tokens = torch.randint(3, 384, (40, 8), generator=torch.Generator().manual_seed(0))
+    target, source = pico_model("llama", layers=layers), pico_model("llama", layers=2, seed=1)
+    features = [pooled_features(model, tokens) for model in (target, source)]
+    keys = list(dict.fromkeys(key for _, key in features[0]))
+    plans = {
+        key: solve_features(
+            key,
+            lambda layer, key=key: features[0][layer, key],
+            lambda layer, key=key: features[1][layer, key],
+            range(layers),
+            range(2),
+            epsilon=0.1,
+        )
+        for key in keys
+    }
+    names = describe(target).names
+    reads = (lambda layer, key, of=of: of[layer, key] for of in features)
+    transport = apart_transport(plans, *reads, names, TransportSettings(layers_kept=2))
+    counted = _Counted(transport.build)
+    before = torch.get_num_threads()
+    torch.set_num_threads(workers)
+    try:
+        fusion = FusionSettings(alpha=0.5, top_k=4, projections=tuple(names))
+        carry(describe(target), describe(source), replace(transport, build=counted), fusion)
+    finally:
+        torch.set_num_threads(before)
+    return len(counted.seen), counted.most
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_peak_does_not_depend_on_the_number_of_layers(workers):
+    (few, few_at_once), (many, many_at_once) = (_carried(layers, workers) for layers in (3, 12))
+    a_layer = few // 3
+    assert many == 12 * a_layer
+    # Plans do not leave the worker that built them.
+    assert max(few_at_once, many_at_once) <= workers * a_layer
