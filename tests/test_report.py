@@ -2,28 +2,24 @@
 
 import pytest
 
+from tests.plotted import control, interval, report  # noqa: F401 - one is a fixture
+from tests.reported import typed
 from tmerge.report import summary
 
 
-def report(verdict, value, controls):
+def verdict_of(document, verdict, value, controls):
+    """A report that says so, its controls' differences given by name."""
     half = 0.01
-    return {
-        "verdict": verdict,
-        "evaluation": {
-            "texts": 50,
-            "difference": {"value": value, "ci95": [value - half, value + half]},
-            "controls": {
-                name: {
-                    "difference": {"value": change, "ci95": [change - half, change + half]},
-                    "fused_minus_control": {
-                        "value": value - change,
-                        "ci95": [value - change - 0.005, value - change + 0.005],
-                    },
-                }
-                for name, change in controls.items()
-            },
-        },
+    evaluation = {
+        **document["evaluation"],
+        "texts": 50,
+        "difference": interval(value, half),
+        "controls": {name: control(2.9, change, half, value - change) for name, change in controls.items()},
     }
+    for item in evaluation["controls"].values():
+        middle = item["fused_minus_control"]["value"]
+        item["fused_minus_control"] = interval(middle, 0.005)
+    return typed({**document, "verdict": verdict, "evaluation": evaluation})
 
 
 @pytest.mark.parametrize(
@@ -39,12 +35,12 @@ def report(verdict, value, controls):
         ({}, []),
     ],
 )
-def test_a_gain_that_a_control_makes_too_is_said_to_be_none_of_the_merge(controls, named):
-    said = summary(report("helps", -0.05, controls))
+def test_a_gain_that_a_control_makes_too_is_said_to_be_none_of_the_merge(controls, named, report):  # noqa: F811
+    said = summary(verdict_of(report, "helps", -0.05, controls))
     assert said.startswith("The merge helps: -0.0500")
     assert ("not the source's knowledge" in said) == bool(named)
     assert all(name in said for name in named) and ("noise (+" not in said)
 
 
-def test_a_loss_needs_no_caution():
-    assert "control" not in summary(report("hurts", 0.05, {"shrink": 0.05}))
+def test_a_loss_needs_no_caution(report):  # noqa: F811
+    assert "control" not in summary(verdict_of(report, "hurts", 0.05, {"shrink": 0.05}))

@@ -20,7 +20,7 @@ from tmerge.fusion import TransportRecord, load_transported
 from tmerge.hub import write_card
 from tmerge.models import load_model, load_tokenizer, trusts
 from tmerge.recipe import Recipe
-from tmerge.report import library_versions
+from tmerge.report import Report, library_versions
 from tmerge.run import Run, read_json, stage_key, write_json, write_text
 from tmerge.session import Listener, Session, Step
 
@@ -34,7 +34,7 @@ def adapt_run(
     *,
     dataset: str | None = None,
     listener: Listener | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Train a finished run's target on top of what was transported.
 
     Args:
@@ -45,7 +45,7 @@ def adapt_run(
         listener: Hears every `Step`; may raise `Cancelled`.
 
     Returns:
-        The report, as ``tmerge/report.json`` in `out` holds it.
+        The report; ``to_dict()`` is what ``tmerge/report.json`` in `out` holds.
 
     Raises:
         AdaptationError: Nothing is left to train on, or the training diverged.
@@ -65,10 +65,7 @@ def adapt_run(
     session = Session(recipe, run, listener)
     session.texts = TextSet.load(run.cache / "calibration.json")
     texts, prompts, data = _texts(session, dataset)
-    fusion = merged["fusion"]
-    alpha = fusion["choice"]["alpha"] if "choice" in fusion else fusion["alpha"]
-    if recipe.adaptation.alpha is not None:
-        alpha = recipe.adaptation.alpha
+    alpha = merged.fusion.alpha_used if recipe.adaptation.alpha is None else recipe.adaptation.alpha
     settings = recipe.adaptation
     adapted = Run(Path(out))
     decides = {"texts": list(texts), "prompts": list(prompts), "merge": run.key("fuse"), "alpha": alpha}
@@ -119,15 +116,13 @@ def adapt_run(
     evaluated = _evaluation(run, recipe, scores)
     adaptation["verdict"] = verdict(evaluated["difference"])
     # What the merge's report says of the merge stays as it is.
-    report = merged | {
-        "evaluation": {**merged["evaluation"], "adapted": {name: item.to_dict() for name, item in evaluated.items()}},
-        "adaptation": adaptation,
-        "weights": weights,
-    }
+    document = merged.to_dict()
+    document["evaluation"]["adapted"] = {name: item.to_dict() for name, item in evaluated.items()}
+    report = Report.model_validate(document | {"adaptation": adaptation, "weights": weights})
     write_text(adapted.work / "recipe.yaml", recipe.to_yaml())
     if run.transport_path.is_file():
         shutil.copyfile(run.transport_path, adapted.transport_path)
-    write_json(adapted.work / "report.json", report)
+    write_json(adapted.work / "report.json", report.to_dict())
     write_card(adapted, report, recipe)
     return report
 

@@ -43,7 +43,7 @@ from tmerge.hub import write_card
 from tmerge.models import STREAM, group_of, head_facts
 from tmerge.preflight.check import refuse_unfit
 from tmerge.recipe import Recipe
-from tmerge.report import build_report, library_versions, relatedness_words
+from tmerge.report import Report, build_report, library_versions, relatedness_words
 from tmerge.run import Run, write_json, write_text
 from tmerge.session import NOTE, STAGES, Listener, Session, Step
 from tmerge.solving import fusion_inputs, measure_relatedness, solve_apart, solve_shared
@@ -51,7 +51,7 @@ from tmerge.solving import fusion_inputs, measure_relatedness, solve_apart, solv
 __all__ = ["STAGES", "Listener", "Step", "advance", "merge"]
 
 
-def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) -> dict[str, Any]:
+def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) -> Report:
     """Run a recipe, or take up its unfinished run.
 
     Args:
@@ -60,7 +60,7 @@ def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) 
         listener: Hears every `Step`; may raise `Cancelled`.
 
     Returns:
-        The report, as report.json holds it.
+        The report; ``to_dict()`` is what report.json holds.
 
     Raises:
         TmergeError: Bad input, one line; nothing is left behind if no stage had finished.
@@ -196,11 +196,11 @@ class _Merge(Session):
         if self.notes[role]:
             return
         if self.plan is not None:
-            scores, read = self.score(role, role, f"{role}: held-out texts"), self.plan.report["calibration"]
+            scores, read = self.score(role, role, f"{role}: held-out texts"), self.plan.report.calibration
             self.notes[role] = {
                 "scores": _note_scores(scores),
-                "tokens": read["tokens"][role],
-                "truncated": read["truncated"][role],
+                "tokens": getattr(read.tokens, role),
+                "truncated": getattr(read.truncated, role),
                 "forward_seconds": scores.seconds,
             }
             return
@@ -232,7 +232,8 @@ class _Merge(Session):
             return
         if self.plan is not None:
             facts = ("problems", "iterations", "worst_marginal_violation", "converged", "relatedness")
-            self.notes["transport"] = {name: self.plan.report["transport"].get(name) for name in facts}
+            solved = self.plan.report.transport.to_dict()
+            self.notes["transport"] = {name: solved.get(name) for name in facts}
             return
         if self.recipe.transport.structure == "shared":
             self.notes["transport"] = solve_shared(self)
@@ -240,7 +241,7 @@ class _Merge(Session):
             self.notes["transport"] = solve_apart(self)
         found = self.notes["transport"]["relatedness"] = measure_relatedness(self)
         if found is not None:  # said before anything is fused
-            self.step(NOTE, relatedness_words(found), 1, 1, "notes")
+            self.step(NOTE, relatedness_words(found["value"], found["permuted"]), 1, 1, "notes")
 
     def _fuse(self) -> None:
         """Transport the selected neurons, and keep the run's record of its plans."""
@@ -373,14 +374,14 @@ class _Merge(Session):
         self.notes["save"] = {"dtype": dtype, "computed_in": computed, "weights": weights}
         self.loaded.pop("target", None)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         """Write the report and the card, once all stages are finished."""
         resolved = self.resolved()
         write_text(self.run.work / "recipe.yaml", resolved.to_yaml())
         scores = {"base": self.notes["target"]["scores"], "source": self.notes["source"]["scores"]}
         scores |= self.notes["evaluate"]["scores"]
         report = build_report(resolved, self.check, self.notes, scores, library_versions(), self._devices())
-        write_json(self.run.work / "report.json", report)
+        write_json(self.run.work / "report.json", report.to_dict())
         write_card(self.run, report, resolved)
         return report
 

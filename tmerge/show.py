@@ -15,7 +15,7 @@ from rich.table import Table
 from tmerge.hub import PushPlan
 from tmerge.pipeline import Listener, Step
 from tmerge.preflight.check import Check
-from tmerge.report import alpha_words, ratio_words, solved_words, summary
+from tmerge.report import Descent, Measured, Report, alpha_words, ratio_words, solved_words, summary
 from tmerge.session import NOTE
 from tmerge.tables import added_words
 
@@ -106,78 +106,79 @@ def show_push_plan(planned: PushPlan) -> None:
     console.print(planned.card, markup=False, highlight=False)
 
 
-def show_report(report: Mapping[str, Any], folder: str | Path, page: Path | None = None) -> None:
+def show_report(report: Report, folder: str | Path, page: Path | None = None) -> None:
     """A run's report: verdict, scores, what was moved, where the time went."""
     console = Console(soft_wrap=True)
-    evaluation, timing = report["evaluation"], report["timing"]
-    scores = Table(
-        title=f"bits per byte on {evaluation['texts']} held-out texts, lower is better", title_justify="left"
-    )
+    evaluation, timing = report.evaluation, report.timing
+    scores = Table(title=f"bits per byte on {evaluation.texts} held-out texts, lower is better", title_justify="left")
     for heading in ("", "bits per byte", "95 %", "difference to base", "95 %"):
         scores.add_column(heading)
-    rows = [("base (target)", evaluation["base"], None), ("fused", evaluation["fused"], evaluation["difference"])]
-    rows += [(f"control: {name}", item, item["difference"]) for name, item in evaluation["controls"].items()]
-    rows.append(("source", evaluation["source"], None))
+    rows: list[tuple[str, Measured, Measured | None]] = [
+        ("base (target)", evaluation.base, None),
+        ("fused", evaluation.fused, evaluation.difference),
+    ]
+    rows += [(f"control: {name}", item, item.difference) for name, item in evaluation.controls.items()]
+    rows.append(("source", evaluation.source, None))
     for name, item, change in rows:
-        cells = [f"{item['value']:.4f}", "{:.4f} to {:.4f}".format(*item["ci95"])]
+        cells = [f"{item.value:.4f}", f"{item.low:.4f} to {item.high:.4f}"]
         if change:
-            cells += [f"{change['value']:+.4f}", "{:+.4f} to {:+.4f}".format(*change["ci95"])]
+            cells += [f"{change.value:+.4f}", f"{change.low:+.4f} to {change.high:+.4f}"]
         scores.add_row(name, *cells)
     console.print(scores)
-    fusion = report["fusion"]
+    fusion = report.fusion
     moved = Table(
-        title=f"fusion: alpha {alpha_words(fusion)}, scale {fusion['scale']}, {fusion['what']}", title_justify="left"
+        title=f"fusion: alpha {alpha_words(fusion)}, scale {fusion.scale}, {fusion.what}", title_justify="left"
     )
     for heading in ("projection", "neurons", "transported / own norm", "bias"):
         moved.add_column(heading)
-    for name, item in fusion["projections"].items():
-        moved.add_row(name, f"{item['neurons']} of {item['of']}", ratio_words(item["norm_ratio"]), item["bias"])
+    for name, fused in fusion.projections.items():
+        moved.add_row(name, f"{fused.neurons} of {fused.of}", ratio_words(fused.norm_ratio), fused.bias)
     console.print(moved)
-    if "descent" in evaluation:
-        console.print(_descent(evaluation["descent"]))
+    if evaluation.descent is not None:
+        console.print(_descent(evaluation.descent))
     stages = Table(title="time and memory", title_justify="left")
     for heading in ("stage", "seconds", "of which forward passes", "peak memory"):
         stages.add_column(heading)
-    for stage in report["stages"]:
-        seconds = (f"{stage['seconds']:.1f}", f"{stage['forward_seconds']:.1f}")
-        stages.add_row(stage["name"], *seconds, _bytes(stage["peak_rss_bytes"]))
-    stages.add_row("all", f"{timing['total_seconds']:.1f}", f"{timing['forward_seconds']:.1f}", "")
+    for stage in report.stages:
+        seconds = (f"{stage.seconds:.1f}", f"{stage.forward_seconds:.1f}")
+        stages.add_row(stage.name, *seconds, _bytes(stage.peak_rss_bytes))
+    stages.add_row("all", f"{timing.total_seconds:.1f}", f"{timing.forward_seconds:.1f}", "")
     console.print(stages)
-    console.print(f"transport: {solved_words(report['transport'])}", markup=False)
-    for name, why in report["projections"]["skipped"].items():
+    console.print(f"transport: {solved_words(report.transport)}", markup=False)
+    for name, why in report.projections.skipped.items():
         console.print(f"skipped: {name}: {why}", markup=False)
-    for line in (*report["projections"]["left_alone"], *report["notes"]):
+    for line in (*report.projections.left_alone, *report.notes):
         console.print(f"note: {line}", markup=False)
-    console.print(summary(report), style="bold red" if report["verdict"] == "hurts" else "bold", markup=False)
+    console.print(summary(report), style="bold red" if report.verdict == "hurts" else "bold", markup=False)
     pictures = f"tmerge inspect {folder} --html report.html" if page is None else page
     console.print(f"The model is in {folder}; its pictures: {pictures}", markup=False)
 
 
-def show_adapted(report: Mapping[str, Any], folder: Path) -> None:
+def show_adapted(report: Report, folder: Path) -> None:
     """An adapted model's scores beside the merge's, on stdout."""
     console = Console()
-    evaluation, adaptation = report["evaluation"], report["adaptation"]
-    table = Table(title=f"bits per byte on {evaluation['texts']} held-out texts, lower is better", title_justify="left")
+    evaluation, adaptation, adapted = report.evaluation, report.adaptation, report.evaluation.adapted
+    assert adaptation is not None and adapted is not None  # a report has both or neither, and this one is of a training
+    table = Table(title=f"bits per byte on {evaluation.texts} held-out texts, lower is better", title_justify="left")
     for heading in ("", "bits per byte", "difference to base", "95 %"):
         table.add_column(heading)
-    adapted = evaluation["adapted"]
-    rows = [
-        ("base", evaluation["base"], None),
-        ("fused", evaluation["fused"], evaluation["difference"]),
-        ("adapted", adapted["score"], adapted["difference"]),
-        ("source", evaluation["source"], None),
+    rows: list[tuple[str, Measured, Measured | None]] = [
+        ("base", evaluation.base, None),
+        ("fused", evaluation.fused, evaluation.difference),
+        ("adapted", adapted.score, adapted.difference),
+        ("source", evaluation.source, None),
     ]
     for name, item, change in rows:
-        cells = [f"{change['value']:+.4f}", "{:+.4f} to {:+.4f}".format(*change["ci95"])] if change else ["", ""]
-        table.add_row(name, f"{item['value']:.4f}", *cells)
+        cells = [f"{change.value:+.4f}", f"{change.low:+.4f} to {change.high:+.4f}"] if change else ["", ""]
+        table.add_row(name, f"{item.value:.4f}", *cells)
     console.print(table)
-    losses = adaptation["loss_curve"]
+    losses = adaptation.loss_curve
     console.print(
-        f"{adaptation['objective']}, residual {adaptation['residual']}: {len(losses)} steps, {adaptation['tokens']:,} "
-        f"tokens, {adaptation['seconds']:.1f} s; loss {losses[0][1]:.4f} at first, {losses[-1][1]:.4f} at last",
+        f"{adaptation.objective}, residual {adaptation.residual}: {len(losses)} steps, {adaptation.tokens:,} "
+        f"tokens, {adaptation.seconds:.1f} s; loss {losses[0][1]:.4f} at first, {losses[-1][1]:.4f} at last",
         markup=False,
     )
-    console.print(f"The model is in {folder}. Verdict against the base: {adaptation['verdict']}", markup=False)
+    console.print(f"The model is in {folder}. Verdict against the base: {adaptation.verdict}", markup=False)
 
 
 def show_comparison(result: Mapping[str, Any], folder: Path) -> None:
@@ -194,7 +195,7 @@ def show_comparison(result: Mapping[str, Any], folder: Path) -> None:
     console.print(table)
     for item in result["added"]:
         console.print(added_words(item), markup=False, highlight=False)
-    console.print(_descent(result["descent"]))
+    console.print(_descent(Descent.model_validate(result["descent"])))
     console.print(
         f"The same with figures: {folder / 'compare.html'}; as Markdown: {folder / 'compare.md'}", markup=False
     )
@@ -222,21 +223,18 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
         console.print(table)
 
 
-def _descent(control: Mapping[str, Any]) -> Table:
+def _descent(control: Descent) -> Table:
     """Whether the merge points where the calibration loss falls."""
     table = Table(
-        title=f"descent: cosine with the negative gradient of the loss on {control['texts']} calibration texts, "
+        title=f"descent: cosine with the negative gradient of the loss on {control.texts} calibration texts, "
         "mean over layers (standard error)",
         title_justify="left",
     )
     for heading in ("projection", "merge", "random directions"):
         table.add_column(heading)
-    for name, item in control["projections"].items():
-        cells = []
-        for mean, error in (("mean", "standard_error"), ("noise_mean", "noise_standard_error")):
-            spread = "" if item[error] is None else f" ({item[error]:.1e})"
-            cells.append(f"{item[mean]:+.5f}{spread}")
-        table.add_row(name, *cells)
+    for name, item in control.projections.items():
+        means = ((item.mean, item.standard_error), (item.noise_mean, item.noise_standard_error))
+        table.add_row(name, *(f"{mean:+.5f}" + ("" if error is None else f" ({error:.1e})") for mean, error in means))
     return table
 
 

@@ -178,7 +178,7 @@ def fusion_inputs(session: Session) -> FusionInputs:
     """What the fusion reads: of this run, or of the one whose plan it takes."""
     projections, settings = session.check.projections, session.recipe.transport
     if session.plan is not None:
-        return recorded_inputs(session.plan.record, session.plan.report["transport"], projections)
+        return recorded_inputs(session.plan.record, session.plan.report.transport.to_dict(), projections)
     target, source = (FeatureStore(session.feature_folder(role)) for role in ("target", "source"))
     if settings.structure == "shared":
         return structured_inputs(Structure.load(_structure_path(session)), target, source, projections, settings)

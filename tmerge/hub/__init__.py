@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tmerge.hub.card import card_text, merge_licence, published_verdict, write_card
+from tmerge.hub.card import card_text, merge_licence, write_card
 from tmerge.hub.pull import FoundRun, Plan, find_run
 from tmerge.hub.push import Pushed, PushPlan, plan_push, push
 
@@ -15,7 +15,6 @@ __all__ = [
     "find_run",
     "merge_licence",
     "plan_push",
-    "published_verdict",
     "push",
     "write_card",
 ]

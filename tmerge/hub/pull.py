@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from tmerge.errors import ModelNotFoundError, PlanError, RunNotFoundError
 from tmerge.fusion import TransportRecord, recorded_couplings
 from tmerge.models import ModelReference, Snapshot, fetch, file_digest, open_repo
 from tmerge.recipe import Recipe
+from tmerge.report import Report
 from tmerge.run import Run
 
 __all__ = ["FoundRun", "Plan", "find_run"]
@@ -51,8 +51,8 @@ class FoundRun:
             raise RunNotFoundError(f"{self.reference} is not a finished run of tmerge (it has no {name})")
         return path
 
-    def report(self) -> dict[str, Any]:
-        """report.json."""
+    def report(self) -> Report:
+        """report.json, validated; raises as `Run.report`."""
         if self.snapshot is not None:
             self.fetch(_REPORT)
         return self.run.report()
@@ -161,9 +161,9 @@ class Plan:
         Raises:
             PlanError: They differ.
         """
-        if sha256 != self.report["calibration"]["sha256"]:
+        if sha256 != self.report.calibration.sha256:
             raise PlanError(
-                f"the texts of {self.report['calibration']['dataset']} are not those that the plan of "
+                f"the texts of {self.report.calibration.dataset} are not those that the plan of "
                 f"{self.found.reference} was made from, which may have read what is held out here; leave the "
                 "calibration section as it is there, at the dataset's same commit"
             )

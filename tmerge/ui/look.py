@@ -251,8 +251,8 @@ def _head(looked: Looked) -> str:
     """Which models, and the verdict with what it rests on."""
     report = looked.report
     verdict, *rest = findings(report)
-    tone = {"helps": "good", "hurts": "bad"}.get(report["verdict"], "none")
-    names = " merged with ".join(escape(_name(report[role]["ref"])) for role in ("target", "source"))
+    tone = {"helps": "good", "hurts": "bad"}.get(report.verdict, "none")
+    names = " merged with ".join(escape(_name(model.ref)) for model in (report.target, report.source))
     return (
         f'<div class="tm-verdict tm-{tone}"><p class="tm-soft">{names}</p><p class="tm-word">{escape(verdict)}</p>'
         + "".join(f"<p>{escape(sentence)}</p>" for sentence in rest)

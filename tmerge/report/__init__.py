@@ -1,0 +1,57 @@
+"""The report of a run: typed, validated when it is read, and said in words and rows that are written once."""
+
+from __future__ import annotations
+
+from tmerge.report.build import build_report
+from tmerge.report.environment import library_versions, peak_memory
+from tmerge.report.reading import read_report, report_of
+from tmerge.report.report import (
+    SCHEMA,
+    Adaptation,
+    Calibration,
+    Control,
+    Descent,
+    Evaluation,
+    Fusion,
+    Measured,
+    MergedModel,
+    Report,
+    TrainingTexts,
+    Transport,
+)
+from tmerge.report.words import (
+    RELATED,
+    alpha_words,
+    ratio_words,
+    relatedness_words,
+    solved_words,
+    summary,
+    training_summary,
+)
+
+__all__ = [
+    "RELATED",
+    "SCHEMA",
+    "Adaptation",
+    "Calibration",
+    "Control",
+    "Descent",
+    "Evaluation",
+    "Fusion",
+    "Measured",
+    "MergedModel",
+    "Report",
+    "TrainingTexts",
+    "Transport",
+    "alpha_words",
+    "build_report",
+    "library_versions",
+    "peak_memory",
+    "ratio_words",
+    "read_report",
+    "relatedness_words",
+    "report_of",
+    "solved_words",
+    "summary",
+    "training_summary",
+]

@@ -1,0 +1,115 @@
+"""A report in words: each sentence and each way of writing a number is here once, for terminal, page, card and app."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tmerge.report.report import Fusion, Measured, Report, Transport
+
+__all__ = [
+    "RELATED",
+    "alpha_words",
+    "ratio_words",
+    "relatedness_words",
+    "solved_words",
+    "summary",
+    "training_summary",
+]
+
+_CLEAR = 0.9
+RELATED = 0.5
+"""Relatedness from which a merge is worth trying: more than half of the neurons are found twice alike. Relatives that
+were measured lie at 0.98 and above on texts that both read (at 0.87 on means over texts), and at 0.70 on others;
+strangers at 0.14 to 0.18 on single tokens and at 0.01 on means over texts (docs/experiments.md)."""
+
+
+def relatedness_words(value: float, permuted: float) -> str:
+    """Whether the two models' neurons correspond, in a sentence.
+
+    Args:
+        value: Of `tmerge.transport.relatedness`.
+        permuted: What chance gives.
+    """
+    numbers = f"Relatedness {value:.2f} (by chance {permuted:.2f})"
+    if value >= RELATED:
+        sentence = f"{numbers}: these models' neurons correspond, as those of models with a common ancestor do"
+        if value < _CLEAR:
+            sentence += (
+                "; not all were found, and more will be on texts that both models read well (calibration.match_on, by "
+                "default the English samples)"
+            )
+        return sentence
+    return (
+        f"{numbers}: two halves of the calibration set do not agree on which neuron is which, so these models share "
+        "no correspondence that weights could be carried by; train or distil instead (tmerge adapt)"
+    )
+
+
+def solved_words(solved: Transport) -> str:
+    """How many problems the transport solved, and how well."""
+    if solved.structure == "shared" and solved.matching == "one-to-one":
+        return f"{solved.problems} correspondences, matched one to one: the residual stream's, each layer's own"
+    steps = solved.iterations
+    return (
+        f"{solved.problems} feature plans, {solved.converged} converged, {steps.median} iterations in the "
+        f"median, {steps.max} at most, worst marginal violation {solved.worst_marginal_violation:.1e}"
+    )
+
+
+def alpha_words(fusion: Fusion) -> str:
+    """A report's alpha in words: ``0.1``, or what ``auto`` chose for each projection."""
+    if fusion.choice is None:
+        return str(fusion.alpha)
+    chosen = ", ".join(f"{name} {alpha:g}" for name, alpha in fusion.choice.alpha.items())
+    return f"{fusion.alpha} ({chosen})"
+
+
+def ratio_words(ratios: Sequence[float | None]) -> str:
+    """A projection's norm ratios in words: the smallest to the largest of those that there are."""
+    known = [ratio for ratio in ratios if ratio is not None]
+    return f"{min(known):.2g} to {max(known):.2g}" if known else "undefined: its own are zero"
+
+
+def summary(report: Report) -> str:
+    """The verdict as a sentence with its number and interval."""
+    change = report.evaluation.difference
+    numbers = f"{change.value:+.4f} bits per byte on {report.evaluation.texts} held-out texts"
+    sentence = {
+        "helps": "The merge helps",
+        "hurts": "The merge hurts: the fused model is worse than the target it was made from",
+        "no difference": "The merge makes no difference that these texts can show",
+    }[report.verdict]
+    return f"{sentence}: {numbers} (95 % interval {_span(change)}; lower is better).{_caution(report)}"
+
+
+def _caution(report: Report) -> str:
+    """What a gain is worth that a control makes as well: the correspondence is then not what helps."""
+    if report.verdict != "helps":
+        return ""
+    as_good = [
+        f"{name} ({control.difference.value:+.4f})"
+        for name, control in report.evaluation.controls.items()
+        if control.fused_minus_control.high >= 0 and control.difference.high < 0
+    ]
+    if not as_good:
+        return ""
+    listed = ", ".join(as_good)
+    return f" But as far as these texts show, it is not the source's knowledge that helps: {listed} gain as much."
+
+
+def training_summary(report: Report) -> str:
+    """What training on top of the merge did; empty where there was none."""
+    adaptation, adapted = report.adaptation, report.evaluation.adapted
+    if adaptation is None or adapted is None:
+        return ""
+    kept = "held fixed" if adaptation.residual == "frozen" else "trained as well"
+    return (
+        f"{len(adaptation.loss_curve)} steps of {adaptation.objective} over {adaptation.tokens:,} tokens, "
+        f"what was transported {kept}. Against the target: {adapted.difference.value:+.4f} bits per byte "
+        f"(95 % interval {_span(adapted.difference)}); against the merge before training: "
+        f"{adapted.difference_to_fused.value:+.4f} ({_span(adapted.difference_to_fused)})."
+    )
+
+
+def _span(item: Measured) -> str:
+    return f"{item.low:+.4f} to {item.high:+.4f}"
