@@ -224,7 +224,7 @@ def test_timing_adds_up(report):
     figure = timing(typed(report))
     assert sum(sum(trace.x) for trace in figure.data) == pytest.approx(4.0)
     assert list(figure.data[0].x) == [2.5, 0.0] and list(figure.data[1].x) == [0.5, 1.0]
-    assert figure.data[0].customdata[0] == "1.50 GB"
+    assert figure.data[0].customdata[0] == "1.5 GB"
 
 
 def test_names_are_text_in_figures(report):

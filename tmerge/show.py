@@ -15,7 +15,17 @@ from rich.table import Table
 from tmerge.hub import PushPlan
 from tmerge.pipeline import Listener, Step
 from tmerge.preflight.check import Check
-from tmerge.report import Descent, Measured, Report, alpha_words, ratio_words, solved_words, summary
+from tmerge.report import (
+    Descent,
+    Report,
+    alpha_words,
+    bytes_words,
+    duration_words,
+    ratio_words,
+    score_rows,
+    solved_words,
+    summary,
+)
 from tmerge.session import NOTE
 from tmerge.tables import added_words
 
@@ -86,8 +96,8 @@ def show_check(result: Check) -> None:
         console.print(f"  terms: {what}, {url}", markup=False)
     estimate = facts["estimate"]
     console.print(
-        f"expected: {estimate['time']}, {_bytes(estimate['memory_bytes'])} of memory, "
-        f"{_bytes(estimate['disk_bytes'])} of disk, {_bytes(estimate['download_bytes'])} to download "
+        f"expected: {estimate['time']}, {bytes_words(estimate['memory_bytes'])} of memory, "
+        f"{bytes_words(estimate['disk_bytes'])} of disk, {bytes_words(estimate['download_bytes'])} to download "
         f"({estimate['assumes']})",
         markup=False,
     )
@@ -110,21 +120,7 @@ def show_report(report: Report, folder: str | Path, page: Path | None = None) ->
     """A run's report: verdict, scores, what was moved, where the time went."""
     console = Console(soft_wrap=True)
     evaluation, timing = report.evaluation, report.timing
-    scores = Table(title=f"bits per byte on {evaluation.texts} held-out texts, lower is better", title_justify="left")
-    for heading in ("", "bits per byte", "95 %", "difference to base", "95 %"):
-        scores.add_column(heading)
-    rows: list[tuple[str, Measured, Measured | None]] = [
-        ("base (target)", evaluation.base, None),
-        ("fused", evaluation.fused, evaluation.difference),
-    ]
-    rows += [(f"control: {name}", item, item.difference) for name, item in evaluation.controls.items()]
-    rows.append(("source", evaluation.source, None))
-    for name, item, change in rows:
-        cells = [f"{item.value:.4f}", f"{item.low:.4f} to {item.high:.4f}"]
-        if change:
-            cells += [f"{change.value:+.4f}", f"{change.low:+.4f} to {change.high:+.4f}"]
-        scores.add_row(name, *cells)
-    console.print(scores)
+    console.print(_scores(report))
     fusion = report.fusion
     moved = Table(
         title=f"fusion: alpha {alpha_words(fusion)}, scale {fusion.scale}, {fusion.what}", title_justify="left"
@@ -141,7 +137,7 @@ def show_report(report: Report, folder: str | Path, page: Path | None = None) ->
         stages.add_column(heading)
     for stage in report.stages:
         seconds = (f"{stage.seconds:.1f}", f"{stage.forward_seconds:.1f}")
-        stages.add_row(stage.name, *seconds, _bytes(stage.peak_rss_bytes))
+        stages.add_row(stage.name, *seconds, bytes_words(stage.peak_rss_bytes))
     stages.add_row("all", f"{timing.total_seconds:.1f}", f"{timing.forward_seconds:.1f}", "")
     console.print(stages)
     console.print(f"transport: {solved_words(report.transport)}", markup=False)
@@ -156,29 +152,29 @@ def show_report(report: Report, folder: str | Path, page: Path | None = None) ->
 
 def show_adapted(report: Report, folder: Path) -> None:
     """An adapted model's scores beside the merge's, on stdout."""
-    console = Console()
-    evaluation, adaptation, adapted = report.evaluation, report.adaptation, report.evaluation.adapted
-    assert adaptation is not None and adapted is not None  # a report has both or neither, and this one is of a training
-    table = Table(title=f"bits per byte on {evaluation.texts} held-out texts, lower is better", title_justify="left")
-    for heading in ("", "bits per byte", "difference to base", "95 %"):
-        table.add_column(heading)
-    rows: list[tuple[str, Measured, Measured | None]] = [
-        ("base", evaluation.base, None),
-        ("fused", evaluation.fused, evaluation.difference),
-        ("adapted", adapted.score, adapted.difference),
-        ("source", evaluation.source, None),
-    ]
-    for name, item, change in rows:
-        cells = [f"{change.value:+.4f}", f"{change.low:+.4f} to {change.high:+.4f}"] if change else ["", ""]
-        table.add_row(name, f"{item.value:.4f}", *cells)
-    console.print(table)
+    console = Console(soft_wrap=True)
+    adaptation = report.adaptation
+    assert adaptation is not None  # the report is of a training
+    console.print(_scores(report))
     losses = adaptation.loss_curve
     console.print(
         f"{adaptation.objective}, residual {adaptation.residual}: {len(losses)} steps, {adaptation.tokens:,} "
         f"tokens, {adaptation.seconds:.1f} s; loss {losses[0][1]:.4f} at first, {losses[-1][1]:.4f} at last",
         markup=False,
     )
-    console.print(f"The model is in {folder}. Verdict against the base: {adaptation.verdict}", markup=False)
+    console.print(f"The model is in {folder}. Verdict against the target: {adaptation.verdict}", markup=False)
+
+
+def _scores(report: Report) -> Table:
+    """Every model's held-out score."""
+    table = Table(
+        title=f"bits per byte on {report.evaluation.texts} held-out texts, lower is better", title_justify="left"
+    )
+    for heading in ("", "bits per byte", "95 %", "difference to the target", "95 %"):
+        table.add_column(heading)
+    for row in score_rows(report):
+        table.add_row(row.label, *row.cells)
+    return table
 
 
 def show_comparison(result: Mapping[str, Any], folder: Path) -> None:
@@ -289,7 +285,7 @@ def _plain(console: Console) -> Listener:
             rate = step.done / elapsed
             line += f", {rate:.1f} {step.unit}/s"
             if step.done < step.total:
-                line += f", {_duration((step.total - step.done) / rate)} remaining"
+                line += f", {duration_words((step.total - step.done) / rate)} remaining"
         console.print(line, markup=False, highlight=False)
 
     return listener
@@ -301,19 +297,9 @@ def _value(key: str, value: Any) -> str:
     if key == "stored":
         return ", ".join(f"{dtype} {count:,}" for dtype, count in value.items())
     if key in ("weight_bytes", "download_bytes"):
-        return _bytes(value)
+        return bytes_words(value)
     if key == "commit":
         return str(value).removeprefix("sha256:")[:12]
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

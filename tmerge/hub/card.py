@@ -19,13 +19,13 @@ from tmerge.models import ModelReference, OutputLicence, output_licence
 from tmerge.recipe import Recipe
 from tmerge.report import (
     Calibration,
-    Evaluation,
-    Measured,
     MergedModel,
     Report,
     TrainingTexts,
     alpha_words,
+    interval_words,
     ratio_words,
+    score_rows,
     summary,
     training_summary,
 )
@@ -82,7 +82,7 @@ def card_text(report: Report, recipe: Recipe, *, repo: str | None = None, figure
         models=models,
         tmerge=report.tmerge,
         evaluation=report.evaluation,
-        rows=_rows(report.evaluation),
+        rows=score_rows(report),
         dataset=report.calibration.dataset,
         dataset_commit=_data_commit(report.calibration),
         base=_base(report),
@@ -180,35 +180,15 @@ def _results(report: Report) -> list[EvalResult]:
             **shared,
             metric_type="bits_per_byte",
             metric_value=round(score.value, 6),
-            metric_name=f"bits per byte (95 % interval {_span(score, '.4f')})",
+            metric_name=f"bits per byte (95 % interval {interval_words(score)})",
         ),
         EvalResult(
             **shared,
             metric_type="bits_per_byte_difference",
             metric_value=round(change.value, 6),
-            metric_name=f"difference to the target in bits per byte (paired 95 % interval {_span(change, '+.4f')})",
+            metric_name="difference to the target in bits per byte "
+            f"(paired 95 % interval {interval_words(change, signed=True)})",
         ),
-    ]
-
-
-def _rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    rows: list[tuple[str, Measured, Measured | None]] = [
-        ("target, unchanged", evaluation.base, None),
-        ("**fused**", evaluation.fused, evaluation.difference),
-    ]
-    if evaluation.adapted is not None:
-        rows.append(("**fused and trained**", evaluation.adapted.score, evaluation.adapted.difference))
-    rows += [(f"control: {name}", item, item.difference) for name, item in evaluation.controls.items()]
-    rows.append(("source", evaluation.source, None))
-    return [
-        {
-            "name": name,
-            "value": item.value,
-            "interval": _span(item, ".4f"),
-            "change": f"{change.value:+.4f}" if change else "",
-            "change_interval": _span(change, "+.4f") if change else "",
-        }
-        for name, item, change in rows
     ]
 
 
@@ -251,10 +231,6 @@ def _languages(recipe: Recipe) -> list[str]:
         return list(recipe.save.language)
     dataset = recipe.calibration.dataset
     return [sample_language_code(dataset.removeprefix(SAMPLES_PREFIX))] if dataset.startswith(SAMPLES_PREFIX) else []
-
-
-def _span(item: Measured, form: str) -> str:
-    return f"{item.low:{form}} to {item.high:{form}}"
 
 
 def _inline(text: Any) -> str:

@@ -28,7 +28,7 @@ from tmerge.hub.card import card_text, merge_licence
 from tmerge.hub.failures import no_token, pushing
 from tmerge.models import file_digest
 from tmerge.recipe import Recipe
-from tmerge.report import Report, summary, training_summary
+from tmerge.report import Report, bytes_words, interval_words, summary, training_summary
 from tmerge.run import Run
 
 __all__ = ["PushPlan", "Pushed", "plan_push", "push", "refuse_unready"]
@@ -192,7 +192,7 @@ def push(
             planned = plan_push(folder, name, even_if_worse=even_if_worse, card=card)
         _open(api, planned.repo, private=private, create_pr=create_pr, revision=revision, say=say)
         with _staged(planned) as staged:
-            say(f"uploading {len(planned.files)} files, {planned.total_bytes / 1e6:.1f} MB")
+            say(f"uploading {len(planned.files)} files, {bytes_words(planned.total_bytes)}")
             done = api.upload_folder(
                 repo_id=planned.repo,
                 folder_path=staged,
@@ -345,7 +345,7 @@ def _numbers(report: Report) -> str:
     change = report.published_difference
     return (
         f"the model is worse than its target by {change.value:.4f} bits per byte on held-out texts "
-        f"(95 % interval {change.low:+.4f} to {change.high:+.4f})"
+        f"(95 % interval {interval_words(change, signed=True)})"
     )
 
 

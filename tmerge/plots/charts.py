@@ -21,7 +21,7 @@ from tmerge.plots.style import (
     feature_name,
     finish,
 )
-from tmerge.report import Adaptation, Measured, Report
+from tmerge.report import Adaptation, Measured, Report, bytes_words, interval_words, score_rows
 
 __all__ = ["norm_ratios", "scores", "timing", "top_mass", "training_loss"]
 
@@ -182,38 +182,29 @@ def scores(report: Report) -> go.Figure:
     Bars are 95 % intervals over texts. The upper panel's overlap although models differ, because texts differ in
     difficulty; the lower panel compares text by text.
     """
-    evaluation = report.evaluation
-    controls = evaluation.controls
-    items: list[tuple[str, Measured, str | None]] = [
-        ("target, unchanged", evaluation.base, OWN),
-        ("fused", evaluation.fused, None),
-    ]
-    items += [(f"control: {name}", item, NEUTRAL) for name, item in controls.items()]
-    items.append(("source", evaluation.source, OWN))
-    changes = [("fused", evaluation.difference)]
-    changes += [(f"control: {name}", item.difference) for name, item in controls.items()]
+    rows = score_rows(report)
+    changes = [(row, row.difference) for row in rows if row.difference is not None]
     figure = make_subplots(
         rows=2,
         cols=1,
-        row_heights=[len(items) + 1, len(changes) + 1],
+        row_heights=[len(rows) + 1, len(changes) + 1],
         vertical_spacing=0.2,
     )
-    for name, item, colour in items:
-        words = "%{x:.4f} bits per byte"
-        chosen = colour or _judged(evaluation.difference)
-        figure.add_trace(_interval(name, item, chosen, words), row=1, col=1)
-    for name, item in changes:
+    for row in rows:
+        colour = NEUTRAL if row.kind == "control" else OWN if row.difference is None else _judged(row.difference)
+        figure.add_trace(_interval(row.label, row.score, colour, "%{x:.4f} bits per byte"), row=1, col=1)
+    for row, change in changes:
         words = "%{x:+.4f} bits per byte against the unchanged target"
-        figure.add_trace(_interval(name, item, _judged(item), words), row=2, col=1)
+        figure.add_trace(_interval(row.label, change, _judged(change), words), row=2, col=1)
     figure.add_vline(x=0, line={"color": "#767B85", "width": 2, "dash": "dot"}, row=2, col=1)
     finish(
         figure,
         "Held-out bits per byte, lower is better",
         "bars: 95 % intervals over texts; below, differences text by text, blue better, orange worse",
-        200 + 32 * (len(items) + len(changes)),
+        200 + 32 * (len(rows) + len(changes)),
         showlegend=False,
     )
-    ends = [0.0, *(end for _, item in changes for end in item.ci95)]
+    ends = [0.0, *(end for _, change in changes for end in change.ci95)]
     room = 0.08 * (max(ends) - min(ends)) or 0.01
     figure.update_yaxes(autorange="reversed", showgrid=False, ticks="", ticklabelstandoff=8)
     figure.update_xaxes(range=[min(ends) - room, max(ends) + room], row=2, col=1)
@@ -249,7 +240,7 @@ def timing(report: Report) -> go.Figure:
     figure = go.Figure()
     stages = report.stages
     names = [escaped(stage.name) for stage in stages]
-    memory = [f"{stage.peak_rss_bytes / 1e9:.2f} GB" for stage in stages]
+    memory = [bytes_words(stage.peak_rss_bytes) for stage in stages]
     forward = [stage.forward_seconds for stage in stages]
     rest = [stage.seconds - stage.forward_seconds for stage in stages]
     for name, seconds, colour in (("forward passes", forward, GOOD), ("everything else", rest, "#E69F00")):
@@ -289,13 +280,12 @@ def _judged(change: Measured) -> str:
 
 def _interval(name: str, item: Measured, colour: str, words: str) -> go.Scatter:
     value, low, high = item.value, item.low, item.high
-    signed = "+" if "+" in words else ""
+    signed = "+" in words
     return go.Scatter(
         x=[value],
         y=[escaped(name)],
         error_x={"type": "data", "array": [high - value], "arrayminus": [value - low], "thickness": 2, "width": 5},
         mode="markers",
         marker={"color": colour, "size": 11},
-        hovertemplate=f"{escaped(name)}: {words}<br>"
-        f"95 % interval {low:{signed}.4f} to {high:{signed}.4f}<extra></extra>",
+        hovertemplate=f"{escaped(name)}: {words}<br>95 % interval {interval_words(item, signed=signed)}<extra></extra>",
     )

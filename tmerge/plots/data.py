@@ -10,7 +10,7 @@ from tmerge.fusion import MASS_AT, TransportRecord
 from tmerge.models import feature_key
 from tmerge.plots.blocks import Entries
 from tmerge.plots.heatmaps import Side, kept_layers
-from tmerge.report import Descent, Measured, Report
+from tmerge.report import Descent, Measured, Report, score_rows
 
 __all__ = [
     "coupling_data",
@@ -92,16 +92,8 @@ def neurons_data(record: TransportRecord, projection: str) -> str:
 
 def scores_data(report: Report) -> str:
     """Held-out bits per byte of every model and control, with paired differences to the target."""
-    evaluation = report.evaluation
-    items: list[tuple[str, Measured, Measured | None]] = [
-        ("target", evaluation.base, None),
-        ("fused", evaluation.fused, evaluation.difference),
-        *((f"control: {name}", item, item.difference) for name, item in evaluation.controls.items()),
-        ("source", evaluation.source, None),
-    ]
     rows = (
-        (name, item.value, *item.ci95, *((change.value, *change.ci95) if change else ("", "", "")))
-        for name, item, change in items
+        (row.name, row.score.value, *row.score.ci95, *_difference_cells(row.difference)) for row in score_rows(report)
     )
     return _csv(("model", "bits_per_byte", "low", "high", "difference", "difference_low", "difference_high"), rows)
 
@@ -114,6 +106,10 @@ def descent_data(descent: Descent) -> str:
         for values in zip(item.layers, item.cosine, item.noise, item.noise_sd, strict=True)
     )
     return _csv(("projection", "target_layer", "cosine", "noise_mean", "noise_sd"), rows)
+
+
+def _difference_cells(change: Measured | None) -> tuple[object, ...]:
+    return ("", "", "") if change is None else (change.value, *change.ci95)
 
 
 def _kept_cells(kept: tuple[int, float] | None) -> tuple[object, object]:

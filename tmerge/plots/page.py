@@ -27,7 +27,7 @@ from tmerge.plots.heatmaps import (
 )
 from tmerge.plots.picture import picture
 from tmerge.plots.style import TEMPLATES, feature_name, numbers
-from tmerge.plots.words import CAPTIONS, facts, findings, model_rows, ratio_rows, score_rows
+from tmerge.plots.words import CAPTIONS, facts, findings, model_rows, ratio_rows, score_cells
 from tmerge.report import Report, training_summary
 
 __all__ = ["report_page"]
@@ -111,7 +111,7 @@ def _body(report: Report, title: str, folder_name: str | None) -> Iterable[str]:
     yield "<h2>Did it help?</h2>"
     yield '<div class="side">'
     yield _figure("scores")
-    yield _table(_SCORE_HEADINGS, score_rows(report), "Scores")
+    yield _table(_SCORE_HEADINGS, score_cells(report), "Scores")
     yield "</div>"
 
     if report.adaptation is not None:

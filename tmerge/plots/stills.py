@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from tmerge.fusion import TransportRecord
 from tmerge.plots.style import BAD, GOOD, NEUTRAL
-from tmerge.report import Report
+from tmerge.report import Report, score_rows
 
 __all__ = ["COUPLING_PNG", "SCORES_PNG", "coupling_still", "scores_still", "write_stills"]
 
@@ -36,23 +36,20 @@ def write_stills(folder: Path, report: Report, record: TransportRecord) -> list[
 
 def scores_still(report: Report) -> Figure:
     """Differences to the unchanged target in bits per byte, with their paired 95 % intervals."""
-    evaluation = report.evaluation
-    rows = [("fused", evaluation.difference)]
-    if evaluation.adapted is not None:
-        rows.append(("fused and trained", evaluation.adapted.difference))
-    own = len(rows)
-    rows += [(f"control: {name}", item.difference) for name, item in evaluation.controls.items()]
+    rows = [(row, row.difference) for row in score_rows(report) if row.difference is not None]
     figure = Figure(figsize=(7.5, 1.1 + 0.4 * len(rows)), dpi=_DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    for place, (_, change) in enumerate(rows):
+    for place, (row, change) in enumerate(rows):
         value, low, high = change.value, change.low, change.high
-        colour = NEUTRAL if place >= own or low <= 0 <= high else GOOD if high < 0 else BAD
+        colour = NEUTRAL if not row.is_result or low <= 0 <= high else GOOD if high < 0 else BAD
         axes.plot([low, high], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt")
         axes.plot([value], [place], "o", color=colour, markersize=6)
     axes.axvline(0, color="#555555", linewidth=1, linestyle=":")
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_yticks(range(len(rows)), [row.label for row, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel(f"difference to the target in bits per byte, {evaluation.texts} held-out texts (left is better)")
+    axes.set_xlabel(
+        f"difference to the target in bits per byte, {report.evaluation.texts} held-out texts (left is better)"
+    )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     return figure

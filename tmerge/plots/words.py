@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from tmerge.plots.style import count
-from tmerge.report import Evaluation, Measured, Report, Transport, alpha_words, ratio_words
+from tmerge.report import Evaluation, Report, Transport, alpha_words, interval_words, ratio_words, score_rows
 
-__all__ = ["CAPTIONS", "facts", "findings", "model_rows", "ratio_rows", "score_rows"]
+__all__ = ["CAPTIONS", "facts", "findings", "model_rows", "ratio_rows", "score_cells"]
 
 # Below this, more than nine tenths of what fusing does to a neuron is to make it smaller.
 _MOSTLY_SHRINKING = 0.1
@@ -17,11 +17,6 @@ _VERDICTS = {
     "helps": "The merge helps: the fused model is better than the target it was made from.",
     "hurts": "The merge hurts: the fused model is worse than the target it was made from.",
     "no difference": "The merge makes no difference that these texts can show.",
-}
-_CONTROLS = {
-    "shrink": "the same neurons made smaller",
-    "noise": "moved at random by the same amount",
-    "permuted": "moved through shuffled plans",
 }
 
 CAPTIONS = {
@@ -65,7 +60,7 @@ def findings(report: Report) -> list[str]:
         _VERDICTS[report.verdict],
         f"On {evaluation.texts} held-out texts it needs {evaluation.fused.value:.4f} bits per byte, where the "
         f"unchanged target needs {evaluation.base.value:.4f}: a difference of {change.value:+.4f} "
-        f"(95 % interval {_interval(change, '+')}; lower is better). "
+        f"(95 % interval {interval_words(change, signed=True)}; lower is better). "
         f"The source alone needs {evaluation.source.value:.4f}.",
     ]
     if evaluation.controls:
@@ -76,24 +71,11 @@ def findings(report: Report) -> list[str]:
     return found
 
 
-def score_rows(report: Report) -> Iterable[Sequence[str]]:
+def score_cells(report: Report) -> Iterable[Sequence[str]]:
     """Model, score and difference to the target; a second line in a cell holds its explanation or interval."""
-    evaluation = report.evaluation
-    rows: list[tuple[str, Measured, Measured | None]] = [
-        ("target\nunchanged", evaluation.base, None),
-        ("fused\nthe merge", evaluation.fused, evaluation.difference),
-    ]
-    rows += [
-        (f"control: {name}\n{_CONTROLS.get(name, 'for comparison')}", item, item.difference)
-        for name, item in evaluation.controls.items()
-    ]
-    if evaluation.adapted is not None:
-        adapted = evaluation.adapted
-        rows.append(("adapted\nthe merge, trained on", adapted.score, adapted.difference))
-    rows.append(("source\non the same texts", evaluation.source, None))
-    for name, item, change in rows:
-        score = f"{item.value:.4f}\n{_interval(item)}"
-        yield name, score, f"{change.value:+.4f}\n{_interval(change, '+')}" if change else ""
+    for row in score_rows(report):
+        change = f"{row.change_words}\n{row.change_interval_words}" if row.difference is not None else ""
+        yield f"{row.name}\n{row.explained}", f"{row.value_words}\n{row.interval_words}", change
 
 
 def model_rows(report: Report) -> Iterable[Sequence[str]]:
@@ -175,10 +157,6 @@ def _arrived(report: Report) -> str:
     if high < _MOSTLY_SHRINKING:
         return f"{sentence}: most of what fusing with alpha {alpha_words(fusion)} does is to shrink them."
     return f"{sentence}."
-
-
-def _interval(item: Measured, sign: str = "") -> str:
-    return f"{item.low:{sign}.4f} to {item.high:{sign}.4f}"
 
 
 def _and(names: Sequence[str]) -> str:

@@ -9,6 +9,10 @@ from tmerge.report.report import Fusion, Measured, Report, Transport
 __all__ = [
     "RELATED",
     "alpha_words",
+    "bytes_words",
+    "duration_words",
+    "interval_words",
+    "number_words",
     "ratio_words",
     "relatedness_words",
     "solved_words",
@@ -79,7 +83,8 @@ def summary(report: Report) -> str:
         "hurts": "The merge hurts: the fused model is worse than the target it was made from",
         "no difference": "The merge makes no difference that these texts can show",
     }[report.verdict]
-    return f"{sentence}: {numbers} (95 % interval {_span(change)}; lower is better).{_caution(report)}"
+    interval = f"95 % interval {interval_words(change, signed=True)}"
+    return f"{sentence}: {numbers} ({interval}; lower is better).{_caution(report)}"
 
 
 def _caution(report: Report) -> str:
@@ -106,10 +111,41 @@ def training_summary(report: Report) -> str:
     return (
         f"{len(adaptation.loss_curve)} steps of {adaptation.objective} over {adaptation.tokens:,} tokens, "
         f"what was transported {kept}. Against the target: {adapted.difference.value:+.4f} bits per byte "
-        f"(95 % interval {_span(adapted.difference)}); against the merge before training: "
-        f"{adapted.difference_to_fused.value:+.4f} ({_span(adapted.difference_to_fused)})."
+        f"(95 % interval {interval_words(adapted.difference, signed=True)}); against the merge before training: "
+        f"{adapted.difference_to_fused.value:+.4f} ({interval_words(adapted.difference_to_fused, signed=True)})."
     )
 
 
-def _span(item: Measured) -> str:
-    return f"{item.low:+.4f} to {item.high:+.4f}"
+def interval_words(item: Measured, *, signed: bool = False) -> str:
+    """A 95 % interval: ``2.9412 to 2.9620``; of a difference with signs."""
+    form = "+.4f" if signed else ".4f"
+    return f"{item.low:{form}} to {item.high:{form}}"
+
+
+def number_words(value: float | None) -> str:
+    """12,345 as it is; from a million on as 1.2 M, from a thousand million on as 1.2 B."""
+    if value is None:
+        return "not stated"
+    if value >= 1e9:
+        return f"{value / 1e9:.3g} B"
+    return f"{value / 1e6:.3g} M" if value >= 1e6 else f"{value:,.0f}"
+
+
+def bytes_words(value: float) -> str:
+    """Bytes as B, kB, MB or GB."""
+    if value < 1000:
+        return f"{value:.0f} B"
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value < 100 * size else f"{value / size:.0f} {unit}"
+    return f"{value / 1e3:.3g} kB"
+
+
+def duration_words(seconds: float) -> str:
+    """Seconds as 12 s, 3 min 5 s or 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

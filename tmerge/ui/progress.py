@@ -11,10 +11,10 @@ import plotly.graph_objects as go
 
 from tmerge.plots.style import COLOUR_SCALE, feature_name, finish
 from tmerge.preflight.check import keys_of
-from tmerge.report import Measured, alpha_words, summary
+from tmerge.report import ScoreRow, alpha_words, bytes_words, duration_words, score_rows, summary
 from tmerge.session import STAGES
 from tmerge.ui.cards import error_card
-from tmerge.ui.safe import bytes_words, duration_words, escape
+from tmerge.ui.safe import escape
 from tmerge.ui.visitor_run import StageProgress, VisitorRun
 
 __all__ = [
@@ -220,14 +220,7 @@ def result_cards(run: VisitorRun) -> str:
     report = run.report
     if run.state != "done" or report is None:
         return ""
-    evaluation = report.evaluation
-    rows: list[tuple[str, Measured, Measured | None]] = [
-        ("target, unchanged", evaluation.base, None),
-        ("fused", evaluation.fused, evaluation.difference),
-    ]
-    rows += [(f"control: {name}", item, item.difference) for name, item in evaluation.controls.items()]
-    rows.append(("source", evaluation.source, None))
-    body = "".join(_score_row(*row) for row in rows)
+    body = "".join(map(_score_row, score_rows(report)))
     ratios = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{_median(item.norm_ratio):.3g}</dd></div>"
         for name, item in report.fusion.projections.items()
@@ -255,10 +248,8 @@ _VERDICTS = {
 }
 
 
-def _score_row(name: str, item: Measured, change: Measured | None) -> str:
-    cells = [f"{item.value:.4f}", f"{item.low:.4f} to {item.high:.4f}"]
-    cells += [f"{change.value:+.4f}", f"{change.low:+.4f} to {change.high:+.4f}"] if change else ["", ""]
-    return f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+def _score_row(row: ScoreRow) -> str:
+    return f'<tr><th scope="row">{escape(row.label)}</th>{"".join(f"<td>{cell}</td>" for cell in row.cells)}</tr>'
 
 
 def _median(values: Sequence[float | None]) -> float:

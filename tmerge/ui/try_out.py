@@ -8,8 +8,9 @@ from typing import Any
 import gradio as gr
 
 from tmerge.errors import TmergeError
-from tmerge.plots.words import score_rows
+from tmerge.plots.words import score_cells
 from tmerge.report import Report, summary
+from tmerge.ui.cards import error_card
 from tmerge.ui.context import AppContext
 from tmerge.ui.prompts import offered_prompts
 from tmerge.ui.safe import escape
@@ -97,14 +98,15 @@ def build_try(app: AppContext) -> None:
 
     def fill(run_id: str) -> list[Any]:
         """All of the tab, for the run that is looked at now."""
-        run = app.finished(run_id)
+        run, why = app.finished(run_id), _NOTHING
         try:
             report = None if run is None else run.report()
-        except TmergeError:
-            report = None
+        except TmergeError as error:
+            assert run is not None  # it was its report that could not be read
+            report, why = None, error_card("This run cannot be tried", str(error).replace(str(run.folder), "the run"))
         if report is None:
             kept = [gr.skip()] * (_PROMPTS + len(ROLES))
-            return [gr.update(visible=True), gr.update(visible=False), "", *kept, "", *silent]
+            return [gr.update(visible=True, value=why), gr.update(visible=False), "", *kept, "", *silent]
         prompts = offered_prompts(report.calibration.dataset)
         return [
             gr.update(visible=False),
@@ -182,7 +184,7 @@ def _scores(report: Report) -> str:
     """The verdict with its interval, and every model's held-out score."""
     cells = "".join(
         f'<tr><th scope="row">{_cell(name)}</th><td>{_cell(score)}</td><td>{_cell(change)}</td></tr>'
-        for name, score, change in score_rows(report)
+        for name, score, change in score_cells(report)
     )
     heads = ("model", "bits per byte, 95 % interval", "difference to the target, 95 % interval")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
