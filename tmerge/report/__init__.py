@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from tmerge.report.build import build_report
 from tmerge.report.environment import library_versions, peak_memory
+from tmerge.report.parts import Calibration, Fusion, Measured, MergedModel, TrainingTexts, Transport
 from tmerge.report.reading import read_report, report_of
-from tmerge.report.report import (
-    SCHEMA,
-    Adaptation,
-    Calibration,
-    Control,
-    Descent,
-    Evaluation,
-    Fusion,
-    Measured,
-    MergedModel,
-    Report,
-    TrainingTexts,
-    Transport,
-)
+from tmerge.report.report import SCHEMA, Adaptation, Control, Descent, Evaluation, Report
 from tmerge.report.rows import ScoreRow, score_rows
 from tmerge.report.words import (
     RELATED,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tmerge.report.report import Measured, Report
+from tmerge.report.parts import Measured
+from tmerge.report.report import Report
 from tmerge.report.words import interval_words
 
 __all__ = ["ScoreRow", "score_rows"]

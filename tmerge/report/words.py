@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tmerge.report.report import Fusion, Measured, Report, Transport
+from tmerge.report.parts import Fusion, Measured, Transport
+from tmerge.report.report import Report
 
 __all__ = [
     "RELATED",
