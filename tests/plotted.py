@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.reported import texts
 from tmerge.recipe import TransportSettings
 from tmerge.transport import (
     FeatureStatistics,
@@ -73,8 +74,13 @@ def interval(value, half, **more):
     return {"value": value, "ci95": [value - half, value + half], **more}
 
 
+def control(value, change, half, fused_minus):
+    return interval(value, 0.05, difference=interval(change, half), fused_minus_control=interval(fused_minus, 0.02))
+
+
 @pytest.fixture
 def report():
+    """A document; `tests.reported.typed` makes a report of it."""
     layers = list(TARGET_LAYERS)
     model = {
         "commit": "a" * 40,
@@ -93,21 +99,21 @@ def report():
         "source": {"ref": "someone/large", **model, "licence": None},
         "source_base": None,
         "same_model": False,
-        "calibration": {
-            "texts": 80,
-            "dataset": "samples:indonesian",
-            "tokens": {"target": 1200, "source": 900},
-            "truncated": {"target": 0, "source": 1},
-        },
+        "calibration": texts(
+            held_out_texts=20, tokens={"target": 1200, "source": 900}, truncated={"target": 0, "source": 1}
+        ),
         "transport": {
             "problems": 96,
             "converged": 95,
             "iterations": {"median": 6, "max": 9},
             "worst_marginal_violation": 9.6e-7,
+            "seconds": 1.5,
             "epsilon": 0.1,
             "eta": 0.1,
+            "eta_used": {"qkv.pre": 0.1},
             "layer_cost": "median-scaled",
             "layer_marginals": "balanced",
+            "layer_plans_converged": True,
         },
         "projections": {"fused": ["q", "o"], "skipped": {"gate": "the source has no gate"}, "left_alone": ["experts"]},
         "fusion": {
@@ -130,9 +136,9 @@ def report():
             "source": interval(1.5, 0.04),
             "difference": interval(0.2, 0.02),
             "controls": {
-                "shrink": interval(3.09, 0.05, difference=interval(0.19, 0.02)),
-                "noise": interval(2.9, 0.05, difference=interval(0.001, 0.01)),
-                "permuted": interval(3.3, 0.05, difference=interval(0.4, 0.02)),
+                "shrink": control(3.09, 0.19, 0.02, 0.01),
+                "noise": control(2.9, 0.001, 0.01, 0.199),
+                "permuted": control(3.3, 0.4, 0.02, -0.2),
             },
         },
         "stages": [
@@ -142,6 +148,7 @@ def report():
         "timing": {"total_seconds": 4.0, "forward_seconds": 2.5, "other_seconds": 1.5},
         "device": "cpu",
         "dtype": "float32",
+        "weights": {"model.safetensors": "d" * 64},
         "seed": 0,
         "versions": {"torch": "2.13.0"},
         "notes": ["a note"],

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.pico import save_pico
+from tests.reported import typed
 from tests.test_pipeline import recipe_for
 from tmerge.adapted import adapt_run
 from tmerge.calibration import TextSet, sample_texts
@@ -38,7 +39,7 @@ def run(pair, tmp_path_factory):
 
 @pytest.mark.parametrize("objective", ["sft", "distill"])
 def test_a_run_is_adapted(run, tmp_path, objective):
-    report = adapt_run(run, tmp_path / "out", {**WORDS, "objective": objective})
+    report = adapt_run(run, tmp_path / "out", {**WORDS, "objective": objective}).to_dict()
     evaluation, adaptation = report["evaluation"], report["adaptation"]
     assert len(adaptation["loss_curve"]) == 6 and adaptation["objective"] == objective
     assert (adaptation["aligned_share"] is not None) == (objective == "distill")
@@ -50,7 +51,7 @@ def test_a_run_is_adapted(run, tmp_path, objective):
     merged = json.loads((run / "tmerge" / "report.json").read_text())
     assert report["verdict"] == merged["verdict"]
     assert evaluation["difference"] == merged["evaluation"]["difference"]
-    page = report_page(report, TransportRecord.load(tmp_path / "out" / "tmerge" / "transport.safetensors"))
+    page = report_page(typed(report), TransportRecord.load(tmp_path / "out" / "tmerge" / "transport.safetensors"))
     assert "After training" in page and f"{adapted['score']['value']:.4f}" in page
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.model_type == "llama"
@@ -82,7 +83,7 @@ def test_held_out_texts_are_never_trained_on(run, tmp_path):
     data = tmp_path / "data.txt"
     others = sample_texts("malay")[:30]
     data.write_text("\n".join([*held_out, *others]), encoding="utf-8")
-    report = adapt_run(run, tmp_path / "out", WORDS, dataset=str(data))
+    report = adapt_run(run, tmp_path / "out", WORDS, dataset=str(data)).to_dict()
     assert report["adaptation"]["data"]["texts"] == len(others)
 
 

@@ -65,7 +65,7 @@ def sha256(path):
 def again(recipe, folder):
     """The same command once more: (report, stages at work, notes about data)."""
     steps = []
-    report = merge(recipe, folder, listener=steps.append)
+    report = merge(recipe, folder, listener=steps.append).to_dict()
     notes = [step.what for step in steps if step.stage == "note" and ".txt" in step.what]
     return report, {step.stage for step in steps} - {"note"}, notes
 
@@ -224,7 +224,7 @@ def test_a_training_set_that_changed_is_refused_by_its_name(finished, tmp_path):
 
     data, words = tmp_path / "data.txt", {"steps": 2, "batch_size": 2, "max_tokens": 40}
     write(data, sample_texts("malay")[:40])
-    report = adapt_run(finished / "fused", tmp_path / "trained", words, dataset=str(data))
+    report = adapt_run(finished / "fused", tmp_path / "trained", words, dataset=str(data)).to_dict()
     assert report["adaptation"]["data"]["file_sha256"] == sha256(data)
     write(data, sample_texts("thai")[:40])
     with pytest.raises(OutputExistsError, match=r"begun before data\.txt changed"):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.pico import PICO_RARE, save_pico
+from tests.reported import typed
 from tmerge import adapted
 from tmerge.calibration import sample_texts
 from tmerge.errors import UnsupportedModelError
@@ -145,7 +146,7 @@ def test_a_side_head_is_said_in_report_and_card_and_a_zero_block_has_no_norm_rat
         "fusion": {"projections": ["v", "o"], "alpha": 0.1, "stream": False},
     }
     recipe = Recipe.from_mapping({"target": str(target), "source": str(models / "gpt2"), **sections})
-    report = merge(recipe, tmp_path / "fused")
+    report = merge(recipe, tmp_path / "fused").to_dict()
     side = "the target's files hold a value head (v_head.summary.weight), which a merge leaves out"
     assert side in report["notes"]
     card = (tmp_path / "fused" / "README.md").read_text()
@@ -159,9 +160,9 @@ def test_a_side_head_is_said_in_report_and_card_and_a_zero_block_has_no_norm_rat
 
     written = json.loads((tmp_path / "fused" / "tmerge" / "report.json").read_text(), parse_constant=refuse)
     assert written["fusion"]["projections"]["o"]["norm_ratio"] == ratios and "undefined" not in written
-    assert norms_data(report).count("o,1,,") == 1
-    assert [row[2] for row in ratio_rows(report)][1].endswith(f"to {ratios[0]:.2g}")
-    norm_ratios(report)
+    assert norms_data(typed(report)).count("o,1,,") == 1
+    assert [row[2] for row in ratio_rows(typed(report))][1].endswith(f"to {ratios[0]:.2g}")
+    norm_ratios(typed(report))
 
 
 def test_feature_keys_are_shared():

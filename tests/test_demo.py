@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.reported import typed
 from tmerge import load_recipe, merge
 from tmerge.fusion import TransportRecord
 from tmerge.models import load_model
@@ -25,7 +26,7 @@ def fused(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "fused"
     # A fixed strength: with so few texts to choose on, auto would leave the target as it is.
     settings = ["calibration.texts=90", "evaluation.texts=12", "calibration.held_out=0.25", "fusion.alpha=0.1"]
-    return folder, merge(load_recipe("demo", {}, settings), folder)
+    return folder, merge(load_recipe("demo", {}, settings), folder).to_dict()
 
 
 def test_two_real_models_are_merged_and_told_apart(fused):
@@ -59,5 +60,5 @@ def test_the_merged_model_loads_and_writes(fused):
 
 def test_its_pictures(fused):
     folder, report = fused
-    page = report_page(report, TransportRecord.load(folder / "tmerge" / "transport.safetensors"))
+    page = report_page(typed(report), TransportRecord.load(folder / "tmerge" / "transport.safetensors"))
     assert report["verdict"] in page and "gemma-3-270m" in page

@@ -64,7 +64,7 @@ def digest(folder):
 def finished(pair, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "fused"
     steps = []
-    report = merge(recipe_for(pair), folder, listener=steps.append)
+    report = merge(recipe_for(pair), folder, listener=steps.append).to_dict()
     return folder, report, steps
 
 
@@ -131,7 +131,7 @@ def test_alpha_zero_changes_no_byte(pair, tmp_path):
 
 def test_a_task_vector_of_nothing_changes_no_byte(pair, tmp_path):
     recipe = recipe_for(pair, source_base=str(pair / "source"), fusion={"what": "task-vector", "alpha": 1.5})
-    report = merge(recipe, tmp_path / "fused")
+    report = merge(recipe, tmp_path / "fused").to_dict()
     base, fused = weights(pair / "target"), weights(tmp_path / "fused")
     assert all(torch.equal(base[name], fused[name]) for name in base)
     assert any("task vector is zero" in note for note in report["notes"])
@@ -146,7 +146,7 @@ def test_all_seven_projections_with_biases_and_a_fraction(tmp_path):
     save_pico("qwen2", tmp_path / "source", layers=3, seed=1, hidden_size=48)
     projections = ["q", "k", "v", "o", "gate", "up", "down"]
     recipe = recipe_for(tmp_path, fusion={"alpha": 0.5, "top_k": 0.5, "projections": projections})
-    report = merge(recipe, tmp_path / "fused")
+    report = merge(recipe, tmp_path / "fused").to_dict()
     fused = report["fusion"]["projections"]
     assert list(fused) == projections
     assert fused["q"]["bias"] == "fused" and fused["o"]["bias"] == "none"
@@ -158,13 +158,13 @@ def test_all_seven_projections_with_biases_and_a_fraction(tmp_path):
 def test_a_projection_that_one_side_lacks_is_skipped_and_named(pair, tmp_path):
     save_pico("gpt2", tmp_path / "source", layers=2, seed=3)
     recipe = recipe_for(pair, source=str(tmp_path / "source"), fusion={"projections": ["q", "gate", "down"]})
-    report = merge(recipe, tmp_path / "fused")
+    report = merge(recipe, tmp_path / "fused").to_dict()
     assert report["projections"]["fused"] == ["q", "down"]
     assert "gate" in report["projections"]["skipped"]
 
 
 def test_same_model_on_both_sides_is_allowed_and_said(pair, tmp_path):
-    report = merge(recipe_for(pair, source=str(pair / "target")), tmp_path / "fused")
+    report = merge(recipe_for(pair, source=str(pair / "target")), tmp_path / "fused").to_dict()
     assert report["same_model"] is True
     assert any("same model" in note for note in report["notes"])
 
@@ -216,7 +216,7 @@ def test_a_killed_process_continues_to_the_same_bytes(pair, finished, tmp_path):
 def test_a_finished_run_is_recognised(pair, finished):
     folder, report, _ = finished
     steps = []
-    again = merge(recipe_for(pair), folder, listener=steps.append)
+    again = merge(recipe_for(pair), folder, listener=steps.append).to_dict()
     assert again == report
     assert steps == []
 
@@ -238,7 +238,7 @@ def test_another_model_in_the_same_place_is_not_taken_for_the_old_one(pair, tmp_
 def test_the_run_reads_back(finished):
     folder, report, _ = finished
     run = Run(folder)
-    assert run.report() == report
+    assert run.report().to_dict() == report
     assert run.recipe().fusion.alpha == 0.2
     assert "# " in (folder / "README.md").read_text()
 
@@ -246,7 +246,7 @@ def test_the_run_reads_back(finished):
 def test_long_texts_from_a_file_are_cut_and_counted(pair, tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(text * 3 for text in sample_texts("indonesian")[:60]))
-    report = merge(recipe_for(pair, calibration={"dataset": str(path), "max_tokens": 16}), tmp_path / "fused")
+    report = merge(recipe_for(pair, calibration={"dataset": str(path), "max_tokens": 16}), tmp_path / "fused").to_dict()
     assert report["calibration"]["dataset"] == "texts.txt"
     assert report["calibration"]["truncated"]["target"] == report["calibration"]["texts"]
 
@@ -265,7 +265,7 @@ def test_alpha_auto_and_the_descent_control(pair, tmp_path):
         calibration={"texts": 90, "choosing": 0.3},
         evaluation={"descent": 8},
     )
-    report = merge(recipe, tmp_path / "fused")
+    report = merge(recipe, tmp_path / "fused").to_dict()
     calibration, choice = report["calibration"], report["fusion"]["choice"]
     assert calibration["texts"] + calibration["choosing"] + calibration["held_out_texts"] == 90
     assert choice["texts"] == min(12, calibration["choosing"])
@@ -277,7 +277,7 @@ def test_alpha_auto_and_the_descent_control(pair, tmp_path):
         assert all(torch.equal(base[name], fused[name]) for name in base)
     descent = report["evaluation"]["descent"]
     assert descent["texts"] == 8 and set(descent["projections"]) == set("qkvo")
-    again = merge(recipe, tmp_path / "again")
+    again = merge(recipe, tmp_path / "again").to_dict()
     assert again["fusion"]["choice"] == choice and digest(tmp_path / "again") == digest(tmp_path / "fused")
     # No text serves two purposes.
     texts = TextSet.load(tmp_path / "fused" / "tmerge" / "cache" / "calibration.json")
@@ -306,7 +306,7 @@ def test_a_report_says_where_the_models_read_if_all_else_was_elsewhere(pair, tmp
     assert data["facts"]["device"] == "cpu"
     data["facts"]["device"] = "cuda"
     note.write_text(json.dumps(data))
-    assert merge(recipe, tmp_path / "fused")["device"] == "cuda (transport and fusion: cpu)"
+    assert merge(recipe, tmp_path / "fused").device == "cuda (transport and fusion: cpu)"
 
 
 def test_a_pair_whose_relatedness_cannot_be_asked_is_merged_all_the_same(pair, tmp_path, monkeypatch):
@@ -314,7 +314,7 @@ def test_a_pair_whose_relatedness_cannot_be_asked_is_merged_all_the_same(pair, t
         raise NoSharedStructureError("what is read and what is written differ in width")
 
     monkeypatch.setattr("tmerge.stages.transport.relatedness", refuse)
-    report = merge(recipe_for(pair), tmp_path / "fused")
+    report = merge(recipe_for(pair), tmp_path / "fused").to_dict()
     assert report["transport"]["relatedness"] is None and not any("elatedness" in note for note in report["notes"])
     assert "elatedness" not in (tmp_path / "fused" / "README.md").read_text(encoding="utf-8")
 

@@ -50,7 +50,7 @@ def swept(finished, out, *settings, **overrides):
     plan = str(finished / "pushed")
     recipe = load_recipe(None, {"plan": plan, **overrides}, settings, start=find_run(plan).recipe())
     steps = []
-    return merge(recipe, out, listener=steps.append), steps
+    return merge(recipe, out, listener=steps.append).to_dict(), steps
 
 
 def transported(folder):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.plotted import GROUPS, SOURCE_LAYERS, TARGET_LAYERS, WIDTHS, interval, record, report  # noqa: F401 - two fixtures
+from tests.reported import typed
 from tmerge.plots import (
     Entries,
     feature_transport,
@@ -173,18 +174,18 @@ def test_top_mass_is_the_records_mean_over_pairs_and_features(record):
 
 
 def test_norm_ratios(report):
-    figure = norm_ratios(report)
+    figure = norm_ratios(typed(report))
     q, o, equal = figure.data
     assert list(q.x) == list(TARGET_LAYERS) and list(q.y) == report["fusion"]["projections"]["q"]["norm_ratio"]
     assert list(o.y) == [0.02, 0.03, None, 0.05, 0.06, 0.07]
     assert list(equal.y) == [1, 1]
     assert figure.layout.yaxis.type == "log" and figure.layout.yaxis.ticktext[0] == "0.001"
     report["fusion"]["projections"]["q"]["norm_ratio"] = [1e-9] * 6
-    assert norm_ratios(report).layout.yaxis.ticktext[0] == "1e-09"
+    assert norm_ratios(typed(report)).layout.yaxis.ticktext[0] == "1e-09"
 
 
 def test_scores_show_values_intervals_and_judgements(report):
-    figure = scores(report)
+    figure = scores(typed(report))
     upper = {trace.y[0]: trace for trace in figure.data if trace.xaxis == "x"}
     lower = {trace.y[0]: trace for trace in figure.data if trace.xaxis == "x2"}
     assert {name: trace.x[0] for name, trace in upper.items()} == {
@@ -208,26 +209,26 @@ def test_scores_show_values_intervals_and_judgements(report):
     low, high = figure.layout.xaxis2.range
     assert low < 0 < high and high > 0.42
     report["evaluation"]["difference"] = interval(-0.2, 0.02)
-    assert next(trace for trace in scores(report).data if trace.xaxis == "x2").marker.color == GOOD
+    assert next(trace for trace in scores(typed(report)).data if trace.xaxis == "x2").marker.color == GOOD
 
 
 def test_scores_without_controls(report):
     report["evaluation"]["controls"] = {}
-    assert len(scores(report).data) == 4
+    assert len(scores(typed(report)).data) == 4
 
 
 def test_timing_adds_up(report):
-    figure = timing(report)
+    figure = timing(typed(report))
     assert sum(sum(trace.x) for trace in figure.data) == pytest.approx(4.0)
     assert list(figure.data[0].x) == [2.5, 0.0] and list(figure.data[1].x) == [0.5, 1.0]
-    assert figure.data[0].customdata[0] == "1.50 GB"
+    assert figure.data[0].customdata[0] == "1.5 GB"
 
 
 def test_names_are_text_in_figures(report):
     report["stages"][0]["name"] = "<b>x</b>&"
     report["evaluation"]["controls"]["<i>"] = report["evaluation"]["controls"].pop("noise")
-    assert timing(report).data[0].y[0] == "&lt;b&gt;x&lt;/b&gt;&amp;"
-    assert "control: &lt;i&gt;" in [trace.y[0] for trace in scores(report).data]
+    assert timing(typed(report)).data[0].y[0] == "&lt;b&gt;x&lt;/b&gt;&amp;"
+    assert "control: &lt;i&gt;" in [trace.y[0] for trace in scores(typed(report)).data]
 
 
 def test_neurons_in_words():
@@ -238,7 +239,7 @@ def test_neurons_in_words():
 
 
 def test_findings_say_what_was_measured(report):
-    verdict, held_out, controls, arrived = findings(report)
+    verdict, held_out, controls, arrived = findings(typed(report))
     assert verdict.startswith("The merge hurts")
     assert "3.1000 bits per byte" in held_out and "+0.2000 (95 % interval +0.1800 to +0.2200" in held_out
     assert controls.endswith(
@@ -251,10 +252,10 @@ def test_findings_say_what_was_measured(report):
 def test_findings_of_other_runs(report):
     for item in report["fusion"]["projections"].values():
         item["norm_ratio"] = [1e-9] * 6
-    assert "nothing arrives" in findings(report)[-1]
+    assert "nothing arrives" in findings(typed(report))[-1]
     report["fusion"]["what"] = "task-vector"
-    assert findings(report)[-1].endswith("added to them, and nothing is taken away.")
+    assert findings(typed(report))[-1].endswith("added to them, and nothing is taken away.")
     report |= {"verdict": "no difference", "same_model": True}
     report["evaluation"]["controls"] = {}
-    found = findings(report)
+    found = findings(typed(report))
     assert "no difference that these texts can show" in found[0] and "same model" in found[-1] and len(found) == 4

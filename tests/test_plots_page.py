@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.plotted import TARGET_LAYERS, WIDTHS, record, report  # noqa: F401 - two fixtures
+from tests.reported import typed
 from tmerge.fusion import (
     SparsePlans,
 )
@@ -52,7 +53,7 @@ class Reader(HTMLParser):
 
 
 def test_page_is_whole_and_fetches_nothing(report, record):
-    text = report_page(report, record, "fused")
+    text = report_page(typed(report), record, "fused")
     seen = Reader(text)
     names = [tag for tag, _ in seen.tags]
     assert not {"link", "iframe", "img", "a", "object", "base"} & set(names)
@@ -77,7 +78,7 @@ def test_page_is_whole_and_fetches_nothing(report, record):
 
 
 def test_pages_figures_are_valid_and_hold_the_record(report, record):
-    book = json.loads(Reader(report_page(report, record)).scripts[0])
+    book = json.loads(Reader(report_page(typed(report), record)).scripts[0])
     pictures = [*book["pictures"].values(), *(item for side in book["coupling"].values() for item in side.values())]
     assert len(pictures) == 4 + 2 * 4
     for picture in [*pictures, *({"figure": frame} for frame in book["features"]["frames"].values())]:
@@ -103,7 +104,7 @@ def test_pages_figures_are_valid_and_hold_the_record(report, record):
 
 def test_page_shows_hostile_names_as_text(report, record):
     bad = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&</title>"
-    clean = Reader(report_page(report, record, "x"))
+    clean = Reader(report_page(typed(report), record, "x"))
     hostile = copy.deepcopy(report)
     for role in ("target", "source"):
         hostile[role] |= {"ref": bad, "licence": bad, "architecture": bad, "commit": bad}
@@ -114,7 +115,7 @@ def test_page_shows_hostile_names_as_text(report, record):
     hostile["evaluation"]["controls"][bad] = hostile["evaluation"]["controls"]["noise"]
     hostile["versions"] = {bad: bad}
     hostile["device"] = hostile["tmerge"] = bad
-    seen = Reader(report_page(hostile, record, bad))
+    seen = Reader(report_page(typed(hostile), record, bad))
     assert len(seen.scripts) == 3 and len(clean.scripts) == 3
     assert not [tag for tag, _ in seen.tags if tag == "img"]
     assert {name for _, attrs in seen.tags for name in attrs} == {name for _, attrs in clean.tags for name in attrs}
@@ -125,7 +126,7 @@ def test_page_shows_hostile_names_as_text(report, record):
 
 def test_page_of_a_large_model_thins_out_its_layers(report, record, monkeypatch):
     monkeypatch.setattr(page, "_PLAN_BYTES", 4 * 3 * 28_000)
-    book = json.loads(Reader(report_page(report, record)).scripts[0])
+    book = json.loads(Reader(report_page(typed(report), record)).scripts[0])
     for item in book["features"]["list"]:
         drawn = [pair["target"] for pair in item["pairs"]]
         assert len(drawn) < len(TARGET_LAYERS) and drawn[0] == TARGET_LAYERS[0] and drawn[-1] == TARGET_LAYERS[-1]
@@ -150,7 +151,7 @@ def test_page_draws_in_a_browser(report, record, tmp_path):
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium here")
-    (tmp_path / "report.html").write_text(report_page(report, record, "fused"), encoding="utf-8")
+    (tmp_path / "report.html").write_text(report_page(typed(report), record, "fused"), encoding="utf-8")
     with sync_api.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         for width, scheme in ((380, "dark"), (1600, "light")):

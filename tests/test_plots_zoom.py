@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.plotted import KEPT, SOURCE_LAYERS, TARGET_LAYERS, WIDTHS, record, report  # noqa: F401 - two fixtures
+from tests.reported import typed
 from tmerge.fusion import MASS_AT, TransportRecord
 from tmerge.plots import (
     data,
@@ -188,15 +189,15 @@ def test_plan_and_mass_data_are_whole(record):  # noqa: F811
 
 
 def test_report_data(report):  # noqa: F811
-    norms = rows_of(data.norms_data(report))
+    norms = rows_of(data.norms_data(typed(report)))
     assert [float(row["norm_ratio"]) for row in norms[:6]] == report["fusion"]["projections"]["q"]["norm_ratio"]
-    scores = {row["model"]: row for row in rows_of(data.scores_data(report))}
+    scores = {row["model"]: row for row in rows_of(data.scores_data(typed(report)))}
     assert scores["fused"]["difference"] == "0.2" and scores["target"]["difference"] == ""
     assert float(scores["control: shrink"]["bits_per_byte"]) == 3.09
-    report["evaluation"]["descent"] = {
-        "projections": {"q": {"layers": [0, 7], "cosine": [0.1, -0.2], "noise": [0.0, 0.01], "noise_sd": [0.02, 0.03]}}
-    }
-    assert [row["cosine"] for row in rows_of(data.descent_data(report))] == ["0.1", "-0.2"]
+    means = {"mean": -0.05, "standard_error": 0.15, "noise_mean": 0.01, "noise_standard_error": None}
+    lists = {"layers": [0, 7], "cosine": [0.1, -0.2], "noise": [0.0, 0.01], "noise_sd": [0.02, 0.03]}
+    report["evaluation"]["descent"] = {"texts": 8, "projections": {"q": {**lists, "draws": 16, **means}}}
+    assert [row["cosine"] for row in rows_of(data.descent_data(typed(report).evaluation.descent))] == ["0.1", "-0.2"]
 
 
 def test_a_picture_gives_its_title_as_text(record):  # noqa: F811

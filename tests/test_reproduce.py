@@ -75,7 +75,7 @@ def test_a_trained_run_is_merged_and_trained_again(finished, tmp_path):
     trained = adapt_run(finished / "fused", finished / "trained", {})
     result = reproduce(str(finished / "trained"), tmp_path / "again")
     assert result["same"] is True, difference_words(result)
-    assert result["weights"]["model.safetensors"]["here"] == trained["weights"]["model.safetensors"]
+    assert result["weights"]["model.safetensors"]["here"] == trained.weights["model.safetensors"]
     assert result["folder"] == str(tmp_path / "again/trained")
 
 

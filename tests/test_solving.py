@@ -93,7 +93,7 @@ def finished(models, tmp_path_factory):
     """A run, and what is left of it when it has been pushed: no cache."""
     folder = tmp_path_factory.mktemp("run")
     steps = []
-    report = merge(recipe_for(models), folder / "fused", listener=steps.append)
+    report = merge(recipe_for(models), folder / "fused", listener=steps.append).to_dict()
     shutil.copytree(folder / "fused", folder / "pushed", ignore=shutil.ignore_patterns("cache"))
     return folder, report, steps
 

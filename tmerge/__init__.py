@@ -2,7 +2,7 @@
 
 from tmerge import load_recipe, merge
 report = merge(load_recipe("demo"), "fused")
-print(report["verdict"])
+print(report.verdict)
 """
 
 from __future__ import annotations

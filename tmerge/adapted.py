@@ -19,7 +19,7 @@ from tmerge.hub import write_card
 from tmerge.models import Model
 from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe
-from tmerge.report import library_versions
+from tmerge.report import Report, library_versions
 from tmerge.run import Run, read_json, stage_key, write_json, write_text
 from tmerge.stages.notes import ScoreNote
 from tmerge.stages.save import publish
@@ -37,7 +37,7 @@ def adapt_run(
     *,
     dataset: str | None = None,
     listener: Listener | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Train a finished run's target on top of what was transported.
 
     Args:
@@ -48,7 +48,7 @@ def adapt_run(
         listener: Hears every `Step`; may raise `Cancelled`.
 
     Returns:
-        The report, as ``tmerge/report.json`` in `out` holds it.
+        The report; ``to_dict()`` is what ``tmerge/report.json`` in `out` holds.
 
     Raises:
         AdaptationError: Nothing is left to train on, or the training diverged.
@@ -65,14 +65,11 @@ def adapt_run(
     )
     if not (run.cache / "transported.safetensors").is_file():
         raise RunNotFoundError(f"{folder} has no tmerge/cache any more, which training needs; run the merge again")
-    commits = {role: str(merged[role]["commit"]) for role in ("target", "source")}
+    commits = {"target": merged.target.commit, "source": merged.source.commit}
     models, progress = Models.of(recipe, commits), Progress("adapt", listener)
     calibrated = TextSet.load(run.cache / "calibration.json")
     texts, prompts, data = _texts(recipe, models.target, calibrated, dataset)
-    fusion = merged["fusion"]
-    alpha = fusion["choice"]["alpha"] if "choice" in fusion else fusion["alpha"]
-    if recipe.adaptation.alpha is not None:
-        alpha = recipe.adaptation.alpha
+    alpha = merged.fusion.alpha_used if recipe.adaptation.alpha is None else recipe.adaptation.alpha
     settings = recipe.adaptation
     adapted = Run(Path(out))
     decides = {"texts": list(texts), "prompts": list(prompts), "merge": run.key("fuse"), "alpha": alpha}
@@ -119,15 +116,13 @@ def adapt_run(
     evaluated = _evaluation(run, recipe, scores)
     adaptation["verdict"] = verdict(evaluated["difference"])
     # What the merge's report says of the merge stays as it is.
-    report = merged | {
-        "evaluation": {**merged["evaluation"], "adapted": {name: item.to_dict() for name, item in evaluated.items()}},
-        "adaptation": adaptation,
-        "weights": weights,
-    }
+    document = merged.to_dict()
+    document["evaluation"]["adapted"] = {name: item.to_dict() for name, item in evaluated.items()}
+    report = Report.model_validate(document | {"adaptation": adaptation, "weights": weights})
     write_text(adapted.work / "recipe.yaml", recipe.to_yaml())
     if run.transport_path.is_file():
         shutil.copyfile(run.transport_path, adapted.transport_path)
-    write_json(adapted.work / "report.json", report)
+    write_json(adapted.work / "report.json", report.to_dict())
     write_card(adapted, report, recipe)
     return report
 

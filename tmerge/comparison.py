@@ -119,7 +119,7 @@ class _Comparison:
     @property
     def commits(self) -> dict[str, str]:
         """Of the models that were merged."""
-        return {role: str(self.report[role]["commit"]) for role in ("target", "source")}
+        return {role: getattr(self.report, role).commit for role in ("target", "source")}
 
     @cached_property
     def models(self) -> MergedModels:
@@ -136,8 +136,7 @@ class _Comparison:
 
     @property
     def alpha(self) -> Alpha:
-        fusion = self.report["fusion"]
-        return fusion["choice"]["alpha"] if "choice" in fusion else fusion["alpha"]
+        return self.report.fusion.alpha_used
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
@@ -216,8 +215,8 @@ class _Comparison:
         self._release_both()
         report = merge(recipe, folder, listener=self.listener)
         # That merge asks for the models anew, by their names.
-        refuse_moved(source, commit, report["source"]["commit"])
-        refuse_moved(self.recipe.target, self.commits["target"], report["target"]["commit"])
+        refuse_moved(source, commit, report.source.commit)
+        refuse_moved(self.recipe.target, self.commits["target"], report.target.commit)
         model = load_model(str(folder), dtype=self.recipe.dtype, device=self.recipe.device, widen=True)
         return self._scores(model, f"fused with {source}")
 
@@ -297,6 +296,7 @@ class _Comparison:
 
     def _result(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Values and paired intervals; the seeds of a trained row are averaged, text by text."""
+        report = self.report.to_dict()
         grouped: dict[str, list[Mapping[str, Any]]] = {}
         for row in rows:
             grouped.setdefault(row["name"], []).append(row)
@@ -305,12 +305,12 @@ class _Comparison:
             "schema": SCHEMA,
             "metric": "bits_per_byte",
             "texts": len(base["bits"]),
-            "target": self.report["target"],
-            "source": self.report["source"],
-            "calibration": self.report["calibration"],
+            "target": report["target"],
+            "source": report["source"],
+            "calibration": report["calibration"],
             "alpha": self.alpha,
-            "choice": self.report["fusion"].get("choice"),
-            "descent": self.report["evaluation"]["descent"],
+            "choice": report["fusion"].get("choice"),
+            "descent": report["evaluation"]["descent"],
             "adaptation": self.recipe.adaptation.model_dump(mode="json"),
             "data": self.data.identities,
             "rows": [self._row(group, base) for group in grouped.values()],

@@ -11,10 +11,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["UNDEFINED", "json_text"]
+__all__ = ["UNDEFINED", "json_text", "place_in", "restored"]
 
 UNDEFINED = "undefined"
 """Key of a document under which the places that are null are listed, where there are any."""
+_KINDS = ("nan", "inf", "-inf")
 
 
 def json_text(document: Mapping[str, Any], **options: Any) -> str:
@@ -32,12 +33,40 @@ def json_text(document: Mapping[str, Any], **options: Any) -> str:
     return json.dumps(strict, **options, allow_nan=False)
 
 
+def restored(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What was written by `json_text`, read back: undefined numbers as they were.
+
+    Args:
+        document: JSON values. Places that it lists and that are not null are left as they are.
+    """
+    undefined = document.get(UNDEFINED)
+    if not isinstance(undefined, Mapping):
+        return dict(document)
+    found: dict[str, Any] = _restored({key: item for key, item in document.items() if key != UNDEFINED}, "", undefined)
+    return found
+
+
+def place_in(place: str, part: int | str) -> str:
+    """A key or index of what is at a place in a document: ``a.b`` or ``a[0]``."""
+    return f"{place}[{part}]" if isinstance(part, int) else f"{place}.{part}".lstrip(".")
+
+
 def _strict(value: Any, place: str, undefined: dict[str, str]) -> Any:
     if isinstance(value, Mapping):
-        return {key: _strict(item, f"{place}.{key}".lstrip("."), undefined) for key, item in value.items()}
+        return {key: _strict(item, place_in(place, key), undefined) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item, f"{place}[{index}]", undefined) for index, item in enumerate(value)]
+        return [_strict(item, place_in(place, index), undefined) for index, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         undefined[place] = str(float(value))
         return None
+    return value
+
+
+def _restored(value: Any, place: str, undefined: Mapping[str, Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _restored(item, place_in(place, key), undefined) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_restored(item, place_in(place, index), undefined) for index, item in enumerate(value)]
+    if value is None and undefined.get(place) in _KINDS:
+        return float(undefined[place])
     return value

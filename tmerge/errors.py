@@ -26,6 +26,7 @@ __all__ = [
     "RemoteError",
     "ReproductionError",
     "RecipeError",
+    "ReportError",
     "RunNotFoundError",
     "SavedModelMismatchError",
     "TmergeError",
@@ -84,6 +85,10 @@ class OutputExistsError(TmergeError):
 
 class RunNotFoundError(TmergeError):
     """The folder is not a (finished) run of tmerge."""
+
+
+class ReportError(RunNotFoundError):
+    """A run's report.json that cannot be read: damaged, of another schema, or with something missing or amiss."""
 
 
 class NotEnoughDiskError(TmergeError):

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from tmerge.errors import ModelNotFoundError, PlanError, RunNotFoundError
 from tmerge.models import ModelReference, Snapshot, fetch, file_digest, open_repo
 from tmerge.recipe import Recipe
+from tmerge.report import Report
 from tmerge.run import Run
 from tmerge.transport import Transport, TransportRecord, recorded_layer_maps, recorded_transport
 
@@ -54,8 +54,8 @@ class FoundRun:
             raise RunNotFoundError(f"{self.reference} is not a finished run of tmerge (it has no {name})")
         return path
 
-    def report(self) -> dict[str, Any]:
-        """report.json."""
+    def report(self) -> Report:
+        """report.json, validated; raises as `Run.report`."""
         if self.snapshot is not None:
             self.fetch(_REPORT)
         return self.run.report()
@@ -131,12 +131,12 @@ class RecordedRun:
         Raises:
             PlanError: A projection was not solved.
         """
-        section = self.report["transport"]
+        solved = self.report.transport
         return recorded_transport(
             self.record,
             projections,
-            eta=section["eta_used"],
-            layer_plans_converged=section["layer_plans_converged"],
+            eta=solved.eta_used,
+            layer_plans_converged=solved.layer_plans_converged,
         )
 
     def refuse_other_recipe(self, recipe: Recipe, commits: Mapping[str, str], projections: Sequence[str]) -> None:
@@ -178,9 +178,9 @@ class RecordedRun:
         Raises:
             PlanError: They differ.
         """
-        if sha256 != self.report["calibration"]["sha256"]:
+        if sha256 != self.report.calibration.sha256:
             raise PlanError(
-                f"the texts of {self.report['calibration']['dataset']} are not those that the plan of "
+                f"the texts of {self.report.calibration.dataset} are not those that the plan of "
                 f"{self.found.reference} was made from, which may have read what is held out here; leave the "
                 "calibration section as it is there, at the dataset's same commit"
             )

@@ -14,6 +14,7 @@ from tmerge.errors import DatasetError, ModelNotFoundError, OutputExistsError
 from tmerge.hub import FoundRun, find_run
 from tmerge.models import fetch, file_digest, hub_errors, model_commit
 from tmerge.recipe import Recipe
+from tmerge.report import Report, TrainingTexts
 from tmerge.run import Run
 from tmerge.stages.merge import merge
 from tmerge.stages.step import NOTE, Listener, Step
@@ -53,38 +54,41 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
     _refuse_out(found, folder)
     _refuse_other_models(found, there, recipe)
     _refuse_other_data(found, there, recipe)
-    published = _published(found, there["weights"])
-    others = sorted(set(published) - set(there["weights"]))
-    changed = [name for name, digest in there["weights"].items() if published.get(name) != digest]
+    published = _published(found, there.weights)
+    others = sorted(set(published) - set(there.weights))
+    changed = [name for name, digest in there.weights.items() if published.get(name) != digest]
     if listener is not None and (changed or others):
         listener(
             Step(NOTE, f"{found.name}: {_published_words(changed, others)}; the recipe runs all the same", 0, 0, "")
         )
-    if "adaptation" in there:
+    if there.adaptation is not None:
         from tmerge.adapted import adapt_run
 
         merge(recipe, folder / "merge", listener=listener)
-        data, calibration = there["adaptation"]["data"], there["calibration"]
-        other = data["sha256"] != calibration["sha256"]
-        dataset = _pinned(data) if other else None
+        data = there.adaptation.data
+        dataset = _pinned(data) if data.sha256 != there.calibration.sha256 else None
         folder = folder / "trained"
         words = recipe.adaptation.model_dump(mode="json")
         here = adapt_run(Path(out) / "merge", folder, words, dataset=dataset, listener=listener)
     else:
         here = merge(recipe, folder, listener=listener)
-    kept = {"there": there["weights"], "published": published, "here": here["weights"]}
-    names = sorted({*there["weights"], *here["weights"]})
+    kept = {"there": there.weights, "published": published, "here": here.weights}
+    names = sorted({*there.weights, *here.weights})
     weights = {name: {place: files.get(name) for place, files in kept.items()} for name in names}
-    facts = [(name, there.get(name), here.get(name)) for name in ("device", "dtype", "computed_in")]
-    facts.append(("calibration texts", *(report["calibration"]["sha256"][:12] for report in (there, here))))
-    facts += [(name, version, here["versions"].get(name)) for name, version in there["versions"].items()]
+    facts: list[tuple[str, str | None, str | None]] = [
+        ("device", there.device, here.device),
+        ("dtype", there.dtype, here.dtype),
+        ("computed_in", there.computed_in, here.computed_in),
+        ("calibration texts", there.calibration.sha256[:12], here.calibration.sha256[:12]),
+    ]
+    facts += [(name, version, here.versions.get(name)) for name, version in there.versions.items()]
     return {
         "reference": found.name,
         "same": not others and all(len(set(digests.values())) == 1 for digests in weights.values()),
         "weights": weights,
         "others": others,
         "differs": {name: {"there": mine, "here": theirs} for name, mine, theirs in facts if mine != theirs},
-        "scores": {"there": _score(there), "here": _score(here)},
+        "scores": {"there": there.published_score.value, "here": here.published_score.value},
         "folder": str(folder),
     }
 
@@ -171,10 +175,10 @@ def _refuse_out(found: FoundRun, out: Path) -> None:
         raise OutputExistsError(f"{out} holds a finished run already; choose another --out for the reproduction")
 
 
-def _refuse_other_models(found: FoundRun, report: dict[str, Any], recipe: Recipe) -> None:
+def _refuse_other_models(found: FoundRun, report: Report, recipe: Recipe) -> None:
     """Local models are known by their contents: another one would be merged for nothing."""
-    for role in ("target", "source"):
-        commit, reference = report[role]["commit"], getattr(recipe, role)
+    for role, model in (("target", report.target), ("source", report.source)):
+        commit, reference = model.commit, getattr(recipe, role)
         if commit.startswith("sha256:") and (here := model_commit(reference)) != commit:
             raise ModelNotFoundError(
                 f"{reference} here is not the {role} that {found.name} was made from ({here[7:19]} here, "
@@ -182,13 +186,13 @@ def _refuse_other_models(found: FoundRun, report: dict[str, Any], recipe: Recipe
             )
 
 
-def _refuse_other_data(found: FoundRun, report: dict[str, Any], recipe: Recipe) -> None:
+def _refuse_other_data(found: FoundRun, report: Report, recipe: Recipe) -> None:
     """Local files of texts are known by their contents too; other texts would give other weights."""
-    read, calibration = report["calibration"], recipe.calibration
-    files = [(calibration.dataset, read.get("file_sha256")), (calibration.match_on, read.get("other_sha256"))]
-    if "adaptation" in report:
-        data = report["adaptation"]["data"]
-        files += [(data["dataset"], data.get("file_sha256"))] if data["sha256"] != read["sha256"] else []
+    read, calibration = report.calibration, recipe.calibration
+    files = [(calibration.dataset, read.file_sha256), (calibration.match_on, read.other_sha256)]
+    if report.adaptation is not None:
+        data = report.adaptation.data
+        files += [(data.dataset, data.file_sha256)] if data.sha256 != read.sha256 else []
     for reference, digest in files:
         if reference is None or digest is None:  # of the Hub or built in, or of a report from before they were hashed
             continue
@@ -203,10 +207,5 @@ def _refuse_other_data(found: FoundRun, report: dict[str, Any], recipe: Recipe) 
             )
 
 
-def _pinned(data: dict[str, Any]) -> str:
-    return f"{data['dataset']}@{data['revision']}" if data["revision"] else str(data["dataset"])
-
-
-def _score(report: dict[str, Any]) -> float:
-    evaluation = report["evaluation"]
-    return float((evaluation["adapted"]["score"] if "adapted" in evaluation else evaluation["fused"])["value"])
+def _pinned(data: TrainingTexts) -> str:
+    return f"{data.dataset}@{data.revision}" if data.revision else data.dataset

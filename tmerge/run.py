@@ -21,11 +21,14 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tmerge.documents import json_text
+from tmerge.documents import json_text, restored
 from tmerge.errors import OutputExistsError, RunNotFoundError
 from tmerge.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from tmerge.report import Report
 
 __all__ = ["Run", "read_json", "stage_key", "write_json", "write_text"]
 
@@ -51,12 +54,12 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A file's JSON object; None where there is no file, or something else in it."""
+    """A file's JSON object as `write_json` was given it; None where there is no file, or something else in it."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return data if isinstance(data, dict) else None
+    return restored(data) if isinstance(data, dict) else None
 
 
 class Run:
@@ -168,20 +171,24 @@ class Run:
         if not finished and not (self.folder / "config.json").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def report(self) -> dict[str, Any]:
-        """report.json.
+    def report(self) -> Report:
+        """report.json, validated.
 
         Raises:
             RunNotFoundError: There is none: not a run, or not a finished one.
+            ReportError: There is one that is damaged or of another schema.
         """
-        report = read_json(self.work / "report.json")
-        if report is None:
+        # A report is made of what the stages note, and some of those lie in runs: it cannot be imported before them.
+        from tmerge.report import read_report
+
+        path = self.work / "report.json"
+        if not path.is_file():
             if self.cache.is_dir():
                 raise RunNotFoundError(f"{self.folder} is not finished; continue it with the command that began it")
             raise RunNotFoundError(
                 f"{self.folder} is not a run of tmerge (no tmerge/report.json); name the folder that --out named"
             )
-        return report
+        return read_report(path)
 
     def recipe(self) -> Recipe:
         """The resolved recipe."""

@@ -14,7 +14,17 @@ from rich.table import Table
 
 from tmerge.hub import PushPlan
 from tmerge.preflight.check import Check
-from tmerge.report import alpha_words, ratio_words, solved_words, summary
+from tmerge.report import (
+    Descent,
+    Report,
+    alpha_words,
+    bytes_words,
+    duration_words,
+    ratio_words,
+    score_rows,
+    solved_words,
+    summary,
+)
 from tmerge.stages.merge import Listener, Step
 from tmerge.stages.step import NOTE
 from tmerge.tables import added_words
@@ -86,8 +96,8 @@ def show_check(result: Check) -> None:
         console.print(f"  terms: {what}, {url}", markup=False)
     estimate = facts["estimate"]
     console.print(
-        f"expected: {estimate['time']}, {_bytes(estimate['memory_bytes'])} of memory, "
-        f"{_bytes(estimate['disk_bytes'])} of disk, {_bytes(estimate['download_bytes'])} to download "
+        f"expected: {estimate['time']}, {bytes_words(estimate['memory_bytes'])} of memory, "
+        f"{bytes_words(estimate['disk_bytes'])} of disk, {bytes_words(estimate['download_bytes'])} to download "
         f"({estimate['assumes']})",
         markup=False,
     )
@@ -106,78 +116,65 @@ def show_push_plan(planned: PushPlan) -> None:
     console.print(planned.card, markup=False, highlight=False)
 
 
-def show_report(report: Mapping[str, Any], folder: str | Path, page: Path | None = None) -> None:
+def show_report(report: Report, folder: str | Path, page: Path | None = None) -> None:
     """A run's report: verdict, scores, what was moved, where the time went."""
     console = Console(soft_wrap=True)
-    evaluation, timing = report["evaluation"], report["timing"]
-    scores = Table(
-        title=f"bits per byte on {evaluation['texts']} held-out texts, lower is better", title_justify="left"
-    )
-    for heading in ("", "bits per byte", "95 %", "difference to base", "95 %"):
-        scores.add_column(heading)
-    rows = [("base (target)", evaluation["base"], None), ("fused", evaluation["fused"], evaluation["difference"])]
-    rows += [(f"control: {name}", item, item["difference"]) for name, item in evaluation["controls"].items()]
-    rows.append(("source", evaluation["source"], None))
-    for name, item, change in rows:
-        cells = [f"{item['value']:.4f}", "{:.4f} to {:.4f}".format(*item["ci95"])]
-        if change:
-            cells += [f"{change['value']:+.4f}", "{:+.4f} to {:+.4f}".format(*change["ci95"])]
-        scores.add_row(name, *cells)
-    console.print(scores)
-    fusion = report["fusion"]
+    evaluation, timing = report.evaluation, report.timing
+    console.print(_scores(report))
+    fusion = report.fusion
     moved = Table(
-        title=f"fusion: alpha {alpha_words(fusion)}, scale {fusion['scale']}, {fusion['what']}", title_justify="left"
+        title=f"fusion: alpha {alpha_words(fusion)}, scale {fusion.scale}, {fusion.what}", title_justify="left"
     )
     for heading in ("projection", "neurons", "transported / own norm", "bias"):
         moved.add_column(heading)
-    for name, item in fusion["projections"].items():
-        moved.add_row(name, f"{item['neurons']} of {item['of']}", ratio_words(item["norm_ratio"]), item["bias"])
+    for name, fused in fusion.projections.items():
+        moved.add_row(name, f"{fused.neurons} of {fused.of}", ratio_words(fused.norm_ratio), fused.bias)
     console.print(moved)
-    if "descent" in evaluation:
-        console.print(_descent(evaluation["descent"]))
+    if evaluation.descent is not None:
+        console.print(_descent(evaluation.descent))
     stages = Table(title="time and memory", title_justify="left")
     for heading in ("stage", "seconds", "of which forward passes", "peak memory"):
         stages.add_column(heading)
-    for stage in report["stages"]:
-        seconds = (f"{stage['seconds']:.1f}", f"{stage['forward_seconds']:.1f}")
-        stages.add_row(stage["name"], *seconds, _bytes(stage["peak_rss_bytes"]))
-    stages.add_row("all", f"{timing['total_seconds']:.1f}", f"{timing['forward_seconds']:.1f}", "")
+    for stage in report.stages:
+        seconds = (f"{stage.seconds:.1f}", f"{stage.forward_seconds:.1f}")
+        stages.add_row(stage.name, *seconds, bytes_words(stage.peak_rss_bytes))
+    stages.add_row("all", f"{timing.total_seconds:.1f}", f"{timing.forward_seconds:.1f}", "")
     console.print(stages)
-    console.print(f"transport: {solved_words(report['transport'])}", markup=False)
-    for name, why in report["projections"]["skipped"].items():
+    console.print(f"transport: {solved_words(report.transport)}", markup=False)
+    for name, why in report.projections.skipped.items():
         console.print(f"skipped: {name}: {why}", markup=False)
-    for line in (*report["projections"]["left_alone"], *report["notes"]):
+    for line in (*report.projections.left_alone, *report.notes):
         console.print(f"note: {line}", markup=False)
-    console.print(summary(report), style="bold red" if report["verdict"] == "hurts" else "bold", markup=False)
+    console.print(summary(report), style="bold red" if report.verdict == "hurts" else "bold", markup=False)
     pictures = f"tmerge inspect {folder} --html report.html" if page is None else page
     console.print(f"The model is in {folder}; its pictures: {pictures}", markup=False)
 
 
-def show_adapted(report: Mapping[str, Any], folder: Path) -> None:
+def show_adapted(report: Report, folder: Path) -> None:
     """An adapted model's scores beside the merge's, on stdout."""
-    console = Console()
-    evaluation, adaptation = report["evaluation"], report["adaptation"]
-    table = Table(title=f"bits per byte on {evaluation['texts']} held-out texts, lower is better", title_justify="left")
-    for heading in ("", "bits per byte", "difference to base", "95 %"):
-        table.add_column(heading)
-    adapted = evaluation["adapted"]
-    rows = [
-        ("base", evaluation["base"], None),
-        ("fused", evaluation["fused"], evaluation["difference"]),
-        ("adapted", adapted["score"], adapted["difference"]),
-        ("source", evaluation["source"], None),
-    ]
-    for name, item, change in rows:
-        cells = [f"{change['value']:+.4f}", "{:+.4f} to {:+.4f}".format(*change["ci95"])] if change else ["", ""]
-        table.add_row(name, f"{item['value']:.4f}", *cells)
-    console.print(table)
-    losses = adaptation["loss_curve"]
+    console = Console(soft_wrap=True)
+    adaptation = report.adaptation
+    assert adaptation is not None  # the report is of a training
+    console.print(_scores(report))
+    losses = adaptation.loss_curve
     console.print(
-        f"{adaptation['objective']}, residual {adaptation['residual']}: {len(losses)} steps, {adaptation['tokens']:,} "
-        f"tokens, {adaptation['seconds']:.1f} s; loss {losses[0][1]:.4f} at first, {losses[-1][1]:.4f} at last",
+        f"{adaptation.objective}, residual {adaptation.residual}: {len(losses)} steps, {adaptation.tokens:,} "
+        f"tokens, {adaptation.seconds:.1f} s; loss {losses[0][1]:.4f} at first, {losses[-1][1]:.4f} at last",
         markup=False,
     )
-    console.print(f"The model is in {folder}. Verdict against the base: {adaptation['verdict']}", markup=False)
+    console.print(f"The model is in {folder}. Verdict against the target: {adaptation.verdict}", markup=False)
+
+
+def _scores(report: Report) -> Table:
+    """Every model's held-out score."""
+    table = Table(
+        title=f"bits per byte on {report.evaluation.texts} held-out texts, lower is better", title_justify="left"
+    )
+    for heading in ("", "bits per byte", "95 %", "difference to the target", "95 %"):
+        table.add_column(heading)
+    for row in score_rows(report):
+        table.add_row(row.label, *row.cells)
+    return table
 
 
 def show_comparison(result: Mapping[str, Any], folder: Path) -> None:
@@ -194,7 +191,7 @@ def show_comparison(result: Mapping[str, Any], folder: Path) -> None:
     console.print(table)
     for item in result["added"]:
         console.print(added_words(item), markup=False, highlight=False)
-    console.print(_descent(result["descent"]))
+    console.print(_descent(Descent.model_validate(result["descent"])))
     console.print(
         f"The same with figures: {folder / 'compare.html'}; as Markdown: {folder / 'compare.md'}", markup=False
     )
@@ -222,21 +219,18 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
         console.print(table)
 
 
-def _descent(control: Mapping[str, Any]) -> Table:
+def _descent(control: Descent) -> Table:
     """Whether the merge points where the calibration loss falls."""
     table = Table(
-        title=f"descent: cosine with the negative gradient of the loss on {control['texts']} calibration texts, "
+        title=f"descent: cosine with the negative gradient of the loss on {control.texts} calibration texts, "
         "mean over layers (standard error)",
         title_justify="left",
     )
     for heading in ("projection", "merge", "random directions"):
         table.add_column(heading)
-    for name, item in control["projections"].items():
-        cells = []
-        for mean, error in (("mean", "standard_error"), ("noise_mean", "noise_standard_error")):
-            spread = "" if item[error] is None else f" ({item[error]:.1e})"
-            cells.append(f"{item[mean]:+.5f}{spread}")
-        table.add_row(name, *cells)
+    for name, item in control.projections.items():
+        means = ((item.mean, item.standard_error), (item.noise_mean, item.noise_standard_error))
+        table.add_row(name, *(f"{mean:+.5f}" + ("" if error is None else f" ({error:.1e})") for mean, error in means))
     return table
 
 
@@ -291,7 +285,7 @@ def _plain(console: Console) -> Listener:
             rate = step.done / elapsed
             line += f", {rate:.1f} {step.unit}/s"
             if step.done < step.total:
-                line += f", {_duration((step.total - step.done) / rate)} remaining"
+                line += f", {duration_words((step.total - step.done) / rate)} remaining"
         console.print(line, markup=False, highlight=False)
 
     return listener
@@ -303,19 +297,9 @@ def _value(key: str, value: Any) -> str:
     if key == "stored":
         return ", ".join(f"{dtype} {count:,}" for dtype, count in value.items())
     if key in ("weight_bytes", "download_bytes"):
-        return _bytes(value)
+        return bytes_words(value)
     if key == "commit":
         return str(value).removeprefix("sha256:")[:12]
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

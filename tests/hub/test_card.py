@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 
@@ -11,7 +10,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from tests.pico import save_pico
-from tmerge.hub import card_text, plan_push, published_verdict
+from tests.reported import adaptation, texts, typed
+from tmerge.hub import card_text as card_text_of
+from tmerge.hub import plan_push
 from tmerge.recipe import Recipe
 from tmerge.run import Run
 from tmerge.stages.merge import merge
@@ -37,10 +38,14 @@ def run(tmp_path_factory):
 @pytest.fixture
 def report(run):
     """Of two Hub models, as a run of them would have it."""
-    found = copy.deepcopy(run.report())
+    found = run.report().to_dict()
     for role in ("target", "source"):
         found[role] |= {"ref": f"user/{role}@{COMMIT[role][:7]}", "commit": COMMIT[role], "licence": "apache-2.0"}
     return found
+
+
+def card_text(document, recipe, **options):
+    return card_text_of(typed(document), recipe, **options)
 
 
 def body(text):
@@ -108,16 +113,10 @@ def test_the_verdict_comes_first(run, report, verdict, value, first):
 
 
 def test_of_a_trained_run_the_training_decides(run, report):
-    report["adaptation"] = {
-        "verdict": "hurts",
-        "objective": "sft",
-        "residual": "frozen",
-        "tokens": 1000,
-        "loss_curve": [[0, 2.0], [1, 3.0]],
-    }
+    report["adaptation"] = adaptation()
     worse = {"value": 0.3, "ci95": [0.2, 0.4]}
     report["evaluation"]["adapted"] = {"score": worse, "difference": worse, "difference_to_fused": worse}
-    assert published_verdict(report) == "hurts"
+    assert typed(report).published_verdict == "hurts"
     text = card_text(report, run.recipe())
     assert "worse than the target it was made from" in body(text).strip().split("\n\n")[1]
     assert "**fused and trained**" in text
@@ -141,7 +140,7 @@ def test_a_licence_that_is_not_known_is_other_with_its_name(run, report):
 
 
 def test_local_models_are_not_pointed_at(run):
-    card = ModelCard(card_text(run.report(), run.recipe()))
+    card = ModelCard(card_text_of(run.report(), run.recipe()))
     assert card.data.base_model is None and card.data.get("base_model_relation") is None
     assert any("files of this machine" in line for line in plan_push(run.folder, "user/x", even_if_worse=True).warnings)
 
@@ -153,7 +152,7 @@ def test_the_language_of_other_texts_is_the_recipes(run, report):
 
 
 def test_a_llama_asks_for_its_name(run, tmp_path):
-    report = run.report()
+    report = run.report().to_dict()
     report["source"]["licence"] = "llama3.2"
     shutil.copytree(run.folder, tmp_path / "fused")
     (tmp_path / "fused/tmerge/report.json").write_text(json.dumps(report))
@@ -182,15 +181,8 @@ def test_only_what_is_at_hand_nowhere_is_named_as_local(run, report):
 def test_the_training_set_is_named_with_its_commit(run, report):
     worse = {"value": 0.3, "ci95": [0.2, 0.4]}
     report["evaluation"]["adapted"] = {"score": worse, "difference": worse, "difference_to_fused": worse}
-    data = {"dataset": "user/lessons", "revision": "5" * 40, "sha256": "6" * 64}
-    report["adaptation"] = {
-        "verdict": "hurts",
-        "objective": "sft",
-        "residual": "frozen",
-        "tokens": 1000,
-        "loss_curve": [[0, 2.0], [1, 3.0]],
-        "data": data,
-    }
+    data = texts(dataset="user/lessons", revision="5" * 40, sha256="6" * 64, held_out=0, notes=[])
+    report["adaptation"] = adaptation(data)
     text = card_text(report, run.recipe(), repo="user/fused")
     calibrated = f"| calibration set | `samples:thai` | sha256 `{report['calibration']['sha256']}` |"
     assert f"{calibrated}\n| training set | `user/lessons` | `{'5' * 40}` |\n\nSeed" in text

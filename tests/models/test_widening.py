@@ -48,7 +48,7 @@ def test_a_merge_is_saved_in_the_targets_own_dtype(slow, tmp_path):
         calibration={"dataset": "samples:english", "texts": 90},
         fusion={"top_k": 16, "alpha": 0.5},
     )
-    report = merge(recipe, tmp_path / "fused")
+    report = merge(recipe, tmp_path / "fused").to_dict()
     # Writing it compared the checkpoint's logits, in float32 again, with those of the model that was scored: equal.
     assert (report["dtype"], report["computed_in"]) == ("bfloat16", "float32")
     fused, target = (load_file(tmp_path / name / "model.safetensors") for name in ("fused", "target"))

@@ -309,7 +309,8 @@ def test_every_figure_has_its_data(run, looked):
 
 
 def test_a_run_without_descent_says_how_to_have_it(run, looked):
-    report = {**looked.report, "evaluation": {k: v for k, v in looked.report["evaluation"].items() if k != "descent"}}
+    evaluation = looked.report.evaluation.model_copy(update={"descent": None})
+    report = looked.report.model_copy(update={"evaluation": evaluation})
     without = type(looked)(looked.folder, report, looked.record)
     value = json.loads(picture_of("descent", without, choice(run[1])))
     assert "figure" not in value and "evaluation.descent" in value["message"]

@@ -36,7 +36,7 @@ def test_a_run_to_its_end(visit, served):
     run = served.ended(run_id)
     assert run.state == "done", run.error
     result = page.locator("#run-result")
-    expect(result).to_contain_text(f"{run.report['evaluation']['fused']['value']:.4f}")
+    expect(result).to_contain_text(f"{run.report.evaluation.fused.value:.4f}")
     expect(result.locator("tbody tr")).to_have_count(6)
     expect(page.locator("#run-files")).to_contain_text("model.safetensors")
     expect(page.locator("#run-log")).to_contain_text("transporting weights")
@@ -46,7 +46,7 @@ def test_a_run_to_its_end(visit, served):
     with page.expect_download() as download:
         page.locator("#get-report").click()
     with open(download.value.path(), encoding="utf-8") as file:
-        assert json.load(file)["verdict"] == run.report["verdict"]
+        assert json.load(file)["verdict"] == run.report.verdict
 
 
 def test_progress_is_shown_and_a_reload_comes_back_to_the_run(visit, served, slowly):

@@ -72,7 +72,7 @@ def test_a_merge_runs_to_its_end_and_its_folder_is_a_run(store, tmp_path):
     run_id = store.start(recipe, "me", tmp_path / "texts.txt")
     run = over(store, run_id, 120)
     assert run.state == "done", run.error
-    assert run.report == Run(run.folder).report() | {"calibration": run.report["calibration"]}
+    assert run.report == Run(run.folder).report().model_copy(update={"calibration": run.report.calibration})
     # Six features of three target layers, each against four source layers.
     assert len(run.rows) == 18 and {len(row.costs) for row in run.rows} == {4}
     assert list(run.stages) == ["texts", "target", "source", "transport", "fuse", "evaluate", "save"]

@@ -228,10 +228,10 @@ def test_answers_stream_side_by_side(browser, url, run):
         for role in ROLES:
             assert page.locator(f"#try-{role} textarea").input_value()
             assert "64 tokens in " in page.inner_text(f"#try-{role}-note")
-        evaluation = report["evaluation"]
-        assert f"{evaluation['base']['value']:.4f} bits per byte" in page.inner_text("#try-target-score")
+        evaluation = report.evaluation
+        assert f"{evaluation.base.value:.4f} bits per byte" in page.inner_text("#try-target-score")
         fused = page.inner_text("#try-fused-score")
-        assert f"{evaluation['difference']['value']:+.4f} [" in fused and report["verdict"] in fused
+        assert f"{evaluation.difference.value:+.4f} [" in fused and report.verdict in fused
         assert "95 % interval" in page.inner_text("#try-scores")
 
 

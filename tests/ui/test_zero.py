@@ -108,7 +108,7 @@ def test_the_result_is_that_of_a_plain_merge_to_the_byte(store, lent, recipe, tm
     report = merge(recipe, tmp_path / "plain")
     assert digests(run.folder) == digests(tmp_path / "plain")
     for key in ("verdict", "evaluation", "fusion", "calibration", "device", "weights"):
-        assert run.report[key] == report[key], key
+        assert getattr(run.report, key) == getattr(report, key), key
 
 
 def _start_as(request, store, recipe):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,6 +32,9 @@ from tmerge.cli.shared import (
 from tmerge.cli.stopping import nothing_changed, same_command, stages_kept, when_stopped
 from tmerge.errors import TmergeError
 from tmerge.version import DISTRIBUTION, VERSION, installs_tmerge
+
+if TYPE_CHECKING:
+    from tmerge.report import Report
 
 __all__ = ["check", "demo", "inspect", "merge", "recipe"]
 
@@ -106,7 +109,7 @@ def merge(
 
         document = push_and_show(out, push, private=private, even_if_worse=even_if_worse, show=not json_output)
         if json_output:
-            print_json(report | {"pushed": document})
+            print_json(report.to_dict() | {"pushed": document})
 
 
 @app.command()
@@ -162,7 +165,7 @@ def check(
     if found is not None:
         from tmerge.report import relatedness_words
 
-        typer.echo(relatedness_words(found))
+        typer.echo(relatedness_words(found["value"], found["permuted"]))
 
 
 @app.command()
@@ -219,7 +222,7 @@ def inspect(
         when_stopped(lambda: f"{html} is written whole or not at all; to start again: {same_command()}")
         _write_page(html, report, opened.record())
     if json_output:
-        print_json(report)
+        print_json(report.to_dict())
     elif html is None:
         from tmerge.show import show_report
 
@@ -268,7 +271,7 @@ def _run_remotely(
         typer.echo(f"{repo} (private), commit {commit}; its verdict: tmerge inspect {repo}")
 
 
-def _write_page(path: Path, report: dict[str, Any], record: Any) -> None:
+def _write_page(path: Path, report: Report, record: Any) -> None:
     """A run's pictures in one file."""
     from tmerge.plots import report_page
     from tmerge.run import write_text
@@ -294,9 +297,7 @@ def _refuse_page(path: Path, out: Path) -> None:
         raise TmergeError(f"{path} cannot be written: there is no folder {folder}; name another file after --html")
 
 
-def _run(
-    recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool, html: Path | None
-) -> dict[str, Any] | None:
+def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool, html: Path | None) -> Report | None:
     """What merge and demo share: the report, or None of a dry run."""
     quiet_libraries()
     from tmerge.errors import RunNotFoundError
@@ -328,7 +329,7 @@ def _run(
         when_stopped(lambda: f"the merge is finished, in {out}; its pictures: tmerge inspect {out} --html {html}")
         _write_page(html, report, find_run(str(out)).record())
     if json_output:
-        print_json(report)
+        print_json(report.to_dict())
     else:
         show_report(report, out, html)
     return report

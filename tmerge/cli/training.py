@@ -103,7 +103,7 @@ def adapt(
     with progress() as listener:
         report = adapt_run(run, folder, words, dataset=dataset, listener=listener)
     if json_output:
-        print_json(report)
+        print_json(report.to_dict())
     else:
         show_adapted(report, folder)
 

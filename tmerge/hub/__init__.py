@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tmerge.hub.card import card_text, merge_licence, published_verdict, write_card
+from tmerge.hub.card import card_text, merge_licence, write_card
 from tmerge.hub.push import Pushed, PushPlan, plan_push, push
 from tmerge.recorded import FoundRun, find_run
 
@@ -14,7 +14,6 @@ __all__ = [
     "find_run",
     "merge_licence",
     "plan_push",
-    "published_verdict",
     "push",
     "write_card",
 ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
@@ -18,20 +17,30 @@ from jinja2 import Environment, StrictUndefined
 from tmerge.calibration import SAMPLES_PREFIX, sample_language_code
 from tmerge.models import ModelReference, OutputLicence, output_licence
 from tmerge.recipe import Recipe
-from tmerge.report import alpha_words, ratio_words, summary, training_summary
+from tmerge.report import (
+    Calibration,
+    MergedModel,
+    Report,
+    TrainingTexts,
+    alpha_words,
+    interval_words,
+    ratio_words,
+    score_rows,
+    summary,
+    training_summary,
+)
 from tmerge.run import Run, write_text
 
-__all__ = ["FIGURES", "card_data", "card_text", "merge_licence", "published_verdict", "write_card"]
+__all__ = ["FIGURES", "card_data", "card_text", "merge_licence", "write_card"]
 
 FIGURES = "tmerge/figures"
 """Where a run's folder has the card's pictures."""
 
 _TAGS = ["merge", "tmerge", "transport-and-merge"]
-_ROLES = ("target", "source")
 _HUB_DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def write_card(run: Run, report: Mapping[str, Any], recipe: Recipe) -> None:
+def write_card(run: Run, report: Report, recipe: Recipe) -> None:
     """Write a run's README.md, and the pictures that it shows.
 
     Args:
@@ -47,7 +56,7 @@ def write_card(run: Run, report: Mapping[str, Any], recipe: Recipe) -> None:
     write_text(run.folder / "README.md", card_text(report, recipe))
 
 
-def card_text(report: Mapping[str, Any], recipe: Recipe, *, repo: str | None = None, figures: str = FIGURES) -> str:
+def card_text(report: Report, recipe: Recipe, *, repo: str | None = None, figures: str = FIGURES) -> str:
     """The card: YAML front matter and Markdown.
 
     Args:
@@ -56,54 +65,51 @@ def card_text(report: Mapping[str, Any], recipe: Recipe, *, repo: str | None = N
         repo: The Hub id that it is pushed to; None writes of the folder that the card lies in.
         figures: Folder of the pictures, as the card's links name it; empty leaves them out.
     """
-    evaluation, adapted = report["evaluation"], "adaptation" in report
     environment = Environment(undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
     environment.filters |= {"md": _inline, "code": _code, "ratios": ratio_words}
     template = environment.from_string((resources.files("tmerge.hub") / "card.md").read_text(encoding="utf-8"))
     yaml_text = recipe.to_yaml().rstrip()
-    models = [(role, _shown(report[role])) for role in _ROLES]
-    calibration = report["calibration"]
-    trained_on = _trained_on(report)
+    models = [("target", _shown(report.target)), ("source", _shown(report.source))]
+    trained_on = None if report.adaptation is None else report.adaptation.data
     return template.render(
         card_data=card_data(report, recipe, repo).to_yaml(line_break="\n"),
-        title=f"{_name(report['target']['ref'])} merged with {_name(report['source']['ref'])}",
-        verdict=published_verdict(report),
+        title=f"{_name(report.target.ref)} merged with {_name(report.source.ref)}",
+        verdict=report.published_verdict,
         summary=summary(report),
-        trained=training_summary(report) if adapted else "",
+        trained=training_summary(report),
         target=models[0][1],
         source=models[1][1],
         models=models,
-        tmerge=report["tmerge"],
-        evaluation=evaluation | {"trained": adapted},
-        rows=_rows(evaluation),
-        dataset=calibration["dataset"],
-        dataset_commit=_data_commit(calibration),
+        tmerge=report.tmerge,
+        evaluation=report.evaluation,
+        rows=score_rows(report),
+        dataset=report.calibration.dataset,
+        dataset_commit=_data_commit(report.calibration),
         base=_base(report),
-        training_set=trained_on["dataset"] if trained_on else "",
+        training_set=trained_on.dataset if trained_on else "",
         training_commit=_data_commit(trained_on) if trained_on else "",
-        calibration=calibration,
-        transport=report["transport"],
-        fusion=report["fusion"],
-        alpha=alpha_words(report["fusion"]),
-        plan=_public(report["plan"]) if report.get("plan") else "",
+        calibration=report.calibration,
+        transport=report.transport,
+        fusion=report.fusion,
+        alpha=alpha_words(report.fusion),
+        plan=_public(report.plan) if report.plan else "",
         figures=figures,
         repo=repo or ".",
         local=", ".join(_local_names(report)),
-        seed=report["seed"],
-        dtype=report["dtype"],
-        device=report["device"],
-        versions=", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        seed=report.seed,
+        dtype=report.dtype,
+        device=report.device,
+        versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
         licence=merge_licence(report),
-        notes=report["notes"],
+        notes=report.notes,
         recipe=yaml_text,
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", yaml_text)), default=0)),
     )
 
 
-def card_data(report: Mapping[str, Any], recipe: Recipe, repo: str | None = None) -> ModelCardData:
+def card_data(report: Report, recipe: Recipe, repo: str | None = None) -> ModelCardData:
     """The card's metadata."""
-    licence, read = merge_licence(report), [report["calibration"], *filter(None, [_trained_on(report)])]
-    bases = [_repo(report[role]) for role in _ROLES]
+    licence, bases = merge_licence(report), [_repo(report.target), _repo(report.source)]
     # A model without a page on the Hub cannot be pointed at; one base alone would not be what was merged.
     more: dict[str, Any] = {"base_model": bases, "base_model_relation": "merge"} if all(bases) else {}
     if licence.id == "other":
@@ -112,33 +118,33 @@ def card_data(report: Mapping[str, Any], recipe: Recipe, repo: str | None = None
         **more,
         license=licence.id,
         language=_languages(recipe) or None,
-        datasets=list(dict.fromkeys(data["dataset"] for data in read if data["revision"])) or None,
+        datasets=list(dict.fromkeys(data.dataset for data in _read(report) if data.revision)) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=_TAGS,
-        model_name=(repo or _name(report["target"]["ref"]) + "-fused").rpartition("/")[2],
+        model_name=(repo or _name(report.target.ref) + "-fused").rpartition("/")[2],
         eval_results=_results(report),
     )
 
 
-def merge_licence(report: Mapping[str, Any]) -> OutputLicence:
+def merge_licence(report: Report) -> OutputLicence:
     """What the models' licences make of the merge's."""
-    target, source, base = report["target"], report["source"], report.get("source_base_model")
+    target, source, base = report.target, report.source, report.source_base_model
     return output_licence(
-        target["licence"],
-        source["licence"],
+        target.licence,
+        source.licence,
         target_repo=_repo(target),
         source_repo=_repo(source),
-        target_family=target["architecture"],
-        source_base=(base["licence"], _repo(base)) if base else None,
+        target_family=target.architecture,
+        source_base=(base.licence, _repo(base)) if base else None,
     )
 
 
-def _base(report: Mapping[str, Any]) -> dict[str, Any] | None:
+def _base(report: Report) -> dict[str, Any] | None:
     """What the source was before its fine-tuning, for the tables: as far as the report knows it."""
-    if (model := report.get("source_base_model")) is not None:
-        return _shown(model)
-    if (reference := report.get("source_base")) is None:
+    if report.source_base_model is not None:
+        return _shown(report.source_base_model)
+    if (reference := report.source_base) is None:
         return None
     repo, _, commit = reference.partition("@")
     # A report without its facts has the reference alone, resolved to a commit where it is a repo's.
@@ -147,81 +153,54 @@ def _base(report: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"label": label, "commit": commit if on_hub else None, "licence": None}
 
 
-def _trained_on(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The texts of a training after the merge, where the report has them."""
-    return report["adaptation"].get("data") if "adaptation" in report else None
+def _read(report: Report) -> list[Calibration | TrainingTexts]:
+    """The texts of the merge, and of a training after it."""
+    trained_on = [] if report.adaptation is None else [report.adaptation.data]
+    return [report.calibration, *trained_on]
 
 
-def _data_commit(data: Mapping[str, Any]) -> str:
-    return f"`{data['revision']}`" if data["revision"] else f"sha256 `{data['sha256']}`"
+def _data_commit(data: Calibration | TrainingTexts) -> str:
+    return f"`{data.revision}`" if data.revision else f"sha256 `{data.sha256}`"
 
 
-def _results(report: Mapping[str, Any]) -> list[EvalResult]:
+def _results(report: Report) -> list[EvalResult]:
     """Score and paired difference of what the repo holds, with the intervals in words: a model-index has no field."""
-    evaluation, calibration = report["evaluation"], report["calibration"]
-    adapted = evaluation.get("adapted")
-    score = adapted["score"] if adapted else evaluation["fused"]
-    change = adapted["difference"] if adapted else evaluation["difference"]
-    shared = {
+    calibration, score, change = report.calibration, report.published_score, report.published_difference
+    shared: dict[str, Any] = {
         "task_type": "text-generation",
         "task_name": "Language modelling on held-out texts",
-        "dataset_type": calibration["dataset"] if calibration["revision"] else "local",
-        "dataset_name": f"{calibration['dataset']}, {evaluation['texts']} held-out texts",
-        "dataset_config": calibration["config"],
-        "dataset_split": calibration["split"],
-        "dataset_revision": calibration["revision"],
+        "dataset_type": calibration.dataset if calibration.revision else "local",
+        "dataset_name": f"{calibration.dataset}, {report.evaluation.texts} held-out texts",
+        "dataset_config": calibration.config,
+        "dataset_split": calibration.split,
+        "dataset_revision": calibration.revision,
     }
     return [
         EvalResult(
             **shared,
             metric_type="bits_per_byte",
-            metric_value=round(score["value"], 6),
-            metric_name=f"bits per byte (95 % interval {_span(score, '.4f')})",
+            metric_value=round(score.value, 6),
+            metric_name=f"bits per byte (95 % interval {interval_words(score)})",
         ),
         EvalResult(
             **shared,
             metric_type="bits_per_byte_difference",
-            metric_value=round(change["value"], 6),
-            metric_name=f"difference to the target in bits per byte (paired 95 % interval {_span(change, '+.4f')})",
+            metric_value=round(change.value, 6),
+            metric_name="difference to the target in bits per byte "
+            f"(paired 95 % interval {interval_words(change, signed=True)})",
         ),
     ]
 
 
-def _rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows = [
-        ("target, unchanged", evaluation["base"], None),
-        ("**fused**", evaluation["fused"], evaluation["difference"]),
-    ]
-    if "adapted" in evaluation:
-        rows.append(("**fused and trained**", evaluation["adapted"]["score"], evaluation["adapted"]["difference"]))
-    rows += [(f"control: {name}", item, item["difference"]) for name, item in evaluation["controls"].items()]
-    rows.append(("source", evaluation["source"], None))
-    return [
-        {
-            "name": name,
-            "value": item["value"],
-            "interval": _span(item, ".4f"),
-            "change": f"{change['value']:+.4f}" if change else "",
-            "change_interval": _span(change, "+.4f") if change else "",
-        }
-        for name, item, change in rows
-    ]
-
-
-def published_verdict(report: Mapping[str, Any]) -> str:
-    """The verdict on what the repo holds: the merge, or what training made of it."""
-    return report["adaptation"]["verdict"] if "adaptation" in report else report["verdict"]
-
-
-def _shown(model: Mapping[str, Any]) -> dict[str, Any]:
+def _shown(model: MergedModel) -> dict[str, Any]:
     repo = _repo(model)
-    label = f"[`{repo}`](https://huggingface.co/{repo})" if repo else f"`{_code(_name(model['ref']))}`"
-    return {**model, "label": label, "licence": model["licence"] or "no licence stated"}
+    label = f"[`{repo}`](https://huggingface.co/{repo})" if repo else f"`{_code(_name(model.ref))}`"
+    return {**model.to_dict(), "label": label, "licence": model.licence or "no licence stated"}
 
 
-def _repo(model: Mapping[str, Any]) -> str | None:
+def _repo(model: MergedModel) -> str | None:
     """Its Hub id, if that is where it came from."""
-    return None if model["commit"].startswith("sha256:") else model["ref"].partition("@")[0]
+    return None if model.commit.startswith("sha256:") else model.ref.partition("@")[0]
 
 
 def _name(reference: str) -> str:
@@ -236,15 +215,13 @@ def _public(reference: str) -> str:
     return reference if _HUB_DATASET.fullmatch(reference.partition("@")[0]) else _name(reference)
 
 
-def _local_names(report: Mapping[str, Any]) -> list[str]:
+def _local_names(report: Report) -> list[str]:
     """What the recipe needs that is neither on the Hub nor in a package."""
-    models = [report[role] for role in _ROLES]
-    if (base := report.get("source_base_model")) is not None:
-        models.append(base)
-    names = [_name(model["ref"]) for model in models if not _repo(model) and not model["ref"].startswith("demo:")]
-    for data in filter(None, (report["calibration"], _trained_on(report))):
-        if not data["revision"] and not data["dataset"].startswith(SAMPLES_PREFIX):
-            names.append(data["dataset"])
+    models = filter(None, (report.target, report.source, report.source_base_model))
+    names = [_name(model.ref) for model in models if not _repo(model) and not model.ref.startswith("demo:")]
+    for data in _read(report):
+        if not data.revision and not data.dataset.startswith(SAMPLES_PREFIX):
+            names.append(data.dataset)
     return list(dict.fromkeys(names))
 
 
@@ -254,11 +231,6 @@ def _languages(recipe: Recipe) -> list[str]:
         return list(recipe.save.language)
     dataset = recipe.calibration.dataset
     return [sample_language_code(dataset.removeprefix(SAMPLES_PREFIX))] if dataset.startswith(SAMPLES_PREFIX) else []
-
-
-def _span(item: Mapping[str, Any], form: str) -> str:
-    low, high = item["ci95"]
-    return f"{low:{form}} to {high:{form}}"
 
 
 def _inline(text: Any) -> str:

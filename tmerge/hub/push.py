@@ -24,11 +24,11 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from tmerge.errors import PushError, RunNotFoundError
-from tmerge.hub.card import card_text, merge_licence, published_verdict
+from tmerge.hub.card import card_text, merge_licence
 from tmerge.hub.failures import no_token, pushing
 from tmerge.models import file_digest
 from tmerge.recipe import Recipe
-from tmerge.report import summary, training_summary
+from tmerge.report import Report, bytes_words, interval_words, summary, training_summary
 from tmerge.run import Run
 
 __all__ = ["PushPlan", "Pushed", "plan_push", "push", "refuse_unready"]
@@ -135,7 +135,7 @@ def plan_push(folder: str | Path, repo: str, *, even_if_worse: bool = False, car
     run = Run(Path(folder))
     report, recipe = run.report(), run.recipe()
     repo = _repo_id(repo)
-    verdict = published_verdict(report)
+    verdict = report.published_verdict
     if verdict == "hurts" and not even_if_worse:
         raise PushError(
             f"{folder}: {_numbers(report)}, so it is not pushed; to publish it all the same, and say so in its card, "
@@ -192,7 +192,7 @@ def push(
             planned = plan_push(folder, name, even_if_worse=even_if_worse, card=card)
         _open(api, planned.repo, private=private, create_pr=create_pr, revision=revision, say=say)
         with _staged(planned) as staged:
-            say(f"uploading {len(planned.files)} files, {planned.total_bytes / 1e6:.1f} MB")
+            say(f"uploading {len(planned.files)} files, {bytes_words(planned.total_bytes)}")
             done = api.upload_folder(
                 repo_id=planned.repo,
                 folder_path=staged,
@@ -303,9 +303,9 @@ def _staged(planned: PushPlan) -> Iterator[Path]:
         yield staged
 
 
-def _refuse_changed_weights(run: Run, report: dict[str, Any]) -> None:
+def _refuse_changed_weights(run: Run, report: Report) -> None:
     """Refuse a checkpoint that is not the one that was scored."""
-    for name, digest in report["weights"].items():
+    for name, digest in report.weights.items():
         path = run.folder / name
         if not path.is_file():
             raise RunNotFoundError(f"{run.folder} has no {name}, which its report names; run the merge again")
@@ -314,14 +314,14 @@ def _refuse_changed_weights(run: Run, report: dict[str, Any]) -> None:
                 f"{path} is not the file that the report was measured on; run the merge again, or push it by hand "
                 "without the card"
             )
-    unknown = {path.name for path in run.folder.glob("*.safetensors")} - set(report["weights"])
+    unknown = {path.name for path in run.folder.glob("*.safetensors")} - set(report.weights)
     if unknown:
         raise PushError(
             f"{run.folder} holds weights that its report does not name ({', '.join(sorted(unknown))}); move them away"
         )
 
 
-def _refuse_invalid_card(text: str, report: dict[str, Any], verdict: str) -> None:
+def _refuse_invalid_card(text: str, report: Report, verdict: str) -> None:
     try:
         data = ModelCard(text).data
     except (ValueError, yaml.YAMLError) as error:
@@ -336,27 +336,20 @@ def _refuse_invalid_card(text: str, report: dict[str, Any], verdict: str) -> Non
     if verdict == "hurts":
         body = ModelCard(text).text.strip()
         first = next((part for part in body.split("\n\n") if part.strip() and not part.lstrip().startswith("#")), "")
-        if "worse" not in first or f"{_difference(report)['value']:+.4f}" not in first:
-            said = summary(report) if "adaptation" not in report else training_summary(report)
+        if "worse" not in first or f"{report.published_difference.value:+.4f}" not in first:
+            said = training_summary(report) or summary(report)
             raise PushError(f"the card's first paragraph no longer says how much worse the model is; put back: {said}")
 
 
-def _difference(report: dict[str, Any]) -> dict[str, Any]:
-    """To the target, of what the repo would hold."""
-    evaluation = report["evaluation"]
-    return evaluation["adapted"]["difference"] if "adapted" in evaluation else evaluation["difference"]
-
-
-def _numbers(report: dict[str, Any]) -> str:
-    change = _difference(report)
-    low, high = change["ci95"]
+def _numbers(report: Report) -> str:
+    change = report.published_difference
     return (
-        f"the model is worse than its target by {change['value']:.4f} bits per byte on held-out texts "
-        f"(95 % interval {low:+.4f} to {high:+.4f})"
+        f"the model is worse than its target by {change.value:.4f} bits per byte on held-out texts "
+        f"(95 % interval {interval_words(change, signed=True)})"
     )
 
 
-def _warnings(report: dict[str, Any], recipe: Recipe, repo: str) -> tuple[str, ...]:
+def _warnings(report: Report, recipe: Recipe, repo: str) -> tuple[str, ...]:
     licence = merge_licence(report)
     remarks = [*licence.refusals, *licence.unknown]
     begins = licence.name_begins

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import plotly.graph_objects as go
@@ -22,6 +21,7 @@ from tmerge.plots.style import (
     feature_name,
     finish,
 )
+from tmerge.report import Adaptation, Measured, Report, bytes_words, interval_words, score_rows
 
 __all__ = ["norm_ratios", "scores", "timing", "top_mass", "training_loss"]
 
@@ -124,7 +124,7 @@ def _projection_line(name: str, at: np.ndarray, curve: np.ndarray) -> go.Scatter
     )
 
 
-def norm_ratios(report: Mapping[str, Any]) -> go.Figure:
+def norm_ratios(report: Report) -> go.Figure:
     """Norm of the transported weight over the norm of the target's own, for each layer and projection.
 
     It says how much there is to be fused: at 1 the transported neurons are as large as those they are mixed into, at
@@ -132,12 +132,12 @@ def norm_ratios(report: Mapping[str, Any]) -> go.Figure:
     """
     figure = go.Figure()
     layers: list[int] = []
-    for name, item in report["fusion"]["projections"].items():
-        layers += item["layers"]
+    for name, item in report.fusion.projections.items():
+        layers += item.layers
         figure.add_trace(
             go.Scatter(
-                x=item["layers"],
-                y=[ratio or None for ratio in item["norm_ratio"]],  # a logarithm has no place for zero
+                x=item.layers,
+                y=[ratio or None for ratio in item.norm_ratio],  # a logarithm has no place for zero
                 name=escaped(name),
                 mode="lines+markers",
                 line={"color": PROJECTION_COLOURS.get(name, NEUTRAL), "width": 1.5},
@@ -145,7 +145,7 @@ def norm_ratios(report: Mapping[str, Any]) -> go.Figure:
                 hovertemplate=f"{escaped(name)}, layer %{{x}}: %{{y:.3g}}<extra></extra>",
             )
         )
-    ratios = [ratio for item in report["fusion"]["projections"].values() for ratio in item["norm_ratio"] if ratio]
+    ratios = [ratio for item in report.fusion.projections.values() for ratio in item.norm_ratio if ratio]
     powers = np.floor(np.log10(min([1.0, *ratios]))), np.ceil(np.log10(max([1.0, *ratios])))
     ticks = 10.0 ** np.arange(powers[0], powers[1] + 1)
     figure.add_trace(
@@ -162,7 +162,7 @@ def norm_ratios(report: Mapping[str, Any]) -> go.Figure:
         figure,
         "Norm of what arrives, over the norm of the target's own",
         "added to the target's, which keep their size"
-        if report["fusion"]["what"] == "task-vector"
+        if report.fusion.what == "task-vector"
         else "where the ratio is 1e-9, nothing is left but shrinking",
         420,
         # Never between two layers.
@@ -176,41 +176,35 @@ def norm_ratios(report: Mapping[str, Any]) -> go.Figure:
     )
 
 
-def scores(report: Mapping[str, Any]) -> go.Figure:
+def scores(report: Report) -> go.Figure:
     """Bits per byte of every model on the held-out texts, and paired differences to the unchanged target.
 
     Bars are 95 % intervals over texts. The upper panel's overlap although models differ, because texts differ in
     difficulty; the lower panel compares text by text.
     """
-    evaluation = report["evaluation"]
-    controls = evaluation["controls"]
-    items = [("target, unchanged", evaluation["base"], OWN), ("fused", evaluation["fused"], None)]
-    items += [(f"control: {name}", item, NEUTRAL) for name, item in controls.items()]
-    items.append(("source", evaluation["source"], OWN))
-    changes = [("fused", evaluation["difference"])]
-    changes += [(f"control: {name}", item["difference"]) for name, item in controls.items()]
+    rows = score_rows(report)
+    changes = [(row, row.difference) for row in rows if row.difference is not None]
     figure = make_subplots(
         rows=2,
         cols=1,
-        row_heights=[len(items) + 1, len(changes) + 1],
+        row_heights=[len(rows) + 1, len(changes) + 1],
         vertical_spacing=0.2,
     )
-    for name, item, colour in items:
-        words = "%{x:.4f} bits per byte"
-        chosen = colour or _judged(evaluation["difference"])
-        figure.add_trace(_interval(name, item, chosen, words), row=1, col=1)
-    for name, item in changes:
+    for row in rows:
+        colour = NEUTRAL if row.kind == "control" else OWN if row.difference is None else _judged(row.difference)
+        figure.add_trace(_interval(row.label, row.score, colour, "%{x:.4f} bits per byte"), row=1, col=1)
+    for row, change in changes:
         words = "%{x:+.4f} bits per byte against the unchanged target"
-        figure.add_trace(_interval(name, item, _judged(item), words), row=2, col=1)
+        figure.add_trace(_interval(row.label, change, _judged(change), words), row=2, col=1)
     figure.add_vline(x=0, line={"color": "#767B85", "width": 2, "dash": "dot"}, row=2, col=1)
     finish(
         figure,
         "Held-out bits per byte, lower is better",
         "bars: 95 % intervals over texts; below, differences text by text, blue better, orange worse",
-        200 + 32 * (len(items) + len(changes)),
+        200 + 32 * (len(rows) + len(changes)),
         showlegend=False,
     )
-    ends = [0.0, *(end for _, item in changes for end in item["ci95"])]
+    ends = [0.0, *(end for _, change in changes for end in change.ci95)]
     room = 0.08 * (max(ends) - min(ends)) or 0.01
     figure.update_yaxes(autorange="reversed", showgrid=False, ticks="", ticklabelstandoff=8)
     figure.update_xaxes(range=[min(ends) - room, max(ends) + room], row=2, col=1)
@@ -219,9 +213,9 @@ def scores(report: Mapping[str, Any]) -> go.Figure:
     return figure
 
 
-def training_loss(report: Mapping[str, Any]) -> go.Figure:
+def training_loss(adaptation: Adaptation) -> go.Figure:
     """Loss of an adaptation over its steps."""
-    curve = np.array(report["adaptation"]["loss_curve"], dtype=np.float64).reshape(-1, 2)
+    curve = np.array(adaptation.loss_curve, dtype=np.float64).reshape(-1, 2)
     figure = go.Figure(
         go.Scatter(
             x=curve[:, 0],
@@ -234,21 +228,21 @@ def training_loss(report: Mapping[str, Any]) -> go.Figure:
     return finish(
         figure,
         "Training loss",
-        f"{report['adaptation']['objective']}, learning rate {report['adaptation']['learning_rate']:g}",
+        f"{adaptation.objective}, learning rate {adaptation.learning_rate:g}",
         360,
         xaxis={"title": {"text": "step"}},
         yaxis={"title": {"text": "loss"}},
     )
 
 
-def timing(report: Mapping[str, Any]) -> go.Figure:
+def timing(report: Report) -> go.Figure:
     """Seconds of every stage, split into the models' forward passes and everything else."""
     figure = go.Figure()
-    stages = report["stages"]
-    names = [escaped(stage["name"]) for stage in stages]
-    memory = [f"{stage['peak_rss_bytes'] / 1e9:.2f} GB" for stage in stages]
-    forward = [stage["forward_seconds"] for stage in stages]
-    rest = [stage["seconds"] - stage["forward_seconds"] for stage in stages]
+    stages = report.stages
+    names = [escaped(stage.name) for stage in stages]
+    memory = [bytes_words(stage.peak_rss_bytes) for stage in stages]
+    forward = [stage.forward_seconds for stage in stages]
+    rest = [stage.seconds - stage.forward_seconds for stage in stages]
     for name, seconds, colour in (("forward passes", forward, GOOD), ("everything else", rest, "#E69F00")):
         figure.add_trace(
             go.Bar(
@@ -261,11 +255,11 @@ def timing(report: Mapping[str, Any]) -> go.Figure:
                 hovertemplate=f"%{{y}}, {name}: %{{x:.1f}} s<br>peak memory by then %{{customdata}}<extra></extra>",
             )
         )
-    total = report["timing"]
-    share = total["forward_seconds"] / max(total["total_seconds"], 1e-9)
+    total = report.timing
+    share = total.forward_seconds / max(total.total_seconds, 1e-9)
     return finish(
         figure,
-        f"Where the {total['total_seconds']:,.0f} seconds went",
+        f"Where the {total.total_seconds:,.0f} seconds went",
         f"{100 * share:.0f} % were forward passes of the two models",
         150 + 34 * len(stages),
         barmode="stack",
@@ -279,21 +273,19 @@ def _up_to(at: np.ndarray, values: np.ndarray, width: int, last: float) -> list[
     return [*values[at < width].tolist(), float(last)]
 
 
-def _judged(change: Mapping[str, Any]) -> str:
+def _judged(change: Measured) -> str:
     """Better, worse, or neither, by an interval that excludes zero or does not."""
-    low, high = change["ci95"]
-    return GOOD if high < 0 else BAD if low > 0 else NEUTRAL
+    return GOOD if change.high < 0 else BAD if change.low > 0 else NEUTRAL
 
 
-def _interval(name: str, item: Mapping[str, Any], colour: str, words: str) -> go.Scatter:
-    value, (low, high) = item["value"], item["ci95"]
-    signed = "+" if "+" in words else ""
+def _interval(name: str, item: Measured, colour: str, words: str) -> go.Scatter:
+    value, low, high = item.value, item.low, item.high
+    signed = "+" in words
     return go.Scatter(
         x=[value],
         y=[escaped(name)],
         error_x={"type": "data", "array": [high - value], "arrayminus": [value - low], "thickness": 2, "width": 5},
         mode="markers",
         marker={"color": colour, "size": 11},
-        hovertemplate=f"{escaped(name)}: {words}<br>"
-        f"95 % interval {low:{signed}.4f} to {high:{signed}.4f}<extra></extra>",
+        hovertemplate=f"{escaped(name)}: {words}<br>95 % interval {interval_words(item, signed=signed)}<extra></extra>",
     )

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from tmerge.plots.style import BAD, GOOD, NEUTRAL, OWN, PROJECTION_COLOURS, TEMPLATES, escaped, finish
+from tmerge.report import Descent
 from tmerge.tables import added_words
 
 __all__ = [
@@ -177,21 +178,26 @@ def task_scores(result: Mapping[str, Any]) -> go.Figure | None:
     )
 
 
-def descent_bars(result: Mapping[str, Any]) -> go.Figure:
+def descent_bars(descent: Descent) -> go.Figure:
     """Mean cosine of the merge with the descent direction, beside that of random directions, by projection."""
     figure = go.Figure()
-    projections = result["descent"]["projections"]
-    for name, value, error, colour in (
-        ("merge", "mean", "standard_error", GOOD),
-        ("random directions", "noise_mean", "noise_standard_error", NEUTRAL),
+    found = descent.projections.values()
+    for name, means, errors, colour in (
+        ("merge", [item.mean for item in found], [item.standard_error for item in found], GOOD),
+        (
+            "random directions",
+            [item.noise_mean for item in found],
+            [item.noise_standard_error for item in found],
+            NEUTRAL,
+        ),
     ):
         figure.add_trace(
             go.Bar(
-                x=list(projections),
-                y=[item[value] for item in projections.values()],
+                x=list(descent.projections),
+                y=means,
                 error_y={
                     "type": "data",
-                    "array": [item[error] or 0 for item in projections.values()],
+                    "array": [error or 0 for error in errors],
                     "color": "#767B85",
                 },
                 name=name,
@@ -202,7 +208,7 @@ def descent_bars(result: Mapping[str, Any]) -> go.Figure:
     return finish(
         figure,
         "Does the merge point where the loss falls?",
-        f"cosine with the negative gradient on {result['descent']['texts']} calibration texts, mean over layers; "
+        f"cosine with the negative gradient on {descent.texts} calibration texts, mean over layers; "
         "bars: standard error",
         400,
         barmode="group",
@@ -250,7 +256,7 @@ def comparison_page(result: Mapping[str, Any]) -> str:
         domain_scores(result),
         task_scores(result),
         sources_figure(result),
-        descent_bars(result),
+        descent_bars(Descent.model_validate(result["descent"])),
         losses(result),
     ]
     parts = []

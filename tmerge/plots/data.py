@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from tmerge.fusion import MASS_AT, TransportRecord
 from tmerge.models import feature_key
 from tmerge.plots.blocks import Entries
 from tmerge.plots.heatmaps import Side, kept_layers
+from tmerge.report import Descent, Measured, Report, score_rows
 
 __all__ = [
     "coupling_data",
@@ -72,12 +72,12 @@ def mass_data(record: TransportRecord) -> str:
     return _csv(("feature", "source_neurons", "k", "percent_of_mass"), rows)
 
 
-def norms_data(report: Mapping[str, Any]) -> str:
+def norms_data(report: Report) -> str:
     """Norm ratio and number of selected neurons of every layer and projection."""
     rows = (
-        (name, layer, "" if ratio is None else f"{ratio:.8g}", item["neurons"], item["of"])
-        for name, item in report["fusion"]["projections"].items()
-        for layer, ratio in zip(item["layers"], item["norm_ratio"], strict=True)
+        (name, layer, "" if ratio is None else f"{ratio:.8g}", item.neurons, item.of)
+        for name, item in report.fusion.projections.items()
+        for layer, ratio in zip(item.layers, item.norm_ratio, strict=True)
     )
     return _csv(("projection", "target_layer", "norm_ratio", "selected_neurons", "of"), rows)
 
@@ -90,30 +90,26 @@ def neurons_data(record: TransportRecord, projection: str) -> str:
     return _csv(("target_layer", "neuron"), rows)
 
 
-def scores_data(report: Mapping[str, Any]) -> str:
+def scores_data(report: Report) -> str:
     """Held-out bits per byte of every model and control, with paired differences to the target."""
-    evaluation = report["evaluation"]
-    items = [
-        ("target", evaluation["base"], None),
-        ("fused", evaluation["fused"], evaluation["difference"]),
-        *((f"control: {name}", item, item["difference"]) for name, item in evaluation["controls"].items()),
-        ("source", evaluation["source"], None),
-    ]
     rows = (
-        (name, item["value"], *item["ci95"], *((change["value"], *change["ci95"]) if change else ("", "", "")))
-        for name, item, change in items
+        (row.name, row.score.value, *row.score.ci95, *_difference_cells(row.difference)) for row in score_rows(report)
     )
     return _csv(("model", "bits_per_byte", "low", "high", "difference", "difference_low", "difference_high"), rows)
 
 
-def descent_data(report: Mapping[str, Any]) -> str:
+def descent_data(descent: Descent) -> str:
     """Cosines with the descent direction by projection and layer."""
     rows = (
         (name, *values)
-        for name, item in report["evaluation"]["descent"]["projections"].items()
-        for values in zip(item["layers"], item["cosine"], item["noise"], item["noise_sd"], strict=True)
+        for name, item in descent.projections.items()
+        for values in zip(item.layers, item.cosine, item.noise, item.noise_sd, strict=True)
     )
     return _csv(("projection", "target_layer", "cosine", "noise_mean", "noise_sd"), rows)
+
+
+def _difference_cells(change: Measured | None) -> tuple[object, ...]:
+    return ("", "", "") if change is None else (change.value, *change.ci95)
 
 
 def _kept_cells(kept: tuple[int, float] | None) -> tuple[object, object]:

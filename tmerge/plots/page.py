@@ -27,8 +27,8 @@ from tmerge.plots.heatmaps import (
 )
 from tmerge.plots.picture import picture
 from tmerge.plots.style import TEMPLATES, feature_name, numbers
-from tmerge.plots.words import CAPTIONS, facts, findings, model_rows, ratio_rows, score_rows
-from tmerge.report import training_summary
+from tmerge.plots.words import CAPTIONS, facts, findings, model_rows, ratio_rows, score_cells
+from tmerge.report import Report, training_summary
 
 __all__ = ["report_page"]
 
@@ -46,7 +46,7 @@ _POLICY = (
 _SCORE_HEADINGS = ("model", "bits per byte\n95 % interval", "difference to the target\n95 % interval")
 
 
-def report_page(report: Mapping[str, Any], record: TransportRecord, folder_name: str | None = None) -> str:
+def report_page(report: Report, record: TransportRecord, folder_name: str | None = None) -> str:
     """One self-contained HTML page on a finished run.
 
     Args:
@@ -58,7 +58,7 @@ def report_page(report: Mapping[str, Any], record: TransportRecord, folder_name:
         The page, about 5 MB of plotly.js and at most about as much of data. It needs no network and no files.
     """
     pictures = {
-        **({"loss": training_loss(report)} if "adaptation" in report else {}),
+        **({} if report.adaptation is None else {"loss": training_loss(report.adaptation)}),
         "scores": scores(report),
         "norms": norm_ratios(report),
         "mass": top_mass(record),
@@ -70,7 +70,7 @@ def report_page(report: Mapping[str, Any], record: TransportRecord, folder_name:
         "coupling": {projection: _coupling(record, projection) for projection in record.projections},
         "features": _features(record),
     }
-    title = f"{_short(report['target']['ref'])} merged with {_short(report['source']['ref'])}"
+    title = f"{_short(report.target.ref)} merged with {_short(report.source.ref)}"
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -96,12 +96,12 @@ def report_page(report: Mapping[str, Any], record: TransportRecord, folder_name:
     )
 
 
-def _body(report: Mapping[str, Any], title: str, folder_name: str | None) -> Iterable[str]:
-    verdict = report["verdict"]
+def _body(report: Report, title: str, folder_name: str | None) -> Iterable[str]:
+    verdict = report.verdict
     first, *rest = findings(report)
     yield f"<header><h1>{html.escape(title)}</h1>"
     where = f"<code>{html.escape(folder_name)}</code>, " if folder_name else ""
-    yield f'<p class="soft">{where}tmerge {html.escape(report["tmerge"])}</p></header>'
+    yield f'<p class="soft">{where}tmerge {html.escape(report.tmerge)}</p></header>'
     tone = verdict if verdict in ("helps", "hurts") else "none"
     yield f'<section class="verdict {tone}" aria-label="Verdict"><p class="word">{html.escape(first)}</p>'
     yield from (f"<p>{html.escape(sentence)}</p>" for sentence in rest)
@@ -111,10 +111,10 @@ def _body(report: Mapping[str, Any], title: str, folder_name: str | None) -> Ite
     yield "<h2>Did it help?</h2>"
     yield '<div class="side">'
     yield _figure("scores")
-    yield _table(_SCORE_HEADINGS, score_rows(report), "Scores")
+    yield _table(_SCORE_HEADINGS, score_cells(report), "Scores")
     yield "</div>"
 
-    if "adaptation" in report:
+    if report.adaptation is not None:
         yield "<h2>After training</h2>"
         yield f"<p>{html.escape(training_summary(report))}</p>"
         yield _figure("loss")
@@ -125,9 +125,9 @@ def _body(report: Mapping[str, Any], title: str, folder_name: str | None) -> Ite
     yield _table(("", ""), facts(report), "Settings and data")
     yield "</div>"
     remarks = [
-        *(f"{name} was skipped: {why}" for name, why in report["projections"]["skipped"].items()),
-        *report["projections"]["left_alone"],
-        *report["notes"],
+        *(f"{name} was skipped: {why}" for name, why in report.projections.skipped.items()),
+        *report.projections.left_alone,
+        *report.notes,
     ]
     if remarks:
         yield f"<ul>{''.join(f'<li>{html.escape(remark)}</li>' for remark in remarks)}</ul>"
@@ -149,7 +149,7 @@ def _body(report: Mapping[str, Any], title: str, folder_name: str | None) -> Ite
 
     yield "<h2>Time</h2>"
     yield _figure("timing")
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     yield f'<p class="soft">{html.escape(versions)}</p>'
 
 

@@ -6,15 +6,14 @@ Drawn on white, so that they read on a light and on a dark page alike. The same 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tmerge.fusion import TransportRecord
 from tmerge.plots.style import BAD, GOOD, NEUTRAL
+from tmerge.report import Report, score_rows
 
 __all__ = ["COUPLING_PNG", "SCORES_PNG", "coupling_still", "scores_still", "write_stills"]
 
@@ -22,7 +21,7 @@ SCORES_PNG, COUPLING_PNG = "scores.png", "coupling.png"
 _DPI = 144
 
 
-def write_stills(folder: Path, report: Mapping[str, Any], record: TransportRecord) -> list[Path]:
+def write_stills(folder: Path, report: Report, record: TransportRecord) -> list[Path]:
     """Draw both pictures into a folder, each under a temporary name first."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -35,25 +34,22 @@ def write_stills(folder: Path, report: Mapping[str, Any], record: TransportRecor
     return written
 
 
-def scores_still(report: Mapping[str, Any]) -> Figure:
+def scores_still(report: Report) -> Figure:
     """Differences to the unchanged target in bits per byte, with their paired 95 % intervals."""
-    evaluation = report["evaluation"]
-    rows = [("fused", evaluation["difference"])]
-    if "adapted" in evaluation:
-        rows.append(("fused and trained", evaluation["adapted"]["difference"]))
-    own = len(rows)
-    rows += [(f"control: {name}", item["difference"]) for name, item in evaluation["controls"].items()]
+    rows = [(row, row.difference) for row in score_rows(report) if row.difference is not None]
     figure = Figure(figsize=(7.5, 1.1 + 0.4 * len(rows)), dpi=_DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    for place, (_, change) in enumerate(rows):
-        (low, high), value = change["ci95"], change["value"]
-        colour = NEUTRAL if place >= own or low <= 0 <= high else GOOD if high < 0 else BAD
+    for place, (row, change) in enumerate(rows):
+        value, low, high = change.value, change.low, change.high
+        colour = NEUTRAL if not row.is_result or low <= 0 <= high else GOOD if high < 0 else BAD
         axes.plot([low, high], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt")
         axes.plot([value], [place], "o", color=colour, markersize=6)
     axes.axvline(0, color="#555555", linewidth=1, linestyle=":")
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_yticks(range(len(rows)), [row.label for row, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel(f"difference to the target in bits per byte, {evaluation['texts']} held-out texts (left is better)")
+    axes.set_xlabel(
+        f"difference to the target in bits per byte, {report.evaluation.texts} held-out texts (left is better)"
+    )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     return figure

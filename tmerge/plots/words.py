@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from tmerge.plots.style import count
-from tmerge.report import alpha_words, ratio_words
+from tmerge.report import Evaluation, Report, Transport, alpha_words, interval_words, ratio_words, score_rows
 
-__all__ = ["CAPTIONS", "facts", "findings", "model_rows", "ratio_rows", "score_rows"]
+__all__ = ["CAPTIONS", "facts", "findings", "model_rows", "ratio_rows", "score_cells"]
 
 # Below this, more than nine tenths of what fusing does to a neuron is to make it smaller.
 _MOSTLY_SHRINKING = 0.1
@@ -18,11 +17,6 @@ _VERDICTS = {
     "helps": "The merge helps: the fused model is better than the target it was made from.",
     "hurts": "The merge hurts: the fused model is worse than the target it was made from.",
     "no difference": "The merge makes no difference that these texts can show.",
-}
-_CONTROLS = {
-    "shrink": "the same neurons made smaller",
-    "noise": "moved at random by the same amount",
-    "permuted": "moved through shuffled plans",
 }
 
 CAPTIONS = {
@@ -58,95 +52,84 @@ CAPTIONS = {
 """How to read each picture."""
 
 
-def findings(report: Mapping[str, Any]) -> list[str]:
+def findings(report: Report) -> list[str]:
     """The verdict and what it rests on, a sentence each: verdict, numbers, controls, how much arrived."""
-    evaluation = report["evaluation"]
-    change = evaluation["difference"]
+    evaluation = report.evaluation
+    change = evaluation.difference
     found = [
-        _VERDICTS[report["verdict"]],
-        f"On {evaluation['texts']} held-out texts it needs {evaluation['fused']['value']:.4f} bits per byte, where the "
-        f"unchanged target needs {evaluation['base']['value']:.4f}: a difference of {change['value']:+.4f} "
-        f"(95 % interval {_interval(change, '+')}; lower is better). "
-        f"The source alone needs {evaluation['source']['value']:.4f}.",
+        _VERDICTS[report.verdict],
+        f"On {evaluation.texts} held-out texts it needs {evaluation.fused.value:.4f} bits per byte, where the "
+        f"unchanged target needs {evaluation.base.value:.4f}: a difference of {change.value:+.4f} "
+        f"(95 % interval {interval_words(change, signed=True)}; lower is better). "
+        f"The source alone needs {evaluation.source.value:.4f}.",
     ]
-    if evaluation["controls"]:
+    if evaluation.controls:
         found.append(_controls(evaluation))
     found.append(_arrived(report))
-    if report["same_model"]:
+    if report.same_model:
         found.append("Target and source are the same model: this is a check of the road, not a merge.")
     return found
 
 
-def score_rows(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
+def score_cells(report: Report) -> Iterable[Sequence[str]]:
     """Model, score and difference to the target; a second line in a cell holds its explanation or interval."""
-    evaluation = report["evaluation"]
-    rows = [
-        ("target\nunchanged", evaluation["base"], None),
-        ("fused\nthe merge", evaluation["fused"], evaluation["difference"]),
-    ]
-    rows += [
-        (f"control: {name}\n{_CONTROLS.get(name, 'for comparison')}", item, item["difference"])
-        for name, item in evaluation["controls"].items()
-    ]
-    if "adapted" in evaluation:
-        adapted = evaluation["adapted"]
-        rows.append(("adapted\nthe merge, trained on", adapted["score"], adapted["difference"]))
-    rows.append(("source\non the same texts", evaluation["source"], None))
-    for name, item, change in rows:
-        score = f"{item['value']:.4f}\n{_interval(item)}"
-        yield name, score, f"{change['value']:+.4f}\n{_interval(change, '+')}" if change else ""
+    for row in score_rows(report):
+        change = f"{row.change_words}\n{row.change_interval_words}" if row.difference is not None else ""
+        yield f"{row.name}\n{row.explained}", f"{row.value_words}\n{row.interval_words}", change
 
 
-def model_rows(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
+def model_rows(report: Report) -> Iterable[Sequence[str]]:
     """What is known of the two models."""
-    target, source = report["target"], report["source"]
-    for label, key in (("model", "ref"), ("commit", "commit"), ("architecture", "architecture")):
-        yield label, str(target[key]), str(source[key])
-    for label, key in (("parameters", "parameters"), ("layers", "layers"), ("width", "hidden_size")):
-        yield label, f"{target[key]:,}", f"{source[key]:,}"
-    yield "licence", target["licence"] or "not stated", source["licence"] or "not stated"
+    target, source = report.target, report.source
+    yield "model", target.ref, source.ref
+    yield "commit", target.commit, source.commit
+    yield "architecture", target.architecture, source.architecture
+    yield "parameters", f"{target.parameters:,}", f"{source.parameters:,}"
+    yield "layers", f"{target.layers:,}", f"{source.layers:,}"
+    yield "width", f"{target.hidden_size:,}", f"{source.hidden_size:,}"
+    yield "licence", target.licence or "not stated", source.licence or "not stated"
 
 
-def ratio_rows(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
+def ratio_rows(report: Report) -> Iterable[Sequence[str]]:
     """Projection, neurons, smallest and largest norm ratio, what became of the bias."""
-    for name, item in report["fusion"]["projections"].items():
-        yield name, f"{item['neurons']:,} of {item['of']:,}", ratio_words(item["norm_ratio"]), item["bias"]
+    for name, item in report.fusion.projections.items():
+        yield name, f"{item.neurons:,} of {item.of:,}", ratio_words(item.norm_ratio), item.bias
 
 
-def facts(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
+def facts(report: Report) -> Iterable[Sequence[str]]:
     """What was read, how it was solved, how it was fused, and where."""
-    read, solved, fusion = report["calibration"], report["transport"], report["fusion"]
-    yield "calibration", f"{read['texts']:,} texts of {read['dataset']}"
-    if read.get("other"):
-        yield "neurons matched on", f"{read['other']:,} texts of {read['other_dataset']}"
-    yield "tokens", f"{read['tokens']['target']:,} (target), {read['tokens']['source']:,} (source)"
-    cut = read["truncated"]
-    if cut["target"] or cut["source"]:
-        yield "cut short", f"{count(cut['target'], 'text')} (target), {count(cut['source'], 'text')} (source)"
-    held_out = report["evaluation"]
-    yield "held out", f"{held_out['texts']:,} other texts, {held_out['bytes']:,} bytes"
+    read, solved, fusion = report.calibration, report.transport, report.fusion
+    yield "calibration", f"{read.texts:,} texts of {read.dataset}"
+    if read.other:
+        yield "neurons matched on", f"{read.other:,} texts of {read.other_dataset}"
+    yield "tokens", f"{read.tokens.target:,} (target), {read.tokens.source:,} (source)"
+    cut = read.truncated
+    if cut.target or cut.source:
+        yield "cut short", f"{count(cut.target, 'text')} (target), {count(cut.source, 'text')} (source)"
+    held_out = report.evaluation
+    yield "held out", f"{held_out.texts:,} other texts, {held_out.bytes:,} bytes"
     yield from _solved(solved)
-    if fusion["what"] == "task-vector":
-        yield "what was moved", f"what the source learned since {report['source_base']}"
+    if fusion.what == "task-vector":
+        yield "what was moved", f"what the source learned since {report.source_base}"
     else:
         yield "what was moved", "the source's weights"
     yield (
         "fusion",
-        f"alpha {alpha_words(fusion)}, {fusion['scale']} scale, units {fusion['units']}, top_k {fusion['top_k']}",
+        f"alpha {alpha_words(fusion)}, {fusion.scale} scale, units {fusion.units}, top_k {fusion.top_k}",
     )
-    if fusion.get("stream"):
-        yield "on the residual stream", ", ".join(fusion["stream"])
-    yield "run on", f"{report['device']}, {report['dtype']}, seed {report['seed']}"
+    if fusion.stream:
+        yield "on the residual stream", ", ".join(fusion.stream)
+    yield "run on", f"{report.device}, {report.dtype}, seed {report.seed}"
 
 
-def _controls(evaluation: Mapping[str, Any]) -> str:
+def _controls(evaluation: Evaluation) -> str:
     """How the merge compares with changes of the same neurons that know nothing of the correspondence."""
-    low, high = evaluation["difference"]["ci95"]
-    controls = evaluation["controls"]
-    listed = ", ".join(f"{name} {item['difference']['value']:+.4f}" for name, item in controls.items())
+    low, high = evaluation.difference.ci95
+    controls = evaluation.controls
+    listed = ", ".join(f"{name} {item.difference.value:+.4f}" for name, item in controls.items())
     groups: dict[str, list[str]] = {"better": [], "worse": [], "like": []}
     for name, item in controls.items():
-        other_low, other_high = item["difference"]["ci95"]
+        other_low, other_high = item.difference.ci95
         groups["better" if high < other_low else "worse" if low > other_high else "like"].append(name)
     said = [f"the merge is {word} than {_and(groups[word])}" for word in ("better", "worse") if groups[word]]
     if groups["like"]:
@@ -158,15 +141,15 @@ def _controls(evaluation: Mapping[str, Any]) -> str:
     )
 
 
-def _arrived(report: Mapping[str, Any]) -> str:
+def _arrived(report: Report) -> str:
     """What the norm ratios say about the fusion."""
-    fusion = report["fusion"]
-    ratios = [ratio for item in fusion["projections"].values() for ratio in item["norm_ratio"] if ratio is not None]
+    fusion = report.fusion
+    ratios = [ratio for item in fusion.projections.values() for ratio in item.norm_ratio if ratio is not None]
     if not ratios:
         return "The target's own neurons are all zero, so there is no norm to hold what was transported against."
     low, high = min(ratios), max(ratios)
     sentence = f"What was transported has {low:.2g} to {high:.2g} times the norm of the neurons it is mixed into"
-    if fusion["what"] == "task-vector":
+    if fusion.what == "task-vector":
         return f"{sentence}; it is added to them, and nothing is taken away."
     if high < _NOTHING:
         alpha = alpha_words(fusion)
@@ -176,33 +159,28 @@ def _arrived(report: Mapping[str, Any]) -> str:
     return f"{sentence}."
 
 
-def _interval(item: Mapping[str, Any], sign: str = "") -> str:
-    low, high = item["ci95"]
-    return f"{low:{sign}.4f} to {high:{sign}.4f}"
-
-
 def _and(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _solved(solved: Mapping[str, Any]) -> Iterable[Sequence[str]]:
+def _solved(solved: Transport) -> Iterable[Sequence[str]]:
     """How the transport was solved."""
-    steps = solved["iterations"]
-    shared = solved.get("structure", "none") == "shared"
+    steps = solved.iterations
+    shared = solved.structure == "shared"
     if shared:
-        kind = "one to one" if solved["matching"] == "one-to-one" else f"entropic, epsilon {solved['epsilon']}"
+        kind = "one to one" if solved.matching == "one-to-one" else f"entropic, epsilon {solved.epsilon}"
         yield "structure", f"one residual stream, whole heads, MLP neurons as units, layers in order; {kind}"
-    if not shared or solved["matching"] == "entropic":
+    if not shared or solved.matching == "entropic":
         yield (
             "feature plans",
-            f"{solved['converged']:,} of {solved['problems']:,} converged, {steps['median']:g} iterations in the "
-            f"median, {steps['max']} at most, marginals within {solved['worst_marginal_violation']:.1e}",
+            f"{solved.converged:,} of {solved.problems:,} converged, {steps.median:g} iterations in the "
+            f"median, {steps.max} at most, marginals within {solved.worst_marginal_violation:.1e}",
         )
     if not shared:
-        yield "regularisation", f"epsilon {solved['epsilon']}, eta {solved['eta']}"
-        yield "layer plan", f"{solved['layer_cost']} cost, {solved['layer_marginals']} marginals"
-    if solved.get("map", "plan") != "plan":
-        yield "map", f"{solved['map']}, fitted to the features"
-    if solved.get("relatedness"):
-        found = solved["relatedness"]
-        yield "relatedness", f"{found['value']:.2f}, by chance {found['permuted']:.2f}"
+        yield "regularisation", f"epsilon {solved.epsilon}, eta {solved.eta}"
+        yield "layer plan", f"{solved.layer_cost} cost, {solved.layer_marginals} marginals"
+    if solved.map != "plan":
+        yield "map", f"{solved.map}, fitted to the features"
+    if solved.relatedness:
+        found = solved.relatedness
+        yield "relatedness", f"{found.value:.2f}, by chance {found.permuted:.2f}"

@@ -22,7 +22,7 @@ from tmerge.preflight.check import Check, check, refuse_unfit
 from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe
 from tmerge.recorded import RecordedRun
-from tmerge.report import build_report, library_versions
+from tmerge.report import Report, build_report, library_versions
 from tmerge.run import Run, write_json, write_text
 from tmerge.stages.choose import Choose
 from tmerge.stages.evaluate import Evaluate
@@ -39,7 +39,7 @@ from tmerge.stages.transport import Features, SolveTransport
 __all__ = ["STAGES", "Listener", "Step", "advance", "merge"]
 
 
-def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) -> dict[str, Any]:
+def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) -> Report:
     """Run a recipe, or take up its unfinished run.
 
     Args:
@@ -48,7 +48,7 @@ def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) 
         listener: Hears every `Step`; may raise `Cancelled`.
 
     Returns:
-        The report, as report.json holds it.
+        The report; ``to_dict()`` is what report.json holds.
 
     Raises:
         TmergeError: Bad input, one line; nothing is left behind if no stage had finished.
@@ -166,7 +166,7 @@ class _Road:
         record.save()
         return found
 
-    def report(self, finished: list[Finished[Any]]) -> dict[str, Any]:
+    def report(self, finished: list[Finished[Any]]) -> Report:
         """Write the report and the card, once all stages are finished."""
         notes = {done.name: done for done in finished}
         resolved = self._resolved(TextSet.load(self.run.cache / "calibration.json"))
@@ -184,7 +184,7 @@ class _Road:
             # Where the models read, and, if that was elsewhere, where all else was computed.
             here if read == here else f"{read} (transport and fusion: {here})",
         )
-        write_json(self.run.work / "report.json", report)
+        write_json(self.run.work / "report.json", report.to_dict())
         write_card(self.run, report, resolved)
         return report
 

@@ -87,11 +87,11 @@ class Read:
         )
 
     def _score_alone(self, recorded: RecordedRun, progress: Progress) -> ReadNote:
-        scores, read = self._score(progress), recorded.report["calibration"]
+        scores, read = self._score(progress), recorded.report.calibration
         return ReadNote(
             scores=ScoreNote.of(scores),
-            tokens=read["tokens"][self.name],
-            truncated=read["truncated"][self.name],
+            tokens=getattr(read.tokens, self.name),
+            truncated=getattr(read.truncated, self.name),
             forward_seconds=scores.seconds,
         )
 

@@ -96,7 +96,7 @@ class SolveTransport:
     def do(self, key: str, progress: Progress) -> TransportNote:
         """Solve, and tell the relatedness before anything is fused."""
         if self.recorded is not None:
-            solved = self.recorded.report["transport"]
+            solved = self.recorded.report.transport.to_dict()
             names = ("problems", "iterations", "worst_marginal_violation", "converged", "relatedness")
             return TransportNote.model_validate({name: solved.get(name) for name in names})
         began = time.perf_counter()
@@ -105,7 +105,7 @@ class SolveTransport:
         noted = transport.problems.to_dict() | {"solve_seconds": time.perf_counter() - began}
         found = self._relatedness(transport, progress)
         if found is not None:
-            progress.note(relatedness_words(found))
+            progress.note(relatedness_words(found["value"], found["permuted"]))
         return TransportNote.model_validate({**noted, "relatedness": found})
 
     def _solve(self, progress: Progress) -> Transport:

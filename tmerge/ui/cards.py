@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tmerge.report import bytes_words, number_words
 from tmerge.ui.limits import AppSettings, describe_limits
-from tmerge.ui.safe import bytes_words, escape, number_words
+from tmerge.ui.safe import escape
 
 __all__ = ["check_cards", "empty_card", "error_card", "limits_line", "note"]
 

@@ -14,6 +14,7 @@ from tmerge.errors import TmergeError
 from tmerge.models import feature_key
 from tmerge.plots import Order, Side, kept_layers, pair_place
 from tmerge.plots.words import findings
+from tmerge.ui.cards import error_card
 from tmerge.ui.context import AppContext
 from tmerge.ui.figure import Reader, figure_box
 from tmerge.ui.look_data import Looked, looked_at
@@ -100,7 +101,8 @@ def build_look(app: AppContext) -> None:
         """All of the tab, for the run that is looked at now."""
         looked = _looked(app, run_id)
         if looked is None:
-            return [gr.update(visible=True), gr.update(visible=False), *[gr.skip()] * 8, {}, *[""] * len(boxes)]
+            nothing_yet = gr.update(visible=True, value=_why_nothing(app, run_id))
+            return [nothing_yet, gr.update(visible=False), *[gr.skip()] * 8, {}, *[""] * len(boxes)]
         choice = _first_choice(looked, run_id)
         return [
             gr.update(visible=False),
@@ -173,6 +175,18 @@ def _looked(app: AppContext, run_id: str) -> Looked | None:
         return looked_at(run.folder)
     except TmergeError:
         return None
+
+
+def _why_nothing(app: AppContext, run_id: str) -> str:
+    """That there is no run yet, or what is wrong with the one there is."""
+    run = app.finished(run_id)
+    if run is None:
+        return _NOTHING
+    try:
+        looked_at(run.folder)
+    except TmergeError as error:
+        return error_card("This run cannot be shown", str(error).replace(str(run.folder), "the run"))
+    return _NOTHING
 
 
 def _reader(app: AppContext, read: Callable[[Looked, Mapping[str, Any]], dict[str, Any]]) -> Reader:
@@ -251,8 +265,8 @@ def _head(looked: Looked) -> str:
     """Which models, and the verdict with what it rests on."""
     report = looked.report
     verdict, *rest = findings(report)
-    tone = {"helps": "good", "hurts": "bad"}.get(report["verdict"], "none")
-    names = " merged with ".join(escape(_name(report[role]["ref"])) for role in ("target", "source"))
+    tone = {"helps": "good", "hurts": "bad"}.get(report.verdict, "none")
+    names = " merged with ".join(escape(_name(model.ref)) for model in (report.target, report.source))
     return (
         f'<div class="tm-verdict tm-{tone}"><p class="tm-soft">{names}</p><p class="tm-word">{escape(verdict)}</p>'
         + "".join(f"<p>{escape(sentence)}</p>" for sentence in rest)

@@ -6,7 +6,6 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -15,6 +14,7 @@ from torch import Tensor
 from tmerge.errors import RunNotFoundError
 from tmerge.fusion import TransportRecord
 from tmerge.plots import Entries, Order, plan_entries, plan_orders
+from tmerge.report import Report
 from tmerge.run import Run
 
 __all__ = ["Looked", "entries_of", "looked_at", "orders_of"]
@@ -34,7 +34,7 @@ class Looked:
     """
 
     folder: Path
-    report: dict[str, Any]
+    report: Report
     record: TransportRecord
 
 

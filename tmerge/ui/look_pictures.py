@@ -178,14 +178,14 @@ def _scores(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -
 
 
 def _descent(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
-    evaluation = looked.report["evaluation"]
-    if "descent" not in evaluation:
+    descent = looked.report.evaluation.descent
+    if descent is None:
         return figure_message(
             "Does the merge point where the loss falls?",
             "This run did not measure it, as it takes backward passes: set evaluation.descent to a number of texts, "
             "such as 64, and run the merge again.",
         )
-    return figure_value(descent_bars(evaluation), file, CAPTIONS["descent"], ref)
+    return figure_value(descent_bars(descent), file, CAPTIONS["descent"], ref)
 
 
 FIGURES: Mapping[str, Callable[[Looked, Choice, Mapping[str, Any], str], str]] = {
@@ -208,6 +208,13 @@ def _plan_data(looked: Looked, choice: Choice) -> str:
     return tables.plan_data(entries)
 
 
+def _descent_data(looked: Looked, choice: Choice) -> str:
+    descent = looked.report.evaluation.descent
+    if descent is None:
+        raise ValueError("that run did not measure it")
+    return tables.descent_data(descent)
+
+
 _DATA: Mapping[str, Callable[[Looked, Choice], str]] = {
     "coupling": lambda looked, choice: tables.coupling_data(looked.record, choice.projection, choice.side),
     "flow": lambda looked, choice: tables.flow_data(looked.record, choice.projection),
@@ -216,7 +223,7 @@ _DATA: Mapping[str, Callable[[Looked, Choice], str]] = {
     "norms": lambda looked, choice: tables.norms_data(looked.report),
     "neurons": lambda looked, choice: tables.neurons_data(looked.record, choice.projection),
     "scores": lambda looked, choice: tables.scores_data(looked.report),
-    "descent": lambda looked, choice: tables.descent_data(looked.report),
+    "descent": _descent_data,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,10 @@ import plotly.graph_objects as go
 
 from tmerge.plots.style import COLOUR_SCALE, feature_name, finish
 from tmerge.preflight.check import keys_of
-from tmerge.report import alpha_words, summary
+from tmerge.report import ScoreRow, alpha_words, bytes_words, duration_words, score_rows, summary
 from tmerge.stages.step import STAGES
 from tmerge.ui.cards import error_card
-from tmerge.ui.safe import bytes_words, duration_words, escape
+from tmerge.ui.safe import escape
 from tmerge.ui.visitor_run import StageProgress, VisitorRun
 
 __all__ = [
@@ -54,7 +55,7 @@ def head(run: VisitorRun, position: int) -> str:
         words = "Stopping"
     facts = []
     if run.report is not None and run.state == "done":
-        facts.append(_VERDICTS[run.report["verdict"]])
+        facts.append(_VERDICTS[run.report.verdict])
     if run.state == "waiting":
         facts.append(f"{position} run{'s' if position != 1 else ''} before this one" if position else "next")
     if run.started is not None:
@@ -219,27 +220,23 @@ def result_cards(run: VisitorRun) -> str:
     report = run.report
     if run.state != "done" or report is None:
         return ""
-    evaluation = report["evaluation"]
-    rows = [("target, unchanged", evaluation["base"], None), ("fused", evaluation["fused"], evaluation["difference"])]
-    rows += [(f"control: {name}", item, item["difference"]) for name, item in evaluation["controls"].items()]
-    rows.append(("source", evaluation["source"], None))
-    body = "".join(_score_row(*row) for row in rows)
+    body = "".join(map(_score_row, score_rows(report)))
     ratios = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{_median(item['norm_ratio']):.3g}</dd></div>"
-        for name, item in report["fusion"]["projections"].items()
+        f"<div><dt>{escape(name)}</dt><dd>{_median(item.norm_ratio):.3g}</dd></div>"
+        for name, item in report.fusion.projections.items()
     )
-    remarks = "".join(f"<li>{escape(line)}</li>" for line in report["notes"])
+    remarks = "".join(f"<li>{escape(line)}</li>" for line in report.notes)
     listed = f'<ul class="notes">{remarks}</ul>' if remarks else ""
-    verdict = report["verdict"].replace(" ", "-")
+    verdict = report.verdict.replace(" ", "-")
     return (
         f'<section class="card" aria-label="Verdict"><p class="verdict {verdict}">'
-        f"{escape(_VERDICTS[report['verdict']])}</p>"
+        f"{escape(_VERDICTS[report.verdict])}</p>"
         f"<p>{escape(summary(report))}</p>"
         '<div class="scroll"><table class="plain"><caption class="unseen">Bits per byte on held-out texts</caption>'
         '<thead><tr><th scope="col"></th><th scope="col">bits per byte</th><th scope="col">95 % interval</th>'
         '<th scope="col">against the target</th><th scope="col">95 % interval</th></tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
-        f'<p class="small" style="margin-top:10px">Alpha {escape(alpha_words(report["fusion"]))}. Transported weight '
+        f'<p class="small" style="margin-top:10px">Alpha {escape(alpha_words(report.fusion))}. Transported weight '
         f'over target weight, median over the layers:</p><dl class="big">{ratios}</dl>{listed}</section>'
     )
 
@@ -251,14 +248,12 @@ _VERDICTS = {
 }
 
 
-def _score_row(name: str, item: dict[str, Any], change: dict[str, Any] | None) -> str:
-    cells = [f"{item['value']:.4f}", "{:.4f} to {:.4f}".format(*item["ci95"])]
-    cells += [f"{change['value']:+.4f}", "{:+.4f} to {:+.4f}".format(*change["ci95"])] if change else ["", ""]
-    return f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+def _score_row(row: ScoreRow) -> str:
+    return f'<tr><th scope="row">{escape(row.label)}</th>{"".join(f"<td>{cell}</td>" for cell in row.cells)}</tr>'
 
 
-def _median(values: Any) -> float:
-    known = [value for value in (values.values() if isinstance(values, dict) else values) if value is not None]
+def _median(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
     return float(np.median(known)) if known else np.nan
 
 

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 from tmerge.hub import PushPlan
+from tmerge.report import bytes_words, duration_words
 from tmerge.ui.cards import error_card
 from tmerge.ui.pushes import PushUnderWay
-from tmerge.ui.safe import bytes_words, duration_words, escape
+from tmerge.ui.safe import escape
 
 __all__ = ["card_preview", "files_card", "push_card", "verdict_card"]
 

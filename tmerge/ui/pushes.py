@@ -10,16 +10,16 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from tmerge.errors import PushError, TmergeError
-from tmerge.hub import Pushed, merge_licence, plan_push, published_verdict, push
+from tmerge.hub import Pushed, merge_licence, plan_push, push
 from tmerge.models import ModelReference
+from tmerge.report import Report
 from tmerge.ui.limits import AppSettings, BusyError
 from tmerge.ui.visitor_run import VisitorRun
 
@@ -74,7 +74,7 @@ def start_push(
         PushError: What can be told before anything is sent: the name, the verdict, the card.
         RunNotFoundError: It is no finished run any more.
     """
-    if run.report is not None and published_verdict(run.report) == "hurts" and not even_if_worse:
+    if run.report is not None and run.report.published_verdict == "hurts" and not even_if_worse:
         raise PushError("this model is worse than its target; tick the box that says so to publish it all the same")
     plan_push(run.folder, repo, even_if_worse=even_if_worse, card=card)
     with _lock:
@@ -131,14 +131,14 @@ def account_name(token: str) -> str | None:
         raise PushError("the Hub cannot be reached; check the network, and open this tab again") from None
 
 
-def suggested_name(report: Mapping[str, Any]) -> str:
+def suggested_name(report: Report) -> str:
     """A repo name for a run's result: both models' names, beginning as the licence asks."""
     names = []
-    for role in ("target", "source"):
+    for model in (report.target, report.source):
         try:
-            names.append(ModelReference.parse(report[role]["ref"]).name)
+            names.append(ModelReference.parse(model.ref).name)
         except TmergeError:
-            names.append(str(report[role]["ref"]).partition("@")[0].rpartition("/")[2])
+            names.append(model.ref.partition("@")[0].rpartition("/")[2])
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{names[0]}-x-{names[1]}")
     begins = merge_licence(report).name_begins
     if begins and not name.lower().startswith(begins.lower()):

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from tmerge.errors import TmergeError
-from tmerge.hub import card_text, plan_push, published_verdict
+from tmerge.hub import card_text, plan_push
 from tmerge.report import summary, training_summary
 from tmerge.ui.cards import empty_card, error_card, note
 from tmerge.ui.context import AppContext
@@ -101,13 +101,13 @@ def build_push(app: AppContext) -> None:
             planned = plan_push(run.folder, name, even_if_worse=True, card=text)
         except TmergeError as error:
             return [error_card("This run cannot be pushed", str(error)), *(gr.skip() for _ in range(15))]
-        hurts = published_verdict(report) == "hurts"
+        hurts = report.published_verdict == "hurts"
         seen = app.seen(run_id)
         pushing = seen is not None and seen.push is not None and seen.push.state == "pushing"
         return [
             gr.update(visible=False),
             gr.update(visible=True),
-            verdict_card(planned.verdict, summary(report) if "adaptation" not in report else training_summary(report)),
+            verdict_card(planned.verdict, training_summary(report) or summary(report)),
             line,
             name,
             gr.update(visible=hurts, value=False),

@@ -19,12 +19,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tmerge.errors import Cancelled, TmergeError
 from tmerge.recipe import Recipe
+from tmerge.report import Report
 from tmerge.stages.merge import advance, merge
 from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, BusyError, TooManyRunsError
 from tmerge.ui.stopping import watched_modules
@@ -223,7 +223,7 @@ class RunStore:
             run.fault = True
             self._end(run, "failed", run.error)
 
-    def _merge(self, run: VisitorRun) -> dict[str, Any]:
+    def _merge(self, run: VisitorRun) -> Report:
         recipe = run._read or run.recipe
         if run._gpu is not None and run._context is not None:
             from tmerge.ui import zero

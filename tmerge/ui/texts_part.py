@@ -13,10 +13,11 @@ import gradio as gr
 from tmerge.calibration import SAMPLES_PREFIX, sample_languages
 from tmerge.calibration.files import FILE_SUFFIXES
 from tmerge.errors import DatasetError, TmergeError
+from tmerge.report import bytes_words
 from tmerge.ui.aside import Aside
 from tmerge.ui.cards import note
 from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, refuse_dataset_path
-from tmerge.ui.safe import bytes_words, escape
+from tmerge.ui.safe import escape
 from tmerge.ui.search import Choice, DatasetFacts, HubSearch, dataset_facts, file_facts, offered
 from tmerge.ui.style import markup
 

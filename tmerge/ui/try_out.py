@@ -8,8 +8,9 @@ from typing import Any
 import gradio as gr
 
 from tmerge.errors import TmergeError
-from tmerge.plots.words import score_rows
-from tmerge.report import summary
+from tmerge.plots.words import score_cells
+from tmerge.report import Report, summary
+from tmerge.ui.cards import error_card
 from tmerge.ui.context import AppContext
 from tmerge.ui.prompts import offered_prompts
 from tmerge.ui.safe import escape
@@ -97,15 +98,16 @@ def build_try(app: AppContext) -> None:
 
     def fill(run_id: str) -> list[Any]:
         """All of the tab, for the run that is looked at now."""
-        run = app.finished(run_id)
+        run, why = app.finished(run_id), _NOTHING
         try:
             report = None if run is None else run.report()
-        except TmergeError:
-            report = None
+        except TmergeError as error:
+            assert run is not None  # it was its report that could not be read
+            report, why = None, error_card("This run cannot be tried", str(error).replace(str(run.folder), "the run"))
         if report is None:
             kept = [gr.skip()] * (_PROMPTS + len(ROLES))
-            return [gr.update(visible=True), gr.update(visible=False), "", *kept, "", *silent]
-        prompts = offered_prompts(report["calibration"]["dataset"])
+            return [gr.update(visible=True, value=why), gr.update(visible=False), "", *kept, "", *silent]
+        prompts = offered_prompts(report.calibration.dataset)
         return [
             gr.update(visible=False),
             gr.update(visible=True),
@@ -178,15 +180,15 @@ def _fault(line: str) -> str:
     return f'<p class="tm-note tm-failed" role="alert">{escape(line)}</p>'
 
 
-def _scores(report: Mapping[str, Any]) -> str:
+def _scores(report: Report) -> str:
     """The verdict with its interval, and every model's held-out score."""
     cells = "".join(
         f'<tr><th scope="row">{_cell(name)}</th><td>{_cell(score)}</td><td>{_cell(change)}</td></tr>'
-        for name, score, change in score_rows(report)
+        for name, score, change in score_cells(report)
     )
     heads = ("model", "bits per byte, 95 % interval", "difference to the target, 95 % interval")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    texts = report["evaluation"]["texts"]
+    texts = report.evaluation.texts
     return (
         f'<div class="tm-scores"><p><strong>{escape(summary(report))}</strong></p>'
         f"<p>A few answers show what a model is like, not whether it is better: that is what these {texts} texts say, "
@@ -195,14 +197,14 @@ def _scores(report: Mapping[str, Any]) -> str:
     )
 
 
-def _own_score(report: Mapping[str, Any], role: str) -> str:
+def _own_score(report: Report, role: str) -> str:
     """One model's held-out score, to stand beside what it says."""
-    evaluation = report["evaluation"]
-    line = f"held out: {evaluation['base' if role == 'target' else role]['value']:.4f} bits per byte"
+    evaluation = report.evaluation
+    score = {"target": evaluation.base, "fused": evaluation.fused, "source": evaluation.source}[role]
+    line = f"held out: {score.value:.4f} bits per byte"
     if role == "fused":
-        change = evaluation["difference"]
-        low, high = change["ci95"]
-        line += f", {change['value']:+.4f} [{low:+.4f}, {high:+.4f}] to the target: {report['verdict']}"
+        change = evaluation.difference
+        line += f", {change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}] to the target: {report.verdict}"
     return f'<p class="tm-mine">{escape(line)}</p>'
 
 

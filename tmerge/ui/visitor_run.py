@@ -8,10 +8,11 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tmerge.errors import Cancelled
 from tmerge.recipe import Recipe
+from tmerge.report import Report
 from tmerge.stages.step import NOTE, Step
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class VisitorRun:
     rows: list[CouplingRow] = field(default_factory=list)
     error: str | None = None
     fault: bool = False
-    report: dict[str, Any] | None = None
+    report: Report | None = None
     push: PushUnderWay | None = None
     created: float = field(default_factory=time.time)
     started: float | None = None

@@ -1,14 +1,11 @@
-"""report.json: what a run did and whether it helped, put together from what its stages measured.
+"""The report of a run: what it did and whether it helped, put together from what its stages measured.
 
 No number here is a constant: each comes from a stage's note of this run (or of the part of it that was resumed).
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import resource
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,28 +16,10 @@ from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.models import Architecture, ModelFacts
 from tmerge.preflight.check import Check
 from tmerge.recipe import Recipe
-from tmerge.version import VERSION
+from tmerge.report.report import SCHEMA, Report
+from tmerge.report.words import relatedness_words
 
-__all__ = [
-    "RELATED",
-    "SCHEMA",
-    "alpha_words",
-    "build_report",
-    "library_versions",
-    "peak_memory",
-    "ratio_words",
-    "relatedness_words",
-    "solved_words",
-    "summary",
-    "training_summary",
-]
-
-SCHEMA = 1
-_CLEAR = 0.9
-RELATED = 0.5
-"""Relatedness from which a merge is worth trying: more than half of the neurons are found twice alike. Relatives that
-were measured lie at 0.98 and above on texts that both read (at 0.87 on means over texts), and at 0.70 on others;
-strangers at 0.14 to 0.18 on single tokens and at 0.01 on means over texts (docs/experiments.md)."""
+__all__ = ["build_report"]
 
 
 def build_report(
@@ -50,7 +29,7 @@ def build_report(
     scores: Mapping[str, Mapping[str, Any]],
     versions: Mapping[str, str],
     device: str,
-) -> dict[str, Any]:
+) -> Report:
     """The report of a finished run.
 
     Args:
@@ -62,7 +41,7 @@ def build_report(
         device: Where it ran.
 
     Returns:
-        JSON values, schema 1 (DESIGN: report.json).
+        Of schema 1, as it is written to report.json.
     """
     evaluation = _evaluation(recipe, scores)
     texts = dict(notes["texts"]["texts"])
@@ -95,14 +74,14 @@ def build_report(
                 "was transported has no norm to be held against there (norm_ratio null)"
             )
     if solved.get("relatedness") is not None:
-        remarks.append(relatedness_words(solved["relatedness"]))
+        remarks.append(relatedness_words(solved["relatedness"]["value"], solved["relatedness"]["permuted"]))
     choice = notes["choose"]["choice"] if "choose" in notes else None
     if choice is not None and not any(choice["alpha"].values()):
         remarks.append(
             f"fusion.alpha auto found no alpha that clearly gains on {choice['texts']} texts kept for choosing: the "
             "checkpoint is the target, unchanged"
         )
-    return {
+    document = {
         "schema": SCHEMA,
         "tmerge": versions["tmerge"],
         "verdict": evaluation.pop("verdict"),
@@ -157,94 +136,7 @@ def build_report(
         "versions": dict(versions),
         "notes": remarks,
     }
-
-
-def relatedness_words(found: Mapping[str, Any]) -> str:
-    """Whether the two models' neurons correspond, in a sentence (`tmerge.transport.relatedness`)."""
-    numbers = f"Relatedness {found['value']:.2f} (by chance {found['permuted']:.2f})"
-    if found["value"] >= RELATED:
-        sentence = f"{numbers}: these models' neurons correspond, as those of models with a common ancestor do"
-        if found["value"] < _CLEAR:
-            sentence += (
-                "; not all were found, and more will be on texts that both models read well (calibration.match_on, by "
-                "default the English samples)"
-            )
-        return sentence
-    return (
-        f"{numbers}: two halves of the calibration set do not agree on which neuron is which, so these models share "
-        "no correspondence that weights could be carried by; train or distil instead (tmerge adapt)"
-    )
-
-
-def solved_words(solved: Mapping[str, Any]) -> str:
-    """How many problems the transport solved, and how well."""
-    if solved.get("structure") == "shared" and solved["matching"] == "one-to-one":
-        return f"{solved['problems']} correspondences, matched one to one: the residual stream's, each layer's own"
-    steps = solved["iterations"]
-    return (
-        f"{solved['problems']} feature plans, {solved['converged']} converged, {steps['median']} iterations in the "
-        f"median, {steps['max']} at most, worst marginal violation {solved['worst_marginal_violation']:.1e}"
-    )
-
-
-def alpha_words(fusion: Mapping[str, Any]) -> str:
-    """A report's alpha in words: ``0.1``, or what ``auto`` chose for each projection."""
-    if "choice" not in fusion:
-        return str(fusion["alpha"])
-    chosen = ", ".join(f"{name} {alpha:g}" for name, alpha in fusion["choice"]["alpha"].items())
-    return f"{fusion['alpha']} ({chosen})"
-
-
-def ratio_words(ratios: Sequence[float | None]) -> str:
-    """A projection's norm ratios in words: the smallest to the largest of those that there are."""
-    known = [ratio for ratio in ratios if ratio is not None]
-    return f"{min(known):.2g} to {max(known):.2g}" if known else "undefined: its own are zero"
-
-
-def summary(report: Mapping[str, Any]) -> str:
-    """The verdict as a sentence with its number and interval."""
-    change = report["evaluation"]["difference"]
-    value, (low, high) = change["value"], change["ci95"]
-    numbers = f"{value:+.4f} bits per byte on {report['evaluation']['texts']} held-out texts"
-    interval = f"95 % interval {low:+.4f} to {high:+.4f}"
-    sentence = {
-        "helps": "The merge helps",
-        "hurts": "The merge hurts: the fused model is worse than the target it was made from",
-        "no difference": "The merge makes no difference that these texts can show",
-    }[report["verdict"]]
-    return f"{sentence}: {numbers} ({interval}; lower is better).{_caution(report)}"
-
-
-def _caution(report: Mapping[str, Any]) -> str:
-    """What a gain is worth that a control makes as well: the correspondence is then not what helps."""
-    if report["verdict"] != "helps":
-        return ""
-    controls = report["evaluation"]["controls"]
-    as_good = [
-        f"{name} ({item['difference']['value']:+.4f})"
-        for name, item in controls.items()
-        if item["fused_minus_control"]["ci95"][1] >= 0 and item["difference"]["ci95"][1] < 0
-    ]
-    if not as_good:
-        return ""
-    listed = ", ".join(as_good)
-    return f" But as far as these texts show, it is not the source's knowledge that helps: {listed} gain as much."
-
-
-def training_summary(report: Mapping[str, Any]) -> str:
-    """What training on top of the merge did."""
-    adaptation, adapted = report["adaptation"], report["evaluation"]["adapted"]
-    kept = "held fixed" if adaptation["residual"] == "frozen" else "trained as well"
-    return (
-        f"{len(adaptation['loss_curve'])} steps of {adaptation['objective']} over {adaptation['tokens']:,} tokens, "
-        f"what was transported {kept}. Against the target: {adapted['difference']['value']:+.4f} bits per byte "
-        f"(95 % interval {_span(adapted['difference'])}); against the merge before training: "
-        f"{adapted['difference_to_fused']['value']:+.4f} ({_span(adapted['difference_to_fused'])})."
-    )
-
-
-def _span(item: Mapping[str, Any]) -> str:
-    return "{:+.4f} to {:+.4f}".format(*item["ci95"])
+    return Report.model_validate(document)
 
 
 def _evaluation(recipe: Recipe, notes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -313,21 +205,3 @@ def _model(facts: ModelFacts, layout: Architecture) -> dict[str, Any]:
         "hidden_size": layout.hidden_size,
         "licence": facts.licence,
     }
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process so far; Linux counts them in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def library_versions() -> dict[str, str]:
-    """Of Python and the libraries that decide the numbers."""
-    names = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "scipy")
-    versions = {"python": ".".join(map(str, sys.version_info[:3])), "tmerge": VERSION}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions

@@ -1,0 +1,284 @@
+"""The parts of a report that say what went into a merge: models, texts, transport, fusion.
+
+The fields stand in the order in which they are written. What a part has besides them, as a later tmerge may write, is
+kept as it is; what it lacks or has of another kind is said by `tmerge.report.read_report`, in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+__all__ = [
+    "Calibration",
+    "Choice",
+    "FusedProjection",
+    "Fusion",
+    "Items",
+    "Iterations",
+    "Measured",
+    "MergedModel",
+    "OfBoth",
+    "Part",
+    "Projections",
+    "Relatedness",
+    "TrainingTexts",
+    "Transport",
+    "Trial",
+]
+
+_Item = TypeVar("_Item")
+# JSON knows lists only.
+Items = Annotated[tuple[_Item, ...], Strict(False)]
+
+
+class Part(BaseModel):
+    """A part of a report; it is not changed once it is made."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, ser_json_inf_nan="constants")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the document holds it: its keys and no others, in the order in which they are written.
+
+        Numbers that are undefined are NaN or infinite here; `tmerge.documents.json_text` writes them as null.
+        """
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+class Measured(Part):
+    """A value with its 95 % interval over texts, in bits per byte.
+
+    Attributes:
+        value: NaN where it is undefined.
+        ci95: Lower and upper end.
+    """
+
+    value: float
+    ci95: Annotated[tuple[float, float], Strict(False)]
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.ci95[0]
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.ci95[1]
+
+
+class OfBoth(Part):
+    """A count of the target's and one of the source's."""
+
+    target: int
+    source: int
+
+
+class MergedModel(Part):
+    """One of the models that went into a merge.
+
+    Attributes:
+        ref: As it was asked for.
+        commit: Of its repo; of local files ``sha256:`` and their digest.
+        licence: As it states it; None where it states none.
+    """
+
+    ref: str
+    commit: str
+    architecture: str
+    parameters: int
+    layers: int
+    hidden_size: int
+    licence: str | None
+
+
+class Calibration(Part):
+    """The texts that the merge read.
+
+    Attributes:
+        texts: How many were read for features.
+        revision: Commit of a dataset on the Hub.
+        sha256: Of the texts.
+        choosing: Texts kept apart to choose alpha on.
+        other: Texts of `other_dataset` that the neurons were matched on in their place; 0 for none.
+        file_sha256, other_sha256: Of local files.
+        held_out_texts: Those that nothing but the scores has seen.
+        tokens: That each model read.
+        truncated: Texts that were cut.
+    """
+
+    texts: int
+    dataset: str
+    revision: str | None
+    config: str | None
+    split: str | None
+    column: str | None
+    read: int
+    empty: int
+    duplicates: int
+    sha256: str
+    choosing: int = 0
+    prompts: int = 0
+    other: int = 0
+    other_dataset: str | None = None
+    file_sha256: str | None = None
+    other_sha256: str | None = None
+    held_out_texts: int
+    tokens: OfBoth
+    truncated: OfBoth
+
+
+class TrainingTexts(Part):
+    """The texts of a training after the merge; as in `Calibration`."""
+
+    texts: int
+    held_out: int
+    dataset: str
+    revision: str | None
+    config: str | None
+    split: str | None
+    column: str | None
+    read: int
+    empty: int
+    duplicates: int
+    sha256: str
+    notes: Items[str]
+    choosing: int = 0
+    prompts: int = 0
+    other: int = 0
+    other_dataset: str | None = None
+    file_sha256: str | None = None
+    other_sha256: str | None = None
+
+
+class Iterations(Part):
+    """Sinkhorn sweeps of the feature plans."""
+
+    median: int | float
+    max: int
+
+
+class Relatedness(Part):
+    """Shares of the target's neurons, 0 to 1, as `tmerge.transport.Relatedness`."""
+
+    value: float
+    permuted: float
+    stream: float
+    mlp: float | None
+    rows: int
+
+
+class Transport(Part):
+    """How the plans were solved.
+
+    Attributes:
+        problems: Feature plans, or correspondences.
+        converged: Those that reached the tolerance.
+        seconds: Of the stage.
+        eta_used: Feature key -> eta of its layer plan.
+        relatedness: None where it cannot be asked.
+    """
+
+    problems: int
+    iterations: Iterations
+    worst_marginal_violation: float
+    converged: int
+    seconds: float
+    epsilon: float
+    eta: float
+    eta_used: Mapping[str, float]
+    layer_cost: str
+    layer_marginals: str
+    layer_plans_converged: bool
+    rows: str = "texts"
+    structure: str = "none"
+    matching: str = "entropic"
+    signed: bool = False
+    map: str = "plan"
+    relatedness: Relatedness | None = None
+
+
+class Projections(Part):
+    """Which projections were fused, which were asked for and skipped (with the reason), what was left alone."""
+
+    fused: Items[str]
+    skipped: Mapping[str, str]
+    left_alone: Items[str]
+
+
+class FusedProjection(Part):
+    """What one projection's fusion came to.
+
+    Attributes:
+        layers: The target's.
+        norm_ratio: Of each of them: norm of what was transported over the norm of its own, None where that is zero.
+        neurons: Selected in each layer.
+        of: So many.
+        bias: What became of it.
+    """
+
+    layers: Annotated[Items[int], Field(min_length=1)]
+    norm_ratio: Items[float | None]
+    neurons: int
+    of: int
+    bias: str
+
+    @model_validator(mode="after")
+    def _one_a_layer(self) -> Self:
+        if len(self.norm_ratio) != len(self.layers):
+            raise ValueError("norm_ratio has to have one number for each of layers")
+        return self
+
+
+class Trial(Part):
+    """An alpha that was tried for a group of projections, on so many of the choosing texts."""
+
+    group: Items[str]
+    alpha: float
+    gain: Measured
+    texts: int
+
+
+class Choice(Part):
+    """What ``alpha: auto`` chose: projection -> alpha, and how it compares on the choosing texts."""
+
+    alpha: Mapping[str, float]
+    difference: Measured
+    trials: Items[Trial]
+    texts: int
+
+
+class Fusion(Part):
+    """What was fused, and how strongly.
+
+    Attributes:
+        alpha: As the recipe asks for it.
+        top_k: Neurons of a projection and layer: a count, or a share.
+        stream: What else lies on the residual stream and was carried.
+        choice: Of ``alpha: auto``; None otherwise.
+    """
+
+    what: str
+    alpha: float | Literal["auto"]
+    scale: str
+    units: str
+    top_k: int | float
+    projections: Annotated[Mapping[str, FusedProjection], Field(min_length=1)]
+    stream: Items[str] = ()
+    choice: Choice | None = None
+
+    @property
+    def alpha_used(self) -> float | Mapping[str, float]:
+        """The alpha that the neurons were written with; one for each projection where it was chosen."""
+        if self.choice is not None:
+            return self.choice.alpha
+        assert self.alpha != "auto"  # its run chooses
+        return self.alpha
+
+    @model_validator(mode="after")
+    def _auto_has_chosen(self) -> Self:
+        if self.alpha == "auto" and self.choice is None:
+            raise ValueError("alpha is auto, so there has to be a choice")
+        return self

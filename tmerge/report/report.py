@@ -1,0 +1,204 @@
+"""A run's report as a type: what report.json holds, validated whoever wrote it (schema 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, Strict, model_validator
+
+from tmerge.evaluation import Verdict
+from tmerge.report.parts import (
+    Calibration,
+    Fusion,
+    Items,
+    Measured,
+    MergedModel,
+    Part,
+    Projections,
+    TrainingTexts,
+    Transport,
+)
+
+__all__ = [
+    "SCHEMA",
+    "Adaptation",
+    "Adapted",
+    "Control",
+    "Descent",
+    "DescentOfProjection",
+    "Evaluation",
+    "Report",
+    "StageCost",
+    "Timing",
+]
+
+SCHEMA = 1
+
+
+class Control(Measured):
+    """A control's score, its difference to the target, and that of the fused model to it."""
+
+    difference: Measured
+    fused_minus_control: Measured
+
+
+class DescentOfProjection(Part):
+    """Cosines with the descent direction by layer, as `tmerge.evaluation.Descent` has them, and their means."""
+
+    layers: Items[int]
+    cosine: Items[float]
+    noise: Items[float]
+    noise_sd: Items[float]
+    draws: int
+    mean: float
+    standard_error: float | None
+    noise_mean: float
+    noise_standard_error: float | None
+
+    @model_validator(mode="after")
+    def _one_a_layer(self) -> Self:
+        if {len(self.cosine), len(self.noise), len(self.noise_sd)} != {len(self.layers)}:
+            raise ValueError("cosine, noise and noise_sd have to have one number for each of layers")
+        return self
+
+
+class Descent(Part):
+    """Whether the merge points where the loss falls, on so many calibration texts."""
+
+    texts: int
+    projections: Mapping[str, DescentOfProjection]
+
+
+class Adapted(Part):
+    """A trained model's score, and its differences to the target and to the merge before training."""
+
+    score: Measured
+    difference: Measured
+    difference_to_fused: Measured
+
+
+class Evaluation(Part):
+    """Bits per byte on the held-out texts, of all models on the same ones."""
+
+    metric: str
+    texts: int
+    bytes: int
+    base: Measured
+    fused: Measured
+    source: Measured
+    difference: Measured
+    controls: Mapping[str, Control]
+    descent: Descent | None = None
+    adapted: Adapted | None = None
+
+
+class StageCost(Part):
+    """What a stage took: seconds, those of them in forward passes, and the process's peak memory by then."""
+
+    name: str
+    seconds: float
+    forward_seconds: float
+    peak_rss_bytes: int
+
+
+class Timing(Part):
+    """Seconds of all stages together."""
+
+    total_seconds: float
+    forward_seconds: float
+    other_seconds: float
+
+
+class Adaptation(Part):
+    """A training after the merge: the recipe's ``adaptation`` section, and what came of it.
+
+    Attributes:
+        alpha: That the residual was trained with.
+        tokens: Trained on.
+        aligned_share: Share of the tokens whose texts end where the source's do; None where it was not asked.
+        loss_curve: (step, loss) pairs.
+        verdict: Of the trained model against the target.
+    """
+
+    objective: str
+    residual: str
+    alpha: float | Mapping[str, float]
+    steps: int
+    batch_size: int
+    accumulation: int
+    learning_rate: float
+    warmup: float
+    max_tokens: int
+    lora_rank: int
+    distill_weight: float
+    distill_loss: str
+    transport_weight: float
+    completions_only: bool
+    gradient_checkpointing: bool
+    data: TrainingTexts
+    tokens: int
+    seconds: float
+    trained_parameters: int
+    aligned_share: float | None
+    loss_curve: Annotated[Items[Annotated[tuple[int, float], Strict(False)]], Field(min_length=1)]
+    verdict: Verdict
+
+
+class Report(Part):
+    """report.json.
+
+    Attributes:
+        source_base_model: Of a task vector; older reports have its reference alone.
+        weights: File -> SHA-256 (hex).
+        plan: The run whose transport was taken.
+        adaptation: Of a model that was trained after the merge.
+    """
+
+    schema_number: Literal[1] = Field(alias="schema")
+    tmerge: str
+    verdict: Verdict
+    target: MergedModel
+    source: MergedModel
+    source_base: str | None = None
+    source_base_model: MergedModel | None = None
+    same_model: bool
+    calibration: Calibration
+    transport: Transport
+    projections: Projections
+    fusion: Fusion
+    evaluation: Evaluation
+    stages: Items[StageCost]
+    timing: Timing
+    device: str
+    dtype: str
+    computed_in: str | None = None
+    weights: Mapping[str, str]
+    plan: str | None = None
+    seed: int
+    versions: Mapping[str, str]
+    notes: Items[str]
+    adaptation: Adaptation | None = None
+
+    @model_validator(mode="after")
+    def _trained_and_scored(self) -> Self:
+        if (self.adaptation is None) != (self.evaluation.adapted is None):
+            raise ValueError("adaptation and evaluation.adapted have to be there both, or neither of them")
+        return self
+
+    @property
+    def published_verdict(self) -> Verdict:
+        """On what the folder holds: the merge, or what training made of it."""
+        return self.verdict if self.adaptation is None else self.adaptation.verdict
+
+    @property
+    def published_score(self) -> Measured:
+        """Of what the folder holds."""
+        evaluation = self.evaluation
+        return evaluation.fused if evaluation.adapted is None else evaluation.adapted.score
+
+    @property
+    def published_difference(self) -> Measured:
+        """Of what the folder holds to the target."""
+        evaluation = self.evaluation
+        return evaluation.difference if evaluation.adapted is None else evaluation.adapted.difference

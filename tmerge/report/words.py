@@ -1,0 +1,152 @@
+"""A report in words: each sentence and each way of writing a number is here once, for terminal, page, card and app."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tmerge.report.parts import Fusion, Measured, Transport
+from tmerge.report.report import Report
+
+__all__ = [
+    "RELATED",
+    "alpha_words",
+    "bytes_words",
+    "duration_words",
+    "interval_words",
+    "number_words",
+    "ratio_words",
+    "relatedness_words",
+    "solved_words",
+    "summary",
+    "training_summary",
+]
+
+_CLEAR = 0.9
+RELATED = 0.5
+"""Relatedness from which a merge is worth trying: more than half of the neurons are found twice alike. Relatives that
+were measured lie at 0.98 and above on texts that both read (at 0.87 on means over texts), and at 0.70 on others;
+strangers at 0.14 to 0.18 on single tokens and at 0.01 on means over texts (docs/experiments.md)."""
+
+
+def relatedness_words(value: float, permuted: float) -> str:
+    """Whether the two models' neurons correspond, in a sentence.
+
+    Args:
+        value: Of `tmerge.transport.relatedness`.
+        permuted: What chance gives.
+    """
+    numbers = f"Relatedness {value:.2f} (by chance {permuted:.2f})"
+    if value >= RELATED:
+        sentence = f"{numbers}: these models' neurons correspond, as those of models with a common ancestor do"
+        if value < _CLEAR:
+            sentence += (
+                "; not all were found, and more will be on texts that both models read well (calibration.match_on, by "
+                "default the English samples)"
+            )
+        return sentence
+    return (
+        f"{numbers}: two halves of the calibration set do not agree on which neuron is which, so these models share "
+        "no correspondence that weights could be carried by; train or distil instead (tmerge adapt)"
+    )
+
+
+def solved_words(solved: Transport) -> str:
+    """How many problems the transport solved, and how well."""
+    if solved.structure == "shared" and solved.matching == "one-to-one":
+        return f"{solved.problems} correspondences, matched one to one: the residual stream's, each layer's own"
+    steps = solved.iterations
+    return (
+        f"{solved.problems} feature plans, {solved.converged} converged, {steps.median} iterations in the "
+        f"median, {steps.max} at most, worst marginal violation {solved.worst_marginal_violation:.1e}"
+    )
+
+
+def alpha_words(fusion: Fusion) -> str:
+    """A report's alpha in words: ``0.1``, or what ``auto`` chose for each projection."""
+    if fusion.choice is None:
+        return str(fusion.alpha)
+    chosen = ", ".join(f"{name} {alpha:g}" for name, alpha in fusion.choice.alpha.items())
+    return f"{fusion.alpha} ({chosen})"
+
+
+def ratio_words(ratios: Sequence[float | None]) -> str:
+    """A projection's norm ratios in words: the smallest to the largest of those that there are."""
+    known = [ratio for ratio in ratios if ratio is not None]
+    return f"{min(known):.2g} to {max(known):.2g}" if known else "undefined: its own are zero"
+
+
+def summary(report: Report) -> str:
+    """The verdict as a sentence with its number and interval."""
+    change = report.evaluation.difference
+    numbers = f"{change.value:+.4f} bits per byte on {report.evaluation.texts} held-out texts"
+    sentence = {
+        "helps": "The merge helps",
+        "hurts": "The merge hurts: the fused model is worse than the target it was made from",
+        "no difference": "The merge makes no difference that these texts can show",
+    }[report.verdict]
+    interval = f"95 % interval {interval_words(change, signed=True)}"
+    return f"{sentence}: {numbers} ({interval}; lower is better).{_caution(report)}"
+
+
+def _caution(report: Report) -> str:
+    """What a gain is worth that a control makes as well: the correspondence is then not what helps."""
+    if report.verdict != "helps":
+        return ""
+    as_good = [
+        f"{name} ({control.difference.value:+.4f})"
+        for name, control in report.evaluation.controls.items()
+        if control.fused_minus_control.high >= 0 and control.difference.high < 0
+    ]
+    if not as_good:
+        return ""
+    listed = ", ".join(as_good)
+    return f" But as far as these texts show, it is not the source's knowledge that helps: {listed} gain as much."
+
+
+def training_summary(report: Report) -> str:
+    """What training on top of the merge did; empty where there was none."""
+    adaptation, adapted = report.adaptation, report.evaluation.adapted
+    if adaptation is None or adapted is None:
+        return ""
+    kept = "held fixed" if adaptation.residual == "frozen" else "trained as well"
+    return (
+        f"{len(adaptation.loss_curve)} steps of {adaptation.objective} over {adaptation.tokens:,} tokens, "
+        f"what was transported {kept}. Against the target: {adapted.difference.value:+.4f} bits per byte "
+        f"(95 % interval {interval_words(adapted.difference, signed=True)}); against the merge before training: "
+        f"{adapted.difference_to_fused.value:+.4f} ({interval_words(adapted.difference_to_fused, signed=True)})."
+    )
+
+
+def interval_words(item: Measured, *, signed: bool = False) -> str:
+    """A 95 % interval: ``2.9412 to 2.9620``; of a difference with signs."""
+    form = "+.4f" if signed else ".4f"
+    return f"{item.low:{form}} to {item.high:{form}}"
+
+
+def number_words(value: float | None) -> str:
+    """12,345 as it is; from a million on as 1.2 M, from a thousand million on as 1.2 B."""
+    if value is None:
+        return "not stated"
+    if value >= 1e9:
+        return f"{value / 1e9:.3g} B"
+    return f"{value / 1e6:.3g} M" if value >= 1e6 else f"{value:,.0f}"
+
+
+def bytes_words(value: float) -> str:
+    """Bytes as B, kB, MB or GB."""
+    if value < 1000:
+        return f"{value:.0f} B"
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value < 100 * size else f"{value / size:.0f} {unit}"
+    return f"{value / 1e3:.3g} kB"
+
+
+def duration_words(seconds: float) -> str:
+    """Seconds as 12 s, 3 min 5 s or 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
