@@ -12,7 +12,7 @@ from tests.pico import PICO_RARE, save_pico
 from tests.reported import typed
 from tmerge import adapted
 from tmerge.calibration import sample_texts
-from tmerge.errors import UnsupportedModelError
+from tmerge.errors import NotEnoughDiskError, UnsupportedModelError
 from tmerge.evaluation import most_scorings
 from tmerge.models import model_commit, read_facts
 from tmerge.plots import norm_ratios
@@ -118,7 +118,7 @@ def test_projections_of_uneven_size_are_skipped_and_named(models, tmp_path):
     assert "different sizes" in result.skipped["q"] and "up" in result.projections
 
 
-def test_the_estimate_names_bytes_that_a_run_then_takes(models, tmp_path):
+def test_the_estimate_names_bytes_that_a_run_then_takes(models, tmp_path, monkeypatch):
     sections = {
         "calibration": {"dataset": "samples:malay", "max_tokens": 32, "held_out": 0.3},
         "evaluation": {"bootstrap": 100},
@@ -128,6 +128,12 @@ def test_the_estimate_names_bytes_that_a_run_then_takes(models, tmp_path):
     refuse_unfit(check(recipe), recipe, tmp_path / "fused")
     merge(recipe, tmp_path / "fused")
     taken = sum(path.stat().st_size for path in (tmp_path / "fused").rglob("*.safetensors"))
+    # Continued, it needs room for what it has not written yet.
+    usage = SimpleNamespace(free=estimate.disk_bytes - 1)
+    monkeypatch.setattr("tmerge.preflight.check.shutil.disk_usage", lambda folder: usage)
+    refuse_unfit(check(recipe), recipe, tmp_path / "fused")
+    with pytest.raises(NotEnoughDiskError, match="lower calibration.texts"):
+        refuse_unfit(check(recipe), recipe, tmp_path / "another")
     # Within a factor of three: headers, potentials and costs are not counted, and weigh on a pico model.
     assert estimate.disk_bytes / 3 < taken < estimate.disk_bytes * 3
     assert estimate.seconds > 0

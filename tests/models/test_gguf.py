@@ -15,7 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.models.pico_gguf import save_pico_gguf
 from tests.pico import pico_model, pico_tokenizer
-from tmerge.errors import CheckpointError, MissingExtraError, ModelNotFoundError, TokenizerError, UnsupportedModelError
+from tmerge.errors import (
+    CheckpointError,
+    MissingExtraError,
+    ModelNotFoundError,
+    NotEnoughMemoryError,
+    TokenizerError,
+    UnsupportedModelError,
+)
 from tmerge.models import (
     demo_path,
     load_model,
@@ -25,6 +32,7 @@ from tmerge.models import (
     save_checkpoint,
     verify_checkpoint,
 )
+from tmerge.models import device as device_module
 from tmerge.models.gguf import _dequantize, fast_reading, read_header
 
 TEXTS = ["The cat sat on 3 mats in 2024.", "Saya membaca  buku.\n\nÄpfel, 你好!", "<s>a</s>"]
@@ -233,3 +241,14 @@ def test_a_file_without_a_tokenizer(tmp_path):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ModelNotFoundError, match="no such file"):
         load_model(str(tmp_path / "pico.gguf"))
+
+
+def test_room_for_unpacking_is_asked_for_before_it_begins(tmp_path, monkeypatch):
+    path = save_pico_gguf(tmp_path / "pico.gguf")
+    values = sum(tensor.values for tensor in read_header(path).tensors)
+    # Enough for the model in bfloat16, which was all that was asked for, and not for its values in float32 as well.
+    monkeypatch.setattr(device_module, "available_memory", lambda device: 5 * values)
+    with pytest.raises(NotEnoughMemoryError, match="GB are free"):
+        load_model(str(path), dtype="bfloat16", device="cpu")
+    monkeypatch.setattr(device_module, "available_memory", lambda device: 10 * values)
+    assert load_model(str(path), dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,13 +201,35 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return sorted(found + [folder / name for name in _TOKENIZER_SETTINGS if (folder / name).is_file()])
 
 
+# A file that was written to so shortly before it was read may be written to again without its times telling.
+_SETTLED_NS = 2_000_000_000
+
+
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hex."""
+    """SHA-256 of a file, hex; computed once for a file that stays as it is."""
+    state = _state(path)
+    known = _digests.get(state)
+    if known is not None:
+        return known
+    began = time.time_ns()
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()
+    found = digest.hexdigest()
+    if state == _state(path) and max(state[-2:]) < began - _SETTLED_NS:
+        _digests[state] = found
+    return found
+
+
+# What the system says of a file -> its digest. A multi-gigabyte checkpoint is asked for when a push is planned, when it
+# is begun and when it is shown, and a local model at every step that names it.
+_digests: dict[tuple[int, ...], str] = {}
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def folder_digest(folder: Path, weights: Sequence[Path]) -> str:

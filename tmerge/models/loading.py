@@ -24,7 +24,7 @@ from tmerge.models.configs import check_config, load_config, meta_model, stored_
 from tmerge.models.demo import demo_model, demo_path
 from tmerge.models.device import check_memory, memory_errors, multiplies_fast, pick_device, pick_dtype
 from tmerge.models.finite import check_finite, gguf_tensors, safetensors_tensors
-from tmerge.models.gguf import fast_reading, read_header
+from tmerge.models.gguf import GgufHeader, fast_reading, read_header
 from tmerge.models.place import Place
 from tmerge.models.reference import ModelReference, first_line
 from tmerge.models.remote import hub_errors
@@ -209,8 +209,9 @@ def _load_gguf(
     path = gguf_file(reference)
     header = read_header(path)
     number_format = pick_dtype(dtype, torch.bfloat16)
-    values = sum(tensor.values for tensor in header.tensors)
-    check_memory(reference.text, values * number_format.itemsize, device)
+    check_memory(reference.text, _unpacking_bytes(header, number_format), torch.device("cpu"))
+    if device.type != "cpu":
+        check_memory(reference.text, sum(tensor.values for tensor in header.tensors) * number_format.itemsize, device)
     # Without it, current releases of transformers keep the weights packed; earlier ones know only to unpack them.
     packing = getattr(transformers, "GgufConfig", None)
     options: dict[str, Any] = {} if packing is None else {"quantization_config": packing(dequantize=True)}
@@ -235,6 +236,16 @@ def _load_gguf(
     tidy_gguf_config(model.config)
     licence = demo_model(reference.demo).licence if reference.demo is not None else header.licence
     return _finish(reference, _gguf_commit(reference), model, tokenizer, licence, device)
+
+
+def _unpacking_bytes(header: GgufHeader, dtype: torch.dtype) -> int:
+    """Most bytes that unpacking holds at once, on the host.
+
+    All values, and once more the largest tensor, in float32; and the model in a shorter dtype beside them.
+    """
+    values = [tensor.values for tensor in header.tensors]
+    shorter = 0 if dtype == torch.float32 else dtype.itemsize * sum(values)
+    return 4 * (sum(values) + max(values, default=0)) + shorter
 
 
 def _widened(loaded: LoadedModel, wanted: bool) -> LoadedModel:

@@ -1,0 +1,42 @@
+"""The order of docs/architecture.md: a part of the package imports only from those before it, in no circle."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "tmerge"
+ORDER = (
+    *("version", "errors", "documents", "strict_yaml", "sections", "recipe", "recipe_page", "run"),
+    *("models", "calibration", "transport", "fusion", "evaluation", "adaptation"),
+    *("preflight", "report", "recorded", "hub", "stages"),
+    *("tables", "show", "plots", "benchmark", "comparison_inputs", "comparison", "adapted", "reproduce"),
+    *("cli", "ui"),
+)
+
+
+def _part(module):
+    return module.split(".")[1]
+
+
+def _imported(path):
+    """Parts that a file imports when it is imported itself; a function may import more when it is called."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tmerge."):
+            yield _part(node.module)
+        elif isinstance(node, ast.Import):
+            yield from (_part(name.name) for name in node.names if name.name.startswith("tmerge."))
+
+
+@pytest.mark.parametrize("part", ORDER)
+def test_a_part_imports_only_from_those_before_it(part):
+    files = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").is_file() else sorted((PACKAGE / part).glob("*.py"))
+    assert files
+    before = {*ORDER[: ORDER.index(part)], part}
+    for path in files:
+        assert set(_imported(path)) <= before, path.name
+
+
+def test_every_part_has_its_place():
+    parts = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert parts - {"__init__", "__main__"} == set(ORDER)
