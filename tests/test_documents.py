@@ -7,7 +7,7 @@ import pytest
 
 from tmerge.cli.shared import print_json
 from tmerge.documents import json_text
-from tmerge.run import write_json
+from tmerge.store import write_json
 
 DOCUMENT = {"verdict": "helps", "ratios": [1.5, math.nan], "scores": {"base": math.inf, "fused": (-math.inf, 2.0)}}
 STRICT = {

@@ -6,7 +6,8 @@ import pytest
 
 from tmerge.errors import OutputExistsError, RunNotFoundError
 from tmerge.recipe import Recipe
-from tmerge.run import Run, stage_key, write_json
+from tmerge.run import Run, stage_key
+from tmerge.store import write_json
 
 RECIPE = Recipe(target="a", source="b")
 

@@ -20,12 +20,13 @@ from tmerge.models import Model
 from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe
 from tmerge.report import Report, library_versions
-from tmerge.run import Run, read_json, stage_key, write_json, write_text
+from tmerge.run import Run, stage_key
 from tmerge.stages.notes import ScoreNote
 from tmerge.stages.save import publish
 from tmerge.stages.scoring import held_out, load
 from tmerge.stages.scoring import score as score_in_run
 from tmerge.stages.step import Listener, Progress
+from tmerge.store import read_json, write_json, write_text
 
 __all__ = ["adapt_run"]
 

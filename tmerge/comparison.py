@@ -33,10 +33,11 @@ from tmerge.fusion import Alpha, TransportedNeurons, TransportRecord, load_trans
 from tmerge.models import LoadedModel, load_model, model_commit
 from tmerge.recipe import Recipe
 from tmerge.report import library_versions
-from tmerge.run import Run, stage_key, write_json, write_text
+from tmerge.run import Run, stage_key
 from tmerge.stages.merge import merge
 from tmerge.stages.scoring import cut, held_out
 from tmerge.stages.step import Listener, Step
+from tmerge.store import write_json, write_text
 from tmerge.tables import comparison_table
 
 __all__ = ["SCHEMA", "compare"]

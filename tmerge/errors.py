@@ -27,6 +27,7 @@ __all__ = [
     "ReproductionError",
     "RecipeError",
     "ReportError",
+    "RunBusyError",
     "RunNotFoundError",
     "SavedModelMismatchError",
     "TmergeError",
@@ -81,6 +82,10 @@ class AdaptationError(TmergeError):
 
 class OutputExistsError(TmergeError):
     """The output folder exists and is not a run of this recipe."""
+
+
+class RunBusyError(TmergeError):
+    """Another process is at work in the run's folder."""
 
 
 class RunNotFoundError(TmergeError):

@@ -17,49 +17,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tmerge.documents import json_text, restored
 from tmerge.errors import OutputExistsError, RunNotFoundError
 from tmerge.recipe import Recipe, load_recipe
+from tmerge.store import locked, read_json, write_json
 
 if TYPE_CHECKING:
     from tmerge.report import Report
 
-__all__ = ["Run", "read_json", "stage_key", "write_json", "write_text"]
+__all__ = ["Run", "stage_key"]
 
 
 def stage_key(stage: str, **facts: Any) -> str:
     """SHA-256 (hex) over a stage's name and all that decides its result."""
     return hashlib.sha256(json.dumps([stage, facts], sort_keys=True).encode()).hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name, flush to disk, rename: a reader sees all of it or none."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """`write_text` of a strict JSON document (`json_text`)."""
-    write_text(path, json_text(data, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A file's JSON object as `write_json` was given it; None where there is no file, or something else in it."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return restored(data) if isinstance(data, dict) else None
 
 
 class Run:
@@ -162,6 +138,20 @@ class Run:
     def finish(self, stage: str, key: str, facts: Mapping[str, Any]) -> None:
         """Note that a stage's artifacts are all on disk."""
         write_json(self.cache / f"{stage}.json", {"stage": stage, "key": key, "facts": dict(facts)})
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While a merge works in the folder: nobody else does; if it ends with nothing finished, nothing is left.
+
+        Raises:
+            RunBusyError: Another process is at work in it.
+        """
+        with locked(self.cache, self.folder):
+            try:
+                yield
+            except BaseException:
+                self.abandon()
+                raise
 
     def abandon(self) -> None:
         """Leave nothing behind: remove the folder if no stage of it has finished."""

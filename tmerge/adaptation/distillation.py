@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -37,6 +35,7 @@ from tmerge.calibration import length_batches, padded
 from tmerge.errors import TokenizerError
 from tmerge.models import LoadedModel
 from tmerge.recipe import AdaptationSettings
+from tmerge.store import write_tensors
 
 __all__ = ["Teacher", "common_places", "distillation_loss", "first_pieces", "read_teacher"]
 
@@ -277,9 +276,7 @@ def _save(teacher: Teacher, path: Path, key: str) -> None:
         "ids": teacher.ids.to(torch.int32),
         "chances": teacher.chances,
     }
-    temporary = path.with_name(path.name + ".part")
-    save_file(tensors, temporary, metadata={"key": key, "aligned_share": repr(teacher.aligned_share)})
-    os.replace(temporary, path)
+    write_tensors(path, tensors, {"key": key, "aligned_share": repr(teacher.aligned_share)})
 
 
 def _load(path: Path, key: str) -> Teacher | None:

@@ -10,7 +10,7 @@ from tmerge.calibration.files import local_file, refuse_unreadable
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_texts
 from tmerge.errors import DatasetError
 from tmerge.models import file_digest
-from tmerge.run import read_json, write_json
+from tmerge.store import read_json, write_json
 
 __all__ = ["DatasetRecord", "dataset_identity", "file_identity", "pinned"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import random
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from tmerge.calibration.identity import file_identity
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_texts
 from tmerge.errors import DatasetError, TooFewTextsError
 from tmerge.recipe import CalibrationSettings
+from tmerge.store import write_text
 
 __all__ = ["MINIMUM_CALIBRATION", "MINIMUM_HELD_OUT", "TextSet", "is_held_out", "normalise", "read_texts"]
 
@@ -94,12 +94,7 @@ class TextSet:
 
     def save(self, path: Path) -> None:
         """Write it, texts and all, as one JSON file; a reader never sees half of it."""
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            partial.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1), encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(path, json.dumps(asdict(self), ensure_ascii=False, indent=1))
 
     @classmethod
     def load(cls, path: Path) -> TextSet:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from datetime import datetime, timezone
@@ -14,6 +13,7 @@ import typer
 from tmerge.cli.shared import app
 from tmerge.cli.stopping import same_command, when_stopped
 from tmerge.errors import MissingExtraError
+from tmerge.store import write_text
 
 __all__ = ["extension"]
 
@@ -48,7 +48,5 @@ def extension(remove: bool = typer.Option(False, "--remove", help="Take it away 
         "description": "Merge language models of different architectures",
     }
     place.mkdir(parents=True, exist_ok=True)
-    fresh = place / "manifest.json.part"
-    fresh.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    os.replace(fresh, place / "manifest.json")
+    write_text(place / "manifest.json", json.dumps(manifest, indent=2))
     typer.echo("hf tmerge works now, for example: hf tmerge push --help")

@@ -274,7 +274,7 @@ def _run_remotely(
 def _write_page(path: Path, report: Report, record: Any) -> None:
     """A run's pictures in one file."""
     from tmerge.plots import report_page
-    from tmerge.run import write_text
+    from tmerge.store import write_text
 
     page = report_page(report, record)
     try:

@@ -9,18 +9,18 @@ difference W_B - W_B0 that fine-tuning made, and it is added: W <- W + alpha * m
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tmerge.fusion.maps import after
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.models import PROJECTIONS, Projection, group_of
+from tmerge.store import write_tensors
 from tmerge.transport.maps import Scale
 
 __all__ = [
@@ -179,9 +179,7 @@ def save_transported(transported: Sequence[TransportedNeurons], path: Path, key:
         tensors[f"{name}.weight"] = item.weight.contiguous()
         if item.bias is not None:
             tensors[f"{name}.bias"] = item.bias.contiguous()
-    temporary = path.with_name(path.name + ".part")
-    save_file(tensors, temporary, metadata={"key": key})
-    os.replace(temporary, path)
+    write_tensors(path, tensors, {"key": key})
 
 
 def load_transported(path: Path) -> list[TransportedNeurons]:

@@ -29,7 +29,8 @@ from tmerge.report import (
     summary,
     training_summary,
 )
-from tmerge.run import Run, write_text
+from tmerge.run import Run
+from tmerge.store import write_text
 
 __all__ = ["FIGURES", "card_data", "card_text", "merge_licence", "write_card"]
 

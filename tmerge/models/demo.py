@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tmerge.errors import CheckpointError, MissingExtraError, ModelNotFoundError, NotEnoughDiskError
+from tmerge.store import replacing
 
 __all__ = ["DEMO_MODELS", "DemoModel", "cache_folder", "demo_model", "demo_path"]
 
@@ -132,18 +133,13 @@ def _joined(model: DemoModel) -> Path:
             f"demo:{model.name} needs {model.size / 1e6:.0f} MB in {str(path.parent)!r}, where {free / 1e6:.0f} MB are "
             "free; make room, or set XDG_CACHE_HOME to another disk"
         )
-    # Written beside its place and renamed, so that an interrupted or a second run never sees half a file.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as out:
+    with replacing(path, shared=True) as temporary:
+        with temporary.open("wb") as out:
             digest = _sha256([Path(part) for part in parts], out.write)
         if digest != model.sha256:
             raise CheckpointError(
                 f"demo:{model.name}: its package's parts are not what they should be; {_again(model)}"
             )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

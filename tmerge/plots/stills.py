@@ -5,7 +5,6 @@ Drawn on white, so that they read on a light and on a dark page alike. The same 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from tmerge.fusion import TransportRecord
 from tmerge.plots.style import BAD, GOOD, NEUTRAL
 from tmerge.report import Report, score_rows
+from tmerge.store import replacing
 
 __all__ = ["COUPLING_PNG", "SCORES_PNG", "coupling_still", "scores_still", "write_stills"]
 
@@ -26,10 +26,9 @@ def write_stills(folder: Path, report: Report, record: TransportRecord) -> list[
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in ((SCORES_PNG, scores_still(report)), (COUPLING_PNG, coupling_still(record))):
-        temporary = folder / f"{name}.part"
-        # Without the name of what drew it, the bytes do not change with its version alone.
-        FigureCanvasAgg(figure).print_png(temporary, metadata={"Software": None})
-        os.replace(temporary, folder / name)
+        with replacing(folder / name) as temporary:
+            # Without the name of what drew it, the bytes do not change with its version alone.
+            FigureCanvasAgg(figure).print_png(temporary, metadata={"Software": None})
         written.append(folder / name)
     return written
 

@@ -14,9 +14,7 @@ import contextlib
 import datetime
 import json
 import math
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,6 +25,7 @@ import psutil
 import torch
 
 from tmerge.models.demo import cache_folder
+from tmerge.store import write_text
 
 __all__ = ["SPEED_FILE", "Timing", "timing_of"]
 
@@ -168,12 +167,5 @@ def _keep(path: Path, key: str, timing: Timing) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = {**_read(path), key: timing}
-        # Two processes may write at once, each under a name of its own; the last one's file stays, and is whole.
-        handle, temporary = tempfile.mkstemp(prefix=f"{SPEED_FILE}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({name: asdict(entry) for name, entry in kept.items()}, file, indent=1)
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        # Two processes may write at once; the last one's file stays, and is whole.
+        write_text(path, json.dumps({name: asdict(entry) for name, entry in kept.items()}, indent=1), shared=True)

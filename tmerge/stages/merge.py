@@ -23,7 +23,7 @@ from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe
 from tmerge.recorded import RecordedRun
 from tmerge.report import Report, build_report, library_versions
-from tmerge.run import Run, write_json, write_text
+from tmerge.run import Run
 from tmerge.stages.choose import Choose
 from tmerge.stages.evaluate import Evaluate
 from tmerge.stages.fuse import Fuse
@@ -35,6 +35,7 @@ from tmerge.stages.save import Save
 from tmerge.stages.step import STAGES, Listener, Progress, Step
 from tmerge.stages.texts import Texts
 from tmerge.stages.transport import Features, SolveTransport
+from tmerge.store import write_json, write_text
 
 __all__ = ["STAGES", "Listener", "Step", "advance", "merge"]
 
@@ -54,12 +55,9 @@ def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) 
         TmergeError: Bad input, one line; nothing is left behind if no stage had finished.
     """
     run = Run.open(Path(out), recipe)
-    try:
+    with run.at_work():
         road = _Road(recipe, run, listener or (lambda step: None))
         return road.report(list(road.stages()))
-    except BaseException:
-        run.abandon()
-        raise
 
 
 def advance(recipe: Recipe, out: str | Path, *, until: str, listener: Listener | None = None) -> Note:
@@ -79,14 +77,11 @@ def advance(recipe: Recipe, out: str | Path, *, until: str, listener: Listener |
         ValueError: The recipe's road has no such stage.
     """
     run = Run.open(Path(out), recipe)
-    try:
+    with run.at_work():
         for done in _Road(recipe, run, listener or (lambda step: None)).stages():
             if done.name == until:
                 note: Note = done.note
                 return note
-    except BaseException:
-        run.abandon()
-        raise
     raise ValueError(f"no stage {until!r}; choose from {', '.join(STAGES)}")
 
 

@@ -7,7 +7,6 @@ target's L layers with the source's M by the costs <C, Q> of their features (Eq.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from tmerge.store import write_tensors
 from tmerge.transport.cost import correlation_cost, standardise
 from tmerge.transport.sinkhorn import SinkhornResult, plan_from_potentials, sinkhorn
 from tmerge.transport.workers import in_turn, one_thread_each
@@ -213,9 +213,7 @@ def save_plans(plans: Mapping[str, FeaturePlans], path: Path) -> None:
         tensors[f"{key}/target_layers"] = torch.tensor(solved.target_layers)
         tensors[f"{key}/source_layers"] = torch.tensor(solved.source_layers)
         tensors[f"{key}/epsilon"] = torch.tensor(solved.epsilon, dtype=torch.float64)
-    temporary = path.with_name(path.name + ".part")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    write_tensors(path, tensors)
 
 
 def load_plans(path: Path, keys: Sequence[str]) -> dict[str, FeaturePlans]:

@@ -22,19 +22,19 @@ KEY is a feature such as ``q.post`` or ``qkv.pre``; PROJ one of q k v o gate up 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors.torch import load_file, safe_open
 from torch import Tensor
 
 from tmerge.documents import json_text
 from tmerge.errors import PlanError, RunNotFoundError
 from tmerge.models import feature_key
+from tmerge.store import write_tensors
 from tmerge.transport.result import FeatureLayers, FeatureMap, LayerMap, Transport, Wanted
 from tmerge.transport.sparse import SparsePlans, mass_of_top, sparsify
 from tmerge.transport.statistics import FeatureStatistics, Statistics
@@ -61,12 +61,7 @@ class TransportRecord:
 
     def save(self, path: Path) -> None:
         """Write to a temporary name, then rename."""
-        temporary = path.with_name(path.name + ".part")
-        tensors = {name: tensor.contiguous() for name, tensor in sorted(self.tensors.items())}
-        save_file(tensors, temporary, metadata={"tmerge": json_text(self.facts, sort_keys=True)})
-        # safetensors makes files for their owner alone; a run's folder is to be shared like any other.
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
+        write_tensors(path, dict(sorted(self.tensors.items())), {"tmerge": json_text(self.facts, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> TransportRecord:

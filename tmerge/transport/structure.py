@@ -10,17 +10,17 @@ each pair's MLP neurons. Each is a problem of Eq. 7-9 whose cost is a mean over 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors.torch import load_file, safe_open
 from torch import Tensor
 
 from tmerge.errors import NoSharedStructureError
+from tmerge.store import write_tensors
 from tmerge.transport.cost import standardise
 from tmerge.transport.heads import match_heads
 from tmerge.transport.matching import Correspondence, couple
@@ -72,9 +72,7 @@ class Structure:
             tensors |= {f"{name}/{field}": getattr(item, field).clone() for field in ("rows", "columns", "values")}
             facts[name] = [*item.shape, item.iterations, item.marginal_error]
         noted = {"pairs": list(self.pairs.items()), "layers": self.layers, "found": facts}
-        temporary = path.with_name(path.name + ".part")
-        save_file(tensors, temporary, metadata={"structure": json.dumps(noted)})
-        os.replace(temporary, path)
+        write_tensors(path, tensors, {"structure": json.dumps(noted)})
 
     @classmethod
     def load(cls, path: Path) -> Structure:

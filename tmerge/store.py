@@ -1,0 +1,112 @@
+"""How anything is written: under a temporary name, flushed to the disk, renamed; and who may write in a run's folder.
+
+A reader sees all of a file or none of it, and a note that a stage is finished never outlives the files that it vouches
+for, whatever the machine does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from tmerge.documents import json_text, restored
+from tmerge.errors import RunBusyError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["locked", "read_json", "replacing", "write_json", "write_tensors", "write_text"]
+
+_LOCK = "lock"
+
+
+@contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A temporary name to write a file under, which takes the file's place when the block ends.
+
+    Args:
+        path: The file, in a folder that is there.
+        shared: Whether several processes or threads may write it at once; each then has a name of its own.
+
+    Yields:
+        The name. The block leaves a file there; if it raises, that file is removed and `path` stays as it was.
+    """
+    own = f".{os.getpid()}-{threading.get_ident()}" if shared else ""
+    temporary = path.with_name(f"{path.name}{own}.part")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        # Some libraries make files for their owner alone; a run's folder is to be shared like any other.
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Write a file of text; see `replacing`."""
+    with replacing(path, shared=shared) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a strict JSON document (`json_text`)."""
+    write_text(path, json_text(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A file's JSON object as `write_json` was given it; None where there is no file, or something else in it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return restored(data) if isinstance(data, dict) else None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Args:
+        path: The file.
+        tensors: Name -> tensor, of any layout.
+        metadata: Of its header.
+    """
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata or {}) or None
+        )
+
+
+@contextmanager
+def locked(folder: Path, what: Path) -> Iterator[None]:
+    """While open, no other process or thread is at work in a run; one that is killed lets it go.
+
+    Args:
+        folder: Of the lock: the run's cache.
+        what: Named in the error: the run's folder.
+
+    Raises:
+        RunBusyError: Another one is at work.
+    """
+    lock = FileLock(folder / _LOCK, timeout=0, is_singleton=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunBusyError(
+            f"another tmerge is at work in {what}; wait until it has ended, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
