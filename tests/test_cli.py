@@ -275,12 +275,10 @@ def test_a_device_that_is_not_there(run, pair, tmp_path):
 
 
 def test_a_fault_of_ours_keeps_its_traceback_and_exits_1(run, pair, tmp_path, monkeypatch):
-    from tmerge import solving
-
     def broken(*_, **__):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(solving, "solve_features", broken)
+    monkeypatch.setattr("tmerge.stages.transport.solve_apart", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run("merge", *small(pair, tmp_path / "fused"))
 
