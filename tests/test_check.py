@@ -18,11 +18,12 @@ from tmerge.models import model_commit, read_facts
 from tmerge.plots import norm_ratios
 from tmerge.plots.data import norms_data
 from tmerge.plots.words import ratio_rows
-from tmerge.preflight.check import check, keys_of, refuse_unfit
+from tmerge.preflight.check import check, refuse_unfit
 from tmerge.preflight.models import Models
 from tmerge.preflight.speed import Timing
 from tmerge.recipe import Recipe
 from tmerge.stages.merge import merge
+from tmerge.transport import feature_keys
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +173,8 @@ def test_a_side_head_is_said_in_report_and_card_and_a_zero_block_has_no_norm_rat
 
 
 def test_feature_keys_are_shared():
-    assert keys_of(["q", "k", "v"]) == ["qkv.pre", "q.post", "k.post", "v.post"]
-    assert len(keys_of(["q", "k", "v", "o", "gate", "up", "down"])) == 11
+    assert feature_keys(["q", "k", "v"]) == ["qkv.pre", "q.post", "k.post", "v.post"]
+    assert len(feature_keys(["q", "k", "v", "o", "gate", "up", "down"])) == 11
 
 
 def test_choosing_alpha_is_part_of_the_estimate(models, monkeypatch):

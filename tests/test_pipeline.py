@@ -1,5 +1,6 @@
 """The whole road on pico models: what comes out, that it is the same every time, and after every interruption."""
 
+import gc
 import hashlib
 import json
 import os
@@ -10,12 +11,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from tests.pico import save_pico
 from tmerge.calibration import TextSet, sample_texts
 from tmerge.errors import Cancelled, NoSharedStructureError, TransportError
 from tmerge.fusion import TransportRecord
+from tmerge.models import loading
 from tmerge.recipe import Recipe
 from tmerge.run import Run
 from tmerge.stages.merge import STAGES, advance, merge
@@ -296,6 +298,32 @@ def test_a_run_in_turns_is_the_run_in_one(pair, tmp_path):
     assert digest(tmp_path / "turns") == digest(tmp_path / "one")
     # Nothing was done twice, but for the models, which each turn loads anew.
     assert [name for name in dict.fromkeys(done) if name in STAGES] == list(STAGES)
+
+
+def test_the_source_is_let_go_once_it_has_been_fused_from(pair, tmp_path):
+    held = {}
+
+    def look(step):
+        if step.stage in ("fuse", "evaluate", "save"):
+            gc.collect()
+            found = any(type(item) is Qwen2ForCausalLM for item in gc.get_objects())
+            held.setdefault(step.stage, []).append(found)
+
+    merge(recipe_for(pair), tmp_path / "fused", listener=look)
+    assert any(held["fuse"]) and not any(held["evaluate"]) and not any(held["save"])
+
+
+def test_a_tokenizer_is_read_once_a_run(pair, tmp_path, monkeypatch):
+    read = []
+    plain = loading.read_tokenizer
+
+    def counted(reference, *words, **options):
+        read.append(reference.text)
+        return plain(reference, *words, **options)
+
+    monkeypatch.setattr(loading, "read_tokenizer", counted)
+    merge(recipe_for(pair, calibration={"rows": "tokens"}), tmp_path / "fused")
+    assert sorted(read) == sorted([str(pair / "source"), str(pair / "target")])
 
 
 def test_a_report_says_where_the_models_read_if_all_else_was_elsewhere(pair, tmp_path):

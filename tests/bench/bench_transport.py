@@ -18,8 +18,7 @@ import torch
 
 from tmerge.calibration import FeatureStore, capture, sample_languages, sample_texts
 from tmerge.models import describe, load_model
-from tmerge.preflight.check import keys_of
-from tmerge.transport import solve_features
+from tmerge.transport import feature_keys, solve_features
 
 
 def main() -> None:
@@ -48,7 +47,7 @@ def main() -> None:
             )
             stores[role] = FeatureStore(place)
         seconds, iterations, violations, problems = {}, [], [], 0
-        for key in keys_of(projections):
+        for key in feature_keys(projections):
             began = time.perf_counter()
             plans = solve_features(
                 key,

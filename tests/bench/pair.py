@@ -24,13 +24,13 @@ from tmerge.evaluation import control_generator
 from tmerge.fusion import Carried, TransportedNeurons, carry
 from tmerge.fusion.stream import carry_stream
 from tmerge.models import Architecture, LoadedModel, describe, head_facts, load_model
-from tmerge.preflight.check import keys_of
 from tmerge.recipe import FusionSettings, TransportSettings
 from tmerge.transport import (
     FeaturePlans,
     Side,
     Structure,
     apart_transport,
+    feature_keys,
     layer_plans,
     pair_layers,
     shared_transport,
@@ -136,7 +136,7 @@ class Pair:
     @cache
     def structure(self, kind: str, epsilon: float | None, signed: bool) -> Structure:
         target, source = self.sides(kind)
-        pairs, cost, layers = pair_layers(target, source, keys_of(list(ALL)), signed=signed)
+        pairs, cost, layers = pair_layers(target, source, feature_keys(list(ALL)), signed=signed)
         return Structure(pairs, cost, layers, *solve_structure(target, source, pairs, epsilon=epsilon, signed=signed))
 
     @cache
@@ -152,7 +152,7 @@ class Pair:
                 theirs.layers_with(key),
                 epsilon=epsilon,
             )
-            for key in keys_of(list(ALL))
+            for key in feature_keys(list(ALL))
         }
 
     def carried(self, kind: str, transport: TransportSettings, fusion: FusionSettings, permuted: bool) -> Carried:

@@ -28,9 +28,8 @@ from tmerge.models import (
 from tmerge.preflight.estimate import TOKENS_PER_TEXT, Estimate, estimate_run, widths_of
 from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe
-from tmerge.transport import feature_keys
 
-__all__ = ["TOKENS_PER_TEXT", "Check", "Estimate", "check", "keys_of", "refuse_unfit"]
+__all__ = ["TOKENS_PER_TEXT", "Check", "Estimate", "check", "refuse_unfit"]
 
 
 @dataclass(frozen=True)
@@ -237,8 +236,3 @@ def _uneven(layout: Architecture, projections: list[str]) -> list[str]:
     return [
         name for name in projections if any(len(set(widths[feature_key(name, side)])) > 1 for side in ("pre", "post"))
     ]
-
-
-def keys_of(projections: list[str]) -> list[str]:
-    """Feature keys of some projections, each once, in their order."""
-    return feature_keys(projections)

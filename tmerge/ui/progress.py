@@ -10,16 +10,16 @@ import numpy as np
 import plotly.graph_objects as go
 
 from tmerge.plots.style import COLOUR_SCALE, feature_name, finish
-from tmerge.preflight.check import keys_of
 from tmerge.report import ScoreRow, alpha_words, bytes_words, duration_words, score_rows, summary
 from tmerge.stages.step import STAGES
+from tmerge.transport import feature_keys
 from tmerge.ui.cards import error_card
 from tmerge.ui.safe import escape
 from tmerge.ui.visitor_run import StageProgress, VisitorRun
 
 __all__ = [
     "coupling_figure",
-    "feature_keys",
+    "features_begun",
     "files_list",
     "gone_head",
     "head",
@@ -142,7 +142,7 @@ def log_lines(run: VisitorRun | None) -> str:
     )
 
 
-def feature_keys(run: VisitorRun) -> list[str]:
+def features_begun(run: VisitorRun) -> list[str]:
     """Features whose couplings have begun to come in, in their order."""
     return list(dict.fromkeys(row.key for row in list(run.rows)))
 
@@ -206,7 +206,7 @@ def _target_layers(run: VisitorRun | None) -> int:
     """Rows that a feature's matrix will have, from how many layers the stage counts in all."""
     if run is None or "transport" not in run.stages:
         return 0
-    keys = len(keys_of(list(run.recipe.fusion.projections)))
+    keys = len(feature_keys(list(run.recipe.fusion.projections)))
     total = run.stages["transport"].total
     return total // keys if total % keys == 0 else 0
 

@@ -10,7 +10,7 @@ import gradio as gr
 from tmerge.ui.context import AppContext
 from tmerge.ui.progress import (
     coupling_figure,
-    feature_keys,
+    features_begun,
     files_list,
     gone_head,
     head,
@@ -132,7 +132,7 @@ def _with_run(app: AppContext, run: VisitorRun, chosen: str, before: _Drawn, end
         stages(run),
         log_lines(run),
         coupling_figure(run, None if chosen == _LATEST else chosen) if draw_map else gr.skip(),
-        gr.Dropdown(choices=[_LATEST, *feature_keys(run)], value=chosen) if draw_map else gr.skip(),
+        gr.Dropdown(choices=[_LATEST, *features_begun(run)], value=chosen) if draw_map else gr.skip(),
         result_cards(run) if just_over or not same_run else gr.skip(),
         files_list(run) if just_over or not same_run else gr.skip(),
         gr.Button("Stopping" if stopping else "Cancel this run", interactive=not over and not stopping),
