@@ -14,9 +14,9 @@ from tmerge.adapted import adapt_run
 from tmerge.calibration import TextSet, sample_texts
 from tmerge.comparison import compare
 from tmerge.errors import Cancelled, OutputExistsError, RunNotFoundError
-from tmerge.fusion import TransportRecord
 from tmerge.plots import report_page
 from tmerge.stages.merge import merge
+from tmerge.transport import TransportRecord
 
 pytest.importorskip("trl")
 WORDS = {"steps": 6, "batch_size": 4, "learning_rate": 2e-3, "max_tokens": 40}

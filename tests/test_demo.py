@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.reported import typed
 from tmerge import load_recipe, merge
-from tmerge.fusion import TransportRecord
 from tmerge.models import load_model
 from tmerge.plots import report_page
+from tmerge.transport import TransportRecord
 
 pytestmark = [
     pytest.mark.real,

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 from tests.pico import save_pico
 from tmerge.calibration import TextSet, sample_texts
 from tmerge.errors import Cancelled, NoSharedStructureError, TransportError
-from tmerge.fusion import TransportRecord
 from tmerge.models import loading
 from tmerge.recipe import Recipe
 from tmerge.run import Run
 from tmerge.stages.merge import STAGES, advance, merge
+from tmerge.transport import TransportRecord
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,6 @@ import torch
 
 from tests.plotted import TARGET_LAYERS, WIDTHS, record, report  # noqa: F401 - two fixtures
 from tests.reported import typed
-from tmerge.fusion import (
-    SparsePlans,
-)
 from tmerge.plots import (
     page,
     plan_blocks,
@@ -25,6 +22,7 @@ from tmerge.plots import (
     strongest_pairs,
 )
 from tmerge.plots.style import numbers
+from tmerge.transport import SparsePlans
 
 
 class Reader(HTMLParser):

@@ -10,7 +10,6 @@ import torch
 
 from tests.plotted import KEPT, SOURCE_LAYERS, TARGET_LAYERS, WIDTHS, record, report  # noqa: F401 - two fixtures
 from tests.reported import typed
-from tmerge.fusion import MASS_AT, TransportRecord
 from tmerge.plots import (
     data,
     kept_layers,
@@ -28,6 +27,7 @@ from tmerge.plots import (
     top_mass,
     window_blocks,
 )
+from tmerge.transport import MASS_AT, TransportRecord
 
 
 @pytest.fixture

@@ -19,11 +19,12 @@ from tests.calibration.test_places import word_tokenizer
 from tests.pico import PICO_VOCAB, pico_model, pico_tokenizer
 from tmerge.calibration import FeatureStore, TextSet
 from tmerge.errors import Cancelled, RecipeError
-from tmerge.fusion import TransportRecord, load_transported
+from tmerge.fusion import load_transported
 from tmerge.models import EMBEDDING, HEAD
 from tmerge.recipe import Recipe, load_recipe
 from tmerge.stages.fuse import shared_vocabulary
 from tmerge.stages.merge import STAGES, advance, merge
+from tmerge.transport import TransportRecord
 
 PROJECTIONS = ["q", "k", "v", "o", "gate", "up", "down"]
 

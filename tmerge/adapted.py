@@ -14,19 +14,20 @@ from typing import Any
 from tmerge.calibration import FeatureStore, TextSet, normalise, read_texts
 from tmerge.errors import AdaptationError, OutputExistsError, RunNotFoundError
 from tmerge.evaluation import Interval, Scores, difference, resamples, score, verdict
-from tmerge.fusion import TransportRecord, load_transported
 from tmerge.hub import write_card
 from tmerge.models import Model
 from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe
 from tmerge.report import Report, library_versions
 from tmerge.run import Run, stage_key
+from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import ScoreNote
 from tmerge.stages.save import publish
 from tmerge.stages.scoring import held_out, load
 from tmerge.stages.scoring import score as score_in_run
 from tmerge.stages.step import Listener, Progress
 from tmerge.store import read_json, write_json, write_text
+from tmerge.transport import TransportRecord
 
 __all__ = ["adapt_run"]
 
@@ -64,11 +65,12 @@ def adapt_run(
     recipe = Recipe.from_mapping(
         recipe.model_dump(mode="json") | {"adaptation": {**recipe.adaptation.model_dump(mode="json"), **words}}
     )
-    if not (run.cache / "transported.safetensors").is_file():
+    neurons = Neurons(run.cache)
+    if not neurons.transported_path.is_file():
         raise RunNotFoundError(f"{folder} has no tmerge/cache any more, which training needs; run the merge again")
     commits = {"target": merged.target.commit, "source": merged.source.commit}
     models, progress = Models.of(recipe, commits), Progress("adapt", listener)
-    calibrated = TextSet.load(run.cache / "calibration.json")
+    calibrated = TextSet.load(run.texts_path)
     texts, prompts, data = _texts(recipe, models.target, calibrated, dataset)
     alpha = merged.fusion.alpha_used if recipe.adaptation.alpha is None else recipe.adaptation.alpha
     settings = recipe.adaptation
@@ -82,7 +84,7 @@ def adapt_run(
                 "adaptation.transport_weight draws features on the run's own calibration texts; leave --dataset away"
             )
         refuse_token_rows(recipe)
-        stores = [FeatureStore(run.cache / "features" / role) for role in ("target", "source")]
+        stores = [FeatureStore(run.features(role)) for role in ("target", "source")]
         goals = feature_goals(TransportRecord.load(run.transport_path), *stores)
     _open(adapted, key, data)
     target = load(models.target, progress)
@@ -94,7 +96,7 @@ def adapt_run(
         settings,
         seed=recipe.seed,
         work=adapted.cache / "training",
-        transported=load_transported(run.cache / "transported.safetensors"),
+        transported=neurons.transported,
         alpha=alpha,
         source=(lambda: load(models.source, progress)) if settings.objective == "distill" else None,
         goals=goals,

@@ -27,18 +27,20 @@ from tmerge.benchmark import task_entries
 from tmerge.calibration import FeatureStore, TextSet
 from tmerge.comparison_inputs import ComparedData, MergedModels, refuse_moved
 from tmerge.errors import RecipeError
-from tmerge.evaluation import Scores, applied, difference, noise, resamples, score, score_texts, shrink
+from tmerge.evaluation import Scores, applied, difference, resamples, score, score_texts
 from tmerge.evaluation.tasks import TaskScore
-from tmerge.fusion import Alpha, TransportedNeurons, TransportRecord, load_transported
+from tmerge.fusion import Alpha
 from tmerge.models import LoadedModel, load_model, model_commit
 from tmerge.recipe import Recipe
 from tmerge.report import library_versions
 from tmerge.run import Run, stage_key
 from tmerge.stages.merge import merge
+from tmerge.stages.neurons import Neurons
 from tmerge.stages.scoring import cut, held_out
 from tmerge.stages.step import Listener, Step
 from tmerge.store import write_json, write_text
 from tmerge.tables import comparison_table
+from tmerge.transport import TransportRecord
 
 __all__ = ["SCHEMA", "compare"]
 
@@ -115,7 +117,7 @@ class _Comparison:
 
     @cached_property
     def texts(self) -> TextSet:
-        return TextSet.load(self.run.cache / "calibration.json")
+        return TextSet.load(self.run.texts_path)
 
     @property
     def commits(self) -> dict[str, str]:
@@ -132,8 +134,8 @@ class _Comparison:
         return {name: cut(self.merge_recipe, texts) for name, texts in self.data.domains.items()}
 
     @cached_property
-    def transported(self) -> list[TransportedNeurons]:
-        return load_transported(self.run.cache / "transported.safetensors")
+    def neurons(self) -> Neurons:
+        return Neurons(self.run.cache)
 
     @property
     def alpha(self) -> Alpha:
@@ -190,19 +192,9 @@ class _Comparison:
     def _still(self, name: str, change: str | None, alpha: Alpha) -> dict[str, Any]:
         """The target with something fused into it, nothing trained."""
         layers = self.models.target_layers()
-        items = self._direction(change) if change else []
+        items = self.neurons.of(change, layers, self.recipe.seed) if change else []
         with applied(layers, items, alpha) if items else nullcontext():
             return self._scores(self.models.load("target"), name)
-
-    def _direction(self, name: str) -> list[TransportedNeurons]:
-        layers = self.models.target_layers()
-        if name == "shrink":
-            return shrink(layers, self.transported)
-        if name == "noise":
-            return noise(layers, self.transported, self.recipe.seed)
-        if name == "permuted":
-            return load_transported(self.run.cache / "permuted.safetensors")
-        return self.transported
 
     def _source(self) -> dict[str, Any]:
         result = self._scores(self.models.load("source"), "source")
@@ -244,7 +236,7 @@ class _Comparison:
             settings,
             seed=seed,
             work=work,
-            transported=self.transported if is_fused else None,
+            transported=self.neurons.transported if is_fused else None,
             alpha=0.0 if not is_fused else self.alpha if settings.alpha is None else settings.alpha,
             source=(lambda: self.models.load("source")) if objective == "distill" else None,
             progress=partial(self._step, f"{name}, seed {seed}", unit="steps"),
@@ -267,7 +259,7 @@ class _Comparison:
         from tmerge.adaptation import feature_goals, refuse_token_rows
 
         refuse_token_rows(self.recipe)
-        stores = [FeatureStore(self.run.cache / "features" / role) for role in ("target", "source")]
+        stores = [FeatureStore(self.run.features(role)) for role in ("target", "source")]
         return feature_goals(TransportRecord.load(self.run.transport_path), *stores)
 
     # -- scores -------------------------------------------------------------------------------------------------

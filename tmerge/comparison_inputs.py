@@ -19,7 +19,7 @@ from tmerge.models import LoadedModel, Model, Projection
 from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe
 from tmerge.stages.scoring import load
-from tmerge.stages.step import NOTE, Listener, Progress, Step
+from tmerge.stages.step import Listener, Progress
 
 __all__ = ["ComparedData", "MergedModels", "refuse_moved"]
 
@@ -84,7 +84,7 @@ class ComparedData:
 
     def __init__(self, recipe: Recipe, out: Path, listener: Listener) -> None:
         self.recipe, self.settings = recipe, recipe.compare
-        self.record = DatasetRecord(out / "data.json", lambda words: listener(Step(NOTE, words, 1, 1, "notes")))
+        self.record = DatasetRecord(out / "data.json", Progress("compare", listener).note)
         self.identities: dict[str, str] = {}
 
     def identify(self) -> None:

@@ -17,7 +17,7 @@ from tmerge.recipe import Recipe
 from tmerge.report import Report, TrainingTexts
 from tmerge.run import Run
 from tmerge.stages.merge import merge
-from tmerge.stages.step import NOTE, Listener, Step
+from tmerge.stages.step import Listener, Progress
 
 __all__ = ["difference_words", "reproduce"]
 
@@ -58,9 +58,8 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
     others = sorted(set(published) - set(there.weights))
     changed = [name for name, digest in there.weights.items() if published.get(name) != digest]
     if listener is not None and (changed or others):
-        listener(
-            Step(NOTE, f"{found.name}: {_published_words(changed, others)}; the recipe runs all the same", 0, 0, "")
-        )
+        said = f"{found.name}: {_published_words(changed, others)}; the recipe runs all the same"
+        Progress("reproduce", listener).note(said)
     if there.adaptation is not None:
         from tmerge.adapted import adapt_run
 

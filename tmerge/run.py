@@ -59,6 +59,15 @@ class Run:
         return self.work / "cache"
 
     @property
+    def texts_path(self) -> Path:
+        """Of the calibration set, in the cache."""
+        return self.cache / "calibration.json"
+
+    def features(self, role: str) -> Path:
+        """Folder of a model's features, in the cache; `role` is ``target`` or ``source``."""
+        return self.cache / "features" / role
+
+    @property
     def reported(self) -> bool:
         """Whether a report has been written here before."""
         return (self.work / "report.json").is_file()

@@ -11,9 +11,9 @@ from tmerge.adaptation import adapt, feature_goals
 from tmerge.adaptation.goals import FeatureWatch
 from tmerge.calibration import FeatureStore, TextSet
 from tmerge.errors import AdaptationError
-from tmerge.fusion import TransportRecord
 from tmerge.models import describe, load_model
 from tmerge.stages.merge import merge
+from tmerge.transport import TransportRecord
 
 pytest.importorskip("trl")
 

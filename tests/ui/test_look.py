@@ -21,9 +21,9 @@ from tests.ui.looked import (
     opened,
     served,
 )
-from tmerge.fusion import TransportRecord
 from tmerge.plots import TEMPLATES, kept_layers
 from tmerge.plots.zoom import MAP_CELLS
+from tmerge.transport import TransportRecord
 from tmerge.ui import look
 from tmerge.ui.figure import figure_box, figure_message
 from tmerge.ui.look_data import looked_at

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from tmerge.calibration import FeatureStore
 from tmerge.errors import AdaptationError
-from tmerge.fusion import TransportRecord
 from tmerge.models import Architecture, feature_key
 from tmerge.models.projections import Tap
 from tmerge.recipe import Recipe
+from tmerge.transport import TransportRecord
 
 __all__ = ["FeatureGoals", "FeatureWatch", "feature_goals", "refuse_token_rows"]
 

@@ -17,15 +17,11 @@ from tmerge.fusion.merge import (
     transport_neurons,
 )
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_count, neuron_side, select_neurons
-from tmerge.transport import MASS_AT, SparsePlans, TransportRecord
 
 __all__ = [
     "COLUMN_PROJECTIONS",
-    "MASS_AT",
     "Alpha",
     "Carried",
-    "SparsePlans",
-    "TransportRecord",
     "TransportedNeurons",
     "alpha_of",
     "carry",

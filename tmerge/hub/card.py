@@ -50,8 +50,8 @@ def write_card(run: Run, report: Report, recipe: Recipe) -> None:
         recipe: Its resolved recipe, quoted in the card.
     """
     # Drawing loads matplotlib, which nothing else here needs.
-    from tmerge.fusion import TransportRecord
     from tmerge.plots.stills import write_stills
+    from tmerge.transport import TransportRecord
 
     write_stills(run.folder / FIGURES, report, TransportRecord.load(run.transport_path))
     write_text(run.folder / "README.md", card_text(report, recipe))

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from tmerge.fusion import SparsePlans
+from tmerge.transport import SparsePlans
 
 __all__ = [
     "Blocks",

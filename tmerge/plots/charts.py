@@ -8,7 +8,6 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from tmerge.fusion import MASS_AT, TransportRecord
 from tmerge.models import SIDES, feature_key
 from tmerge.plots.style import (
     BAD,
@@ -22,6 +21,7 @@ from tmerge.plots.style import (
     finish,
 )
 from tmerge.report import Adaptation, Measured, Report, bytes_words, interval_words, score_rows
+from tmerge.transport import MASS_AT, TransportRecord
 
 __all__ = ["norm_ratios", "scores", "timing", "top_mass", "training_loss"]
 

@@ -6,11 +6,11 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
-from tmerge.fusion import MASS_AT, TransportRecord
 from tmerge.models import feature_key
 from tmerge.plots.blocks import Entries
 from tmerge.plots.heatmaps import Side, kept_layers
 from tmerge.report import Descent, Measured, Report, score_rows
+from tmerge.transport import MASS_AT, TransportRecord
 
 __all__ = [
     "coupling_data",

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
-from tmerge.fusion import TransportRecord
 from tmerge.models import feature_key
 from tmerge.plots.blocks import Blocks, Order, plan_blocks, plan_entries
 from tmerge.plots.style import COLOUR_SCALE, feature_name, finish, log_bar, numbers, percent
+from tmerge.transport import TransportRecord
 
 __all__ = [
     "DECADES",

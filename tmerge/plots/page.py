@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from plotly.offline import get_plotlyjs
 
-from tmerge.fusion import TransportRecord
 from tmerge.plots.assets import SCRIPT, STYLE
 from tmerge.plots.blocks import Blocks, Order, plan_blocks, plan_entries
 from tmerge.plots.charts import norm_ratios, scores, timing, top_mass, training_loss
@@ -29,6 +28,7 @@ from tmerge.plots.picture import picture
 from tmerge.plots.style import TEMPLATES, feature_name, numbers
 from tmerge.plots.words import CAPTIONS, facts, findings, model_rows, ratio_rows, score_cells
 from tmerge.report import Report, training_summary
+from tmerge.transport import TransportRecord
 
 __all__ = ["report_page"]
 

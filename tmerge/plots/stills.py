@@ -10,10 +10,10 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tmerge.fusion import TransportRecord
 from tmerge.plots.style import BAD, GOOD, NEUTRAL
 from tmerge.report import Report, score_rows
 from tmerge.store import replacing
+from tmerge.transport import TransportRecord
 
 __all__ = ["COUPLING_PNG", "SCORES_PNG", "coupling_still", "scores_still", "write_stills"]
 

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from tmerge.fusion import TransportRecord, neuron_side
+from tmerge.fusion import neuron_side
 from tmerge.models import feature_key
 from tmerge.plots.blocks import Entries, Order, window_blocks
 from tmerge.plots.heatmaps import log_density
 from tmerge.plots.style import COLOUR_SCALE, count, finish, log_bar, numbers
+from tmerge.transport import TransportRecord
 
 __all__ = ["MAP_CELLS", "View", "map_figure", "neurons_figure", "neurons_view", "plan_view", "stretch"]
 

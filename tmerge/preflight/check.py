@@ -29,7 +29,7 @@ from tmerge.preflight.estimate import TOKENS_PER_TEXT, Estimate, estimate_run, w
 from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe
 
-__all__ = ["TOKENS_PER_TEXT", "Check", "Estimate", "check", "refuse_unfit"]
+__all__ = ["TOKENS_PER_TEXT", "Check", "Estimate", "check", "described", "refuse_unfit"]
 
 
 @dataclass(frozen=True)
@@ -201,18 +201,24 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _model(facts: ModelFacts, layout: Architecture) -> dict[str, Any]:
+def described(facts: ModelFacts, layout: Architecture) -> dict[str, Any]:
+    """What a model is, in a few JSON values: as the report has it."""
     return {
         "ref": facts.reference.text,
         "commit": facts.commit,
         "architecture": facts.model_type,
         "parameters": facts.parameters,
-        "weight_bytes": facts.weight_bytes,
         "layers": layout.num_layers,
         "hidden_size": layout.hidden_size,
+        "licence": facts.licence,
+    }
+
+
+def _model(facts: ModelFacts, layout: Architecture) -> dict[str, Any]:
+    return described(facts, layout) | {
+        "weight_bytes": facts.weight_bytes,
         "heads": layout.heads,
         "kv_heads": layout.kv_heads,
-        "licence": facts.licence,
         "gated": facts.gated,
         "private": facts.private,
         "stored": facts.stored,

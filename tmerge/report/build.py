@@ -13,8 +13,7 @@ import torch
 from tmerge.evaluation import Scores, difference, resamples, score, verdict
 from tmerge.fusion import neuron_count
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
-from tmerge.models import Architecture, ModelFacts
-from tmerge.preflight.check import Check
+from tmerge.preflight.check import Check, described
 from tmerge.recipe import Recipe
 from tmerge.report.report import SCHEMA, Report
 from tmerge.report.words import relatedness_words
@@ -85,13 +84,13 @@ def build_report(
         "schema": SCHEMA,
         "tmerge": versions["tmerge"],
         "verdict": evaluation.pop("verdict"),
-        "target": _model(checked.target, checked.target_layout),
-        "source": _model(checked.source, checked.source_layout),
+        "target": described(checked.target, checked.target_layout),
+        "source": described(checked.source, checked.source_layout),
         "source_base": recipe.source_base,
         **(
             {}
             if checked.base is None
-            else {"source_base_model": _model(checked.base, checked.base_layout or checked.source_layout)}
+            else {"source_base_model": described(checked.base, checked.base_layout or checked.source_layout)}
         ),
         "same_model": checked.target.commit == checked.source.commit,
         "calibration": {
@@ -192,16 +191,4 @@ def _fusion(recipe: Recipe, checked: Check, note: Mapping[str, Any]) -> dict[str
         "top_k": settings.top_k,
         "projections": projections,
         "stream": note["stream"],
-    }
-
-
-def _model(facts: ModelFacts, layout: Architecture) -> dict[str, Any]:
-    return {
-        "ref": facts.reference.text,
-        "commit": facts.commit,
-        "architecture": facts.model_type,
-        "parameters": facts.parameters,
-        "layers": layout.num_layers,
-        "hidden_size": layout.hidden_size,
-        "licence": facts.licence,
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,6 @@ from tmerge.calibration import TextSet
 from tmerge.evaluation import (
     applied,
     descent_cosines,
-    noise,
-    shrink,
     unchanged_layers,
     without_unchanged_layers,
 )
@@ -76,16 +73,10 @@ class Evaluate:
     ) -> tuple[dict[str, ScoreNote], float]:
         """Name -> scores; and the seconds of the forward passes."""
         loaded, layers = load(self.target, progress), self.target.views.views
-        made: dict[str, Callable[[], list[TransportedNeurons]]] = {
-            "fused": lambda: transported,
-            "shrink": lambda: shrink(layers, transported),
-            "noise": lambda: noise(layers, transported, self.recipe.seed),
-            "permuted": lambda: self.neurons.permuted,
-        }
         texts, scores, seconds = held_out(self.recipe, self.texts), {}, 0.0
         with without_unchanged_layers(loaded.model, unchanged_layers(transported)):
             for name in names:
-                with applied(layers, made[name](), self.alpha):
+                with applied(layers, self.neurons.of(name, layers, self.recipe.seed), self.alpha):
                     found = score(self.recipe, loaded, texts, progress, f"{name}: held-out texts")
                 scores[name] = ScoreNote.of(found)
                 seconds += found.seconds

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tmerge.evaluation import control_generator
-from tmerge.fusion import TransportRecord, carry, save_transported
+from tmerge.fusion import carry, save_transported
 from tmerge.models import STREAM, Model, group_of
 from tmerge.recipe import Recipe
 from tmerge.recorded import RecordedRun
@@ -20,6 +20,7 @@ from tmerge.stages.notes import FuseNote
 from tmerge.stages.scoring import load
 from tmerge.stages.step import Progress
 from tmerge.stages.transport import Features, transport_of
+from tmerge.transport import TransportRecord
 
 __all__ = ["Fuse", "shared_vocabulary"]
 

@@ -98,6 +98,10 @@ class _Road:
         return Models.of(self.recipe)
 
     @cached_property
+    def recorded(self) -> RecordedRun | None:
+        return None if self.recipe.plan is None else RecordedRun(self.recipe.plan)
+
+    @cached_property
     def check(self) -> Check:
         return check(self.recipe, self.models)
 
@@ -111,7 +115,7 @@ class _Road:
             for line in self.check.notes:
                 says.note(line)
         projections = self.check.projections
-        recorded = None if recipe.plan is None else RecordedRun(recipe.plan)
+        recorded = self.recorded
         if recorded is not None:
             commits = {"target": models.target.commit, "source": models.source.commit}
             recorded.refuse_other_recipe(recipe, commits, projections)
@@ -120,13 +124,13 @@ class _Road:
 
         auto = recipe.fusion.alpha == "auto"
         apart = auto or (recorded is not None and recorded.recipe.fusion.alpha == "auto")
-        path, data = cache / "calibration.json", self._data(says, recorded is not None)
-        yield runner(Texts(recipe, models.target, models.source, data, apart, recorded is not None, path))
-        texts = TextSet.load(path)
+        data = self._data(says, recorded is not None)
+        yield runner(Texts(recipe, models.target, models.source, data, apart, recorded is not None, run.texts_path))
+        texts = TextSet.load(run.texts_path)
         if recorded is not None:
             recorded.refuse_other_texts(texts.sha256)
 
-        folders = {role: cache / "features" / role for role in ("target", "source")}
+        folders = {role: run.features(role) for role in ("target", "source")}
         target = runner(Read("target", recipe, models.target, texts, projections, folders["target"], recorded))
         yield target
         source = runner(Read("source", recipe, models.source, texts, projections, folders["source"], recorded))
@@ -164,7 +168,7 @@ class _Road:
     def report(self, finished: list[Finished[Any]]) -> Report:
         """Write the report and the card, once all stages are finished."""
         notes = {done.name: done for done in finished}
-        resolved = self._resolved(TextSet.load(self.run.cache / "calibration.json"))
+        resolved = self._resolved(TextSet.load(self.run.texts_path))
         write_text(self.run.work / "recipe.yaml", resolved.to_yaml())
         scores = {"base": notes["target"].note.scores, "source": notes["source"].note.scores}
         scores |= notes["evaluate"].note.scores
@@ -186,8 +190,8 @@ class _Road:
     def _resolved(self, texts: TextSet) -> Recipe:
         """The recipe with Hub references pinned to the commits that were read."""
         data = self.recipe.model_dump(mode="json") | self.models.pinned()
-        if self.recipe.plan is not None:
-            data["plan"] = RecordedRun(self.recipe.plan).found.name
+        if self.recorded is not None:
+            data["plan"] = self.recorded.found.name
         if texts.revision is not None:
             name = self.recipe.calibration.dataset.partition("@")[0]
             data["calibration"]["dataset"] = f"{name}@{texts.revision}"

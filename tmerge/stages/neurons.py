@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+from tmerge.evaluation import noise, shrink
 from tmerge.fusion import TransportedNeurons, load_transported
+from tmerge.models import Projection
 
 __all__ = ["Neurons"]
 
@@ -30,3 +33,17 @@ class Neurons:
     def permuted(self) -> list[TransportedNeurons]:
         """Carried through shuffled plans."""
         return load_transported(self.permuted_path)
+
+    def of(self, name: str, layers: Sequence[dict[str, Projection]], seed: int) -> list[TransportedNeurons]:
+        """What fusing writes for ``fused``, or for a control.
+
+        Args:
+            name: ``fused``, ``shrink``, ``noise`` or ``permuted``.
+            layers: The unfused target's projections.
+            seed: Of the noise.
+        """
+        if name == "shrink":
+            return shrink(layers, self.transported)
+        if name == "noise":
+            return noise(layers, self.transported, seed)
+        return self.permuted if name == "permuted" else self.transported

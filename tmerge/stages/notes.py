@@ -100,7 +100,6 @@ class TransportNote(Note):
         worst_marginal_violation: Largest over them.
         converged: How many reached the tolerance.
         relatedness: `Relatedness.to_dict`; None where it cannot be asked.
-        solve_seconds: Of solving; None where a recorded transport is used.
     """
 
     problems: int
@@ -108,7 +107,6 @@ class TransportNote(Note):
     worst_marginal_violation: float
     converged: int
     relatedness: dict[str, float | int | None] | None = None
-    solve_seconds: float | None = None
 
 
 class FuseNote(Note):

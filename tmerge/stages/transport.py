@@ -5,7 +5,6 @@ No model is loaded for it: how the heads divide was noted when the models were r
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,14 +98,12 @@ class SolveTransport:
             solved = self.recorded.report.transport.to_dict()
             names = ("problems", "iterations", "worst_marginal_violation", "converged", "relatedness")
             return TransportNote.model_validate({name: solved.get(name) for name in names})
-        began = time.perf_counter()
         transport = self._solve(progress)
         assert transport.problems is not None  # it was solved here
-        noted = transport.problems.to_dict() | {"solve_seconds": time.perf_counter() - began}
         found = self._relatedness(transport, progress)
         if found is not None:
             progress.note(relatedness_words(found["value"], found["permuted"]))
-        return TransportNote.model_validate({**noted, "relatedness": found})
+        return TransportNote.model_validate({**transport.problems.to_dict(), "relatedness": found})
 
     def _solve(self, progress: Progress) -> Transport:
         """Solve, and keep in the run's cache what `transport_of` makes the transport from."""

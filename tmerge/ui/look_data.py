@@ -12,10 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tmerge.errors import RunNotFoundError
-from tmerge.fusion import TransportRecord
 from tmerge.plots import Entries, Order, plan_entries, plan_orders
 from tmerge.report import Report
 from tmerge.run import Run
+from tmerge.transport import TransportRecord
 
 __all__ = ["Looked", "entries_of", "looked_at", "orders_of"]
 

@@ -1,0 +1,64 @@
+"""What others wrote (model cards, repo names, errors) is shown as text, wherever it is shown."""
+
+import pytest
+
+pytest.importorskip("gradio", reason="the app extra is not installed")
+
+from tests.ui.search_hub import HOSTILE
+from tmerge.recipe import Recipe
+from tmerge.ui import cards, push_cards, runs
+from tmerge.ui.progress import log_lines, result_cards
+from tmerge.ui.safe import escape
+
+ATTACK = '"><script>window.hacked=1</script><img src=x onerror=window.hacked=1>{{value}}${value}\u202e'
+
+
+def harmless(page):
+    return not any(part in page for part in ("<script", "<img", "{{value", "${value", "\u202e"))
+
+
+def test_what_others_wrote_is_escaped_on_every_card():
+    model = dict.fromkeys(("ref", "commit", "architecture", "licence"), ATTACK) | {
+        "parameters": 1,
+        "weight_bytes": 1,
+        "layers": 1,
+        "hidden_size": 1,
+        "heads": 1,
+        "kv_heads": 2,
+        "gated": True,
+        "private": False,
+    }
+    facts = {
+        "target": model,
+        "source": model,
+        "projections": {"matched": {ATTACK: {"target": [1, 2], "source": [3, 4]}}, "skipped": {ATTACK: ATTACK}},
+        "left_alone": {"target": [ATTACK], "source": []},
+        "notes": [ATTACK],
+        "licence": {
+            "id": ATTACK,
+            "name": ATTACK,
+            "why": ATTACK,
+            "refusals": [ATTACK + "1"],
+            "unknown": [ATTACK + "2"],
+            "duties": [ATTACK],
+        },
+        "estimate": {"time": ATTACK, "memory_bytes": 1, "disk_bytes": 1, "download_bytes": 1, "assumes": ATTACK},
+    }
+    for page in (
+        cards.check_cards(facts, ATTACK),
+        cards.error_card(ATTACK, ATTACK),
+        cards.empty_card(ATTACK, ATTACK),
+        cards.note(ATTACK, bad=True),
+        push_cards.verdict_card("hurts", ATTACK),
+        escape(HOSTILE),
+    ):
+        assert harmless(page), page
+        assert "hacked" in page or "hurts" in page
+
+
+def test_what_a_run_says_is_escaped(tmp_path):
+    run = runs.VisitorRun("id", Recipe(target="a/b", source="c/d"), tmp_path, "me")
+    run.say(f"loading {ATTACK}")
+    run.state, run.error = "failed", ATTACK
+    for page in (log_lines(run), result_cards(run)):
+        assert harmless(page) and "hacked" in page
