@@ -12,6 +12,7 @@ from tmerge.ui.aside import Aside
 from tmerge.ui.context import AppContext
 from tmerge.ui.limits import AppSettings
 from tmerge.ui.look import build_look
+from tmerge.ui.quiet import tell_one_field
 from tmerge.ui.runs import RunStore
 from tmerge.ui.style import CSS, HEAD, theme
 from tmerge.ui.try_out import build_try
@@ -62,7 +63,8 @@ def served(store):
         def of_the_link(request: gr.Request):
             return request.query_params.get("run", "")
 
-        blocks.load(of_the_link, None, run_id)
+        blocks.load(of_the_link, None, run_id, show_progress="hidden")
+    tell_one_field(blocks, ended)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

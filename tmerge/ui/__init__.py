@@ -15,6 +15,7 @@ from tmerge.ui.context import AppContext
 from tmerge.ui.limits import AppSettings, settings_here
 from tmerge.ui.look import build_look
 from tmerge.ui.pushing import build_push
+from tmerge.ui.quiet import tell_one_field
 from tmerge.ui.running import build_running
 from tmerge.ui.runs import RunStore
 from tmerge.ui.style import CSS, HEAD, SHOW_RUN_IN_URL, markup, theme
@@ -76,6 +77,7 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
             lambda run: run, run_id, link, queue=False, show_progress="hidden", api_visibility="private"
         ).then(None, link, None, js=SHOW_RUN_IN_URL, api_visibility="private")
         context.load(_run_of_the_link, None, [run_id, tabs])
+    tell_one_field(app, ended)
     app.context = context  # type: ignore[attr-defined]
     return app
 
