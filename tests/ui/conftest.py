@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,25 @@ import pytest
 pytest.importorskip("gradio", reason="the app extra is not installed")
 
 from tests.pico import save_pico
+from tests.ui import looked
 from tests.ui.search_hub import SearchHub
 from tmerge.calibration import sample_texts
 from tmerge.recipe import Recipe
 from tmerge.ui import AppSettings, build, close, launch_options
 from tmerge.ui.context import AppContext
+from tmerge.ui.runs import RunStore
 from tmerge.ui.visitor_run import VisitorRun
 
 # The form begins without the demo's models, which take a quarter of a minute to check and are not always installed.
 BEGIN: dict[str, Any] = {"calibration": {"dataset": "samples:indonesian"}, "dtype": "float32"}
 CHROMIUM = os.environ.get("TMERGE_CHROMIUM", shutil.which("chromium") or "/usr/bin/chromium")
+# The windows below an address bar that nobody sees: two pages loaded for each of ours, a quarter of its cost. Chromium
+# reads the last such list alone, so Playwright's own is repeated as far as it touches a page of one's own machine.
+_NOT_NEEDED = (
+    "WebUIOmniboxPopup,WebUIOmniboxAimPopup,HttpsUpgrades,HttpsFirstBalancedModeAutoEnable,LensOverlay,MediaRouter,"
+    "PaintHolding,ThirdPartyStoragePartitioning,AvoidUnnecessaryBeforeUnloadCheckSync,DestroyProfileOnBrowserClose,"
+    "AvoidCorsURLLoaderRestartOnRedirect,OptimizationHints,NetworkTimeServiceQuerying,AimEnabled,PreconnectToSearch"
+)
 
 
 @dataclass
@@ -97,10 +107,57 @@ def browser() -> Iterator[Any]:
     sync_api.expect.set_options(timeout=20_000)
     with sync_api.sync_playwright() as driver:
         browser = driver.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", f"--disable-features={_NOT_NEEDED}"],
         )
         yield browser
         browser.close()
+
+
+class Visitors:
+    """Profiles of the browser: each is one visitor's at a time, then cleaned for the next, who finds scripts cached."""
+
+    def __init__(self, browser: Any) -> None:
+        self._browser = browser
+        self._free: list[Any] = []
+
+    def page(self) -> Any:
+        """A page of a visitor that nobody else is meanwhile."""
+        context = self._free.pop() if self._free else self._browser.new_context(accept_downloads=True)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        return page
+
+    def leave(self, page: Any, url: str) -> None:
+        """The visitor goes: nothing of the app at this address stays in the profile but its files."""
+        context = page.context
+        page.close()
+        empty = context.new_page()
+        empty.goto(f"{url}/theme.css")
+        empty.evaluate("localStorage.clear()")
+        empty.close()
+        context.clear_cookies()
+        self._free.append(context)
+
+
+@pytest.fixture(scope="session")
+def visitors(browser: Any) -> Visitors:
+    return Visitors(browser)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunStore, str]]:
+    """The store and the id of a finished run, which the Look and the Try tab are tested with; read, never changed."""
+    store, run_id = looked.finished_run(tmp_path_factory.mktemp("looked"))
+    yield store, run_id
+    store.close()
+
+
+@pytest.fixture(scope="session")
+def url(run: tuple[RunStore, str]) -> Iterator[str]:
+    """Of an app with those two tabs alone."""
+    with looked.served(run[0]) as address:
+        yield address
 
 
 def _complaint(message: Any) -> bool:
@@ -109,15 +166,14 @@ def _complaint(message: Any) -> bool:
 
 
 @pytest.fixture
-def visit(served: Served, browser: Any) -> Iterator[Callable[..., Any]]:
+def visit(served: Served, visitors: Visitors) -> Iterator[Callable[..., Any]]:
     """Opens the app as a visitor of its own; nothing may be said on the console, and no other host be asked."""
-    contexts, said = [], []
+    said: list[str] = []
+    given: list[Any] = []
 
     def visit(query: str = "", width: int = 1280, theme: str = "light", height: int = 900) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
+        given.append(page := visitors.page())
+        page.set_viewport_size({"width": width, "height": height})
         page.on("console", lambda message: said.append(message.text) if _complaint(message) else None)
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on(
@@ -130,25 +186,48 @@ def visit(served: Served, browser: Any) -> Iterator[Callable[..., Any]]:
         )
         page.goto(f"{served.url}/?__theme={theme}{query}")
         page.wait_for_selector("#start", state="attached")
-        page.wait_for_timeout(300)
+        # What the page asks for as it opens has been answered.
+        page.wait_for_function("!document.querySelector('#expected').textContent.includes('Checking the two models')")
         return page
 
     yield visit
-    for context in contexts:
-        context.close()
-    assert said == []
+    told = list(said)
+    for page in given:
+        visitors.leave(page, served.url)
+    assert told == []
+
+
+@dataclass
+class Gate:
+    """Where merges wait: at a stage, once `rows` rows of the transport are solved, until it is opened."""
+
+    stage: str = ""
+    rows: int = 0
+    _open: threading.Event = field(default_factory=threading.Event)
+
+    def close_at(self, stage: str, rows: int = 0) -> None:
+        """Let every merge go on to a stage, and to some rows of its transport, and wait there."""
+        self.stage, self.rows = stage, rows
+
+    def open(self) -> None:
+        self._open.set()
+
+    def pass_by(self, run: VisitorRun, step: Any) -> None:
+        """As a step of a merge that takes long: it ends when the gate opens, or its visitor wants it to."""
+        if step.stage == self.stage and len(run.rows) >= self.rows:
+            while not self._open.wait(0.05):
+                run.stop_if_cancelled()
 
 
 @pytest.fixture
-def slowly(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Slows every step of the merges down, so that there is something to see and to stop."""
-    hear = VisitorRun.hear
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """Merges wait at it, so that there is something to see and to stop, however fast or busy the machine is."""
+    gate, hear = Gate(), VisitorRun.hear
 
-    def slowly(seconds: float) -> None:
-        def slow(self: VisitorRun, step: Any) -> None:
-            hear(self, step)
-            time.sleep(seconds)
+    def slow(self: VisitorRun, step: Any) -> None:
+        hear(self, step)
+        gate.pass_by(self, step)
 
-        monkeypatch.setattr(VisitorRun, "hear", slow)
-
-    return slowly
+    monkeypatch.setattr(VisitorRun, "hear", slow)
+    yield gate
+    gate.open()

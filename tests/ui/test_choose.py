@@ -116,8 +116,13 @@ def test_a_recipe_outlives_a_reload_as_when_signing_in(visit, picos):
     for role, path in picos.items():
         name_model(page, role, path)
     expect(page.locator("#expected")).to_contain_text("qwen3", timeout=60_000)
-    page.wait_for_function("Object.keys(localStorage).includes('tmerge-recipe')")
-    page.wait_for_timeout(500)
+    # Until the browser keeps all of it. What it keeps is encrypted, in whole blocks, so its length is what tells.
+    open_fold(page, "Recipe (YAML)")
+    expect(page.locator("#recipe-yaml .cm-content")).to_contain_text(picos["source"])
+    blocks = len(json.dumps(yaml_text(page))) // 16
+    page.wait_for_function(
+        "(bytes) => atob(localStorage.getItem('tmerge-recipe') ?? '').length >= bytes", arg=16 * (blocks + 1)
+    )
     page.reload()
     expect(page.locator("#target-model input")).to_have_value(picos["target"], timeout=20_000)
     open_fold(page, "Recipe (YAML)")
@@ -145,7 +150,9 @@ def test_no_yaml_runs_code_or_reads_a_path(visit, served, line, why):
     expect(page.locator("#problem")).to_contain_text(why)
     before = len(served.context.store._runs)
     page.locator("#start").click()
-    page.wait_for_timeout(800)
+    # It has been looked at, and may be pressed again.
+    expect(page.locator("#start")).to_be_disabled()
+    expect(page.locator("#start")).to_be_enabled()
     expect(page.locator("#problem")).to_contain_text(why)
     assert len(served.context.store._runs) == before
 

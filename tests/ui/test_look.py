@@ -1,5 +1,6 @@
 """The Look tab in a browser: clicks, choices, zoom and downloads; and what its readers answer to nonsense."""
 
+import contextlib
 import csv
 import io
 import json
@@ -17,9 +18,7 @@ from tests.ui.looked import (
     SOURCE_WIDE,
     TARGET_LAYERS,
     TARGET_WIDE,
-    finished_run,
     opened,
-    served,
 )
 from tmerge.plots import TEMPLATES, kept_layers
 from tmerge.plots.zoom import MAP_CELLS
@@ -33,22 +32,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Gradio's own, from its serv
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    store, run_id = finished_run(tmp_path_factory.mktemp("models"))
-    yield store, run_id
-    store.close()
-
-
-@pytest.fixture(scope="module")
 def looked(run):
     store, run_id = run
     return looked_at(store.get(run_id).folder)
-
-
-@pytest.fixture(scope="module")
-def url(run):
-    with served(run[0]) as address:
-        yield address
 
 
 def drawn(page, name, file=None):
@@ -110,6 +96,8 @@ def test_a_click_on_a_cell_opens_that_layer_pair(browser, url, run, looked):
 
 
 def test_a_click_on_a_stream_opens_its_layer_pair(browser, url, run):
+    from playwright.sync_api import TimeoutError as TooLate
+
     with opened(browser, url, run[1], "Look") as page:
         drawn(page, "flow")
         streams = page.locator("#look-flow .sankey-link")
@@ -117,11 +105,12 @@ def test_a_click_on_a_stream_opens_its_layer_pair(browser, url, run):
         for place in (0, KEPT * TARGET_LAYERS - 1):
             words = streams.nth(place).evaluate("stream => stream.__data__.link.customdata")
             target, source = re.search(r"target layer (\d+) .* source layer (\d+)", words).groups()
+            opened_pair = page.locator("#look-map h3", has_text=words_of(target, source))
             for _ in range(3):  # a click that meets a figure as it is drawn again is lost
                 streams.nth(place).dispatch_event("click")
-                if page.locator("#look-map h3", has_text=words_of(target, source)).is_visible():
+                with contextlib.suppress(TooLate):
+                    opened_pair.wait_for(timeout=5000)
                     break
-                page.wait_for_timeout(1000)
             title_becomes(page, words_of(target, source))
 
 

@@ -49,8 +49,8 @@ def test_a_run_to_its_end(visit, served):
         assert json.load(file)["verdict"] == run.report.verdict
 
 
-def test_progress_is_shown_and_a_reload_comes_back_to_the_run(visit, served, slowly):
-    slowly(0.12)
+def test_progress_is_shown_and_a_reload_comes_back_to_the_run(visit, served, gate):
+    gate.close_at("transport", rows=5)
     page = visit()
     run_id = start(page, served)
     expect(page.locator("#run-stages .step.now")).to_have_count(1)
@@ -59,7 +59,7 @@ def test_progress_is_shown_and_a_reload_comes_back_to_the_run(visit, served, slo
     page.reload()
     expect(page.locator("#run-head")).to_contain_text("Running", timeout=15_000)
     expect(page.locator("#run-log")).to_contain_text("started")
-    slowly(0)
+    gate.open()
     expect(page.locator("#run-head")).to_contain_text("Done", timeout=60_000)
     expect(page.locator("#run-result")).to_contain_text("bits per byte")
     # And after its end, on another page.
@@ -69,23 +69,25 @@ def test_progress_is_shown_and_a_reload_comes_back_to_the_run(visit, served, slo
     expect(later.locator("#get-report")).to_be_visible()
 
 
-def test_cancel_stops_within_seconds(visit, served, slowly):
-    slowly(0.2)
+def test_cancel_stops_within_seconds(visit, served, gate, monkeypatch):
+    gate.close_at("target")
+    cancel, asked = served.context.store.cancel, []
+    monkeypatch.setattr(served.context.store, "cancel", lambda run_id: (asked.append(time.time()), cancel(run_id)))
     page = visit()
     run_id = start(page, served)
     expect(page.locator("#run-stages .step.now")).to_have_count(1)
-    began = time.monotonic()
     page.locator("#cancel").click()
-    expect(page.locator("#run-head")).to_contain_text("Cancelled", timeout=8_000)
-    assert time.monotonic() - began < 8
+    expect(page.locator("#run-head")).to_contain_text("Cancelled")
     run = served.ended(run_id)
     assert run.state == "cancelled" and not run.folder.exists()
+    # By the app's clock: how soon a busy browser hears of it is its own affair.
+    assert len(asked) == 1 and run.ended - asked[0] < 8
     expect(page.locator("#cancel")).to_be_disabled()
 
 
-def test_two_visitors_at_once_do_not_see_each_other(visit, served, slowly):
-    # The first run has to be under way still when the second page has started its own, on a busy machine too.
-    slowly(0.6)
+def test_two_visitors_at_once_do_not_see_each_other(visit, served, gate):
+    # The first run is under way still when the second page has started its own.
+    gate.close_at("target")
     one, two = visit(), visit()
     first = start(one, served)
     second = start(two, served, seed=7)
@@ -98,7 +100,8 @@ def test_two_visitors_at_once_do_not_see_each_other(visit, served, slowly):
     three.get_by_role("tab", name="Run").click()
     expect(three.locator("#run-head")).to_contain_text("No run yet")
     served.context.store.cancel(first)
-    slowly(0)
+    served.ended(first)
+    gate.open()
     expect(two.locator("#run-head")).to_contain_text("Done", timeout=60_000)
     expect(one.locator("#run-head")).to_contain_text("Cancelled")
 
@@ -233,7 +236,7 @@ def test_a_second_choice_while_the_first_is_written_is_not_dropped(visit, served
     hold_up, free = held_up
     hold_up("write_yaml")
     for kind in ("Hub dataset", "Upload"):
-        page.get_by_label(kind, exact=True).check()
+        page.get_by_role("radio", name=kind, exact=True).check()
     free.set()
     expect(page.locator("#recipe-yaml .cm-content")).to_contain_text("upload:")
 

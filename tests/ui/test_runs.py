@@ -114,12 +114,12 @@ def test_cancel_stops_a_forward_pass_between_its_modules(store, monkeypatch):
         torch.nn.Sequential(*[Slow()] * 2000)(torch.zeros(1))
 
     monkeypatch.setattr(runs, "merge", merge)
+    # Nothing else stops it: the thread is not interrupted before the whole pass would be over.
+    monkeypatch.setattr(runs, "_GRACE", 1000.0)
     run_id = store.start(RECIPE, "me")
     until(lambda: store.get(run_id).stages)
-    began = time.monotonic()
     store.cancel(run_id)
     assert over(store, run_id).state == "cancelled"
-    assert time.monotonic() - began < runs._GRACE
 
 
 def test_cancel_interrupts_what_takes_no_steps_and_frees_its_memory(store, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("gradio", reason="the app extra is not installed")
 
-from tests.ui.looked import finished_run, opened, served
+from tests.ui.looked import opened
 from tmerge.calibration import sample_languages
 from tmerge.errors import ModelNotFoundError
 from tmerge.models import load_model
@@ -26,24 +26,11 @@ HOSTILE = (
 )
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    store, run_id = finished_run(tmp_path_factory.mktemp("models"))
-    yield store, run_id
-    store.close()
-
-
 @pytest.fixture
 def asked(run):
     """Recipe and folder, as `Speaker.ask` takes them."""
     found = Run(run[0].get(run[1]).folder)
     return found.recipe(), found.folder
-
-
-@pytest.fixture(scope="module")
-def url(run):
-    with served(run[0]) as address:
-        yield address
 
 
 def heard(speaker, asked, question, visitor="a"):
@@ -236,7 +223,19 @@ def test_answers_stream_side_by_side(browser, url, run):
 
 
 def test_stop_on_the_page(browser, url, run, monkeypatch):
-    monkeypatch.setattr(speaking._Heard, "put", slowly(speaking._Heard.put))
+    put, stop, pressed = speaking._Heard.put, Speaker.stop, threading.Event()
+
+    def held(self, value):
+        """Some tokens, and no more before the visitor has pressed Stop."""
+        assert len(self.ids) < 8 or pressed.wait(60)
+        put(self, value)
+
+    def heard_stop(self, visitor):
+        stop(self, visitor)
+        pressed.set()
+
+    monkeypatch.setattr(speaking._Heard, "put", held)
+    monkeypatch.setattr(Speaker, "stop", heard_stop)
     with opened(browser, url, run[1], "Try") as page:
         page.locator("#try-prompt textarea").fill("Kota")
         page.locator("#try-go").click()

@@ -93,7 +93,7 @@ def test_from_choosing_to_a_push(browser, app, hub, tmp_path):
     assert not any(name.endswith("model.safetensors") for name in hub.requests if "Range" not in name and "GET" in name)
     # Run.
     page.locator("#start").click()
-    page.wait_for_url("**run=*")
+    page.wait_for_url("**run=*", timeout=60_000)
     expect(page.locator("#run-head")).to_contain_text("Done", timeout=90_000)
     # Look.
     tab(page, "Look")
@@ -152,6 +152,8 @@ def test_from_choosing_to_a_push(browser, app, hub, tmp_path):
 
 def test_a_card_that_hides_the_harm_and_a_card_without_metadata_are_refused(browser, app, hub):
     page = opened(browser, app, "?run=" + _finished(browser, app))
+    # The link leads to the Run tab: not before that is there is another one chosen.
+    expect(page.locator("#run-head")).to_contain_text("Done")
     tab(page, "Push")
     expect(page.locator("#push-card .cm-content")).to_contain_text("library_name", timeout=30_000)
     expect(page.locator("#push-markdown h1")).to_be_visible()
@@ -180,7 +182,7 @@ def test_a_public_app_lends_nobody_its_own_token(browser, hub, tmp_path):
     ) as app:
         page = opened(browser, app)
         page.locator("#start").click()
-        page.wait_for_url("**run=*")
+        page.wait_for_url("**run=*", timeout=60_000)
         expect(page.locator("#run-head")).to_contain_text("Done", timeout=90_000)
         tab(page, "Push")
         expect(page.locator("#push-account")).to_contain_text("no way to sign in")
@@ -209,7 +211,7 @@ def test_a_visitor_who_has_signed_in_pushes_to_their_own_account(browser, hub, t
     ) as app:
         page = opened(browser, app)
         page.locator("#start").click()
-        page.wait_for_url("**run=*")
+        page.wait_for_url("**run=*", timeout=60_000)
         expect(page.locator("#run-head")).to_contain_text("Done", timeout=90_000)
         tab(page, "Push")
         page.locator("#push-worse input").check()
@@ -238,7 +240,7 @@ def _finished(browser, app):
     write_yaml(page, json.dumps(BEGIN | {"target": "tiny/target", "source": "tiny/source"}))
     expect(page.locator("#target-model input")).to_have_value("tiny/target")
     page.locator("#start").click()
-    page.wait_for_url("**run=*")
+    page.wait_for_url("**run=*", timeout=60_000)
     expect(page.locator("#run-head")).to_contain_text("Done", timeout=90_000)
     return page.url.partition("run=")[2]
 
@@ -256,7 +258,7 @@ def test_the_demo_with_the_two_real_models(browser, tmp_path):
         cards = page.locator("#expected")
         expect(cards).to_contain_text("gemma3", timeout=120_000)
         page.locator("#start").click()
-        page.wait_for_url("**run=*")
+        page.wait_for_url("**run=*", timeout=60_000)
         expect(page.locator("#run-head")).to_contain_text("Done", timeout=1_500_000)
         expect(page.locator("#run-result tbody tr")).to_have_count(6)
         tab(page, "Look")

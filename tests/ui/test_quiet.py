@@ -1,0 +1,17 @@
+"""What a page's own script is made to touch whenever an event begins or ends."""
+
+import json
+import urllib.request
+
+
+def test_every_event_without_progress_is_told_to_one_hidden_field(served):
+    with urllib.request.urlopen(f"{served.url}/config", timeout=20) as answer:
+        config = json.load(answer)
+    [ended] = [item["id"] for item in config["components"] if item["props"].get("elem_id") == "run-ended"]
+    quiet = [event for event in config["dependencies"] if event["show_progress"] == "hidden"]
+    assert len(quiet) > 50
+    assert {tuple(event["show_progress_on"]) for event in quiet} == {(ended,)}
+    # Those that do show it write into one thing, or say where.
+    for event in config["dependencies"]:
+        if event["show_progress"] != "hidden" and event["backend_fn"]:
+            assert len(event["show_progress_on"] or event["outputs"]) == 1, event
