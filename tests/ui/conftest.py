@@ -53,6 +53,8 @@ class Served:
             "source": str(self.root / "source"),
             "dtype": "float32",
             "calibration": {"dataset": str(self.root / "texts.txt"), "texts": 80},
+            # Choosing the strength takes a third of such a merge.
+            "fusion": {"alpha": 0.1},
             "evaluation": {"bootstrap": 100},
         }
         return Recipe.from_mapping(data | changes)
@@ -121,10 +123,14 @@ class Visitors:
         self._browser = browser
         self._free: list[Any] = []
 
-    def page(self) -> Any:
-        """A page of a visitor that nobody else is meanwhile."""
-        context = self._free.pop() if self._free else self._browser.new_context(accept_downloads=True)
+    def page(self, width: int, height: int, **device: Any) -> Any:
+        """A page of a visitor that nobody else is meanwhile; on a device of its own where one is described."""
+        if device or not self._free:
+            context = self._browser.new_context(accept_downloads=True, **device)
+        else:
+            context = self._free.pop()
         page = context.new_page()
+        page.set_viewport_size({"width": width, "height": height})
         page.set_default_timeout(20_000)
         return page
 
@@ -172,8 +178,7 @@ def visit(served: Served, visitors: Visitors) -> Iterator[Callable[..., Any]]:
     given: list[Any] = []
 
     def visit(query: str = "", width: int = 1280, theme: str = "light", height: int = 900) -> Any:
-        given.append(page := visitors.page())
-        page.set_viewport_size({"width": width, "height": height})
+        given.append(page := visitors.page(width, height))
         page.on("console", lambda message: said.append(message.text) if _complaint(message) else None)
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on(

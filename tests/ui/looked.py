@@ -87,10 +87,9 @@ def served(store):
 
 
 @contextlib.contextmanager
-def opened(browser, url, run_id, tab, width=1280, dark=False, **options):
+def opened(visitors, url, run_id, tab, width=1280, dark=False, **device):
     """A page on one tab of a run; whatever it complains of, or asks of another host, fails the test."""
-    context = browser.new_context(viewport={"width": width, "height": 900}, accept_downloads=True, **options)
-    page = context.new_page()
+    page = visitors.page(width, 900, **device)
     page.set_default_timeout(40_000)
     faults = []
     page.on("pageerror", lambda error: faults.append(str(error)))
@@ -104,5 +103,6 @@ def opened(browser, url, run_id, tab, width=1280, dark=False, **options):
     try:
         yield page
     finally:
-        context.close()
-    assert faults == []
+        told = list(faults)
+        visitors.leave(page, url)
+    assert told == []

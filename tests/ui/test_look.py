@@ -68,12 +68,12 @@ def title_becomes(page, words):
     page.locator("#look-map h3", has_text=words).wait_for()
 
 
-def test_a_click_on_a_cell_opens_that_layer_pair(browser, url, run, looked):
+def test_a_click_on_a_cell_opens_that_layer_pair(visitors, url, run, looked):
     kept = kept_layers(looked.record, "q")
     target = 2
     source = kept[target][1][0]
     missing = next(layer for layer in range(SOURCE_LAYERS) if layer not in dict(kept[target]))
-    with opened(browser, url, run[1], "Look") as page:
+    with opened(visitors, url, run[1], "Look") as page:
         drawn(page, "coupling")
         click_cell(page, target, source)
         title_becomes(page, f"Output of q: target layer {target} and source layer {source}")
@@ -95,10 +95,10 @@ def test_a_click_on_a_cell_opens_that_layer_pair(browser, url, run, looked):
         assert page.locator("#look-part").get_by_label("input (pre)").is_checked()
 
 
-def test_a_click_on_a_stream_opens_its_layer_pair(browser, url, run):
+def test_a_click_on_a_stream_opens_its_layer_pair(visitors, url, run):
     from playwright.sync_api import TimeoutError as TooLate
 
-    with opened(browser, url, run[1], "Look") as page:
+    with opened(visitors, url, run[1], "Look") as page:
         drawn(page, "flow")
         streams = page.locator("#look-flow .sankey-link")
         assert streams.count() == KEPT * TARGET_LAYERS
@@ -114,9 +114,9 @@ def test_a_click_on_a_stream_opens_its_layer_pair(browser, url, run):
             title_becomes(page, words_of(target, source))
 
 
-def test_the_keyboard_opens_a_layer_pair(browser, url, run, looked):
+def test_the_keyboard_opens_a_layer_pair(visitors, url, run, looked):
     kept = kept_layers(looked.record, "q")
-    with opened(browser, url, run[1], "Look") as page:
+    with opened(visitors, url, run[1], "Look") as page:
         drawn(page, "map")
         page.locator("#look-target input").focus()
         page.keyboard.press("Control+A")
@@ -130,8 +130,8 @@ def test_the_keyboard_opens_a_layer_pair(browser, url, run, looked):
         title_becomes(page, f"target layer 3 and source layer {kept[3][1][0]}")
 
 
-def test_a_large_map_is_reduced_and_zooming_shows_its_detail(browser, url, run):
-    with opened(browser, url, run[1], "Look") as page:
+def test_a_large_map_is_reduced_and_zooming_shows_its_detail(visitors, url, run):
+    with opened(visitors, url, run[1], "Look") as page:
         page.locator("#look-projection").get_by_label("gate", exact=True).check()
         title_becomes(page, "Output of gate")
         page.locator("#look-order").get_by_label("the models' own").check()
@@ -165,8 +165,8 @@ def test_a_large_map_is_reduced_and_zooming_shows_its_detail(browser, url, run):
         page.locator("#look-neurons .tm-view", has_text=f"{TARGET_WIDE // 2} of {TARGET_WIDE}").wait_for()
 
 
-def test_switches_and_downloads(browser, url, run, looked):
-    with opened(browser, url, run[1], "Look") as page:
+def test_switches_and_downloads(visitors, url, run, looked):
+    with opened(visitors, url, run[1], "Look") as page:
         drawn(page, "coupling")
         page.locator("#look-projection").get_by_label("o", exact=True).check()
         page.locator("#look-side").get_by_label("output (post)").check()
@@ -199,9 +199,9 @@ def test_switches_and_downloads(browser, url, run, looked):
 
 
 @pytest.mark.parametrize(("width", "dark"), [(380, True), (800, False), (1600, True)])
-def test_every_figure_fits_and_follows_the_theme(browser, url, run, width, dark):
+def test_every_figure_fits_and_follows_the_theme(visitors, url, run, width, dark):
     touch = {"has_touch": True, "is_mobile": True} if width == 380 else {}
-    with opened(browser, url, run[1], "Look", width, dark, **touch) as page:
+    with opened(visitors, url, run[1], "Look", width, dark, **touch) as page:
         for name in FIGURES:
             drawn(page, name)
             assert page.locator(f"#look-{name} .tm-plot").get_attribute("aria-label")

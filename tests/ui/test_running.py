@@ -31,7 +31,7 @@ def start(page, served, **changes):
 
 def test_a_run_to_its_end(visit, served):
     page = visit()
-    run_id = start(page, served)
+    run_id = start(page, served, fusion={"alpha": "auto"})
     expect(page.locator("#run-head")).to_contain_text("Done", timeout=60_000)
     run = served.ended(run_id)
     assert run.state == "done", run.error
@@ -40,6 +40,7 @@ def test_a_run_to_its_end(visit, served):
     expect(result.locator("tbody tr")).to_have_count(6)
     expect(page.locator("#run-files")).to_contain_text("model.safetensors")
     expect(page.locator("#run-log")).to_contain_text("transporting weights")
+    expect(page.locator("#run-stages .step.done .name", has_text="Choose")).to_have_count(1)
     expect(page.locator("#run-log")).to_contain_text("note: The target states no licence")
     expect(page.locator("#run-map .heatmaplayer image")).to_have_count(1)
     expect(page.locator("#cancel")).to_be_disabled()

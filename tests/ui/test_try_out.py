@@ -198,9 +198,9 @@ def test_prompts_are_offered_in_every_sample_language():
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def test_answers_stream_side_by_side(browser, url, run):
+def test_answers_stream_side_by_side(visitors, url, run):
     report = Run(run[0].get(run[1]).folder).report()
-    with opened(browser, url, run[1], "Try") as page:
+    with opened(visitors, url, run[1], "Try") as page:
         assert page.locator("#try-offered button").first.inner_text() == offered_prompts("samples:indonesian")[0]
         page.locator("#try-offered button").nth(2).click()
         page.wait_for_function("() => document.querySelector('#try-prompt textarea').value.startsWith('Ibu kota')")
@@ -222,7 +222,7 @@ def test_answers_stream_side_by_side(browser, url, run):
         assert "95 % interval" in page.inner_text("#try-scores")
 
 
-def test_stop_on_the_page(browser, url, run, monkeypatch):
+def test_stop_on_the_page(visitors, url, run, monkeypatch):
     put, stop, pressed = speaking._Heard.put, Speaker.stop, threading.Event()
 
     def held(self, value):
@@ -236,7 +236,7 @@ def test_stop_on_the_page(browser, url, run, monkeypatch):
 
     monkeypatch.setattr(speaking._Heard, "put", held)
     monkeypatch.setattr(Speaker, "stop", heard_stop)
-    with opened(browser, url, run[1], "Try") as page:
+    with opened(visitors, url, run[1], "Try") as page:
         page.locator("#try-prompt textarea").fill("Kota")
         page.locator("#try-go").click()
         page.wait_for_function("() => document.querySelector('#try-target textarea').value.length > 2")
@@ -246,12 +246,12 @@ def test_stop_on_the_page(browser, url, run, monkeypatch):
         assert page.locator("#try-stop").is_disabled()
 
 
-def test_what_is_typed_and_what_is_said_is_text(browser, url, run, monkeypatch):
+def test_what_is_typed_and_what_is_said_is_text(visitors, url, run, monkeypatch):
     def hostile(self, visitor, recipe, folder, question):
         yield {role: Said("failed", f"{question.prompt}\u202e", question.prompt) for role in ROLES}
 
     monkeypatch.setattr(Speaker, "ask", hostile)
-    with opened(browser, url, run[1], "Try") as page:
+    with opened(visitors, url, run[1], "Try") as page:
         page.locator("#try-prompt textarea").fill(HOSTILE)
         page.locator("#try-go").click()
         page.locator("#try-source-note", has_text="onerror").wait_for()
@@ -262,8 +262,8 @@ def test_what_is_typed_and_what_is_said_is_text(browser, url, run, monkeypatch):
         assert page.evaluate("window.hit") is None
 
 
-def test_bad_input_is_one_line(browser, url, run):
-    with opened(browser, url, run[1], "Try", width=380, dark=True) as page:
+def test_bad_input_is_one_line(visitors, url, run):
+    with opened(visitors, url, run[1], "Try", width=380, dark=True) as page:
         page.locator("#try-go").click()
         page.get_by_role("alert").filter(has_text="there is no prompt").wait_for()
         assert page.locator("#try-go").is_enabled()
