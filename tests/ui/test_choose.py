@@ -116,12 +116,13 @@ def test_a_recipe_outlives_a_reload_as_when_signing_in(visit, picos):
     for role, path in picos.items():
         name_model(page, role, path)
     expect(page.locator("#expected")).to_contain_text("qwen3", timeout=60_000)
-    # Until the browser keeps all of it. What it keeps is encrypted, in whole blocks, so its length is what tells.
+    # Until the browser keeps all of it. That is encrypted, in whole blocks after a colon, so its length is what tells.
     open_fold(page, "Recipe (YAML)")
     expect(page.locator("#recipe-yaml .cm-content")).to_contain_text(picos["source"])
     blocks = len(json.dumps(yaml_text(page))) // 16
     page.wait_for_function(
-        "(bytes) => atob(localStorage.getItem('tmerge-recipe') ?? '').length >= bytes", arg=16 * (blocks + 1)
+        "(bytes) => atob(localStorage.getItem('tmerge-recipe')?.split(':')[1] ?? '').length >= bytes",
+        arg=16 * (blocks + 1),
     )
     page.reload()
     expect(page.locator("#target-model input")).to_have_value(picos["target"], timeout=20_000)

@@ -1,7 +1,10 @@
 """What a page's own script is made to touch whenever an event begins or ends."""
 
 import json
+import threading
 import urllib.request
+
+from tmerge.ui.search import HubSearch
 
 
 def test_every_event_without_progress_is_told_to_one_hidden_field(served):
@@ -15,3 +18,14 @@ def test_every_event_without_progress_is_told_to_one_hidden_field(served):
     for event in config["dependencies"]:
         if event["show_progress"] != "hidden" and event["backend_fn"]:
             assert len(event["show_progress_on"] or event["outputs"]) == 1, event
+
+
+def test_a_first_letter_that_is_heard_last_does_not_undo_the_search():
+    search, said = HubSearch(private=False), []
+    thread = threading.Thread(target=lambda: said.append(search.settled("page", "zz")))
+    thread.start()
+    while "page" not in search._typing:
+        pass
+    assert not search.settled("page", "z")
+    thread.join(20)
+    assert said == [True]

@@ -77,13 +77,14 @@ class HubSearch:
 
     def settled(self, page: str | None, typed: str) -> bool:
         """Wait a moment, and say whether nothing more has been typed on this page meanwhile."""
+        # Of quick letters the first may be heard last: it is no reason to drop what has been typed since.
+        if len(typed.strip()) < _SHORTEST:
+            return False
         mine, page = object(), str(page)
         with self._lock:
             self._typing[page] = mine
             while len(self._typing) > 1000:
                 self._typing.popitem(last=False)
-        if len(typed.strip()) < _SHORTEST:
-            return False
         time.sleep(_SETTLED_SECONDS)
         return self._typing.get(page) is mine
 
