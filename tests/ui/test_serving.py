@@ -49,7 +49,10 @@ def test_the_app_is_served_on_the_port_until_it_is_interrupted(taken):
             assert "tmerge" in json.load(answer)["title"]
     finally:
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        try:
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert "Traceback" not in said, said
     assert process.returncode == 130 and said.strip().splitlines()[-1].startswith("stopped; the app is closed")
 
