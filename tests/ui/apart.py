@@ -95,7 +95,7 @@ def app_apart(hub: LoopbackHub, home: Path, *, token: str | None = None, **envir
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        assert there.wait(120) and app.url, "".join(app.said)
+        assert there.wait(300) and app.url, "".join(app.said)
         yield app
     finally:
         process.send_signal(2)
