@@ -145,8 +145,8 @@ def check(
     json_output: JsonOption = False,
 ) -> None:
     """Hold two models against each other from their configs alone: what matches, and what a merge would take."""
+    from tmerge.cli.show import show_check
     from tmerge.recipe import load_recipe
-    from tmerge.show import show_check
 
     overrides = {"target": target, "source": source, "source_base": source_base, "calibration.dataset": dataset}
     if source_base is not None:
@@ -224,7 +224,7 @@ def inspect(
     if json_output:
         print_json(report.to_dict())
     elif html is None:
-        from tmerge.show import show_report
+        from tmerge.cli.show import show_report
 
         show_report(report, run)
 
@@ -243,9 +243,9 @@ def _run_remotely(
             f"{DISTRIBUTION}=={VERSION}, or the https:// address of its wheel"
         )
     quiet_libraries()
+    from tmerge.cli.show import show_check
     from tmerge.hub.jobs import follow_job, start_job
     from tmerge.preflight.check import check as check_models
-    from tmerge.show import show_check
 
     when_stopped(nothing_changed)
     # What cannot be merged is said here, before the job costs anything. The recipe's device is the job's, and this
@@ -300,8 +300,8 @@ def _refuse_page(path: Path, out: Path) -> None:
 def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool, html: Path | None) -> Report | None:
     """What merge and demo share: the report, or None of a dry run."""
     quiet_libraries()
+    from tmerge.cli.show import show_check, show_report
     from tmerge.errors import RunNotFoundError
-    from tmerge.show import show_check, show_report
 
     if resume and not (out / "tmerge").is_dir():
         raise RunNotFoundError(f"there is no run in {out} to resume; leave --resume away to begin one")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tmerge.plots.style import count
+from tmerge.quantities import count_words
 from tmerge.report import Evaluation, Report, Transport, alpha_words, interval_words, ratio_words, score_rows
 
 __all__ = ["CAPTIONS", "facts", "findings", "model_rows", "ratio_rows", "score_cells"]
@@ -105,7 +105,7 @@ def facts(report: Report) -> Iterable[Sequence[str]]:
     yield "tokens", f"{read.tokens.target:,} (target), {read.tokens.source:,} (source)"
     cut = read.truncated
     if cut.target or cut.source:
-        yield "cut short", f"{count(cut.target, 'text')} (target), {count(cut.source, 'text')} (source)"
+        yield "cut short", f"{count_words(cut.target, 'text')} (target), {count_words(cut.source, 'text')} (source)"
     held_out = report.evaluation
     yield "held out", f"{held_out.texts:,} other texts, {held_out.bytes:,} bytes"
     yield from _solved(solved)

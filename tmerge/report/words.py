@@ -10,12 +10,11 @@ from tmerge.report.report import Report
 __all__ = [
     "RELATED",
     "alpha_words",
-    "bytes_words",
-    "duration_words",
+    "change_words",
     "interval_words",
-    "number_words",
     "ratio_words",
     "relatedness_words",
+    "score_words",
     "solved_words",
     "summary",
     "training_summary",
@@ -117,36 +116,17 @@ def training_summary(report: Report) -> str:
     )
 
 
+def score_words(value: float) -> str:
+    """A score to four digits: ``2.9512``."""
+    return f"{value:.4f}"
+
+
+def change_words(value: float) -> str:
+    """A difference of scores to four digits, with its sign: ``-0.0123``."""
+    return f"{value:+.4f}"
+
+
 def interval_words(item: Measured, *, signed: bool = False) -> str:
     """A 95 % interval: ``2.9412 to 2.9620``; of a difference with signs."""
-    form = "+.4f" if signed else ".4f"
-    return f"{item.low:{form}} to {item.high:{form}}"
-
-
-def number_words(value: float | None) -> str:
-    """12,345 as it is; from a million on as 1.2 M, from a thousand million on as 1.2 B."""
-    if value is None:
-        return "not stated"
-    if value >= 1e9:
-        return f"{value / 1e9:.3g} B"
-    return f"{value / 1e6:.3g} M" if value >= 1e6 else f"{value:,.0f}"
-
-
-def bytes_words(value: float) -> str:
-    """Bytes as B, kB, MB or GB."""
-    if value < 1000:
-        return f"{value:.0f} B"
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}" if value < 100 * size else f"{value / size:.0f} {unit}"
-    return f"{value / 1e3:.3g} kB"
-
-
-def duration_words(seconds: float) -> str:
-    """Seconds as 12 s, 3 min 5 s or 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    words = change_words if signed else score_words
+    return f"{words(item.low)} to {words(item.high)}"

@@ -10,7 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from tmerge.plots.style import COLOUR_SCALE, feature_name, finish
-from tmerge.report import ScoreRow, alpha_words, bytes_words, duration_words, score_rows, summary
+from tmerge.quantities import bytes_words, duration_words
+from tmerge.report import ScoreRow, alpha_words, score_rows, summary
 from tmerge.stages.step import STAGES
 from tmerge.transport import feature_keys
 from tmerge.ui.cards import error_card

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from tmerge.hub import PushPlan
-from tmerge.report import bytes_words, duration_words
+from tmerge.quantities import bytes_words, duration_words
 from tmerge.ui.cards import error_card
 from tmerge.ui.pushes import PushUnderWay
 from tmerge.ui.safe import escape

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 from tests.pico import save_pico
 from tests.reported import typed
 from tests.test_pipeline import recipe_for
-from tmerge.adapted import adapt_run
 from tmerge.calibration import TextSet, sample_texts
-from tmerge.comparison import compare
+from tmerge.comparison.compare import compare
 from tmerge.errors import Cancelled, OutputExistsError, RunNotFoundError
 from tmerge.plots import report_page
+from tmerge.stages.adapt import adapt_run
 from tmerge.stages.merge import merge
 from tmerge.transport import TransportRecord
 
@@ -98,20 +98,20 @@ def test_compare_trains_every_row_on_the_same_tokens(pair, tmp_path):
     comparison = {"rows": ["sft", "distill", "fused+sft", "fused+distill"], "seeds": [0, 1], "alphas": []}
     recipe = recipe_for(pair, compare=comparison, adaptation=WORDS, evaluation={"descent": 4})
     result = compare(recipe, tmp_path / "c")
-    rows = {row["name"]: row for row in result["rows"]}
+    rows = {row.name: row for row in result.rows}
     trained = [rows[name] for name in comparison["rows"]]
-    assert len({(row["tokens"], row["steps"]) for row in trained}) == 1
+    assert len({(row.tokens, row.steps) for row in trained}) == 1
     for row in trained:
-        values = [seed["value"] for seed in row["seeds"]]
-        assert len(values) == 2 and min(values) <= row["value"] <= max(values)
-        assert row["difference"]["ci95"][1] < 0
-    assert len({row["value"] for row in trained}) == 4
-    added = {item["row"]: item for item in result["added"]}
-    assert {name: item["to"] for name, item in added.items()} == {"fused+sft": "sft", "fused+distill": "distill"}
+        values = [seed.value for seed in row.seeds]
+        assert len(values) == 2 and min(values) <= row.value <= max(values)
+        assert row.difference.high < 0
+    assert len({row.value for row in trained}) == 4
+    added = {item.row: item for item in result.added}
+    assert {name: item.to for name, item in added.items()} == {"fused+sft": "sft", "fused+distill": "distill"}
     for name, item in added.items():
-        assert item["value"] == pytest.approx(rows[name]["value"] - rows[item["to"]]["value"], abs=1e-9)
-        assert item["ci95"][0] <= item["value"] <= item["ci95"][1]
-        assert sum(seed["value"] for seed in item["seeds"]) / 2 == pytest.approx(item["value"], abs=1e-9)
+        assert item.value == pytest.approx(rows[name].value - rows[item.to].value, abs=1e-9)
+        assert item.low <= item.value <= item.high
+        assert sum(seed.value for seed in item.seeds) / 2 == pytest.approx(item.value, abs=1e-9)
         for place in ("compare.md", "compare.html"):
             assert f"{name} against {item['to']}: {item['value']:+.4f}" in (tmp_path / "c" / place).read_text()
     assert "Training loss" in (tmp_path / "c" / "compare.html").read_text()
