@@ -12,10 +12,12 @@ from tests.reported import typed
 from tests.test_pipeline import recipe_for
 from tmerge.calibration import TextSet, sample_texts
 from tmerge.comparison.compare import compare
-from tmerge.errors import Cancelled, OutputExistsError, RunNotFoundError
+from tmerge.errors import Cancelled, OutputExistsError, RunBusyError, RunNotFoundError
 from tmerge.plots import report_page
+from tmerge.run import Run
 from tmerge.stages.adapt import adapt_run
 from tmerge.stages.merge import merge
+from tmerge.store import locked
 from tmerge.transport import TransportRecord
 
 pytest.importorskip("trl")
@@ -76,6 +78,23 @@ def test_a_stopped_training_continues_to_the_same_bytes(run, tmp_path):
     adapt_run(run, tmp_path / "cut", WORDS)
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_folder_that_another_process_trains_in_is_refused_and_stays(run, tmp_path):
+    def stop(step):
+        if step.done == 1 and step.stage == "adapt":
+            raise Cancelled("stopped")
+
+    out = tmp_path / "out"
+    with pytest.raises(Cancelled):
+        adapt_run(run, out, WORDS, listener=stop)
+    before = sorted(out.rglob("*"))
+    with locked(Run(out).cache, out):
+        with pytest.raises(RunBusyError, match="another tmerge is at work in .*out; wait") as caught:
+            adapt_run(run, out, WORDS)
+        assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+        assert sorted(out.rglob("*")) == before
+    assert adapt_run(run, out, WORDS).adaptation.steps == WORDS["steps"]
 
 
 def test_held_out_texts_are_never_trained_on(run, tmp_path):

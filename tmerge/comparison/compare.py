@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from tmerge.comparison.inputs import ComparedData, MergedModels, refuse_moved
 from tmerge.comparison.result import SCHEMA, Comparison
 from tmerge.comparison.rows import RowNote, TextScores, added, grouped, summed_up
 from tmerge.comparison.tables import comparison_table
-from tmerge.errors import RecipeError
+from tmerge.errors import OutputExistsError, RecipeError
 from tmerge.evaluation import applied, score_texts
 from tmerge.fusion import Alpha
 from tmerge.models import LoadedModel, load_model, model_commit
@@ -37,7 +37,7 @@ from tmerge.stages.merge import merge
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.scoring import cut, held_out
 from tmerge.stages.step import Listener, Step
-from tmerge.store import write_json, write_text
+from tmerge.store import LOCK, locked, write_json, write_text
 from tmerge.transport import TransportRecord
 
 __all__ = ["compare"]
@@ -68,9 +68,32 @@ def compare(recipe: Recipe, out: str | Path, *, listener: Listener | None = None
         What was found; ``to_dict()`` is what compare.json holds.
 
     Raises:
-        TmergeError: Bad input, one line.
+        TmergeError: Bad input, one line; nothing is left behind if nothing had been finished.
     """
-    return _Comparison(recipe, Path(out), listener or (lambda step: None)).go()
+    folder = Path(out)
+    with _at_work(folder):
+        return _Comparison(recipe, folder, listener or (lambda step: None)).go()
+
+
+@contextmanager
+def _at_work(folder: Path) -> Iterator[None]:
+    """While a comparison works in a folder: nobody else does; if it ends with nothing in it, nothing is left.
+
+    Raises:
+        OutputExistsError: It cannot be made.
+        RunBusyError: Another process is at work in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputExistsError(f"{folder} cannot be made: {error.strerror}; choose another --out") from None
+    with locked(folder, folder):
+        try:
+            yield
+        except BaseException:
+            if all(path.name == LOCK for path in folder.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 class _Comparison:

@@ -24,6 +24,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from tmerge.errors import PushError, RunNotFoundError
+from tmerge.evaluation import Verdict
 from tmerge.hub.card import card_text, merge_licence
 from tmerge.hub.failures import no_token, pushing
 from tmerge.models import file_digest
@@ -82,7 +83,7 @@ class PushPlan:
     repo: str
     files: dict[str, int]
     card: str
-    verdict: str
+    verdict: Verdict
     warnings: tuple[str, ...]
 
     @property

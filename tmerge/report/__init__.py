@@ -20,6 +20,7 @@ from tmerge.report.report import SCHEMA, Adaptation, Control, Descent, Evaluatio
 from tmerge.report.rows import ScoreRow, score_rows
 from tmerge.report.words import (
     RELATED,
+    Tone,
     alpha_words,
     change_words,
     interval_words,
@@ -29,6 +30,9 @@ from tmerge.report.words import (
     solved_words,
     summary,
     training_summary,
+    verdict_sentence,
+    verdict_tone,
+    verdict_words,
 )
 
 __all__ = [
@@ -48,6 +52,7 @@ __all__ = [
     "Part",
     "Report",
     "ScoreRow",
+    "Tone",
     "TrainingTexts",
     "Transport",
     "alpha_words",
@@ -65,4 +70,7 @@ __all__ = [
     "solved_words",
     "summary",
     "training_summary",
+    "verdict_sentence",
+    "verdict_tone",
+    "verdict_words",
 ]

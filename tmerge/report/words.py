@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
+from tmerge.evaluation import Verdict
 from tmerge.report.parts import Fusion, Measured, Transport
 from tmerge.report.report import Report
 
 __all__ = [
     "RELATED",
+    "Tone",
     "alpha_words",
     "change_words",
     "interval_words",
@@ -18,7 +21,13 @@ __all__ = [
     "solved_words",
     "summary",
     "training_summary",
+    "verdict_sentence",
+    "verdict_tone",
+    "verdict_words",
 ]
+
+Tone = Literal["helps", "better", "none", "hurts"]
+"""How a verdict is shown: its class in every style sheet."""
 
 _CLEAR = 0.9
 RELATED = 0.5
@@ -74,32 +83,65 @@ def ratio_words(ratios: Sequence[float | None]) -> str:
     return f"{min(known):.2g} to {max(known):.2g}" if known else "undefined: its own are zero"
 
 
+_VERDICTS: Mapping[Verdict, str] = {
+    "helps": "The merge helps",
+    "better, but not by the source": "The merge is better than its target, but not by the source",
+    "no difference": "The merge makes no difference that these texts can show",
+    "hurts": "The merge hurts",
+}
+_MEANS: Mapping[Verdict, str] = {"hurts": "the fused model is worse than the target it was made from"}
+_TONES: Mapping[Verdict, Tone] = {
+    "helps": "helps",
+    "better, but not by the source": "better",
+    "no difference": "none",
+    "hurts": "hurts",
+}
+
+
+def verdict_words(verdict: Verdict) -> str:
+    """A verdict on a merge in a few words."""
+    return _VERDICTS[verdict]
+
+
+def verdict_sentence(verdict: Verdict) -> str:
+    """A verdict on a merge with what it means, without a full stop."""
+    return f"{_VERDICTS[verdict]}: {_MEANS[verdict]}" if verdict in _MEANS else _VERDICTS[verdict]
+
+
+def verdict_tone(verdict: Verdict) -> Tone:
+    """Which of four colours and signs a verdict is shown in."""
+    return _TONES[verdict]
+
+
 def summary(report: Report) -> str:
-    """The verdict as a sentence with its number and interval."""
+    """The verdict as a sentence with its number and interval, and what else does as well."""
     change = report.evaluation.difference
-    numbers = f"{change.value:+.4f} bits per byte on {report.evaluation.texts} held-out texts"
-    sentence = {
-        "helps": "The merge helps",
-        "hurts": "The merge hurts: the fused model is worse than the target it was made from",
-        "no difference": "The merge makes no difference that these texts can show",
-    }[report.verdict]
+    numbers = f"{change_words(change.value)} bits per byte on {report.evaluation.texts} held-out texts"
     interval = f"95 % interval {interval_words(change, signed=True)}"
-    return f"{sentence}: {numbers} ({interval}; lower is better).{_caution(report)}"
+    return f"{verdict_sentence(report.verdict)}: {numbers} ({interval}; lower is better).{_caution(report)}"
 
 
 def _caution(report: Report) -> str:
-    """What a gain is worth that a control makes as well: the correspondence is then not what helps."""
-    if report.verdict != "helps":
+    """Which controls the merge is not clearly better than, where it is better than the target.
+
+    A report from before there was a verdict of this kind says that it helps; the controls are told of there too.
+    """
+    if report.verdict not in ("helps", "better, but not by the source"):
         return ""
-    as_good = [
-        f"{name} ({control.difference.value:+.4f})"
-        for name, control in report.evaluation.controls.items()
-        if control.fused_minus_control.high >= 0 and control.difference.high < 0
-    ]
-    if not as_good:
+    gains: list[str] = []
+    like: list[str] = []
+    for name, control in report.evaluation.controls.items():
+        if not control.fused_minus_control.high < 0:
+            group = gains if control.difference.high < 0 else like
+            group.append(f"{name} ({change_words(control.difference.value)})")
+    if not gains and not like:
         return ""
-    listed = ", ".join(as_good)
-    return f" But as far as these texts show, it is not the source's knowledge that helps: {listed} gain as much."
+    told = f"the merge cannot be told from {', '.join(like)}"
+    if not gains:
+        return f" But these texts do not show that it is the source's knowledge that helps: {told}."
+    more = f", and {told}" if like else ""
+    listed = ", ".join(gains)
+    return f" But as far as these texts show, it is not the source's knowledge that helps: {listed} gain as much{more}."
 
 
 def training_summary(report: Report) -> str:
