@@ -263,9 +263,11 @@ def comparison_page(result: Comparison) -> str:
         losses(result),
     ]
     parts = []
-    for figure in filter(None, figures):
+    for place, figure in enumerate(filter(None, figures)):
         figure.update_layout(template=TEMPLATES["light"])
-        parts.append(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
+        # A name of its own, not a drawn one: the same comparison gives the same page.
+        options = {"full_html": False, "include_plotlyjs": False, "config": {"displaylogo": False}}
+        parts.append(figure.to_html(div_id=f"figure-{place}", **options))
     added = "".join(f"<p>{html.escape(added_words(item))}.</p>" for item in result.added)
     title = html.escape(f"{result.target.ref} and {result.source.ref}: what helps")
     return (
