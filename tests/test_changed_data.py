@@ -131,7 +131,7 @@ def test_a_comparison_scores_a_changed_domain_anew(pair, tmp_path):
         steps.clear()
         result = compare(recipe, tmp_path / "c", listener=steps.append)
         assert result.data[str(domain)] == f"sha256:{sha256(domain)}"
-        return next(row for row in result["rows"] if row["name"] == name)["domains"]["Malay"]["value"]
+        return next(row for row in result.rows if row.name == name).domains["Malay"].value
 
     first = row_of("base")
     assert row_of("base") == first and not [step for step in steps if step.stage == "compare"]
