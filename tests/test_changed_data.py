@@ -9,13 +9,13 @@ import pytest
 
 from tests.pico import save_pico
 from tests.test_pipeline import recipe_for
-from tmerge.benchmark import evaluate_models
 from tmerge.calibration import dataset_identity, read_texts, sample_texts
-from tmerge.comparison import compare
+from tmerge.comparison.compare import compare
+from tmerge.comparison.evaluate import evaluate_models
+from tmerge.comparison.reproduce import reproduce
 from tmerge.errors import CheckpointError, DatasetError, OutputExistsError
 from tmerge.models import load_model, load_tokenizer
 from tmerge.recipe import CalibrationSettings
-from tmerge.reproduce import reproduce
 from tmerge.stages.merge import merge
 
 
@@ -130,8 +130,8 @@ def test_a_comparison_scores_a_changed_domain_anew(pair, tmp_path):
     def row_of(name):
         steps.clear()
         result = compare(recipe, tmp_path / "c", listener=steps.append)
-        assert result["data"][str(domain)] == f"sha256:{sha256(domain)}"
-        return next(row for row in result["rows"] if row["name"] == name)["domains"]["Malay"]["value"]
+        assert result.data[str(domain)] == f"sha256:{sha256(domain)}"
+        return next(row for row in result.rows if row.name == name).domains["Malay"].value
 
     first = row_of("base")
     assert row_of("base") == first and not [step for step in steps if step.stage == "compare"]
@@ -168,12 +168,12 @@ def test_a_domain_that_changes_during_the_merge_is_refused(pair, tmp_path, monke
         pair, compare={"rows": [], "alphas": [], "domains": {"Malay": str(domain)}}, evaluation={"descent": 4}
     )
     with monkeypatch.context() as patched:
-        patched.setattr("tmerge.comparison.merge", changing(domain, sample_texts("thai")[:40], merge))
+        patched.setattr("tmerge.comparison.compare.merge", changing(domain, sample_texts("thai")[:40], merge))
         with pytest.raises(DatasetError, match=r"domain .*domain\.txt' changed since this comparison began") as caught:
             compare(recipe, tmp_path / "c")
     assert "\n" not in str(caught.value) and not list((tmp_path / "c/rows").iterdir())
     result = compare(recipe, tmp_path / "c")
-    assert result["data"][str(domain)] == f"sha256:{sha256(domain)}"
+    assert result.data[str(domain)] == f"sha256:{sha256(domain)}"
 
 
 @pytest.mark.parametrize("when", ["merge", "tasks"])
@@ -186,10 +186,10 @@ def test_a_task_file_that_changes_during_the_comparison_is_refused(pair, tmp_pat
         return {}
 
     monkeypatch.setattr(
-        "tmerge.comparison_inputs.run_tasks", changing(data, ["two"], tasks) if when == "tasks" else tasks
+        "tmerge.comparison.inputs.run_tasks", changing(data, ["two"], tasks) if when == "tasks" else tasks
     )
     if when == "merge":
-        monkeypatch.setattr("tmerge.comparison.merge", changing(data, ["two"], merge))
+        monkeypatch.setattr("tmerge.comparison.compare.merge", changing(data, ["two"], merge))
     words = {"rows": [], "alphas": [], "tasks": ["xcopa_id"], "task_data": {"xcopa_id": str(data)}}
     recipe = recipe_for(pair, compare=words, evaluation={"descent": 4})
     with pytest.raises(DatasetError, match=r"task file .*task\.jsonl' changed since this comparison began"):
@@ -213,14 +213,14 @@ def test_a_row_is_made_anew_where_its_source_is_another_by_now(pair, tmp_path):
     values = []
     for seed in (2, 3):
         save_pico("gpt2", tmp_path / "further", layers=2, seed=seed)
-        rows = compare(recipe, tmp_path / "c")["rows"]
-        values.append(next(row["value"] for row in rows if row["name"].startswith("fused with")))
+        rows = compare(recipe, tmp_path / "c").rows
+        values.append(next(row.value for row in rows if row.name.startswith("fused with")))
     assert values[0] != values[1]
 
 
 def test_a_training_set_that_changed_is_refused_by_its_name(finished, tmp_path):
     pytest.importorskip("trl", reason="the adapt extra is not installed")
-    from tmerge.adapted import adapt_run
+    from tmerge.stages.adapt import adapt_run
 
     data, words = tmp_path / "data.txt", {"steps": 2, "batch_size": 2, "max_tokens": 40}
     write(data, sample_texts("malay")[:40])
@@ -237,7 +237,7 @@ def test_an_evaluation_says_what_its_files_were(pair, tmp_path):
     data = tmp_path / "data.txt"
     write(data, sample_texts("malay")[:64])
     result = evaluate_models([str(pair / "target")], dataset=str(data), texts=16)
-    assert result["data"] == {str(data): f"sha256:{sha256(data)}"}
+    assert result.data == {str(data): f"sha256:{sha256(data)}"}
 
 
 def test_samples_are_known_by_their_texts(monkeypatch):
@@ -263,13 +263,13 @@ def test_rows_are_of_the_commits_that_were_merged_and_another_commit_has_others(
     monkeypatch.setattr("tmerge.models.model.model_commit", lambda reference: now[0])
     monkeypatch.setattr("tmerge.models.model.load_model", load)
     monkeypatch.setattr("tmerge.models.model.load_tokenizer", lambda reference, **options: load_tokenizer(reference))
-    monkeypatch.setattr("tmerge.comparison.merge", moving)
+    monkeypatch.setattr("tmerge.comparison.compare.merge", moving)
     recipe = recipe_for(pair, compare={"rows": [], "alphas": []}, evaluation={"descent": 4, "controls": []})
     made = []
     for commit in ("a" * 40, "b" * 40):
         now[0], loaded[:] = commit, []
         report = compare(recipe, tmp_path / "c")
-        assert report["target"]["commit"] == report["source"]["commit"] == commit and set(loaded) == {commit}
+        assert report.target.commit == report.source.commit == commit and set(loaded) == {commit}
         made.append({path.name for path in (tmp_path / "c/rows").iterdir()} - set().union(*made))
     assert [len(names) for names in made] == [3, 3]
 
@@ -283,7 +283,7 @@ def test_a_model_that_changes_during_the_merge_is_refused(tmp_path, monkeypatch)
         save_pico("llama", tmp_path / "target", layers=2, seed=5)
         return report
 
-    monkeypatch.setattr("tmerge.comparison.merge", changing_model)
+    monkeypatch.setattr("tmerge.comparison.compare.merge", changing_model)
     recipe = recipe_for(tmp_path, compare={"rows": [], "alphas": []}, evaluation={"descent": 4, "controls": []})
     with pytest.raises(CheckpointError, match="target' changed since this comparison began") as caught:
         compare(recipe, tmp_path / "c")

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from tests.test_cli import pair, run, small  # noqa: F401 (fixtures)
+from tmerge.store import LOCK, locked
 
 pytest.importorskip("trl")
 TRAIN = ["--set", "adaptation.batch_size=2", "--set", "adaptation.max_tokens=32"]
@@ -44,6 +45,36 @@ def test_compare(run, pair, tmp_path):  # noqa: F811
     assert code == 0, progress
     assert re.search(r"sft\s.*\d\.\d{4}", printed) and "descent" in printed
     assert {path.name for path in (tmp_path / "c").iterdir()} >= {"compare.json", "compare.md", "compare.html", "merge"}
+
+
+def test_a_comparison_that_another_process_works_at_is_refused_and_stays(run, pair, tmp_path):  # noqa: F811
+    folder = tmp_path / "c"
+    folder.mkdir()
+    with locked(folder, folder):
+        code, printed, err = run("compare", *small(pair, folder))
+        assert (code, printed) == (2, "")
+        assert err.splitlines()[-1].startswith(f"error: another tmerge is at work in {folder}; wait until")
+        assert [path.name for path in folder.iterdir()] == [LOCK]
+    # What fails with nothing done leaves nothing, the lock neither.
+    code, _, err = run("compare", *small(pair, folder), "--set", "compare.domains={Malay: nowhere.txt}")
+    assert code == 2 and "nowhere.txt" in err and not folder.exists()
+
+
+def test_inspect_shows_a_comparison_or_says_what_is_wrong_with_it(run, pair, tmp_path):  # noqa: F811
+    words = ("--set", "compare.rows=[]", "--set", "compare.alphas=[]", "--set", "evaluation.descent=4")
+    folder, page = tmp_path / "c", tmp_path / "page.html"
+    assert run("compare", *small(pair, folder), *words)[0] == 0
+    written = json.loads((folder / "compare.json").read_text())
+    code, printed, _ = run("inspect", folder, "--json", "--html", page)
+    assert code == 0 and json.loads(printed) == written
+    assert page.read_text() == (folder / "compare.html").read_text()
+    code, printed, _ = run("inspect", folder)
+    assert code == 0 and f"{written['rows'][0]['value']:.4f}" in printed and "permuted" in printed
+    del written["rows"][1]["value"]
+    (folder / "compare.json").write_text(json.dumps(written))
+    code, printed, err = run("inspect", folder)
+    assert (code, printed) == (2, "") and err.count("\n") == 1
+    assert "compare.json is not a comparison that this tmerge can read: rows[1].value is missing" in err
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ for name in names:
 
 _ORDERS = {
     "nothing before": "import tmerge",
-    "the homes first": "import tmerge.preflight.check, tmerge.preflight.estimate, tmerge.comparison, tmerge",
-    "names from their homes": "from tmerge.comparison import compare\nfrom tmerge.preflight.check import check\n"
-    "import tmerge\nassert tmerge.check is check and tmerge.compare is compare",
+    "the homes first": "import tmerge.preflight.check, tmerge.preflight.estimate, tmerge.comparison.compare, tmerge",
+    "names from their homes": "from tmerge.comparison.compare import compare\n"
+    "from tmerge.preflight.check import check\nimport tmerge\n"
+    "assert tmerge.check is check and tmerge.compare is compare",
     "everything first": "import pkgutil, importlib, tmerge, tmerge.cli.merging, tmerge.cli.training\n"
     "for found in pkgutil.iter_modules(tmerge.__path__):\n"
     "    if found.name != 'ui': importlib.import_module(f'tmerge.{found.name}')",

@@ -172,7 +172,7 @@ def send(number):
 def test_a_comparison(command, pair, tmp_path, monkeypatch, number):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_for(pair, evaluation={"descent": 4}, compare={"rows": [], "alphas": []}).to_yaml())
-    monkeypatch.setattr("tmerge.comparison._Comparison._source", send(number))
+    monkeypatch.setattr("tmerge.comparison.compare._Comparison._source", send(number))
     code, line = command("compare", path, "--out", tmp_path / "c")
     assert code == CODES[number]
     # base, fused, shrink, noise and permuted come before the source.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tmerge.comparison import compare
+    from tmerge.comparison.compare import compare
     from tmerge.preflight.check import check
     from tmerge.recipe import Recipe, load_recipe
     from tmerge.run import Run
@@ -24,7 +24,7 @@ _HOMES = {
     "Run": "run",
     "Step": "stages.merge",
     "check": "preflight.check",
-    "compare": "comparison",
+    "compare": "comparison.compare",
     "load_recipe": "recipe",
     "merge": "stages.merge",
 }

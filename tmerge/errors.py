@@ -11,6 +11,7 @@ __all__ = [
     "AdaptationError",
     "Cancelled",
     "CheckpointError",
+    "ComparisonError",
     "DatasetError",
     "DeviceError",
     "GatedModelError",
@@ -94,6 +95,10 @@ class RunNotFoundError(TmergeError):
 
 class ReportError(RunNotFoundError):
     """A run's report.json that cannot be read: damaged, of another schema, or with something missing or amiss."""
+
+
+class ComparisonError(TmergeError):
+    """A compare.json that cannot be read: damaged, of another schema, or with something missing or amiss."""
 
 
 class NotEnoughDiskError(TmergeError):

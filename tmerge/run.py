@@ -150,7 +150,7 @@ class Run:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """While a merge works in the folder: nobody else does; if it ends with nothing finished, nothing is left.
+        """While a merge or a training works in the folder, nobody else does; if nothing is finished, nothing is left.
 
         Raises:
             RunBusyError: Another process is at work in it.

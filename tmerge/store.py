@@ -22,9 +22,10 @@ from tmerge.errors import RunBusyError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["locked", "read_json", "replacing", "write_json", "write_tensors", "write_text"]
+__all__ = ["LOCK", "locked", "read_json", "replacing", "write_json", "write_tensors", "write_text"]
 
-_LOCK = "lock"
+LOCK = "lock"
+"""Name of the file that a folder is locked by."""
 
 
 @contextmanager
@@ -99,7 +100,7 @@ def locked(folder: Path, what: Path) -> Iterator[None]:
     Raises:
         RunBusyError: Another one is at work.
     """
-    lock = FileLock(folder / _LOCK, timeout=0, is_singleton=False)
+    lock = FileLock(folder / LOCK, timeout=0, is_singleton=False)
     try:
         lock.acquire()
     except Timeout:

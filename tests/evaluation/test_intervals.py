@@ -1,5 +1,7 @@
 """Paired bootstrap intervals, held against a plain loop and against what they must do."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,22 @@ def test_a_model_against_itself_is_exactly_no_difference(two):
 )
 def test_verdict(low, high, expected):
     assert verdict(Interval((low + high) / 2, low, high)) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "controls", "expected"),
+    [
+        ((-0.2, -0.1), [(-0.2, -0.05), (-0.3, -0.01)], "helps"),
+        ((-0.2, -0.1), [(-0.2, -0.05), (-0.1, 0.0)], "better, but not by the source"),
+        ((-0.2, -0.1), [(0.01, 0.02)], "better, but not by the source"),
+        ((-0.2, -0.1), [(-math.inf, math.nan)], "better, but not by the source"),
+        ((-0.2, 0.1), [(-0.2, -0.1)], "no difference"),
+        ((0.1, 0.2), [(-0.2, -0.1)], "hurts"),
+    ],
+)
+def test_a_gain_is_the_merges_own_only_where_it_is_better_than_every_control(change, controls, expected):
+    found = verdict(Interval(sum(change) / 2, *change), [Interval(0.0, *control) for control in controls])
+    assert found == expected
 
 
 def test_other_texts_are_refused(two):

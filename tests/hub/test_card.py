@@ -101,6 +101,7 @@ def test_the_body_says_how_to_load_reproduce_and_cite(run, report):
     [
         ("hurts", 0.2, "**The merge hurts"),
         ("helps", -0.2, "The merge helps"),
+        ("better, but not by the source", -0.2, "The merge is better than its target, but not by the source: -0.2000"),
         ("no difference", 0.0, "The merge makes no"),
     ],
 )

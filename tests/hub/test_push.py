@@ -6,11 +6,13 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from tests.hub import Repo, WritableHub, run_client
 from tests.pico import save_pico
+from tmerge.evaluation import Verdict
 
 TOKEN = "hf_TheSecretOfThisTestThatNobodyMayRead"
 READER = "hf_AnotherSecretThatOnlyReads"
@@ -287,7 +289,7 @@ def test_a_merge_that_hurts_says_so_first(hub, results):
 
 def test_a_pushed_run_is_looked_at_and_fused_from_again(hub, work, results):
     report = json.loads(results["inspect"]["out"])
-    assert report["verdict"] in ("helps", "hurts", "no difference")
+    assert report["verdict"] in get_args(Verdict)
     assert results["inspect page"]["code"] == 0 and "plotly" in (work / "page.html").read_text().lower()
     assert results["plan"]["code"] == 0, results["plan"]["err"]
     swept = json.loads((work / "swept/tmerge/report.json").read_text())

@@ -43,7 +43,10 @@ AMISS = [
     (put(math.inf, "stages", 1, "seconds"), "is no strict JSON, stages[1].seconds is inf"),
     (put("8", "target", "layers"), "target.layers should be a valid integer, and is '8'"),
     (put(True, "seed"), "seed should be a valid integer, and is True"),
-    (put("wins", "verdict"), "verdict should be 'helps', 'hurts' or 'no difference', and is 'wins'"),
+    (
+        put("wins", "verdict"),
+        "verdict should be 'helps', 'better, but not by the source', 'no difference' or 'hurts', ",
+    ),
     (put([], "evaluation", "controls"), "evaluation.controls should be a valid dictionary, and is a list"),
     (put({}, "fusion", "projections"), "fusion.projections "),
     (put([0.1], "fusion", "projections", "q", "norm_ratio"), "in fusion.projections.q, norm_ratio has to have one"),

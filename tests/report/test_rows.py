@@ -6,13 +6,14 @@ import re
 import pytest
 from rich.console import Console
 
-import tmerge.show
+import tmerge.cli.show
 from tests.plotted import interval, record, report  # noqa: F401 - two fixtures
 from tests.reported import adaptation, typed
 from tmerge.hub import card_text
 from tmerge.plots import report_page
+from tmerge.quantities import bytes_words, duration_words, number_words
 from tmerge.recipe import Recipe
-from tmerge.report import bytes_words, duration_words, interval_words, number_words, score_rows
+from tmerge.report import interval_words, score_rows
 from tmerge.ui.progress import result_cards
 from tmerge.ui.try_out import _scores
 from tmerge.ui.visitor_run import VisitorRun
@@ -52,8 +53,8 @@ def test_rows_are_in_their_order_and_say_what_they_are(trained):
 def test_terminal_card_page_and_app_show_the_same_rows(trained, record, monkeypatch, tmp_path):  # noqa: F811
     rows = score_rows(trained)
     wide = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 - its text is asked for
-    monkeypatch.setattr(tmerge.show, "Console", lambda **options: wide)
-    tmerge.show.show_report(trained, "fused")
+    monkeypatch.setattr(tmerge.cli.show, "Console", lambda **options: wide)
+    tmerge.cli.show.show_report(trained, "fused")
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in wide.export_text().splitlines()]
     recipe = Recipe(target="someone/small", source="someone/large")
     card = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in card_text(trained, recipe).splitlines()]

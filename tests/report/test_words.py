@@ -1,10 +1,20 @@
 """What the verdict's sentence says of a gain that a control makes as well."""
 
+import html
+from typing import get_args
+
 import pytest
 
-from tests.plotted import control, interval, report  # noqa: F401 - one is a fixture
+from tests.plotted import control, interval, record, report  # noqa: F401 - two are fixtures
 from tests.reported import typed
-from tmerge.report import summary
+from tmerge.evaluation import Verdict
+from tmerge.hub import card_text
+from tmerge.plots import report_page
+from tmerge.plots.assets import STYLE
+from tmerge.recipe import Recipe
+from tmerge.report import summary, verdict_tone, verdict_words
+from tmerge.ui.progress import result_cards
+from tmerge.ui.visitor_run import VisitorRun
 
 
 def verdict_of(document, verdict, value, controls):
@@ -40,6 +50,46 @@ def test_a_gain_that_a_control_makes_too_is_said_to_be_none_of_the_merge(control
     assert said.startswith("The merge helps: -0.0500")
     assert ("not the source's knowledge" in said) == bool(named)
     assert all(name in said for name in named) and ("noise (+" not in said)
+
+
+@pytest.mark.parametrize(
+    ("controls", "said"),
+    [
+        (
+            {"shrink": -0.051, "noise": 0.04},
+            "shrink (-0.0510) gain as much.",
+        ),
+        ({"shrink": -0.048, "noise": -0.046}, "shrink (-0.0480), noise (-0.0460) gain as much."),
+    ],
+)
+def test_a_gain_that_is_not_the_sources_has_a_verdict_of_its_own(controls, said, report):  # noqa: F811
+    summed_up = summary(verdict_of(report, "better, but not by the source", -0.05, controls))
+    assert summed_up.startswith("The merge is better than its target, but not by the source: -0.0500 bits per byte")
+    assert summed_up.endswith(said)
+
+
+def test_a_control_that_cannot_be_told_from_the_merge_is_not_said_to_gain(report):  # noqa: F811
+    document = verdict_of(report, "better, but not by the source", -0.05, {"noise": -0.02}).to_dict()
+    control = document["evaluation"]["controls"]["noise"]
+    control["difference"]["ci95"], control["fused_minus_control"]["ci95"] = [-0.06, 0.02], [-0.07, 0.01]
+    said = summary(typed(document))
+    assert said.endswith(
+        "But these texts do not show that it is the source's knowledge that helps: the merge cannot be told from "
+        "noise (-0.0200)."
+    )
+
+
+@pytest.mark.parametrize("verdict", get_args(Verdict))
+def test_every_verdict_is_said_and_shown_the_same_everywhere(verdict, report, record, tmp_path):  # noqa: F811
+    told = verdict_of(report, verdict, -0.05, {"shrink": -0.05})
+    recipe = Recipe(target="someone/small", source="someone/large")
+    run = VisitorRun("id", recipe, tmp_path, "me", state="done", report=told)
+    page, app = html.unescape(report_page(told, record)), html.unescape(result_cards(run))
+    words, tone = verdict_words(verdict), verdict_tone(verdict)
+    for shown in (page, app, card_text(told, recipe), summary(told)):
+        assert words in shown
+    assert f'class="verdict {tone}"' in page and f'class="verdict {tone}"' in app
+    assert f".{tone}" in STYLE and len({verdict_tone(one) for one in get_args(Verdict)}) == 4
 
 
 def test_a_loss_needs_no_caution(report):  # noqa: F811

@@ -21,6 +21,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from tmerge.errors import NotEnoughDiskError, RunNotFoundError
+from tmerge.quantities import bytes_words
 
 __all__ = ["FeatureStore", "FeatureWriter"]
 
@@ -144,7 +145,7 @@ class FeatureWriter:
     def _no_room(self, widths: int, free: int) -> NotEnoughDiskError:
         size = widths * self.texts * _FLOAT
         return NotEnoughDiskError(
-            f"the features of {self.texts} texts need {size / 1e9:.2f} GB of disk, where {free / 1e9:.2f} GB are free; "
+            f"the features of {self.texts} texts need {bytes_words(size)} of disk, where {bytes_words(free)} are free; "
             "make room, lower calibration.texts, or choose fewer fusion.projections"
         )
 

@@ -145,8 +145,8 @@ def check(
     json_output: JsonOption = False,
 ) -> None:
     """Hold two models against each other from their configs alone: what matches, and what a merge would take."""
+    from tmerge.cli.show import show_check
     from tmerge.recipe import load_recipe
-    from tmerge.show import show_check
 
     overrides = {"target": target, "source": source, "source_base": source_base, "calibration.dataset": dataset}
     if source_base is not None:
@@ -207,12 +207,15 @@ def _relatedness(recipe: Any, named: str | None) -> dict[str, Any]:
 
 @app.command()
 def inspect(
-    run: Annotated[str, typer.Argument(help="A run's folder, or a pushed run's Hub id.")] = "fused",
+    run: Annotated[str, typer.Argument(help="A run's or a comparison's folder, or a pushed run's Hub id.")] = "fused",
     json_output: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
-    """Show a finished run's report; --html writes its pictures."""
+    """Show a finished run's report, or a comparison; --html writes its pictures."""
     quiet_libraries()
+    if (Path(run) / "compare.json").is_file():
+        _inspect_comparison(Path(run), json_output, html)
+        return
     from tmerge.hub import find_run
 
     when_stopped(nothing_changed)
@@ -220,13 +223,31 @@ def inspect(
     report = opened.report()
     if html is not None:
         when_stopped(lambda: f"{html} is written whole or not at all; to start again: {same_command()}")
-        _write_page(html, report, opened.record())
+        _write_report_page(html, report, opened.record())
     if json_output:
         print_json(report.to_dict())
     elif html is None:
-        from tmerge.show import show_report
+        from tmerge.cli.show import show_report
 
         show_report(report, run)
+
+
+def _inspect_comparison(folder: Path, json_output: bool, html: Path | None) -> None:
+    """What `tmerge compare` left in a folder."""
+    from tmerge.comparison.result import read_comparison
+
+    when_stopped(nothing_changed)
+    found = read_comparison(folder / "compare.json")
+    if html is not None:
+        from tmerge.plots.comparison import comparison_page
+
+        _write_page(html, comparison_page(found))
+    if json_output:
+        print_json(found.to_dict())
+    elif html is None:
+        from tmerge.cli.show import show_comparison
+
+        show_comparison(found, folder)
 
 
 def _run_remotely(
@@ -243,9 +264,9 @@ def _run_remotely(
             f"{DISTRIBUTION}=={VERSION}, or the https:// address of its wheel"
         )
     quiet_libraries()
+    from tmerge.cli.show import show_check
     from tmerge.hub.jobs import follow_job, start_job
     from tmerge.preflight.check import check as check_models
-    from tmerge.show import show_check
 
     when_stopped(nothing_changed)
     # What cannot be merged is said here, before the job costs anything. The recipe's device is the job's, and this
@@ -271,12 +292,16 @@ def _run_remotely(
         typer.echo(f"{repo} (private), commit {commit}; its verdict: tmerge inspect {repo}")
 
 
-def _write_page(path: Path, report: Report, record: Any) -> None:
+def _write_report_page(path: Path, report: Report, record: Any) -> None:
     """A run's pictures in one file."""
     from tmerge.plots import report_page
+
+    _write_page(path, report_page(report, record))
+
+
+def _write_page(path: Path, page: str) -> None:
     from tmerge.store import write_text
 
-    page = report_page(report, record)
     try:
         write_text(path, page)
     except OSError as error:
@@ -300,8 +325,8 @@ def _refuse_page(path: Path, out: Path) -> None:
 def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool, html: Path | None) -> Report | None:
     """What merge and demo share: the report, or None of a dry run."""
     quiet_libraries()
+    from tmerge.cli.show import show_check, show_report
     from tmerge.errors import RunNotFoundError
-    from tmerge.show import show_check, show_report
 
     if resume and not (out / "tmerge").is_dir():
         raise RunNotFoundError(f"there is no run in {out} to resume; leave --resume away to begin one")
@@ -327,7 +352,7 @@ def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool,
         from tmerge.hub import find_run
 
         when_stopped(lambda: f"the merge is finished, in {out}; its pictures: tmerge inspect {out} --html {html}")
-        _write_page(html, report, find_run(str(out)).record())
+        _write_report_page(html, report, find_run(str(out)).record())
     if json_output:
         print_json(report.to_dict())
     else:

@@ -33,8 +33,8 @@ def push(
     if not repo:
         raise PushError("name the repo to push to: tmerge push --repo user/fused")
     quiet_libraries()
+    from tmerge.cli.show import show_push_plan
     from tmerge.hub import plan_push
-    from tmerge.show import show_push_plan
 
     if dry_run:
         when_stopped(nothing_changed)
@@ -78,23 +78,23 @@ def reproduce(
 ) -> None:
     """Run a published recipe again at its commits, and compare the published weights with what comes out."""
     quiet_libraries()
-    from tmerge.reproduce import difference_words
-    from tmerge.reproduce import reproduce as reproduce_run
+    from tmerge.comparison.reproduce import difference_words
+    from tmerge.comparison.reproduce import reproduce as reproduce_run
 
     when_stopped(lambda: stages_kept(out))
     with progress() as listener:
         result = reproduce_run(run, out, listener=listener)
     if json_output:
-        print_json(result)
-    elif result["same"]:
-        for name, pair in result["weights"].items():
-            typer.echo(f"{name}  sha256 {pair['here']}")
+        print_json(result.to_dict())
+    elif result.same:
+        for name, digests in result.weights.items():
+            typer.echo(f"{name}  sha256 {digests.here}")
         typer.echo(
-            f"The same weights as those published as {result['reference']} and as its report names them, bit by bit; "
-            f"they are in {result['folder']}"
+            f"The same weights as those published as {result.reference} and as its report names them, bit by bit; "
+            f"they are in {result.folder}"
         )
-    if not result["same"]:
+    if not result.same:
         raise ReproductionError(
-            f"the weights differ from those of {result['reference']}; {difference_words(result)}; what came out here "
-            f"is in {result['folder']}"
+            f"the weights differ from those of {result.reference}; {difference_words(result)}; what came out here "
+            f"is in {result.folder}"
         )

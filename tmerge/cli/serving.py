@@ -50,6 +50,7 @@ def space(
     if not repo:
         raise PushError("name the Space to deploy to: tmerge space --repo user/space")
     from tmerge.hub.space import deploy_space, plan_space
+    from tmerge.quantities import bytes_words, count_words
 
     when_stopped(nothing_changed)
     planned = plan_space(repo, hardware)
@@ -60,7 +61,9 @@ def space(
         width = max(len(name) for name in planned.files)
         for name, size in planned.files.items():
             typer.echo(f"{name:<{width}}  {size:>9,} bytes")
-        typer.echo(f"{len(planned.files)} files, {planned.total_bytes / 1e6:.1f} MB, for {repo} on {hardware}")
+        typer.echo(
+            f"{count_words(len(planned.files), 'file')}, {bytes_words(planned.total_bytes)}, for {repo} on {hardware}"
+        )
         return
     quiet_libraries()
     when_stopped(lambda: f"{repo} has all of this deployment or nothing of it; to deploy it: {same_command()}")

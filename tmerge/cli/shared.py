@@ -80,7 +80,7 @@ RunArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
 @contextmanager
 def progress() -> Iterator[Any]:
     """A listener that shows every step on stderr, and stops where a signal came that something has swallowed."""
-    from tmerge.show import listening
+    from tmerge.cli.steps import listening
 
     with listening() as listener:
 

@@ -54,8 +54,8 @@ def evaluate(
             raise RecipeError(f"--data {word!r} is not of the form task=FILE")
         files[task] = Path(path)
     quiet_libraries()
-    from tmerge.benchmark import evaluate_models
-    from tmerge.show import show_evaluation
+    from tmerge.cli.show import show_evaluation
+    from tmerge.comparison.evaluate import evaluate_models
 
     when_stopped(lambda: f"no score is kept; to start again: {same_command()}")
     with progress() as listener:
@@ -72,7 +72,7 @@ def evaluate(
             listener=listener,
         )
     if json_output:
-        print_json(result)
+        print_json(result.to_dict())
     else:
         show_evaluation(result)
 
@@ -95,8 +95,8 @@ def adapt(
     words = {name: value for name, value in {**asked, "lora_rank": lora_rank}.items() if value is not None}
     words |= _section_words("adaptation", settings or ())
     quiet_libraries()
-    from tmerge.adapted import adapt_run
-    from tmerge.show import show_adapted
+    from tmerge.cli.show import show_adapted
+    from tmerge.stages.adapt import adapt_run
 
     folder = out or run.with_name(f"{run.absolute().name}-adapted")
     when_stopped(lambda: _training_kept(folder))
@@ -125,14 +125,14 @@ def compare(
     overrides = {"target": target, "source": source, "calibration.dataset": dataset, "device": device}
     loaded = load_recipe(recipe, overrides, settings or ())
     quiet_libraries()
-    from tmerge.comparison import compare as run_comparison
-    from tmerge.show import show_comparison
+    from tmerge.cli.show import show_comparison
+    from tmerge.comparison.compare import compare as run_comparison
 
     when_stopped(lambda: _rows_kept(out))
     with progress() as listener:
         result = run_comparison(loaded, out, listener=listener)
     if json_output:
-        print_json(result)
+        print_json(result.to_dict())
     else:
         show_comparison(result, out)
 

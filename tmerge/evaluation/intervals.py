@@ -7,6 +7,7 @@ easy or hard for both falls out of their difference.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -29,7 +30,7 @@ __all__ = [
     "verdict",
 ]
 
-Verdict = Literal["helps", "hurts", "no difference"]
+Verdict = Literal["helps", "better, but not by the source", "no difference", "hurts"]
 
 # Resamples that lie beyond a quantile that is read: it then scatters by a fifth of its own probability.
 _BEYOND_THE_QUANTILE = 25
@@ -159,11 +160,19 @@ def chance_to_gain(scores: Scores, base: Scores, *, of: int, level: float) -> fl
     return float(stdtr(texts - 1, (-float(gain) / deviation - needed) / reach))
 
 
-def verdict(interval: Interval) -> Verdict:
-    """What an interval of fused minus base says: below zero helps, above zero hurts, else no difference."""
-    if interval.high < 0:
-        return "helps"
-    return "hurts" if interval.low > 0 else "no difference"
+def verdict(change: Interval, fused_minus_controls: Iterable[Interval] = ()) -> Verdict:
+    """What a model's paired differences say of it.
+
+    Args:
+        change: Of the model to its target. Above zero it hurts; around zero, no difference is shown.
+        fused_minus_controls: Of the model to each control, which changes the target by as much and knows nothing of the
+            source. Below zero, all of them, it helps; else it is better, and these texts do not show that the source is
+            why.
+    """
+    if change.high < 0:
+        known = all(interval.high < 0 for interval in fused_minus_controls)
+        return "helps" if known else "better, but not by the source"
+    return "hurts" if change.low > 0 else "no difference"
 
 
 def _paired(scores: Scores, base: Scores) -> Tensor:

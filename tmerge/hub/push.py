@@ -24,11 +24,13 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from tmerge.errors import PushError, RunNotFoundError
+from tmerge.evaluation import Verdict
 from tmerge.hub.card import card_text, merge_licence
 from tmerge.hub.failures import no_token, pushing
 from tmerge.models import file_digest
+from tmerge.quantities import bytes_words, count_words
 from tmerge.recipe import Recipe
-from tmerge.report import Report, bytes_words, interval_words, summary, training_summary
+from tmerge.report import Report, interval_words, summary, training_summary
 from tmerge.run import Run
 
 __all__ = ["PushPlan", "Pushed", "plan_push", "push", "refuse_unready"]
@@ -81,7 +83,7 @@ class PushPlan:
     repo: str
     files: dict[str, int]
     card: str
-    verdict: str
+    verdict: Verdict
     warnings: tuple[str, ...]
 
     @property
@@ -192,7 +194,7 @@ def push(
             planned = plan_push(folder, name, even_if_worse=even_if_worse, card=card)
         _open(api, planned.repo, private=private, create_pr=create_pr, revision=revision, say=say)
         with _staged(planned) as staged:
-            say(f"uploading {len(planned.files)} files, {bytes_words(planned.total_bytes)}")
+            say(f"uploading {count_words(len(planned.files), 'file')}, {bytes_words(planned.total_bytes)}")
             done = api.upload_folder(
                 repo_id=planned.repo,
                 folder_path=staged,

@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from tmerge.errors import PushError, RunNotFoundError
 from tmerge.hub.failures import no_token, pushing
+from tmerge.quantities import bytes_words, count_words
 from tmerge.version import DISTRIBUTION, VERSION
 
 __all__ = ["HARDWARE", "DeployedSpace", "SpacePlan", "deploy_space", "plan_space"]
@@ -127,7 +128,7 @@ def deploy_space(
             repo = f"{api.whoami()['name']}/{repo}"
         moves = _open(api, repo, planned.hardware, private=private, say=say)
         with _staged(planned.hardware) as staged:
-            say(f"uploading {len(planned.files)} files, {planned.total_bytes / 1e6:.1f} MB")
+            say(f"uploading {count_words(len(planned.files), 'file')}, {bytes_words(planned.total_bytes)}")
             done = api.upload_folder(
                 repo_id=repo,
                 repo_type="space",

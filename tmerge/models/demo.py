@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tmerge.errors import CheckpointError, MissingExtraError, ModelNotFoundError, NotEnoughDiskError
+from tmerge.quantities import bytes_words
 from tmerge.store import replacing
 
 __all__ = ["DEMO_MODELS", "DemoModel", "cache_folder", "demo_model", "demo_path"]
@@ -130,7 +131,7 @@ def _joined(model: DemoModel) -> Path:
     free = shutil.disk_usage(path.parent).free
     if free < model.size:
         raise NotEnoughDiskError(
-            f"demo:{model.name} needs {model.size / 1e6:.0f} MB in {str(path.parent)!r}, where {free / 1e6:.0f} MB are "
+            f"demo:{model.name} needs {bytes_words(model.size)} in {str(path.parent)!r}, where {bytes_words(free)} are "
             "free; make room, or set XDG_CACHE_HOME to another disk"
         )
     with replacing(path, shared=True) as temporary:

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from tmerge.errors import DeviceError, NotEnoughMemoryError
+from tmerge.quantities import bytes_words
 
 __all__ = [
     "DEVICE_VARIABLE",
@@ -144,7 +145,7 @@ def check_memory(what: str, needed: int, device: torch.device) -> None:
     free = available_memory(device)
     if needed > free:
         raise NotEnoughMemoryError(
-            f"{what} needs {needed / 1e9:.1f} GB on {device}, where {free / 1e9:.1f} GB are free; use a smaller model, "
+            f"{what} needs {bytes_words(needed)} on {device}, where {bytes_words(free)} are free; use a smaller model, "
             "dtype: bfloat16, or a machine with more memory"
         )
 
@@ -164,6 +165,6 @@ def memory_errors(what: str, device: torch.device) -> Iterator[None]:
         if not said and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             raise
         raise NotEnoughMemoryError(
-            f"{what} does not fit in memory on {device} ({available_memory(device) / 1e9:.1f} GB free); "
+            f"{what} does not fit in memory on {device} ({bytes_words(available_memory(device))} free); "
             "use a smaller model, dtype: bfloat16, or a machine with more memory"
         ) from None

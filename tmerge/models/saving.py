@@ -24,6 +24,7 @@ from tmerge.models.device import memory_errors
 from tmerge.models.loading import LoadedModel, quiet, read_weights, runs_own_code
 from tmerge.models.reference import first_line
 from tmerge.models.tokenizers import restore_limits, unusable_ids
+from tmerge.quantities import bytes_words
 
 __all__ = ["save_checkpoint", "verify_checkpoint"]
 
@@ -62,7 +63,7 @@ def save_checkpoint(
     needed, free = floats * target.itemsize + _ROOM, shutil.disk_usage(folder).free
     if needed > free:
         raise NotEnoughDiskError(
-            f"saving {loaded.reference.name} needs {needed / 1e9:.2f} GB in {str(folder)!r}, where {free / 1e9:.2f} GB "
+            f"saving {loaded.reference.name} needs {bytes_words(needed)} in {str(folder)!r}, where {bytes_words(free)} "
             "are free; make room, or choose another --out"
         )
     with quiet(), _settings_kept(model), _valid_generation(model) as generation:

@@ -27,7 +27,7 @@ figure { margin: 16px 0; min-width: 0; }
   border-radius: 6px; padding: 14px 18px; margin: 18px 0; }
 .verdict p { max-width: 110ch; }
 .verdict .word { font-size: 1.35rem; font-weight: 700; color: var(--tone); margin: 0; }
-.helps { --tone: var(--good); } .hurts { --tone: var(--bad); } .none { --tone: var(--none); }
+.helps { --tone: var(--good); } .hurts { --tone: var(--bad); } .better, .none { --tone: var(--none); }
 .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 8px 32px;
   align-items: start; }
 .side > * { min-width: 0; }

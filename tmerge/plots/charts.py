@@ -20,7 +20,8 @@ from tmerge.plots.style import (
     feature_name,
     finish,
 )
-from tmerge.report import Adaptation, Measured, Report, bytes_words, interval_words, score_rows
+from tmerge.quantities import bytes_words
+from tmerge.report import Adaptation, Measured, Report, interval_words, score_rows
 from tmerge.transport import MASS_AT, TransportRecord
 
 __all__ = ["norm_ratios", "scores", "timing", "top_mass", "training_loss"]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from tmerge.comparison.result import Comparison, Row
+from tmerge.comparison.tables import ROW_HEADINGS, added_words, row_cells
 from tmerge.plots.style import BAD, GOOD, NEUTRAL, OWN, PROJECTION_COLOURS, TEMPLATES, escaped, finish
-from tmerge.report import Descent
-from tmerge.tables import added_words
+from tmerge.report import Descent, interval_words
 
 __all__ = [
     "alpha_sweep",
@@ -28,45 +28,49 @@ __all__ = [
 _SWEEP_COLOURS = {"fused": GOOD, "shrink": NEUTRAL, "noise": BAD}
 
 
-def rows_figure(result: Mapping[str, Any]) -> go.Figure:
+def rows_figure(result: Comparison) -> go.Figure:
     """Every row's paired difference to the base with its 95 % interval; the seeds of a trained row are averaged."""
-    rows = [row for row in result["rows"] if "difference" in row and row["kind"] not in ("sweep", "reference")]
+    rows = [row for row in result.rows if row.difference is not None and row.kind not in ("sweep", "reference")]
     return _forest(
         rows,
         "Difference to the base, held-out bits per byte",
-        f"{result['texts']} texts, 95 % intervals paired by text; left of the dotted line is better",
+        f"{result.texts} texts, 95 % intervals paired by text; left of the dotted line is better",
     )
 
 
-def sources_figure(result: Mapping[str, Any]) -> go.Figure | None:
+def sources_figure(result: Comparison) -> go.Figure | None:
     """The same recipe with other sources (Figure 4); None where only one was asked for."""
-    rows = [row for row in result["rows"] if row["kind"] == "source"]
+    rows = [row for row in result.rows if row.kind == "source"]
     if not rows:
         return None
-    own = next(row for row in result["rows"] if row["name"] == "fused")
-    rows = [{**own, "name": f"fused with {result['source']['ref']}"}, *rows]
+    own = next(row for row in result.rows if row.name == "fused")
+    rows = [own.model_copy(update={"name": f"fused with {result.source.ref}"}), *rows]
     return _forest(rows, "Source backbones", "the same recipe, one source after the other (the paper's Figure 4)")
 
 
-def alpha_sweep(result: Mapping[str, Any]) -> go.Figure | None:
+def alpha_sweep(result: Comparison) -> go.Figure | None:
     """Held-out bits per byte over alpha, without training, beside shrink and noise (Figure 5)."""
     figure = go.Figure()
     for name, colour in _SWEEP_COLOURS.items():
         rows = sorted(
-            (row for row in result["rows"] if row["kind"] == "sweep" and row["of"] == name),
-            key=lambda row: row["alpha"],
+            (
+                (row.alpha, row.difference)
+                for row in result.rows
+                if row.of == name and row.alpha is not None and row.difference is not None
+            ),
+            key=lambda pair: pair[0],
         )
         if not rows:
             continue
-        changes = [row["difference"] for row in rows]
+        changes = [change for _, change in rows]
         figure.add_trace(
             go.Scatter(
-                x=[row["alpha"] for row in rows],
-                y=[change["value"] for change in changes],
+                x=[alpha for alpha, _ in rows],
+                y=[change.value for change in changes],
                 error_y={
                     "type": "data",
-                    "array": [change["ci95"][1] - change["value"] for change in changes],
-                    "arrayminus": [change["value"] - change["ci95"][0] for change in changes],
+                    "array": [change.high - change.value for change in changes],
+                    "arrayminus": [change.value - change.low for change in changes],
                 },
                 name=name,
                 mode="lines+markers",
@@ -93,18 +97,18 @@ def alpha_sweep(result: Mapping[str, Any]) -> go.Figure | None:
     )
 
 
-def domain_scores(result: Mapping[str, Any]) -> go.Figure | None:
+def domain_scores(result: Comparison) -> go.Figure | None:
     """Rows over domains as z-scores and min-max scores (Figure 1), 1 or above is better than the average row.
 
     Bits per byte of unlike texts cannot be averaged; within a domain the rows can be held against each other. Both
     are turned round, so that higher is better: z = (mean - value) / sd, and (max - value) / (max - min). None where
     the recipe names no further domain.
     """
-    rows = [row for row in result["rows"] if row["kind"] != "sweep" and row["name"] != "source"]
-    names = list(rows[0]["domains"]) if rows else []
+    rows = [row for row in result.rows if row.kind != "sweep" and row.name != "source"]
+    names = list(rows[0].domains) if rows else []
     if not names or len(rows) < 2:
         return None
-    values = np.array([[row["value"], *(row["domains"][name]["value"] for name in names)] for row in rows])
+    values = np.array([[row.value, *(row.domains[name].value for name in names)] for row in rows])
     spread, width = values.std(0), np.ptp(values, axis=0)
     z = (values.mean(0) - values) / np.where(spread == 0, 1, spread)
     scaled = (values.max(0) - values) / np.where(width == 0, 1, width)
@@ -116,12 +120,12 @@ def domain_scores(result: Mapping[str, Any]) -> go.Figure | None:
                 go.Bar(
                     x=labels,
                     y=scores[index],
-                    name=escaped(row["name"]),
+                    name=escaped(row.name),
                     customdata=values[index],
                     visible=kind == "z-score",
                     meta=kind,
                     marker={"color": list(PROJECTION_COLOURS.values())[index % len(PROJECTION_COLOURS)]},
-                    hovertemplate=f"{escaped(row['name'])}, %{{x}}: {kind} %{{y:.2f}} "
+                    hovertemplate=f"{escaped(row.name)}, %{{x}}: {kind} %{{y:.2f}} "
                     "(%{customdata:.4f} bits per byte)<extra></extra>",
                 )
             )
@@ -140,21 +144,21 @@ def domain_scores(result: Mapping[str, Any]) -> go.Figure | None:
     )
 
 
-def task_scores(result: Mapping[str, Any]) -> go.Figure | None:
+def task_scores(result: Comparison) -> go.Figure | None:
     """Benchmark scores of every row, and their mean over tasks (the paper's Figure 6 for the group ``general``).
 
     None where the recipe names no task.
     """
-    rows = [row for row in result["rows"] if row.get("tasks") and row["kind"] != "sweep"]
+    rows = [row for row in result.rows if row.tasks and row.kind != "sweep"]
     if not rows:
         return None
     figure = go.Figure()
-    names = list(rows[0]["tasks"])
+    names = list(rows[0].tasks)
     for index, row in enumerate(rows):
-        items = [row["tasks"][name] for name in names]
-        labels, values = [*map(escaped, names)], [item["value"] for item in items]
-        above = [item["ci95"][1] - item["value"] for item in items]
-        below = [item["value"] - item["ci95"][0] for item in items]
+        items = [row.tasks[name] for name in names]
+        labels, values = [*map(escaped, names)], [item.value for item in items]
+        above = [item.high - item.value for item in items]
+        below = [item.value - item.low for item in items]
         if len(names) > 1:
             labels, values = [*labels, "mean"], [*values, sum(values) / len(values)]
             above, below = [*above, 0.0], [*below, 0.0]
@@ -163,9 +167,9 @@ def task_scores(result: Mapping[str, Any]) -> go.Figure | None:
                 x=labels,
                 y=values,
                 error_y={"type": "data", "array": above, "arrayminus": below},
-                name=escaped(row["name"]),
+                name=escaped(row.name),
                 marker={"color": list(PROJECTION_COLOURS.values())[index % len(PROJECTION_COLOURS)]},
-                hovertemplate=f"{escaped(row['name'])}, %{{x}}: %{{y:.3f}}<extra></extra>",
+                hovertemplate=f"{escaped(row.name)}, %{{x}}: %{{y:.3f}}<extra></extra>",
             )
         )
     return finish(
@@ -216,24 +220,23 @@ def descent_bars(descent: Descent) -> go.Figure:
     )
 
 
-def losses(result: Mapping[str, Any]) -> go.Figure | None:
+def losses(result: Comparison) -> go.Figure | None:
     """Training loss of every trained row and seed, over steps."""
     figure = go.Figure()
-    rows = [row for row in result["rows"] if row["kind"] == "trained"]
+    rows = [row for row in result.rows if row.kind == "trained"]
     for index, row in enumerate(rows):
-        for place, seed in enumerate(row["seeds"]):
-            curve = np.array(seed["loss"], dtype=np.float64).reshape(-1, 2)
+        for place, seed in enumerate(row.seeds):
+            curve = np.array(seed.loss, dtype=np.float64).reshape(-1, 2)
             figure.add_trace(
                 go.Scatter(
                     x=curve[:, 0],
                     y=curve[:, 1],
-                    name=escaped(row["name"]),
-                    legendgroup=escaped(row["name"]),
+                    name=escaped(row.name),
+                    legendgroup=escaped(row.name),
                     showlegend=place == 0,
                     mode="lines",
                     line={"color": list(PROJECTION_COLOURS.values())[index % len(PROJECTION_COLOURS)], "width": 1.5},
-                    hovertemplate=f"{escaped(row['name'])}, seed {seed['seed']}, step %{{x}}: "
-                    "%{y:.4f}<extra></extra>",
+                    hovertemplate=f"{escaped(row.name)}, seed {seed.seed}, step %{{x}}: %{{y:.4f}}<extra></extra>",
                 )
             )
     if not figure.data:
@@ -248,7 +251,7 @@ def losses(result: Mapping[str, Any]) -> go.Figure | None:
     )
 
 
-def comparison_page(result: Mapping[str, Any]) -> str:
+def comparison_page(result: Comparison) -> str:
     """One self-contained HTML page: the table and the figures; it asks nothing of any network."""
     figures = [
         rows_figure(result),
@@ -256,15 +259,17 @@ def comparison_page(result: Mapping[str, Any]) -> str:
         domain_scores(result),
         task_scores(result),
         sources_figure(result),
-        descent_bars(Descent.model_validate(result["descent"])),
+        descent_bars(result.descent),
         losses(result),
     ]
     parts = []
-    for figure in filter(None, figures):
+    for place, figure in enumerate(filter(None, figures)):
         figure.update_layout(template=TEMPLATES["light"])
-        parts.append(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
-    added = "".join(f"<p>{html.escape(added_words(item))}.</p>" for item in result["added"])
-    title = html.escape(f"{result['target']['ref']} and {result['source']['ref']}: what helps")
+        # A name of its own, not a drawn one: the same comparison gives the same page.
+        options = {"full_html": False, "include_plotlyjs": False, "config": {"displaylogo": False}}
+        parts.append(figure.to_html(div_id=f"figure-{place}", **options))
+    added = "".join(f"<p>{html.escape(added_words(item))}.</p>" for item in result.added)
+    title = html.escape(f"{result.target.ref} and {result.source.ref}: what helps")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>{title}</title><style>'
@@ -272,37 +277,34 @@ def comparison_page(result: Mapping[str, Any]) -> str:
         "background:#fff}div.scroll{overflow-x:auto}table{border-collapse:collapse}"
         "th,td{padding:.25rem .75rem;text-align:right;border-bottom:1px solid #dde1e6;white-space:nowrap}"
         f"th:first-child,td:first-child{{text-align:left}}</style><script>{get_plotlyjs()}</script></head><body>"
-        f"<h1>{title}</h1><p>Bits per byte on {result['texts']} held-out texts, lower is better; differences are to "
-        f"the base, paired by text.</p>{_table(result['rows'])}{added}{''.join(parts)}</body></html>\n"
+        f"<h1>{title}</h1><p>Bits per byte on {result.texts} held-out texts, lower is better; differences are to "
+        f"the base, paired by text.</p>{_table(result.rows)}{added}{''.join(parts)}</body></html>\n"
     )
 
 
-def _table(rows: Iterable[Mapping[str, Any]]) -> str:
-    heads = ("row", "bits per byte", "difference", "95 % interval", "tokens", "steps", "seconds")
-    lines = ["<tr>" + "".join(f'<th scope="col">{head}</th>' for head in heads) + "</tr>"]
+def _table(rows: Iterable[Row]) -> str:
+    lines = ["<tr>" + "".join(f'<th scope="col">{head}</th>' for head in ROW_HEADINGS) + "</tr>"]
     for row in rows:
-        change = row.get("difference")
-        cells = [html.escape(row["name"]), f"{row['value']:.4f}"]
-        cells += [f"{change['value']:+.4f}", "{:+.4f} to {:+.4f}".format(*change["ci95"])] if change else ["", ""]
-        cells += [f"{row['tokens']:,}" if row["tokens"] else "", str(row["steps"] or ""), f"{row['seconds']:.1f}"]
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row_cells(row)) + "</tr>")
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
-def _forest(rows: Sequence[Mapping[str, Any]], title: str, subtitle: str) -> go.Figure:
+def _forest(rows: Sequence[Row], title: str, subtitle: str) -> go.Figure:
     figure = go.Figure()
     for row in rows:
-        value, (low, high) = row["difference"]["value"], row["difference"]["ci95"]
+        change = row.difference
+        assert change is not None  # the base alone has none, and is no row of this figure
+        value, low, high = change.value, change.low, change.high
         colour = GOOD if high < 0 else BAD if low > 0 else OWN
         figure.add_trace(
             go.Scatter(
                 x=[value],
-                y=[escaped(row["name"])],
+                y=[escaped(row.name)],
                 error_x={"type": "data", "array": [high - value], "arrayminus": [value - low], "thickness": 2},
                 mode="markers",
                 marker={"color": colour, "size": 11},
-                hovertemplate=f"{escaped(row['name'])}: %{{x:+.4f}}<br>95 % interval {low:+.4f} to {high:+.4f}"
-                "<extra></extra>",
+                hovertemplate=f"{escaped(row.name)}: %{{x:+.4f}}<br>95 % interval "
+                f"{interval_words(change, signed=True)}<extra></extra>",
             )
         )
     figure.add_vline(x=0, line={"color": "#767B85", "width": 2, "dash": "dot"})

@@ -27,7 +27,7 @@ from tmerge.plots.heatmaps import (
 from tmerge.plots.picture import picture
 from tmerge.plots.style import TEMPLATES, feature_name, numbers
 from tmerge.plots.words import CAPTIONS, facts, findings, model_rows, ratio_rows, score_cells
-from tmerge.report import Report, training_summary
+from tmerge.report import Report, training_summary, verdict_tone
 from tmerge.transport import TransportRecord
 
 __all__ = ["report_page"]
@@ -97,13 +97,12 @@ def report_page(report: Report, record: TransportRecord, folder_name: str | None
 
 
 def _body(report: Report, title: str, folder_name: str | None) -> Iterable[str]:
-    verdict = report.verdict
     first, *rest = findings(report)
     yield f"<header><h1>{html.escape(title)}</h1>"
     where = f"<code>{html.escape(folder_name)}</code>, " if folder_name else ""
     yield f'<p class="soft">{where}tmerge {html.escape(report.tmerge)}</p></header>'
-    tone = verdict if verdict in ("helps", "hurts") else "none"
-    yield f'<section class="verdict {tone}" aria-label="Verdict"><p class="word">{html.escape(first)}</p>'
+    yield f'<section class="verdict {verdict_tone(report.verdict)}" aria-label="Verdict">'
+    yield f'<p class="word">{html.escape(first)}</p>'
     yield from (f"<p>{html.escape(sentence)}</p>" for sentence in rest)
     yield "</section>"
     yield "<noscript><p>The pictures on this page are drawn by its own script, which is switched off.</p></noscript>"

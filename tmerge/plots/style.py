@@ -23,7 +23,6 @@ __all__ = [
     "PROJECTION_COLOURS",
     "PROJECTION_SYMBOLS",
     "TEMPLATES",
-    "count",
     "escaped",
     "feature_name",
     "finish",
@@ -153,11 +152,6 @@ def escaped(text: object) -> str:
 def percent(share: float) -> str:
     """0.0123 as "1.2 %", with as many digits as say something."""
     return f"{100 * share:.3g} %"
-
-
-def count(number: int, one: str, many: str | None = None) -> str:
-    """The words "1 layer", "30 layers" or "49,152 neurons"."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def numbers(items: Sequence[int], most: int = 4) -> str:

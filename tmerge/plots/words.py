@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tmerge.plots.style import count
-from tmerge.report import Evaluation, Report, Transport, alpha_words, interval_words, ratio_words, score_rows
+from tmerge.quantities import count_words
+from tmerge.report import (
+    Evaluation,
+    Report,
+    Transport,
+    alpha_words,
+    interval_words,
+    ratio_words,
+    score_rows,
+    verdict_sentence,
+)
 
 __all__ = ["CAPTIONS", "facts", "findings", "model_rows", "ratio_rows", "score_cells"]
 
 # Below this, more than nine tenths of what fusing does to a neuron is to make it smaller.
 _MOSTLY_SHRINKING = 0.1
 _NOTHING = 1e-6
-
-_VERDICTS = {
-    "helps": "The merge helps: the fused model is better than the target it was made from.",
-    "hurts": "The merge hurts: the fused model is worse than the target it was made from.",
-    "no difference": "The merge makes no difference that these texts can show.",
-}
 
 CAPTIONS = {
     "loss": "How to read it: the objective's own value at each step, over the texts of that step.",
@@ -57,7 +60,7 @@ def findings(report: Report) -> list[str]:
     evaluation = report.evaluation
     change = evaluation.difference
     found = [
-        _VERDICTS[report.verdict],
+        f"{verdict_sentence(report.verdict)}.",
         f"On {evaluation.texts} held-out texts it needs {evaluation.fused.value:.4f} bits per byte, where the "
         f"unchanged target needs {evaluation.base.value:.4f}: a difference of {change.value:+.4f} "
         f"(95 % interval {interval_words(change, signed=True)}; lower is better). "
@@ -105,7 +108,7 @@ def facts(report: Report) -> Iterable[Sequence[str]]:
     yield "tokens", f"{read.tokens.target:,} (target), {read.tokens.source:,} (source)"
     cut = read.truncated
     if cut.target or cut.source:
-        yield "cut short", f"{count(cut.target, 'text')} (target), {count(cut.source, 'text')} (source)"
+        yield "cut short", f"{count_words(cut.target, 'text')} (target), {count_words(cut.source, 'text')} (source)"
     held_out = report.evaluation
     yield "held out", f"{held_out.texts:,} other texts, {held_out.bytes:,} bytes"
     yield from _solved(solved)

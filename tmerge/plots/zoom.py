@@ -18,7 +18,8 @@ from tmerge.fusion import neuron_side
 from tmerge.models import feature_key
 from tmerge.plots.blocks import Entries, Order, window_blocks
 from tmerge.plots.heatmaps import log_density
-from tmerge.plots.style import COLOUR_SCALE, count, finish, log_bar, numbers
+from tmerge.plots.style import COLOUR_SCALE, finish, log_bar, numbers
+from tmerge.quantities import count_words
 from tmerge.transport import TransportRecord
 
 __all__ = ["MAP_CELLS", "View", "map_figure", "neurons_figure", "neurons_view", "plan_view", "stretch"]
@@ -191,7 +192,8 @@ def neurons_figure(record: TransportRecord, projection: str) -> go.Figure:
     return finish(
         figure,
         f"Projection {projection}: which neurons were selected, by layer",
-        f"the {selected:,} of {count(neurons, 'neuron')} that are most active on the calibration texts, in each layer",
+        f"the {selected:,} of {count_words(neurons, 'neuron')} that are most active on the calibration texts, in each "
+        "layer",
         int(np.clip(190 + 12 * len(layers), 300, 620)),
         xaxis={"title": {"text": "target neuron"}, "range": [0, neurons], "showgrid": False, "zeroline": False},
         yaxis={

@@ -27,6 +27,7 @@ from tmerge.models import (
 )
 from tmerge.preflight.estimate import TOKENS_PER_TEXT, Estimate, estimate_run, widths_of
 from tmerge.preflight.models import Models
+from tmerge.quantities import bytes_words
 from tmerge.recipe import Recipe
 
 __all__ = ["TOKENS_PER_TEXT", "Check", "Estimate", "check", "described", "refuse_unfit"]
@@ -164,7 +165,7 @@ def refuse_unfit(result: Check, recipe: Recipe, out: Path) -> None:
     free = available_memory(device)
     if needed > free:
         raise NotEnoughMemoryError(
-            f"this merge needs about {needed / 1e9:.1f} GB on {device}, where {free / 1e9:.1f} GB are free; "
+            f"this merge needs about {bytes_words(needed)} on {device}, where {bytes_words(free)} are free; "
             "set dtype: bfloat16, choose a smaller source, or lower calibration.batch_tokens"
         )
     folder = _existing(out)
@@ -173,8 +174,8 @@ def refuse_unfit(result: Check, recipe: Recipe, out: Path) -> None:
     disk = max(0, result.estimate.disk_bytes - _written_bytes(out / "tmerge" / "cache"))
     if disk > free:
         raise NotEnoughDiskError(
-            f"this merge needs about {disk / 1e9:.1f} GB of disk in {out}, where "
-            f"{free / 1e9:.1f} GB are free; lower calibration.texts, fuse fewer projections, or choose another --out"
+            f"this merge needs about {bytes_words(disk)} of disk in {out}, where "
+            f"{bytes_words(free)} are free; lower calibration.texts, fuse fewer projections, or choose another --out"
         )
     cache = _existing(Path(constants.HF_HUB_CACHE))
     needed, free = result.estimate.download_bytes, shutil.disk_usage(cache).free
@@ -182,7 +183,7 @@ def refuse_unfit(result: Check, recipe: Recipe, out: Path) -> None:
         needed += disk
     if needed > free:
         raise NotEnoughDiskError(
-            f"the models to download take {result.estimate.download_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+            f"the models to download take {bytes_words(result.estimate.download_bytes)}, and {bytes_words(free)} are "
             "free on the disk of the Hub's cache; make room, or set HF_HOME to another disk"
         )
 

@@ -151,8 +151,9 @@ def _evaluation(recipe: Recipe, notes: Mapping[str, Mapping[str, Any]]) -> dict[
     base = scores["base"]
     counts = resamples(len(base.bits), recipe.evaluation.bootstrap, recipe.seed)
     change = difference(scores["fused"], base, counts)
+    over = {name: difference(scores["fused"], scores[name], counts) for name in recipe.evaluation.controls}
     return {
-        "verdict": verdict(change),
+        "verdict": verdict(change, over.values()),
         "metric": "bits_per_byte",
         "texts": len(base.bits),
         "bytes": int(base.bytes.sum()),
@@ -162,9 +163,9 @@ def _evaluation(recipe: Recipe, notes: Mapping[str, Mapping[str, Any]]) -> dict[
             name: {
                 **score(scores[name], counts).to_dict(),
                 "difference": difference(scores[name], base, counts).to_dict(),
-                "fused_minus_control": difference(scores["fused"], scores[name], counts).to_dict(),
+                "fused_minus_control": beyond.to_dict(),
             }
-            for name in recipe.evaluation.controls
+            for name, beyond in over.items()
         },
     }
 

@@ -7,9 +7,12 @@ kept as it is; what it lacks or has of another kind is said by `tmerge.report.re
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11; 3.10 does not ask for it
 
 __all__ = [
     "Calibration",

@@ -1,23 +1,92 @@
-"""Reading a report.json that somebody wrote: it is a `Report`, or there is one line that says what is wrong with it."""
+"""Reading a document that somebody wrote: it is of its type, or there is one line that says what is wrong with it."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
 from tmerge.documents import place_in, restored
-from tmerge.errors import ReportError
+from tmerge.errors import ReportError, TmergeError
+from tmerge.report.parts import Part
 from tmerge.report.report import SCHEMA, Report
 
-__all__ = ["read_report", "report_of"]
+__all__ = ["DocumentKind", "read_report", "report_of"]
 
-_REMEDY = "run the merge again, or ask whoever made it for theirs"
 _LONGEST = 60
+_Document = TypeVar("_Document", bound=Part)
+
+
+@dataclass(frozen=True)
+class DocumentKind(Generic[_Document]):
+    """A kind of document that has a schema number, and how a wrong one is spoken of.
+
+    Attributes:
+        read_as: Its type.
+        schema: The number that this tmerge writes and reads.
+        name: ``report``.
+        error: Raised where it cannot be read.
+        remedy: Ends each error's line.
+    """
+
+    read_as: type[_Document]
+    schema: int
+    name: str
+    error: type[TmergeError]
+    remedy: str
+
+    def read(self, path: Path) -> _Document:
+        """A document from its file.
+
+        Raises:
+            TmergeError: `error`: it cannot be read, is no JSON, or is not a document of this kind and schema.
+        """
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise self.error(f"{path} cannot be read: {error.strerror}; {self.remedy}") from None
+        except (ValueError, RecursionError):
+            raise self.error(f"{path} is damaged, it is no JSON; {self.remedy}") from None
+        return self.of(document, str(path))
+
+    def of(self, document: Any, where: str) -> _Document:
+        """A document from its JSON values.
+
+        Args:
+            document: As ``json.loads`` gives them.
+            where: What to call it in errors.
+
+        Raises:
+            TmergeError: `error`: it is of another schema, lacks something, holds something of the wrong kind, or a
+                number that is none and not said to be undefined.
+        """
+        if not isinstance(document, Mapping) or "schema" not in document:
+            raise self.error(f"{where} is not a {self.name} of tmerge (it has no schema number); {self.remedy}")
+        schema = document["schema"]
+        if isinstance(schema, int) and not isinstance(schema, bool) and schema != self.schema:
+            raise self.error(
+                f"{where} is of schema {_shown(schema)}, and this tmerge reads schema {self.schema}; "
+                + ("update tmerge" if schema > self.schema else self.remedy)
+            )
+        for place, number in _not_finite(document):
+            raise self.error(f"{where} is no strict JSON, {place} is {number}; {self.remedy}")
+        try:
+            return self.read_as.model_validate(restored(document))
+        except ValidationError as error:
+            faults = error.errors(include_url=False)
+            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+            raise self.error(
+                f"{where} is not a {self.name} that this tmerge can read: {_fault(faults[0], document)}{more}; "
+                f"{self.remedy}"
+            ) from None
+
+
+_REPORTS = DocumentKind(Report, SCHEMA, "report", ReportError, "run the merge again, or ask whoever made it for theirs")
 
 
 def read_report(path: Path) -> Report:
@@ -26,44 +95,16 @@ def read_report(path: Path) -> Report:
     Raises:
         ReportError: It cannot be read, is no JSON, or is not a report of this schema.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ReportError(f"{path} cannot be read: {error.strerror}; {_REMEDY}") from None
-    except (ValueError, RecursionError):
-        raise ReportError(f"{path} is damaged, it is no JSON; {_REMEDY}") from None
-    return report_of(document, str(path))
+    return _REPORTS.read(path)
 
 
 def report_of(document: Any, where: str) -> Report:
-    """A report from its document.
-
-    Args:
-        document: JSON values, as ``json.loads`` gives them.
-        where: What to call it in errors.
+    """A report from its document; see `DocumentKind.of`.
 
     Raises:
-        ReportError: It is of another schema, lacks something, holds something of the wrong kind, or a number that is
-            none and not said to be undefined.
+        ReportError: It is not a report that can be read.
     """
-    if not isinstance(document, Mapping) or "schema" not in document:
-        raise ReportError(f"{where} is not a report of tmerge (it has no schema number); {_REMEDY}")
-    schema = document["schema"]
-    if isinstance(schema, int) and not isinstance(schema, bool) and schema != SCHEMA:
-        raise ReportError(
-            f"{where} is of schema {_shown(schema)}, and this tmerge reads schema {SCHEMA}; "
-            + ("update tmerge" if schema > SCHEMA else _REMEDY)
-        )
-    for place, number in _not_finite(document):
-        raise ReportError(f"{where} is no strict JSON, {place} is {number}; {_REMEDY}")
-    try:
-        return Report.model_validate(restored(document))
-    except ValidationError as error:
-        faults = error.errors(include_url=False)
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise ReportError(
-            f"{where} is not a report that this tmerge can read: {_fault(faults[0], document)}{more}; {_REMEDY}"
-        ) from None
+    return _REPORTS.of(document, where)
 
 
 def _fault(fault: Any, document: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, Strict, model_validator
 
@@ -19,6 +19,9 @@ from tmerge.report.parts import (
     TrainingTexts,
     Transport,
 )
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11; 3.10 does not ask for it
 
 __all__ = [
     "SCHEMA",

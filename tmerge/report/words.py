@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
+from tmerge.evaluation import Verdict
 from tmerge.report.parts import Fusion, Measured, Transport
 from tmerge.report.report import Report
 
 __all__ = [
     "RELATED",
+    "Tone",
     "alpha_words",
-    "bytes_words",
-    "duration_words",
+    "change_words",
     "interval_words",
-    "number_words",
     "ratio_words",
     "relatedness_words",
+    "score_words",
     "solved_words",
     "summary",
     "training_summary",
+    "verdict_sentence",
+    "verdict_tone",
+    "verdict_words",
 ]
+
+Tone = Literal["helps", "better", "none", "hurts"]
+"""How a verdict is shown: its class in every style sheet."""
 
 _CLEAR = 0.9
 RELATED = 0.5
@@ -75,32 +83,65 @@ def ratio_words(ratios: Sequence[float | None]) -> str:
     return f"{min(known):.2g} to {max(known):.2g}" if known else "undefined: its own are zero"
 
 
+_VERDICTS: Mapping[Verdict, str] = {
+    "helps": "The merge helps",
+    "better, but not by the source": "The merge is better than its target, but not by the source",
+    "no difference": "The merge makes no difference that these texts can show",
+    "hurts": "The merge hurts",
+}
+_MEANS: Mapping[Verdict, str] = {"hurts": "the fused model is worse than the target it was made from"}
+_TONES: Mapping[Verdict, Tone] = {
+    "helps": "helps",
+    "better, but not by the source": "better",
+    "no difference": "none",
+    "hurts": "hurts",
+}
+
+
+def verdict_words(verdict: Verdict) -> str:
+    """A verdict on a merge in a few words."""
+    return _VERDICTS[verdict]
+
+
+def verdict_sentence(verdict: Verdict) -> str:
+    """A verdict on a merge with what it means, without a full stop."""
+    return f"{_VERDICTS[verdict]}: {_MEANS[verdict]}" if verdict in _MEANS else _VERDICTS[verdict]
+
+
+def verdict_tone(verdict: Verdict) -> Tone:
+    """Which of four colours and signs a verdict is shown in."""
+    return _TONES[verdict]
+
+
 def summary(report: Report) -> str:
-    """The verdict as a sentence with its number and interval."""
+    """The verdict as a sentence with its number and interval, and what else does as well."""
     change = report.evaluation.difference
-    numbers = f"{change.value:+.4f} bits per byte on {report.evaluation.texts} held-out texts"
-    sentence = {
-        "helps": "The merge helps",
-        "hurts": "The merge hurts: the fused model is worse than the target it was made from",
-        "no difference": "The merge makes no difference that these texts can show",
-    }[report.verdict]
+    numbers = f"{change_words(change.value)} bits per byte on {report.evaluation.texts} held-out texts"
     interval = f"95 % interval {interval_words(change, signed=True)}"
-    return f"{sentence}: {numbers} ({interval}; lower is better).{_caution(report)}"
+    return f"{verdict_sentence(report.verdict)}: {numbers} ({interval}; lower is better).{_caution(report)}"
 
 
 def _caution(report: Report) -> str:
-    """What a gain is worth that a control makes as well: the correspondence is then not what helps."""
-    if report.verdict != "helps":
+    """Which controls the merge is not clearly better than, where it is better than the target.
+
+    A report from before there was a verdict of this kind says that it helps; the controls are told of there too.
+    """
+    if report.verdict not in ("helps", "better, but not by the source"):
         return ""
-    as_good = [
-        f"{name} ({control.difference.value:+.4f})"
-        for name, control in report.evaluation.controls.items()
-        if control.fused_minus_control.high >= 0 and control.difference.high < 0
-    ]
-    if not as_good:
+    gains: list[str] = []
+    like: list[str] = []
+    for name, control in report.evaluation.controls.items():
+        if not control.fused_minus_control.high < 0:
+            group = gains if control.difference.high < 0 else like
+            group.append(f"{name} ({change_words(control.difference.value)})")
+    if not gains and not like:
         return ""
-    listed = ", ".join(as_good)
-    return f" But as far as these texts show, it is not the source's knowledge that helps: {listed} gain as much."
+    told = f"the merge cannot be told from {', '.join(like)}"
+    if not gains:
+        return f" But these texts do not show that it is the source's knowledge that helps: {told}."
+    more = f", and {told}" if like else ""
+    listed = ", ".join(gains)
+    return f" But as far as these texts show, it is not the source's knowledge that helps: {listed} gain as much{more}."
 
 
 def training_summary(report: Report) -> str:
@@ -117,36 +158,17 @@ def training_summary(report: Report) -> str:
     )
 
 
+def score_words(value: float) -> str:
+    """A score to four digits: ``2.9512``."""
+    return f"{value:.4f}"
+
+
+def change_words(value: float) -> str:
+    """A difference of scores to four digits, with its sign: ``-0.0123``."""
+    return f"{value:+.4f}"
+
+
 def interval_words(item: Measured, *, signed: bool = False) -> str:
     """A 95 % interval: ``2.9412 to 2.9620``; of a difference with signs."""
-    form = "+.4f" if signed else ".4f"
-    return f"{item.low:{form}} to {item.high:{form}}"
-
-
-def number_words(value: float | None) -> str:
-    """12,345 as it is; from a million on as 1.2 M, from a thousand million on as 1.2 B."""
-    if value is None:
-        return "not stated"
-    if value >= 1e9:
-        return f"{value / 1e9:.3g} B"
-    return f"{value / 1e6:.3g} M" if value >= 1e6 else f"{value:,.0f}"
-
-
-def bytes_words(value: float) -> str:
-    """Bytes as B, kB, MB or GB."""
-    if value < 1000:
-        return f"{value:.0f} B"
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}" if value < 100 * size else f"{value / size:.0f} {unit}"
-    return f"{value / 1e3:.3g} kB"
-
-
-def duration_words(seconds: float) -> str:
-    """Seconds as 12 s, 3 min 5 s or 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    words = change_words if signed else score_words
+    return f"{words(item.low)} to {words(item.high)}"

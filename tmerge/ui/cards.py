@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tmerge.report import bytes_words, number_words
+from tmerge.quantities import bytes_words, number_words
 from tmerge.ui.limits import AppSettings, describe_limits
 from tmerge.ui.safe import escape
 

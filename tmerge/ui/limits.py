@@ -22,6 +22,7 @@ from tmerge.errors import (
 )
 from tmerge.models import ModelReference
 from tmerge.preflight.check import Check
+from tmerge.quantities import bytes_words, number_words
 from tmerge.recipe import CompareSettings, Recipe
 from tmerge.version import DISTRIBUTION, VERSION, installs_tmerge
 
@@ -195,14 +196,14 @@ def refuse_large(found: Check, settings: AppSettings) -> None:
     for role, facts in (("target", found.target), ("source", found.source)):
         if settings.max_parameters is not None and facts.parameters > settings.max_parameters:
             raise NotEnoughMemoryError(
-                f"the {role} {facts.reference.text!r} has {facts.parameters / 1e9:.1f} billion parameters, where this "
-                f"app takes {settings.max_parameters / 1e9:.1f}; choose a smaller model, {own}"
+                f"the {role} {facts.reference.text!r} has {number_words(facts.parameters)} parameters, where this "
+                f"app takes {number_words(settings.max_parameters)}; choose a smaller model, {own}"
             )
     fetched = sum(facts.weight_bytes for facts in (found.target, found.source) if facts.reference.kind == "hub")
     if settings.max_download_bytes is not None and fetched > settings.max_download_bytes:
         raise NotEnoughDiskError(
-            f"the two models are {fetched / 1e9:.1f} GB to fetch, where this app takes "
-            f"{settings.max_download_bytes / 1e9:.1f} GB; choose smaller models, {own}"
+            f"the two models are {bytes_words(fetched)} to fetch, where this app takes "
+            f"{bytes_words(settings.max_download_bytes)}; choose smaller models, {own}"
         )
     operations = found.estimate.operations
     if settings.max_operations is not None and operations > settings.max_operations:
@@ -267,9 +268,9 @@ def describe_limits(settings: AppSettings) -> list[tuple[str, Any]]:
     """The limits in words, for the page that shows them."""
     rows: list[tuple[str, Any]] = []
     if settings.max_parameters is not None:
-        rows.append(("parameters of either model", f"{settings.max_parameters / 1e9:.1f} billion"))
+        rows.append(("parameters of either model", number_words(settings.max_parameters)))
     if settings.max_download_bytes is not None:
-        rows.append(("weights fetched", f"{settings.max_download_bytes / 1e9:.0f} GB"))
+        rows.append(("weights fetched", bytes_words(settings.max_download_bytes)))
     if settings.max_texts is not None:
         rows.append(("calibration texts", f"{settings.max_texts:,}"))
     if settings.max_operations is not None:

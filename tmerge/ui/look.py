@@ -14,6 +14,7 @@ from tmerge.errors import TmergeError
 from tmerge.models import feature_key
 from tmerge.plots import Order, Side, kept_layers, pair_place
 from tmerge.plots.words import findings
+from tmerge.report import verdict_tone
 from tmerge.ui.cards import error_card
 from tmerge.ui.context import AppContext
 from tmerge.ui.figure import Reader, figure_box
@@ -36,7 +37,7 @@ _HEAD_STYLE = """
 .html-container:has(> &) { padding: 0; }
 .tm-verdict { --tone: #6e7781; border: 1px solid var(--border-color-primary); border-left: 8px solid var(--tone);
   border-radius: 6px; padding: 12px 16px; background: var(--background-fill-secondary); color: var(--body-text-color); }
-.tm-good { --tone: #1b7dc2; } .tm-bad { --tone: #d55e00; }
+.tm-helps { --tone: #1b7dc2; } .tm-hurts { --tone: #d55e00; }
 p { margin: 4px 0; max-width: 110ch; overflow-wrap: anywhere; }
 .tm-word { font-size: 1.2rem; font-weight: 700; }
 .tm-soft { color: color-mix(in srgb, var(--body-text-color) 74%, transparent); font-size: .875rem; }
@@ -265,10 +266,10 @@ def _head(looked: Looked) -> str:
     """Which models, and the verdict with what it rests on."""
     report = looked.report
     verdict, *rest = findings(report)
-    tone = {"helps": "good", "hurts": "bad"}.get(report.verdict, "none")
     names = " merged with ".join(escape(_name(model.ref)) for model in (report.target, report.source))
     return (
-        f'<div class="tm-verdict tm-{tone}"><p class="tm-soft">{names}</p><p class="tm-word">{escape(verdict)}</p>'
+        f'<div class="tm-verdict tm-{verdict_tone(report.verdict)}"><p class="tm-soft">{names}</p>'
+        f'<p class="tm-word">{escape(verdict)}</p>'
         + "".join(f"<p>{escape(sentence)}</p>" for sentence in rest)
         + "</div>"
     )

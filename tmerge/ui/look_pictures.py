@@ -28,8 +28,9 @@ from tmerge.plots import (
 )
 from tmerge.plots import data as tables
 from tmerge.plots.comparison import descent_bars
-from tmerge.plots.style import count, percent
+from tmerge.plots.style import percent
 from tmerge.plots.words import CAPTIONS
+from tmerge.quantities import count_words
 from tmerge.ui.figure import figure_message, figure_value
 from tmerge.ui.look_data import Looked, entries_of, orders_of
 
@@ -239,9 +240,9 @@ def _not_stored(looked: Looked, choice: Choice) -> str:
     listed = ", ".join(f"{source} ({share:.1f} %)" for source, share in mine)
     return (
         f"The plan of target layer {choice.target} and source layer {choice.source} is not stored: a run keeps the "
-        f"plans of the pairs that were fused, {count(len(mine), 'source layer')} for each target layer. For target "
-        f"layer {choice.target} of projection {choice.projection} these are source layers {listed}. Choose one of "
-        "them above, or a dotted cell of the coupling. The layers' coupling itself was computed for all pairs."
+        f"plans of the pairs that were fused, {count_words(len(mine), 'source layer')} for each target layer. For "
+        f"target layer {choice.target} of projection {choice.projection} these are source layers {listed}. Choose one "
+        "of them above, or a dotted cell of the coupling. The layers' coupling itself was computed for all pairs."
     )
 
 

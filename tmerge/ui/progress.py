@@ -10,7 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from tmerge.plots.style import COLOUR_SCALE, feature_name, finish
-from tmerge.report import ScoreRow, alpha_words, bytes_words, duration_words, score_rows, summary
+from tmerge.quantities import bytes_words, duration_words
+from tmerge.report import ScoreRow, alpha_words, score_rows, summary, verdict_tone, verdict_words
 from tmerge.stages.step import STAGES
 from tmerge.transport import feature_keys
 from tmerge.ui.cards import error_card
@@ -55,7 +56,7 @@ def head(run: VisitorRun, position: int) -> str:
         words = "Stopping"
     facts = []
     if run.report is not None and run.state == "done":
-        facts.append(_VERDICTS[run.report.verdict])
+        facts.append(verdict_words(run.report.verdict))
     if run.state == "waiting":
         facts.append(f"{position} run{'s' if position != 1 else ''} before this one" if position else "next")
     if run.started is not None:
@@ -227,10 +228,9 @@ def result_cards(run: VisitorRun) -> str:
     )
     remarks = "".join(f"<li>{escape(line)}</li>" for line in report.notes)
     listed = f'<ul class="notes">{remarks}</ul>' if remarks else ""
-    verdict = report.verdict.replace(" ", "-")
     return (
-        f'<section class="card" aria-label="Verdict"><p class="verdict {verdict}">'
-        f"{escape(_VERDICTS[report.verdict])}</p>"
+        f'<section class="card" aria-label="Verdict"><p class="verdict {verdict_tone(report.verdict)}">'
+        f"{escape(verdict_words(report.verdict))}</p>"
         f"<p>{escape(summary(report))}</p>"
         '<div class="scroll"><table class="plain"><caption class="unseen">Bits per byte on held-out texts</caption>'
         '<thead><tr><th scope="col"></th><th scope="col">bits per byte</th><th scope="col">95 % interval</th>'
@@ -239,13 +239,6 @@ def result_cards(run: VisitorRun) -> str:
         f'<p class="small" style="margin-top:10px">Alpha {escape(alpha_words(report.fusion))}. Transported weight '
         f'over target weight, median over the layers:</p><dl class="big">{ratios}</dl>{listed}</section>'
     )
-
-
-_VERDICTS = {
-    "helps": "The merge helps",
-    "hurts": "The merge hurts",
-    "no difference": "No difference that these texts can show",
-}
 
 
 def _score_row(row: ScoreRow) -> str:

@@ -7,8 +7,10 @@ import re
 import time
 from pathlib import Path
 
+from tmerge.evaluation import Verdict
 from tmerge.hub import PushPlan
-from tmerge.report import bytes_words, duration_words
+from tmerge.quantities import bytes_words, duration_words
+from tmerge.report import verdict_tone
 from tmerge.ui.cards import error_card
 from tmerge.ui.pushes import PushUnderWay
 from tmerge.ui.safe import escape
@@ -21,10 +23,10 @@ _PICTURE = re.compile(r"(!\[[^\]\n]*\]\()tmerge/figures/([A-Za-z0-9_-]+\.png)(\)
 _LARGEST_PICTURE = 2 * 2**20
 
 
-def verdict_card(verdict: str, line: str) -> str:
+def verdict_card(verdict: Verdict, line: str) -> str:
     """What the card will say first."""
     return (
-        f'<div class="card"><p class="role">verdict</p><p class="verdict {escape(verdict.replace(" ", "-"))}">'
+        f'<div class="card"><p class="role">verdict</p><p class="verdict {verdict_tone(verdict)}">'
         f"{escape(verdict)}</p><p>{escape(line)}</p></div>"
     )
 

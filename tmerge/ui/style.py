@@ -159,7 +159,8 @@ table.plain tbody tr:last-child th, table.plain tbody tr:last-child td { border-
 #push-markdown table { display: block; overflow-x: auto; border: 0; }
 #push-markdown th, #push-markdown td { word-break: normal; overflow-wrap: normal; }
 #push-markdown img { max-width: 100%; background: #ffffff; }
-.verdict.helps::before { content: "\25B2\00A0"; } .verdict.hurts::before { content: "\25BC\00A0"; }
+.verdict.helps::before { content: "\25B2\00A0"; } .verdict.better::before { content: "\25B3\00A0"; }
+.verdict.hurts::before { content: "\25BC\00A0"; }
 .note { min-height: 1.4em; margin: 0; font-size: 0.88rem; color: var(--quiet); overflow-wrap: anywhere; }
 .note.bad { color: var(--bad); }
 .steps { display: grid; gap: 6px; min-height: 258px; align-content: start; }

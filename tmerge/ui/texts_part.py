@@ -13,7 +13,7 @@ import gradio as gr
 from tmerge.calibration import SAMPLES_PREFIX, sample_languages
 from tmerge.calibration.files import FILE_SUFFIXES
 from tmerge.errors import DatasetError, TmergeError
-from tmerge.report import bytes_words
+from tmerge.quantities import bytes_words
 from tmerge.ui.aside import Aside
 from tmerge.ui.cards import note
 from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, refuse_dataset_path

@@ -1,36 +1,34 @@
-"""How results and progress look on a terminal: rich tables on stdout, a progress line on stderr."""
+"""How results look on a terminal: tables on stdout."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tmerge.comparison.evaluate import Evaluation
+from tmerge.comparison.result import Comparison
+from tmerge.comparison.scores import Compared
+from tmerge.comparison.tables import ROW_HEADINGS, added_words, change_cells, row_cells
 from tmerge.hub import PushPlan
 from tmerge.preflight.check import Check
+from tmerge.quantities import bytes_words
 from tmerge.report import (
     Descent,
     Report,
     alpha_words,
-    bytes_words,
-    duration_words,
+    interval_words,
     ratio_words,
     score_rows,
+    score_words,
     solved_words,
     summary,
 )
-from tmerge.stages.merge import Listener, Step
-from tmerge.stages.step import NOTE
-from tmerge.tables import added_words
 
 __all__ = [
-    "listening",
     "show_adapted",
     "show_check",
     "show_comparison",
@@ -38,17 +36,6 @@ __all__ = [
     "show_push_plan",
     "show_report",
 ]
-
-
-@contextmanager
-def listening() -> Iterator[Listener]:
-    """A listener that shows every step: a live line on a terminal, plain lines elsewhere."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with _bar(console) as listener:
-            yield listener
-    else:
-        yield _plain(console)
 
 
 def show_check(result: Check) -> None:
@@ -177,45 +164,41 @@ def _scores(report: Report) -> Table:
     return table
 
 
-def show_comparison(result: Mapping[str, Any], folder: Path) -> None:
-    """A comparison's rows, its choice of alpha and its descent control, on stdout."""
+def show_comparison(result: Comparison, folder: Path) -> None:
+    """A comparison's rows, what the merge adds to training, and its descent control, on stdout."""
     console = Console()
-    table = Table(title=f"bits per byte on {result['texts']} held-out texts, lower is better", title_justify="left")
-    for heading in ("row", "bits per byte", "difference to base", "95 %", "tokens", "steps", "seconds"):
+    table = Table(title=f"bits per byte on {result.texts} held-out texts, lower is better", title_justify="left")
+    for heading in ROW_HEADINGS:
         table.add_column(heading)
-    for row in result["rows"]:
-        change = row.get("difference")
-        cells = [f"{change['value']:+.4f}", "{:+.4f} to {:+.4f}".format(*change["ci95"])] if change else ["", ""]
-        counts = [str(row["tokens"] or ""), str(row["steps"] or ""), f"{row['seconds']:.1f}"]
-        table.add_row(row["name"], f"{row['value']:.4f}", *cells, *counts)
+    for row in result.rows:
+        table.add_row(*row_cells(row))
     console.print(table)
-    for item in result["added"]:
+    for item in result.added:
         console.print(added_words(item), markup=False, highlight=False)
-    console.print(_descent(Descent.model_validate(result["descent"])))
+    console.print(_descent(result.descent))
     console.print(
         f"The same with figures: {folder / 'compare.html'}; as Markdown: {folder / 'compare.md'}", markup=False
     )
 
 
-def show_evaluation(result: Mapping[str, Any]) -> None:
+def show_evaluation(result: Evaluation) -> None:
     """Models on texts and tasks, on stdout."""
     console = Console()
-    first = result["models"][0]
-    measures = [("bits_per_byte", f"bits per byte on {result['texts']} texts, lower is better")] * bool(result["texts"])
-    measures += [
-        (name, f"{name}: {item['metric']} on {item['questions']} questions, higher is better")
-        for name, item in first.get("tasks", {}).items()
-    ]
-    for name, title in measures:
+    first = result.models[0]
+    measures: list[tuple[str, Sequence[Compared | None]]] = []
+    if first.bits_per_byte is not None:
+        title = f"bits per byte on {result.texts} texts, lower is better"
+        measures.append((title, [model.bits_per_byte for model in result.models]))
+    for name, task in first.tasks.items():
+        title = f"{name}: {task.metric} on {task.questions} questions, higher is better"
+        measures.append((title, [model.tasks[name] for model in result.models]))
+    for title, items in measures:
         table = Table(title=title, title_justify="left")
-        for heading in ("model", "value", "95 %", "difference to the first", "95 %"):
+        for heading in ("model", "value", "95 % interval", "difference to the first", "95 % interval"):
             table.add_column(heading)
-        for model in result["models"]:
-            item = model[name] if name == "bits_per_byte" else model["tasks"][name]
-            change = item.get("difference")
-            cells = [f"{item['value']:.4f}", "{:.4f} to {:.4f}".format(*item["ci95"])]
-            cells += [f"{change['value']:+.4f}", "{:+.4f} to {:+.4f}".format(*change["ci95"])] if change else ["", ""]
-            table.add_row(model["model"], *cells)
+        for model, item in zip(result.models, items, strict=True):
+            assert item is not None  # all were scored on the same
+            table.add_row(model.model, score_words(item.value), interval_words(item), *change_cells(item.difference))
         console.print(table)
 
 
@@ -232,63 +215,6 @@ def _descent(control: Descent) -> Table:
         means = ((item.mean, item.standard_error), (item.noise_mean, item.noise_standard_error))
         table.add_row(name, *(f"{mean:+.5f}" + ("" if error is None else f" ({error:.1e})") for mean, error in means))
     return table
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[Listener]:
-    columns = (
-        TextColumn("[bold]{task.fields[stage]:<9}"),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        tasks: dict[tuple[str, str], Any] = {}
-
-        def listener(step: Step) -> None:
-            if step.stage == NOTE:
-                progress.console.print(f"note: {step.what}", markup=False, highlight=False)
-                return
-            place = (step.stage, step.what)
-            if place not in tasks:
-                tasks[place] = progress.add_task(step.what, total=step.total, stage=step.stage, rate="")
-            task = tasks[place]
-            speed = progress.tasks[task].speed
-            rate = f"{speed:.1f} {step.unit}/s" if speed else ""
-            progress.update(task, completed=step.done, total=step.total, rate=rate)
-
-        yield listener
-
-
-def _plain(console: Console) -> Listener:
-    """A line when something begins, at each quarter of it, and when it ends."""
-    began: dict[tuple[str, str], float] = {}
-    shown: dict[tuple[str, str], int] = {}
-
-    def listener(step: Step) -> None:
-        if step.stage == NOTE:
-            console.print(f"note: {step.what}", markup=False, highlight=False)
-            return
-        place = (step.stage, step.what)
-        now = time.perf_counter()
-        began.setdefault(place, now)
-        quarter = 4 * step.done // max(step.total, 1)
-        if shown.get(place) == quarter:
-            return
-        shown[place] = quarter
-        line = f"[{step.stage}] {step.what}: {step.done}/{step.total} {step.unit}"
-        elapsed = now - began[place]
-        if step.done and elapsed > 0.5:
-            rate = step.done / elapsed
-            line += f", {rate:.1f} {step.unit}/s"
-            if step.done < step.total:
-                line += f", {duration_words((step.total - step.done) / rate)} remaining"
-        console.print(line, markup=False, highlight=False)
-
-    return listener
 
 
 def _value(key: str, value: Any) -> str:

@@ -55,6 +55,7 @@ def adapt_run(
     Raises:
         AdaptationError: Nothing is left to train on, or the training diverged.
         OutputExistsError: `out` holds something else.
+        RunBusyError: Another process trains in `out`.
         RunNotFoundError: Not a finished run, or its cache is gone.
     """
     from tmerge.adaptation import adapt, feature_goals, refuse_token_rows
@@ -87,46 +88,47 @@ def adapt_run(
         stores = [FeatureStore(run.features(role)) for role in ("target", "source")]
         goals = feature_goals(TransportRecord.load(run.transport_path), *stores)
     _open(adapted, key, data)
-    target = load(models.target, progress)
-    # Training leaves nothing of it as it was.
-    models.target.release()
-    trained = adapt(
-        target,
-        texts,
-        settings,
-        seed=recipe.seed,
-        work=adapted.cache / "training",
-        transported=neurons.transported,
-        alpha=alpha,
-        source=(lambda: load(models.source, progress)) if settings.objective == "distill" else None,
-        goals=goals,
-        prompts=prompts,
-        progress=progress.counting(settings.objective, "steps"),
-    )
-    deciding = held_out(recipe, calibrated)
-    scores = score_in_run(recipe, target, deciding, progress, "adapted: held-out texts")
-    weights = publish(target, adapted, recipe, deciding, progress)
-    adaptation = {
-        **settings.model_dump(mode="json"),
-        "alpha": alpha,
-        "data": data,
-        "tokens": trained.tokens,
-        "seconds": trained.seconds,
-        "trained_parameters": trained.trained,
-        "aligned_share": trained.aligned,
-        "loss_curve": [list(point) for point in trained.loss_curve],
-    }
-    evaluated = _evaluation(run, recipe, scores)
-    adaptation["verdict"] = verdict(evaluated["difference"])
-    # What the merge's report says of the merge stays as it is.
-    document = merged.to_dict()
-    document["evaluation"]["adapted"] = {name: item.to_dict() for name, item in evaluated.items()}
-    report = Report.model_validate(document | {"adaptation": adaptation, "weights": weights})
-    write_text(adapted.work / "recipe.yaml", recipe.to_yaml())
-    if run.transport_path.is_file():
-        shutil.copyfile(run.transport_path, adapted.transport_path)
-    write_json(adapted.work / "report.json", report.to_dict())
-    write_card(adapted, report, recipe)
+    with adapted.at_work():
+        target = load(models.target, progress)
+        # Training leaves nothing of it as it was.
+        models.target.release()
+        trained = adapt(
+            target,
+            texts,
+            settings,
+            seed=recipe.seed,
+            work=adapted.cache / "training",
+            transported=neurons.transported,
+            alpha=alpha,
+            source=(lambda: load(models.source, progress)) if settings.objective == "distill" else None,
+            goals=goals,
+            prompts=prompts,
+            progress=progress.counting(settings.objective, "steps"),
+        )
+        deciding = held_out(recipe, calibrated)
+        scores = score_in_run(recipe, target, deciding, progress, "adapted: held-out texts")
+        weights = publish(target, adapted, recipe, deciding, progress)
+        adaptation = {
+            **settings.model_dump(mode="json"),
+            "alpha": alpha,
+            "data": data,
+            "tokens": trained.tokens,
+            "seconds": trained.seconds,
+            "trained_parameters": trained.trained,
+            "aligned_share": trained.aligned,
+            "loss_curve": [list(point) for point in trained.loss_curve],
+        }
+        evaluated = _evaluation(run, recipe, scores)
+        adaptation["verdict"] = verdict(evaluated["difference"])
+        # What the merge's report says of the merge stays as it is.
+        document = merged.to_dict()
+        document["evaluation"]["adapted"] = {name: item.to_dict() for name, item in evaluated.items()}
+        report = Report.model_validate(document | {"adaptation": adaptation, "weights": weights})
+        write_text(adapted.work / "recipe.yaml", recipe.to_yaml())
+        if run.transport_path.is_file():
+            shutil.copyfile(run.transport_path, adapted.transport_path)
+        write_json(adapted.work / "report.json", report.to_dict())
+        write_card(adapted, report, recipe)
     return report
 
 

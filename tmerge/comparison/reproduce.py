@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi
 
@@ -14,18 +13,68 @@ from tmerge.errors import DatasetError, ModelNotFoundError, OutputExistsError
 from tmerge.hub import FoundRun, find_run
 from tmerge.models import fetch, file_digest, hub_errors, model_commit
 from tmerge.recipe import Recipe
-from tmerge.report import Report, TrainingTexts
+from tmerge.report import Items, Part, Report, TrainingTexts
 from tmerge.run import Run
 from tmerge.stages.merge import merge
 from tmerge.stages.step import Listener, Progress
 
-__all__ = ["difference_words", "reproduce"]
+__all__ = ["Digests", "Reproduction", "ScoreThereAndHere", "ThereAndHere", "difference_words", "reproduce"]
 
 # What a run's own folder tmerge/ holds that is no checkpoint: the transport plan, and here the cache.
 _PLAN, _CACHE = "tmerge/transport.safetensors", "tmerge/cache/"
 
 
-def reproduce(reference: str, out: str | Path, *, listener: Listener | None = None) -> dict[str, Any]:
+class ThereAndHere(Part):
+    """A library's version, the device, the dtype: of the run, and of its reproduction; None where it is not known."""
+
+    there: str | None
+    here: str | None
+
+
+class Digests(Part):
+    """SHA-256 (hex) of a weights file: as the report names it, as it is published, and as it came out here."""
+
+    there: str | None
+    published: str | None
+    here: str | None
+
+    @property
+    def same(self) -> bool:
+        """Whether all three are."""
+        return self.there == self.published == self.here
+
+
+class ScoreThereAndHere(Part):
+    """Bits per byte of the run, and of its reproduction."""
+
+    there: float
+    here: float
+
+
+class Reproduction(Part):
+    """A run, and what came out when its recipe was run again.
+
+    Attributes:
+        reference: The run, with its commit.
+        same: Whether every weights file is equal, bit by bit: as the report names it, as it is published, and as it
+            came out here; and nothing else is published.
+        weights: File -> digests.
+        others: Weights files that are published and that the report does not name.
+        differs: Library, device or dtype -> there and here.
+        scores: Bits per byte.
+        folder: Of what came out here.
+    """
+
+    reference: str
+    same: bool
+    weights: Mapping[str, Digests]
+    others: Items[str]
+    differs: Mapping[str, ThereAndHere]
+    scores: ScoreThereAndHere
+    folder: str
+
+
+def reproduce(reference: str, out: str | Path, *, listener: Listener | None = None) -> Reproduction:
     """Run a finished run's recipe again.
 
     Args:
@@ -35,11 +84,7 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
         listener: Hears every `Step`.
 
     Returns:
-        ``reference`` (with its commit), ``same`` (whether every weights file is equal, bit by bit: as the report names
-        it, as it is published, and as it came out here; and nothing else is published), ``weights`` (file -> its
-        SHA-256 in the report ``there``, of the file that is ``published``, and ``here``; None where there is none),
-        ``others`` (weights files that are published and that the report does not name), ``differs`` (library, device
-        or dtype -> there and here), ``scores`` (bits per byte there and here), ``folder``.
+        Whether the same weights came out, and what differs; ``to_dict()`` is what ``--json`` prints.
 
     Raises:
         RunNotFoundError: No finished run there.
@@ -61,7 +106,7 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
         said = f"{found.name}: {_published_words(changed, others)}; the recipe runs all the same"
         Progress("reproduce", listener).note(said)
     if there.adaptation is not None:
-        from tmerge.adapted import adapt_run
+        from tmerge.stages.adapt import adapt_run
 
         merge(recipe, folder / "merge", listener=listener)
         data = there.adaptation.data
@@ -73,7 +118,7 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
         here = merge(recipe, folder, listener=listener)
     kept = {"there": there.weights, "published": published, "here": here.weights}
     names = sorted({*there.weights, *here.weights})
-    weights = {name: {place: files.get(name) for place, files in kept.items()} for name in names}
+    weights = {name: Digests(**{place: files.get(name) for place, files in kept.items()}) for name in names}
     facts: list[tuple[str, str | None, str | None]] = [
         ("device", there.device, here.device),
         ("dtype", there.dtype, here.dtype),
@@ -81,39 +126,37 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
         ("calibration texts", there.calibration.sha256[:12], here.calibration.sha256[:12]),
     ]
     facts += [(name, version, here.versions.get(name)) for name, version in there.versions.items()]
-    return {
-        "reference": found.name,
-        "same": not others and all(len(set(digests.values())) == 1 for digests in weights.values()),
-        "weights": weights,
-        "others": others,
-        "differs": {name: {"there": mine, "here": theirs} for name, mine, theirs in facts if mine != theirs},
-        "scores": {"there": there.published_score.value, "here": here.published_score.value},
-        "folder": str(folder),
-    }
+    return Reproduction(
+        reference=found.name,
+        same=not others and all(digests.same for digests in weights.values()),
+        weights=weights,
+        others=tuple(others),
+        differs={name: ThereAndHere(there=mine, here=theirs) for name, mine, theirs in facts if mine != theirs},
+        scores=ScoreThereAndHere(there=there.published_score.value, here=here.published_score.value),
+        folder=str(folder),
+    )
 
 
-def difference_words(result: dict[str, Any]) -> str:
+def difference_words(result: Reproduction) -> str:
     """Which of the weights differ, and why two runs of one recipe may differ, as far as can be told, in a line."""
-    which = [
-        f"{name}: {_which(**digests)}" for name, digests in result["weights"].items() if len({*digests.values()}) > 1
-    ]
-    if result["others"]:
-        which.append(_published_words([], result["others"]))
-    scores = result["scores"]
-    numbers = f"{scores['there']:.6f} bits per byte there, {scores['here']:.6f} here"
-    if all(digests["there"] == digests["here"] for digests in result["weights"].values()):
+    which = [f"{name}: {_which(digests)}" for name, digests in result.weights.items() if not digests.same]
+    if result.others:
+        which.append(_published_words([], result.others))
+    numbers = f"{result.scores.there:.6f} bits per byte there, {result.scores.here:.6f} here"
+    if all(digests.there == digests.here for digests in result.weights.values()):
         why = f"the run itself came out as its report says ({numbers})"
-    elif not result["differs"]:
+    elif not result.differs:
         why = f"libraries, device and dtype are the same; the processor may be another ({numbers})"
     else:
-        facts = result["differs"].items()
-        listed = ", ".join(f"{name} {pair['there']} there, {pair['here']} here" for name, pair in facts)
+        facts = result.differs.items()
+        listed = ", ".join(f"{name} {pair.there} there, {pair.here} here" for name, pair in facts)
         why = f"what differs: {listed} ({numbers})"
     return "; ".join([*which, why])
 
 
-def _which(there: str | None, published: str | None, here: str | None) -> str:
+def _which(digests: Digests) -> str:
     """Which of a file's three digests, not all equal, is another."""
+    there, published, here = digests.there, digests.published, digests.here
     if published is None:
         return "it is not among what is published"
     if here is None:
@@ -127,7 +170,7 @@ def _which(there: str | None, published: str | None, here: str | None) -> str:
     return "the published file, the one that its report names and the one that came out here are three different ones"
 
 
-def _published_words(changed: list[str], others: list[str]) -> str:
+def _published_words(changed: Sequence[str], others: Sequence[str]) -> str:
     """What is published that is not as its report says."""
     words = [f"the published {name} is not the file that its report names" for name in changed]
     if others:

@@ -8,16 +8,53 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from tmerge.calibration import dataset_identity, file_identity, pinned, read_texts
-from tmerge.evaluation import Scores, difference, resamples, score, score_texts
-from tmerge.evaluation.tasks import TaskScore, run_tasks, task_difference, task_score
+from tmerge.comparison.scores import Compared, TaskResult, compared, task_results
+from tmerge.evaluation import Scores, resamples, score_texts
+from tmerge.evaluation.tasks import TaskScore, run_tasks
 from tmerge.models import load_model, load_tokenizer
 from tmerge.recipe import CalibrationSettings
+from tmerge.report import Items, Part
 from tmerge.stages.step import Listener, Step
 
-__all__ = ["evaluate_models"]
+__all__ = ["Evaluation", "ModelScores", "evaluate_models"]
 
 _BOOTSTRAP = 2000
+
+
+class ModelScores(Part):
+    """One model's.
+
+    Attributes:
+        model: As it was asked for.
+        commit: Of its repo; of local files ``sha256:`` and their digest.
+        bits_per_byte: On the texts; None where none were asked for.
+        tasks: Benchmark task -> result.
+    """
+
+    model: str
+    commit: str
+    bits_per_byte: Compared | None = None
+    tasks: Mapping[str, TaskResult] = Field(default_factory=dict)
+
+
+class Evaluation(Part):
+    """Models on the same texts and tasks.
+
+    Attributes:
+        texts: Scored; 0 where none were asked for.
+        data: Dataset and tasks' files -> what identifies their contents: a SHA-256, a Hub dataset's commit.
+        seed: Of the texts' order and the bootstrap.
+        models: In the order in which they were named; the others are held against the first.
+    """
+
+    texts: int
+    dataset: str | None
+    data: Mapping[str, str]
+    seed: int
+    models: Items[ModelScores]
 
 
 def evaluate_models(
@@ -32,7 +69,7 @@ def evaluate_models(
     dtype: str = "auto",
     seed: int = 0,
     listener: Listener | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Score models one after the other.
 
     Args:
@@ -48,9 +85,7 @@ def evaluate_models(
         listener: Hears every `Step`; may raise `Cancelled`.
 
     Returns:
-        ``data``: dataset and tasks' files -> what identifies their contents (a SHA-256, a Hub dataset's commit); and
-        ``models``: one entry a reference, with ``bits_per_byte`` and ``tasks``, each a value, its 95 % interval and
-        the paired ``difference`` to the first model.
+        One entry a reference; ``to_dict()`` is what ``--json`` prints.
     """
     hear = listener or (lambda step: None)
     read: list[str] = []
@@ -65,44 +100,24 @@ def evaluate_models(
         read = [text[:limit_characters] for text in (*found.held_out, *found.texts)][:texts]
     likelihoods: list[Scores] = []
     benchmarks: list[dict[str, TaskScore]] = []
-    entries: list[dict[str, Any]] = []
+    models: list[ModelScores] = []
     for reference in references:
         hear(Step("evaluate", f"loading {reference}", 0, 1, "models"))
         model = load_model(reference, dtype=dtype, device=device, widen=True)
-        entry: dict[str, Any] = {"model": reference, "commit": model.commit}
+        scored: dict[str, Any] = {"model": reference, "commit": model.commit}
         if read:
             likelihoods.append(score_texts(model, read, progress=_told(hear, f"{reference}: texts", "texts")))
-            counts = resamples(len(read), _BOOTSTRAP, seed)
-            entry["bits_per_byte"] = score(likelihoods[-1], counts).to_dict()
-            if len(likelihoods) > 1:
-                change = difference(likelihoods[-1], likelihoods[0], counts)
-                entry["bits_per_byte"]["difference"] = change.to_dict()
+            first = likelihoods[0] if models else None
+            scored["bits_per_byte"] = compared(likelihoods[-1], first, resamples(len(read), _BOOTSTRAP, seed))
         if tasks:
             hear(Step("evaluate", f"{reference}: tasks", 0, 1, "models"))
             benchmarks.append(run_tasks(model, tasks, data=data, limit=limit, seed=seed))
-            entry["tasks"] = task_entries(benchmarks[-1], benchmarks[0] if len(benchmarks) > 1 else None, seed)
-        entries.append(entry)
+            before = benchmarks[0] if models else None
+            scored["tasks"] = task_results(benchmarks[-1], before, seed=seed, bootstrap=_BOOTSTRAP)
+        models.append(ModelScores(**scored))
         del model
         gc.collect()
-    return {"texts": len(read), "dataset": dataset, "data": identities, "seed": seed, "models": entries}
-
-
-def task_entries(
-    scores: Mapping[str, TaskScore], base: Mapping[str, TaskScore] | None, seed: int, bootstrap: int = _BOOTSTRAP
-) -> dict[str, Any]:
-    """Task -> metric, questions, value, interval, and the paired difference to a base if one is given."""
-    entries = {}
-    for name, item in scores.items():
-        counts = resamples(len(item.items), bootstrap, seed)
-        entry: dict[str, Any] = {
-            "metric": item.metric,
-            "questions": len(item.items),
-            **task_score(item, counts).to_dict(),
-        }
-        if base is not None:
-            entry["difference"] = task_difference(item, base[name], counts).to_dict()
-        entries[name] = entry
-    return entries
+    return Evaluation(texts=len(read), dataset=dataset, data=identities, seed=seed, models=tuple(models))
 
 
 def _told(hear: Listener, what: str, unit: str) -> Callable[[int, int], None]:

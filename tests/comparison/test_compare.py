@@ -7,10 +7,11 @@ import pytest
 from tests.evaluation.test_tasks import XCOPA
 from tests.pico import save_pico
 from tests.test_pipeline import recipe_for
-from tmerge.comparison import compare
+from tmerge.comparison.compare import compare
+from tmerge.comparison.result import read_comparison
+from tmerge.comparison.tables import comparison_table
 from tmerge.errors import Cancelled, RecipeError
 from tmerge.recipe import Recipe
-from tmerge.tables import comparison_table
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def asked(pair, **comparison):
 
 
 def rows_of(result):
-    return {row["name"]: row for row in result["rows"]}
+    return {row.name: row for row in result.rows}
 
 
 def test_rows_without_training(pair, tmp_path):
@@ -41,15 +42,16 @@ def test_rows_without_training(pair, tmp_path):
     report = json.loads((tmp_path / "c" / "merge" / "tmerge" / "report.json").read_text())
     evaluation = report["evaluation"]
     for name in ("base", "fused", "source"):
-        assert rows[name]["value"] == evaluation[name]["value"] and rows[name]["ci95"] == evaluation[name]["ci95"]
-    assert rows["fused"]["difference"] == evaluation["difference"]
+        assert rows[name].score.to_dict() == evaluation[name]
+    assert rows["fused"].difference.to_dict() == evaluation["difference"]
     for name, control in evaluation["controls"].items():
-        assert rows[name]["difference"] == control["difference"]
-    assert "difference" not in rows["base"] and set(rows["fused"]["domains"]) == {"Malay"}
-    assert rows["fused"]["domains"]["Malay"]["value"] != rows["fused"]["value"]
-    assert result["descent"]["texts"] == 6
+        assert rows[name].difference.to_dict() == control["difference"]
+    assert "difference" not in rows["base"].to_dict() and set(rows["fused"].domains) == {"Malay"}
+    assert rows["fused"].domains["Malay"].value != rows["fused"].value
+    assert result.descent.texts == 6
     written = tmp_path / "c"
-    assert json.loads((written / "compare.json").read_text()) == json.loads(json.dumps(result))
+    assert json.loads((written / "compare.json").read_text()) == json.loads(json.dumps(result.to_dict()))
+    assert read_comparison(written / "compare.json") == result
     assert comparison_table(result) == (written / "compare.md").read_text()
     page = (written / "compare.html").read_text()
     assert "Fusion strength" in page and "<script src" not in page and "<link" not in page
@@ -76,7 +78,7 @@ def test_a_stopped_comparison_continues_and_gives_the_same(pair, tmp_path):
 
 
 def without_seconds(result):
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in result["rows"]]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in result.to_dict()["rows"]]
 
 
 @pytest.mark.parametrize("bad", [{"rows": ["sft", "sft"]}, {"alphas": [-1]}, {"seeds": []}, {"rows": ["dpo"]}])
@@ -102,10 +104,10 @@ def test_tasks_of_every_row(pair, tmp_path):
     recipe = asked(pair, alphas=[], tasks=["xcopa_id"], task_data={"xcopa_id": str(path)})
     recipe = Recipe.from_mapping(recipe.model_dump(mode="json") | {"published": published})
     result = compare(recipe, tmp_path / "c")
-    for row in result["rows"]:
-        task = row["tasks"]["xcopa_id"]
-        assert task["questions"] == 4 and task["metric"] == "acc" and 0 <= task["value"] <= 1
-        assert ("difference" in task) == (row["name"] != "base")
+    for row in result.rows:
+        task = row.tasks["xcopa_id"]
+        assert task.questions == 4 and task.metric == "acc" and 0 <= task.value <= 1
+        assert ("difference" in task.to_dict()) == (row.name != "base")
     table = (tmp_path / "c" / "compare.md").read_text()
     assert "xcopa_id: acc on 4 questions" in table and "| XCOPA | 1 | 2 | 3 |" in table
     assert "Benchmarks" in (tmp_path / "c" / "compare.html").read_text()

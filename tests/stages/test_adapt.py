@@ -10,12 +10,14 @@ from transformers import AutoModelForCausalLM
 from tests.pico import save_pico
 from tests.reported import typed
 from tests.test_pipeline import recipe_for
-from tmerge.adapted import adapt_run
 from tmerge.calibration import TextSet, sample_texts
-from tmerge.comparison import compare
-from tmerge.errors import Cancelled, OutputExistsError, RunNotFoundError
+from tmerge.comparison.compare import compare
+from tmerge.errors import Cancelled, OutputExistsError, RunBusyError, RunNotFoundError
 from tmerge.plots import report_page
+from tmerge.run import Run
+from tmerge.stages.adapt import adapt_run
 from tmerge.stages.merge import merge
+from tmerge.store import locked
 from tmerge.transport import TransportRecord
 
 pytest.importorskip("trl")
@@ -78,6 +80,23 @@ def test_a_stopped_training_continues_to_the_same_bytes(run, tmp_path):
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+def test_a_folder_that_another_process_trains_in_is_refused_and_stays(run, tmp_path):
+    def stop(step):
+        if step.done == 1 and step.stage == "adapt":
+            raise Cancelled("stopped")
+
+    out = tmp_path / "out"
+    with pytest.raises(Cancelled):
+        adapt_run(run, out, WORDS, listener=stop)
+    before = sorted(out.rglob("*"))
+    with locked(Run(out).cache, out):
+        with pytest.raises(RunBusyError, match="another tmerge is at work in .*out; wait") as caught:
+            adapt_run(run, out, WORDS)
+        assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+        assert sorted(out.rglob("*")) == before
+    assert adapt_run(run, out, WORDS).adaptation.steps == WORDS["steps"]
+
+
 def test_held_out_texts_are_never_trained_on(run, tmp_path):
     held_out = TextSet.load(run / "tmerge" / "cache" / "calibration.json").held_out
     data = tmp_path / "data.txt"
@@ -98,20 +117,20 @@ def test_compare_trains_every_row_on_the_same_tokens(pair, tmp_path):
     comparison = {"rows": ["sft", "distill", "fused+sft", "fused+distill"], "seeds": [0, 1], "alphas": []}
     recipe = recipe_for(pair, compare=comparison, adaptation=WORDS, evaluation={"descent": 4})
     result = compare(recipe, tmp_path / "c")
-    rows = {row["name"]: row for row in result["rows"]}
+    rows = {row.name: row for row in result.rows}
     trained = [rows[name] for name in comparison["rows"]]
-    assert len({(row["tokens"], row["steps"]) for row in trained}) == 1
+    assert len({(row.tokens, row.steps) for row in trained}) == 1
     for row in trained:
-        values = [seed["value"] for seed in row["seeds"]]
-        assert len(values) == 2 and min(values) <= row["value"] <= max(values)
-        assert row["difference"]["ci95"][1] < 0
-    assert len({row["value"] for row in trained}) == 4
-    added = {item["row"]: item for item in result["added"]}
-    assert {name: item["to"] for name, item in added.items()} == {"fused+sft": "sft", "fused+distill": "distill"}
+        values = [seed.value for seed in row.seeds]
+        assert len(values) == 2 and min(values) <= row.value <= max(values)
+        assert row.difference.high < 0
+    assert len({row.value for row in trained}) == 4
+    added = {item.row: item for item in result.added}
+    assert {name: item.to for name, item in added.items()} == {"fused+sft": "sft", "fused+distill": "distill"}
     for name, item in added.items():
-        assert item["value"] == pytest.approx(rows[name]["value"] - rows[item["to"]]["value"], abs=1e-9)
-        assert item["ci95"][0] <= item["value"] <= item["ci95"][1]
-        assert sum(seed["value"] for seed in item["seeds"]) / 2 == pytest.approx(item["value"], abs=1e-9)
+        assert item.value == pytest.approx(rows[name].value - rows[item.to].value, abs=1e-9)
+        assert item.low <= item.value <= item.high
+        assert sum(seed.value for seed in item.seeds) / 2 == pytest.approx(item.value, abs=1e-9)
         for place in ("compare.md", "compare.html"):
             assert f"{name} against {item['to']}: {item['value']:+.4f}" in (tmp_path / "c" / place).read_text()
     assert "Training loss" in (tmp_path / "c" / "compare.html").read_text()

@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from tests.pico import save_pico
+from tmerge.comparison.reproduce import difference_words, reproduce
 from tmerge.errors import ModelNotFoundError, OutputExistsError
 from tmerge.recipe import Recipe
-from tmerge.reproduce import difference_words, reproduce
 from tmerge.stages.merge import merge
 
 
@@ -34,10 +34,10 @@ def finished(tmp_path_factory):
 
 def test_the_same_bytes(finished, tmp_path):
     result = reproduce(str(finished / "fused"), tmp_path / "again")
-    assert result["same"] is True and result["differs"] == {} and result["others"] == []
-    pair = result["weights"]["model.safetensors"]
-    assert pair["there"] == pair["published"] == pair["here"]
-    assert result["scores"]["there"] == result["scores"]["here"]
+    assert result.same is True and result.differs == {} and result.others == ()
+    pair = result.weights["model.safetensors"]
+    assert pair.there == pair.published == pair.here
+    assert result.scores.there == result.scores.here
     written = (tmp_path / "again/model.safetensors").read_bytes()
     assert written == (finished / "fused/model.safetensors").read_bytes()
 
@@ -70,13 +70,13 @@ def test_a_model_that_is_another_by_now_is_refused_before_it_is_merged(finished,
 
 def test_a_trained_run_is_merged_and_trained_again(finished, tmp_path):
     pytest.importorskip("trl", reason="the adapt extra is not installed")
-    from tmerge.adapted import adapt_run
+    from tmerge.stages.adapt import adapt_run
 
     trained = adapt_run(finished / "fused", finished / "trained", {})
     result = reproduce(str(finished / "trained"), tmp_path / "again")
-    assert result["same"] is True, difference_words(result)
-    assert result["weights"]["model.safetensors"]["here"] == trained.weights["model.safetensors"]
-    assert result["folder"] == str(tmp_path / "again/trained")
+    assert result.same is True, difference_words(result)
+    assert result.weights["model.safetensors"].here == trained.weights["model.safetensors"]
+    assert result.folder == str(tmp_path / "again/trained")
 
 
 def test_the_weights_that_lie_there_count_and_not_what_the_report_says(finished, tmp_path):
@@ -88,7 +88,7 @@ def test_the_weights_that_lie_there_count_and_not_what_the_report_says(finished,
     (tmp_path / "fused/original/other.safetensors").write_bytes(data)
     steps = []
     result = reproduce(str(tmp_path / "fused"), tmp_path / "again", listener=steps.append)
-    assert result["same"] is False and result["others"] == ["original/other.safetensors"]
+    assert result.same is False and result.others == ("original/other.safetensors",)
     words = difference_words(result)
     assert "model.safetensors: the published file is another than its report names" in words
     assert "original/other.safetensors is published and not named" in words and "\n" not in words

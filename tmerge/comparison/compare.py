@@ -14,21 +14,20 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tmerge.benchmark import task_entries
 from tmerge.calibration import FeatureStore, TextSet
-from tmerge.comparison_inputs import ComparedData, MergedModels, refuse_moved
-from tmerge.errors import RecipeError
-from tmerge.evaluation import Scores, applied, difference, resamples, score, score_texts
-from tmerge.evaluation.tasks import TaskScore
+from tmerge.comparison.inputs import ComparedData, MergedModels, refuse_moved
+from tmerge.comparison.result import SCHEMA, Comparison
+from tmerge.comparison.rows import RowNote, TextScores, added, grouped, summed_up
+from tmerge.comparison.tables import comparison_table
+from tmerge.errors import OutputExistsError, RecipeError
+from tmerge.evaluation import applied, score_texts
 from tmerge.fusion import Alpha
 from tmerge.models import LoadedModel, load_model, model_commit
 from tmerge.recipe import Recipe
@@ -38,13 +37,11 @@ from tmerge.stages.merge import merge
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.scoring import cut, held_out
 from tmerge.stages.step import Listener, Step
-from tmerge.store import write_json, write_text
-from tmerge.tables import comparison_table
+from tmerge.store import LOCK, locked, write_json, write_text
 from tmerge.transport import TransportRecord
 
-__all__ = ["SCHEMA", "compare"]
+__all__ = ["compare"]
 
-SCHEMA = 1
 # The comparison's merge always says whether it points downhill: on this many calibration texts.
 _DESCENT_TEXTS = 64
 
@@ -59,7 +56,7 @@ class _Row:
     facts: dict[str, Any]
 
 
-def compare(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) -> dict[str, Any]:
+def compare(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) -> Comparison:
     """Run a recipe's comparison, or take it up where it stopped.
 
     Args:
@@ -68,12 +65,35 @@ def compare(recipe: Recipe, out: str | Path, *, listener: Listener | None = None
         listener: Hears every `Step`; may raise `Cancelled`.
 
     Returns:
-        What compare.json holds.
+        What was found; ``to_dict()`` is what compare.json holds.
 
     Raises:
-        TmergeError: Bad input, one line.
+        TmergeError: Bad input, one line; nothing is left behind if nothing had been finished.
     """
-    return _Comparison(recipe, Path(out), listener or (lambda step: None)).go()
+    folder = Path(out)
+    with _at_work(folder):
+        return _Comparison(recipe, folder, listener or (lambda step: None)).go()
+
+
+@contextmanager
+def _at_work(folder: Path) -> Iterator[None]:
+    """While a comparison works in a folder: nobody else does; if it ends with nothing in it, nothing is left.
+
+    Raises:
+        OutputExistsError: It cannot be made.
+        RunBusyError: Another process is at work in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputExistsError(f"{folder} cannot be made: {error.strerror}; choose another --out") from None
+    with locked(folder, folder):
+        try:
+            yield
+        except BaseException:
+            if all(path.name == LOCK for path in folder.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 class _Comparison:
@@ -93,7 +113,7 @@ class _Comparison:
         self.data = ComparedData(recipe, out, listener)
         self.settings = recipe.compare
 
-    def go(self) -> dict[str, Any]:
+    def go(self) -> Comparison:
         # Asked first: what is missing is said before the merge has taken its hours.
         self.data.identify()
         report = merge(self.merge_recipe, self.out / "merge", listener=self.listener)
@@ -102,7 +122,7 @@ class _Comparison:
         self.data.record.save()
         rows = [self._finished(row) for row in self._rows()]
         result = self._result(rows)
-        write_json(self.out / "compare.json", result)
+        write_json(self.out / "compare.json", result.to_dict())
         write_text(self.out / "compare.md", comparison_table(result))
         from tmerge.plots.comparison import comparison_page
 
@@ -165,21 +185,22 @@ class _Comparison:
                 rows.append(_Row(name, "trained", partial(self._trained, name, seed), facts))
         return rows
 
-    def _finished(self, row: _Row) -> dict[str, Any]:
+    def _finished(self, row: _Row) -> RowNote:
         """The row from an earlier call, or made now."""
         facts = row.facts | self.data.facts() | {"versions": library_versions()}
         key = stage_key(f"row {row.name}", **facts)
-        store = Run(self.out)
         path = self.rows_folder / f"{key[:24]}.json"
-        note = store.note(path, key)
-        if note is None:
-            self.listener(Step("compare", row.name, 0, 1, "rows"))
-            began = time.perf_counter()
-            note = {"name": row.name, "kind": row.kind, "tokens": 0, "steps": 0, **row.make()}
-            note.setdefault("seconds", time.perf_counter() - began)
-            note |= {name: row.facts[name] for name in ("alpha", "of", "seed") if name in row.facts}
-            write_json(path, {"key": key, "facts": note})
-            self.listener(Step("compare", row.name, 1, 1, "rows"))
+        kept = Run.note(path, key)
+        if kept is not None:
+            return RowNote.model_validate(kept)
+        self.listener(Step("compare", row.name, 0, 1, "rows"))
+        began = time.perf_counter()
+        known = {name: row.facts[name] for name in ("alpha", "of", "seed") if name in row.facts}
+        made = row.make()
+        seconds = time.perf_counter() - began
+        note = RowNote.model_validate({"name": row.name, "kind": row.kind, "seconds": seconds, **made, **known})
+        write_json(path, {"key": key, "facts": note.model_dump(exclude_unset=True)})
+        self.listener(Step("compare", row.name, 1, 1, "rows"))
         return note
 
     def _step(self, what: str, done: int, total: int, unit: str) -> None:
@@ -265,7 +286,7 @@ class _Comparison:
     # -- scores -------------------------------------------------------------------------------------------------
 
     def _scores(self, model: LoadedModel, name: str) -> dict[str, Any]:
-        """Bits and bytes of every held-out text, and of every text of the further domains."""
+        """Of a `RowNote`: bits and bytes of every held-out text and of every text of the further domains; tasks."""
         sets = {"": held_out(self.merge_recipe, self.texts), **self.domains}
         found = {}
         for domain, texts in sets.items():
@@ -278,109 +299,31 @@ class _Comparison:
             )
         return {
             "tasks": self.data.score_tasks(model, partial(self._step, f"{name}: tasks", 0, 1, unit="models")),
-            "bits": found[""].bits.tolist(),
-            "bytes": found[""].bytes.tolist(),
-            "domains": {
-                domain: {"bits": scores.bits.tolist(), "bytes": scores.bytes.tolist()}
-                for domain, scores in found.items()
-                if domain
-            },
+            **TextScores.noted(found.pop("")).model_dump(),
+            "domains": {domain: TextScores.noted(scores) for domain, scores in found.items()},
         }
 
-    def _result(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _result(self, notes: list[RowNote]) -> Comparison:
         """Values and paired intervals; the seeds of a trained row are averaged, text by text."""
-        report = self.report.to_dict()
-        grouped: dict[str, list[Mapping[str, Any]]] = {}
-        for row in rows:
-            grouped.setdefault(row["name"], []).append(row)
-        base = grouped["base"][0]
-        return {
-            "schema": SCHEMA,
-            "metric": "bits_per_byte",
-            "texts": len(base["bits"]),
-            "target": report["target"],
-            "source": report["source"],
-            "calibration": report["calibration"],
-            "alpha": self.alpha,
-            "choice": report["fusion"].get("choice"),
-            "descent": report["evaluation"]["descent"],
-            "adaptation": self.recipe.adaptation.model_dump(mode="json"),
-            "data": self.data.identities,
-            "rows": [self._row(group, base) for group in grouped.values()],
-            "added": self._added(grouped),
-            "published": self.recipe.published.model_dump(mode="json") if self.recipe.published else None,
-            "versions": library_versions(),
-        }
-
-    def _row(self, group: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> dict[str, Any]:
-        first = group[0]
-        row = {name: first[name] for name in ("name", "kind", "tokens", "steps", "alpha", "of") if name in first}
-        row["seconds"] = sum(item["seconds"] for item in group) / len(group)
-        row |= self._intervals([(item["bits"], item["bytes"]) for item in group], (base["bits"], base["bytes"]), first)
-        row["domains"] = {
-            domain: self._intervals(
-                [(item["domains"][domain]["bits"], item["domains"][domain]["bytes"]) for item in group],
-                (base["domains"][domain]["bits"], base["domains"][domain]["bytes"]),
-                first,
-            )
-            for domain in first["domains"]
-        }
-        if first["tasks"]:
-            own = _as_tasks([base]) if first["name"] != "base" else None
-            row["tasks"] = task_entries(_as_tasks(group), own, self.recipe.seed, self.recipe.evaluation.bootstrap)
-        if first["kind"] == "trained":
-            row["seeds"] = [
-                {"seed": item["seed"], "value": _bits_per_byte(item), "loss": item["loss"]} for item in group
-            ]
-        return row
-
-    def _added(self, grouped: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-        """What the merge adds to a training: with it against without it, the seeds averaged text by text."""
-        found = []
-        for name, group in grouped.items():
-            without = grouped.get(name.removeprefix("fused+"), ())
-            if not name.startswith("fused+") or not without:
-                continue
-            merged, plain = (
-                _mean_scores([(item["bits"], item["bytes"]) for item in rows]) for rows in (group, without)
-            )
-            counts = resamples(len(plain.bits), self.recipe.evaluation.bootstrap, self.recipe.seed)
-            seeds = [
-                {"seed": one["seed"], "value": _bits_per_byte(one) - _bits_per_byte(other)}
-                for one, other in zip(group, without, strict=True)
-            ]
-            to = name.removeprefix("fused+")
-            found.append({"row": name, "to": to, **difference(merged, plain, counts).to_dict(), "seeds": seeds})
-        return found
-
-    def _intervals(
-        self, items: Sequence[tuple[list[float], list[float]]], base: tuple[list[float], list[float]], first: Mapping
-    ) -> dict[str, Any]:
-        scores, own = _mean_scores(items), _mean_scores([base])
-        counts = resamples(len(own.bits), self.recipe.evaluation.bootstrap, self.recipe.seed)
-        result: dict[str, Any] = score(scores, counts).to_dict()
-        if first["name"] != "base":
-            result["difference"] = difference(scores, own, counts).to_dict()
-        return result
-
-
-def _mean_scores(items: Sequence[tuple[list[float], list[float]]]) -> Scores:
-    """Bits and bytes of a row's seeds, averaged text by text."""
-    bits, sizes = torch.tensor(items, dtype=torch.float64).mean(0)
-    return Scores(bits, sizes, 0, 0.0)
-
-
-def _as_tasks(group: Sequence[Mapping[str, Any]]) -> dict[str, TaskScore]:
-    """Questions averaged over the seeds of a row."""
-    return {
-        task: TaskScore(
-            item["metric"],
-            torch.tensor([row["tasks"][task]["items"] for row in group], dtype=torch.float64).mean(0),
-            0.0,
+        report, recipe, groups = self.report, self.recipe, grouped(notes)
+        base = groups["base"][0]
+        drawn = {"seed": recipe.seed, "bootstrap": recipe.evaluation.bootstrap}
+        return Comparison.model_validate(
+            {
+                "schema": SCHEMA,
+                "metric": "bits_per_byte",
+                "texts": len(base.bits),
+                "target": report.target,
+                "source": report.source,
+                "calibration": report.calibration,
+                "alpha": self.alpha,
+                "choice": report.fusion.choice,
+                "descent": report.evaluation.descent,
+                "adaptation": recipe.adaptation.model_dump(mode="json"),
+                "data": self.data.identities,
+                "rows": [summed_up(group, base, **drawn) for group in groups.values()],
+                "added": added(groups, **drawn),
+                "published": None if recipe.published is None else recipe.published.model_dump(mode="json"),
+                "versions": library_versions(),
+            }
         )
-        for task, item in group[0]["tasks"].items()
-    }
-
-
-def _bits_per_byte(row: Mapping[str, Any]) -> float:
-    return sum(row["bits"]) / sum(row["bytes"])

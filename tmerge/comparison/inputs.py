@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tmerge.calibration import DatasetRecord, file_identity, pinned, read_texts
+from tmerge.comparison.rows import Answers
 from tmerge.errors import CheckpointError, DatasetError
 from tmerge.evaluation.tasks import run_tasks
 from tmerge.models import LoadedModel, Model, Projection
@@ -126,7 +127,7 @@ class ComparedData:
             found[name] = [*texts.held_out, *texts.texts]
         return found
 
-    def score_tasks(self, model: LoadedModel, began: Callable[[], None]) -> dict[str, Any]:
+    def score_tasks(self, model: LoadedModel, began: Callable[[], None]) -> dict[str, Answers]:
         """Every question's own result, by task.
 
         Args:
@@ -144,7 +145,7 @@ class ComparedData:
         scores = run_tasks(model, self.settings.tasks, data=data, limit=self.settings.task_limit, seed=self.recipe.seed)
         # The harness reads the file itself, so what it read is known only if it is the same before and after.
         self._refuse_changed_files()
-        return {task: {"metric": item.metric, "items": item.items.tolist()} for task, item in scores.items()}
+        return {task: Answers(metric=item.metric, items=item.items.tolist()) for task, item in scores.items()}
 
     def _refuse_changed_files(self) -> None:
         for path in dict.fromkeys(self.settings.task_data.values()):

@@ -1,0 +1,141 @@
+"""The rows of a comparison: what is kept of each when it is finished, and what they come to, seeds averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Strict
+
+from tmerge.comparison.result import Added, Row
+from tmerge.comparison.scores import compared, measured, task_results
+from tmerge.evaluation import Scores, difference, resamples
+from tmerge.evaluation.tasks import TaskScore
+
+__all__ = ["Answers", "RowNote", "TextScores", "added", "grouped", "summed_up"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class TextScores(_Frozen):
+    """Bits and bytes of every text, exactly: a JSON float read back is the float that was written."""
+
+    bits: list[float]
+    bytes: list[float]
+
+    @classmethod
+    def noted(cls, scores: Scores) -> TextScores:
+        """What is kept of scores."""
+        return cls(bits=scores.bits.tolist(), bytes=scores.bytes.tolist())
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Over all texts."""
+        return sum(self.bits) / sum(self.bytes)
+
+
+class Answers(_Frozen):
+    """Every question's own result on a task."""
+
+    metric: str
+    items: list[float]
+
+
+class RowNote(TextScores):
+    """A finished row, of one seed where it is trained; ``rows/*.json`` in the comparison's folder.
+
+    Attributes:
+        bits, bytes: On the held-out texts.
+        domains: Further domain -> the same.
+        tasks: Benchmark task -> answers.
+        loss: (step, loss) pairs of a training.
+    """
+
+    name: str
+    kind: str
+    tokens: int = 0
+    steps: int = 0
+    seconds: float
+    alpha: float | None = None
+    of: str | None = None
+    seed: int | None = None
+    loss: list[Annotated[tuple[int, float], Strict(False)]] = []
+    domains: dict[str, TextScores]
+    tasks: dict[str, Answers]
+
+
+def grouped(notes: Iterable[RowNote]) -> dict[str, list[RowNote]]:
+    """Name -> a note for every seed, in their order."""
+    found: dict[str, list[RowNote]] = {}
+    for note in notes:
+        found.setdefault(note.name, []).append(note)
+    return found
+
+
+def summed_up(group: Sequence[RowNote], base: RowNote, *, seed: int, bootstrap: int) -> Row:
+    """A row's values and its paired intervals.
+
+    Args:
+        group: Its notes, one for each seed.
+        base: The row that all are held against.
+        seed: Of the resamples.
+        bootstrap: How many.
+    """
+    first, is_base = group[0], group[0].name == base.name
+    counts = resamples(len(base.bits), bootstrap, seed)
+    own = compared(_mean(group), None if is_base else _mean([base]), counts)
+    domains = {}
+    for domain, scores in base.domains.items():
+        drawn = resamples(len(scores.bits), bootstrap, seed)
+        domains[domain] = compared(
+            _mean([note.domains[domain] for note in group]), None if is_base else _mean([scores]), drawn
+        )
+    row: dict[str, Any] = {name: getattr(first, name) for name in ("name", "kind", "tokens", "steps")}
+    row |= {name: getattr(first, name) for name in ("alpha", "of") if getattr(first, name) is not None}
+    row |= {"seconds": sum(note.seconds for note in group) / len(group), "value": own.value, "ci95": own.ci95}
+    row |= {"difference": own.difference} if own.difference is not None else {}
+    row["domains"] = domains
+    if first.tasks:
+        row["tasks"] = task_results(
+            _answers(group), None if is_base else _answers([base]), seed=seed, bootstrap=bootstrap
+        )
+    if first.kind == "trained":
+        row["seeds"] = [{"seed": note.seed, "value": note.bits_per_byte, "loss": note.loss} for note in group]
+    return Row.model_validate(row)
+
+
+def added(groups: Mapping[str, Sequence[RowNote]], *, seed: int, bootstrap: int) -> list[Added]:
+    """What the merge adds to each training: with it against without it, the seeds averaged text by text."""
+    found = []
+    for name, group in groups.items():
+        to = name.removeprefix("fused+")
+        without = groups.get(to, ())
+        if to == name or not without:
+            continue
+        counts = resamples(len(group[0].bits), bootstrap, seed)
+        change = measured(difference(_mean(group), _mean(without), counts))
+        seeds = [
+            {"seed": one.seed, "value": one.bits_per_byte - other.bits_per_byte}
+            for one, other in zip(group, without, strict=True)
+        ]
+        found.append(Added.model_validate({"row": name, "to": to, **change.to_dict(), "seeds": seeds}))
+    return found
+
+
+def _mean(items: Sequence[TextScores]) -> Scores:
+    """Bits and bytes of a row's seeds, averaged text by text."""
+    bits, sizes = torch.tensor([(item.bits, item.bytes) for item in items], dtype=torch.float64).mean(0)
+    return Scores(bits, sizes, 0, 0.0)
+
+
+def _answers(group: Sequence[RowNote]) -> dict[str, TaskScore]:
+    """Questions averaged over the seeds of a row."""
+    return {
+        task: TaskScore(
+            item.metric, torch.tensor([note.tasks[task].items for note in group], dtype=torch.float64).mean(0), 0.0
+        )
+        for task, item in group[0].tasks.items()
+    }
