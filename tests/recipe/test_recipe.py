@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.serialization._base import parse_size_to_int
+from tmerge.recipe_page import recipe_page
+from tmerge.strict_yaml import load_yaml
 
 from tmerge.errors import RecipeError
 from tmerge.recipe import Recipe, load_recipe, preset_names
-from tmerge.recipe_page import recipe_page
-from tmerge.strict_yaml import load_yaml
 
 PAIR = {"target": "a/target", "source": "b/source"}
 

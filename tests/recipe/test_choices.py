@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from tmerge.sections import TASK_VECTOR_DEFAULTS
 
 from tmerge.errors import RecipeError
 from tmerge.recipe import FusionSettings, Recipe, TransportSettings, load_recipe
-from tmerge.sections import TASK_VECTOR_DEFAULTS
 
 PAIR = {"target": "a/target", "source": "b/source"}
 TASK = {**PAIR, "source_base": "b/base", "fusion": {"what": "task-vector"}}
