@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from tmerge.recipe_page import recipe_page
 
 from tests.pico import save_pico
 from tmerge import cli
+from tmerge.recipe import recipe_page
 from tmerge.version import VERSION
 
 

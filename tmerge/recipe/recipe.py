@@ -39,7 +39,11 @@ class Recipe(Section):
         "auto",
         description="of both models' weights and forward passes; auto is each checkpoint's own, bfloat16 for GGUF",
     )
-    device: str = Field("auto", description="auto takes an accelerator when there is one; or cpu, cuda, cuda:1, mps")
+    device: str = Field(
+        "auto",
+        description="auto takes an accelerator when there is one; or cpu, cuda, cuda:1, mps",
+        examples=["auto", "cpu", "cuda", "mps"],
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of the split, the controls and the bootstrap")
     trust_remote_code: tuple[str, ...] = Field(
         (), description="the references, and no others, whose repos may run their own code"

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-__all__ = ["Keys", "SectionFacts", "default_of", "kind_words", "sections_of", "top_level"]
+__all__ = ["Keys", "Kind", "SectionFacts", "kind_words", "sections_of", "top_level"]
 
 Keys = Mapping[str, Mapping[str, Any]]
 """Key -> its JSON schema."""
@@ -98,11 +98,6 @@ def top_level(model: type[BaseModel]) -> Keys:
     return {name: field for name, field in fields.items() if name not in sections_of(model)}
 
 
-def default_of(key: Mapping[str, Any]) -> Any:
-    """A key's default, as YAML would give it; None where it must be given."""
-    return key.get("default")
-
-
 def kind_words(key: Mapping[str, Any]) -> str:
     """What kind of value a key takes, in words."""
     if "anyOf" in key:
@@ -117,14 +112,14 @@ def kind_words(key: Mapping[str, Any]) -> str:
 
 
 def _bounds(key: Mapping[str, Any]) -> list[str]:
-    """``in [0, 1]``, ``in (0, 0.9)``, ``of at least 8``, ``above 0``; nothing where all values are taken."""
+    """``in [0, 1]``, ``in (0, 0.9)``, ``of 8 or more``, ``above 0``; nothing where all values are taken."""
     low, high = key.get("minimum", key.get("exclusiveMinimum")), key.get("maximum", key.get("exclusiveMaximum"))
     if low is not None and high is not None:
         opened, closed = "[" if "minimum" in key else "(", "]" if "maximum" in key else ")"
         return [f"in {opened}{low:g}, {high:g}{closed}"]
     if low is not None:
-        return [f"of at least {low:g}" if "minimum" in key else f"above {low:g}"]
-    return [] if high is None else [f"of at most {high:g}" if "maximum" in key else f"below {high:g}"]
+        return [f"of {low:g} or more" if "minimum" in key else f"above {low:g}"]
+    return [] if high is None else [f"of {high:g} or less" if "maximum" in key else f"below {high:g}"]
 
 
 def _either(field: Mapping[str, Any]) -> list[Mapping[str, Any]]:
