@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.reported import texts
-from tmerge.recipe import TransportSettings
+from tmerge.recipe import Apart
 from tmerge.transport import (
     FeatureStatistics,
     PlanRecorder,
@@ -40,7 +40,7 @@ def planted_features(role, layers, depth):
 @pytest.fixture(scope="module")
 def record():
     """A record as a run keeps it, from solved plans of planted features."""
-    settings = TransportSettings(layers_kept=2, entries_kept=KEPT)
+    settings = Apart(layers_kept=2, entries_kept=KEPT)
     features = (
         planted_features(0, TARGET_LAYERS, len(TARGET_LAYERS)),
         planted_features(1, SOURCE_LAYERS, len(SOURCE_LAYERS)),

@@ -7,18 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "tmerge"
 ORDER = (
-    *(
-        "version",
-        "errors",
-        "quantities",
-        "documents",
-        "store",
-        "strict_yaml",
-        "sections",
-        "recipe",
-        "recipe_page",
-        "run",
-    ),
+    *("version", "errors", "quantities", "documents", "store", "recipe", "run"),
     *("models", "calibration", "transport", "fusion", "evaluation", "adaptation"),
     *("preflight", "report", "recorded", "hub", "stages"),
     *("comparison", "plots"),

@@ -9,7 +9,7 @@ import torch
 
 from tests.pico import save_pico
 from tmerge import cli
-from tmerge.recipe_page import recipe_page
+from tmerge.recipe import recipe_page
 from tmerge.version import VERSION
 
 

@@ -43,7 +43,7 @@ from tests.planted import (
 )
 from tmerge.fusion import Carried, carry, fuse
 from tmerge.models import describe
-from tmerge.recipe import FusionSettings, TransportSettings
+from tmerge.recipe import Apart, Weights
 from tmerge.transport import (
     FeaturePlans,
     Transport,
@@ -79,7 +79,7 @@ def _plan(case: PlantedCase, solved: FeaturePlans, layer: int, other: int) -> Te
     return feature_plan(mine, theirs, solved.f[layer, other], solved.g[layer, other], solved.epsilon)
 
 
-def _transport(family: str, projections: tuple[str, ...], settings: TransportSettings) -> Transport:
+def _transport(family: str, projections: tuple[str, ...], settings: Apart) -> Transport:
     case = planted_case(family)
     return apart_transport(
         _plans(family, settings.epsilon),
@@ -103,8 +103,8 @@ def _merge(
     case = planted_case(family)
     merged = copy.deepcopy(case.target)
     mine, theirs = describe(merged), describe(case.planted.model)
-    transport = TransportSettings(epsilon=epsilon, layers_kept=kept, layer_marginals=marginals)
-    fusion = FusionSettings(alpha=1.0, scale=scale, units=units, top_k=1.0, projections=tuple(mine.names))
+    transport = Apart(epsilon=epsilon, layers_kept=kept, layer_marginals=marginals)
+    fusion = Weights(alpha=1.0, scale=scale, units=units, top_k=1.0, projections=tuple(mine.names))
     carried = carry(mine, theirs, _transport(family, tuple(mine.names), transport), fusion)
     fuse(mine.layers, carried.transported, fusion.alpha)
     return merged, carried
@@ -153,7 +153,7 @@ def test_every_feature_plan_puts_nearly_all_mass_on_the_planted_neurons(family):
 @pytest.mark.parametrize("epsilon", [0.1, 0.01])
 def test_the_layer_plan_finds_the_planted_layers(family, marginals, epsilon):
     case = planted_case(family)
-    layers = layer_plans(_plans(family, epsilon), TransportSettings(layer_marginals=marginals))
+    layers = layer_plans(_plans(family, epsilon), Apart(layer_marginals=marginals))
     # An inserted layer reads the very stream that the layer after it reads, so those two cannot be told apart by
     # what enters q k v (or, in parallel with it, the MLP): there either of the two may be the largest.
     twins = {other: {other} for other in case.source_layers}
@@ -228,7 +228,7 @@ def test_the_plain_plan_shrinks_by_the_number_of_neurons(family):
     case = planted_case(family)
     mine, theirs = describe(case.target), describe(case.planted.model)
     _, carried = _merge(family, 0.01, scale="literal")
-    transport = TransportSettings(epsilon=0.01, layers_kept=1)
+    transport = Apart(epsilon=0.01, layers_kept=1)
     coupled = _transport(family, tuple(mine.names), transport).layer_maps
     for name, ratios in carried.norm_ratios.items():
         size = mine.layers[0][name].out_features * theirs.layers[0][name].in_features

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tmerge.errors import OutputExistsError, RunNotFoundError
+from tmerge.errors import OutputExistsError, RecipeError, RunNotFoundError
 from tmerge.recipe import Recipe, load_recipe
 from tmerge.store import locked, read_json, write_json
 
@@ -100,7 +100,7 @@ class Run:
                 raise OutputExistsError(
                     f"{folder} holds a run without its cache, which cannot be continued; choose another --out"
                 )
-            other = _differences(asked, recipe.model_dump(mode="json"))
+            other = _differences(_as_written_now(asked), recipe.model_dump(mode="json"))
             if other:
                 raise OutputExistsError(
                     f"{folder} is a run of another recipe ({', '.join(other[:3])}); choose another --out, "
@@ -195,6 +195,14 @@ class Run:
         if not path.is_file():
             raise RunNotFoundError(f"{self.folder} is not a finished run of tmerge (no tmerge/recipe.yaml)")
         return load_recipe(str(path))
+
+
+def _as_written_now(asked: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run's request, which an earlier version may have written with other keys."""
+    try:
+        return Recipe.from_mapping(asked).model_dump(mode="json")
+    except RecipeError:
+        return asked
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

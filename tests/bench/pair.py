@@ -24,7 +24,7 @@ from tmerge.evaluation import control_generator
 from tmerge.fusion import Carried, TransportedNeurons, carry
 from tmerge.fusion.stream import carry_stream
 from tmerge.models import Architecture, LoadedModel, describe, head_facts, load_model
-from tmerge.recipe import FusionSettings, TransportSettings
+from tmerge.recipe import Apart, FusionSettings, Shared, TaskVector, TransportSettings
 from tmerge.transport import (
     FeaturePlans,
     Side,
@@ -158,7 +158,7 @@ class Pair:
     def carried(self, kind: str, transport: TransportSettings, fusion: FusionSettings, permuted: bool) -> Carried:
         reads = [side.read for side in self.sides(kind)]
         projections = list(fusion.projections)
-        if transport.structure == "shared":
+        if isinstance(transport, Shared):
             epsilon = transport.epsilon if transport.matching == "entropic" else None
             found = self.structure(kind, epsilon, transport.signed)
             solved = shared_transport(found, *reads, projections, transport)
@@ -173,7 +173,7 @@ class Pair:
             self.layouts["source"],
             solved,
             fusion,
-            source_base=self.layouts["base"] if fusion.what == "task-vector" else None,
+            source_base=self.layouts["base"] if isinstance(fusion, TaskVector) else None,
             shuffle=shuffle if permuted else None,
             vocabulary=self.vocabulary,
         )
@@ -216,7 +216,7 @@ class Pair:
         means = {name: sum(values) / len(values) for name, values in shares.items()}
         return {"layers": sum(layers) / len(layers), "stream": float(stream.double().mean()), **means}
 
-    def found_apart(self, kind: str, settings: TransportSettings) -> dict[str, float]:
+    def found_apart(self, kind: str, settings: Apart) -> dict[str, float]:
         """By feature key, the share of layers whose strongest source layer is the true one."""
         plans = self.plans(kind, settings.epsilon)
         truth = torch.tensor(self.truth["layers"])

@@ -23,7 +23,7 @@ import torch
 from tests.bench.pair import ALL, ATTENTION, Pair
 from tmerge.evaluation import applied, difference, noise, resamples, score_texts, shrink
 from tmerge.fusion import TransportedNeurons
-from tmerge.recipe import FusionSettings, TransportSettings
+from tmerge.recipe import Apart, Shared, TaskVector, TransportSettings, Weights
 from tmerge.transport import relatedness
 
 
@@ -42,8 +42,8 @@ def as_large_as_learned(
     return scaled
 
 
-def shared(**more: Any) -> TransportSettings:
-    return TransportSettings(structure="shared", **more)
+def shared(**more: Any) -> Shared:
+    return Shared(**more)
 
 
 def rows_of(pair: Pair) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -52,7 +52,8 @@ def rows_of(pair: Pair) -> Iterator[tuple[str, Callable[[], Any]]]:
     def merge(
         kind: str, transport: TransportSettings, control: str = "", alpha: float = 1.0, **fusion: Any
     ) -> Callable[[], tuple[list[TransportedNeurons], float]]:
-        settings = FusionSettings(**{"what": "task-vector", "projections": ALL, "top_k": 1.0, "alpha": alpha} | fusion)
+        own: dict[str, Any] = {"projections": ALL, "top_k": 1.0, "alpha": alpha} | fusion
+        settings = Weights(**own) if own.get("what") == "weights" else TaskVector(**{"stream": False} | own)
 
         def build() -> tuple[list[TransportedNeurons], float]:
             carried = pair.carried(kind, transport, settings, control == "permuted")
@@ -138,7 +139,7 @@ def apart(pair: Pair, merge: Callable[..., Any]) -> Iterator[tuple[str, Callable
     }
     for epsilon in (0.03, 0.1):
         for way, settings in ways.items():
-            transport = {kept: TransportSettings(epsilon=epsilon, layers_kept=kept, **settings) for kept in (1, 3)}
+            transport = {kept: Apart(epsilon=epsilon, layers_kept=kept, **settings) for kept in (1, 3)}
             if pair.truth is not None:
                 yield f"found-apart-{epsilon:g}{way}", lambda one=transport[1]: pair.found_apart("texts", one)
             for kept, one in transport.items():

@@ -72,7 +72,7 @@ def main(wheel: Path) -> None:
         assert found["target"]["architecture"] == "llama" and found["source"]["architecture"] == "gpt2"
         assert list(found["projections"]["matched"]) == ["q", "k", "v", "o"]
         # As many as the checkout has: a wheel that lacks one is found out.
-        presets = sorted(path.stem for path in (ROOT / "tmerge/recipes").glob("*.yaml"))
+        presets = sorted(path.stem for path in (ROOT / "tmerge/recipe/presets").glob("*.yaml"))
         run("python", "-c", f"PRESETS = {presets!r}\n{DATA}")
         for hardware in ("cpu", "zerogpu"):
             space = json.loads(run("tmerge", "space", "--repo", "user/x", "--hardware", hardware, "--dry-run", "--json"))

@@ -13,7 +13,7 @@ from tests.pico import pico_model
 from tests.planted import pooled_features
 from tmerge.fusion import carry
 from tmerge.models import describe
-from tmerge.recipe import FusionSettings, TransportSettings
+from tmerge.recipe import Apart, Weights
 from tmerge.transport import apart_transport, solve_features
 
 
@@ -51,12 +51,12 @@ def _carried(layers, workers):
     }
     names = describe(target).names
     reads = (lambda layer, key, of=of: of[layer, key] for of in features)
-    transport = apart_transport(plans, *reads, names, TransportSettings(layers_kept=2))
+    transport = apart_transport(plans, *reads, names, Apart(layers_kept=2))
     counted = _Counted(transport.build)
     before = torch.get_num_threads()
     torch.set_num_threads(workers)
     try:
-        fusion = FusionSettings(alpha=0.5, top_k=4, projections=tuple(names))
+        fusion = Weights(alpha=0.5, top_k=4, projections=tuple(names))
         carry(describe(target), describe(source), replace(transport, build=counted), fusion)
     finally:
         torch.set_num_threads(before)

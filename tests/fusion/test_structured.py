@@ -35,7 +35,7 @@ from tests.planted import (
 from tmerge.errors import UnsupportedModelError
 from tmerge.fusion import carry, fuse
 from tmerge.models import EMBEDDING, HEAD, describe
-from tmerge.recipe import FusionSettings, TransportSettings
+from tmerge.recipe import Shared, TaskVector, Weights
 from tmerge.transport import (
     Structure,
     TransportRecord,
@@ -57,16 +57,20 @@ def _structure(target, source, keys, epsilon=None):
         return Structure(pairs, cost, layers, *solve_structure(target, source, pairs, epsilon=epsilon))
 
 
+def _fusion(what="weights", **settings):
+    return Weights(**settings) if what == "weights" else TaskVector(**{"stream": False} | settings)
+
+
 def _carry(target, source, structure, features, fusion, *, source_base=None, **options):
     """Carried, and everything that the record needs."""
     mine = describe(target)
     reads = (lambda layer, key, of=of: of[layer, key] for of in features)
-    transport = shared_transport(structure, *reads, mine.names, TransportSettings(structure="shared"))
+    transport = shared_transport(structure, *reads, mine.names, Shared())
     carried = carry(
         mine,
         describe(source),
         transport,
-        FusionSettings(**{"top_k": 1.0, "projections": tuple(mine.names)} | fusion),
+        _fusion(**{"top_k": 1.0, "projections": tuple(mine.names)} | fusion),
         source_base=None if source_base is None else describe(source_base),
         **options,
     )
@@ -147,7 +151,7 @@ def test_the_record_carries_what_its_run_carried(family, tmp_path):
         describe(case.target),
         describe(case.planted.model),
         recorded_transport(record, record.projections, eta={}, layer_plans_converged=True),
-        FusionSettings(alpha=1.0, top_k=1.0, projections=tuple(record.projections)),
+        Weights(alpha=1.0, top_k=1.0, projections=tuple(record.projections)),
     )
     assert again.norm_ratios == carried.norm_ratios and again.biases == carried.biases
     for got, wanted in zip(again.transported, carried.transported, strict=True):

@@ -9,7 +9,7 @@ from tests.pico import pico_model
 from tests.planted import pooled_features
 from tmerge.fusion import carry, fuse
 from tmerge.models import describe
-from tmerge.recipe import FusionSettings, TransportSettings
+from tmerge.recipe import Apart, Weights
 from tmerge.transport import apart_transport, effective_weights, layer_plans, solve_features
 
 
@@ -43,7 +43,7 @@ def _transport(plans, target, source, projections, settings):
 
 def test_every_projection_is_coupled_by_its_own_two_sides():
     (target, mine), (_, theirs) = _features("llama"), _features("qwen2", layers=3, seed=1)
-    plans, settings = _solve(mine, theirs), TransportSettings(layers_kept=2)
+    plans, settings = _solve(mine, theirs), Apart(layers_kept=2)
     layers = layer_plans(plans, settings)
     coupled = _transport(plans, mine, theirs, describe(target).names, settings).layer_maps
     sides = {"q": ("qkv.pre", "q.post"), "o": ("o.pre", "o.post"), "gate": ("mlp.pre", "gate.post")}
@@ -60,7 +60,7 @@ def test_layers_that_reuse_keys_and_values_are_coupled_without_them(source_famil
     (target, mine), (source, theirs) = _features("gemma3n"), _features(source_family, layers=4, seed=1)
     described = describe(target)
     assert ["k" in layer for layer in described.layers] == [True, True, False, False]
-    plans, settings = _solve(mine, theirs), TransportSettings(layers_kept=2)
+    plans, settings = _solve(mine, theirs), Apart(layers_kept=2)
     layers = layer_plans(plans, settings)
     transport = _transport(plans, mine, theirs, described.names, settings)
     coupled = transport.layer_maps
@@ -72,7 +72,7 @@ def test_layers_that_reuse_keys_and_values_are_coupled_without_them(source_famil
     expected = effective_weights(entering / entering.sum(), layers["k.post"].plan)
     torch.testing.assert_close(coupled["k"].effective, expected)
     # And the whole way through.
-    fusion = FusionSettings(alpha=0.5, top_k=4, projections=tuple(described.names))
+    fusion = Weights(alpha=0.5, top_k=4, projections=tuple(described.names))
     carried = carry(described, describe(source), transport, fusion)
     assert [item.layer for item in carried.transported if item.projection == "v"] == [0, 1]
     assert [item.layer for item in carried.transported if item.projection == "q"] == [0, 1, 2, 3]

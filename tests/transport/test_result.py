@@ -9,7 +9,7 @@ import torch
 
 from tests.planted import planted_case, side_of
 from tmerge.models import describe, feature_key
-from tmerge.recipe import TransportSettings
+from tmerge.recipe import Apart, Shared
 from tmerge.transport import (
     PlanRecorder,
     Side,
@@ -22,10 +22,10 @@ from tmerge.transport import (
 )
 
 _SETTINGS = {
-    "apart": {"layers_kept": 2, "entries_kept": 4},
-    "fitted": {"layers_kept": 2, "map": "procrustes"},
-    "shared": {"structure": "shared"},
-    "shared, entropic": {"structure": "shared", "matching": "entropic", "epsilon": 0.1},
+    "apart": Apart(layers_kept=2, entries_kept=4),
+    "fitted": Apart(layers_kept=2, map="procrustes"),
+    "shared": Shared(),
+    "shared, entropic": Shared(matching="entropic", epsilon=0.1),
 }
 roads = pytest.mark.parametrize("road", _SETTINGS)
 _PROJECTIONS = ("q", "v", "o", "down")
@@ -40,9 +40,9 @@ def _sides() -> tuple[Side, Side]:
 def solved(tmp_path_factory):
     """Road -> its transport, and that transport read back from its record."""
     found = {}
-    for road, options in _SETTINGS.items():
-        settings, path = TransportSettings(**options), tmp_path_factory.mktemp("run") / "solved.safetensors"
-        solve = solve_shared if settings.structure == "shared" else solve_apart
+    for road, settings in _SETTINGS.items():
+        path = tmp_path_factory.mktemp("run") / "solved.safetensors"
+        solve = solve_shared if isinstance(settings, Shared) else solve_apart
         with one_thread_each():
             transport = solve(*_sides(), _PROJECTIONS, settings, path)
         recorder = PlanRecorder(transport)

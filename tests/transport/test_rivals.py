@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.transport.reference import feature_pair
-from tmerge.recipe import TransportSettings
+from tmerge.recipe import Apart
 from tmerge.transport import FeatureMap, Statistics, Transport
 from tmerge.transport.rivals import procrustes, ridge, with_fitted_maps
 
@@ -126,7 +126,7 @@ def test_fitted_maps_take_the_place_of_those_of_the_plan_which_stays_for_the_rec
     target, source = feature_pair("factors", 4, 6)
     other_source = feature_pair("factors", 4, 6, seed=1)[1]
     plan, sources = torch.full((4, 6), 1 / 24), {3: source, 5: other_source}
-    solved, settings = _solved(plan), TransportSettings(map=kind, ridge=0.1)
+    solved, settings = _solved(plan), Apart(map=kind, ridge=0.1)
     fitted = with_fitted_maps(solved, lambda layer, key: target, lambda layer, key: sources[layer], settings)
     # A fitted map has no empty rows that would say anything.
     assert solved.matched and not fitted.matched
@@ -143,4 +143,4 @@ def test_fitted_maps_take_the_place_of_those_of_the_plan_which_stays_for_the_rec
 
 def test_plans_stay_as_they_are_where_nothing_is_fitted():
     solved = _solved(torch.full((4, 6), 1 / 24))
-    assert with_fitted_maps(solved, solved.build, solved.build, TransportSettings()) is solved
+    assert with_fitted_maps(solved, solved.build, solved.build, Apart()) is solved

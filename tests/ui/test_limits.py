@@ -21,7 +21,8 @@ from tmerge.errors import DatasetError, RecipeError, RemoteError, TmergeError
 from tmerge.preflight.check import check
 from tmerge.recipe import Recipe
 from tmerge.ui import limits, pushes, runs
-from tmerge.ui.form import SETTINGS, typed_value
+from tmerge.ui.fields import SETTINGS
+from tmerge.ui.form import typed_value
 from tmerge.ui.limits import AppSettings, describe_limits, refuse_large, settings_here, vetted
 from tmerge.ui.runs import RunStore
 from tmerge.ui.texts_part import upload_name

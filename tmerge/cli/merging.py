@@ -171,7 +171,7 @@ def check(
 @app.command()
 def recipe() -> None:
     """Show all keys of a recipe, with what they take, their defaults and what they are."""
-    from tmerge.recipe_page import recipe_page
+    from tmerge.recipe import recipe_page
 
     typer.echo(recipe_page(), nl=False)
 
@@ -179,23 +179,24 @@ def recipe() -> None:
 def _relatedness(recipe: Any, named: str | None) -> dict[str, Any]:
     """Both models read, and their neurons matched twice; nothing is kept. On the dataset, where one was named."""
     from tmerge.models import PROJECTIONS
-    from tmerge.sections import TASK_VECTOR_DEFAULTS
+    from tmerge.recipe import Shared, TaskVector
     from tmerge.stages.merge import advance
     from tmerge.stages.notes import TransportNote
 
     # All projections, read as for a task vector, whatever will be fused: the question is of the models. What the recipe
     # says of the texts itself stays.
-    reading = dict(TASK_VECTOR_DEFAULTS["calibration"])
+    reading = dict(TaskVector.beside["calibration"])
     if named is not None:
         reading["match_on"] = None
     elif recipe.calibration.match_on is not None:
         reading["match_on"] = recipe.calibration.match_on
+    shared = recipe.transport if isinstance(recipe.transport, Shared) else Shared()
     asked = recipe.model_copy(
         update={
             "plan": None,
             "fusion": recipe.fusion.model_copy(update={"projections": PROJECTIONS}),
             "calibration": recipe.calibration.model_copy(update=reading),
-            "transport": recipe.transport.model_copy(update={"structure": "shared", "map": "plan"}),
+            "transport": shared.model_copy(update={"map": "plan"}),
         }
     )
     when_stopped(lambda: f"nothing is kept; to start again: {same_command()}")

@@ -112,7 +112,7 @@ def carry(
         in_turn(work, layers, workers, take)
     carried.tensors = recorder.tensors()
     _finish(carried, carrier)
-    if fusion.stream:
+    if fusion.carries_stream:
         assert source_base is not None  # the recipe sees to it
         models = target, source, source_base
         carried.transported += _carried_stream(models, transport, fusion, vocabulary, None)

@@ -13,7 +13,7 @@ from tmerge.fusion.merge import TransportedNeurons, layer_weights, read_neurons,
 from tmerge.fusion.phis import Phis
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_side, select_neurons
 from tmerge.models import Architecture, Projection, feature_key
-from tmerge.recipe import FusionSettings
+from tmerge.recipe import FusionSettings, TaskVector
 from tmerge.transport import Transport
 
 __all__ = ["Carrier"]
@@ -79,7 +79,7 @@ class Carrier:
             weight, bias = _with_norms_of(own, projection, (weight, bias))
         if self.fusion.affine and self.bias_fate(view, neurons) == _FUSED:
             bias = self._affine_bias(layer, view, neurons, own, (weight, bias))
-        return TransportedNeurons(layer, projection, neurons, weight, bias, self.fusion.what == "task-vector")
+        return TransportedNeurons(layer, projection, neurons, weight, bias, isinstance(self.fusion, TaskVector))
 
     def _neurons(self, layer: int, projection: str) -> Tensor:
         """Selected by s_j of A.5. MLP neurons that travel as units are chosen as units: by what they give to ``down``.

@@ -20,7 +20,7 @@ from tmerge.evaluation import MOST_KEPT_BYTES, PROJECTION_GROUPS, most_scorings
 from tmerge.fusion import COLUMN_PROJECTIONS, neuron_count
 from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pick_device
 from tmerge.preflight.speed import SPEED_FILE, Timing, timing_of
-from tmerge.recipe import Recipe
+from tmerge.recipe import Recipe, Shared
 from tmerge.transport import correlation_cost, match, sinkhorn, standardise, working_dtype
 
 __all__ = ["TOKENS_PER_TEXT", "Estimate", "estimate_run", "scorings", "widths_of"]
@@ -116,7 +116,7 @@ def scorings(recipe: Recipe, projections: list[str], held_out: int, choosing: in
     scored = 1.0 + 1 + len(recipe.evaluation.controls)
     if recipe.fusion.alpha == "auto":
         # The base once, and the alphas for all groups of projections together and for each that has one here.
-        named = {*projections, STREAM} if recipe.fusion.stream else set(projections)
+        named = {*projections, STREAM} if recipe.fusion.carries_stream else set(projections)
         groups = sum(not named.isdisjoint(group) for group in PROJECTION_GROUPS)
         groups += groups > 1
         tried = 1 + groups * most_scorings(len(recipe.fusion.alphas), choosing)
@@ -188,16 +188,14 @@ def estimate_run(
     vocabulary = max(int(facts.config.get_text_config().vocab_size) for facts in (target, source))
     logits = min(1 << 26, recipe.calibration.batch_tokens * vocabulary) * (torch.finfo(dtype).bits // 8 + 1)
     sizes = [max(mine[key]) * max(theirs[key]) for key in mine if key in theirs]
-    if recipe.transport.structure == "shared":
+    if isinstance(recipe.transport, Shared):
         problem = sum(sizes) * 8 + max(sizes) * 16  # one pair of layers at a time, all features of it
     else:
         problem = 3 * max(sizes) * working_dtype(recipe.transport.epsilon).itemsize * torch.get_num_threads()
     pooled = sum(map(sum, mine.values())) + sum(map(sum, theirs.values()))
     feature_bytes = 0 if recipe.plan is not None else 4 * rows * pooled
     checkpoint = target.parameters * torch.finfo(dtype).bits // 8  # at most: what was widened is saved as it was
-    kept = min(recipe.transport.layers_kept, source_layout.num_layers)
-    if recipe.transport.structure == "shared":
-        kept = 1
+    kept = 1 if isinstance(recipe.transport, Shared) else min(recipe.transport.layers_kept, source_layout.num_layers)
     record = sum(sum(mine[key]) * min(_entries(recipe), max(theirs[key])) * 4 * kept for key in mine if key in theirs)
     # A GGUF's weights are unpacked in float32 before they take the asked dtype.
     unpacked = max((4 * facts.parameters for facts in held if facts.reference.kind == "gguf"), default=0)
@@ -269,7 +267,7 @@ def _threads(device: torch.device) -> int:
 
 def _entries_of(recipe: Recipe, mine: dict[str, list[int]], theirs: dict[str, list[int]]) -> float:
     """Entries of all problems' cost matrices."""
-    if recipe.transport.structure == "shared":
+    if isinstance(recipe.transport, Shared):
         # Pairs of layers alone, and of an eighth of them as much again for each half that relatedness looks at.
         return 1.5 * sum(sum(mine[key]) * max(theirs[key]) for key in mine if key in theirs)
     return float(sum(sum(mine[key]) * sum(theirs[key]) for key in mine if key in theirs))
@@ -277,7 +275,7 @@ def _entries_of(recipe: Recipe, mine: dict[str, list[int]], theirs: dict[str, li
 
 def _is_matched(recipe: Recipe) -> bool:
     """Whether the problems are assignments, and not solved by Sinkhorn's sweeps."""
-    return recipe.transport.structure == "shared" and recipe.transport.matching == "one-to-one"
+    return isinstance(recipe.transport, Shared) and recipe.transport.matching == "one-to-one"
 
 
 def _solving_operations(recipe: Recipe, mine: dict[str, list[int]], theirs: dict[str, list[int]], rows: int) -> float:
@@ -319,7 +317,7 @@ def _solving_seconds(
         return lambda: sinkhorn(cost, recipe.transport.epsilon)
 
     compared = timing_of(f"costs {_ROWS} by {_WIDTH}", costs, device, working)
-    if recipe.transport.structure == "shared":
+    if isinstance(recipe.transport, Shared):
         solved = timing_of(f"matching {_WIDTH}", matching, torch.device("cpu"), torch.float32)
     else:
         solved = timing_of(f"sinkhorn {_WIDTH}, epsilon {recipe.transport.epsilon:g}", sweeps, device, working)
@@ -347,6 +345,6 @@ def _carried_bytes(recipe: Recipe, target: ModelFacts, layout: Architecture, pro
         by_columns = view.name in COLUMN_PROJECTIONS
         neurons, across = (view.in_features, view.out_features) if by_columns else (view.out_features, view.in_features)
         values += neuron_count(recipe.fusion.top_k, neurons) * across
-    if recipe.fusion.stream:
+    if recipe.fusion.carries_stream:
         values += layout.hidden_size * int(target.config.get_text_config().vocab_size)
     return 4 * values

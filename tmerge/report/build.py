@@ -20,6 +20,9 @@ from tmerge.report.words import relatedness_words
 
 __all__ = ["build_report"]
 
+# Of the recipe's transport, where its kind has it.
+_QUOTED = {"structure", "matching", "signed", "map", "epsilon", "eta", "layer_cost", "layer_marginals"}
+
 
 def build_report(
     recipe: Recipe,
@@ -104,17 +107,10 @@ def build_report(
             "worst_marginal_violation": solved["worst_marginal_violation"],
             "converged": solved["converged"],
             "seconds": solved["seconds"],
-            "epsilon": recipe.transport.epsilon,
-            "eta": recipe.transport.eta,
+            **recipe.transport.model_dump(mode="json", include=_QUOTED),
             "eta_used": notes["fuse"]["eta"],
-            "layer_cost": recipe.transport.layer_cost,
-            "layer_marginals": recipe.transport.layer_marginals,
             "layer_plans_converged": notes["fuse"]["layer_plans_converged"],
             "rows": recipe.calibration.rows,
-            "structure": recipe.transport.structure,
-            "matching": recipe.transport.matching,
-            "signed": recipe.transport.signed,
-            "map": recipe.transport.map,
             "relatedness": solved.get("relatedness"),
         },
         "projections": {

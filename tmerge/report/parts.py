@@ -180,6 +180,7 @@ class Transport(Part):
         problems: Feature plans, or correspondences.
         converged: Those that reached the tolerance.
         seconds: Of the stage.
+        eta: Of the layer plans; it, `layer_cost` and `layer_marginals` are None of a shared structure.
         eta_used: Feature key -> eta of its layer plan.
         relatedness: None where it cannot be asked.
     """
@@ -190,10 +191,10 @@ class Transport(Part):
     converged: int
     seconds: float
     epsilon: float
-    eta: float
+    eta: float | None = None
     eta_used: Mapping[str, float]
-    layer_cost: str
-    layer_marginals: str
+    layer_cost: str | None = None
+    layer_marginals: str | None = None
     layer_plans_converged: bool
     rows: str = "texts"
     structure: str = "none"

@@ -70,7 +70,7 @@ class Fuse:
         """Carry the weights, and keep what was carried."""
         fusion, seed = self.recipe.fusion, self.recipe.seed
         vocabulary = None
-        if fusion.stream:
+        if fusion.carries_stream:
             vocabulary = shared_vocabulary(
                 (self.target.tokenizer, self.source.tokenizer), (_rows(self.target), _rows(self.source))
             )

@@ -14,7 +14,7 @@ import torch
 
 from tmerge.calibration import FeatureStore
 from tmerge.errors import NoSharedStructureError
-from tmerge.recipe import Recipe
+from tmerge.recipe import Recipe, Shared
 from tmerge.recorded import RecordedRun
 from tmerge.report import relatedness_words
 from tmerge.stages.notes import TransportNote
@@ -109,7 +109,7 @@ class SolveTransport:
         """Solve, and keep in the run's cache what `transport_of` makes the transport from."""
         settings, features = self.recipe.transport, self.features
         target, source = features.sides()
-        if settings.structure == "shared":
+        if isinstance(settings, Shared):
             path = features.cache / _SHARED
             return solve_shared(target, source, features.projections, settings, path, heard=progress.step)
         path = features.cache / _APART
@@ -140,6 +140,6 @@ def transport_of(recipe: Recipe, features: Features, recorded: RecordedRun | Non
     if recorded is not None:
         return recorded.transport(features.projections)
     settings, (target, source) = recipe.transport, features.sides()
-    if settings.structure == "shared":
+    if isinstance(settings, Shared):
         return read_shared(features.cache / _SHARED, target, source, features.projections, settings)
     return read_apart(features.cache / _APART, target, source, features.projections, settings)

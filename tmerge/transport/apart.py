@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tmerge.models import feature_key
-from tmerge.recipe import TransportSettings
+from tmerge.recipe import Apart
 from tmerge.transport.cost import standardise
 from tmerge.transport.plans import (
     FeaturePlans,
@@ -39,7 +39,7 @@ def solve_apart(
     target: Side,
     source: Side,
     projections: Sequence[str],
-    settings: TransportSettings,
+    settings: Apart,
     path: Path,
     *,
     device: torch.device | None = None,
@@ -87,9 +87,7 @@ def _reader(side: Side, key: str) -> Callable[[int], Tensor]:
     return lambda layer: side.read(layer, key)
 
 
-def read_apart(
-    path: Path, target: Side, source: Side, projections: Sequence[str], settings: TransportSettings
-) -> Transport:
+def read_apart(path: Path, target: Side, source: Side, projections: Sequence[str], settings: Apart) -> Transport:
     """What `solve_apart` gave, from the potentials that it kept and the features that they were solved from."""
     plans = load_plans(path, feature_keys(projections))
     return apart_transport(plans, target.read, source.read, projections, settings)
@@ -100,7 +98,7 @@ def apart_transport(
     target: Read,
     source: Read,
     projections: Sequence[str],
-    settings: TransportSettings,
+    settings: Apart,
 ) -> Transport:
     """A transport from solved feature plans.
 
@@ -147,7 +145,7 @@ def apart_transport(
     return with_fitted_maps(transport, target, source, settings)
 
 
-def layer_plans(plans: Mapping[str, FeaturePlans], settings: TransportSettings) -> dict[str, LayerPlan]:
+def layer_plans(plans: Mapping[str, FeaturePlans], settings: Apart) -> dict[str, LayerPlan]:
     """The layer plan P of every feature key, as the recipe asks for it."""
     return {
         key: solve_layers(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tmerge.errors import UnsupportedModelError
 from tmerge.models import feature_key
-from tmerge.recipe import TransportSettings
+from tmerge.recipe import Shared
 from tmerge.transport.plans import mutual_top
 from tmerge.transport.result import FeatureLayers, FeatureMap, LayerMap, Problems, Transport, Wanted
 from tmerge.transport.rivals import with_fitted_maps
@@ -31,7 +31,7 @@ def solve_shared(
     target: Side,
     source: Side,
     projections: Sequence[str],
-    settings: TransportSettings,
+    settings: Shared,
     path: Path,
     *,
     heard: Heard | None = None,
@@ -81,15 +81,13 @@ def solve_shared(
     return transport
 
 
-def read_shared(
-    path: Path, target: Side, source: Side, projections: Sequence[str], settings: TransportSettings
-) -> Transport:
+def read_shared(path: Path, target: Side, source: Side, projections: Sequence[str], settings: Shared) -> Transport:
     """What `solve_shared` gave, from the structure that it kept."""
     return shared_transport(Structure.load(path), target.read, source.read, projections, settings)
 
 
 def shared_transport(
-    structure: Structure, target: Read, source: Read, projections: Sequence[str], settings: TransportSettings
+    structure: Structure, target: Read, source: Read, projections: Sequence[str], settings: Shared
 ) -> Transport:
     """A transport from a solved structure.
 

@@ -19,10 +19,8 @@ from tmerge.recipe import preset_names
 from tmerge.ui.cards import empty_card, limits_line, note
 from tmerge.ui.context import AppContext
 from tmerge.ui.expected import expected_cards
+from tmerge.ui.fields import GROUPS, SETTINGS, STEP, Setting
 from tmerge.ui.form import (
-    GROUPS,
-    SETTINGS,
-    Setting,
     form_values,
     from_preset,
     holds_value,
@@ -126,17 +124,19 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
             return [gr.skip(), note(str(error), bad=True), *(gr.skip() for _ in written)]
         return [data, complaint(data, uploaded), *(fill(data) if data != before else (gr.skip() for _ in written))]
 
-    def writer(key: str, read: Callable[[Any], Any] = lambda value: value) -> Callable[..., list[Any]]:
-        """A field's change, written into the recipe."""
+    def writer(key: str, read: Callable[[Any], Any], *, decides: bool = False) -> Callable[..., list[Any]]:
+        """A field's change, written into the recipe, and into what the other fields show where it `decides` that."""
+        others = len(fields) if decides else 0
 
         def write(value: Any, data: dict[str, Any], uploaded: str | None) -> list[Any]:
             try:
                 changed = with_value(data, key, read(value))
             except TmergeError as error:
-                return [gr.skip(), gr.skip(), note(str(error), bad=True)]
+                return [gr.skip(), gr.skip(), note(str(error), bad=True), *(gr.skip() for _ in range(others))]
             if changed == data:
-                return [gr.skip(), gr.skip(), complaint(data, uploaded)]
-            return [write_yaml(changed), changed, complaint(changed, uploaded)]
+                return [gr.skip(), gr.skip(), complaint(data, uploaded), *(gr.skip() for _ in range(others))]
+            shown = form_values(changed) if decides else []
+            return [write_yaml(changed), changed, complaint(changed, uploaded), *shown]
 
         return write
 
@@ -151,9 +151,9 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         heard = [field.input, field.blur] if isinstance(field, gr.Textbox) else [field.input]
         gr.on(
             heard,
-            writer(setting.key, _reader(setting)),
+            writer(setting.key, _reader(setting), decides=setting.decides),
             [field, *state],
-            into,
+            [*into, *fields] if setting.decides else into,
             **_in_turn(),
         )
     for field, key in (
@@ -336,5 +336,5 @@ def _field(setting: Setting, begin: Mapping[str, Any]) -> Any:
     if setting.kind == "whole":
         return gr.Number(value, precision=0, **shared)
     if setting.kind == "number":
-        return gr.Number(value, step=0.01, **shared)
+        return gr.Number(value, step=STEP, **shared)
     return gr.Textbox(value, max_lines=1, **shared)

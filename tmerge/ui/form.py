@@ -6,23 +6,20 @@ The YAML is what counts. It is short: what equals the default is left out, but f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
 from tmerge.errors import RecipeError, TmergeError
-from tmerge.recipe import Recipe, load_recipe, preset_names
-from tmerge.sections import TASK_VECTOR_DEFAULTS, section_defaults
-from tmerge.strict_yaml import load_yaml
+from tmerge.recipe import Recipe, TaskVector, load_recipe, load_yaml, preset_names
+from tmerge.recipe.schema import sections_of, top_level
+from tmerge.recipe.unsaid import with_unsaid
+from tmerge.ui.fields import SETTINGS, Setting
 
 __all__ = [
-    "GROUPS",
-    "SETTINGS",
-    "Setting",
     "form_values",
     "from_preset",
+    "holds_value",
     "read_yaml",
     "recipe_of",
     "typed_value",
@@ -30,119 +27,14 @@ __all__ = [
     "write_yaml",
 ]
 
-Kind = Literal["whole", "number", "words", "choice", "several", "switch", "value"]
-
 # Longest recipe that is read; a page of comments fits, a bomb of nested lists does not.
 _LONGEST = 20_000
 _ALWAYS = ("target", "source", "calibration.dataset", "calibration.texts", "fusion.alpha", "fusion.projections")
 # Only `tmerge compare` and `tmerge adapt` read these.
 _LEFT_OUT = ("compare", "published", "adaptation")
 
-
-@dataclass(frozen=True)
-class Setting:
-    """One field of the form.
-
-    Attributes:
-        key: In the recipe, dotted.
-        label: Shown.
-        kind: ``whole`` and ``number`` are numbers, ``choice`` one of `choices`, ``several`` some of them, ``switch``
-            a boolean, ``words`` text or nothing, ``value`` what YAML reads (a number or a word, or a list of them).
-        choices: What there is to choose.
-        help: One line; the recipe's own description where it is empty.
-    """
-
-    key: str
-    label: str
-    kind: Kind
-    choices: tuple[str, ...] = ()
-    help: str = ""
-
-    @property
-    def description(self) -> str:
-        """One line of help."""
-        if self.help:
-            return self.help
-        *sections, name = self.key.split(".")
-        model: Any = Recipe
-        for section in sections:
-            model = model.model_fields[section].annotation
-        described = (model.model_fields[name].description or "").replace("`", "")
-        return described[:1].upper() + described[1:]
-
-
-GROUPS: dict[str, tuple[Setting, ...]] = {
-    "Fusion": (
-        Setting("fusion.alpha", "Strength (alpha)", "value"),
-        Setting("fusion.alphas", "Strengths that auto tries", "value"),
-        Setting("fusion.projections", "Projections", "several", ("q", "k", "v", "o", "gate", "up", "down")),
-        Setting("fusion.top_k", "Neurons per projection and layer", "value"),
-        Setting("fusion.scale", "Scale of the maps", "choice", ("barycentric", "literal", "row-norm")),
-        Setting("fusion.units", "Units", "choice", ("none", "layer", "feature")),
-        Setting("fusion.biases", "Biases", "switch"),
-        Setting("fusion.affine", "Affine maps", "switch"),
-        Setting("fusion.what", "What is transported", "choice", ("weights", "task-vector")),
-        Setting("fusion.stream", "Embeddings and norms", "switch"),
-        Setting(
-            "source_base", "Source before its fine-tuning", "words", help="A Hub id; needed for a task vector only"
-        ),
-        Setting(
-            "plan",
-            "Plan of another run",
-            "words",
-            help="Hub id of a pushed run: its transport is fused from, and nothing is calibrated",
-        ),
-    ),
-    "Calibration": (
-        Setting("calibration.texts", "Texts", "whole"),
-        Setting("calibration.max_tokens", "Longest text, tokens", "whole"),
-        Setting("calibration.batch_tokens", "Tokens of a batch", "whole"),
-        Setting("calibration.held_out", "Share held out", "number"),
-        Setting("calibration.match_on", "Match neurons on", "words"),
-        Setting("calibration.rows", "Features are of", "choice", ("texts", "tokens", "last")),
-        Setting("calibration.token_rows", "Single tokens", "whole"),
-        Setting("calibration.choosing", "Share to choose alpha on", "number"),
-    ),
-    "Transport": (
-        Setting("transport.structure", "Structure", "choice", ("none", "shared")),
-        Setting("transport.matching", "Matching", "choice", ("one-to-one", "entropic")),
-        Setting("transport.signed", "Signed matching", "switch"),
-        Setting("transport.map", "Map", "choice", ("plan", "procrustes", "ridge")),
-        Setting("transport.ridge", "Ridge penalty", "number"),
-        Setting("transport.epsilon", "Epsilon", "number"),
-        Setting("transport.max_iterations", "Most iterations", "whole"),
-        Setting("transport.tolerance", "Tolerance", "value"),
-        Setting("transport.eta", "Eta", "number"),
-        Setting("transport.layer_max_iterations", "Most iterations, layers", "whole"),
-        Setting("transport.layer_tolerance", "Tolerance, layers", "value"),
-        Setting("transport.layer_cost", "Layer cost", "choice", ("median-scaled", "plain")),
-        Setting("transport.layer_marginals", "Layer marginals", "choice", ("balanced", "semi-relaxed")),
-        Setting("transport.layers_kept", "Source layers kept", "whole"),
-        Setting("transport.entries_kept", "Entries kept", "whole"),
-    ),
-    "Evaluation and machine": (
-        Setting("evaluation.texts", "Held-out texts scored", "whole"),
-        Setting("evaluation.controls", "Controls", "several", ("shrink", "noise", "permuted")),
-        Setting("evaluation.bootstrap", "Bootstrap resamples", "whole"),
-        Setting("evaluation.descent", "Texts of the descent control", "whole"),
-        Setting(
-            "dtype",
-            "Number format",
-            "choice",
-            ("auto", "float32", "bfloat16", "float16"),
-            "Of both models; auto is each checkpoint's own, bfloat16 for GGUF",
-        ),
-        Setting(
-            "device", "Device", "choice", ("auto", "cpu", "cuda", "mps"), "Auto takes an accelerator when there is one"
-        ),
-        Setting("seed", "Seed", "whole", help="Of the split, the controls and the bootstrap"),
-        Setting("save.max_shard_size", "Largest weights file", "value"),
-    ),
-}
-"""The advanced settings, in groups."""
-
-SETTINGS: tuple[Setting, ...] = tuple(setting for group in GROUPS.values() for setting in group)
-"""All of them, in order."""
+_SECTIONS = sections_of(Recipe)
+_DECIDING = {setting.key for setting in SETTINGS if setting.decides}
 
 
 def read_yaml(text: str) -> dict[str, Any]:
@@ -199,18 +91,29 @@ def with_value(data: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
         place.pop(name, None)
     else:
         place[name] = value
-    return _follow(data, changed) if key == "fusion.what" else changed
+    return _follow(data, changed, key) if key in _DECIDING else changed
 
 
-def _follow(before: Mapping[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
-    """Without the settings that said what was the default before: they follow to what is the default now."""
-    for section in TASK_VECTOR_DEFAULTS:
+def _follow(before: Mapping[str, Any], changed: dict[str, Any], key: str) -> dict[str, Any]:
+    """Without the settings that said what was the default before, which follow to what is the default now.
+
+    Nor with those that what is chosen now does not have.
+    """
+    for section in {"fusion", *TaskVector.beside} if key == "fusion.what" else ():
         inner = changed.get(section)
         if isinstance(inner, dict):
             changed[section] = {
                 name: value
                 for name, value in inner.items()
-                if name == "what" or not _is_default(f"{section}.{name}", value, before)
+                if f"{section}.{name}" == key or not _is_default(f"{section}.{name}", value, before)
+            }
+    filled = with_unsaid(changed)
+    for section, facts in _SECTIONS.items():
+        inner = changed.get(section)
+        if isinstance(inner, dict) and facts.chooser is not None:
+            known = facts.kinds[facts.chosen(filled[section])].keys
+            changed[section] = {
+                name: value for name, value in inner.items() if name in known or not facts.kinds_with(name)
             }
     return changed
 
@@ -258,7 +161,7 @@ def typed_value(setting: Setting, value: Any) -> Any:
         return int(value)
     if setting.kind == "value" and isinstance(value, str):
         text = value.strip()
-        if setting.key == "fusion.alphas":
+        if setting.listed:
             text = f"[{text.strip('[]')}]"
         try:
             read = read_yaml(f"value: {text}")["value"]
@@ -311,45 +214,45 @@ def _shown(setting: Setting, value: Any) -> Any:
 
 
 def _default(key: str, data: Mapping[str, Any]) -> Any:
-    """What a recipe that says `data` holds under a key that it does not name."""
+    """What a recipe that says `data` holds under a key that it does not name; None where it has no such key."""
     section, dot, name = key.partition(".")
-    others = section_defaults(data).get(section, {})
-    if name in others:
-        return others[name]
-    field = Recipe.model_fields[section]
     if not dot:
-        return None if field.is_required() else field.default
-    value = getattr(field.default, name)
-    return list(value) if isinstance(value, tuple) else value
+        return top_level(Recipe)[section].get("default") if section in top_level(Recipe) else None
+    inner = data.get(section)
+    rest = {key: value for key, value in inner.items() if key != name} if isinstance(inner, dict) else inner
+    filled = with_unsaid({**data, section: rest}).get(section)
+    if isinstance(filled, dict) and name in filled:
+        return filled[name]
+    facts = _SECTIONS[section]
+    return facts.kinds[facts.chosen(filled)].keys.get(name, {}).get("default")
 
 
 def _short(data: Mapping[str, Any]) -> dict[str, Any]:
     """Keys in the recipe's own order, and without what equals the default, but for `_ALWAYS`."""
     result: dict[str, Any] = {}
+    filled = with_unsaid(data)
     known = [name for name in Recipe.model_fields if name in data]
-    for name in [*known, *(name for name in data if name not in Recipe.model_fields)]:
-        value = data[name]
-        field = Recipe.model_fields.get(name)
-        if field is not None and isinstance(field.default, BaseModel) and isinstance(value, dict):
-            inner_fields = type(field.default).model_fields
-            order = [key for key in inner_fields if key in value] + [key for key in value if key not in inner_fields]
+    for name in [*known, *(name for name in data if name not in known)]:
+        value, facts = data[name], _SECTIONS.get(name)
+        if facts is not None and isinstance(value, dict):
+            keys = facts.kinds[facts.chosen(filled[name])].keys
+            order = [key for key in keys if key in value] + [key for key in value if key not in keys]
             value = {
                 key: value[key]
                 for key in order
                 if f"{name}.{key}" in _ALWAYS
-                or key not in inner_fields
-                or not _is_default(f"{name}.{key}", value[key], data)
+                or key in filled[name]
+                and not _is_default(f"{name}.{key}", value[key], data)
             }
             if value:
                 result[name] = value
-        elif name in _ALWAYS or field is None or not _is_default(name, value, data):
+        elif name in _ALWAYS or name not in known or not _is_default(name, value, data):
             result[name] = value
     return result
 
 
 def _is_default(key: str, value: Any, data: Mapping[str, Any]) -> bool:
     default = _default(key, data)
-    default = list(default) if isinstance(default, tuple) else default
     return (
         type(value) is type(default)
         and value == default

@@ -23,7 +23,7 @@ from tmerge.errors import (
 from tmerge.models import ModelReference
 from tmerge.preflight.check import Check
 from tmerge.quantities import bytes_words, number_words
-from tmerge.recipe import CompareSettings, Recipe
+from tmerge.recipe import Apart, CompareSettings, Recipe
 from tmerge.version import DISTRIBUTION, VERSION, installs_tmerge
 
 __all__ = [
@@ -52,15 +52,21 @@ _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,2})?")
 # Smaller ones would be thousands of files, on the Space's disk and in each push.
 _LEAST_SHARD_BYTES = 10**6
 
+
+def _of_apart(key: str) -> Callable[[Recipe], float]:
+    """A number of the recipe that a shared structure does not have."""
+    return lambda recipe: getattr(recipe.transport, key) if isinstance(recipe.transport, Apart) else 0
+
+
 # Most that a public Space takes of the numbers that decide how much work a run is.
 _MOST: tuple[tuple[str, Callable[[Recipe], float], float], ...] = (
     ("calibration.max_tokens", lambda recipe: recipe.calibration.max_tokens, 1024),
     ("calibration.batch_tokens", lambda recipe: recipe.calibration.batch_tokens, 16384),
     ("calibration.token_rows", lambda recipe: recipe.calibration.token_rows, 8000),
     ("transport.max_iterations", lambda recipe: recipe.transport.max_iterations, 2000),
-    ("transport.layer_max_iterations", lambda recipe: recipe.transport.layer_max_iterations, 20000),
+    ("transport.layer_max_iterations", _of_apart("layer_max_iterations"), 20000),
     ("transport.entries_kept", lambda recipe: recipe.transport.entries_kept, 512),
-    ("transport.layers_kept", lambda recipe: recipe.transport.layers_kept, 16),
+    ("transport.layers_kept", _of_apart("layers_kept"), 16),
     ("evaluation.texts", lambda recipe: recipe.evaluation.texts, 1000),
     ("evaluation.bootstrap", lambda recipe: recipe.evaluation.bootstrap, 10000),
     ("evaluation.descent", lambda recipe: recipe.evaluation.descent, 200),

@@ -6,9 +6,18 @@ import pytest
 from huggingface_hub.serialization._base import parse_size_to_int
 
 from tmerge.errors import RecipeError
-from tmerge.recipe import Recipe, load_recipe, preset_names
-from tmerge.recipe_page import recipe_page
-from tmerge.strict_yaml import load_yaml
+from tmerge.recipe import (
+    Apart,
+    Recipe,
+    Shared,
+    TaskVector,
+    Weights,
+    load_recipe,
+    load_yaml,
+    preset_names,
+    recipe_page,
+)
+from tmerge.recipe.schema import sections_of
 
 PAIR = {"target": "a/target", "source": "b/source"}
 
@@ -42,6 +51,11 @@ def test_digest_follows_its_sections_alone():
         ({**PAIR, "transprot": {}}, ["'transprot'", "'transport'"]),
         ({**PAIR, "fusion": {"alpha": 1.5}}, ["fusion.alpha", "1.5", "[0, 1]"]),
         ({**PAIR, "fusion": {"alpha": -0.5}}, ["fusion.alpha", "-0.5"]),
+        ({**PAIR, "fusion": {"alphas": [0.1, 1.5]}}, ["fusion.alphas", "1.5", "fusion.what: weights"]),
+        ({**PAIR, "fusion": {"what": "wieghts"}}, ["fusion.what is 'wieghts'", "weights or task-vector"]),
+        ({**PAIR, "fusion": {"what": None}}, ["fusion.what is None", "weights or task-vector"]),
+        ({**PAIR, "fusion": {"strem": True}}, ["'fusion.strem'", "did you mean 'stream'", "fusion.what: task-vector"]),
+        ({**PAIR, "fusion": {"top_k": 0}}, ["fusion.top_k is 0", "1 or more", "(0, 1]"]),
         ({**PAIR, "fusion": {"projections": ["q", "z"]}}, ["fusion.projections", "'z'"]),
         ({**PAIR, "fusion": {"projections": ["q", "q"]}}, ["fusion.projections", "each once"]),
         ({**PAIR, "fusion": {"what": "task-vector"}}, ["source_base"]),
@@ -80,18 +94,24 @@ def test_a_boolean_is_no_number_and_no_word(data):
 
 
 def _number_fields():
-    for name, field in Recipe.model_fields.items():
-        section = type(field.default)
-        for key, inner in getattr(section, "model_fields", {}).items():
-            if {int, float} & {type(inner.default)}:
-                yield name, key
+    for section in sections_of(Recipe).values():
+        for choice, kind in section.kinds.items():
+            for key, facts in kind.keys.items():
+                if type(facts.get("default")) in (int, float):
+                    yield section.name, {} if section.chooser is None else {section.chooser: choice}, key
 
 
-@pytest.mark.parametrize(("section", "key"), _number_fields())
+def test_all_sections_and_kinds_have_their_numbers_tried():
+    tried = {(section, *choice.values()) for section, choice, _ in _number_fields()}
+    assert tried >= {("calibration",), ("transport", "none"), ("transport", "shared"), ("fusion", "task-vector")}
+
+
+@pytest.mark.parametrize(("section", "choice", "key"), _number_fields())
 @pytest.mark.parametrize("value", [True, float("nan"), float("inf")])
-def test_every_number_of_every_section_is_a_finite_number(section, key, value):
-    with pytest.raises(RecipeError, match=f"{section}.{key}"):
-        Recipe.from_mapping({**PAIR, section: {key: value}})
+def test_every_number_of_every_section_is_a_finite_number(section, choice, key, value):
+    with pytest.raises(RecipeError, match=f"{section}.{key}") as refused:
+        Recipe.from_mapping({**PAIR, section: {**choice, key: value}})
+    assert "\n" not in str(refused.value)
 
 
 def test_where_true_and_false_are_meant_they_stay():
@@ -148,11 +168,14 @@ def test_an_unknown_key_says_where_all_keys_are():
 
 
 def test_the_page_of_all_keys_is_as_the_schema_says():
-    written = (Path(__file__).parents[1] / "docs/recipe.md").read_text(encoding="utf-8")
+    written = (Path(__file__).parents[2] / "docs/recipe.md").read_text(encoding="utf-8")
     assert written == recipe_page(), "docs/recipe.md is out of date: tmerge recipe > docs/recipe.md"
     for name, field in Recipe.model_fields.items():
         assert f"## {name}\n" in written or f"| `{name}` |" in written
         for key in getattr(type(field.default), "model_fields", {}):
+            assert f"| `{key}` |" in written
+    for kind in (Weights, TaskVector, Apart, Shared):
+        for key in kind.model_fields:
             assert f"| `{key}` |" in written
 
 

@@ -1,0 +1,37 @@
+"""The recipe: what is asked for. Sections, the choices among their kinds, and how a recipe is read."""
+
+from tmerge.recipe.adaptation import AdaptationSettings
+from tmerge.recipe.calibration import CalibrationSettings
+from tmerge.recipe.compare import CompareSettings, PublishedScores
+from tmerge.recipe.evaluation import EvaluationSettings
+from tmerge.recipe.fusion import FusionSettings, TaskVector, Weights
+from tmerge.recipe.loading import RECIPE_VARIABLE, load_recipe, parse_setting, preset_names
+from tmerge.recipe.page import recipe_page
+from tmerge.recipe.recipe import Recipe
+from tmerge.recipe.save import SaveSettings
+from tmerge.recipe.section import ProjectionName
+from tmerge.recipe.strict_yaml import load_yaml
+from tmerge.recipe.transport import Apart, Shared, TransportSettings
+
+__all__ = [
+    "RECIPE_VARIABLE",
+    "AdaptationSettings",
+    "Apart",
+    "CalibrationSettings",
+    "CompareSettings",
+    "EvaluationSettings",
+    "FusionSettings",
+    "ProjectionName",
+    "PublishedScores",
+    "Recipe",
+    "SaveSettings",
+    "Shared",
+    "TaskVector",
+    "TransportSettings",
+    "Weights",
+    "load_recipe",
+    "load_yaml",
+    "parse_setting",
+    "preset_names",
+    "recipe_page",
+]

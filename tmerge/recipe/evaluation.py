@@ -1,0 +1,24 @@
+"""The section ``evaluation``: what is scored, and against which controls."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tmerge.recipe.section import Section
+
+__all__ = ["EvaluationSettings"]
+
+
+class EvaluationSettings(Section):
+    """The held-out check that every merge ends with."""
+
+    texts: Annotated[int, Field(ge=8)] = Field(200, description="most held-out texts to score")
+    controls: tuple[Literal["shrink", "noise", "permuted"], ...] = Field(
+        ("shrink", "noise", "permuted"), description="what the merge has to beat, at the same strength and place"
+    )
+    bootstrap: Annotated[int, Field(ge=100)] = Field(2000, description="resamples of the paired bootstrap")
+    descent: Annotated[int, Field(ge=0)] = Field(
+        0, description="calibration texts for the descent control, which needs a backward pass; 0 leaves it out"
+    )

@@ -1,0 +1,116 @@
+"""The section ``fusion``: what is written into the target (Eq. 14, A.5), of two kinds with defaults of their own.
+
+The defaults of weights are the paper's. Those of a task vector are what was measured best on models that are related,
+and no worse than nothing elsewhere: see docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, Tag, field_validator, model_validator
+
+from tmerge.recipe.section import ProjectionName, Section, chosen_by
+
+__all__ = ["FusionSettings", "TaskVector", "Weights"]
+
+_WHAT = "task-vector: what `source` learned since `source_base`, instead of its weights"
+_ALPHA = "fusion strength; auto chooses it per projection group, 0 included, on texts kept for that"
+_ALPHAS = "what alpha: auto tries beside 0"
+_TOP_K = "neurons selected per projection and layer: a count, or a fraction such as 0.1"
+_PROJECTIONS = "sublayers that are fused"
+
+_TopK = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
+
+
+class _Fused(Section):
+    """What both kinds have."""
+
+    what: Literal["weights", "task-vector"]
+    alpha: float | Literal["auto"]
+    alphas: tuple[float, ...]
+    scale: Literal["barycentric", "literal", "row-norm"]
+    units: Literal["none", "layer", "feature"] = Field(
+        "none", description="match the sizes of the two models' activations: not, one factor a layer, or per feature"
+    )
+    top_k: _TopK
+    projections: tuple[ProjectionName, ...]
+    affine: bool = Field(
+        False, description="the features' means go into the biases: maps carry deviations (where the target has biases)"
+    )
+    biases: bool = Field(True, description="fuse the biases of these projections as well, where both models have them")
+
+    @field_validator("projections")
+    @classmethod
+    def _some_and_distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("name at least one projection, each once")
+        return value
+
+    @model_validator(mode="after")
+    def _affine_has_biases(self) -> _Fused:
+        if self.affine and not self.biases:
+            raise ValueError("fusion.affine writes into biases, and fusion.biases is off; set one of them otherwise")
+        return self
+
+    @property
+    def carries_stream(self) -> bool:
+        """Whether embeddings and norms are carried as well."""
+        return False
+
+
+class Weights(_Fused):
+    """The source's weights, interpolated with the target's (Eq. 14, A.5)."""
+
+    beside: ClassVar[dict[str, dict[str, Any]]] = {"transport": {"structure": "none"}}
+    """Section -> key -> what goes with this kind of fusion in the other sections, where a recipe does not say it."""
+
+    what: Literal["weights"] = Field("weights", description=_WHAT)
+    # A weight is interpolated, and past 1 it would extrapolate.
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field("auto", description=_ALPHA)
+    alphas: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.01, 0.03, 0.1, 0.3, 1.0), min_length=1, description=_ALPHAS
+    )
+    scale: Literal["barycentric", "literal", "row-norm"] = Field(
+        "barycentric", description="barycentric: maps that average; literal: the paper's; row-norm: as large as the row"
+    )
+    top_k: _TopK = Field(128, description=_TOP_K)
+    projections: tuple[ProjectionName, ...] = Field(("q", "k", "v", "o"), description=_PROJECTIONS)
+
+
+class TaskVector(_Fused):
+    """What the source learned since `source_base`, added to the target."""
+
+    beside: ClassVar[dict[str, dict[str, Any]]] = {
+        "calibration": {"rows": "tokens", "match_on": "samples:english"},
+        "transport": {"structure": "shared"},
+    }
+    """As `Weights.beside`."""
+
+    what: Literal["task-vector"] = Field("task-vector", description=_WHAT)
+    # It may be overshot on purpose.
+    alpha: Annotated[float, Field(ge=0)] | Literal["auto"] = Field("auto", description=_ALPHA)
+    alphas: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.3, 0.5, 1.0, 1.5), min_length=1, description=_ALPHAS)
+    # No row-norm: it would make what was learned as long as the target's own rows.
+    scale: Literal["barycentric", "literal"] = Field(
+        "barycentric", description="barycentric: maps that average; literal: the paper's"
+    )
+    top_k: _TopK = Field(1.0, description=_TOP_K)
+    projections: tuple[ProjectionName, ...] = Field(
+        ("q", "k", "v", "o", "gate", "up", "down"), description=_PROJECTIONS
+    )
+    stream: bool = Field(
+        True,
+        description="embeddings and norms too, where the vocabulary is shared; needs structure: shared and map: plan, "
+        "and is false by itself without them",
+    )
+
+    @property
+    def carries_stream(self) -> bool:
+        """Whether embeddings and norms are carried as well."""
+        return self.stream
+
+
+FusionSettings = Annotated[
+    Annotated[Weights, Tag("weights")] | Annotated[TaskVector, Tag("task-vector")], chosen_by("what")
+]

@@ -1,0 +1,97 @@
+"""Reading a recipe: a file, a preset or a variable, and the command line's words over it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tmerge.errors import RecipeError
+from tmerge.recipe.recipe import Recipe
+from tmerge.recipe.strict_yaml import load_yaml
+
+__all__ = ["RECIPE_VARIABLE", "load_recipe", "parse_setting", "preset_names"]
+
+RECIPE_VARIABLE = "TMERGE_RECIPE"
+"""Where a machine without files finds its recipe: named as ``env:TMERGE_RECIPE``."""
+
+_PRESETS = resources.files("tmerge.recipe") / "presets"
+
+
+def preset_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(entry.name[:-5] for entry in _PRESETS.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(
+    name: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    settings: Sequence[str] = (),
+    *,
+    start: Recipe | None = None,
+) -> Recipe:
+    """Read a recipe and lay the command line's words over it.
+
+    Args:
+        name: A YAML file, or a preset's name; None starts from the defaults, or from `start`.
+        start: A recipe to begin from where no other is named.
+        overrides: Top-level or dotted keys to values; None values are passed over.
+        settings: ``section.key=value`` words of ``--set``; values are read as YAML.
+
+    Raises:
+        RecipeError: No such file or preset, not YAML, or not a valid recipe.
+    """
+    data, where = _read(name) if name is not None or start is None else (start.model_dump(mode="json"), "recipe")
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            _put(data, key, value)
+    for word in settings:
+        _put(data, *parse_setting(word))
+    return Recipe.from_mapping(data, where)
+
+
+def parse_setting(word: str) -> tuple[str, Any]:
+    """Key and value of one ``section.key=value`` of ``--set``, the value read as YAML.
+
+    Raises:
+        RecipeError: It is not of that form.
+    """
+    key, separator, text = word.partition("=")
+    if not separator or not key.strip():
+        raise RecipeError(f"--set {word!r} is not of the form section.key=value, for example fusion.alpha=0.1")
+    return key.strip(), load_yaml(text, f"--set {word!r}")
+
+
+def _read(name: str | None) -> tuple[dict[str, Any], str]:
+    if name is None:
+        return {}, "recipe"
+    path = Path(name)
+    if name == f"env:{RECIPE_VARIABLE}":
+        text, where = os.environ.get(RECIPE_VARIABLE, ""), f"the variable {RECIPE_VARIABLE}"
+    elif path.suffix in {".yaml", ".yml"} or path.exists():
+        if not path.is_file():
+            raise RecipeError(f"recipe {name!r}: no such file; presets are {', '.join(preset_names())}")
+        text, where = path.read_text(encoding="utf-8", errors="replace"), name
+    elif name in preset_names():
+        text, where = (_PRESETS / f"{name}.yaml").read_text("utf-8"), f"preset {name}"
+    else:
+        close = difflib.get_close_matches(name, preset_names(), 1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; presets are {', '.join(preset_names())}"
+        raise RecipeError(f"recipe {name!r} is neither a file nor a preset{hint}")
+    data = load_yaml(text, where)
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, starting with target: and source:")
+    return data, where
+
+
+def _put(data: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        inner = data.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{key!r}: {part!r} is a value, not a section")
+        data = inner
+    data[last] = value

@@ -1,0 +1,116 @@
+"""What is wrong with a recipe, in one line that names the key, its value, and what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from tmerge.recipe.schema import SectionFacts, kind_words, sections_of, top_level
+
+__all__ = ["one_line"]
+
+
+def one_line(error: ValidationError, where: str, model: type[BaseModel]) -> str:
+    """The first mistake, and how many more there are.
+
+    Args:
+        error: What pydantic found.
+        where: Named first: a file or a preset.
+        model: The recipe's.
+    """
+    found = error.errors(include_url=False)
+    # A misspelt key often leaves another one missing: the misspelling is what to mend.
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+    # One value that is neither this nor that is one mistake.
+    keys = [_key(one["loc"], model) for one in found]
+    key, others = _key(first["loc"], model), len(dict.fromkeys(keys)) - 1
+    more = f" (and {others} more)" if others else ""
+    return f"{where}: {_said(first, key, keys.count(key) > 1, model)}{more}"
+
+
+def _said(error: ErrorDetails, key: tuple[str, ...], neither: bool, model: type[BaseModel]) -> str:
+    name, value = ".".join(key), error["input"]
+    section = sections_of(model).get(key[0]) if key else None
+    if error["type"] == "extra_forbidden":
+        return _unknown(key, value, error["loc"], section, model)
+    if error["type"] == "missing":
+        return f"{name!r} is missing; name it in the recipe or as --{name.replace('_', '-')} REF"
+    if error["type"] == "union_tag_invalid" and section is not None:
+        return _no_kind(section, value)
+    if error["type"] == "union_tag_not_found":
+        return f"{name} is {value!r}: a section is a mapping of keys to values"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    # What is said of a whole section comes from a validator that names its keys itself.
+    if isinstance(value, dict) and len(key) < 2:
+        return message
+    message = message[:1].lower() + message[1:]
+    if section is None or len(key) < 2:
+        return f"{name} is {value!r}: {message}"
+    chosen = _chosen(error["loc"], section)
+    schema = section.schema(key[1], chosen)
+    if neither:
+        message = f"choose a {kind_words(schema).replace('`', '')}"
+    # Where another kind of the section takes other values, it is this kind that refuses it.
+    limits = {kind_words(section.schema(key[1], kind)) for kind in section.kinds_with(key[1])}
+    because = f", with {section.name}.{section.chooser}: {chosen}" if len(limits) > 1 else ""
+    return f"{name} is {value!r}: {message}{because}"
+
+
+def _key(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, ...]:
+    """The recipe's keys in an error's location, which also has union members, kinds of sections and places in lists."""
+    first, *rest = map(str, location) if location else ("",)
+    section = sections_of(model).get(first)
+    if section is None:
+        return (first,) if first else ()
+    if section.chooser is not None and rest and rest[0] in section.kinds:
+        rest = rest[1:]
+    # A key that holds names of the user's own is followed by one of them.
+    named = rest and any(kind.keys.get(rest[0], {}).get("type") == "object" for kind in section.kinds.values())
+    return (first, *rest[: 2 if named else 1])
+
+
+def _chosen(location: tuple[int | str, ...], section: SectionFacts) -> str:
+    return str(location[1]) if section.chooser is not None else next(iter(section.kinds))
+
+
+def _unknown(
+    key: tuple[str, ...],
+    value: Any,
+    location: tuple[int | str, ...],
+    section: SectionFacts | None,
+    model: type[BaseModel],
+) -> str:
+    """A key that is not there, or not with what was chosen."""
+    name, last = ".".join(key), key[-1]
+    if section is None:
+        return f"unknown key {name!r}; {_meant(last, [*top_level(model), *sections_of(model)])} All keys: tmerge recipe"
+    chosen = _chosen(location, section)
+    elsewhere = section.kinds_with(last)
+    if elsewhere:
+        kind = f"{section.name}.{section.chooser}: {elsewhere[0]}"
+        what = section.schema(last)["description"]
+        return f"{name} is {value!r}, which needs {kind}; set that, or drop {name} ({what})"
+    own = section.kinds[chosen].keys
+    every = dict.fromkeys(other for kind in section.kinds.values() for other in kind.keys)
+    near = _near(last, [*own, *every])
+    if near is not None and near not in own:
+        kind = f"{section.name}.{section.chooser}: {section.kinds_with(near)[0]}"
+        return f"unknown key {name!r}; did you mean {near!r}, which needs {kind}? All keys: tmerge recipe"
+    return f"unknown key {name!r}; {_meant(last, list(own))} All keys: tmerge recipe"
+
+
+def _near(word: str, known: list[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, known, 1, cutoff=0.4)), None)
+
+
+def _meant(word: str, known: list[str]) -> str:
+    near = _near(word, known)
+    return f"there are {', '.join(known)}." if near is None else f"did you mean {near!r}?"
+
+
+def _no_kind(section: SectionFacts, value: Any) -> str:
+    given = value.get(section.chooser) if isinstance(value, dict) else getattr(value, str(section.chooser), None)
+    return f"{section.name}.{section.chooser} is {given!r}: it takes {' or '.join(section.kinds)}"

@@ -1,0 +1,113 @@
+"""A recipe: everything that decides a run, as one YAML file.
+
+The recipe is frozen and strict. Two runs of one recipe on one machine give the same weights, so nothing
+that changes a weight may live anywhere else. Unknown keys are refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from tmerge.errors import RecipeError
+from tmerge.recipe.adaptation import AdaptationSettings
+from tmerge.recipe.calibration import CalibrationSettings
+from tmerge.recipe.compare import CompareSettings, PublishedScores
+from tmerge.recipe.evaluation import EvaluationSettings
+from tmerge.recipe.fusion import FusionSettings, TaskVector, Weights
+from tmerge.recipe.mistakes import one_line
+from tmerge.recipe.save import SaveSettings
+from tmerge.recipe.section import Section
+from tmerge.recipe.transport import Apart, Shared, TransportSettings
+from tmerge.recipe.unsaid import with_unsaid
+
+__all__ = ["Recipe"]
+
+
+class Recipe(Section):
+    """Everything that decides a run; each key says what it is in its description (`tmerge recipe` shows them all)."""
+
+    target: str = Field(description="the model that is changed: Hub id (with `@revision`), folder or `.gguf` file")
+    source: str = Field(description="the model that is read")
+    source_base: str | None = Field(None, description="the source before its fine-tuning, for task vectors")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of both models' weights and forward passes; auto is each checkpoint's own, bfloat16 for GGUF",
+    )
+    device: str = Field(
+        "auto",
+        description="auto takes an accelerator when there is one; or cpu, cuda, cuda:1, mps",
+        examples=["auto", "cpu", "cuda", "mps"],
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the split, the controls and the bootstrap")
+    trust_remote_code: tuple[str, ...] = Field(
+        (), description="the references, and no others, whose repos may run their own code"
+    )
+    plan: str | None = Field(
+        None, description="a finished run, folder or Hub id, whose transport is fused from; then nothing is calibrated"
+    )
+    calibration: CalibrationSettings = CalibrationSettings()
+    transport: TransportSettings = Apart()
+    fusion: FusionSettings = Weights()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    save: SaveSettings = SaveSettings()
+    adaptation: AdaptationSettings = AdaptationSettings()
+    compare: CompareSettings = CompareSettings()
+    published: PublishedScores | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_what_is_chosen(cls, data: Any) -> Any:
+        return with_unsaid(data) if isinstance(data, Mapping) else data
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        learned, fitted = isinstance(self.fusion, TaskVector), self.transport.map != "plan"
+        if learned and self.source_base is None:
+            raise ValueError("fusion.what is task-vector, which needs source_base: the source before its fine-tuning")
+        if not learned and self.source_base is not None:
+            raise ValueError("source_base is only read when fusion.what is task-vector; set that, or drop source_base")
+        if fitted and self.plan is not None:
+            raise ValueError(f"transport.map is {self.transport.map}, which a recorded plan does not hold; drop plan")
+        if fitted and (self.fusion.units != "none" or self.fusion.scale == "literal"):
+            raise ValueError(
+                f"transport.map is {self.transport.map}, a fitted map, which has its units and its scale already; set "
+                "fusion.units: none and fusion.scale: barycentric"
+            )
+        if isinstance(self.fusion, TaskVector) and self.fusion.stream:
+            if not isinstance(self.transport, Shared):
+                raise ValueError("fusion.stream needs transport.structure: shared; set that, or fusion.stream: false")
+            if fitted:
+                raise ValueError(f"fusion.stream needs transport.map: plan, not {self.transport.map}; set it to false")
+        return self
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """Validate a mapping.
+
+        Args:
+            data: The recipe's keys, as YAML gives them.
+            where: Named in the error: a file or a preset.
+
+        Raises:
+            RecipeError: One line that names the key, its value and what is allowed.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise RecipeError(one_line(error, where, cls)) from None
+
+    def to_yaml(self) -> str:
+        """The recipe with every default of what it chose written out; reading it back gives an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def digest(self, *sections: str) -> str:
+        """SHA-256 (hex) of the named top-level sections, or of all; stages are recognised by it."""
+        data = self.model_dump(mode="json")
+        chosen = {name: data[name] for name in sections} if sections else data
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,75 @@
+"""What a recipe leaves unsaid where that hangs on another section's choice; all other defaults are the fields' own.
+
+Three things do. A kind of fusion brings what was measured best with it in other sections (`Weights.beside`,
+`TaskVector.beside`). What lies on the residual stream is carried by one correspondence for the whole model, so that
+``fusion.stream`` is on where the transport is such a one. And a section that does not name its kind is of the first.
+
+Beside that, resolved recipes once named every key of every kind: what they wrote out for the kind that was not chosen
+says nothing, and is passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tmerge.recipe.fusion import TaskVector, Weights
+
+__all__ = ["with_unsaid"]
+
+# Choice -> the other choice's keys, at the values that a resolved recipe of before had for them.
+_WRITTEN_OUT: dict[str, dict[str, Any]] = {
+    "weights": {"stream": False},
+    "none": {"matching": "one-to-one", "signed": False},
+    "shared": {
+        "eta": 0.1,
+        "layer_max_iterations": 1000,
+        "layer_tolerance": 1e-9,
+        "layer_cost": "median-scaled",
+        "layer_marginals": "balanced",
+        "layers_kept": 3,
+    },
+}
+
+
+def with_unsaid(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's mapping in which each section says what it is by another's choice.
+
+    Args:
+        data: Top-level keys. Sections that are mappings, or not there, are filled; what is no mapping stays as it is.
+    """
+    filled = dict(data)
+    fusion = filled["fusion"] = _with({"what": "weights"}, data.get("fusion"))
+    kind = TaskVector if _said(fusion, "what") == "task-vector" else Weights
+    for name, values in kind.beside.items():
+        filled[name] = _with(values, data.get(name))
+    transport = filled["transport"]
+    # A fitted map is another one for every layer, and the stream has none of its own.
+    carries_stream = _said(transport, "structure") == "shared" and _said(transport, "map") in (None, "plan")
+    if kind is TaskVector and not carries_stream:
+        filled["fusion"] = _with({"stream": False}, fusion)
+    for name, choice in (("fusion", "what"), ("transport", "structure")):
+        filled[name] = _without_written_out(filled[name], choice)
+    return filled
+
+
+def _with(values: Mapping[str, Any], section: Any) -> Any:
+    if section is None:
+        return dict(values)
+    return {**values, **section} if isinstance(section, Mapping) else section
+
+
+def _said(section: Any, key: str) -> Any:
+    return section.get(key) if isinstance(section, Mapping) else getattr(section, key, None)
+
+
+def _without_written_out(section: Any, choice: str) -> Any:
+    if not isinstance(section, Mapping):
+        return section
+    chosen = section.get(choice)
+    others = _WRITTEN_OUT.get(chosen, {}) if isinstance(chosen, str) else {}
+    return {
+        key: value
+        for key, value in section.items()
+        if key not in others or (type(value), value) != (type(others[key]), others[key])
+    }

@@ -1,0 +1,145 @@
+"""The fields of the form: which keys of the recipe it shows, grouped and labelled.
+
+What each takes, its choices, its bounds and its help are the recipe's own schema's. No components here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from tmerge.recipe import Recipe
+from tmerge.recipe.schema import kind_words, sections_of, top_level
+
+__all__ = ["GROUPS", "SETTINGS", "STEP", "Setting"]
+
+_SECTIONS = sections_of(Recipe)
+
+STEP = 0.01
+"""By which a number's field goes up and down; what is smaller is written as text."""
+
+Kind = Literal["whole", "number", "words", "choice", "several", "switch", "value"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of the form. What it takes is as the recipe's own schema says.
+
+    Attributes:
+        key: In the recipe, dotted.
+        label: Shown.
+    """
+
+    key: str
+    label: str
+
+    @property
+    def kind(self) -> Kind:
+        """What shows it.
+
+        ``whole`` and ``number`` are numbers, ``choice`` one of `choices`, ``several`` some of them, ``switch`` a
+        boolean, ``words`` text or nothing, ``value`` what YAML reads (a number or a word, or a list of them).
+        """
+        schema, kinds = self._schemas[0], {"boolean": "switch", "integer": "whole", "string": "words"}
+        if self.choices:
+            return "several" if self.listed else "choice"
+        if schema.get("type") == "number" and schema["default"] >= STEP:
+            return "number"
+        types = {choice.get("type") for choice in schema.get("anyOf", [schema])} - {"null"}
+        return cast(Kind, kinds.get(str(types.pop()), "value") if len(types) == 1 else "value")
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What there is to choose, with whatever else is chosen; of free text, what is proposed."""
+        found: list[str] = []
+        for schema in self._schemas:
+            schema = schema["items"] if self.listed else schema
+            found += schema.get("enum", [schema["const"]] if "const" in schema else schema.get("examples", []))
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def listed(self) -> bool:
+        """Whether it takes several values."""
+        return self._schemas[0].get("type") == "array"
+
+    @property
+    def decides(self) -> bool:
+        """Whether other settings' defaults hang on it."""
+        section, _, name = self.key.partition(".")
+        return section in _SECTIONS and _SECTIONS[section].chooser == name
+
+    @property
+    def description(self) -> str:
+        """One line of help: the recipe's own, and which numbers are taken."""
+        described = str(self._schemas[0].get("description", ""))
+        if self._schemas[0].get("type") in ("integer", "number"):
+            described = f"{described}; {kind_words(self._schemas[0])}"
+        return (described[:1].upper() + described[1:]).replace("`", "")
+
+    @property
+    def _schemas(self) -> list[Mapping[str, Any]]:
+        """One for each kind of the section that has it."""
+        section, dot, name = self.key.partition(".")
+        if not dot:
+            return [top_level(Recipe)[section]]
+        return [kind.keys[name] for kind in _SECTIONS[section].kinds.values() if name in kind.keys]
+
+
+GROUPS: dict[str, tuple[Setting, ...]] = {
+    "Fusion": (
+        Setting("fusion.alpha", "Strength (alpha)"),
+        Setting("fusion.alphas", "Strengths that auto tries"),
+        Setting("fusion.projections", "Projections"),
+        Setting("fusion.top_k", "Neurons per projection and layer"),
+        Setting("fusion.scale", "Scale of the maps"),
+        Setting("fusion.units", "Units"),
+        Setting("fusion.biases", "Biases"),
+        Setting("fusion.affine", "Affine maps"),
+        Setting("fusion.what", "What is transported"),
+        Setting("fusion.stream", "Embeddings and norms"),
+        Setting("source_base", "Source before its fine-tuning"),
+        Setting("plan", "Plan of another run"),
+    ),
+    "Calibration": (
+        Setting("calibration.texts", "Texts"),
+        Setting("calibration.max_tokens", "Longest text, tokens"),
+        Setting("calibration.batch_tokens", "Tokens of a batch"),
+        Setting("calibration.held_out", "Share held out"),
+        Setting("calibration.match_on", "Match neurons on"),
+        Setting("calibration.rows", "Features are of"),
+        Setting("calibration.token_rows", "Single tokens"),
+        Setting("calibration.choosing", "Share to choose alpha on"),
+    ),
+    "Transport": (
+        Setting("transport.structure", "Structure"),
+        Setting("transport.matching", "Matching"),
+        Setting("transport.signed", "Signed matching"),
+        Setting("transport.map", "Map"),
+        Setting("transport.ridge", "Ridge penalty"),
+        Setting("transport.epsilon", "Epsilon"),
+        Setting("transport.max_iterations", "Most iterations"),
+        Setting("transport.tolerance", "Tolerance"),
+        Setting("transport.eta", "Eta"),
+        Setting("transport.layer_max_iterations", "Most iterations, layers"),
+        Setting("transport.layer_tolerance", "Tolerance, layers"),
+        Setting("transport.layer_cost", "Layer cost"),
+        Setting("transport.layer_marginals", "Layer marginals"),
+        Setting("transport.layers_kept", "Source layers kept"),
+        Setting("transport.entries_kept", "Entries kept"),
+    ),
+    "Evaluation and machine": (
+        Setting("evaluation.texts", "Held-out texts scored"),
+        Setting("evaluation.controls", "Controls"),
+        Setting("evaluation.bootstrap", "Bootstrap resamples"),
+        Setting("evaluation.descent", "Texts of the descent control"),
+        Setting("dtype", "Number format"),
+        Setting("device", "Device"),
+        Setting("seed", "Seed"),
+        Setting("save.max_shard_size", "Largest weights file"),
+    ),
+}
+"""The advanced settings, in groups."""
+
+SETTINGS: tuple[Setting, ...] = tuple(setting for group in GROUPS.values() for setting in group)
+"""All of them, in order."""
