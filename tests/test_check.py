@@ -210,6 +210,11 @@ def test_a_recipe_that_is_pinned_to_commits_trusts_what_it_did_before(tmp_path, 
 
     recipe = Recipe(target=f"user/code@{commit}", source=f"user/other@{commit}", trust_remote_code=["user/code"])
     swapped = recipe.model_copy(update={"target": recipe.source, "source": recipe.target})
+
+    def found(reference, revision, trust_remote_code):
+        asked.setdefault("place", []).append(trust_remote_code)
+
+    monkeypatch.setattr("tmerge.models.model.find_place", found)
     monkeypatch.setattr("tmerge.models.model.read_facts", stop("check"))
     monkeypatch.setattr("tmerge.models.model.load_model", stop("model"))
     monkeypatch.setattr("tmerge.models.model.load_tokenizer", stop("tokenizer"))
@@ -227,4 +232,6 @@ def test_a_recipe_that_is_pinned_to_commits_trusts_what_it_did_before(tmp_path, 
     # The tokenizer is asked for alone, and to read other texts.
     asked["adapted"] = asked["tokenizer"][1::2]
     asked["tokenizer"] = asked["tokenizer"][::2]
+    places = asked.pop("place")
+    assert set(places[: len(places) // 2]) == {True} and set(places[len(places) // 2 :]) == {False}
     assert asked == dict.fromkeys(("check", "model", "tokenizer", "adapted"), [True, False])
