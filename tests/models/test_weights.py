@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import conversion_mapping
 
 from tests.models.pico_gguf import save_pico_gguf
 from tests.pico import PICO_FAMILIES, PICO_RARE, save_pico
@@ -90,7 +91,7 @@ def test_what_is_not_stored_as_the_model_has_it_is_not_offered(tmp_path, monkeyp
     # transformers holds this family's norms in float32 whatever is asked for.
     assert "model.layers.0.self_attn.q_proj.weight" in model.weights and "model.norm.weight" not in model.weights
     # A release of transformers that cannot be asked.
-    monkeypatch.delattr("transformers.conversion_mapping.get_model_conversion_mapping")
+    monkeypatch.delattr(conversion_mapping, "get_model_conversion_mapping")
     assert not Model(str(tmp_path / "pico"), device="cpu").weights
 
 
