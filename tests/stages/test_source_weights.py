@@ -40,7 +40,7 @@ def recipe(models, suffix="", **sections):
     if sections.get("fusion") == VECTOR:
         sections["source_base"] = str(models / f"base{suffix}")
     data = recipe_for(models).model_dump(mode="json") | sections
-    return Recipe.from_mapping(data | {"evaluation": {"texts": 4, "bootstrap": 50}})
+    return Recipe.from_mapping(data | {"evaluation": {"texts": 8, "bootstrap": 100}})
 
 
 @pytest.fixture
@@ -151,6 +151,6 @@ def test_what_is_read_of_a_source_at_once_does_not_grow_with_its_layers(tmp_path
             if packed:  # as if transformers put everything together while it loads
                 patched.setattr(Model, "weights", MappedWeights({}))
             source = str(tmp_path / f"source-{layers}")
-            merge(recipe_for(tmp_path, source=source, evaluation={"texts": 2}), tmp_path / f"fused-{layers}")
+            merge(recipe_for(tmp_path, source=source, evaluation={"texts": 8}), tmp_path / f"fused-{layers}")
         assert len(seen) >= 4 * layers
     assert most[2] == most[8] <= 2
