@@ -108,9 +108,7 @@ def test_a_source_base_is_counted_and_its_gate_said(models, tmp_path, monkeypatc
     assert "source and source_base are the same model: the task vector is zero" in same.notes
 
 
-def test_a_packed_source_takes_disk_for_what_is_fused_and_memory_while_it_is_read(
-    models, tmp_path, monkeypatch
-):
+def test_a_packed_source_takes_disk_for_what_is_fused_and_memory_while_it_is_read(models, tmp_path, monkeypatch):
     monkeypatch.setattr("tmerge.preflight.estimate.timing_of", lambda *words: Timing(1e-3, "2026-01-01", True))
     monkeypatch.setattr(
         "tmerge.preflight.estimate.psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))

@@ -96,9 +96,10 @@ def test_what_is_not_stored_as_the_model_has_it_is_not_offered(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F32])
-def test_a_gguf_file_is_written_once_and_read_like_any_other(kind, tmp_path):
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_a_gguf_file_is_written_once_and_read_like_any_other(kind, dtype, tmp_path):
     path = save_pico_gguf(tmp_path / "pico.gguf", kind=kind)
-    model = Model(str(path), device="cpu")
+    model = Model(str(path), dtype=dtype, device="cpu")
     assert not model.weights
     names = model.layout.parameters(PROJECTIONS, stream=True)
     write_weights(model.load(), names, tmp_path / "weights.safetensors", "key")
@@ -109,7 +110,8 @@ def test_a_gguf_file_is_written_once_and_read_like_any_other(kind, tmp_path):
     assert set(weights) == set(names)
     assert same(model.layout.reading(weights), model.views)
     # In the two bytes that it will be saved in, though it was widened to be computed with.
-    assert {weights[name].dtype for name in weights} == {torch.bfloat16} == {model.load().dtype}
+    expected = torch.bfloat16 if dtype == "auto" else torch.float16
+    assert {weights[name].dtype for name in weights} == {expected} == {model.load().dtype}
     # Any reader of safetensors takes it.
     with safe_open(tmp_path / "weights.safetensors", "pt") as file:
         assert set(file.keys()) == set(names)

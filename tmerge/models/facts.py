@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tmerge.errors import ModelNotFoundError
 from tmerge.models.checkpoint import StoredTensor
-from tmerge.models.configs import check_config, meta_model, stored_dtype, tidy_gguf_config
+from tmerge.models.configs import check_config, stored_dtype
 from tmerge.models.place import GgufPlace, Place, find_place
 from tmerge.models.reference import ModelReference
 from tmerge.models.remote import download_bytes, remote_headers, weight_bytes
@@ -88,7 +87,7 @@ def read_facts(
         size, headers = weight_bytes(snapshot), remote_headers(snapshot)
         if headers is None:
             headers = _cached_headers(place)
-    model = meta_model(place.config, trust_remote_code)
+    model = place.empty
     # Without the Hub and with no weights in its cache there is nothing to look into.
     side = () if headers is None else side_parts(place.reference, model, headers)
     dtype = stored_dtype(place.stored_config, headers or {})
@@ -118,9 +117,8 @@ def _cached_headers(place: Place) -> dict[str, StoredTensor] | None:
 
 
 def _gguf_facts(place: GgufPlace) -> ModelFacts:
-    size, config = place.header.weight_bytes, copy.deepcopy(place.config)
-    tidy_gguf_config(config)
-    return _facts(place.reference, config, meta_model(config), torch.bfloat16, size, place.licence)
+    model, size = place.empty, place.header.weight_bytes
+    return _facts(place.reference, model.config, model, torch.bfloat16, size, place.licence)
 
 
 def _facts(

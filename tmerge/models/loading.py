@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging
 
 from tmerge.errors import CheckpointError, MissingExtraError, UnsupportedModelError
-from tmerge.models.configs import meta_model, stored_dtype, tidy_gguf_config
+from tmerge.models.configs import stored_dtype, tidy_gguf_config
 from tmerge.models.device import check_memory, memory_errors, multiplies_fast, pick_device, pick_dtype
 from tmerge.models.finite import check_finite, gguf_tensors, safetensors_tensors
 from tmerge.models.gguf import GgufHeader, fast_reading, read_header
@@ -126,7 +126,7 @@ def load_model(
     if isinstance(place, GgufPlace):
         return _widened(_load_gguf(place, dtype, there, tokenizer), widen and dtype == "auto")
     where, config, headers = place.reference, copy.deepcopy(place.config), place.headers
-    side_parts(where, meta_model(config, trust_remote_code), headers)
+    side_parts(where, place.empty, headers)
     number_format = pick_dtype(dtype, stored_dtype(place.stored_config, headers))
     values = sum(tensor.nbytes // _width(tensor.dtype) for tensor in headers.values())
     check_memory(where.text, values * number_format.itemsize, there)

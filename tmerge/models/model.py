@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from tmerge.models.configs import meta_model
 from tmerge.models.facts import ModelFacts, read_facts
 from tmerge.models.loading import LoadedModel, load_model, load_tokenizer
 from tmerge.models.place import GgufPlace, Place, find_place
@@ -73,7 +72,7 @@ class Model:
     @cached_property
     def layout(self) -> Architecture:
         """Its projections, on the meta device: shapes without weights."""
-        return describe(self._empty)
+        return describe(self.place.empty)
 
     @property
     def commit(self) -> str:
@@ -106,7 +105,7 @@ class Model:
         if isinstance(self.place, GgufPlace):
             return MappedWeights({})
         self.place.refuse_changed()
-        return mapped_weights(self._empty, self.place, self.dtype)
+        return mapped_weights(self.place.empty, self.place, self.dtype)
 
     @property
     def is_loaded(self) -> bool:
@@ -151,8 +150,3 @@ class Model:
         """
         loaded, self._loaded, self._views = self._loaded, None, None
         return loaded
-
-    @cached_property
-    def _empty(self) -> PreTrainedModel:
-        """The model on the meta device."""
-        return meta_model(self.facts.config, self.trust_remote_code)

@@ -6,12 +6,13 @@ are asked for.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tmerge.errors import CheckpointError
 from tmerge.models.checkpoint import (
@@ -23,7 +24,7 @@ from tmerge.models.checkpoint import (
     read_headers,
     weight_files,
 )
-from tmerge.models.configs import check_config, load_config
+from tmerge.models.configs import check_config, load_config, meta_model, tidy_gguf_config
 from tmerge.models.demo import demo_model, demo_path
 from tmerge.models.gguf import GgufHeader, fast_reading, read_header
 from tmerge.models.reference import ModelReference
@@ -84,6 +85,15 @@ class Place:
         """
         check_config(self.reference, self.stored_config, self.trust_remote_code)
         return load_config(self.reference, self.pretrained, self.options, self.trust_remote_code)
+
+    @cached_property
+    def empty(self) -> PreTrainedModel:
+        """The model without weights; to be left as it is.
+
+        Raises:
+            UnsupportedModelError: As `config`, and `meta_model`.
+        """
+        return meta_model(self.config, self.trust_remote_code)
 
     @cached_property
     def weights(self) -> list[Path]:
@@ -157,6 +167,17 @@ class GgufPlace:
         read_header(self.path)  # which says better what is wrong with a file
         with fast_reading(self.path) as folder:
             return load_config(self.reference, folder, {"gguf_file": self.path.name})
+
+    @cached_property
+    def empty(self) -> PreTrainedModel:
+        """The model without weights, of a tidied config; to be left as it is.
+
+        Raises:
+            UnsupportedModelError: As `config`, and `meta_model`.
+        """
+        config = copy.deepcopy(self.config)
+        tidy_gguf_config(config)
+        return meta_model(config)
 
     @cached_property
     def licence(self) -> str | None:
