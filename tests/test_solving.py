@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.calibration.test_places import word_tokenizer
+from tests.calibration.test_positions import word_tokenizer
 from tests.pico import PICO_VOCAB, pico_model, pico_tokenizer
 from tmerge.calibration import FeatureStore, TextSet
 from tmerge.errors import Cancelled, RecipeError

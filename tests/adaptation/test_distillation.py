@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.adaptation.test_training import TEXTS, settings, trained
 from tests.evaluation.test_choose import loaded
 from tests.pico import pico_model, pico_tokenizer
-from tmerge.adaptation.distillation import Teacher, common_places, distillation_loss, first_pieces, read_teacher
+from tmerge.adaptation.distillation import Teacher, common_positions, distillation_loss, first_pieces, read_teacher
 from tmerge.adaptation.training import _encode
 from tmerge.recipe import AdaptationSettings
 
@@ -33,8 +33,8 @@ def words_tokenizer(words, space="▁"):
         ([], [], []),
     ],
 )
-def test_common_places(mine, theirs, expected):
-    assert common_places(mine, theirs) == expected
+def test_common_positions(mine, theirs, expected):
+    assert common_positions(mine, theirs) == expected
 
 
 def test_a_source_token_is_carried_to_the_first_piece_of_its_string():
@@ -58,7 +58,7 @@ def teacher_for(student, source, **words):
     return encoded, asked, ends
 
 
-def test_the_loss_is_cross_entropy_plus_kl_at_common_places(tmp_path):
+def test_the_loss_is_cross_entropy_plus_kl_at_common_positions(tmp_path):
     """Against float64 loops, with a source of the same tokenizer: each of its tokens ends where the target's does."""
     student, source = loaded(pico_model("llama")), loaded(pico_model("qwen2"))
     encoded, asked, ends = teacher_for(student, source, distill_weight=0.7)

@@ -61,7 +61,7 @@ def biased(loaded: LoadedModel) -> LoadedModel:
 
 
 def ends_with_first(tokenizer: Any, texts: Sequence[str], limit: int) -> list[dict[int, int]]:
-    """As `tmerge.calibration.places` has it, the first token kept."""
+    """As `tmerge.calibration.positions` has it, the first token kept."""
     found = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)["offset_mapping"]
     return [{end: place for place, (begin, end) in enumerate(offsets[:limit]) if end > begin} for offsets in found]
 
@@ -98,7 +98,7 @@ class Pair:
         folder = self.folder / f"features-{self.texts}-{kind}-{self.rows}" / role
         if not FeatureStore.is_finished(folder, kind):
             folder.parent.mkdir(exist_ok=True)
-            with patch("tmerge.calibration.places._ends", ends_with_first) if kind == "first" else nullcontext():
+            with patch("tmerge.calibration.positions._ends", ends_with_first) if kind == "first" else nullcontext():
                 capture(
                     self.models[role],
                     self.layouts[role],

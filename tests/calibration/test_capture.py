@@ -160,7 +160,7 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         run(loaded_pico("llama"), tmp_path / name)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert files == ["layer-0000.safetensors", "layer-0001.safetensors", "store.json"]
+    assert len(files) == 1 + 2 * 11 and files[-1] == "store.json"
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
 
 

@@ -9,12 +9,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from tmerge.calibration import FeatureStore, FeatureWriter
 from tmerge.errors import NotEnoughDiskError, RunNotFoundError
@@ -43,11 +43,20 @@ def test_rows_are_in_the_texts_order(tmp_path: Path) -> None:
         store.get(2, "k.post")
 
 
-def test_the_files_are_what_safetensors_writes(tmp_path: Path) -> None:
+def test_numpy_reads_the_files(tmp_path: Path) -> None:
     values = filled(tmp_path / "s")
-    tensors = load_file(tmp_path / "s" / "layer-0000.safetensors")
-    assert set(tensors) == {"q.post", "qkv.pre"}
-    assert torch.equal(tensors["qkv.pre"], values[0, "qkv.pre"])
+    assert [path.name for path in sorted((tmp_path / "s").glob("layer-0000.*"))] == [
+        "layer-0000.q.post.npy",
+        "layer-0000.qkv.pre.npy",
+    ]
+    stored = np.load(tmp_path / "s" / "layer-0000.qkv.pre.npy")
+    assert stored.dtype == np.float32 and np.array_equal(stored, values[0, "qkv.pre"].numpy())
+
+
+def test_what_is_changed_in_memory_stays_there(tmp_path: Path) -> None:
+    values = filled(tmp_path / "s")
+    FeatureStore(tmp_path / "s").get(2, "q.post").zero_()
+    assert torch.equal(FeatureStore(tmp_path / "s").get(2, "q.post"), values[2, "q.post"])
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -123,11 +132,11 @@ def test_a_damaged_note_is_no_store(tmp_path: Path, note: str) -> None:
         FeatureStore(tmp_path / "s")
 
 
-def test_a_damaged_layer_is_named(tmp_path: Path) -> None:
+def test_a_damaged_feature_is_named(tmp_path: Path) -> None:
     filled(tmp_path / "s")
-    path = tmp_path / "s" / "layer-0002.safetensors"
+    path = tmp_path / "s" / "layer-0002.q.post.npy"
     os.truncate(path, path.stat().st_size - 4)
-    with pytest.raises(RunNotFoundError, match=r"layer-0002\.safetensors are damaged"):
+    with pytest.raises(RunNotFoundError, match=r"layer-0002\.q\.post\.npy are damaged"):
         FeatureStore(tmp_path / "s").get(2, "q.post")
 
 

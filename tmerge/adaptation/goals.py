@@ -75,17 +75,17 @@ def feature_goals(record: TransportRecord, target: FeatureStore, source: Feature
     for projection in record.projections:
         key = feature_key(projection, "post")
         plans, pairs = record.plans(key), record.pairs(key)
-        mine = record.tensors[f"layers.target.{key}"].tolist()
-        theirs = record.tensors[f"layers.source.{key}"].tolist()
+        target_layers = record.tensors[f"layers.target.{key}"].tolist()
+        source_layers = record.tensors[f"layers.source.{key}"].tolist()
         kept = record.tensors[f"kept.{projection}.layers"].tolist()
         weights = record.tensors[f"kept.{projection}.weights"]
-        for row, layer in enumerate(mine):
+        for row, layer in enumerate(target_layers):
             own = target.get(layer, key)
             carried = torch.zeros_like(own)
             for column, weight in zip(kept[row], (weights[row] / weights[row].sum()).tolist(), strict=True):
                 plan = plans.dense(pairs.index((row, column)))
                 out_map = plan / plan.abs().sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-                carried += weight * _standard(source.get(theirs[column], key))[0] @ out_map.T
+                carried += weight * _standard(source.get(source_layers[column], key))[0] @ out_map.T
             deviation = _standard(own)[1]
             goals[layer, key] = own.mean(0) + deviation * _standard(carried)[0]
             deviations[layer, key] = deviation.masked_fill(deviation < _LEAST_DEVIATION, torch.inf)
@@ -115,11 +115,11 @@ class FeatureWatch:
             for handle in handles:
                 handle.remove()
 
-    def distance(self, places: Sequence[int], mask: Tensor) -> Tensor:
+    def distance(self, texts: Sequence[int], mask: Tensor) -> Tensor:
         """The objective for the batch that went through last.
 
         Args:
-            places: Which text each row is.
+            texts: Which text each row is.
             mask: (B, S), 1 at the tokens that calibration read.
         """
         share = (mask / mask.sum(1, keepdim=True).clamp_min(1)).unsqueeze(2)
@@ -127,7 +127,7 @@ class FeatureWatch:
         for at, feature in caught.items():
             mean = (feature.float() * share).sum(1)
             goal, deviation = (part.to(mean.device) for part in (self.goals.goals[at], self.goals.deviations[at]))
-            total = total + ((mean - goal[list(places)]) / deviation).square().mean()
+            total = total + ((mean - goal[list(texts)]) / deviation).square().mean()
         self._caught = {}
         return total / max(len(caught), 1)
 

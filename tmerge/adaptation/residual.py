@@ -52,19 +52,19 @@ def attach_residual(
     """
     modules = {id(view.module): view.module for item in transported for view in (layers[item.layer][item.projection],)}
     before = {
-        (place, name): parameter.detach().clone()
-        for place, module in modules.items()
+        (path, name): parameter.detach().clone()
+        for path, module in modules.items()
         for name, parameter in module.named_parameters(recurse=False)
     }
     fuse(layers, transported, alpha)
     attached = 0
-    for (place, name), own in before.items():
-        parameter = modules[place].get_parameter(name)
+    for (path, name), own in before.items():
+        parameter = modules[path].get_parameter(name)
         residual = parameter.detach() - own
         parameter.copy_(own)
         if residual.any():
             # unsafe: the check that it asks for runs the parametrization, which changes neither shape nor dtype.
-            parametrize.register_parametrization(modules[place], name, _FrozenResidual(residual), unsafe=True)
+            parametrize.register_parametrization(modules[path], name, _FrozenResidual(residual), unsafe=True)
             attached += 1
     return attached
 

@@ -57,7 +57,7 @@ class AdaptationReport:
 
 
 def text_order(texts: int, wanted: int, seed: int) -> list[int]:
-    """Which text is read when: shuffled epochs one after the other, `wanted` places in all."""
+    """Which text is read when: shuffled epochs one after the other, `wanted` in all."""
     draw = random.Random(seed)
     order: list[int] = []
     while len(order) < wanted:
@@ -105,8 +105,8 @@ def adapt(
     sft, lora = _libraries(settings)
     encoded, ends = _encode(loaded, texts, settings)
     labels = _labels(loaded, encoded, ends, prompts) if settings.completions_only else encoded
-    places = [place for place, asked in enumerate(labels) if any(label >= 0 for label in asked[1:])]
-    if not places:
+    usable = [text for text, asked in enumerate(labels) if any(label >= 0 for label in asked[1:])]
+    if not usable:
         what = "completion within adaptation.max_tokens" if settings.completions_only else "second token"
         raise AdaptationError(f"no text to train on has a {what}; give longer texts, or raise adaptation.max_tokens")
     teacher = None
@@ -114,8 +114,8 @@ def adapt(
         if source is None:
             raise ValueError("objective distill needs a source")
         teacher = read_teacher(source, loaded.tokenizer, texts, encoded, ends, settings, work / "teacher.safetensors")
-    order = text_order(len(places), settings.steps * settings.batch_size * settings.accumulation, seed)
-    read = [places[index] for index in order]
+    order = text_order(len(usable), settings.steps * settings.batch_size * settings.accumulation, seed)
+    read = [usable[index] for index in order]
     model, dtype, computed = loaded.model, loaded.dtype, loaded.model.dtype
     # A model that was loaded to be read asks for no gradients.
     model.float().requires_grad_(True)
@@ -167,7 +167,7 @@ def adapt(
     shutil.rmtree(work, ignore_errors=True)
     return AdaptationReport(
         steps=settings.steps,
-        tokens=sum(len(encoded[place]) for place in read),
+        tokens=sum(len(encoded[text]) for text in read),
         seconds=time.perf_counter() - began,
         loss_curve=curve,
         aligned=None if teacher is None else teacher.aligned_share,
@@ -198,11 +198,11 @@ def _encode(
     encoded, ends = [], []
     for row, ids in enumerate(found["input_ids"]):
         offsets = found["offset_mapping"][row] if tokenizer.is_fast else []
-        places = [end if end > start else -1 for start, end in offsets]
+        of_text = [end if end > start else -1 for start, end in offsets]
         if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-            ids, places = [*ids, tokenizer.eos_token_id], [*places, -1]
+            ids, of_text = [*ids, tokenizer.eos_token_id], [*of_text, -1]
         encoded.append(list(ids[: settings.max_tokens]))
-        ends.append(places[: settings.max_tokens])
+        ends.append(of_text[: settings.max_tokens])
     return encoded, ends
 
 
@@ -220,10 +220,10 @@ def _labels(
             f"{loaded.reference}: completions_only needs to know where tokens lie in a text; this tokenizer is slow"
         )
     labels = []
-    for ids, places, prompt in zip(encoded, ends, prompts, strict=True):
+    for ids, of_text, prompt in zip(encoded, ends, prompts, strict=True):
         # A special token at the end closes the completion; one before it belongs to the prompt's frame.
         last = len(ids) - 1
-        kept = [end > prompt or (end < 0 and place == last) for place, end in enumerate(places)]
+        kept = [end > prompt or (end < 0 and position == last) for position, end in enumerate(of_text)]
         labels.append([token if asked else -100 for token, asked in zip(ids, kept, strict=True)])
     return labels
 
@@ -260,8 +260,8 @@ def _trainer(
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = pads([{name: example[name] for name in ("input_ids", "labels")} for example in examples])
-        # A place in the list of texts, for the teacher; it is no input of the model.
-        return batch | {"place": torch.tensor([example["place"] for example in examples])}
+        # Which text it is, for the teacher; it is no input of the model.
+        return batch | {"text": torch.tensor([example["text"] for example in examples])}
 
     class Told(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -272,19 +272,19 @@ def _trainer(
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            places = inputs.pop("place").tolist()
+            texts = inputs.pop("text").tolist()
             if teacher is None:
                 loss = super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
             else:
                 asked = {name: value for name, value in inputs.items() if name != "labels"}
                 logits = model(**asked, use_cache=False).logits
                 labels = inputs["labels"]
-                loss = distillation_loss(logits, labels, teacher, places, settings, num_items_in_batch)
+                loss = distillation_loss(logits, labels, teacher, texts, settings, num_items_in_batch)
             if watch is not None:
                 # Calibration read the texts without the end-of-text token that training adds.
                 read = inputs["attention_mask"] * (inputs["input_ids"] != loaded.tokenizer.eos_token_id)
                 # Over the passes of one step the mean, as the loss is.
-                loss = loss + settings.transport_weight * watch.distance(places, read) / settings.accumulation
+                loss = loss + settings.transport_weight * watch.distance(texts, read) / settings.accumulation
             return loss  # outputs are asked for in an evaluation only, and there is none
 
     device = loaded.device.type
@@ -318,7 +318,7 @@ def _trainer(
             max_length=None,
         )
     encoded, labels = texts
-    rows = [{"input_ids": encoded[place], "labels": labels[place], "place": place} for place in read]
+    rows = [{"input_ids": encoded[text], "labels": labels[text], "text": text} for text in read]
     from transformers.trainer_callback import PrinterCallback
 
     trainer = Trainer(

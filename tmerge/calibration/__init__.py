@@ -6,7 +6,7 @@ from tmerge.calibration.batches import encode, length_batches, padded, token_lim
 from tmerge.calibration.capture import CaptureReport, bare_forward, capture
 from tmerge.calibration.features import FeatureStore, FeatureWriter
 from tmerge.calibration.identity import DatasetRecord, dataset_identity, file_identity, pinned
-from tmerge.calibration.places import common_ends, token_places
+from tmerge.calibration.positions import common_ends, token_positions
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_language_code, sample_languages, sample_texts
 from tmerge.calibration.texts import TextSet, is_held_out, normalise, other_texts, read_texts
 
@@ -34,5 +34,5 @@ __all__ = [
     "sample_languages",
     "sample_texts",
     "token_limit",
-    "token_places",
+    "token_positions",
 ]

@@ -84,7 +84,7 @@ def length_batches(lengths: Sequence[int], limit: int) -> list[list[int]]:
         batches.
     """
     batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
+    for index in sorted(range(len(lengths)), key=lambda text: (lengths[text], text)):
         length = lengths[index]
         batch = batches[-1] if batches else None
         if batch and length * (len(batch) + 1) <= limit and length - lengths[batch[0]] <= length // _SLACK:
@@ -116,13 +116,13 @@ def read_batches(
     Raises:
         NotEnoughMemoryError: A batch did not fit.
     """
-    filled = [place for place, ids in enumerate(encoded.ids) if ids]
+    filled = [text for text, ids in enumerate(encoded.ids) if ids]
     base, was_training = loaded.base, loaded.base.training
     base.eval()
     try:
-        for batch in reversed(length_batches([len(encoded.ids[place]) for place in filled], batch_tokens)):
-            texts = [filled[place] for place in batch]
-            ids, mask = padded([encoded.ids[place] for place in texts], loaded.pad_id)
+        for batch in reversed(length_batches([len(encoded.ids[text]) for text in filled], batch_tokens)):
+            texts = [filled[index] for index in batch]
+            ids, mask = padded([encoded.ids[text] for text in texts], loaded.pad_id)
             ids, mask = ids.to(loaded.device), None if mask is None else mask.to(loaded.device)
             if before is not None:
                 before(texts)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from tmerge.calibration.batches import encode, read_batches
 from tmerge.calibration.features import FeatureWriter
-from tmerge.calibration.places import token_places
+from tmerge.calibration.positions import token_positions
 from tmerge.errors import Cancelled, CheckpointError, DeviceError, TmergeError, TokenizerError, UnsupportedModelError
 from tmerge.models import LoadedModel
 from tmerge.models.projections import Architecture, Tap
@@ -109,7 +109,7 @@ def capture(
     began = time.perf_counter()
     encoded = encode(loaded, texts, max_tokens)
     lengths = encoded.lengths
-    empty = [place for place, length in enumerate(lengths) if not length]
+    empty = [text for text, length in enumerate(lengths) if not length]
     if len(empty) == len(texts):
         raise TokenizerError(f"{loaded.reference}: the tokenizer gives no token for any text; use the model's own")
     taps = architecture.taps(projections)
@@ -122,22 +122,22 @@ def capture(
     }
     forward_seconds, done, padded, batches = 0.0, len(empty), 0, 0
     widths = {(tap.layer, tap.key): tap.features for tap in taps}
-    places = None if ends is None else token_places(loaded.tokenizer, texts, ends, encoded.limit)
-    rows = len(texts) if places is None else sum(map(len, places))
+    positions = None if ends is None else token_positions(loaded.tokenizer, texts, ends, encoded.limit)
+    rows = len(texts) if positions is None else sum(map(len, positions))
     with FeatureWriter(folder, rows, widths, key=key, facts=facts) as writer:
-        pool = _Pool(loaded, taps, lengths, writer, places)
+        pool = _Pool(loaded, taps, lengths, writer, positions)
         with pool.hooked():
             for batch, seconds in read_batches(loaded, encoded, batch_tokens, pool.begin):
                 pool.end()
                 forward_seconds += seconds
                 done, batches = done + len(batch), batches + 1
-                padded += len(batch) * max(lengths[place] for place in batch)
+                padded += len(batch) * max(lengths[text] for text in batch)
                 if progress is not None:
                     progress(done, len(texts))
                 if cancelled is not None and cancelled():
                     raise Cancelled("stopped while reading features; the same command continues")
         pool.write()
-        if empty and places is None:
+        if empty and positions is None:
             writer.fill_with_mean(empty)
         writer.finish()
     return CaptureReport(
@@ -173,11 +173,11 @@ class _Pool:
         taps: Sequence[Tap],
         lengths: Sequence[int],
         writer: FeatureWriter,
-        places: Sequence[Sequence[int]] | None = None,
+        positions: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        self._loaded, self._lengths, self._writer, self._places = loaded, lengths, writer, places
+        self._loaded, self._lengths, self._writer, self._positions = loaded, lengths, writer, positions
         # Where a text's rows begin in the store.
-        self._first = [] if places is None else list(accumulate(map(len, places), initial=0))
+        self._first = [] if positions is None else list(accumulate(map(len, positions), initial=0))
         self._served: dict[nn.Module, list[Tap]] = {}
         for tap in taps:
             self._served.setdefault(tap.module, []).append(tap)
@@ -198,11 +198,11 @@ class _Pool:
     def begin(self, texts: list[int]) -> None:
         """Say which texts the next forward pass reads, one a row."""
         self._texts = self._rows = texts
-        if self._places is not None:
-            self._rows = [self._first[text] + index for text in texts for index in range(len(self._places[text]))]
-            read = [(row, place) for row, text in enumerate(texts) for place in self._places[text]]
+        if self._positions is not None:
+            self._rows = [self._first[text] + index for text in texts for index in range(len(self._positions[text]))]
+            read = [(row, position) for row, text in enumerate(texts) for position in self._positions[text]]
             self._read = torch.tensor(read, dtype=torch.int64).reshape(-1, 2)
-        self._batch_lengths = [self._lengths[place] for place in texts]
+        self._batch_lengths = [self._lengths[text] for text in texts]
         # Rows of one length lie side by side in a batch, so they are summed together and padding is never touched.
         self._runs: list[tuple[slice, int]] = []
         row = 0
@@ -219,7 +219,7 @@ class _Pool:
         """Take what the forward pass left."""
         self._take()
         if len(self._seen) != self._expected:
-            missing = next(tap for taps in self._served.values() for tap in taps if _place(tap) not in self._seen)
+            missing = next(tap for taps in self._served.values() for tap in taps if _feature(tap) not in self._seen)
             raise self._unsupported(missing, "did not run")
 
     def _hook(self, served: list[Tap], module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -229,12 +229,12 @@ class _Pool:
             if tap.side not in means:
                 # (B, 1, n): one token, as far as the tap is concerned.
                 means[tap.side] = self._mean(inputs[0] if tap.side == "pre" else output).unsqueeze(1)
-            place, mean = _place(tap), means[tap.side]
-            if place in self._seen:
+            feature, mean = _feature(tap), means[tap.side]
+            if feature in self._seen:
                 raise self._unsupported(tap, "ran twice")
-            self._seen.add(place)
+            self._seen.add(feature)
             rows = tap.read((mean,), mean).squeeze(1)
-            self._pending[place] = rows
+            self._pending[feature] = rows
             self._pending_bytes += rows.nbytes
         if self._pending_bytes > _PENDING_BYTES:
             self._take()
@@ -247,7 +247,7 @@ class _Pool:
         if features.dim() == 2:
             # Some models flatten their tokens before the MLP.
             features = features.unflatten(0, (len(self._texts), -1))
-        if self._places is not None:
+        if self._positions is not None:
             read = self._read.to(features.device)
             return features[read[:, 0], read[:, 1]].float()
         if features.device.type != "cpu":
@@ -283,39 +283,39 @@ class _Pool:
 
         A batch's texts lie all over the store. Waiting for many batches turns their rows into few long stretches.
         """
-        for place, parts in self._waiting.items():
+        for feature, parts in self._waiting.items():
             texts = torch.tensor([text for part, _ in parts for text in part])
             order = texts.argsort()
             rows = torch.cat([rows for _, rows in parts])[order]
-            self._writer.write(texts[order].tolist(), {place: rows})
+            self._writer.write(texts[order].tolist(), {feature: rows})
         self._waiting, self._waiting_bytes = {}, 0
 
     def _take(self) -> None:
         by_device: dict[torch.device, list[tuple[int, str]]] = {}
-        for place, rows in self._pending.items():
-            by_device.setdefault(rows.device, []).append(place)
-        for device, places in by_device.items():
+        for feature, rows in self._pending.items():
+            by_device.setdefault(rows.device, []).append(feature)
+        for device, features in by_device.items():
             if device.type != "cpu":
                 # One transfer for all.
-                widths = [self._pending[place].shape[1] for place in places]
-                moved = torch.cat([self._pending[place] for place in places], 1).cpu().split(widths, 1)
-                self._pending.update(zip(places, moved, strict=True))
-        for place, rows in self._pending.items():
+                widths = [self._pending[feature].shape[1] for feature in features]
+                moved = torch.cat([self._pending[feature] for feature in features], 1).cpu().split(widths, 1)
+                self._pending.update(zip(features, moved, strict=True))
+        for feature, rows in self._pending.items():
             if not len(rows):
                 continue
             # The sum first, as it is quicker; it may overflow where no value does.
             if not math.isfinite(float(rows.sum())) and not bool(torch.isfinite(rows).all()):
-                raise self._not_finite(place, rows)
-            self._waiting.setdefault(place, []).append((self._rows, rows))
+                raise self._not_finite(feature, rows)
+            self._waiting.setdefault(feature, []).append((self._rows, rows))
         self._waiting_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
         if self._waiting_bytes > _PENDING_BYTES:
             self.write()
 
-    def _not_finite(self, place: tuple[int, str], rows: Tensor) -> TmergeError:
-        layer, key = place
+    def _not_finite(self, feature: tuple[int, str], rows: Tensor) -> TmergeError:
+        layer, key = feature
         row = self._rows[int((~torch.isfinite(rows)).any(1).nonzero()[0])]
-        text = row if self._places is None else bisect_right(self._first, row) - 1
+        text = row if self._positions is None else bisect_right(self._first, row) - 1
         what = f"{self._loaded.reference}: {key} of layer {layer} is not finite for text {text}"
         if self._loaded.dtype == torch.float32:
             return CheckpointError(f"{what}, in float32; the weights are damaged: download or convert them again")
@@ -329,5 +329,5 @@ class _Pool:
         )
 
 
-def _place(tap: Tap) -> tuple[int, str]:
+def _feature(tap: Tap) -> tuple[int, str]:
     return tap.layer, tap.key

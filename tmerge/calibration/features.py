@@ -1,8 +1,8 @@
-"""The features of one model over the calibration texts, on disk: one safetensors file a layer, mapped on reading.
+"""The features of one model over the calibration texts, on disk: one NumPy file each, mapped on reading.
 
-``layer-0007.safetensors`` holds ``qkv.pre`` ``(T, n)``, ``q.post`` ``(T, n)``, ... in float32, rows in the texts'
-order. ``store.json`` names the layers, their keys and what was captured. Both are written in a folder of another name,
-which takes the store's place when it is whole.
+``layer-0007.qkv.pre.npy`` holds that layer's ``qkv.pre`` ``(T, n)`` in float32, rows in the texts' order.
+``store.json`` names the layers, their keys and what was captured. All are written in a folder of another name, which
+takes the store's place when it is whole.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import errno
 import json
 import os
 import shutil
-import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from tmerge.errors import NotEnoughDiskError, RunNotFoundError
@@ -29,11 +29,20 @@ _FLOAT = 4  # bytes of a float32
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # the second: not on Windows
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a feature's rows lie: its file, at which byte they begin, and n."""
+
+    path: Path
+    offset: int
+    width: int
+
+
 class FeatureWriter:
     """Puts pooled features where they belong on disk, whatever order the texts come in.
 
-    Batches are of texts of like length, so rows come out of order. The layers' files are laid out in full when the
-    writer is made, and a batch's rows are written to their places: nothing is held in memory and nothing is written
+    Batches are of texts of like length, so rows come out of order. The files are laid out in full when the writer is
+    made, and a batch's rows are written to their places: nothing is held in memory and nothing is written
     twice. Use it as a context: what is not finished when the context ends is removed.
 
     Args:
@@ -62,18 +71,14 @@ class FeatureWriter:
         self.key = key
         self.facts = dict(facts or {})
         self._scratch = self.folder.with_name(self.folder.name + ".partial")
-        self._places: dict[int, dict[str, tuple[int, int]]] = {}
-        for (layer, name), width in sorted(widths.items()):
-            self._places.setdefault(layer, {})[name] = (0, width)
         for old in (self.folder, self._scratch):
             _remove_store(old)
         self._scratch.mkdir(parents=True)
         free = shutil.disk_usage(self._scratch).free
         if sum(widths.values()) * texts * _FLOAT > free:
             self._scratch.rmdir()
-            raise self._no_room(free)
-        for layer, places in self._places.items():
-            self._lay_out(layer, places)
+            raise self._no_room(sum(widths.values()), free)
+        self._places = {place: self._laid_out(place, width) for place, width in sorted(widths.items())}
 
     def __enter__(self) -> FeatureWriter:
         return self
@@ -88,73 +93,56 @@ class FeatureWriter:
             texts: Which texts, by their place; neighbours that follow one another are written together.
             rows: (layer, feature key) -> ``(len(texts), n)`` float32 on the CPU.
         """
-        by_layer: dict[int, dict[str, Tensor]] = {}
-        for (layer, name), values in rows.items():
-            by_layer.setdefault(layer, {})[name] = values
         breaks = np.flatnonzero(np.diff(np.asarray(texts)) != 1) + 1
         runs = list(zip([0, *breaks], [*breaks, len(texts)], strict=True))
         try:
-            for layer, tensors in by_layer.items():
+            for name, values in rows.items():
+                place, stored = self._places[name], values.contiguous().numpy()
                 # Written and not mapped: that is quicker, and a full disk is an error and not a crash.
-                with _path(self._scratch, layer).open("r+b", buffering=0) as file:
-                    for name, values in tensors.items():
-                        offset, width = self._places[layer][name]
-                        stored = values.contiguous().numpy()
-                        for start, stop in runs:
-                            file.seek(offset + texts[start] * width * _FLOAT)
-                            if file.write(stored[start:stop].data) != (stop - start) * width * _FLOAT:
-                                raise OSError(errno.ENOSPC, "short write")
+                with place.path.open("r+b", buffering=0) as file:
+                    for start, stop in runs:
+                        file.seek(place.offset + texts[start] * place.width * _FLOAT)
+                        if file.write(stored[start:stop].data) != (stop - start) * place.width * _FLOAT:
+                            raise OSError(errno.ENOSPC, "short write")
         except OSError as error:
             raise self._explained(error) from None
 
     def fill_with_mean(self, texts: Sequence[int]) -> None:
         """Give texts that have no features the mean of all others, which changes no covariance of any feature."""
         others = np.setdiff1d(np.arange(self.texts), np.asarray(texts, dtype=np.int64))
-        for layer, places in self._places.items():
-            means: dict[tuple[int, str], Tensor] = {}
-            with safe_open(_path(self._scratch, layer), "pt") as stored:
-                for name in places:
-                    mean = stored.get_tensor(name)[others].mean(0, dtype=torch.float64).float()
-                    means[layer, name] = mean.expand(len(texts), -1).contiguous()
-            self.write(texts, means)
+        for name, place in self._places.items():
+            mean = _mapped(place.path)[others].mean(0, dtype=torch.float64).float()
+            self.write(texts, {name: mean.expand(len(texts), -1)})
 
     def finish(self) -> None:
         """Make it a store. It is a cache: it survives the end of the process, and need not survive a power cut."""
+        layers: dict[int, list[str]] = {}
+        for layer, name in self._places:
+            layers.setdefault(layer, []).append(name)
         note = {
             "key": self.key,
             "texts": self.texts,
-            "layers": {str(layer): list(places) for layer, places in self._places.items()},
+            "layers": layers,
             "facts": self.facts,
         }
         (self._scratch / _NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
         os.replace(self._scratch, self.folder)
 
-    def _lay_out(self, layer: int, places: dict[str, tuple[int, int]]) -> None:
-        """Write a layer's header, and size its file; `places` becomes key -> (offset in the file, n)."""
-        # By hand, as the library would write the tensors themselves too. The format: the header's length as 8 bytes,
-        # the header as JSON, the tensors one after the other; `safe_open` reads it below, and checks it.
-        header: dict[str, object] = {"__metadata__": {"key": self.key, "layer": str(layer), **self.facts}}
-        end = 0
-        for name, (_, width) in places.items():
-            begin, end = end, end + self.texts * width * _FLOAT
-            header[name] = {"dtype": "F32", "shape": [self.texts, width], "data_offsets": [begin, end]}
-            places[name] = (begin, width)
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        for name, (begin, width) in places.items():
-            places[name] = (8 + len(text) + begin, width)
-        with _path(self._scratch, layer).open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(8 + len(text) + end)
+    def _laid_out(self, place: tuple[int, str], width: int) -> _Place:
+        """A file of the right size, whose rows are yet to come."""
+        path = _path(self._scratch, *place)
+        stored = open_memmap(path, mode="w+", dtype=np.float32, shape=(self.texts, width))
+        return _Place(path, stored.offset, width)
 
     def _explained(self, error: OSError) -> Exception:
         """A full disk in our words; other errors as they are."""
         if error.errno not in _FULL:
             return error
-        return self._no_room(shutil.disk_usage(self._scratch).free)
+        widths = sum(place.width for place in self._places.values())
+        return self._no_room(widths, shutil.disk_usage(self._scratch).free)
 
-    def _no_room(self, free: int) -> NotEnoughDiskError:
-        size = sum(width for places in self._places.values() for _, width in places.values()) * self.texts * _FLOAT
+    def _no_room(self, widths: int, free: int) -> NotEnoughDiskError:
+        size = widths * self.texts * _FLOAT
         return NotEnoughDiskError(
             f"the features of {self.texts} texts need {size / 1e9:.2f} GB of disk, where {free / 1e9:.2f} GB are free; "
             "make room, lower calibration.texts, or choose fewer fusion.projections"
@@ -210,22 +198,26 @@ class FeatureStore:
 
         Raises:
             KeyError: That layer has no such feature.
-            RunNotFoundError: The layer's file is damaged.
+            RunNotFoundError: Its file is damaged.
         """
         if key not in self.keys(layer):
             raise KeyError(f"no feature {key!r} of layer {layer}; there are {', '.join(self.keys(layer)) or 'none'}")
-        path = _path(self.folder, layer)
+        path = _path(self.folder, layer, key)
         try:
-            with safe_open(path, "pt") as stored:
-                return stored.get_tensor(key)
-        except (SafetensorError, OSError):
+            return _mapped(path)
+        except (OSError, ValueError, EOFError):
             raise RunNotFoundError(
                 f"the captured features in {path.name} are damaged; delete the run's cache folder and run it again"
             ) from None
 
 
-def _path(folder: Path, layer: int) -> Path:
-    return folder / f"layer-{layer:04d}.safetensors"
+def _path(folder: Path, layer: int, key: str) -> Path:
+    return folder / f"layer-{layer:04d}.{key}.npy"
+
+
+def _mapped(path: Path) -> Tensor:
+    # "c": what is read is the file's, and nothing is written back; torch takes no read-only arrays.
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
 def _remove_store(folder: Path) -> None:
@@ -233,7 +225,7 @@ def _remove_store(folder: Path) -> None:
     if not folder.exists():
         return
     found = sorted(folder.iterdir())
-    foreign = [path for path in found if path.name != _NOTE and not path.match("layer-*.safetensors")]
+    foreign = [path for path in found if path.name != _NOTE and not path.match("layer-*.npy")]
     if foreign:
         raise ValueError(f"{folder} holds {foreign[0].name}, so it is no feature store and is not replaced")
     # The note first: without it there is no store, should this be interrupted.

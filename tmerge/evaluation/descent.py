@@ -140,7 +140,7 @@ def _gradients(
             parameter.requires_grad_(id(parameter) in wanted)
         for batch in length_batches([len(ids) for ids in encoded], limit):
             model.zero_grad(set_to_none=True)
-            _loss(model, [encoded[place] for place in batch], loaded.device).backward()
+            _loss(model, [encoded[text] for text in batch], loaded.device).backward()
             # Read after every batch and summed in float32: in bfloat16 many small gradients would be lost in the sum.
             for item, view, total in zip(transported, views, sums, strict=True):
                 gradient = view.gradient()

@@ -158,10 +158,10 @@ def _bits_of(model: torch.nn.Module, sequences: list[list[int]], device: torch.d
     ids, attention = ids.to(device), None if attention is None else attention.to(device)
     logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
     mask = torch.ones_like(ids) if attention is None else attention
-    rows, places = mask[:, 1:].nonzero(as_tuple=True)
+    rows, positions = mask[:, 1:].nonzero(as_tuple=True)
     total = torch.zeros(len(sequences), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
     for part in range(0, len(rows), _ROWS_AT_ONCE):
-        row, place = rows[part : part + _ROWS_AT_ONCE], places[part : part + _ROWS_AT_ONCE]
-        loss = functional.cross_entropy(logits[row, place].float(), ids[row, place + 1], reduction="none")
+        row, position = rows[part : part + _ROWS_AT_ONCE], positions[part : part + _ROWS_AT_ONCE]
+        loss = functional.cross_entropy(logits[row, position].float(), ids[row, position + 1], reduction="none")
         total.index_add_(0, row.to(total.device), loss.to(total.device, torch.float64))
     return total.cpu() / torch.log(torch.tensor(2.0, dtype=torch.float64))

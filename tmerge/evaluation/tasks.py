@@ -110,15 +110,17 @@ def run_tasks(
     except ImportError:
         raise MissingExtraError(f'benchmarks need lm-evaluation-harness: pip install "{DISTRIBUTION}[eval]"') from None
     data, wanted = data or {}, expand_tasks(tasks)
-    ours = {name: _definition(name, data.get(name)) for name in wanted if name in _defined() and _is_ours(name, data)}
-    theirs = [name for name in wanted if name not in ours]
+    of_tmerge = {
+        name: _definition(name, data.get(name)) for name in wanted if name in _defined() and _is_ours(name, data)
+    }
+    of_harness = [name for name in wanted if name not in of_tmerge]
     for name in data:
-        if name not in ours:
+        if name not in of_tmerge:
             raise RecipeError(f"task {name!r} cannot read a local file; those that can: {', '.join(_defined())}")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # The harness's own index takes many seconds to build, and is needed only for its own tasks.
-    manager = TaskManager(verbosity="ERROR", include_defaults=bool(theirs))
-    for name in theirs:
+    manager = TaskManager(verbosity="ERROR", include_defaults=bool(of_harness))
+    for name in of_harness:
         known = [*manager.all_tasks, *_defined()]
         if name not in known:
             close = difflib.get_close_matches(name, [*known, *TASK_GROUPS], 1, cutoff=0.4)
@@ -132,7 +134,7 @@ def run_tasks(
         with contextlib.redirect_stderr(io.StringIO()):
             result = lm_eval.simple_evaluate(
                 model=model,
-                tasks=[*ours.values(), *theirs],
+                tasks=[*of_tmerge.values(), *of_harness],
                 task_manager=manager,
                 limit=limit,
                 bootstrap_iters=0,
@@ -164,7 +166,7 @@ def run_tasks(
         chosen = [sample for sample in samples if sample.get("filter") == first]
         parts = {name: chosen}
         # As MalayMMLU is reported: its categories beside the whole.
-        column = ours.get(name, {}).get("metadata", {}).get("category_column")
+        column = of_tmerge.get(name, {}).get("metadata", {}).get("category_column")
         for category in sorted({str(sample["doc"].get(column)) for sample in chosen}) if column else ():
             parts[f"{name}: {category}"] = [one for one in chosen if str(one["doc"].get(column)) == category]
         for part, judged_samples in parts.items():

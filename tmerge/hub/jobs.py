@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,7 +25,6 @@ from tmerge.recipe import RECIPE_VARIABLE, Recipe
 __all__ = ["RemoteRun", "follow_job", "start_job"]
 
 _PATIENCE = 2.0  # seconds between two looks at a job that has stopped talking
-_ENDED = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
 # Debian with uv and git; where the Hub's own `run_uv_job` runs a command. That one takes an argument that ends as a
 # file's name does, such as a repo user/fused.sh, for a file of this machine, so the command is put together here.
 _IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
@@ -120,8 +118,7 @@ def follow_job(run: RemoteRun, log: Callable[[str], None], *, token: str | None 
     with running_jobs("the Hub"):
         for line in api.fetch_job_logs(job_id=run.job, follow=True):
             log(line.rstrip("\n"))
-        while (job := api.inspect_job(job_id=run.job)).status.stage not in _ENDED:
-            time.sleep(_PATIENCE)
+        job = api.wait_for_job(run.job, poll_interval=_PATIENCE)
         if job.status.stage != "COMPLETED":
             reason = f" ({job.status.message})" if job.status.message else ""
             raise RemoteError(f"the job ended as {str(job.status.stage)}{reason}; its log: {run.url}")

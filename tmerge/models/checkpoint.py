@@ -1,14 +1,13 @@
 """A checkpoint's files in a folder: which they are, whether they are whole, and what identifies them.
 
-Only safetensors are opened. A file's header is read here by hand, because a truncated file should be an error
-with its name in it before any memory is taken for its weights.
+Only safetensors are opened, and of these the headers, so that a truncated file is an error with its name in it before
+any memory is taken for its weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import struct
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import parse_local_safetensors_file_metadata
+from huggingface_hub.errors import SafetensorsParsingError
+from huggingface_hub.utils import TensorInfo
 
 from tmerge.errors import CheckpointError
 
@@ -74,6 +76,12 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+
+    @classmethod
+    def of(cls, entry: TensorInfo) -> StoredTensor:
+        """As the Hub's client read it."""
+        begin, end = entry.data_offsets
+        return cls(entry.dtype, tuple(entry.shape), end - begin)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -156,30 +164,19 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        if start == b"version ":
-            raise CheckpointError(
-                f"{str(path)!r} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder"
-            )
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        raw = file.read(length) if 0 < length <= size - 8 else b""
+    if start == b"version ":
+        raise CheckpointError(f"{str(path)!r} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
     try:
-        header = json.loads(raw)
-        tensors = {
-            name: StoredTensor(
-                entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
-            )
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        found = parse_local_safetensors_file_metadata(path).tensors
+    except (SafetensorsParsingError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(
             f"{str(path)!r} is truncated or no safetensors file ({size:,} bytes); download or save it again"
         ) from None
-    if 8 + length + end > size:
-        raise CheckpointError(
-            f"{str(path)!r} is truncated: {size:,} of {8 + length + end:,} bytes; download or save it again"
-        )
+    tensors = {name: StoredTensor.of(entry) for name, entry in found.items()}
+    # The header's length, the header, the tensors.
+    whole = 8 + int.from_bytes(start, "little") + max((entry.data_offsets[1] for entry in found.values()), default=0)
+    if whole > size:
+        raise CheckpointError(f"{str(path)!r} is truncated: {size:,} of {whole:,} bytes; download or save it again")
     return tensors
 
 

@@ -299,9 +299,7 @@ def remote_headers(snapshot: Snapshot) -> dict[str, StoredTensor] | None:
                 f"{text!r}: a safetensors file of the repo has a header that cannot be read"
             ) from None
     return {
-        name: StoredTensor(tensor.dtype, tuple(tensor.shape), tensor.data_offsets[1] - tensor.data_offsets[0])
-        for file in found.files_metadata.values()
-        for name, tensor in file.tensors.items()
+        name: StoredTensor.of(tensor) for file in found.files_metadata.values() for name, tensor in file.tensors.items()
     }
 
 

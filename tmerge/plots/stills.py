@@ -59,8 +59,22 @@ def coupling_still(record: TransportRecord) -> Figure:
     names = record.projections
     across = min(4, len(names))
     down = -(-len(names) // across)
-    figure = Figure(figsize=(0.6 + 2.3 * across, 0.7 + 2.4 * down), dpi=_DPI, layout="constrained", facecolor="white")
-    grid = figure.subplots(down, across, squeeze=False)
+    width, height = 0.6 + 2.3 * across, 0.7 + 2.4 * down
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    # Margins in inches, and room for the numbers beside each panel: to work them out takes longer than to draw.
+    grid = figure.subplots(
+        down,
+        across,
+        squeeze=False,
+        gridspec_kw={
+            "left": 0.65 / width,
+            "right": 1 - 0.45 / width,
+            "bottom": 0.6 / height,
+            "top": 1 - 0.35 / height,
+            "wspace": 0.55,
+            "hspace": 0.3,
+        },
+    )
     for axes in grid.flat:
         axes.set_visible(False)
     image = None
@@ -71,7 +85,7 @@ def coupling_still(record: TransportRecord) -> Figure:
         image = axes.imshow(100 * shares.numpy(), cmap="viridis", aspect="auto", vmin=0, interpolation="nearest")
         axes.set_title(name, fontsize=10)
         axes.tick_params(labelsize=8)
-        figure.colorbar(image, ax=axes, format="%g%%").ax.tick_params(labelsize=7)
+        figure.colorbar(image, ax=axes, format="%g%%", pad=0.04).ax.tick_params(labelsize=7)
     figure.supxlabel("source layer", fontsize=9)
     figure.supylabel("target layer", fontsize=9)
     return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import resource
 import sys
+from functools import cache
 
 from tmerge.version import VERSION
 
@@ -21,9 +22,12 @@ def library_versions() -> dict[str, str]:
     """Of Python and the libraries that decide the numbers."""
     names = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "scipy")
     versions = {"python": ".".join(map(str, sys.version_info[:3])), "tmerge": VERSION}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+    return versions | {name: _version(name) for name in names}
+
+
+@cache
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

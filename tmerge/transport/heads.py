@@ -127,7 +127,7 @@ def _rotated(target: Heads, source: Heads) -> tuple[Tensor, Tensor, Tensor]:
     if not len(target.pairs) or not len(source.pairs):
         return none, none, torch.empty(0)
     # Pair i of R turns by theta^(-i/R): with as large a theta, i/R says the frequency. The side with fewer pairs meets
-    # every so-manieth of the other's.
+    # evenly spaced ones of the other's.
     few = min(len(target.pairs), len(source.pairs))
     target_dims, source_dims = (
         side.ranked[(torch.arange(few) * len(side.pairs) / few).round().long()].T.flatten() for side in (target, source)
@@ -184,14 +184,14 @@ def _fill(
         free, others = target.free, source.free
         if len(free) and len(others):
             dims[free.unsqueeze(1), others] = couple(together("k.post", "q.post")[free][:, others]).dense()
-        _place(plans, "q.post", "k.post", (a, b, share), members, dims)
+        _put(plans, "q.post", "k.post", (a, b, share), members, dims)
     if "v.post" in blocks or "o.pre" in blocks:
         alike = together("v.post", "o.pre")
         found = couple(alike.abs()).signed(alike) if signed else couple(alike)
-        _place(plans, "o.pre", "v.post", (a, b, share), members, found.dense())
+        _put(plans, "o.pre", "v.post", (a, b, share), members, found.dense())
 
 
-def _place(
+def _put(
     plans: dict[str, Tensor],
     many: str,
     single: str,

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tests.pico import pico_model, pico_tokenizer
-from tmerge.calibration import FeatureStore, capture, common_ends, sample_texts, token_places
+from tmerge.calibration import FeatureStore, capture, common_ends, sample_texts, token_positions
 from tmerge.errors import CheckpointError, TokenizerError
 from tmerge.models import LoadedModel, ModelReference
 from tmerge.models.projections import PROJECTIONS, describe
@@ -54,14 +54,14 @@ def real_tokens(tokenizer: Any, text: str, limit: int) -> list[tuple[int, int, i
     return [(place, begin, end) for place, (begin, end) in enumerate(offsets) if end > begin]
 
 
-# -- which places --------------------------------------------------------------------------------------------------
+# -- which positions --------------------------------------------------------------------------------------------------
 
 
 def test_a_token_of_both_ends_at_every_place() -> None:
     chosen = ends(10_000)
     for tokenizer, limit in zip((pico_tokenizer(), word_tokenizer()), LIMITS, strict=True):
-        places = token_places(tokenizer, TEXTS, chosen, limit)
-        for text, wanted, found in zip(TEXTS, chosen, places, strict=True):
+        positions = token_positions(tokenizer, TEXTS, chosen, limit)
+        for text, wanted, found in zip(TEXTS, chosen, positions, strict=True):
             assert len(found) == len(wanted) and list(wanted) == sorted(set(wanted)) and found == sorted(found)
             tokens = {place: end for place, _, end in real_tokens(tokenizer, text, limit)}
             assert [tokens[place] for place in found] == list(wanted)
@@ -84,10 +84,10 @@ def test_the_first_token_is_left_out(bos: bool) -> None:
     tokenizer = pico_tokenizer(bos=bos)
     chosen = common_ends(tokenizer, tokenizer, texts, limits=(48, 48), wanted=10_000, seed=0)
     first = real_tokens(tokenizer, texts[0], 48)[0]
-    for wanted, places in zip(chosen, token_places(tokenizer, texts, chosen, 48), strict=True):
+    for wanted, positions in zip(chosen, token_positions(tokenizer, texts, chosen, 48), strict=True):
         assert len(wanted) == len(real_tokens(tokenizer, texts[0], 48)) - 1
-        assert first[2] not in wanted and first[0] not in places
-        assert min(places) == first[0] + 1 == 1 + bos
+        assert first[2] not in wanted and first[0] not in positions
+        assert min(positions) == first[0] + 1 == 1 + bos
 
 
 def test_the_choice_is_the_seeds_and_is_spread_over_the_texts() -> None:
@@ -104,13 +104,13 @@ def test_the_choice_is_the_seeds_and_is_spread_over_the_texts() -> None:
 
 
 def test_limits_are_each_models_own() -> None:
-    texts = [TEXTS[0] * 4] * 4  # enough places in all
+    texts = [TEXTS[0] * 4] * 4  # enough positions in all
     for limits in ((12, 200), (200, 12)):
         chosen = common_ends(pico_tokenizer(), word_tokenizer(), texts, limits=limits, wanted=1000, seed=0)
         short, limit = ((pico_tokenizer(), 12), (word_tokenizer(), 12))[limits[0] > limits[1]]
         assert max(chosen[0]) <= real_tokens(short, texts[0], limit)[-1][2]
         for tokenizer, own in zip((pico_tokenizer(), word_tokenizer()), limits, strict=True):
-            assert max(token_places(tokenizer, texts, chosen, own)[0]) < own
+            assert max(token_positions(tokenizer, texts, chosen, own)[0]) < own
 
 
 def test_many_texts_are_read_in_parts() -> None:
@@ -118,8 +118,8 @@ def test_many_texts_are_read_in_parts() -> None:
     tokenizer = pico_tokenizer()
     chosen = common_ends(tokenizer, tokenizer, texts, limits=(48, 48), wanted=600, seed=0)
     assert len(chosen) == 600 and all(len(wanted) == 1 for wanted in chosen)
-    one = token_places(tokenizer, texts[550:551], chosen[550:551], 48)
-    assert token_places(tokenizer, texts, chosen, 48)[550] == one[0]
+    one = token_positions(tokenizer, texts[550:551], chosen[550:551], 48)
+    assert token_positions(tokenizer, texts, chosen, 48)[550] == one[0]
 
 
 def test_a_tokenizer_that_does_not_know_where_its_tokens_lie_is_refused() -> None:
@@ -202,7 +202,7 @@ def test_both_models_rows_are_of_the_same_characters(tmp_path: Path) -> None:
 def test_a_token_that_is_not_finite_names_its_text(tmp_path: Path) -> None:
     loaded, chosen = loaded_pico("llama", pico_tokenizer()), ends(80)
     text = next(place for place, wanted in enumerate(chosen) if place > 5 and wanted)
-    (read,) = token_places(loaded.tokenizer, TEXTS[text : text + 1], chosen[text : text + 1], LIMITS[0])
+    (read,) = token_positions(loaded.tokenizer, TEXTS[text : text + 1], chosen[text : text + 1], LIMITS[0])
     token = loaded.tokenizer(TEXTS[text])["input_ids"][read[0]]
     with torch.no_grad():
         loaded.model.model.embed_tokens.weight[token] = torch.nan
@@ -220,12 +220,12 @@ def test_a_token_that_is_not_finite_names_its_text(tmp_path: Path) -> None:
         )
     named = int(str(caught.value).split("for text ")[1].split(",")[0])
     # A text that is read at that token or, in later layers, behind it.
-    (places,) = token_places(loaded.tokenizer, TEXTS[named : named + 1], chosen[named : named + 1], LIMITS[0])
-    assert token in loaded.tokenizer(TEXTS[named])["input_ids"][: places[-1] + 1]
+    (positions,) = token_positions(loaded.tokenizer, TEXTS[named : named + 1], chosen[named : named + 1], LIMITS[0])
+    assert token in loaded.tokenizer(TEXTS[named])["input_ids"][: positions[-1] + 1]
 
 
 def test_tokenizers_that_hardly_agree_are_refused() -> None:
-    with pytest.raises(TokenizerError, match="at one place only 0 times in 3 texts, where 16 are needed"):
+    with pytest.raises(TokenizerError, match="in the same place only 0 times in 3 texts, where 16 are needed"):
         common_ends(pico_tokenizer(), word_tokenizer(), ["a", "b", ""], limits=LIMITS, wanted=80, seed=0)
 
 

@@ -1,7 +1,7 @@
 """Single tokens as rows of the features, where two tokenizations of a text agree (``calibration.rows: tokens``).
 
 A mean over a text's tokens blurs most of what tells neurons apart. A single token's features can be held against the
-other model's at a place where a token of both ends: up to there both have read the same characters. The first token is
+other model's where a token of both ends: up to there both have read the same characters. The first token is
 left out, since the few massive activations that many models keep there would decide every correlation.
 """
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tmerge.errors import TokenizerError
 
-__all__ = ["MINIMUM_ROWS", "common_ends", "token_places"]
+__all__ = ["MINIMUM_ROWS", "common_ends", "token_positions"]
 
 _TEXTS_AT_ONCE = 512
 MINIMUM_ROWS = 16
@@ -37,7 +37,7 @@ def common_ends(
         source: The source's.
         texts: T texts.
         limits: Most tokens of a text, for each of the two.
-        wanted: Places in all, at most; None for the last of each text.
+        wanted: Positions in all, at most; None for the last of each text.
         seed: Of the choice.
 
     Returns:
@@ -46,39 +46,41 @@ def common_ends(
     Raises:
         TokenizerError: A tokenizer does not know where its tokens lie in the text, or they hardly ever agree.
     """
-    mine, theirs = _ends(target, texts, limits[0]), _ends(source, texts, limits[1])
+    target_ends, source_ends = _ends(target, texts, limits[0]), _ends(source, texts, limits[1])
     if wanted is None:
-        last = tuple(tuple(sorted(set(ours) & set(other))[-1:]) for ours, other in zip(mine, theirs, strict=True))
+        last = tuple(
+            tuple(sorted(set(one) & set(other))[-1:]) for one, other in zip(target_ends, source_ends, strict=True)
+        )
         _refuse_too_few(sum(map(len, last)), len(texts))
         return last
     each = -(-wanted // max(1, len(texts)))
     draw = random.Random(seed)
     chosen = []
-    for ours, other in zip(mine, theirs, strict=True):
-        common = sorted(set(ours) & set(other))
+    for one, other in zip(target_ends, source_ends, strict=True):
+        common = sorted(set(one) & set(other))
         chosen.append(draw.sample(common, min(each, len(common))))
-    places = [(row, end) for row, of_text in enumerate(chosen) for end in of_text]
-    _refuse_too_few(len(places), len(texts))
-    kept = draw.sample(places, min(wanted, len(places)))
+    positions = [(row, end) for row, of_text in enumerate(chosen) for end in of_text]
+    _refuse_too_few(len(positions), len(texts))
+    kept = draw.sample(positions, min(wanted, len(positions)))
     return tuple(tuple(sorted(end for _, end in group)) for group in _by_row(kept, len(texts)))
 
 
-def _refuse_too_few(places: int, texts: int) -> None:
-    if places < MINIMUM_ROWS:
+def _refuse_too_few(positions: int, texts: int) -> None:
+    if positions < MINIMUM_ROWS:
         raise TokenizerError(
-            f"the two tokenizers end a token at one place only {places} times in {texts} texts, where "
+            f"the two tokenizers end a token in the same place only {positions} times in {texts} texts, where "
             f"{MINIMUM_ROWS} are needed; give more or longer texts, or set calibration.rows: texts"
         )
 
 
-def _by_row(places: Sequence[tuple[int, int]], rows: int) -> list[list[tuple[int, int]]]:
+def _by_row(positions: Sequence[tuple[int, int]], rows: int) -> list[list[tuple[int, int]]]:
     groups: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
-    for place in places:
-        groups[place[0]].append(place)
+    for position in positions:
+        groups[position[0]].append(position)
     return groups
 
 
-def token_places(
+def token_positions(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ends: Sequence[Sequence[int]], limit: int
 ) -> list[list[int]]:
     """Per text, the index of the token that ends at each of its `ends`.
@@ -90,7 +92,7 @@ def token_places(
         limit: As there.
     """
     found = _ends(tokenizer, texts, limit)
-    return [[places[end] for end in wanted] for places, wanted in zip(found, ends, strict=True)]
+    return [[positions[end] for end in wanted] for positions, wanted in zip(found, ends, strict=True)]
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int) -> list[dict[int, int]]:
@@ -106,6 +108,6 @@ def _ends(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int) 
         found = tokenizer(part, return_offsets_mapping=True, truncation=False, padding=False, verbose=False)
         for offsets in found["offset_mapping"]:
             # A special token lies nowhere: it begins where it ends.
-            real = [(end, place) for place, (begin, end) in enumerate(offsets[:limit]) if end > begin]
+            real = [(end, position) for position, (begin, end) in enumerate(offsets[:limit]) if end > begin]
             ends.append(dict(real[1:]))
     return ends
