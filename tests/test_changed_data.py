@@ -15,6 +15,7 @@ from tmerge.comparison.evaluate import evaluate_models
 from tmerge.comparison.reproduce import reproduce
 from tmerge.errors import CheckpointError, DatasetError, OutputExistsError
 from tmerge.models import load_model, load_tokenizer
+from tmerge.models.place import find_place
 from tmerge.recipe import CalibrationSettings
 from tmerge.stages.merge import merge
 
@@ -251,16 +252,22 @@ def test_rows_are_of_the_commits_that_were_merged_and_another_commit_has_others(
     # Two models as if they were of the Hub, where a repo's main can move at any time.
     now, loaded = ["a" * 40], []
 
-    def load(reference, *, revision_override=None, **options):
-        loaded.append(revision_override)
-        return replace(load_model(reference, **options), commit=revision_override)
+    def found(reference, revision, trust_remote_code):
+        place = find_place(reference)
+        place.__dict__["commit"] = revision or now[0]
+        place.__dict__["_digest"] = lambda: place.commit
+        return place
+
+    def load(reference, *, place, **options):
+        loaded.append(place.commit)
+        return replace(load_model(reference, **options), commit=place.commit)
 
     def moving(*words, **options):
         report = merge(*words, **options)
         now[0] = "c" * 40
         return report
 
-    monkeypatch.setattr("tmerge.models.model.model_commit", lambda reference: now[0])
+    monkeypatch.setattr("tmerge.models.model.find_place", found)
     monkeypatch.setattr("tmerge.models.model.load_model", load)
     monkeypatch.setattr("tmerge.models.model.load_tokenizer", lambda reference, **options: load_tokenizer(reference))
     monkeypatch.setattr("tmerge.comparison.compare.merge", moving)

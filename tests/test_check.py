@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.models.pico_gguf import save_pico_gguf
 from tests.pico import PICO_RARE, save_pico
 from tests.reported import typed
 from tmerge import adapted
 from tmerge.calibration import sample_texts
 from tmerge.errors import NotEnoughDiskError, UnsupportedModelError
 from tmerge.evaluation import most_scorings
-from tmerge.models import model_commit, read_facts
+from tmerge.models import load_model, model_commit, read_facts, save_checkpoint
 from tmerge.plots import norm_ratios
 from tmerge.plots.data import norms_data
 from tmerge.plots.words import ratio_rows
@@ -92,9 +93,9 @@ def test_a_source_base_is_counted_and_its_gate_said(models, tmp_path, monkeypatc
     assert two.base is None and three.base is not None and three.base.commit == model_commit(str(tmp_path / "base"))
     assert two.to_dict()["source_base"] is None
     assert three.to_dict()["source_base"]["parameters"] == three.base.parameters
-    # The fuse stage holds a third model, of the dtype that the other two have.
-    more = three.estimate.memory_bytes - two.estimate.memory_bytes
-    assert more == pytest.approx(1.1 * 4 * three.base.parameters, rel=0.01)
+    # The source before its fine-tuning is read from its files, tensor by tensor: it takes no memory, and no disk.
+    assert three.estimate.memory_bytes == two.estimate.memory_bytes
+    assert three.estimate.disk_bytes == two.estimate.disk_bytes
     assert (two.estimate.download_bytes, three.estimate.download_bytes) == (2000, 3000)
     assert not any("source_base" in note for note in two.notes)
     assert any(note.startswith("the source_base's repo is gated") for note in three.notes)
@@ -105,6 +106,26 @@ def test_a_source_base_is_counted_and_its_gate_said(models, tmp_path, monkeypatc
     same = check(recipe_for(models, "llama", "gpt2", source_base=str(models / "gpt2"), fusion=with_base["fusion"]))
     assert same.estimate.download_bytes == 2000
     assert "source and source_base are the same model: the task vector is zero" in same.notes
+
+
+def test_a_packed_source_takes_disk_for_what_is_fused_and_memory_while_it_is_read(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("tmerge.preflight.estimate.timing_of", lambda *words: Timing(1e-3, "2026-01-01", True))
+    monkeypatch.setattr(
+        "tmerge.preflight.estimate.psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    )
+    save_pico_gguf(tmp_path / "source.gguf")
+    (tmp_path / "source").mkdir()
+    save_checkpoint(load_model(str(tmp_path / "source.gguf"), device="cpu"), tmp_path / "source")
+
+    def estimated(source, **sections):
+        asked = {"dtype": "float32", "fusion": {"projections": ["q", "k"], "top_k": 16}, **sections}
+        return check(Recipe.from_mapping({"target": str(models / "llama"), "source": str(source), **asked})).estimate
+
+    packed, plain = estimated(tmp_path / "source.gguf"), estimated(tmp_path / "source")
+    # q of 64 by 64 and k of 32 by 64, in two layers, in float32.
+    assert packed.disk_bytes - plain.disk_bytes == 2 * (64 + 32) * 64 * 4
+    more, parameters = packed.memory_bytes - plain.memory_bytes, read_facts(str(tmp_path / "source")).parameters
+    assert more == pytest.approx(1.1 * 4 * parameters, rel=0.01)
 
 
 @pytest.mark.skipif("gemma4" not in PICO_RARE, reason="this transformers has no gemma4")
@@ -210,6 +231,11 @@ def test_a_recipe_that_is_pinned_to_commits_trusts_what_it_did_before(tmp_path, 
 
     recipe = Recipe(target=f"user/code@{commit}", source=f"user/other@{commit}", trust_remote_code=["user/code"])
     swapped = recipe.model_copy(update={"target": recipe.source, "source": recipe.target})
+
+    def found(reference, revision, trust_remote_code):
+        asked.setdefault("place", []).append(trust_remote_code)
+
+    monkeypatch.setattr("tmerge.models.model.find_place", found)
     monkeypatch.setattr("tmerge.models.model.read_facts", stop("check"))
     monkeypatch.setattr("tmerge.models.model.load_model", stop("model"))
     monkeypatch.setattr("tmerge.models.model.load_tokenizer", stop("tokenizer"))
@@ -227,4 +253,6 @@ def test_a_recipe_that_is_pinned_to_commits_trusts_what_it_did_before(tmp_path, 
     # The tokenizer is asked for alone, and to read other texts.
     asked["adapted"] = asked["tokenizer"][1::2]
     asked["tokenizer"] = asked["tokenizer"][::2]
+    places = asked.pop("place")
+    assert set(places[: len(places) // 2]) == {True} and set(places[len(places) // 2 :]) == {False}
     assert asked == dict.fromkeys(("check", "model", "tokenizer", "adapted"), [True, False])

@@ -292,13 +292,13 @@ def test_a_fault_of_ours_keeps_its_traceback_and_exits_1(run, pair, tmp_path, mo
     ],
 )
 def test_a_disk_that_fills_meanwhile_is_one_line(run, pair, tmp_path, monkeypatch, fault):
-    from tmerge.stages import fuse
+    from tmerge.fusion import stored
 
     def broken(*_, **__):
         raise fault
 
     with monkeypatch.context() as patched:
-        patched.setattr(fuse, "save_transported", broken)
+        patched.setattr(stored, "write_tensors", broken)
         code, _, said = run("merge", *small(pair, tmp_path / "fused"))
     assert code == 2 and said.strip().splitlines()[-1].startswith("error: the disk is full; make room")
     assert run("merge", *small(pair, tmp_path / "fused"))[0] == 0

@@ -304,7 +304,7 @@ def test_a_run_in_turns_is_the_run_in_one(pair, tmp_path):
     assert [name for name in dict.fromkeys(done) if name in STAGES] == list(STAGES)
 
 
-def test_the_source_is_let_go_once_it_has_been_fused_from(pair, tmp_path, monkeypatch):
+def test_the_source_is_let_go_once_it_has_been_read(pair, tmp_path, monkeypatch):
     loaded, alive = [], {}
     plain = loading.load_model
 
@@ -315,14 +315,14 @@ def test_the_source_is_let_go_once_it_has_been_fused_from(pair, tmp_path, monkey
         return found
 
     def look(step):
-        if step.stage in ("fuse", "evaluate", "save"):
+        if step.stage in ("source", "transport", "fuse", "evaluate", "save"):
             gc.collect()
             alive.setdefault(step.stage, []).append(any(model() is not None for model in loaded))
 
     monkeypatch.setattr(handles, "load_model", remembered)
     merge(recipe_for(pair), tmp_path / "fused", listener=look)
     assert len(loaded) == 1
-    assert any(alive["fuse"]) and not any(alive["evaluate"]) and not any(alive["save"])
+    assert any(alive.pop("source")) and not any(any(found) for found in alive.values()) and len(alive) == 4
 
 
 def test_a_tokenizer_is_read_once_a_run(pair, tmp_path, monkeypatch):

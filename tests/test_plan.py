@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.pico import save_pico
 from tmerge.errors import PlanError, RunNotFoundError
-from tmerge.fusion import load_transported
+from tmerge.fusion import StoredNeurons
 from tmerge.hub import find_run
 from tmerge.recipe import Recipe, load_recipe
 from tmerge.stages.merge import merge
@@ -54,7 +54,7 @@ def swept(finished, out, *settings, **overrides):
 
 
 def transported(folder):
-    items = load_transported(folder / "tmerge" / "cache" / "transported.safetensors")
+    items = StoredNeurons(folder / "tmerge" / "cache" / "transported")
     return {(item.layer, item.projection): item for item in items}
 
 

@@ -19,7 +19,7 @@ from tests.calibration.test_positions import word_tokenizer
 from tests.pico import PICO_VOCAB, pico_model, pico_tokenizer
 from tmerge.calibration import FeatureStore, TextSet
 from tmerge.errors import Cancelled, RecipeError
-from tmerge.fusion import load_transported
+from tmerge.fusion import StoredNeurons
 from tmerge.models import EMBEDDING, HEAD
 from tmerge.recipe import Recipe, load_recipe
 from tmerge.stages.fuse import shared_vocabulary
@@ -216,7 +216,7 @@ def test_fewer_projections_without_the_stream_from_the_plan(models, finished, tm
 
 
 def _transported(folder):
-    return load_transported(folder / "tmerge" / "cache" / "transported.safetensors")
+    return StoredNeurons(folder / "tmerge" / "cache" / "transported")
 
 
 def _stopped(models, out, stage):

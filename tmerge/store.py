@@ -7,9 +7,11 @@ for, whatever the machine does.
 from __future__ import annotations
 
 import json
+import math
 import os
+import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +22,18 @@ from tmerge.documents import json_text, restored
 from tmerge.errors import RunBusyError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
-__all__ = ["LOCK", "locked", "read_json", "replacing", "write_json", "write_tensors", "write_text"]
+__all__ = [
+    "LOCK",
+    "locked",
+    "read_json",
+    "replacing",
+    "write_json",
+    "write_tensors",
+    "write_tensors_in_turn",
+    "write_text",
+]
 
 LOCK = "lock"
 """Name of the file that a folder is locked by."""
@@ -87,6 +98,44 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata or {}) or None
         )
+
+
+def write_tensors_in_turn(
+    path: Path,
+    layout: Mapping[str, tuple[dtype, tuple[int, ...]]],
+    tensor: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file of tensors that are not all in memory at once.
+
+    Args:
+        path: The file.
+        layout: Name -> dtype and shape.
+        tensor: Gives each of them by its name, on the CPU; asked once.
+        metadata: Of the file's header.
+    """
+    import torch
+
+    # Wider values first: so each begins at a multiple of its own size.
+    names = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        kind, shape = layout[name]
+        begin, end = end, end + kind.itemsize * math.prod(shape)
+        header[name] = {"dtype": _SAFETENSORS[str(kind)], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            found = tensor(name)
+            assert (found.dtype, tuple(found.shape)) == layout[name]
+            file.write(found.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+# As the format names the dtypes that weights are held in.
+_SAFETENSORS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64"}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from dataclasses import replace
@@ -32,7 +33,7 @@ class _Counted:
         return maps
 
 
-def _carried(layers, workers):
+def _carried(layers, workers, keep=None):
     """The plans that were made of a target of so many layers, and how many at most were there at once."""
     tokens = torch.randint(3, 384, (40, 8), generator=torch.Generator().manual_seed(0))
     target, source = pico_model("llama", layers=layers), pico_model("llama", layers=2, seed=1)
@@ -57,7 +58,7 @@ def _carried(layers, workers):
     torch.set_num_threads(workers)
     try:
         fusion = Weights(alpha=0.5, top_k=4, projections=tuple(names))
-        carry(describe(target), describe(source), replace(transport, build=counted), fusion)
+        carry(describe(target), describe(source), replace(transport, build=counted), fusion, keep=keep)
     finally:
         torch.set_num_threads(before)
     return len(counted.seen), counted.most
@@ -70,3 +71,24 @@ def test_the_peak_does_not_depend_on_the_number_of_layers(workers):
     assert many == 12 * a_layer
     # Plans do not leave the worker that built them.
     assert max(few_at_once, many_at_once) <= workers * a_layer
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_neurons_that_are_handed_over_do_not_stay(workers):
+    def most_at_once(layers):
+        seen, most = [], 0
+
+        def keep(transported, permuted):
+            nonlocal most
+            assert len({item.layer for item in transported}) == 1 and not permuted
+            seen.extend(weakref.ref(item.weight) for item in transported)
+            gc.collect()
+            most = max(most, sum(weight() is not None for weight in seen))
+
+        _carried(layers, workers, keep)
+        return len(seen), most
+
+    (few, few_at_once), (many, many_at_once) = most_at_once(3), most_at_once(12)
+    assert many == 4 * few
+    # Those of the layer that is handed over, and of the one before, whose last item a loop's variable still names.
+    assert max(few_at_once, many_at_once) <= few // 3 + 1

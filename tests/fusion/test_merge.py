@@ -14,9 +14,7 @@ from tmerge.fusion import (
     fuse,
     fused_neurons,
     layer_weights,
-    load_transported,
     read_neurons,
-    save_transported,
     select_neurons,
     transport_neurons,
 )
@@ -220,31 +218,3 @@ def test_fusing_changes_what_the_model_computes():
         before = model(tokens).logits
         fuse(describe(model).layers, _everything(model), 0.5)
         assert (model(tokens).logits - before).abs().max() > 1e-2
-
-
-# -- keeping what was transported ----------------------------------------------------------------------------------
-
-
-def test_transported_neurons_come_back_as_they_were(tmp_path):
-    items = _everything(pico_model("llama-bias", layers=12))
-    items[3] = TransportedNeurons(0, items[3].projection, items[3].neurons, items[3].weight, None, True)
-    # A column's transported weight may be a transposed view; the file must hold its values all the same.
-    turned = items[6].weight.T.contiguous().T
-    assert not turned.is_contiguous()
-    items[6] = TransportedNeurons(0, "down", items[6].neurons, turned, items[6].bias)
-    path = tmp_path / "transported.safetensors"
-    save_transported(items, path, "key")
-    assert [file.name for file in tmp_path.iterdir()] == ["transported.safetensors"]
-    back = load_transported(path)
-    # Layer 10 after layer 9, and q k v o gate up down within a layer.
-    assert [(item.layer, item.projection) for item in back] == [(item.layer, item.projection) for item in items]
-    for mine, theirs in zip(items, back, strict=True):
-        assert mine.neurons.equal(theirs.neurons) and mine.weight.equal(theirs.weight)
-        assert mine.is_difference is theirs.is_difference
-        assert (mine.bias is None) == (theirs.bias is None)
-        assert mine.bias is None or mine.bias.equal(theirs.bias)
-
-
-def test_nothing_transported_is_kept_as_nothing(tmp_path):
-    save_transported([], tmp_path / "none.safetensors", "key")
-    assert load_transported(tmp_path / "none.safetensors") == []

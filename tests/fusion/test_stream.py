@@ -36,7 +36,7 @@ def _carried(family, source_family=None, *, vocabulary=PICO_VOCAB, **options):
     source, target = _fine_tuned(base), pico_model(family)
     maps = _maps(64, base.config.hidden_size)
     tokens = torch.arange(vocabulary).repeat(2, 1) if vocabulary else None
-    found = carry_stream(describe(target), describe(source), describe(base), {0: 0, 1: 2}, maps, tokens)
+    found = list(carry_stream(describe(target), describe(source), describe(base), {0: 0, 1: 2}, maps, tokens))
     return target, source, base, maps, {(item.layer, item.projection): item for item in found}
 
 
@@ -112,14 +112,8 @@ def test_what_the_source_lacks_stays(target, source, left):
 
 def test_nothing_learned_is_nothing_carried():
     base = pico_model("gpt2", layers=3, seed=3)
-    found = carry_stream(
-        describe(pico_model("gpt2")),
-        describe(base),
-        describe(base),
-        {0: 0, 1: 1},
-        _maps(64, 64),
-        torch.arange(PICO_VOCAB).repeat(2, 1),
-    )
+    models = describe(pico_model("gpt2")), describe(base), describe(base)
+    found = list(carry_stream(*models, {0: 0, 1: 1}, _maps(64, 64), torch.arange(PICO_VOCAB).repeat(2, 1)))
     assert len(found) == 6
     assert not any(item.weight.any() or (item.bias is not None and item.bias.any()) for item in found)
 
@@ -143,7 +137,8 @@ def test_a_trimmed_and_reordered_vocabulary_is_carried_token_by_token():
     out_map, in_map = _maps(64, 64)
     # The last is beyond both matrices, as rows may be that a tokenizer knows and a model does not.
     tokens = torch.tensor([[7, 3, 199, 200], [300, 4, 5, PICO_VOCAB]])
-    items = carry_stream(describe(target), describe(source), describe(base), {0: 0, 1: 2}, (out_map, in_map), tokens)
+    models = describe(target), describe(source), describe(base)
+    items = list(carry_stream(*models, {0: 0, 1: 2}, (out_map, in_map), tokens))
     found = {item.projection: item for item in items}
     before = target.get_input_embeddings().weight.detach().clone()
     learned = (source.get_input_embeddings().weight - base.get_input_embeddings().weight).detach()

@@ -22,6 +22,7 @@ from huggingface_hub import get_session
 from pathlib import Path
 from tmerge.errors import TmergeError
 from tmerge.models import load_model, load_tokenizer, model_commit, read_facts, save_checkpoint
+from tmerge.models.place import find_place
 
 results = {}
 
@@ -57,7 +58,7 @@ def saved(reference, folder):
 case("main", lambda: loaded("user/pico"))
 case("tag", lambda: loaded("user/pico@v1"))
 case("branch with a slash", lambda: loaded("user/pico@refs/pr/1"))
-case("override", lambda: loaded("user/pico", revision_override="OLD_COMMIT"))
+case("override", lambda: loaded("user/pico", place=find_place("user/pico", "OLD_COMMIT")))
 case("commit alone", lambda: {"commit": model_commit("user/pico@v1")})
 case("sharded", lambda: loaded("user/sharded"))
 case("private with a token", lambda: facts("user/private"))

@@ -12,10 +12,10 @@ Each takes the same selected neurons as the merge, and asks one question of its 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from tmerge.fusion import COLUMN_PROJECTIONS, Alpha, TransportedNeurons, alpha_of, fuse, read_neurons
 from tmerge.models import Projection
 
-__all__ = ["Control", "applied", "control_generator", "noise", "shrink"]
+__all__ = ["Control", "Derived", "applied", "control_generator", "noise", "shrink"]
 
 Control = Literal["shrink", "noise", "permuted"]
 
@@ -34,28 +34,49 @@ def control_generator(seed: int, *place: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def shrink(
-    layers: Sequence[dict[str, Projection]], transported: Sequence[TransportedNeurons]
-) -> list[TransportedNeurons]:
+class Derived(Sequence[TransportedNeurons]):
+    """Items made of others when they are asked for, so that no more than one of them is in memory.
+
+    Args:
+        items: The others.
+        make: Called with one of them each time that its counterpart is asked for.
+    """
+
+    def __init__(
+        self, items: Sequence[TransportedNeurons], make: Callable[[TransportedNeurons], TransportedNeurons]
+    ) -> None:
+        self._items, self._make = items, make
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, place: int) -> TransportedNeurons: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[TransportedNeurons]: ...
+    def __getitem__(self, place: int | slice) -> TransportedNeurons | list[TransportedNeurons]:
+        if isinstance(place, slice):
+            return [self._make(item) for item in self._items[place]]
+        return self._make(self._items[place])
+
+
+def shrink(layers: Sequence[dict[str, Projection]], transported: Sequence[TransportedNeurons]) -> Derived:
     """Targets of zero: fusing with alpha then scales the selected neurons by 1 - alpha.
 
     A task vector is added and takes nothing away; its control goes as far towards zero as the task vector goes.
 
     Args:
-        layers: The *unfused* target's projections, `Architecture.views`.
+        layers: The target's projections, `Architecture.views`; those of an item *unfused* when it is asked for.
         transported: What the merge would fuse.
     """
-    return [
-        _towards_zero(layers[item.layer][item.projection], item)
-        if item.is_difference
-        else replace(
-            item,
-            weight=torch.zeros_like(item.weight),
-            bias=None if item.bias is None else torch.zeros_like(item.bias),
-            is_difference=False,
-        )
-        for item in transported
-    ]
+
+    def make(item: TransportedNeurons) -> TransportedNeurons:
+        if item.is_difference:
+            return _towards_zero(layers[item.layer][item.projection], item)
+        bias = None if item.bias is None else torch.zeros_like(item.bias)
+        return replace(item, weight=torch.zeros_like(item.weight), bias=bias, is_difference=False)
+
+    return Derived(transported, make)
 
 
 def _towards_zero(view: Projection, item: TransportedNeurons) -> TransportedNeurons:
@@ -65,18 +86,16 @@ def _towards_zero(view: Projection, item: TransportedNeurons) -> TransportedNeur
     return replace(item, weight=-share * own, bias=None)
 
 
-def noise(
-    layers: Sequence[dict[str, Projection]], transported: Sequence[TransportedNeurons], seed: int
-) -> list[TransportedNeurons]:
+def noise(layers: Sequence[dict[str, Projection]], transported: Sequence[TransportedNeurons], seed: int) -> Derived:
     """Random directions of the merge's own norm, for each layer and projection.
 
     Args:
-        layers: The *unfused* target's projections.
+        layers: The target's projections; those of an item *unfused* when it is asked for.
         transported: What the merge would fuse.
         seed: Of the run.
     """
-    result = []
-    for item in transported:
+
+    def make(item: TransportedNeurons) -> TransportedNeurons:
         view = layers[item.layer][item.projection]
         generator = control_generator(seed, "noise", item.layer, item.projection)
         own = read_neurons(view, item.neurons).cpu()
@@ -87,28 +106,32 @@ def noise(
             moved = own_bias.float().cpu()
             moved = moved if item.projection in COLUMN_PROJECTIONS else moved[item.neurons]
             bias = _random_like(item.bias if item.is_difference else item.bias - moved, generator)
-        result.append(replace(item, weight=weight, bias=bias, is_difference=True))
-    return result
+        return replace(item, weight=weight, bias=bias, is_difference=True)
+
+    return Derived(transported, make)
 
 
 @contextmanager
 def applied(
     layers: Sequence[dict[str, Projection]], transported: Sequence[TransportedNeurons], alpha: Alpha
 ) -> Iterator[None]:
-    """The target with something fused into it, for the length of a ``with``; its bytes come back afterwards."""
-    changed = [item for item in transported if alpha_of(alpha, item.projection) != 0]
-    kept = [(layers[item.layer][item.projection], item.neurons) for item in changed]
+    """The target with something fused into it, for the length of a ``with``; its bytes come back afterwards.
+
+    One item is in memory at a time, and what the target's neurons were before.
+    """
     stored = []
-    for view, neurons in kept:
-        weight = view.weight()
-        own = weight[:, neurons] if view.name in COLUMN_PROJECTIONS else weight[neurons]
-        bias = view.bias()
-        stored.append((own.clone(), None if bias is None else bias.clone()))
     try:
-        fuse(layers, changed, alpha)
+        for item in transported:
+            if alpha_of(alpha, item.projection) == 0:
+                continue
+            view, neurons = layers[item.layer][item.projection], item.neurons.clone()
+            weight, bias = view.weight(), view.bias()
+            own = weight[:, neurons] if view.name in COLUMN_PROJECTIONS else weight[neurons]
+            stored.append((view, neurons, own.clone(), None if bias is None else bias.clone()))
+            fuse(layers, [item], alpha)
         yield
     finally:
-        for (view, neurons), (own, bias) in zip(kept, stored, strict=True):
+        for view, neurons, own, bias in stored:
             if view.name in COLUMN_PROJECTIONS:
                 view.write(own, columns=neurons)
             else:

@@ -11,28 +11,27 @@ from tmerge.fusion.merge import (
     fuse,
     fused_neurons,
     layer_weights,
-    load_transported,
     read_neurons,
-    save_transported,
     transport_neurons,
 )
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_count, neuron_side, select_neurons
+from tmerge.fusion.stored import NeuronWriter, StoredNeurons
 
 __all__ = [
     "COLUMN_PROJECTIONS",
     "Alpha",
     "Carried",
+    "NeuronWriter",
+    "StoredNeurons",
     "TransportedNeurons",
     "alpha_of",
     "carry",
     "fuse",
     "fused_neurons",
     "layer_weights",
-    "load_transported",
     "neuron_count",
     "neuron_side",
     "read_neurons",
-    "save_transported",
     "select_neurons",
     "transport_neurons",
     "unit_factors",

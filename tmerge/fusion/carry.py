@@ -1,13 +1,13 @@
 """Carrying a whole source over: from a transport to transported neurons, layer by layer.
 
 Each target layer's maps are built, serve every fused projection's selected neurons, and go: a plan exists in full only
-while its layer is worked on. What later pictures and later fusions need of it is gathered for the run's
-`TransportRecord` as it goes.
+while its layer is worked on, and so do the transported neurons, where the caller takes them layer by layer. What later
+pictures and later fusions need of a plan is gathered for the run's `TransportRecord` as it goes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -29,14 +29,18 @@ __all__ = ["Carried", "carry"]
 Shuffle = Callable[[int, str, int], Tensor]
 """(layer, feature key, n) -> a permutation (n,) of the target's neurons."""
 
+Keep = Callable[[Sequence[TransportedNeurons], Sequence[TransportedNeurons]], None]
+"""Takes what was transported of a layer, and the same through shuffled plans, in the order of layers."""
+
 
 @dataclass
 class Carried:
     """What `carry` gives.
 
     Attributes:
-        transported: One item per fused layer and projection, by layer.
+        transported: One item per fused layer and projection, by layer; empty where they were handed over.
         permuted: The same through plans whose target neurons are shuffled; empty unless asked for.
+        stream: Names of what else was carried that lies on the residual stream.
         norm_ratios: projection -> one number per fused layer: transported over own norm of the selected neurons; None
             where the target's own are all zero.
         biases: projection -> what became of its bias, in words.
@@ -45,6 +49,7 @@ class Carried:
 
     transported: list[TransportedNeurons] = field(default_factory=list)
     permuted: list[TransportedNeurons] = field(default_factory=list)
+    stream: set[str] = field(default_factory=set)
     norm_ratios: dict[str, list[float | None]] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -68,12 +73,13 @@ def carry(
     source_base: Architecture | None = None,
     shuffle: Shuffle | None = None,
     vocabulary: Tensor | None = None,
+    keep: Keep | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Carried:
     """Transport every fused projection of every target layer (Eq. 13-14 up to alpha).
 
-    At most one target layer a worker is worked on, and one more is waiting: memory does not grow with the number of
-    layers, but by what is carried.
+    At most one target layer a worker is worked on, and one more is waiting: with `keep`, memory does not grow with the
+    number of layers but by the record's sparse plans.
 
     Args:
         target: Read for norms and shapes; nothing is written here.
@@ -83,12 +89,21 @@ def carry(
         source_base: For task vectors: the source before its fine-tuning.
         shuffle: For the `permuted` control.
         vocabulary: With ``fusion.stream``: (2, V) ids in the target and in the source of tokens that both have.
+        keep: Is handed each layer's neurons, which are let go then; None keeps all of them in the result.
         progress: Called with (layers done, all); may raise to stop.
     """
     carrier = Carrier(target, source, source_base, transport, fusion)
     recorder, layers = PlanRecorder(transport), transport.target_layers
     carried = Carried(norm_ratios={projection: [] for projection in transport.layer_maps})
+    selected: dict[str, list[Tensor]] = {projection: [] for projection in transport.layer_maps}
     statistics = transport.statistics  # read once, here, and not by every worker
+
+    def hand_over(transported: Sequence[TransportedNeurons], permuted: Sequence[TransportedNeurons]) -> None:
+        if keep is not None:
+            keep(transported, permuted)
+            return
+        carried.transported += transported
+        carried.permuted += permuted
 
     def work(layer: int) -> _CarriedLayer:
         maps = transport.feature_maps(layer)
@@ -102,38 +117,40 @@ def carry(
         return _CarriedLayer(transported, permuted, recorder.part(maps.values()))
 
     def take(layer: int, found: _CarriedLayer) -> None:
-        carried.transported += found.transported
-        carried.permuted += found.permuted
+        for item in found.transported:
+            _note(carried, carrier, item, is_first=not selected[item.projection])
+            selected[item.projection].append(item.neurons.to(torch.int32))
+        hand_over(found.transported, found.permuted)
         recorder.add(found.recorded)
         if progress is not None:
             progress(layers.index(layer) + 1, len(layers))
 
     with one_thread_each() as workers:
         in_turn(work, layers, workers, take)
+    carried.biases = {projection: carried.biases[projection] for projection in transport.layer_maps}
     carried.tensors = recorder.tensors()
-    _finish(carried, carrier)
+    carried.tensors |= {f"neurons.{name}": torch.stack(neurons) for name, neurons in selected.items()}
     if fusion.carries_stream:
         assert source_base is not None  # the recipe sees to it
         models = target, source, source_base
-        carried.transported += _carried_stream(models, transport, fusion, vocabulary, None)
+        for item in _carried_stream(models, transport, fusion, vocabulary, None):
+            carried.stream.add(item.projection)
+            hand_over([item], [])
         if shuffle is not None:
-            carried.permuted += _carried_stream(models, transport, fusion, vocabulary, shuffle)
+            for item in _carried_stream(models, transport, fusion, vocabulary, shuffle):
+                hand_over([], [item])
     return carried
 
 
-def _finish(carried: Carried, carrier: Carrier) -> None:
-    """Norm ratios, biases and selected neurons, once all layers are there."""
-    for item in carried.transported:
-        view = carrier.target.layers[item.layer][item.projection]
-        own = torch.linalg.vector_norm(read_neurons(view, item.neurons))
-        ratio = torch.linalg.vector_norm(item.weight.double()) / own.double().cpu()
-        # Blocks that were added to a model begin with zeros, and over nothing there is no ratio.
-        carried.norm_ratios[item.projection].append(float(ratio) if own else None)
-    for projection in carrier.transport.layer_maps:
-        items = [item for item in carried.transported if item.projection == projection]
-        carried.tensors[f"neurons.{projection}"] = torch.stack([item.neurons for item in items]).to(torch.int32)
-        first = carrier.target.layers[items[0].layer][projection]
-        carried.biases[projection] = carrier.bias_fate(first, items[0].neurons)
+def _note(carried: Carried, carrier: Carrier, item: TransportedNeurons, *, is_first: bool) -> None:
+    """An item's norm ratio; and what becomes of its projection's bias, told of the first layer that has it."""
+    view = carrier.target.layers[item.layer][item.projection]
+    own = torch.linalg.vector_norm(read_neurons(view, item.neurons))
+    ratio = torch.linalg.vector_norm(item.weight.double()) / own.double().cpu()
+    # Blocks that were added to a model begin with zeros, and over nothing there is no ratio.
+    carried.norm_ratios[item.projection].append(float(ratio) if own else None)
+    if is_first:
+        carried.biases[item.projection] = carrier.bias_fate(view, item.neurons)
 
 
 def _carried_stream(
@@ -142,7 +159,7 @@ def _carried_stream(
     fusion: FusionSettings,
     vocabulary: Tensor | None,
     shuffle: Shuffle | None,
-) -> list[TransportedNeurons]:
+) -> Iterator[TransportedNeurons]:
     """The task vector of what else lies on the residual stream, which one correspondence carries everywhere."""
     others: dict[int, int] = {}
     for found in transport.layer_maps.values():

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tmerge.fusion.maps import after
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
-from tmerge.models import PROJECTIONS, Projection, group_of
-from tmerge.store import write_tensors
+from tmerge.models import Projection, group_of
 from tmerge.transport.maps import Scale
 
 __all__ = [
@@ -30,9 +27,7 @@ __all__ = [
     "fuse",
     "fused_neurons",
     "layer_weights",
-    "load_transported",
     "read_neurons",
-    "save_transported",
     "transport_neurons",
 ]
 
@@ -162,40 +157,3 @@ def fuse(
             view.write(fused, bias=bias, rows=neurons)
         if progress is not None:
             progress(done, len(transported))
-
-
-def save_transported(transported: Sequence[TransportedNeurons], path: Path, key: str) -> None:
-    """Write transported neurons to one safetensors file, under a temporary name first.
-
-    Args:
-        transported: Of all layers.
-        path: The file.
-        key: Kept in the file's metadata.
-    """
-    tensors = {}
-    for item in transported:
-        name = f"{item.layer}.{item.projection}.{'difference' if item.is_difference else 'value'}"
-        tensors[f"{name}.neurons"] = item.neurons.contiguous()
-        tensors[f"{name}.weight"] = item.weight.contiguous()
-        if item.bias is not None:
-            tensors[f"{name}.bias"] = item.bias.contiguous()
-    write_tensors(path, tensors, {"key": key})
-
-
-def load_transported(path: Path) -> list[TransportedNeurons]:
-    """Read what `save_transported` wrote, in the order of layers and then of projections."""
-    tensors = load_file(path)
-    names = sorted({name.rpartition(".")[0] for name in tensors}, key=_place)
-    result = []
-    for name in names:
-        layer, projection, kind = name.split(".")
-        weight, neurons = tensors[f"{name}.weight"], tensors[f"{name}.neurons"]
-        bias = tensors.get(f"{name}.bias")
-        result.append(TransportedNeurons(int(layer), projection, neurons, weight, bias, kind == "difference"))
-    return result
-
-
-def _place(name: str) -> tuple[int, int, str]:
-    layer, projection, _ = name.split(".")
-    known = projection in PROJECTIONS
-    return int(layer), PROJECTIONS.index(projection) if known else len(PROJECTIONS), projection

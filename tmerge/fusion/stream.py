@@ -10,7 +10,7 @@ projections this carries much of what fine-tuning in another language changed (d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ def carry_stream(
     pairs: Mapping[int, int],
     maps: tuple[Tensor, Tensor],
     vocabulary: Tensor | None,
-) -> list[TransportedNeurons]:
-    """The task vector of everything on the stream that both models have.
+) -> Iterator[TransportedNeurons]:
+    """The task vector of everything on the stream that both models have, one thing at a time.
 
     Args:
         target: The target.
@@ -43,7 +43,6 @@ def carry_stream(
     """
     out_map, in_map = maps
     last = {len(target.layers): len(source.layers)}
-    carried = []
     for layer, other in {**pairs, **last}.items():
         for name, view in target.stream[layer].items():
             read, base = (_view(model, other, name) for model in (source, source_base))
@@ -69,8 +68,7 @@ def carry_stream(
             own, own_bias, old = view.bias(), read.bias(), base.bias()
             if name not in (EMBEDDING, HEAD) and own is not None and own_bias is not None and old is not None:
                 bias = out_map @ (own_bias.float().cpu() - old.float().cpu())
-            carried.append(TransportedNeurons(layer, name, neurons, weight.contiguous(), bias, True))
-    return carried
+            yield TransportedNeurons(layer, name, neurons, weight.contiguous(), bias, True)
 
 
 def _view(model: Architecture, layer: int, name: str) -> Projection | None:

@@ -28,6 +28,7 @@ from tmerge.models.remote import Snapshot, fetch, hub_errors, open_repo
 from tmerge.models.rotary import head_facts
 from tmerge.models.saving import save_checkpoint, verify_checkpoint
 from tmerge.models.stream import EMBEDDING, HEAD, STREAM, group_of
+from tmerge.models.weights import MappedWeights, read_weights_file, write_weights
 
 __all__ = [
     "DEMO_MODELS",
@@ -40,6 +41,7 @@ __all__ = [
     "DemoModel",
     "HeadLayout",
     "LoadedModel",
+    "MappedWeights",
     "Model",
     "ModelFacts",
     "ModelReference",
@@ -69,7 +71,9 @@ __all__ = [
     "pick_device",
     "pick_dtype",
     "read_facts",
+    "read_weights_file",
     "save_checkpoint",
     "trusts",
     "verify_checkpoint",
+    "write_weights",
 ]

@@ -10,12 +10,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tmerge.errors import ModelNotFoundError
-from tmerge.models.checkpoint import StoredTensor, read_headers, weight_files
-from tmerge.models.configs import check_config, load_config, meta_model, stored_dtype, tidy_gguf_config
-from tmerge.models.demo import demo_model
-from tmerge.models.gguf import fast_reading, read_header
-from tmerge.models.loading import gguf_file
-from tmerge.models.place import Place
+from tmerge.models.checkpoint import StoredTensor
+from tmerge.models.configs import check_config, stored_dtype
+from tmerge.models.place import GgufPlace, Place, find_place
 from tmerge.models.reference import ModelReference
 from tmerge.models.remote import download_bytes, remote_headers, weight_bytes
 from tmerge.models.stored import SidePart, side_parts
@@ -64,34 +61,37 @@ class ModelFacts:
 
 
 def read_facts(
-    reference: str | ModelReference, *, trust_remote_code: bool = False, revision_override: str | None = None
+    reference: str | ModelReference, *, trust_remote_code: bool = False, place: Place | GgufPlace | None = None
 ) -> ModelFacts:
     """Read a model's facts: of a Hub repo its config and its safetensors' headers, of local files their headers.
+
+    Args:
+        reference: As `load_model`.
+        trust_remote_code: Whether this repo's own Python code may run.
+        place: Its files, where they have been found before.
 
     Raises:
         TmergeError: As `load_model`, for what can be seen without the weights: not found, gated, no causal LM,
             pickles only, truncated, quantised, not all of the model or more than it has a place for.
     """
-    where = reference if isinstance(reference, ModelReference) else ModelReference.parse(reference)
-    if where.kind == "gguf":
-        return _gguf_facts(where)
-    place = Place.find(where, revision_override)
-    check_config(where, place.config, trust_remote_code)
+    place = place or find_place(reference, trust_remote_code=trust_remote_code)
+    if isinstance(place, GgufPlace):
+        return _gguf_facts(place)
+    check_config(place.reference, place.stored_config, trust_remote_code)  # said before any header is asked for
     snapshot = place.snapshot
     headers: dict[str, StoredTensor] | None
     if snapshot is None:
-        files = weight_files(place.folder)
-        size: int | None = sum(path.stat().st_size for path in files)
-        headers = read_headers(files)
+        headers = place.headers
+        size: int | None = sum(path.stat().st_size for path in place.weights)
     else:
         size, headers = weight_bytes(snapshot), remote_headers(snapshot)
         if headers is None:
             headers = _cached_headers(place)
-    config = load_config(where, place.pretrained, place.options, trust_remote_code)
-    model = meta_model(config, trust_remote_code)
+    model = place.empty
     # Without the Hub and with no weights in its cache there is nothing to look into.
-    side = () if headers is None else side_parts(where, model, headers)
-    facts = _facts(where, config, model, stored_dtype(place.config, headers or {}), size, place.licence())
+    side = () if headers is None else side_parts(place.reference, model, headers)
+    dtype = stored_dtype(place.stored_config, headers or {})
+    facts = _facts(place.reference, place.config, model, dtype, size, place.licence)
     facts = replace(facts, side=side)
     if snapshot is None:
         return facts
@@ -111,19 +111,14 @@ def read_facts(
 def _cached_headers(place: Place) -> dict[str, StoredTensor] | None:
     """What the weights in the Hub's cache hold, or None where they are not all there."""
     try:
-        return read_headers(place.weights())
+        return place.headers
     except ModelNotFoundError:
         return None
 
 
-def _gguf_facts(reference: ModelReference) -> ModelFacts:
-    path = gguf_file(reference)
-    header = read_header(path)
-    with fast_reading(path) as folder:
-        config = load_config(reference, folder, {"gguf_file": path.name})
-    tidy_gguf_config(config)
-    licence = demo_model(reference.demo).licence if reference.demo is not None else header.licence
-    return _facts(reference, config, meta_model(config), torch.bfloat16, header.weight_bytes, licence)
+def _gguf_facts(place: GgufPlace) -> ModelFacts:
+    model, size = place.empty, place.header.weight_bytes
+    return _facts(place.reference, model.config, model, torch.bfloat16, size, place.licence)
 
 
 def _facts(

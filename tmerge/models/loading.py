@@ -7,9 +7,9 @@ from safetensors or GGUF, never from pickles, and a repo's own code runs only wh
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,13 +19,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging
 
 from tmerge.errors import CheckpointError, MissingExtraError, UnsupportedModelError
-from tmerge.models.checkpoint import file_digest, read_headers
-from tmerge.models.configs import check_config, load_config, meta_model, stored_dtype, tidy_gguf_config
-from tmerge.models.demo import demo_model, demo_path
+from tmerge.models.configs import stored_dtype, tidy_gguf_config
 from tmerge.models.device import check_memory, memory_errors, multiplies_fast, pick_device, pick_dtype
 from tmerge.models.finite import check_finite, gguf_tensors, safetensors_tensors
 from tmerge.models.gguf import GgufHeader, fast_reading, read_header
-from tmerge.models.place import Place
+from tmerge.models.place import GgufPlace, Place, find_place
 from tmerge.models.reference import ModelReference, first_line
 from tmerge.models.remote import hub_errors
 from tmerge.models.stored import announce_what_is_there, side_parts, without_a_place
@@ -33,7 +31,6 @@ from tmerge.models.tokenizers import check_tokenizer, read_tokenizer
 
 __all__ = [
     "LoadedModel",
-    "gguf_file",
     "load_model",
     "load_tokenizer",
     "model_commit",
@@ -95,9 +92,9 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
-    revision_override: str | None = None,
     widen: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    place: Place | GgufPlace | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
@@ -107,10 +104,10 @@ def load_model(
             it does not say); for a GGUF file, whose weights have none of their own, bfloat16.
         device: As `pick_device`.
         trust_remote_code: Whether this repo's own Python code may run.
-        revision_override: Commit to load instead of what the reference says, for a run that is continued.
         widen: With `dtype` ``auto``, hold the weights in float32 where the device multiplies their dtype slowly. The
             values are the same, and `LoadedModel.dtype` stays the stored one.
         tokenizer: The model's, where it has been read before; it is read otherwise.
+        place: Its files, where they have been found before; they are looked for otherwise.
 
     Raises:
         ModelNotFoundError: Nothing by that name, or no way to it.
@@ -124,17 +121,13 @@ def load_model(
         NotEnoughDiskError: The download does not fit.
         MissingExtraError: A package that this model needs is not installed.
     """
-    where = reference if isinstance(reference, ModelReference) else ModelReference.parse(reference)
     there = pick_device(device)
-    if where.kind == "gguf":
-        return _widened(_load_gguf(where, dtype, there, tokenizer), widen and dtype == "auto")
-    place = Place.find(where, revision_override)
-    check_config(where, place.config, trust_remote_code)
-    config = load_config(where, place.pretrained, place.options, trust_remote_code)
-    weights = place.weights()
-    headers = read_headers(weights)
-    side_parts(where, meta_model(config, trust_remote_code), headers)
-    number_format = pick_dtype(dtype, stored_dtype(place.config, headers))
+    place = place or find_place(reference, trust_remote_code=trust_remote_code)
+    if isinstance(place, GgufPlace):
+        return _widened(_load_gguf(place, dtype, there, tokenizer), widen and dtype == "auto")
+    where, config, headers = place.reference, copy.deepcopy(place.config), place.headers
+    side_parts(where, place.empty, headers)
+    number_format = pick_dtype(dtype, stored_dtype(place.stored_config, headers))
     values = sum(tensor.nbytes // _width(tensor.dtype) for tensor in headers.values())
     check_memory(where.text, values * number_format.itemsize, there)
     if tokenizer is None:
@@ -152,62 +145,50 @@ def load_model(
         )
     # Asked again of what was really done: the headers alone may have told of it in another way.
     announce_what_is_there(model, side_parts(where, model, headers, report))
-    check_finite(where, model, lambda: safetensors_tensors(weights, without_a_place(model, headers, report)))
-    loaded = _finish(where, place.commit(weights), model, tokenizer, place.licence(), there)
+    check_finite(where, model, lambda: safetensors_tensors(place.weights, without_a_place(model, headers, report)))
+    loaded = _finish(where, place.commit, model, tokenizer, place.licence, there)
     return _widened(loaded, widen and dtype == "auto")
 
 
 def load_tokenizer(
-    reference: str | ModelReference, *, trust_remote_code: bool = False, revision_override: str | None = None
+    reference: str | ModelReference, *, trust_remote_code: bool = False, place: Place | GgufPlace | None = None
 ) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer alone.
+
+    Args:
+        reference: As `load_model`.
+        trust_remote_code: Whether this repo's own Python code may run.
+        place: Its files, where they have been found before.
 
     Raises:
         TmergeError: As `load_model`, for what concerns the tokenizer.
     """
-    where = reference if isinstance(reference, ModelReference) else ModelReference.parse(reference)
-    if where.kind == "gguf":
-        path = gguf_file(where)
-        read_header(path)
-        with fast_reading(path) as folder:
-            return read_tokenizer(where, path, folder, {"gguf_file": path.name})
-    place = Place.find(where, revision_override)
-    with hub_errors(where):
-        return read_tokenizer(where, place.folder, place.pretrained, place.options, trust_remote_code)
+    place = place or find_place(reference, trust_remote_code=trust_remote_code)
+    if isinstance(place, GgufPlace):
+        read_header(place.path)
+        with fast_reading(place.path) as folder:
+            return read_tokenizer(place.reference, place.path, folder, {"gguf_file": place.path.name})
+    with hub_errors(place.reference):
+        return read_tokenizer(place.reference, place.folder, place.pretrained, place.options, trust_remote_code)
 
 
-def model_commit(reference: str | ModelReference, *, revision_override: str | None = None) -> str:
+def model_commit(reference: str | ModelReference) -> str:
     """What `LoadedModel.commit` would be, without loading: one request for a Hub repo, a hash of local files.
 
     Raises:
         TmergeError: As `load_model`, for what concerns finding the files.
     """
-    where = reference if isinstance(reference, ModelReference) else ModelReference.parse(reference)
-    if where.kind == "gguf":
-        return _gguf_commit(where)
-    place = Place.find(where, revision_override)
-    return place.commit([] if place.snapshot is not None else place.weights())
-
-
-def gguf_file(reference: ModelReference) -> Path:
-    """The file of a ``gguf`` reference; a demo model's is put together and checked first."""
-    return demo_path(reference.demo) if reference.demo is not None else Path(reference.path or "").resolve()
-
-
-def _gguf_commit(reference: ModelReference) -> str:
-    # A demo file's hash has just been checked against the pinned one.
-    digest = demo_model(reference.demo).sha256 if reference.demo is not None else file_digest(gguf_file(reference))
-    return f"sha256:{digest}"
+    return find_place(reference).commit
 
 
 def _load_gguf(
-    reference: ModelReference,
+    place: GgufPlace,
     dtype: str | torch.dtype,
     device: torch.device,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> LoadedModel:
-    path = gguf_file(reference)
-    header = read_header(path)
+    reference, path, header = place.reference, place.path, place.header
+    config = copy.deepcopy(place.config)
     number_format = pick_dtype(dtype, torch.bfloat16)
     check_memory(reference.text, _unpacking_bytes(header, number_format), torch.device("cpu"))
     if device.type != "cpu":
@@ -216,7 +197,6 @@ def _load_gguf(
     packing = getattr(transformers, "GgufConfig", None)
     options: dict[str, Any] = {} if packing is None else {"quantization_config": packing(dequantize=True)}
     with fast_reading(path) as folder:
-        config = load_config(reference, folder, {"gguf_file": path.name})
         if tokenizer is None:
             tokenizer = read_tokenizer(reference, path, folder, {"gguf_file": path.name})
         with _loading(reference, device):
@@ -234,8 +214,7 @@ def _load_gguf(
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     tidy_gguf_config(model.config)
-    licence = demo_model(reference.demo).licence if reference.demo is not None else header.licence
-    return _finish(reference, _gguf_commit(reference), model, tokenizer, licence, device)
+    return _finish(reference, place.commit, model, tokenizer, place.licence, device)
 
 
 def _unpacking_bytes(header: GgufHeader, dtype: torch.dtype) -> int:

@@ -1,7 +1,8 @@
 """A model by its reference: what is known of it before its weights are read, and the weights while they are needed.
 
-Each of these is found once and kept: the config and licence, the layout on the meta device, what identifies the files,
-the tokenizer. The weights are loaded when first asked for and let go with `Model.release`.
+Each of these is found once and kept: where the files are and what identifies them, the config and licence, the layout
+on the meta device, the tokenizer. The model is loaded when first asked for and let go with `Model.release`;
+`Model.weights` reads single tensors from its files without loading it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from tmerge.models.configs import meta_model
 from tmerge.models.facts import ModelFacts, read_facts
-from tmerge.models.loading import LoadedModel, load_model, load_tokenizer, model_commit
+from tmerge.models.loading import LoadedModel, load_model, load_tokenizer
+from tmerge.models.place import GgufPlace, Place, find_place
 from tmerge.models.projections import Architecture, describe
+from tmerge.models.weights import MappedWeights, mapped_weights
 
 __all__ = ["Model"]
 
@@ -44,6 +46,18 @@ class Model:
         self._commit = commit
         self._loaded: LoadedModel | None = None
         self._views: Architecture | None = None
+        self._loads = 0
+
+    @cached_property
+    def place(self) -> Place | GgufPlace:
+        """Where its files are; of a Hub repo at the commit, where that is known, so that one that moves is not mixed.
+
+        Raises:
+            TmergeError: As `find_place`.
+        """
+        known = self._commit
+        revision = None if known is None or known.startswith("sha256:") else known
+        return find_place(self.reference, revision, self.trust_remote_code)
 
     @cached_property
     def facts(self) -> ModelFacts:
@@ -52,13 +66,13 @@ class Model:
         Raises:
             TmergeError: As `read_facts`.
         """
-        facts = read_facts(self.reference, trust_remote_code=self.trust_remote_code)
-        return facts if facts.commit is not None else replace(facts, commit=model_commit(self.reference))
+        facts = read_facts(self.reference, trust_remote_code=self.trust_remote_code, place=self.place)
+        return facts if facts.commit is not None else replace(facts, commit=self.place.commit)
 
     @cached_property
     def layout(self) -> Architecture:
         """Its projections, on the meta device: shapes without weights."""
-        return describe(meta_model(self.facts.config, self.trust_remote_code))
+        return describe(self.place.empty)
 
     @property
     def commit(self) -> str:
@@ -77,9 +91,21 @@ class Model:
         """
         if self._loaded is not None:
             return self._loaded.tokenizer
-        return load_tokenizer(
-            self.reference, trust_remote_code=self.trust_remote_code, revision_override=self._revision
-        )
+        return load_tokenizer(self.reference, trust_remote_code=self.trust_remote_code, place=self.place)
+
+    @cached_property
+    def weights(self) -> MappedWeights:
+        """Its weights by the names of the model's parameters, as they are when it is loaded, read when asked for.
+
+        Only those that ``transformers`` takes from the files as they are: none of a GGUF file's.
+
+        Raises:
+            TmergeError: Its files cannot be found, or are not those that were found before.
+        """
+        if isinstance(self.place, GgufPlace):
+            return MappedWeights({})
+        self.place.refuse_changed()
+        return mapped_weights(self.place.empty, self.place, self.dtype)
 
     @property
     def is_loaded(self) -> bool:
@@ -93,15 +119,18 @@ class Model:
             TmergeError: As `load_model`.
         """
         if self._loaded is None:
+            if self._loads:
+                self.__dict__.pop("place", None)  # local files may have changed since they were loaded before
+            self._loads += 1
             self._loaded = load_model(
                 self.reference,
                 dtype=self.dtype,
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
-                revision_override=self._revision,
                 widen=True,
                 # Where it has been read for the texts already; else it is read with the weights.
                 tokenizer=self.__dict__.get("tokenizer"),
+                place=self.place,
             )
         return self._loaded
 
@@ -121,9 +150,3 @@ class Model:
         """
         loaded, self._loaded, self._views = self._loaded, None, None
         return loaded
-
-    @property
-    def _revision(self) -> str | None:
-        """The Hub commit to load, so that a repo that moves meanwhile is not mixed up; None for local models."""
-        commit = self.commit
-        return None if commit.startswith("sha256:") else commit

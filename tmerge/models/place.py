@@ -1,48 +1,70 @@
-"""Where a checkpoint's files are: found once, fetched when they are asked for."""
+"""Where a model's files are, found once: a checkpoint's folder, a repo's snapshot, or a GGUF file.
+
+What is read of them on the way is kept: the config, the headers, what identifies them. Weights are fetched when they
+are asked for.
+"""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig, PreTrainedModel
+
 from tmerge.errors import CheckpointError
-from tmerge.models.checkpoint import folder_digest, folder_licence, read_config, weight_files
+from tmerge.models.checkpoint import (
+    StoredTensor,
+    file_digest,
+    folder_digest,
+    folder_licence,
+    read_config,
+    read_headers,
+    weight_files,
+)
+from tmerge.models.configs import check_config, load_config, meta_model, tidy_gguf_config
+from tmerge.models.demo import demo_model, demo_path
+from tmerge.models.gguf import GgufHeader, fast_reading, read_header
 from tmerge.models.reference import ModelReference
 from tmerge.models.remote import Snapshot, fetch, fetch_weights, open_repo
 
-__all__ = ["Place"]
+__all__ = ["GgufPlace", "Place", "find_place"]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint's files are: a local folder, or a snapshot in the Hub's cache.
+    """A checkpoint of safetensors: a local folder, or a snapshot in the Hub's cache.
 
     Attributes:
         reference: What the user asked for.
         folder: Holds ``config.json``.
         snapshot: Of a repo; None for a folder.
-        config: The raw ``config.json``.
+        stored_config: The raw ``config.json``.
+        trust_remote_code: Whether this repo's own Python code may run.
     """
 
     reference: ModelReference
     folder: Path
     snapshot: Snapshot | None
-    config: dict[str, Any]
+    stored_config: dict[str, Any]
+    trust_remote_code: bool = False
 
     @classmethod
-    def find(cls, reference: ModelReference, revision: str | None) -> Place:
+    def find(cls, reference: ModelReference, revision: str | None, trust_remote_code: bool = False) -> Place:
         """Find a Hub repo's or a folder's files; of a repo only ``config.json`` is fetched."""
         if reference.kind == "hub":
             snapshot = open_repo(reference, revision)
-            return cls(reference, snapshot.folder, snapshot, read_config(snapshot.folder / "config.json"))
+            config = read_config(snapshot.folder / "config.json")
+            return cls(reference, snapshot.folder, snapshot, config, trust_remote_code)
         assert reference.path is not None
-        config = reference.path / "config.json"
-        if not config.is_file() and (ggufs := sorted(reference.path.glob("*.gguf"))):
+        path = reference.path / "config.json"
+        if not path.is_file() and (ggufs := sorted(reference.path.glob("*.gguf"))):
             raise CheckpointError(
                 f"{reference.text!r} has no config.json but GGUF files; give the path of one: {ggufs[0].name}"
             )
-        return cls(reference, reference.path, None, read_config(config))
+        return cls(reference, reference.path, None, read_config(path), trust_remote_code)
 
     @property
     def pretrained(self) -> str:
@@ -54,10 +76,36 @@ class Place:
         """What ``transformers`` is told beside it: of a repo, the commit."""
         return {} if self.snapshot is None else self.snapshot.options
 
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The config object; to be copied by who changes it.
+
+        Raises:
+            UnsupportedModelError: As `check_config` and `load_config`.
+        """
+        check_config(self.reference, self.stored_config, self.trust_remote_code)
+        return load_config(self.reference, self.pretrained, self.options, self.trust_remote_code)
+
+    @cached_property
+    def empty(self) -> PreTrainedModel:
+        """The model without weights; to be left as it is.
+
+        Raises:
+            UnsupportedModelError: As `config`, and `meta_model`.
+        """
+        return meta_model(self.config, self.trust_remote_code)
+
+    @cached_property
     def weights(self) -> list[Path]:
         """Its safetensors files, fetched if need be."""
         return weight_files(self.folder) if self.snapshot is None else fetch_weights(self.snapshot)
 
+    @cached_property
+    def headers(self) -> dict[str, StoredTensor]:
+        """What these files hold."""
+        return read_headers(self.weights)
+
+    @cached_property
     def licence(self) -> str | None:
         """The licence that its card states."""
         if self.snapshot is None:
@@ -66,6 +114,96 @@ class Place:
         readme = fetch(self.snapshot, "README.md")
         return self.snapshot.licence or (None if readme is None else folder_licence(readme))
 
-    def commit(self, weights: list[Path]) -> str:
-        """As `LoadedModel.commit`."""
-        return f"sha256:{folder_digest(self.folder, weights)}" if self.snapshot is None else self.snapshot.commit
+    @cached_property
+    def commit(self) -> str:
+        """As `LoadedModel.commit`: of a folder, a hash of its files."""
+        return self._digest() if self.snapshot is None else self.snapshot.commit
+
+    def refuse_changed(self) -> None:
+        """Refuse a folder whose files are others by now; those that look the same are not hashed again.
+
+        Raises:
+            CheckpointError: They are.
+        """
+        if self.snapshot is None and self._digest() != self.commit:
+            raise CheckpointError(
+                f"{self.reference.text!r} changed while it was being used; start again when it is written"
+            )
+
+    def _digest(self) -> str:
+        return f"sha256:{folder_digest(self.folder, self.weights)}"
+
+
+@dataclass(frozen=True)
+class GgufPlace:
+    """A GGUF file; a demo model's is put together and checked first.
+
+    Attributes:
+        reference: What the user asked for.
+        path: Of the file.
+    """
+
+    reference: ModelReference
+    path: Path
+
+    @classmethod
+    def find(cls, reference: ModelReference) -> GgufPlace:
+        """Find the file of a ``gguf`` reference."""
+        demo = reference.demo
+        return cls(reference, demo_path(demo) if demo is not None else Path(reference.path or "").resolve())
+
+    @property
+    def header(self) -> GgufHeader:
+        """What it says about itself."""
+        return read_header(self.path)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The config object, as the file's metadata give it; to be copied by who changes it.
+
+        Raises:
+            UnsupportedModelError: As `load_config`.
+        """
+        read_header(self.path)  # which says better what is wrong with a file
+        with fast_reading(self.path) as folder:
+            return load_config(self.reference, folder, {"gguf_file": self.path.name})
+
+    @cached_property
+    def empty(self) -> PreTrainedModel:
+        """The model without weights, of a tidied config; to be left as it is.
+
+        Raises:
+            UnsupportedModelError: As `config`, and `meta_model`.
+        """
+        config = copy.deepcopy(self.config)
+        tidy_gguf_config(config)
+        return meta_model(config)
+
+    @cached_property
+    def licence(self) -> str | None:
+        """As the file states it; a demo model's is known."""
+        demo = self.reference.demo
+        return demo_model(demo).licence if demo is not None else self.header.licence
+
+    @cached_property
+    def commit(self) -> str:
+        """As `LoadedModel.commit`: a hash of the file; a demo model's has just been checked against the pinned one."""
+        demo = self.reference.demo
+        return f"sha256:{demo_model(demo).sha256 if demo is not None else file_digest(self.path)}"
+
+
+def find_place(
+    reference: str | ModelReference, revision: str | None = None, trust_remote_code: bool = False
+) -> Place | GgufPlace:
+    """Find a model's files.
+
+    Args:
+        reference: Hub id (``@revision``), folder, ``.gguf`` file or ``demo:NAME``.
+        revision: Commit to take instead of what the reference says.
+        trust_remote_code: Whether this repo's own Python code may run.
+
+    Raises:
+        TmergeError: Nothing by that name, no way to it, or no checkpoint there.
+    """
+    where = reference if isinstance(reference, ModelReference) else ModelReference.parse(reference)
+    return GgufPlace.find(where) if where.kind == "gguf" else Place.find(where, revision, trust_remote_code)

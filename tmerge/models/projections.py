@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tmerge.errors import UnsupportedModelError
 from tmerge.models.discovery import find_block_list, read_block, unwrap
@@ -55,6 +55,29 @@ class Architecture:
         if not self.stream:
             return self.layers
         return [{**mine, **other} for mine, other in zip([*self.layers, {}], self.stream, strict=True)]
+
+    def parameters(self, projections: Iterable[str], *, stream: bool) -> list[str]:
+        """Names of the model's parameters that these are read from.
+
+        Args:
+            projections: Names of `PROJECTIONS`.
+            stream: Whether what else lies on the residual stream is wanted too.
+        """
+        wanted = self.projections(projections)
+        wanted += [view for layer in self.stream for view in layer.values()] if stream else []
+        return list(dict.fromkeys(name for view in wanted for name in view.parameters))
+
+    def reading(self, weights: Mapping[str, Tensor]) -> Architecture:
+        """The same views, of weights that are not in the modules.
+
+        Args:
+            weights: By name; those that are never asked for may be missing.
+        """
+        layers, stream = (
+            [{name: replace(view, stored=weights) for name, view in layer.items()} for layer in part]
+            for part in (self.layers, self.stream)
+        )
+        return replace(self, layers=layers, stream=stream)
 
     @property
     def num_layers(self) -> int:

@@ -43,18 +43,23 @@ def stream_views(model: PreTrainedModel, blocks: nn.ModuleList, width: int) -> l
     """
     views: list[dict[str, Projection]] = []
     inside = {id(module) for block in blocks for module in block.modules()}
+    qualified = {id(module): name for name, module in model.named_modules()}
+
+    def view(name: str, layer: int, module: nn.Module) -> Projection:
+        return _view(name, layer, module, qualified[id(module)])
+
     for layer, block in enumerate(blocks):
         # A norm inside the attention is of q or k, though it may be as wide as the stream (olmo2).
         norms = _norms(block.named_children(), width)
-        views.append({name: _view(name, layer, module) for name, module in norms})
+        views.append({name: view(name, layer, module) for name, module in norms})
     last = len(blocks)
     outside = ((name, part) for name, part in model.named_modules() if id(part) not in inside)
-    rest = {name: _view(name, last, part) for name, part in _norms(outside, width)}
+    rest = {name: view(name, last, part) for name, part in _norms(outside, width)}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if _is_matrix(embedding, width):
-        rest[EMBEDDING] = _view(EMBEDDING, last, embedding)
+        rest[EMBEDDING] = view(EMBEDDING, last, embedding)
         if head is not None and _is_matrix(head, width) and head.weight is not embedding.weight:
-            rest[HEAD] = _view(HEAD, last, head)
+            rest[HEAD] = view(HEAD, last, head)
     return [*views, rest]
 
 
@@ -87,9 +92,9 @@ def _is_matrix(module: nn.Module | None, width: int) -> bool:
     return isinstance(weight, nn.Parameter) and weight.dim() == 2 and weight.shape[1] == width
 
 
-def _view(name: str, layer: int, module: nn.Module) -> Projection:
+def _view(name: str, layer: int, module: nn.Module, qualified: str) -> Projection:
     weight = module.get_parameter("weight")
     rows = weight.shape[0]
     biased = isinstance(getattr(module, "bias", None), nn.Parameter)
     columns = weight.shape[1] if weight.dim() == 2 else 1
-    return Projection(name, layer, rows, columns, biased, module, name, Rows(1, rows, 0, rows))
+    return Projection(name, layer, rows, columns, biased, module, qualified, Rows(1, rows, 0, rows))

@@ -7,6 +7,7 @@ and writes it all the same, and a `Tap` catches its features where the stored mo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,7 @@ class Projection:
         rows: Which outputs of the module are this projection's.
         rounded_to: Dtype that written values are rounded to first; None for the module's own. For a model that is
             held in more digits than it is saved in.
+        stored: The model's weights by name, where the module has none itself; each is read when it is asked for.
     """
 
     name: str
@@ -124,21 +126,32 @@ class Projection:
     module_name: str
     rows: Rows
     rounded_to: torch.dtype | None = None
+    stored: Mapping[str, Tensor] | None = None
 
     @property
     def is_fused(self) -> bool:
         """Whether the module stores other outputs too."""
         return self.rows.count != self.rows.stored
 
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the model's parameters that it is read from: the weight's, and the bias's where there is one."""
+        return [f"{self.module_name}.{name}" for name in ("weight", "bias")[: 1 + self.has_bias]]
+
+    def _parameter(self, name: str) -> Tensor:
+        if self.stored is not None:
+            return self.stored[f"{self.module_name}.{name}"]
+        return self.module.get_parameter(name).detach()
+
     def _stored_weight(self) -> Tensor:
-        weight = self.module.get_parameter("weight").detach()
+        weight = self._parameter("weight")
         if weight.dim() == 1:
             return weight.unsqueeze(1)  # a norm's, as a matrix of one column
         # The class says which way round it is stored; a square weight's shape could not.
         return weight.T if isinstance(self.module, Conv1D) else weight
 
     def _stored_bias(self) -> Tensor:
-        return self.module.get_parameter("bias").detach()
+        return self._parameter("bias")
 
     def weight(self) -> Tensor:
         """The weight ``(out, in)``, in the stored dtype and on its device; not to be written to: it may be a copy."""
@@ -174,8 +187,10 @@ class Projection:
             columns: Indices of the inputs to write, each once, or a mask ``(in,)``; all of them when None.
 
         Raises:
-            ValueError: A shape or an index does not fit, or there is no bias to write.
+            ValueError: A shape or an index does not fit, there is no bias to write, or the weights are in a file.
         """
+        if self.stored is not None:
+            raise ValueError(f"{self} is read from a file; load the model to write to it")
         row_index = _as_index(rows, self.out_features, f"rows of {self}")
         column_index = _as_index(columns, self.in_features, f"columns of {self}")
         out_count = self.out_features if row_index is None else len(row_index)

@@ -182,9 +182,7 @@ def estimate_run(
         seconds += more
         timings += used
 
-    # All are held at once while weights are transported.
     held = [facts for facts in models if facts is not None]
-    weights = sum(facts.parameters * _itemsize(facts, recipe, dtype) for facts in held)
     vocabulary = max(int(facts.config.get_text_config().vocab_size) for facts in (target, source))
     logits = min(1 << 26, recipe.calibration.batch_tokens * vocabulary) * (torch.finfo(dtype).bits // 8 + 1)
     sizes = [max(mine[key]) * max(theirs[key]) for key in mine if key in theirs]
@@ -197,19 +195,28 @@ def estimate_run(
     checkpoint = target.parameters * torch.finfo(dtype).bits // 8  # at most: what was widened is saved as it was
     kept = 1 if isinstance(recipe.transport, Shared) else min(recipe.transport.layers_kept, source_layout.num_layers)
     record = sum(sum(mine[key]) * min(_entries(recipe), max(theirs[key])) * 4 * kept for key in mine if key in theirs)
-    # A GGUF's weights are unpacked in float32 before they take the asked dtype.
-    unpacked = max((4 * facts.parameters for facts in held if facts.reference.kind == "gguf"), default=0)
-    # Reloading the checkpoint to compare it holds a second copy of the target, and the record exists twice while its
-    # parts are joined.
     each = _carried_bytes(recipe, target, target_layout, projections)
     carried = each * (2 if "permuted" in recipe.evaluation.controls else 1)
-    # While a control is scored there are also the control itself and the neurons that it took the place of.
-    needed = weights + checkpoint + logits + problem + unpacked + 2 * record + carried + 2 * each
-    needed += min(feature_bytes, 1 << 30)
-    if not set(target_layout.layers[0]).intersection(projections):
-        needed += MOST_KEPT_BYTES  # what leaves the layers that nothing changes
+    features = min(feature_bytes, 1 << 30)
+    packed = [facts for facts in models[1:] if facts is not None and facts.reference.kind == "gguf"]
+    # Beside the target, which stays. A source is there while it is read; the source before its fine-tuning never is,
+    # but for a GGUF file, which is unpacked once for the fusion to read.
+    beside = {
+        "target": _unpacked_bytes(target) + logits + features,
+        "source": _held_bytes(source, recipe, dtype) + _unpacked_bytes(source) + logits + features,
+        "transport": problem + features,
+        # The record exists twice while its parts are joined.
+        "fuse": problem + 2 * record,
+        "base": sum(_held_bytes(facts, recipe, dtype) + _unpacked_bytes(facts) for facts in packed[-1:]),
+        # The neurons that a control took the place of, and what leaves the layers that nothing changes.
+        "evaluate": logits + each + MOST_KEPT_BYTES * set(target_layout.layers[0]).isdisjoint(projections),
+        # The checkpoint is loaded again to be compared.
+        "save": checkpoint + logits,
+    }
+    needed = _held_bytes(target, recipe, dtype) + max(beside.values())
     memory = psutil.Process().memory_info().rss + _ALLOCATOR_SLACK * needed
-    disk = checkpoint + feature_bytes + record + carried
+    unpacked = len(packed) * _kept_bytes(recipe, source_layout, projections)
+    disk = checkpoint + feature_bytes + record + carried + unpacked
     return Estimate(
         seconds,
         int(memory),
@@ -336,6 +343,24 @@ def _itemsize(facts: ModelFacts, recipe: Recipe, dtype: torch.dtype) -> int:
     if recipe.dtype != "auto" or facts.reference.kind == "gguf":
         return dtype.itemsize
     return max(dtype.itemsize, 4 if facts.weight_bytes > 3 * facts.parameters else 2)
+
+
+def _held_bytes(facts: ModelFacts, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Of a model that is loaded."""
+    return facts.parameters * _itemsize(facts, recipe, dtype)
+
+
+def _unpacked_bytes(facts: ModelFacts) -> int:
+    """Of a GGUF file's weights in float32, which they are unpacked in before they take the asked dtype."""
+    return 4 * facts.parameters if facts.reference.kind == "gguf" else 0
+
+
+def _kept_bytes(recipe: Recipe, layout: Architecture, projections: list[str]) -> int:
+    """On the disk, of the weights that are fused from, where they cannot be read from the model's own files."""
+    views = layout.projections(projections)
+    views += [view for layer in layout.stream for view in layer.values()] if recipe.fusion.carries_stream else []
+    modules = {view.module_name: view.module.get_parameter("weight").numel() for view in views}
+    return sum(modules.values()) * (4 if recipe.dtype == "float32" else 2)
 
 
 def _carried_bytes(recipe: Recipe, target: ModelFacts, layout: Architecture, projections: list[str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -50,13 +49,6 @@ class Models:
     def pinned(self) -> dict[str, str]:
         """Role -> the reference, a Hub repo's at its commit; what is local stays as it was written."""
         return {role: _pin(model.reference, model.commit) for role, model in self._roles()}
-
-    def release_sources(self) -> None:
-        """Let the weights of the source and of what it was before go."""
-        for model in (self.source, self.source_base):
-            if model is not None:
-                model.release()
-        gc.collect()
 
     def _roles(self) -> Iterator[tuple[str, Model]]:
         yield "target", self.target

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tmerge.calibration import FeatureStore, TextSet, normalise, read_texts
-from tmerge.errors import AdaptationError, OutputExistsError, RunNotFoundError
+from tmerge.errors import AdaptationError, OutputExistsError
 from tmerge.evaluation import Interval, Scores, difference, resamples, score, verdict
 from tmerge.hub import write_card
 from tmerge.models import Model
@@ -66,9 +66,7 @@ def adapt_run(
     recipe = Recipe.from_mapping(
         recipe.model_dump(mode="json") | {"adaptation": {**recipe.adaptation.model_dump(mode="json"), **words}}
     )
-    neurons = Neurons(run.cache)
-    if not neurons.transported_path.is_file():
-        raise RunNotFoundError(f"{folder} has no tmerge/cache any more, which training needs; run the merge again")
+    transported = Neurons(run.cache).transported
     commits = {"target": merged.target.commit, "source": merged.source.commit}
     models, progress = Models.of(recipe, commits), Progress("adapt", listener)
     calibrated = TextSet.load(run.texts_path)
@@ -98,7 +96,7 @@ def adapt_run(
             settings,
             seed=recipe.seed,
             work=adapted.cache / "training",
-            transported=neurons.transported,
+            transported=transported,
             alpha=alpha,
             source=(lambda: load(models.source, progress)) if settings.objective == "distill" else None,
             goals=goals,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ class Evaluate:
         return EvaluateNote(scores=scores, descent=descent, forward_seconds=seconds)
 
     def _scores(
-        self, names: tuple[str, ...], transported: list[TransportedNeurons], progress: Progress
+        self, names: tuple[str, ...], transported: Sequence[TransportedNeurons], progress: Progress
     ) -> tuple[dict[str, ScoreNote], float]:
         """Name -> scores; and the seconds of the forward passes."""
         loaded, layers = load(self.target, progress), self.target.views.views
@@ -82,7 +83,7 @@ class Evaluate:
                 seconds += found.seconds
         return scores, seconds
 
-    def _descent(self, transported: list[TransportedNeurons], progress: Progress) -> dict[str, Any]:
+    def _descent(self, transported: Sequence[TransportedNeurons], progress: Progress) -> dict[str, Any]:
         """The merge's direction against the loss's, on calibration texts."""
         texts, calibration = self.texts.texts[: self.recipe.evaluation.descent], self.recipe.calibration
         found = descent_cosines(

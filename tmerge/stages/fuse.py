@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tmerge.evaluation import control_generator
-from tmerge.fusion import carry, save_transported
-from tmerge.models import STREAM, Model, group_of
+from tmerge.fusion import TransportedNeurons, carry
+from tmerge.models import Model
 from tmerge.recipe import Recipe
 from tmerge.recorded import RecordedRun
 from tmerge.run import Run
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import FuseNote
 from tmerge.stages.scoring import load
+from tmerge.stages.source_weights import SourceWeights
 from tmerge.stages.step import Progress
 from tmerge.stages.transport import Features, transport_of
 from tmerge.transport import TransportRecord
@@ -34,8 +36,8 @@ class Fuse:
     Attributes:
         recipe: Of the run.
         target: Whose neurons are selected.
-        source: Whose weights are carried.
-        source_base: The source before its fine-tuning, where what it learned since is carried.
+        source: The weights that are carried.
+        source_base: Those of the source before its fine-tuning, where what it learned since is carried.
         features: What the transport was solved from.
         solved: The key of the stage that solved it.
         recorded: A recorded transport, which is used instead.
@@ -45,8 +47,8 @@ class Fuse:
 
     recipe: Recipe
     target: Model
-    source: Model
-    source_base: Model | None
+    source: SourceWeights
+    source_base: SourceWeights | None
     features: Features
     solved: str
     recorded: RecordedRun | None
@@ -61,7 +63,7 @@ class Fuse:
         return {
             "transport": self.solved,
             "fusion": self.recipe.fusion.model_dump(mode="json", exclude={"alpha", "alphas"}),
-            "base": None if self.source_base is None else self.source_base.commit,
+            "base": None if self.source_base is None else self.source_base.model.commit,
             "seed": self.recipe.seed,
             "permuted": "permuted" in self.recipe.evaluation.controls,
         }
@@ -72,7 +74,7 @@ class Fuse:
         vocabulary = None
         if fusion.carries_stream:
             vocabulary = shared_vocabulary(
-                (self.target.tokenizer, self.source.tokenizer), (_rows(self.target), _rows(self.source))
+                (self.target.tokenizer, self.source.model.tokenizer), (_rows(self.target), _rows(self.source.model))
             )
             if vocabulary is None:
                 progress.note("the two vocabularies differ: embeddings stay the target's, norms are carried")
@@ -81,21 +83,26 @@ class Fuse:
         def shuffle(layer: int, feature: str, neurons: int) -> Tensor:
             return torch.randperm(neurons, generator=control_generator(seed, "permuted", layer, feature))
 
-        for model in (self.target, self.source, self.source_base):
-            if model is not None:
-                load(model, progress)
+        load(self.target, progress)
+        transported, permuted = self.neurons.write(key)
+
+        def keep(items: Sequence[TransportedNeurons], shuffled: Sequence[TransportedNeurons]) -> None:
+            transported.add(items)
+            permuted.add(shuffled)
+
         carried = carry(
             self.target.views,
-            self.source.views,
+            self.source.read(progress),
             transport,
             fusion,
-            source_base=None if self.source_base is None else self.source_base.views,
+            source_base=None if self.source_base is None else self.source_base.read(progress),
             shuffle=shuffle if "permuted" in self.recipe.evaluation.controls else None,
             vocabulary=vocabulary,
+            keep=keep,
             progress=progress.counting("transporting weights", "layers"),
         )
-        save_transported(carried.transported, self.neurons.transported_path, key)
-        save_transported(carried.permuted, self.neurons.permuted_path, key)
+        transported.finish()
+        permuted.finish()
         facts = {
             "schema": 1,
             "projections": self.features.projections,
@@ -103,16 +110,15 @@ class Fuse:
             "epsilon": self.recipe.transport.epsilon,
             "structure": transport.structure,
             "target": {"ref": self.recipe.target, "commit": self.target.commit},
-            "source": {"ref": self.recipe.source, "commit": self.source.commit},
+            "source": {"ref": self.recipe.source, "commit": self.source.model.commit},
         }
         TransportRecord(facts, carried.tensors).save(self.run.transport_path)
-        on_stream = {item.projection for item in carried.transported if group_of(item.projection) == STREAM}
         return FuseNote.model_validate(
             {
                 "norm_ratios": carried.norm_ratios,
                 "layers": {name: list(found.target_layers) for name, found in transport.layer_maps.items()},
                 "biases": carried.biases,
-                "stream": sorted(on_stream),
+                "stream": sorted(carried.stream),
                 "eta": dict(transport.eta),
                 "layer_plans_converged": transport.layer_plans_converged,
             }

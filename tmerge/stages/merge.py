@@ -17,7 +17,7 @@ from typing import Any
 from tmerge.calibration import DatasetRecord, TextSet
 from tmerge.fusion import Alpha
 from tmerge.hub import write_card
-from tmerge.models import pick_device
+from tmerge.models import Model, pick_device
 from tmerge.preflight.check import Check, check, refuse_unfit
 from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe
@@ -32,6 +32,7 @@ from tmerge.stages.notes import Note
 from tmerge.stages.read import Read
 from tmerge.stages.runner import Finished, Runner
 from tmerge.stages.save import Save
+from tmerge.stages.source_weights import SourceWeights
 from tmerge.stages.step import STAGES, Listener, Progress, Step
 from tmerge.stages.texts import Texts
 from tmerge.stages.transport import Features, SolveTransport
@@ -133,7 +134,8 @@ class _Road:
         folders = {role: run.features(role) for role in ("target", "source")}
         target = runner(Read("target", recipe, models.target, texts, projections, folders["target"], recorded))
         yield target
-        source = runner(Read("source", recipe, models.source, texts, projections, folders["source"], recorded))
+        weights, base = self._weights(models.source, "source"), models.source_base
+        source = runner(Read("source", recipe, models.source, texts, projections, folders["source"], recorded, weights))
         yield source
 
         heads = {"target": target.note.heads, "source": source.note.heads}
@@ -141,10 +143,9 @@ class _Road:
         solved = runner(SolveTransport(recipe, features, keys, device, recorded))
         yield solved
 
-        neurons, base = Neurons(cache), models.source_base
-        fused = runner(Fuse(recipe, models.target, models.source, base, features, solved.key, recorded, run, neurons))
+        neurons, before = Neurons(cache), None if base is None else self._weights(base, "source-base")
+        fused = runner(Fuse(recipe, models.target, weights, before, features, solved.key, recorded, run, neurons))
         yield fused
-        models.release_sources()
 
         if recipe.fusion.alpha == "auto":
             chosen = runner(Choose(recipe, models.target, texts, neurons, fused.key))
@@ -155,6 +156,10 @@ class _Road:
         unfused = target.note.scores
         yield runner(Evaluate(recipe, models.target, texts, neurons, alpha, fused.key, unfused))
         yield runner(Save(recipe, run, models.target, texts, neurons, alpha, fused.key))
+
+    def _weights(self, model: Model, role: str) -> SourceWeights:
+        path = self.run.cache / f"{role}-weights.safetensors"
+        return SourceWeights(model, self.check.projections, self.recipe.fusion.carries_stream, path)
 
     def _data(self, says: Progress, recorded: bool) -> dict[str, str]:
         """The calibration's datasets -> what identifies their contents; a recorded transport needs none to match on."""

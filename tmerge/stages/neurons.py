@@ -1,4 +1,4 @@
-"""The neurons that a run transported, and those of its permuted control: read from the run's cache when first asked."""
+"""The neurons that a run transported, and those of its permuted control: read from the run's cache, one at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tmerge.evaluation import noise, shrink
-from tmerge.fusion import TransportedNeurons, load_transported
+from tmerge.fusion import NeuronWriter, StoredNeurons, TransportedNeurons
 from tmerge.models import Projection
 
 __all__ = ["Neurons"]
@@ -21,25 +21,37 @@ class Neurons:
     """
 
     def __init__(self, cache: Path) -> None:
-        self.transported_path = cache / "transported.safetensors"
-        self.permuted_path = cache / "permuted.safetensors"
+        self._folders = cache / "transported", cache / "permuted"
+
+    def write(self, key: str) -> tuple[NeuronWriter, NeuronWriter]:
+        """Begin anew: for what is carried through the plans, and through shuffled ones.
+
+        Args:
+            key: What decides them.
+        """
+        transported, permuted = (NeuronWriter(folder, key) for folder in self._folders)
+        return transported, permuted
 
     @cached_property
-    def transported(self) -> list[TransportedNeurons]:
-        """Carried through the plans."""
-        return load_transported(self.transported_path)
+    def transported(self) -> StoredNeurons:
+        """Carried through the plans.
+
+        Raises:
+            RunNotFoundError: They are not there any more.
+        """
+        return StoredNeurons(self._folders[0])
 
     @cached_property
-    def permuted(self) -> list[TransportedNeurons]:
-        """Carried through shuffled plans."""
-        return load_transported(self.permuted_path)
+    def permuted(self) -> StoredNeurons:
+        """Carried through shuffled plans; raises likewise."""
+        return StoredNeurons(self._folders[1])
 
-    def of(self, name: str, layers: Sequence[dict[str, Projection]], seed: int) -> list[TransportedNeurons]:
+    def of(self, name: str, layers: Sequence[dict[str, Projection]], seed: int) -> Sequence[TransportedNeurons]:
         """What fusing writes for ``fused``, or for a control.
 
         Args:
             name: ``fused``, ``shrink``, ``noise`` or ``permuted``.
-            layers: The unfused target's projections.
+            layers: The target's projections; those of an item unfused when it is asked for.
             seed: Of the noise.
         """
         if name == "shrink":

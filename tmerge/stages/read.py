@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tmerge.recipe import Recipe
 from tmerge.recorded import RecordedRun
 from tmerge.stages.notes import ReadNote, ScoreNote
 from tmerge.stages.scoring import held_out, load, score
+from tmerge.stages.source_weights import SourceWeights
 from tmerge.stages.step import Progress
 
 __all__ = ["Read"]
@@ -30,6 +32,7 @@ class Read:
         projections: Whose features are wanted.
         folder: Of the features.
         recorded: A recorded transport, with which the model is scored alone.
+        kept: Of a model that is fused from: its weights, which outlive it. The model is let go then.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Read:
     projections: list[str]
     folder: Path
     recorded: RecordedRun | None
+    kept: SourceWeights | None = None
 
     note = ReadNote
 
@@ -62,6 +66,14 @@ class Read:
 
     def do(self, key: str, progress: Progress) -> ReadNote:
         """Load, read and score it."""
+        note = self._read(key, progress)
+        if self.kept is not None:
+            self.kept.keep(progress)
+            self.model.release()
+            gc.collect()
+        return note
+
+    def _read(self, key: str, progress: Progress) -> ReadNote:
         if self.recorded is not None:
             return self._score_alone(self.recorded, progress)
         loaded, views = load(self.model, progress), self.model.views

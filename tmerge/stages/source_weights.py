@@ -1,0 +1,72 @@
+"""What is fused from: a source's weights, read from files and never from the loaded model.
+
+Most are read from the model's own files (`Model.weights`). Where these hold something else than the model has (GGUF, or
+what ``transformers`` puts together while it loads), the weights that the fusion reads are written once to the run's
+cache, when the model has been loaded: for its features, or else for this alone.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+from tmerge.models import Architecture, Model, read_weights_file, write_weights
+from tmerge.report import library_versions
+from tmerge.run import stage_key
+from tmerge.stages.scoring import load
+from tmerge.stages.step import Progress
+
+__all__ = ["SourceWeights"]
+
+
+@dataclass(frozen=True)
+class SourceWeights:
+    """Of the source, or of the source before its fine-tuning.
+
+    Attributes:
+        model: Whose they are.
+        projections: That are fused.
+        stream: Whether what else lies on the residual stream is carried too.
+        path: A file for what cannot be read from the model's own.
+    """
+
+    model: Model
+    projections: list[str]
+    stream: bool
+    path: Path
+
+    def keep(self, progress: Progress) -> None:
+        """Write what cannot be read from the model's own files, unless it is there; the model is loaded for it."""
+        names, key = self._names, self._key
+        if self._are_plain or read_weights_file(self.path, key) is not None:
+            return
+        loaded = load(self.model, progress)
+        progress.step(f"{self.model.reference}: keeping the weights that are fused from", 0, 1, "models")
+        write_weights(loaded, names, self.path, key)
+
+    def read(self, progress: Progress) -> Architecture:
+        """The model's projections, each weight read from its file when it is asked for."""
+        if self._are_plain:
+            return self.model.layout.reading(self.model.weights)
+        was_loaded = self.model.is_loaded
+        self.keep(progress)
+        if not was_loaded:
+            self.model.release()
+            gc.collect()
+        weights = read_weights_file(self.path, self._key)
+        assert weights is not None  # it has just been seen to
+        return self.model.layout.reading(weights)
+
+    @property
+    def _names(self) -> list[str]:
+        return self.model.layout.parameters(self.projections, stream=self.stream)
+
+    @property
+    def _are_plain(self) -> bool:
+        return set(self._names) <= self.model.weights.keys()
+
+    @property
+    def _key(self) -> str:
+        facts = {"commit": self.model.commit, "dtype": self.model.dtype, "names": sorted(self._names)}
+        return stage_key("weights", versions=library_versions(), **facts)
