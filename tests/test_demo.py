@@ -25,7 +25,10 @@ pytestmark = [
 def fused(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "fused"
     # A fixed strength: with so few texts to choose on, auto would leave the target as it is.
-    settings = ["calibration.texts=90", "evaluation.texts=12", "calibration.held_out=0.25", "fusion.alpha=0.1"]
+    settings = [
+        *("calibration.texts=60", "calibration.max_tokens=40", "calibration.held_out=0.25"),
+        *("evaluation.texts=12", "fusion.alpha=0.1"),
+    ]
     return folder, merge(load_recipe("demo", {}, settings), folder).to_dict()
 
 
