@@ -205,7 +205,7 @@ def test_bad_datasets_are_one_line_and_leave_nothing(run, pair, tmp_path, lines,
     [
         (["merge"], "'target' is missing"),
         (["merge", "nope.yaml"], "no such file"),
-        (["merge", "--target", "a", "--source", "b", "--set", "fusion.alpha=2"], "outside [0, 1]"),
+        (["merge", "--target", "a", "--source", "b", "--set", "fusion.alpha=2"], "in [0, 1]"),
         (["merge", "--target", "a", "--source", "b", "--set", "fusion.alhpa=0.2"], "did you mean 'alpha'"),
         (["merge", "--target", "a", "--source", "b", "--resume", "--out", "nowhere"], "no run in nowhere"),
         (["inspect", "nowhere"], "not a run of tmerge"),

@@ -209,9 +209,9 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
     """``key: old there, new here`` for every value that differs."""
     found = []
     for key in sorted(set(old) | set(new)):
-        mine, theirs = old.get(key), new.get(key)
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            found += _differences(mine, theirs, f"{prefix}{key}.")
-        elif mine != theirs:
-            found.append(f"{prefix}{key}: {mine} there, {theirs} here")
+        there, here = old.get(key), new.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            found += _differences(there, here, f"{prefix}{key}.")
+        elif there != here:
+            found.append(f"{prefix}{key}: {there} there, {here} here")
     return found

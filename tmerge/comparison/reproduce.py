@@ -131,7 +131,7 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
         same=not others and all(digests.same for digests in weights.values()),
         weights=weights,
         others=tuple(others),
-        differs={name: ThereAndHere(there=mine, here=theirs) for name, mine, theirs in facts if mine != theirs},
+        differs={name: ThereAndHere(there=there, here=here) for name, there, here in facts if there != here},
         scores=ScoreThereAndHere(there=there.published_score.value, here=here.published_score.value),
         folder=str(folder),
     )

@@ -54,7 +54,7 @@ class Architecture:
         """Everything that can be fused, by layer: the projections and, in one list more, what else there is."""
         if not self.stream:
             return self.layers
-        return [{**mine, **other} for mine, other in zip([*self.layers, {}], self.stream, strict=True)]
+        return [{**layer, **other} for layer, other in zip([*self.layers, {}], self.stream, strict=True)]
 
     def parameters(self, projections: Iterable[str], *, stream: bool) -> list[str]:
         """Names of the model's parameters that these are read from.

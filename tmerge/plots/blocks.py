@@ -155,22 +155,22 @@ def structure_order(entries: Entries) -> tuple[np.ndarray, np.ndarray]:
     # Where a neuron stands in the group at hand.
     row_place, column_place = np.zeros(n, dtype=np.int64), np.zeros(m, dtype=np.int64)
     while pending:
-        mine, theirs, inside, parent = pending.pop()
-        row_place[mine], column_place[theirs] = np.arange(len(mine)), np.arange(len(theirs))
+        of_target, of_source, inside, parent = pending.pop()
+        row_place[of_target], column_place[of_source] = np.arange(len(of_target)), np.arange(len(of_source))
         r, c, mass = row_place[entries.rows[inside]], column_place[entries.columns[inside]], entries.mass[inside]
-        x, y = _second_axis(r, c, mass, len(mine), len(theirs))
+        x, y = _second_axis(r, c, mass, len(of_target), len(of_source))
         if x @ parent < 0:
             x, y = -x, -y
         low, left = x <= 0, y <= 0
         smallest = min(low.sum(), (~low).sum(), left.sum(), (~left).sum())
-        if min(len(mine), len(theirs)) < 2 * _LEAF or smallest < _LEAF // 2:
-            rows.append(mine[np.argsort(x, kind="stable")])
-            columns.append(theirs[np.argsort(y, kind="stable")])
+        if min(len(of_target), len(of_source)) < 2 * _LEAF or smallest < _LEAF // 2:
+            rows.append(of_target[np.argsort(x, kind="stable")])
+            columns.append(of_source[np.argsort(y, kind="stable")])
             continue
         both_low, both_high = low[r] & left[c], ~low[r] & ~left[c]
         # Last in, first out: the lower half comes next.
-        pending.append((mine[~low], theirs[~left], inside[both_high], x[~low]))
-        pending.append((mine[low], theirs[left], inside[both_low], x[low]))
+        pending.append((of_target[~low], of_source[~left], inside[both_high], x[~low]))
+        pending.append((of_target[low], of_source[left], inside[both_low], x[low]))
     return np.concatenate(rows), np.concatenate(columns)
 
 

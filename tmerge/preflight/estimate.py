@@ -37,6 +37,9 @@ _LEAST, _MOST = 0.75, 1.75
 _SWEEP_OPERATIONS = 32
 _SEARCH_OPERATIONS = 4000
 
+# Feature key -> n of each layer that has it.
+_Widths = dict[str, list[int]]
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -172,29 +175,33 @@ def estimate_run(
     slopes = 3 * min(recipe.evaluation.descent, read) / max(held_out, 1)
     forward_seconds = seconds = (reading + scoring) / flops
 
-    mine, theirs = widths_of(target_layout, projections), widths_of(source_layout, projections)
+    target_widths, source_widths = widths_of(target_layout, projections), widths_of(source_layout, projections)
     by_token = recipe.calibration.rows == "tokens"
     rows = min(recipe.calibration.token_rows, read * tokens_per_text) if by_token else read
     timings, solving = [product], 0.0
     if recipe.plan is None:
-        solving = _solving_operations(recipe, mine, theirs, rows)
-        more, used = _solving_seconds(recipe, mine, theirs, rows, device)
+        solving = _solving_operations(recipe, target_widths, source_widths, rows)
+        more, used = _solving_seconds(recipe, target_widths, source_widths, rows, device)
         seconds += more
         timings += used
 
     held = [facts for facts in models if facts is not None]
     vocabulary = max(int(facts.config.get_text_config().vocab_size) for facts in (target, source))
     logits = min(1 << 26, recipe.calibration.batch_tokens * vocabulary) * (torch.finfo(dtype).bits // 8 + 1)
-    sizes = [max(mine[key]) * max(theirs[key]) for key in mine if key in theirs]
+    sizes = [max(target_widths[key]) * max(source_widths[key]) for key in target_widths if key in source_widths]
     if isinstance(recipe.transport, Shared):
         problem = sum(sizes) * 8 + max(sizes) * 16  # one pair of layers at a time, all features of it
     else:
         problem = 3 * max(sizes) * working_dtype(recipe.transport.epsilon).itemsize * torch.get_num_threads()
-    pooled = sum(map(sum, mine.values())) + sum(map(sum, theirs.values()))
+    pooled = sum(map(sum, target_widths.values())) + sum(map(sum, source_widths.values()))
     feature_bytes = 0 if recipe.plan is not None else 4 * rows * pooled
     checkpoint = target.parameters * torch.finfo(dtype).bits // 8  # at most: what was widened is saved as it was
     kept = 1 if isinstance(recipe.transport, Shared) else min(recipe.transport.layers_kept, source_layout.num_layers)
-    record = sum(sum(mine[key]) * min(_entries(recipe), max(theirs[key])) * 4 * kept for key in mine if key in theirs)
+    record = sum(
+        sum(target_widths[key]) * min(_entries(recipe), max(source_widths[key])) * 4 * kept
+        for key in target_widths
+        if key in source_widths
+    )
     each = _carried_bytes(recipe, target, target_layout, projections)
     carried = each * (2 if "permuted" in recipe.evaluation.controls else 1)
     features = min(feature_bytes, 1 << 30)
@@ -272,12 +279,16 @@ def _threads(device: torch.device) -> int:
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
-def _entries_of(recipe: Recipe, mine: dict[str, list[int]], theirs: dict[str, list[int]]) -> float:
+def _entries_of(recipe: Recipe, target_widths: _Widths, source_widths: _Widths) -> float:
     """Entries of all problems' cost matrices."""
     if isinstance(recipe.transport, Shared):
         # Pairs of layers alone, and of an eighth of them as much again for each half that relatedness looks at.
-        return 1.5 * sum(sum(mine[key]) * max(theirs[key]) for key in mine if key in theirs)
-    return float(sum(sum(mine[key]) * sum(theirs[key]) for key in mine if key in theirs))
+        return 1.5 * sum(
+            sum(target_widths[key]) * max(source_widths[key]) for key in target_widths if key in source_widths
+        )
+    return float(
+        sum(sum(target_widths[key]) * sum(source_widths[key]) for key in target_widths.keys() & source_widths.keys())
+    )
 
 
 def _is_matched(recipe: Recipe) -> bool:
@@ -285,10 +296,10 @@ def _is_matched(recipe: Recipe) -> bool:
     return isinstance(recipe.transport, Shared) and recipe.transport.matching == "one-to-one"
 
 
-def _solving_operations(recipe: Recipe, mine: dict[str, list[int]], theirs: dict[str, list[int]], rows: int) -> float:
+def _solving_operations(recipe: Recipe, target_widths: _Widths, source_widths: _Widths, rows: int) -> float:
     """Of the transport stage."""
     solved = _SEARCH_OPERATIONS if _is_matched(recipe) else _SWEEP_OPERATIONS * recipe.transport.max_iterations
-    return _entries_of(recipe, mine, theirs) * (2 * rows + solved)
+    return _entries_of(recipe, target_widths, source_widths) * (2 * rows + solved)
 
 
 def _features(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -306,7 +317,11 @@ def _features(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, t
 
 
 def _solving_seconds(
-    recipe: Recipe, mine: dict[str, list[int]], theirs: dict[str, list[int]], rows: int, device: torch.device
+    recipe: Recipe,
+    target_widths: _Widths,
+    source_widths: _Widths,
+    rows: int,
+    device: torch.device,
 ) -> tuple[float, list[Timing]]:
     """Of the transport stage: the time of a small problem, by the sizes of those that there are; and what was timed."""
     working = working_dtype(recipe.transport.epsilon)
@@ -330,7 +345,7 @@ def _solving_seconds(
         solved = timing_of(f"sinkhorn {_WIDTH}, epsilon {recipe.transport.epsilon:g}", sweeps, device, working)
     # A problem a thread.
     each = compared.seconds * rows / _ROWS / _threads(device) + solved.seconds / torch.get_num_threads()
-    return _entries_of(recipe, mine, theirs) * each / _WIDTH**2, [compared, solved]
+    return _entries_of(recipe, target_widths, source_widths) * each / _WIDTH**2, [compared, solved]
 
 
 def _entries(recipe: Recipe) -> int:

@@ -82,11 +82,11 @@ class Aside:
         if self._ours is None or self._process is None or not self._process.is_alive():
             self._end()
             context = multiprocessing.get_context("spawn")
-            self._ours, theirs = context.Pipe()
-            process = context.Process(target=_answer, args=(theirs,), name="tmerge-aside", daemon=True)
+            self._ours, of_child = context.Pipe()
+            process = context.Process(target=_answer, args=(of_child,), name="tmerge-aside", daemon=True)
             process.start()
             self._process = process
-            theirs.close()
+            of_child.close()
         return self._ours
 
     def _end(self) -> None:

@@ -236,11 +236,11 @@ def _entries(looked: Looked, choice: Choice) -> tuple[Entries | None, tuple[int,
 def _not_stored(looked: Looked, choice: Choice) -> str:
     """Why there is no map, and which there are."""
     kept = kept_layers(looked.record, choice.projection)
-    mine = kept.get(choice.target, [])
-    listed = ", ".join(f"{source} ({share:.1f} %)" for source, share in mine)
+    sources = kept.get(choice.target, [])
+    listed = ", ".join(f"{source} ({share:.1f} %)" for source, share in sources)
     return (
         f"The plan of target layer {choice.target} and source layer {choice.source} is not stored: a run keeps the "
-        f"plans of the pairs that were fused, {count_words(len(mine), 'source layer')} for each target layer. For "
+        f"plans of the pairs that were fused, {count_words(len(sources), 'source layer')} for each target layer. For "
         f"target layer {choice.target} of projection {choice.projection} these are source layers {listed}. Choose one "
         "of them above, or a dotted cell of the coupling. The layers' coupling itself was computed for all pairs."
     )

@@ -85,10 +85,10 @@ class RunStore:
         self.sweep()
         with self._changed:
             open_runs = [run for run in self._runs.values() if not run.over]
-            mine = sum(run.visitor == visitor for run in open_runs)
-            if self.settings.runs_per_visitor is not None and mine >= self.settings.runs_per_visitor:
+            has = sum(run.visitor == visitor for run in open_runs)
+            if self.settings.runs_per_visitor is not None and has >= self.settings.runs_per_visitor:
                 raise TooManyRunsError(
-                    f"you have {mine} run{'s' if mine > 1 else ''} waiting or running, as many as this app gives one "
+                    f"you have {has} run{'s' if has > 1 else ''} waiting or running, as many as this app gives one "
                     "visitor; cancel it, or wait for its end"
                 )
             if self.settings.total_runs is not None and len(open_runs) >= self.settings.total_runs:

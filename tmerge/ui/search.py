@@ -80,13 +80,13 @@ class HubSearch:
         # Of quick letters the first may be heard last: it is no reason to drop what has been typed since.
         if len(typed.strip()) < _SHORTEST:
             return False
-        mine, page = object(), str(page)
+        asked, page = object(), str(page)
         with self._lock:
-            self._typing[page] = mine
+            self._typing[page] = asked
             while len(self._typing) > 1000:
                 self._typing.popitem(last=False)
         time.sleep(_SETTLED_SECONDS)
-        return self._typing.get(page) is mine
+        return self._typing.get(page) is asked
 
     def _search(self, kind: Literal["model", "dataset"], typed: str) -> list[str]:
         api = HfApi(token=self._token)

@@ -21,10 +21,10 @@ def watched_modules(stop: threading.Event) -> Iterator[None]:
     Raises:
         Cancelled: From within a forward pass, once the event is set.
     """
-    mine = threading.get_ident()
+    thread = threading.get_ident()
 
     def ask(module: torch.nn.Module, inputs: Any) -> None:
-        if stop.is_set() and threading.get_ident() == mine:
+        if stop.is_set() and threading.get_ident() == thread:
             raise Cancelled("stopped by its visitor")
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(ask)
