@@ -27,6 +27,8 @@ from tmerge.evaluation.tasks import _defined, _definition
 from tmerge.recipe import load_recipe, preset_names
 from tmerge.hub.card import write_card
 assert (resources.files("tmerge.hub") / "card.md").is_file() and (resources.files("tmerge") / "py.typed").is_file()
+pages = {part: sorted(path.name for path in (resources.files("tmerge") / part / "templates").iterdir()) for part in PAGES}
+assert pages == PAGES, pages
 presets = preset_names()
 assert presets == PRESETS and all(load_recipe(name) for name in presets), presets
 assert sample_languages() == ["cantonese", "english", "indonesian", "malay", "thai"]
@@ -73,7 +75,11 @@ def main(wheel: Path) -> None:
         assert list(found["projections"]["matched"]) == ["q", "k", "v", "o"]
         # As many as the checkout has: a wheel that lacks one is found out.
         presets = sorted(path.stem for path in (ROOT / "tmerge/recipe/presets").glob("*.yaml"))
-        run("python", "-c", f"PRESETS = {presets!r}\n{DATA}")
+        pages = {
+            part: sorted(path.name for path in (ROOT / "tmerge" / part / "templates").iterdir())
+            for part in ("plots", "ui")
+        }
+        run("python", "-c", f"PRESETS, PAGES = {presets!r}, {pages!r}\n{DATA}")
         for hardware in ("cpu", "zerogpu"):
             space = json.loads(run("tmerge", "space", "--repo", "user/x", "--hardware", hardware, "--dry-run", "--json"))
             assert {"app.py", "README.md", "requirements.txt", "tmerge/hub/spaces/cpu/app.py"} <= set(space["files"])

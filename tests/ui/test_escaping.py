@@ -1,6 +1,7 @@
 """What others wrote (model cards, repo names, errors) is shown as text, wherever it is shown."""
 
 import pytest
+from jinja2 import UndefinedError
 
 pytest.importorskip("gradio", reason="the app extra is not installed")
 
@@ -8,7 +9,7 @@ from tests.ui.search_hub import HOSTILE
 from tmerge.recipe import Recipe
 from tmerge.ui import cards, push_cards, runs
 from tmerge.ui.progress import log_lines, result_cards
-from tmerge.ui.safe import escape
+from tmerge.ui.safe import escape, render
 
 ATTACK = '"><script>window.hacked=1</script><img src=x onerror=window.hacked=1>{{value}}${value}\u202e'
 
@@ -62,3 +63,10 @@ def test_what_a_run_says_is_escaped(tmp_path):
     run.state, run.error = "failed", ATTACK
     for page in (log_lines(run), result_cards(run)):
         assert harmless(page) and "hacked" in page
+
+
+def test_a_piece_of_the_page_escapes_what_it_is_given():
+    page = render("cards.html", "empty_card", title=ATTACK, line=None)
+    assert harmless(page) and "&#123;&#123;value}}&#36;&#123;value}" in page and "<p>not stated</p>" in page
+    with pytest.raises(UndefinedError, match="'line'"):
+        render("cards.html", "empty_card", title="without its line")

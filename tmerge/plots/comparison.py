@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
@@ -13,6 +12,7 @@ from tmerge.comparison.result import Comparison, Row
 from tmerge.comparison.tables import ROW_HEADINGS, added_words, row_cells
 from tmerge.plots.style import BAD, GOOD, NEUTRAL, OWN, PROJECTION_COLOURS, TEMPLATES, escaped, finish
 from tmerge.report import Descent, interval_words
+from tmerge.templates import html_templates
 
 __all__ = [
     "alpha_sweep",
@@ -25,6 +25,8 @@ __all__ = [
     "task_scores",
 ]
 
+_TEMPLATES = html_templates("tmerge.plots", keep_trailing_newline=True)
+_TEMPLATES.filters |= {"added": added_words, "cells": row_cells}
 _SWEEP_COLOURS = {"fused": GOOD, "shrink": NEUTRAL, "noise": BAD}
 
 
@@ -268,25 +270,9 @@ def comparison_page(result: Comparison) -> str:
         # A name of its own, not a drawn one: the same comparison gives the same page.
         options = {"full_html": False, "include_plotlyjs": False, "config": {"displaylogo": False}}
         parts.append(figure.to_html(div_id=f"figure-{place}", **options))
-    added = "".join(f"<p>{html.escape(added_words(item))}.</p>" for item in result.added)
-    title = html.escape(f"{result.target.ref} and {result.source.ref}: what helps")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width, initial-scale=1"><title>{title}</title><style>'
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#24292f;"
-        "background:#fff}div.scroll{overflow-x:auto}table{border-collapse:collapse}"
-        "th,td{padding:.25rem .75rem;text-align:right;border-bottom:1px solid #dde1e6;white-space:nowrap}"
-        f"th:first-child,td:first-child{{text-align:left}}</style><script>{get_plotlyjs()}</script></head><body>"
-        f"<h1>{title}</h1><p>Bits per byte on {result.texts} held-out texts, lower is better; differences are to "
-        f"the base, paired by text.</p>{_table(result.rows)}{added}{''.join(parts)}</body></html>\n"
+    return _TEMPLATES.get_template("comparison.html").render(
+        result=result, headings=ROW_HEADINGS, plotly=get_plotlyjs(), figures=parts
     )
-
-
-def _table(rows: Iterable[Row]) -> str:
-    lines = ["<tr>" + "".join(f'<th scope="col">{head}</th>' for head in ROW_HEADINGS) + "</tr>"]
-    for row in rows:
-        lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row_cells(row)) + "</tr>")
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
 def _forest(rows: Sequence[Row], title: str, subtitle: str) -> go.Figure:

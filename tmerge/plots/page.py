@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from tmerge.plots.picture import picture
 from tmerge.plots.style import TEMPLATES, feature_name, numbers
 from tmerge.plots.words import CAPTIONS, facts, findings, model_rows, ratio_rows, score_cells
 from tmerge.report import Report, training_summary, verdict_tone
+from tmerge.templates import html_templates
 from tmerge.transport import TransportRecord
 
 __all__ = ["report_page"]
@@ -37,13 +37,16 @@ _PLAN_BYTES = 5_000_000
 _PLAN_SIZE = 88
 _ORDERS: tuple[Order, ...] = ("structure", "natural")
 
-# Nothing may be fetched, even if a name from a model should slip through unescaped.
-_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
-    "form-action 'none'; base-uri 'none'"
-)
-
-_SCORE_HEADINGS = ("model", "bits per byte\n95 % interval", "difference to the target\n95 % interval")
+_TEMPLATES = html_templates("tmerge.plots", keep_trailing_newline=True)
+_TEMPLATES.filters |= {
+    "facts": facts,
+    "findings": findings,
+    "model_rows": model_rows,
+    "ratio_rows": ratio_rows,
+    "score_cells": score_cells,
+    "tone": verdict_tone,
+    "training_summary": training_summary,
+}
 
 
 def report_page(report: Report, record: TransportRecord, folder_name: str | None = None) -> str:
@@ -70,116 +73,16 @@ def report_page(report: Report, record: TransportRecord, folder_name: str | None
         "coupling": {projection: _coupling(record, projection) for projection in record.projections},
         "features": _features(record),
     }
-    title = f"{_short(report.target.ref)} merged with {_short(report.source.ref)}"
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{html.escape(title)}: tmerge report</title>",
-            f"<style>{STYLE}</style>",
-            "</head>",
-            "<body>",
-            "<main>",
-            *_body(report, title, folder_name),
-            "</main>",
-            f'<script type="application/json" id="book">{_json(book)}</script>',
-            f"<script>{get_plotlyjs()}</script>",
-            f"<script>{SCRIPT}</script>",
-            "</body>",
-            "</html>",
-            "",
-        ]
+    return _TEMPLATES.get_template("report.html").render(
+        report=report,
+        title=f"{_short(report.target.ref)} merged with {_short(report.source.ref)}",
+        folder_name=folder_name,
+        captions=CAPTIONS,
+        book=_json(book),
+        style=STYLE,
+        plotly=get_plotlyjs(),
+        script=SCRIPT,
     )
-
-
-def _body(report: Report, title: str, folder_name: str | None) -> Iterable[str]:
-    first, *rest = findings(report)
-    yield f"<header><h1>{html.escape(title)}</h1>"
-    where = f"<code>{html.escape(folder_name)}</code>, " if folder_name else ""
-    yield f'<p class="soft">{where}tmerge {html.escape(report.tmerge)}</p></header>'
-    yield f'<section class="verdict {verdict_tone(report.verdict)}" aria-label="Verdict">'
-    yield f'<p class="word">{html.escape(first)}</p>'
-    yield from (f"<p>{html.escape(sentence)}</p>" for sentence in rest)
-    yield "</section>"
-    yield "<noscript><p>The pictures on this page are drawn by its own script, which is switched off.</p></noscript>"
-
-    yield "<h2>Did it help?</h2>"
-    yield '<div class="side">'
-    yield _figure("scores")
-    yield _table(_SCORE_HEADINGS, score_cells(report), "Scores")
-    yield "</div>"
-
-    if report.adaptation is not None:
-        yield "<h2>After training</h2>"
-        yield f"<p>{html.escape(training_summary(report))}</p>"
-        yield _figure("loss")
-
-    yield "<h2>What was merged</h2>"
-    yield '<div class="side">'
-    yield _table(("", "target", "source"), model_rows(report), "Models")
-    yield _table(("", ""), facts(report), "Settings and data")
-    yield "</div>"
-    remarks = [
-        *(f"{name} was skipped: {why}" for name, why in report.projections.skipped.items()),
-        *report.projections.left_alone,
-        *report.notes,
-    ]
-    if remarks:
-        yield f"<ul>{''.join(f'<li>{html.escape(remark)}</li>' for remark in remarks)}</ul>"
-
-    yield "<h2>How much arrived</h2>"
-    yield '<div class="side">'
-    yield _figure("norms")
-    headings = ("projection", "neurons fused", "transported over own norm, by layer", "bias")
-    yield _table(headings, ratio_rows(report), "Projections")
-    yield "</div>"
-
-    yield "<h2>Which layers meet</h2>"
-    yield _choices(("projection", "projection"), ("which", "side"))
-    yield f'<div class="side">{_figure("coupling")}{_figure("flow")}</div>'
-
-    yield "<h2>Which neurons meet</h2>"
-    yield _choices(("feature", "feature"), ("layer", "target layer"), ("order", "order of neurons"))
-    yield f'<div class="side">{_figure("plan")}{_figure("mass")}</div>'
-
-    yield "<h2>Time</h2>"
-    yield _figure("timing")
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    yield f'<p class="soft">{html.escape(versions)}</p>'
-
-
-def _figure(name: str) -> str:
-    return (
-        f'<figure><h3 id="{name}-title"></h3><p class="subtitle" id="{name}-subtitle"></p>'
-        f'<div id="{name}" role="img"></div><figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>'
-    )
-
-
-def _choices(*names: tuple[str, str]) -> str:
-    boxes = (f'<label>{html.escape(label)}<select id="choose-{name}"></select></label>' for name, label in names)
-    return f'<div class="choices">{"".join(boxes)}</div>'
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
-    head = "".join(f'<th scope="col">{_cell(heading)}</th>' for heading in headings)
-    body = "".join(
-        f'<tr><th scope="row">{_cell(first)}</th>' + "".join(f"<td>{_cell(cell)}</td>" for cell in cells) + "</tr>"
-        for first, *cells in rows
-    )
-    head = f"<thead><tr>{head}</tr></thead>" if any(headings) else ""
-    return (
-        f'<div class="scroll"><table><caption>{html.escape(caption)}</caption>{head}<tbody>{body}</tbody></table></div>'
-    )
-
-
-def _cell(text: str) -> str:
-    """A cell's text; its second line is a smaller one."""
-    first, _, second = text.partition("\n")
-    return html.escape(first) + (f"<small>{html.escape(second)}</small>" if second else "")
 
 
 def _coupling(record: TransportRecord, projection: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tmerge.ui.pushing import build_push
 from tmerge.ui.quiet import tell_one_field
 from tmerge.ui.running import build_running
 from tmerge.ui.runs import RunStore
+from tmerge.ui.safe import render
 from tmerge.ui.style import CSS, HEAD, SHOW_RUN_IN_URL, markup, theme
 from tmerge.ui.try_out import build_try
 
@@ -56,11 +57,7 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
         # A field, and no State: a State's change is not told to a page by what goes past the queue.
         ended = gr.Number(0, visible="hidden", label="Runs that have ended", elem_id="run-ended")
         link = gr.Textbox(visible="hidden", label="Run", elem_id="run-link")
-        markup(
-            "<h1>tmerge</h1><p>Merge a large language model into a small one of another architecture, by optimal "
-            "transport between their activations, and see whether it helped.</p>",
-            elem_id="masthead",
-        )
+        markup(render("cards.html", "masthead"), elem_id="masthead")
         with gr.Tabs(elem_id="tabs") as tabs:
             context = AppContext(store, settings, aside, run_id, ended, tabs)
             with gr.Tab("Choose", id="choose", render_children=True):

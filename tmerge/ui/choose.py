@@ -16,7 +16,7 @@ from tmerge.errors import TmergeError
 from tmerge.models.demo import DEMO_MODELS
 from tmerge.models.reference import DEMO_PREFIX
 from tmerge.recipe import preset_names
-from tmerge.ui.cards import empty_card, limits_line, note
+from tmerge.ui.cards import empty_card, heading, limits_line, note
 from tmerge.ui.context import AppContext
 from tmerge.ui.expected import expected_cards
 from tmerge.ui.fields import GROUPS, SETTINGS, STEP, Setting
@@ -69,7 +69,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         )
         demo = gr.Button("Use the built-in demo pair", elem_id="use-demo", scale=0, min_width=230)
     texts = build_texts(search, app.settings)
-    markup("<h2>What this merge would be</h2>", elem_classes="section")
+    markup(heading(2, "What this merge would be"), elem_classes="section")
     expected = markup(
         empty_card("Checking the two models", "from their configs alone; nothing heavy starts before you say so"),
         elem_id="expected",
@@ -77,7 +77,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     fields: list[Any] = []
     with gr.Accordion("Advanced settings", open=False, elem_id="advanced"):
         for group, settings in GROUPS.items():
-            markup(f"<h3>{group}</h3>")
+            markup(heading(3, group))
             for first in range(0, len(settings), 3):
                 with gr.Row(equal_height=False):
                     fields += [_field(setting, begin) for setting in settings[first : first + 3]]

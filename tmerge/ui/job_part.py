@@ -24,7 +24,7 @@ from tmerge.ui.form import recipe_of
 from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, vetted
 from tmerge.ui.pushes import account_name, own_token
 from tmerge.ui.pushing import offers_sign_in
-from tmerge.ui.safe import escape
+from tmerge.ui.safe import render
 from tmerge.ui.style import markup
 
 __all__ = ["build_job", "job_offer", "job_timeout", "start_as_job"]
@@ -198,11 +198,4 @@ def _refuse_unreachable(app: AppContext, recipe: Recipe) -> None:
 
 
 def _started(job: RemoteRun) -> str:
-    result = f"{constants.ENDPOINT}/{job.repo}"
-    return (
-        '<div class="card" role="status"><p class="card-title">The job has started</p>'
-        f'<p><a href="{escape(job.url)}" target="_blank" rel="noopener">Its page</a>, with its log and the button that '
-        f'stops it. Its result will be in <a href="{escape(result)}" target="_blank" rel="noopener">'
-        f"{escape(job.repo)}</a>, private; read its verdict before you publish it. It goes on when this page is "
-        "closed.</p></div>"
-    )
+    return render("choose.html", "job_started", job=job, result=f"{constants.ENDPOINT}/{job.repo}")

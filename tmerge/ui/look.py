@@ -20,7 +20,7 @@ from tmerge.ui.context import AppContext
 from tmerge.ui.figure import Reader, figure_box
 from tmerge.ui.look_data import Looked, looked_at
 from tmerge.ui.look_pictures import FIGURES, Choice, data_of, picture_of, zoomed
-from tmerge.ui.safe import escape
+from tmerge.ui.safe import render
 
 __all__ = ["build_look"]
 
@@ -29,10 +29,8 @@ _PARTS = (("input (pre)", "pre"), ("output (post)", "post"))
 _ORDERS = (("grouped by likeness", "structure"), ("the models' own", "natural"))
 _LINES = (("by projection", "projection"), ("by input and output", "feature"))
 
-_NOTHING = (
-    '<p class="tm-empty">Nothing to look at yet. When a merge has finished, its layer couplings, feature plans and '
-    "scores are here.</p>"
-)
+_FILE = "look.html"
+_NOTHING = render(_FILE, "nothing")
 _HEAD_STYLE = """
 .html-container:has(> &) { padding: 0; }
 .tm-verdict { --tone: #6e7781; border: 1px solid var(--border-color-primary); border-left: 8px solid var(--tone);
@@ -265,14 +263,9 @@ def _sources(looked: Looked, projection: str, part: str) -> list[int]:
 def _head(looked: Looked) -> str:
     """Which models, and the verdict with what it rests on."""
     report = looked.report
-    verdict, *rest = findings(report)
-    names = " merged with ".join(escape(_name(model.ref)) for model in (report.target, report.source))
-    return (
-        f'<div class="tm-verdict tm-{verdict_tone(report.verdict)}"><p class="tm-soft">{names}</p>'
-        f'<p class="tm-word">{escape(verdict)}</p>'
-        + "".join(f"<p>{escape(sentence)}</p>" for sentence in rest)
-        + "</div>"
-    )
+    target, source = (_name(model.ref) for model in (report.target, report.source))
+    tone, sentences = verdict_tone(report.verdict), findings(report)
+    return render(_FILE, "head", tone=tone, target=target, source=source, sentences=sentences)
 
 
 def _name(reference: str) -> str:

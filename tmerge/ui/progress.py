@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from tmerge.plots.style import COLOUR_SCALE, feature_name, finish
-from tmerge.quantities import bytes_words, duration_words
-from tmerge.report import ScoreRow, alpha_words, score_rows, summary, verdict_tone, verdict_words
+from tmerge.quantities import duration_words
+from tmerge.report import alpha_words, score_rows, summary, verdict_words
 from tmerge.stages.step import STAGES
 from tmerge.transport import feature_keys
-from tmerge.ui.cards import error_card
-from tmerge.ui.safe import escape
+from tmerge.ui.cards import empty_card, error_card
+from tmerge.ui.safe import render
 from tmerge.ui.visitor_run import StageProgress, VisitorRun
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "stages",
 ]
 
+_FILE = "progress.html"
 _STATES = {
     "waiting": "Waiting",
     "running": "Running",
@@ -51,9 +53,9 @@ _NAMES = {
 
 def head(run: VisitorRun, position: int) -> str:
     """State, place in the queue, time; which pair."""
-    words = _STATES[run.state]
+    state = _STATES[run.state]
     if run.state == "running" and run.cancelling.is_set():
-        words = "Stopping"
+        state = "Stopping"
     facts = []
     if run.report is not None and run.state == "done":
         facts.append(verdict_words(run.report.verdict))
@@ -61,51 +63,43 @@ def head(run: VisitorRun, position: int) -> str:
         facts.append(f"{position} run{'s' if position != 1 else ''} before this one" if position else "next")
     if run.started is not None:
         facts.append(duration_words((run.ended or time.time()) - run.started))
-    listed = " \u00b7 ".join(facts)
-    return (
-        f'<div class="run-head" role="status"><span class="state {run.state}">{words}</span>'
-        f"<span>{escape(listed)}</span>"
-        f'<span class="pairname">{escape(run.recipe.source)} \u2192 {escape(run.recipe.target)}, on '
-        f"{escape(run.recipe.calibration.dataset)}, alpha {escape(run.recipe.fusion.alpha)}</span></div>"
-    )
+    return render(_FILE, "head", run=run, state=state, facts=facts)
 
 
 def no_run_head() -> str:
     """Where no run is looked at."""
-    return (
-        '<div class="run-head"><span class="state">No run yet</span>'
-        '<span class="pairname">Choose two models and start a merge; it is then shown here, and at its own link.</span>'
-        "</div>"
-    )
+    return render(_FILE, "no_run_head")
 
 
 def gone_head() -> str:
     """Where the link's run is not there."""
-    return (
-        '<div class="run-head"><span class="state failed">This run is not here any more</span>'
-        '<span class="pairname">Runs are kept for some hours after they have last been looked at, and not over a '
-        "restart of the app. Start it again from the Choose tab.</span></div>"
-    )
+    return render(_FILE, "gone_head")
 
 
 def stages(run: VisitorRun | None) -> str:
     """All stages, each with a bar: done, under way with its rate and what remains, or to come."""
-    rows = []
     names = list(STAGES)
     if run is not None and (run.recipe.fusion.alpha == "auto" or "choose" in run.stages):
         names.insert(names.index("evaluate"), "choose")
-    for name in names:
-        rows.append(_stage(name, None if run is None else run.stages.get(name), run))
-    return f'<div class="steps" role="list" aria-label="Stages of the run">{"".join(rows)}</div>'
+    rows = [_stage(name, None if run is None else run.stages.get(name), run) for name in names]
+    return render(_FILE, "stages", rows=rows)
 
 
-def _stage(name: str, stage: StageProgress | None, run: VisitorRun | None) -> str:
-    label = escape(_NAMES[name])
+@dataclass(frozen=True)
+class _StageRow:
+    """A stage as it is drawn; `percent` is None of one that is to come."""
+
+    label: str
+    state: str
+    percent: int | None
+    right: str
+    what: str
+
+
+def _stage(name: str, stage: StageProgress | None, run: VisitorRun | None) -> _StageRow:
+    label = _NAMES[name]
     if stage is None or run is None:
-        return (
-            f'<div class="step later" role="listitem"><span class="name">{label}</span><span class="bar"></span>'
-            '<span class="right">to come</span><span class="what">&nbsp;</span></div>'
-        )
+        return _StageRow(label, "later", None, "to come", "")
     current = stage.ended is None
     share = 1.0 if not current else min(1.0, stage.done / max(stage.total, 1))
     state = "now" if current else "done" if run.state != "failed" or run.stages[name] is not _last(run) else "stopped"
@@ -120,14 +114,7 @@ def _stage(name: str, stage: StageProgress | None, run: VisitorRun | None) -> st
     if state == "stopped":
         share = min(1.0, stage.done / max(stage.total, 1))
         right = ["stopped here"]
-    percent = round(100 * share)
-    return (
-        f'<div class="step {state}" role="listitem"><span class="name">{label}</span>'
-        f'<span class="bar" role="progressbar" aria-label="{label}" aria-valuemin="0" aria-valuemax="100" '
-        f'aria-valuenow="{percent}"><i style="width:{percent}%"></i></span>'
-        f'<span class="right">{escape(", ".join(right))}</span>'
-        f'<span class="what" title="{escape(what)}">{escape(what)}</span></div>'
-    )
+    return _StageRow(label, state, round(100 * share), ", ".join(right), what)
 
 
 def _last(run: VisitorRun) -> StageProgress:
@@ -136,11 +123,7 @@ def _last(run: VisitorRun) -> StageProgress:
 
 def log_lines(run: VisitorRun | None) -> str:
     """The log, its end in sight."""
-    lines = "\n".join(run.log) if run is not None else ""
-    return (
-        '<div class="log" role="log" aria-label="Log of the run" tabindex="0">'
-        f"<pre>{escape(lines) or 'the log of the run'}</pre></div>"
-    )
+    return render(_FILE, "log", lines="\n".join(run.log) if run is not None else "")
 
 
 def features_begun(run: VisitorRun) -> list[str]:
@@ -217,32 +200,19 @@ def result_cards(run: VisitorRun) -> str:
     if run.state == "failed":
         return error_card("A fault of ours" if run.fault else "The run failed", run.error or "")
     if run.state == "cancelled":
-        return '<div class="card quiet"><p class="card-title">Cancelled</p><p>Nothing of this run is kept.</p></div>'
+        return empty_card("Cancelled", "Nothing of this run is kept.")
     report = run.report
     if run.state != "done" or report is None:
         return ""
-    body = "".join(map(_score_row, score_rows(report)))
-    ratios = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{_median(item.norm_ratio):.3g}</dd></div>"
-        for name, item in report.fusion.projections.items()
+    return render(
+        _FILE,
+        "result",
+        report=report,
+        sentence=summary(report),
+        rows=score_rows(report),
+        ratios=[(name, f"{_median(item.norm_ratio):.3g}") for name, item in report.fusion.projections.items()],
+        alpha=alpha_words(report.fusion),
     )
-    remarks = "".join(f"<li>{escape(line)}</li>" for line in report.notes)
-    listed = f'<ul class="notes">{remarks}</ul>' if remarks else ""
-    return (
-        f'<section class="card" aria-label="Verdict"><p class="verdict {verdict_tone(report.verdict)}">'
-        f"{escape(verdict_words(report.verdict))}</p>"
-        f"<p>{escape(summary(report))}</p>"
-        '<div class="scroll"><table class="plain"><caption class="unseen">Bits per byte on held-out texts</caption>'
-        '<thead><tr><th scope="col"></th><th scope="col">bits per byte</th><th scope="col">95 % interval</th>'
-        '<th scope="col">against the target</th><th scope="col">95 % interval</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-        f'<p class="small" style="margin-top:10px">Alpha {escape(alpha_words(report.fusion))}. Transported weight '
-        f'over target weight, median over the layers:</p><dl class="big">{ratios}</dl>{listed}</section>'
-    )
-
-
-def _score_row(row: ScoreRow) -> str:
-    return f'<tr><th scope="row">{escape(row.label)}</th>{"".join(f"<td>{cell}</td>" for cell in row.cells)}</tr>'
 
 
 def _median(values: Sequence[float | None]) -> float:
@@ -256,12 +226,4 @@ def files_list(run: VisitorRun) -> str:
         return ""
     cache = run.folder / "tmerge" / "cache"
     found = sorted(path for path in run.folder.rglob("*") if path.is_file() and cache not in path.parents)
-    rows = "".join(
-        f'<tr><th scope="row" class="break"><code>{escape(path.relative_to(run.folder))}</code></th>'
-        f"<td>{escape(bytes_words(path.stat().st_size))}</td></tr>"
-        for path in found
-    )
-    return (
-        '<div class="card"><p class="card-title">Files of the model</p><table class="plain">'
-        f'<caption class="unseen">Files of the model and their sizes</caption><tbody>{rows}</tbody></table></div>'
-    )
+    return render(_FILE, "files", folder=run.folder, paths=found)

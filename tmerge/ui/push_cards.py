@@ -9,14 +9,13 @@ from pathlib import Path
 
 from tmerge.evaluation import Verdict
 from tmerge.hub import PushPlan
-from tmerge.quantities import bytes_words, duration_words
-from tmerge.report import verdict_tone
 from tmerge.ui.cards import error_card
 from tmerge.ui.pushes import PushUnderWay
-from tmerge.ui.safe import escape
+from tmerge.ui.safe import render
 
 __all__ = ["card_preview", "files_card", "push_card", "verdict_card"]
 
+_FILE = "push_cards.html"
 _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n?(.*)\Z", re.DOTALL)
 _PICTURE = re.compile(r"(!\[[^\]\n]*\]\()tmerge/figures/([A-Za-z0-9_-]+\.png)(\))")
 # A card's picture has tens of kilobytes; what is much larger is none of ours.
@@ -25,27 +24,12 @@ _LARGEST_PICTURE = 2 * 2**20
 
 def verdict_card(verdict: Verdict, line: str) -> str:
     """What the card will say first."""
-    return (
-        f'<div class="card"><p class="role">verdict</p><p class="verdict {verdict_tone(verdict)}">'
-        f"{escape(verdict)}</p><p>{escape(line)}</p></div>"
-    )
+    return render(_FILE, "verdict_card", verdict=verdict, line=line)
 
 
 def files_card(planned: PushPlan) -> str:
     """Every file that would go, with its size, and what should be known before it does."""
-    rows = "".join(
-        f'<tr><th scope="row" class="break">{escape(name)}</th><td>{escape(bytes_words(size))}</td></tr>'
-        for name, size in planned.files.items()
-    )
-    warnings = "".join(f"<li>{escape(line)}</li>" for line in planned.warnings)
-    listed = f'<ul class="notes">{warnings}</ul>' if warnings else ""
-    return (
-        f'<div class="card"><p class="card-title">What goes: {len(planned.files)} files, '
-        f"{escape(bytes_words(planned.total_bytes))}</p>{listed}"
-        '<div class="scroll tall"><table class="plain"><caption class="unseen">Files and their sizes</caption>'
-        '<thead><tr><th scope="col">file</th><th scope="col">size</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div></div>"
-    )
+    return render(_FILE, "files_card", planned=planned)
 
 
 def card_preview(text: str, folder: Path | None) -> tuple[str, str]:
@@ -65,7 +49,7 @@ def card_preview(text: str, folder: Path | None) -> tuple[str, str]:
         return f"{match[1]}data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}{match[3]}"
 
     metadata = (
-        f'<details class="card"><summary>Metadata, which the Hub reads</summary><pre>{escape(front)}</pre></details>'
+        render(_FILE, "metadata", front=front)
         if front
         else error_card("No metadata", "the card has to begin with its metadata, between two lines of ---")
     )
@@ -79,17 +63,6 @@ def push_card(under_way: PushUnderWay | None) -> str:
     if under_way.state == "failed":
         return error_card("Not pushed", under_way.error or "")
     if under_way.state == "done" and under_way.pushed is not None:
-        pushed, url = under_way.pushed, escape(under_way.pushed.url)
-        seconds = duration_words((under_way.ended or 0) - under_way.began)
-        return (
-            '<div class="card" role="status"><p class="card-title state done">Pushed</p>'
-            f'<p><a class="break" href="{url}" target="_blank" rel="noopener">{url}</a></p>'
-            f'<p class="small">commit <code class="version">{escape(pushed.commit[:10])}</code>, in {escape(seconds)}'
-            "</p></div>"
-        )
-    steps = "".join(f"<li>{escape(line)}</li>" for line in under_way.lines)
-    return (
-        f'<div class="card" role="status"><p class="card-title">Pushing to {escape(under_way.repo)}, '
-        f"{escape(duration_words(time.time() - under_way.began))}</p>"
-        f'<ul class="notes">{steps}</ul></div>'
-    )
+        seconds = (under_way.ended or 0) - under_way.began
+        return render(_FILE, "pushed", done=under_way.pushed, seconds=seconds)
+    return render(_FILE, "pushing", under_way=under_way, seconds=time.time() - under_way.began)

@@ -15,7 +15,7 @@ import gradio as gr
 from tmerge.errors import TmergeError
 from tmerge.hub import card_text, plan_push
 from tmerge.report import summary, training_summary
-from tmerge.ui.cards import empty_card, error_card, note
+from tmerge.ui.cards import empty_card, error_card, heading, note
 from tmerge.ui.context import AppContext
 from tmerge.ui.push_cards import card_preview, files_card, push_card, verdict_card
 from tmerge.ui.pushes import account_name, own_token, start_push, suggested_name
@@ -66,7 +66,7 @@ def build_push(app: AppContext) -> None:
                 progress = markup("", elem_id="push-progress")
             with gr.Column(min_width=280):
                 files = markup("", elem_id="push-files")
-        markup("<h2>The model card</h2>", elem_classes="section")
+        markup(heading(2, "The model card"), elem_classes="section")
         with gr.Row(equal_height=False):
             with gr.Column(min_width=280):
                 card = gr.Code(

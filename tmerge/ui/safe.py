@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
-import html
+from typing import Any
 
-__all__ = ["escape", "plain_markdown"]
+import markupsafe
+
+from tmerge.quantities import bytes_words, duration_words, number_words
+from tmerge.report import verdict_tone, verdict_words
+from tmerge.templates import html_templates
+
+__all__ = ["escape", "plain_markdown", "render"]
 
 _ACTED_ON = frozenset("<>&|`*_[]()#!~\"'\\$:")
 
 
-def escape(value: object, missing: str = "not stated") -> str:
-    """A value within HTML, also within a quoted attribute."""
+def escape(value: object, missing: str = "not stated") -> markupsafe.Markup:
+    """A value within HTML, also within a quoted attribute; what is HTML of ours already stays as it is."""
+    if isinstance(value, markupsafe.Markup):
+        return value
     if value is None:
-        return missing
+        return markupsafe.Markup(missing)
     # Letters that turn the direction of what follows could make one name look like another.
     text = "".join(letter for letter in str(value) if letter.isprintable() or letter in "\n\t")
     # Gradio's HTML component fills templates of these two kinds; what a repo is called is no template.
-    return html.escape(text, quote=True).replace("{", "&#123;").replace("$", "&#36;")
+    return markupsafe.Markup(str(markupsafe.escape(text)).replace("{", "&#123;").replace("$", "&#36;"))
+
+
+_TEMPLATES = html_templates("tmerge.ui", finalize=escape)
+_TEMPLATES.filters |= {
+    "bytes": bytes_words,
+    "duration": duration_words,
+    "number": number_words,
+    "tone": verdict_tone,
+    "verdict": verdict_words,
+}
+
+
+def render(file: str, macro: str, **values: Any) -> str:
+    """A piece of the page: one macro of a file in ``templates``, in which every value is escaped by `escape`.
+
+    Args:
+        file: Such as ``cards.html``.
+        macro: Its name there.
+        **values: Its arguments; one that is missing is an error where it is used.
+    """
+    return str(getattr(_TEMPLATES.get_template(file).module, macro)(**values))
 
 
 def plain_markdown(value: object) -> str:

@@ -13,11 +13,10 @@ import gradio as gr
 from tmerge.calibration import SAMPLES_PREFIX, sample_languages
 from tmerge.calibration.files import FILE_SUFFIXES
 from tmerge.errors import DatasetError, TmergeError
-from tmerge.quantities import bytes_words
 from tmerge.ui.aside import Aside
 from tmerge.ui.cards import note
 from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, refuse_dataset_path
-from tmerge.ui.safe import escape
+from tmerge.ui.safe import render
 from tmerge.ui.search import Choice, DatasetFacts, HubSearch, dataset_facts, file_facts, offered
 from tmerge.ui.style import markup
 
@@ -81,10 +80,10 @@ def build_texts(search: HubSearch, settings: AppSettings) -> TextsPart:
         split = gr.Dropdown(
             ["train"], value="train", label="Split", info="Part of it", allow_custom_value=True, min_width=120
         )
-    most = bytes_words(settings.max_upload_bytes)
     with gr.Group(visible=False) as upload_rows:
         file = gr.File(file_types=list(FILE_SUFFIXES), label="File of texts", height=140, elem_id="texts-file")
-        markup(f'<p class="small inset">{", ".join(FILE_SUFFIXES)} in UTF-8, at most {most}; read as data only</p>')
+        hint = render("choose.html", "upload_hint", suffixes=FILE_SUFFIXES, most=settings.max_upload_bytes)
+        markup(hint)
     column = gr.Dropdown(
         [],
         value=None,
@@ -229,8 +228,4 @@ def look_into(
 def _found_line(facts: DatasetFacts) -> str:
     if not facts.column:
         return note(facts.why, bad=True)
-    columns = ", ".join(facts.columns[:12])
-    begins = f" \u2013 begins: \u201c{escape(facts.example)}\u201d" if facts.example else ""
-    return (
-        f'<p class="note" role="status">Text column: <b>{escape(facts.column)}</b> (of {escape(columns)}){begins}</p>'
-    )
+    return render("choose.html", "texts_found", facts=facts)

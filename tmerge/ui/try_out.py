@@ -13,15 +13,13 @@ from tmerge.report import Report, summary
 from tmerge.ui.cards import error_card
 from tmerge.ui.context import AppContext
 from tmerge.ui.prompts import offered_prompts
-from tmerge.ui.safe import escape
+from tmerge.ui.safe import render
 from tmerge.ui.speaking import MOST_CHARACTERS, MOST_TOKENS, ROLES, Question, Said, Speaker
 
 __all__ = ["build_try"]
 
-_NOTHING = (
-    '<p class="tm-empty">Nothing to try yet. When a merge has finished, the target, the fused model and the source '
-    "answer your prompts here, side by side.</p>"
-)
+_FILE = "try_out.html"
+_NOTHING = render(_FILE, "nothing")
 _GONE = "This run is gone or not finished; start it again, or open its link."
 _LABELS = {"target": "Target, unchanged", "fused": "Fused", "source": "Source"}
 _PROMPTS = 4
@@ -172,29 +170,17 @@ def _printable(text: str) -> str:
 
 
 def _note(said: Said) -> str:
-    failed = " tm-failed" if said.state == "failed" else ""
-    return f'<p class="tm-note{failed}" role="status">{escape(said.note)}</p>'
+    return render(_FILE, "note", said=said)
 
 
 def _fault(line: str) -> str:
-    return f'<p class="tm-note tm-failed" role="alert">{escape(line)}</p>'
+    return render(_FILE, "fault", line=line)
 
 
 def _scores(report: Report) -> str:
     """The verdict with its interval, and every model's held-out score."""
-    cells = "".join(
-        f'<tr><th scope="row">{_cell(name)}</th><td>{_cell(score)}</td><td>{_cell(change)}</td></tr>'
-        for name, score, change in score_cells(report)
-    )
-    heads = ("model", "bits per byte, 95 % interval", "difference to the target, 95 % interval")
-    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     texts = report.evaluation.texts
-    return (
-        f'<div class="tm-scores"><p><strong>{escape(summary(report))}</strong></p>'
-        f"<p>A few answers show what a model is like, not whether it is better: that is what these {texts} texts say, "
-        "none of which was read to calibrate the merge.</p>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>"
-    )
+    return render(_FILE, "scores", sentence=summary(report), texts=texts, rows=score_cells(report))
 
 
 def _own_score(report: Report, role: str) -> str:
@@ -205,9 +191,4 @@ def _own_score(report: Report, role: str) -> str:
     if role == "fused":
         change = evaluation.difference
         line += f", {change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}] to the target: {report.verdict}"
-    return f'<p class="tm-mine">{escape(line)}</p>'
-
-
-def _cell(text: str) -> str:
-    first, _, second = text.partition("\n")
-    return escape(first) + (f"<small>{escape(second)}</small>" if second else "")
+    return render(_FILE, "own_score", line=line)
