@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from tests.models.pico_gguf import save_pico_gguf
 from tests.pico import PICO_RARE, save_pico
 from tests.reported import typed
-from tmerge import adapted
 from tmerge.calibration import sample_texts
 from tmerge.errors import NotEnoughDiskError, UnsupportedModelError
 from tmerge.evaluation import most_scorings
@@ -23,6 +22,7 @@ from tmerge.preflight.check import check, refuse_unfit
 from tmerge.preflight.models import Models
 from tmerge.preflight.speed import Timing
 from tmerge.recipe import Recipe
+from tmerge.stages import adapt as adapted
 from tmerge.stages.merge import merge
 from tmerge.transport import feature_keys
 

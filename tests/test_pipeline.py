@@ -304,7 +304,7 @@ def test_a_run_in_turns_is_the_run_in_one(pair, tmp_path):
     assert [name for name in dict.fromkeys(done) if name in STAGES] == list(STAGES)
 
 
-def test_the_source_is_let_go_once_it_has_been_read(pair, tmp_path, monkeypatch):
+def test_the_source_is_let_go_once_it_has_been_read(pair, tmp_path, monkeypatch, quick_collection):
     loaded, alive = [], {}
     plain = loading.load_model
 

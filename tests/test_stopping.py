@@ -233,7 +233,7 @@ def test_a_second_signal_does_not_wait(tmp_path, number):
 def test_what_is_read_of_a_gguf_file_is_put_away(command, pair, tmp_path, monkeypatch, number, name):
     # A GGUF file is read through a folder of its own, which a stop must not leave behind.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("tmerge.models.facts.load_config", send(number), raising=True)
+    monkeypatch.setattr("tmerge.models.place.load_config", send(number), raising=True)
     save_pico_gguf(tmp_path / "source.gguf")
     words = ["--target", tmp_path / "source.gguf", "--source", pair / "source"]
     code, line = command(name, *words, *(["--dry-run"] if name == "merge" else []))

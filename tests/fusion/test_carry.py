@@ -74,7 +74,7 @@ def test_the_peak_does_not_depend_on_the_number_of_layers(workers):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_neurons_that_are_handed_over_do_not_stay(workers):
+def test_neurons_that_are_handed_over_do_not_stay(workers, quick_collection):
     def most_at_once(layers):
         seen, most = [], 0
 

@@ -61,7 +61,9 @@ def test_what_was_not_finished_is_not_read_and_is_written_anew(tmp_path):
 
 @pytest.mark.parametrize("layers", [2, 8])
 @pytest.mark.parametrize("what", ["fused", "shrink", "noise"])
-def test_what_is_fused_and_its_controls_are_in_memory_one_at_a_time(tmp_path, monkeypatch, what, layers):
+def test_what_is_fused_and_its_controls_are_in_memory_one_at_a_time(
+    tmp_path, monkeypatch, quick_collection, what, layers
+):
     model = pico_model("llama", layers=layers)
     architecture = describe(model)
     items = written(tmp_path / "transported", _everything(model))

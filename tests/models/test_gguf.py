@@ -248,7 +248,7 @@ def test_room_for_unpacking_is_asked_for_before_it_begins(tmp_path, monkeypatch)
     values = sum(tensor.values for tensor in read_header(path).tensors)
     # Enough for the model in bfloat16, which was all that was asked for, and not for its values in float32 as well.
     monkeypatch.setattr(device_module, "available_memory", lambda device: 5 * values)
-    with pytest.raises(NotEnoughMemoryError, match="GB are free"):
+    with pytest.raises(NotEnoughMemoryError, match="kB are free"):
         load_model(str(path), dtype="bfloat16", device="cpu")
     monkeypatch.setattr(device_module, "available_memory", lambda device: 10 * values)
     assert load_model(str(path), dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16

@@ -303,7 +303,7 @@ def test_a_dtype_that_is_none(stored):
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(stored, monkeypatch):
     monkeypatch.setattr(device_module, "available_memory", lambda device: 1000)
-    with pytest.raises(NotEnoughMemoryError, match="0.0 GB are free"):
+    with pytest.raises(NotEnoughMemoryError, match="1 kB are free"):
         load_model(str(stored), device="cpu")
 
 

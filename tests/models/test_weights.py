@@ -128,7 +128,7 @@ def test_a_value_that_the_stored_dtype_cannot_hold_is_written_as_it_is(tmp_path)
     assert weights["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
 
 
-def test_a_tensor_is_gone_when_it_is_let_go(tmp_path):
+def test_a_tensor_is_gone_when_it_is_let_go(tmp_path, quick_collection):
     save_pico("llama", tmp_path / "pico", layers=4)
     architecture = read(Model(str(tmp_path / "pico"), device="cpu"))
     seen = []

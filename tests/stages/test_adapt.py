@@ -132,6 +132,6 @@ def test_compare_trains_every_row_on_the_same_tokens(pair, tmp_path):
         assert item.low <= item.value <= item.high
         assert sum(seed.value for seed in item.seeds) / 2 == pytest.approx(item.value, abs=1e-9)
         for place in ("compare.md", "compare.html"):
-            assert f"{name} against {item['to']}: {item['value']:+.4f}" in (tmp_path / "c" / place).read_text()
+            assert f"{name} against {item.to}: {item.value:+.4f}" in (tmp_path / "c" / place).read_text()
     assert "Training loss" in (tmp_path / "c" / "compare.html").read_text()
     assert not list((tmp_path / "c" / "training").iterdir())

@@ -98,7 +98,7 @@ def test_a_resumed_run_reads_what_was_kept_or_makes_it_again(models, tmp_path, l
     assert digest(tmp_path / "there") == digest(tmp_path / "gone")
 
 
-def test_what_is_read_of_a_source_at_once_does_not_grow_with_its_layers(tmp_path, monkeypatch):
+def test_what_is_read_of_a_source_at_once_does_not_grow_with_its_layers(tmp_path, monkeypatch, quick_collection):
     plain, most = MappedWeights.__getitem__, {}
     for layers in (2, 8):
         save_pico("llama", tmp_path / f"target-{layers}", layers=layers)
