@@ -59,8 +59,8 @@ def test_sizes_and_time_are_refused_before_any_weight_is_fetched(tmp_path):
     assert ended.returncode == 0, ended.stderr[-2000:]
     refused = json.loads(ended.stdout.rpartition("RESULTS")[2])
     assert refused["small enough"] is None
-    assert "billion parameters, where this app takes 0.0" in refused["parameters"]
-    assert "GB to fetch, where this app takes 0.0 GB" in refused["download"]
+    assert "has 104,768 parameters, where this app takes 1,000;" in refused["parameters"]
+    assert " kB to fetch, where this app takes 1 kB;" in refused["download"]
     assert "operations, where this app takes 1e-12 trillion operations" in refused["work"]
     # Of the weights, headers alone are read, as ranges.
     fetched = [line for line in hub.requests if line.startswith("GET") and "model.safetensors" in line]
@@ -89,7 +89,7 @@ def test_a_disk_that_is_too_full_is_said_before_anything_is_read(models, monkeyp
     until = time.monotonic() + 60
     while not run.over and time.monotonic() < until:
         time.sleep(0.05)
-    assert run.state == "failed" and "of disk in the run's folder, where 0.0 GB are free" in run.error
+    assert run.state == "failed" and "of disk in the run's folder, where 10 B are free" in run.error
     assert list(run.stages) == [] and not run.folder.parent.exists()
     store.close()
 
