@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests.pico import save_pico
-from tests.test_pipeline import recipe_for
+from tests.stages.test_merge import recipe_for
 from tmerge.calibration import dataset_identity, read_texts, sample_texts
 from tmerge.comparison.compare import compare
 from tmerge.comparison.evaluate import evaluate_models

@@ -13,7 +13,7 @@ import pytest
 
 from tests.models.pico_gguf import save_pico_gguf
 from tests.pico import save_pico
-from tests.test_pipeline import digest, recipe_for
+from tests.stages.test_merge import digest, recipe_for
 from tmerge import cli
 from tmerge.cli import stopping
 from tmerge.stages.merge import merge

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_pipeline import pair, recipe_for  # noqa: F401 - a fixture
+from tests.stages.test_merge import pair, recipe_for  # noqa: F401 - a fixture
 from tmerge.errors import RunBusyError
 from tmerge.run import Run
 from tmerge.stages.merge import merge

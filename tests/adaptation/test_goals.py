@@ -6,7 +6,7 @@ import torch
 from tests.adaptation.test_training import settings
 from tests.evaluation.test_choose import loaded
 from tests.pico import save_pico
-from tests.test_pipeline import recipe_for
+from tests.stages.test_merge import recipe_for
 from tmerge.adaptation import adapt, feature_goals
 from tmerge.adaptation.goals import FeatureWatch
 from tmerge.calibration import FeatureStore, TextSet

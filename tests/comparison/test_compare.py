@@ -6,7 +6,7 @@ import pytest
 
 from tests.evaluation.test_tasks import XCOPA
 from tests.pico import save_pico
-from tests.test_pipeline import recipe_for
+from tests.stages.test_merge import recipe_for
 from tmerge.comparison.compare import compare
 from tmerge.comparison.result import read_comparison
 from tmerge.comparison.tables import comparison_table

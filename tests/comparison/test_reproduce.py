@@ -16,18 +16,23 @@ from tmerge.recipe import Recipe
 from tmerge.stages.merge import merge
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reproduce")
+def reproducible(folder, **sections):
+    """Saves two models, and gives the recipe of a short merge of them."""
     for name, family, seed in (("target", "llama", 1), ("source", "gpt2", 2)):
         save_pico(family, folder / name, seed=seed)
-    recipe = Recipe(
+    return Recipe(
         target=str(folder / "target"),
         source=str(folder / "source"),
         calibration={"dataset": "samples:english", "texts": 90},
         fusion={"top_k": 16},
-        adaptation={"steps": 2, "batch_size": 2},
+        **sections,
     )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reproduce")
+    recipe = reproducible(folder, adaptation={"steps": 2, "batch_size": 2})
     merge(recipe, folder / "fused")
     return folder
 

@@ -57,7 +57,8 @@ def test_metadata_is_what_the_hub_reads(run, report):
     data = card.data
     assert isinstance(data, ModelCardData)
     assert data.base_model == ["user/target", "user/source"] and data.get("base_model_relation") == "merge"
-    assert data.library_name == "transformers" and data.pipeline_tag == "text-generation"
+    assert data.pipeline_tag == "text-generation"
+    assert data.library_name == "transformers"
     assert {"merge", "tmerge", "transport-and-merge"} <= set(data.tags)
     assert data.language == ["th"] and data.license == "apache-2.0" and data.get("license_name") is None
     score, change = data.eval_results

@@ -7,9 +7,8 @@ import shutil
 
 import pytest
 
+from tests.comparison.test_reproduce import reproducible
 from tests.hub import LoopbackHub, Repo, run_client
-from tests.pico import save_pico
-from tmerge.recipe import Recipe
 from tmerge.stages.merge import merge
 
 SCRIPT = """
@@ -24,14 +23,7 @@ print("RESULTS" + json.dumps(results))
 @pytest.fixture(scope="module")
 def repos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
-    for name, family, seed in (("target", "llama", 1), ("source", "gpt2", 2)):
-        save_pico(family, folder / name, seed=seed)
-    recipe = Recipe(
-        target=str(folder / "target"),
-        source=str(folder / "source"),
-        calibration={"dataset": "samples:english", "texts": 90},
-        fusion={"top_k": 16},
-    )
+    recipe = reproducible(folder)
     merge(recipe, folder / "run")
     found = {}
     for name in ("fused", "swapped", "extra"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from tmerge.errors import RecipeError
+from tests.recipe.refusing import assert_refused
 from tmerge.recipe import Apart, Recipe, Shared, TaskVector, Weights, load_recipe
 
 PAIR = {"target": "a/target", "source": "b/source"}
@@ -132,12 +132,7 @@ def test_words_of_the_command_line_are_said_too():
     ],
 )
 def test_mistakes_are_one_line(data, words):
-    with pytest.raises(RecipeError) as refused:
-        Recipe.from_mapping(data)
-    text = str(refused.value)
-    assert "\n" not in text
-    for word in words:
-        assert word in text
+    assert_refused(data, words)
 
 
 def test_a_recipe_has_the_keys_of_what_it_chose_and_no_others():

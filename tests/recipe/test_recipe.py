@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub.serialization._base import parse_size_to_int
 
+from tests.recipe.refusing import assert_refused
 from tmerge.errors import RecipeError
 from tmerge.recipe import (
     Apart,
@@ -64,12 +65,7 @@ def test_digest_follows_its_sections_alone():
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(data, words):
-    with pytest.raises(RecipeError) as caught:
-        Recipe.from_mapping(data)
-    text = str(caught.value)
-    assert "\n" not in text
-    for word in words:
-        assert word in text
+    assert_refused(data, words)
 
 
 @pytest.mark.parametrize(

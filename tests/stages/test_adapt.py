@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.pico import save_pico
 from tests.reported import typed
-from tests.test_pipeline import recipe_for
+from tests.stages.test_merge import recipe_for
 from tmerge.calibration import TextSet, sample_texts
 from tmerge.comparison.compare import compare
 from tmerge.errors import Cancelled, OutputExistsError, RunBusyError, RunNotFoundError

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.models.pico_gguf import save_pico_gguf
 from tests.pico import save_pico
-from tests.test_pipeline import digest, recipe_for
+from tests.stages.test_merge import digest, recipe_for
 from tmerge.models import load_model, save_checkpoint
 from tmerge.models import model as handles
 from tmerge.models.weights import MappedWeights

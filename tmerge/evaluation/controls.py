@@ -15,12 +15,20 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal, overload
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tmerge.fusion import COLUMN_PROJECTIONS, Alpha, TransportedNeurons, alpha_of, fuse, read_neurons
+from tmerge.fusion import (
+    COLUMN_PROJECTIONS,
+    Alpha,
+    NeuronSequence,
+    TransportedNeurons,
+    alpha_of,
+    fuse,
+    read_neurons,
+)
 from tmerge.models import Projection
 
 __all__ = ["Control", "Derived", "applied", "control_generator", "noise", "shrink"]
@@ -34,7 +42,7 @@ def control_generator(seed: int, *place: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-class Derived(Sequence[TransportedNeurons]):
+class Derived(NeuronSequence):
     """Items made of others when they are asked for, so that no more than one of them is in memory.
 
     Args:
@@ -50,14 +58,8 @@ class Derived(Sequence[TransportedNeurons]):
     def __len__(self) -> int:
         return len(self._items)
 
-    @overload
-    def __getitem__(self, place: int) -> TransportedNeurons: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[TransportedNeurons]: ...
-    def __getitem__(self, place: int | slice) -> TransportedNeurons | list[TransportedNeurons]:
-        if isinstance(place, slice):
-            return [self._make(item) for item in self._items[place]]
-        return self._make(self._items[place])
+    def _item(self, index: int) -> TransportedNeurons:
+        return self._make(self._items[index])
 
 
 def shrink(layers: Sequence[dict[str, Projection]], transported: Sequence[TransportedNeurons]) -> Derived:

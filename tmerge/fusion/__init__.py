@@ -6,6 +6,7 @@ from tmerge.fusion.carry import Carried, carry
 from tmerge.fusion.maps import unit_factors
 from tmerge.fusion.merge import (
     Alpha,
+    NeuronSequence,
     TransportedNeurons,
     alpha_of,
     fuse,
@@ -21,6 +22,7 @@ __all__ = [
     "COLUMN_PROJECTIONS",
     "Alpha",
     "Carried",
+    "NeuronSequence",
     "NeuronWriter",
     "StoredNeurons",
     "TransportedNeurons",

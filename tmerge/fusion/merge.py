@@ -9,8 +9,10 @@ difference W_B - W_B0 that fine-tuning made, and it is added: W <- W + alpha * m
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from tmerge.transport.maps import Scale
 
 __all__ = [
     "Alpha",
+    "NeuronSequence",
     "TransportedNeurons",
     "alpha_of",
     "fuse",
@@ -62,6 +65,22 @@ class TransportedNeurons:
     weight: Tensor
     bias: Tensor | None
     is_difference: bool = False
+
+
+class NeuronSequence(Sequence[TransportedNeurons]):
+    """Transported neurons that are made or read when they are asked for, one item at a time; `_item` gives one."""
+
+    @overload
+    def __getitem__(self, index: int) -> TransportedNeurons: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TransportedNeurons]: ...
+    def __getitem__(self, index: int | slice) -> TransportedNeurons | list[TransportedNeurons]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        return self._item(index)
+
+    @abstractmethod
+    def _item(self, index: int) -> TransportedNeurons: ...
 
 
 def layer_weights(kept: Tensor, layers: int, scale: Scale) -> Tensor:

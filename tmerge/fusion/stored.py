@@ -9,13 +9,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
 
 from safetensors import safe_open
 from torch import Tensor
 
 from tmerge.errors import RunNotFoundError
-from tmerge.fusion.merge import TransportedNeurons
+from tmerge.fusion.merge import NeuronSequence, TransportedNeurons
 from tmerge.models import PROJECTIONS
 from tmerge.store import read_json, write_json, write_tensors
 
@@ -59,7 +58,7 @@ class NeuronWriter:
         return StoredNeurons(self._folder)
 
 
-class StoredNeurons(Sequence[TransportedNeurons]):
+class StoredNeurons(NeuronSequence):
     """What a `NeuronWriter` wrote, in the order of layers and then of projections.
 
     Args:
@@ -79,14 +78,8 @@ class StoredNeurons(Sequence[TransportedNeurons]):
     def __len__(self) -> int:
         return len(self._items)
 
-    @overload
-    def __getitem__(self, place: int) -> TransportedNeurons: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[TransportedNeurons]: ...
-    def __getitem__(self, place: int | slice) -> TransportedNeurons | list[TransportedNeurons]:
-        if isinstance(place, slice):
-            return [self[index] for index in range(*place.indices(len(self)))]
-        number, item = self._items[place]
+    def _item(self, index: int) -> TransportedNeurons:
+        number, item = self._items[index]
         # Opened for each item: its pages go with it.
         with safe_open(self._folder / item["file"], "pt") as file:
             tensors = {

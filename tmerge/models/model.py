@@ -46,7 +46,7 @@ class Model:
         self._commit = commit
         self._loaded: LoadedModel | None = None
         self._views: Architecture | None = None
-        self._loads = 0
+        self._was_loaded = False
 
     @cached_property
     def place(self) -> Place | GgufPlace:
@@ -119,9 +119,9 @@ class Model:
             TmergeError: As `load_model`.
         """
         if self._loaded is None:
-            if self._loads:
+            if self._was_loaded:
                 self.__dict__.pop("place", None)  # local files may have changed since they were loaded before
-            self._loads += 1
+            self._was_loaded = True
             self._loaded = load_model(
                 self.reference,
                 dtype=self.dtype,

@@ -287,7 +287,7 @@ def _entries_of(recipe: Recipe, target_widths: _Widths, source_widths: _Widths) 
             sum(target_widths[key]) * max(source_widths[key]) for key in target_widths if key in source_widths
         )
     return float(
-        sum(sum(target_widths[key]) * sum(source_widths[key]) for key in target_widths.keys() & source_widths.keys())
+        sum(sum(target_widths[key]) * sum(source_widths[key]) for key in target_widths if key in source_widths)
     )
 
 

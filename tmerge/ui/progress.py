@@ -141,18 +141,18 @@ def coupling_figure(run: VisitorRun | None, key: str | None) -> go.Figure:
     rows = [] if run is None else list(run.rows)
     if key is None and rows:
         key = rows[-1].key
-    mine = {row.layer: row.costs for row in rows if row.key == key}
+    costs_of = {row.layer: row.costs for row in rows if row.key == key}
     figure = go.Figure()
     title = "Layer coupling" if key is None else f"Layer coupling: {feature_name(key)}"
-    if not mine:
+    if not costs_of:
         finish(figure, title, "fills in as layer pairs are solved", 440)
         figure.update_xaxes(title={"text": "source layer"}, range=[-0.5, 9.5], showgrid=False, tickvals=[])
         figure.update_yaxes(title={"text": "target layer"}, range=[9.5, -0.5], showgrid=False, tickvals=[])
         return figure.update_layout(margin={"l": 40, "b": 40})
-    width = max(map(len, mine.values()))
-    height = max(_target_layers(run), max(mine) + 1)
+    width = max(map(len, costs_of.values()))
+    height = max(_target_layers(run), max(costs_of) + 1)
     costs = np.full((height, width), np.nan, dtype=np.float32)
-    for layer, values in mine.items():
+    for layer, values in costs_of.items():
         costs[layer, : len(values)] = values
     figure.add_trace(
         go.Heatmap(
@@ -173,7 +173,7 @@ def coupling_figure(run: VisitorRun | None, key: str | None) -> go.Figure:
     finish(
         figure,
         title,
-        f"cost of transporting one layer's features to the other's, lower is closer; {len(mine)} of {height} rows",
+        f"cost of transporting one layer's features to the other's, lower is closer; {len(costs_of)} of {height} rows",
         440,
         xaxis={"title": {"text": "source layer"}, "range": [-0.5, width - 0.5], **_ticks(width)},
         yaxis={"title": {"text": "target layer"}, "range": [height - 0.5, -0.5], **_ticks(height)},

@@ -10,9 +10,7 @@ from tmerge.quantities import bytes_words, duration_words, number_words
 from tmerge.report import verdict_tone, verdict_words
 from tmerge.templates import html_templates
 
-__all__ = ["escape", "plain_markdown", "render"]
-
-_ACTED_ON = frozenset("<>&|`*_[]()#!~\"'\\$:")
+__all__ = ["escape", "render"]
 
 
 def escape(value: object, missing: str = "not stated") -> markupsafe.Markup:
@@ -46,8 +44,3 @@ def render(file: str, macro: str, **values: Any) -> str:
         **values: Its arguments; one that is missing is an error where it is used.
     """
     return str(getattr(_TEMPLATES.get_template(file).module, macro)(**values))
-
-
-def plain_markdown(value: object) -> str:
-    """A value within Markdown, with nothing in it that Markdown, HTML or LaTeX would act on."""
-    return "".join(f"&#{ord(letter)};" if letter in _ACTED_ON else letter for letter in str(value))
