@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,13 +99,13 @@ def print_json(document: dict[str, Any]) -> None:
 
 def quiet_libraries() -> None:
     """Our own progress is shown; the libraries' bars and remarks would break its lines."""
-    import datasets
     import huggingface_hub.utils
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    # Told by its environment: a run on packaged texts never imports it, which takes a second.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()

@@ -331,9 +331,12 @@ def fast_reading(path: Path) -> Iterator[str]:
                 own_reader._mapped = original_mapped
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _parsed(path: str, size: int, changed: int) -> _FastReader:
-    """The reader of a file of this size and time of change: the check, the tokenizer and the weights all ask."""
+    """The reader of a file of this size and time of change: the check, the tokenizer and the weights all ask.
+
+    Two, as a run's target and source are asked for by turns.
+    """
     return _FastReader(path)
 
 

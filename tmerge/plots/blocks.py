@@ -29,9 +29,9 @@ __all__ = [
 Order = Literal["structure", "natural"]
 
 # A group of this many neurons is ordered along one axis and not split again.
-_LEAF = 8
+_LEAF = 16
 # Steps of the power iteration. Its axis need not be exact: any direction of the leading few splits well.
-_STEPS = 12
+_STEPS = 8
 # A group with an entry to so many pairs of neurons is multiplied as a dense matrix: its zeros cost less than gathering.
 _DENSE = 16
 
