@@ -14,6 +14,9 @@ ORDER = (
     *("cli", "ui"),
 )
 
+# Within the app: what stands behind the tabs, what they share, what they are made of, and they.
+UI_ORDER = ("server", "context", "parts", "tabs")
+
 
 def _part(module):
     return module.split(".")[1]
@@ -30,11 +33,21 @@ def _imported(path):
 
 @pytest.mark.parametrize("part", ORDER)
 def test_a_part_imports_only_from_those_before_it(part):
-    files = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").is_file() else sorted((PACKAGE / part).glob("*.py"))
+    files = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").is_file() else sorted((PACKAGE / part).rglob("*.py"))
     assert files
     before = {*ORDER[: ORDER.index(part)], part}
     for path in files:
         assert set(_imported(path)) <= before, path.name
+
+
+@pytest.mark.parametrize("part", UI_ORDER)
+def test_the_app_is_laid_in_the_same_way(part):
+    folder = PACKAGE / "ui"
+    before = UI_ORDER[: UI_ORDER.index(part) + 1]
+    for path in [folder / f"{part}.py"] if part == "context" else sorted((folder / part).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tmerge.ui."):
+                assert node.module.split(".")[2] in before, path.name
 
 
 def test_every_part_has_its_place():

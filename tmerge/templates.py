@@ -1,12 +1,17 @@
-"""HTML from files: a template escapes whatever it is given, and what it asks for has to be there."""
+"""What pages are made of, from files.
+
+A template escapes whatever it is given, and what it asks for has to be there; style sheets and scripts are sent as they
+are.
+"""
 
 from __future__ import annotations
 
+from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-__all__ = ["html_templates"]
+__all__ = ["html_templates", "static_text"]
 
 
 def html_templates(package: str, **options: Any) -> Environment:
@@ -28,3 +33,13 @@ def html_templates(package: str, **options: Any) -> Environment:
         lstrip_blocks=True,
         **options,
     )
+
+
+def static_text(package: str, name: str) -> str:
+    """A file of a package's folder ``static``: a style sheet, a script or markup that no value is put into.
+
+    Args:
+        package: Such as ``tmerge.plots``.
+        name: Such as ``report.css``.
+    """
+    return (resources.files(package) / "static" / name).read_text(encoding="utf-8")

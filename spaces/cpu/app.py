@@ -7,7 +7,7 @@ import sys
 if __name__ == "__main__":
     from tmerge.errors import TmergeError
     from tmerge.ui import launch
-    from tmerge.ui.on_space import fetch_demo
+    from tmerge.ui.server.on_space import fetch_demo
 
     fetch_demo()
     try:

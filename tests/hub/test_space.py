@@ -200,7 +200,7 @@ def test_nothing_hides_the_package_spaces():
 def test_the_demos_packages_are_installed_without_what_they_depend_on(tmp_path, monkeypatch):
     import subprocess
 
-    from tmerge.ui import on_space
+    from tmerge.ui.server import on_space
 
     asked = []
 

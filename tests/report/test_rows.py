@@ -14,9 +14,9 @@ from tmerge.plots import report_page
 from tmerge.quantities import bytes_words, duration_words, number_words
 from tmerge.recipe import Recipe
 from tmerge.report import interval_words, score_rows
-from tmerge.ui.progress import result_cards
-from tmerge.ui.try_out import _scores
-from tmerge.ui.visitor_run import VisitorRun
+from tmerge.ui.parts.progress import result_cards
+from tmerge.ui.server.visitor_run import VisitorRun
+from tmerge.ui.tabs.try_out import _scores
 
 
 @pytest.fixture

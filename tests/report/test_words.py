@@ -10,11 +10,11 @@ from tests.reported import typed
 from tmerge.evaluation import Verdict
 from tmerge.hub import card_text
 from tmerge.plots import report_page
-from tmerge.plots.assets import STYLE
 from tmerge.recipe import Recipe
 from tmerge.report import summary, verdict_tone, verdict_words
-from tmerge.ui.progress import result_cards
-from tmerge.ui.visitor_run import VisitorRun
+from tmerge.templates import static_text
+from tmerge.ui.parts.progress import result_cards
+from tmerge.ui.server.visitor_run import VisitorRun
 
 
 def verdict_of(document, verdict, value, controls):
@@ -89,7 +89,10 @@ def test_every_verdict_is_said_and_shown_the_same_everywhere(verdict, report, re
     for shown in (page, app, card_text(told, recipe), summary(told)):
         assert words in shown
     assert f'class="verdict {tone}"' in page and f'class="verdict {tone}"' in app
-    assert f".{tone}" in STYLE and len({verdict_tone(one) for one in get_args(Verdict)}) == 4
+    assert (
+        f".{tone}" in static_text("tmerge.plots", "report.css")
+        and len({verdict_tone(one) for one in get_args(Verdict)}) == 4
+    )
 
 
 def test_a_loss_needs_no_caution(report):  # noqa: F811

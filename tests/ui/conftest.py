@@ -22,8 +22,8 @@ from tmerge.calibration import sample_texts
 from tmerge.recipe import Recipe
 from tmerge.ui import AppSettings, build, close, launch_options
 from tmerge.ui.context import AppContext
-from tmerge.ui.runs import RunStore
-from tmerge.ui.visitor_run import VisitorRun
+from tmerge.ui.server.runs import RunStore
+from tmerge.ui.server.visitor_run import VisitorRun
 
 # The form begins without the demo's models, which take a quarter of a minute to check and are not always installed.
 BEGIN: dict[str, Any] = {"calibration": {"dataset": "samples:indonesian"}, "dtype": "float32"}

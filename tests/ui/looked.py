@@ -8,14 +8,14 @@ import gradio as gr
 
 from tests.pico import save_pico
 from tmerge.recipe import Recipe
-from tmerge.ui.aside import Aside
 from tmerge.ui.context import AppContext
-from tmerge.ui.limits import AppSettings
-from tmerge.ui.look import build_look
-from tmerge.ui.quiet import tell_one_field
-from tmerge.ui.runs import RunStore
-from tmerge.ui.style import CSS, HEAD, theme
-from tmerge.ui.try_out import build_try
+from tmerge.ui.parts.quiet import tell_one_field
+from tmerge.ui.parts.style import CSS, HEAD, theme
+from tmerge.ui.server.aside import Aside
+from tmerge.ui.server.limits import AppSettings
+from tmerge.ui.server.runs import RunStore
+from tmerge.ui.tabs.look import build_look
+from tmerge.ui.tabs.try_out import build_try
 
 TARGET_LAYERS, SOURCE_LAYERS, KEPT = 4, 5, 2
 TARGET_WIDE, SOURCE_WIDE = 600, 520  # of the MLP: more neurons than a map has cells

@@ -7,9 +7,10 @@ pytest.importorskip("gradio", reason="the app extra is not installed")
 
 from tests.ui.search_hub import HOSTILE
 from tmerge.recipe import Recipe
-from tmerge.ui import cards, push_cards, runs
-from tmerge.ui.progress import log_lines, result_cards
-from tmerge.ui.safe import escape, render
+from tmerge.ui.parts import cards, push_cards
+from tmerge.ui.parts.progress import log_lines, result_cards
+from tmerge.ui.parts.safe import escape, render
+from tmerge.ui.server import runs
 
 ATTACK = '"><script>window.hacked=1</script><img src=x onerror=window.hacked=1>{{value}}${value}\u202e'
 

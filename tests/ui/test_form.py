@@ -6,8 +6,8 @@ pytest.importorskip("gradio", reason="the app's extra is not installed")
 
 from tmerge.errors import RecipeError
 from tmerge.recipe import Shared
-from tmerge.ui.fields import SETTINGS
-from tmerge.ui.form import form_values, from_preset, recipe_of, with_value, write_yaml
+from tmerge.ui.parts.fields import SETTINGS
+from tmerge.ui.parts.form import form_values, from_preset, recipe_of, with_value, write_yaml
 
 PAIR = {"target": "a/b", "source": "c/d"}
 OF = {setting.key: setting for setting in SETTINGS}

@@ -20,13 +20,13 @@ from tests.pico import save_pico
 from tmerge.errors import DatasetError, RecipeError, RemoteError, TmergeError
 from tmerge.preflight.check import check
 from tmerge.recipe import Recipe
-from tmerge.ui import limits, pushes, runs
-from tmerge.ui.fields import SETTINGS
-from tmerge.ui.form import typed_value
-from tmerge.ui.limits import AppSettings, describe_limits, refuse_large, settings_here, vetted
-from tmerge.ui.runs import RunStore
-from tmerge.ui.texts_part import upload_name
-from tmerge.ui.visitor import visitor_of
+from tmerge.ui.parts.fields import SETTINGS
+from tmerge.ui.parts.form import typed_value
+from tmerge.ui.parts.texts import upload_name
+from tmerge.ui.server import limits, pushes, runs
+from tmerge.ui.server.limits import AppSettings, describe_limits, refuse_large, settings_here, vetted
+from tmerge.ui.server.runs import RunStore
+from tmerge.ui.server.visitor import visitor_of
 
 PUBLIC = AppSettings(public=True, max_texts=500)
 
@@ -36,8 +36,8 @@ PUBLIC = AppSettings(public=True, max_texts=500)
 SCRIPT = """
 import json
 from tmerge.recipe import Recipe
-from tmerge.ui.expected import _check
-from tmerge.ui.limits import AppSettings
+from tmerge.ui.parts.expected import _check
+from tmerge.ui.server.limits import AppSettings
 recipe = Recipe(target="user/target", source="user/source")
 cases = {
     "small enough": AppSettings(max_parameters=10**9, max_download_bytes=10**9, max_operations=1e15),

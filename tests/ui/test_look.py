@@ -23,10 +23,10 @@ from tests.ui.looked import (
 from tmerge.plots import TEMPLATES, kept_layers
 from tmerge.plots.zoom import MAP_CELLS
 from tmerge.transport import TransportRecord
-from tmerge.ui import look
-from tmerge.ui.figure import figure_box, figure_message
-from tmerge.ui.look_data import looked_at
-from tmerge.ui.look_pictures import FIGURES, Choice, data_of, picture_of, zoomed
+from tmerge.ui.parts.figure import figure_box, figure_message
+from tmerge.ui.parts.look_data import looked_at
+from tmerge.ui.parts.look_pictures import FIGURES, Choice, data_of, picture_of, zoomed
+from tmerge.ui.tabs import look
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Gradio's own, from its server's threads
 

@@ -4,7 +4,7 @@ import json
 import threading
 import urllib.request
 
-from tmerge.ui.search import HubSearch
+from tmerge.ui.server.search import HubSearch
 
 
 def test_every_event_without_progress_is_told_to_one_hidden_field(served):

@@ -12,7 +12,8 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import expect
 
 from tests.ui.test_choose import open_fold, write_yaml
-from tmerge.ui import choose, starting
+from tmerge.ui.parts import starting
+from tmerge.ui.tabs import choose
 
 
 def fill(page, served, **changes):

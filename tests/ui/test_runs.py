@@ -18,9 +18,9 @@ from tmerge.errors import DatasetError
 from tmerge.recipe import Recipe
 from tmerge.run import Run
 from tmerge.stages.step import Step
-from tmerge.ui import runs
-from tmerge.ui.limits import AppSettings, BusyError, TooManyRunsError
-from tmerge.ui.runs import RunStore
+from tmerge.ui.server import runs
+from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError
+from tmerge.ui.server.runs import RunStore
 
 RECIPE = Recipe(target="a/b", source="c/d")
 
@@ -163,7 +163,7 @@ def test_a_fault_of_ours_is_a_number_whose_traceback_is_in_the_log_alone(store, 
         raise ZeroDivisionError("secret detail")
 
     monkeypatch.setattr(runs, "merge", merge)
-    with caplog.at_level(logging.ERROR, logger="tmerge.ui.runs"):
+    with caplog.at_level(logging.ERROR, logger="tmerge.ui.server.runs"):
         run = over(store, store.start(RECIPE, "me"))
     assert run.fault and "fault of ours" in run.error
     assert "secret" not in run.error + " ".join(run.log)

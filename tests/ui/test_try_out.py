@@ -15,9 +15,9 @@ from tmerge.calibration import sample_languages
 from tmerge.errors import ModelNotFoundError
 from tmerge.models import load_model
 from tmerge.run import Run
-from tmerge.ui import speaking
-from tmerge.ui.prompts import offered_prompts
-from tmerge.ui.speaking import MOST_CHARACTERS, MOST_TOKENS, ROLES, PromptError, Question, Said, Speaker
+from tmerge.ui.parts.prompts import offered_prompts
+from tmerge.ui.server import speaking
+from tmerge.ui.server.speaking import MOST_CHARACTERS, MOST_TOKENS, ROLES, PromptError, Question, Said, Speaker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Gradio's own, from its server's threads
 

@@ -23,9 +23,10 @@ from tmerge.stages.merge import merge
 from tmerge.stages.save import Save
 from tmerge.stages.texts import Texts
 from tmerge.stages.transport import SolveTransport
-from tmerge.ui import expected, zero
-from tmerge.ui.limits import AppSettings, vetted
-from tmerge.ui.runs import RunStore
+from tmerge.ui.parts import expected
+from tmerge.ui.server import zero
+from tmerge.ui.server.limits import AppSettings, vetted
+from tmerge.ui.server.runs import RunStore
 
 GPU = {"source": 31.0, "evaluate": 23.0}
 

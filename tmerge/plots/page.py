@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from plotly.offline import get_plotlyjs
 
-from tmerge.plots.assets import SCRIPT, STYLE
 from tmerge.plots.blocks import Blocks, Order, plan_blocks, plan_entries
 from tmerge.plots.charts import norm_ratios, scores, timing, top_mass, training_loss
 from tmerge.plots.heatmaps import (
@@ -27,7 +26,7 @@ from tmerge.plots.picture import picture
 from tmerge.plots.style import TEMPLATES, feature_name, numbers
 from tmerge.plots.words import CAPTIONS, facts, findings, model_rows, ratio_rows, score_cells
 from tmerge.report import Report, training_summary, verdict_tone
-from tmerge.templates import html_templates
+from tmerge.templates import html_templates, static_text
 from tmerge.transport import TransportRecord
 
 __all__ = ["report_page"]
@@ -79,9 +78,9 @@ def report_page(report: Report, record: TransportRecord, folder_name: str | None
         folder_name=folder_name,
         captions=CAPTIONS,
         book=_json(book),
-        style=STYLE,
+        style=static_text("tmerge.plots", "report.css"),
         plotly=get_plotlyjs(),
-        script=SCRIPT,
+        script=static_text("tmerge.plots", "report.js"),
     )
 
 

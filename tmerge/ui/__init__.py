@@ -9,18 +9,18 @@ from typing import Any
 
 import gradio as gr
 
-from tmerge.ui.aside import Aside
-from tmerge.ui.choose import build_choose
 from tmerge.ui.context import AppContext
-from tmerge.ui.limits import AppSettings, settings_here
-from tmerge.ui.look import build_look
-from tmerge.ui.pushing import build_push
-from tmerge.ui.quiet import tell_one_field
-from tmerge.ui.running import build_running
-from tmerge.ui.runs import RunStore
-from tmerge.ui.safe import render
-from tmerge.ui.style import CSS, HEAD, SHOW_RUN_IN_URL, markup, theme
-from tmerge.ui.try_out import build_try
+from tmerge.ui.parts.quiet import tell_one_field
+from tmerge.ui.parts.safe import render
+from tmerge.ui.parts.style import CSS, HEAD, SHOW_RUN_IN_URL, markup, theme
+from tmerge.ui.server.aside import Aside
+from tmerge.ui.server.limits import AppSettings, settings_here
+from tmerge.ui.server.runs import RunStore
+from tmerge.ui.tabs.choose import build_choose
+from tmerge.ui.tabs.look import build_look
+from tmerge.ui.tabs.push import build_push
+from tmerge.ui.tabs.run import build_running
+from tmerge.ui.tabs.try_out import build_try
 
 __all__ = ["AppSettings", "build", "launch", "launch_options", "settings_here"]
 
@@ -42,7 +42,7 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
     if settings.public:
         _use_no_token_of_our_own()
     if settings.zero_gpu:
-        from tmerge.ui import zero
+        from tmerge.ui.server import zero
 
         zero.prepare()
     store, aside = RunStore(settings), Aside()

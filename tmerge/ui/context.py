@@ -10,9 +10,9 @@ import gradio as gr
 import gradio.context
 
 from tmerge.run import Run
-from tmerge.ui.aside import Aside
-from tmerge.ui.limits import AppSettings
-from tmerge.ui.runs import RunStore, VisitorRun
+from tmerge.ui.server.aside import Aside
+from tmerge.ui.server.limits import AppSettings
+from tmerge.ui.server.runs import RunStore, VisitorRun
 
 __all__ = ["AppContext"]
 

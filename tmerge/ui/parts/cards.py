@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tmerge.ui.limits import AppSettings, describe_limits
-from tmerge.ui.safe import render
+from tmerge.ui.parts.safe import render
+from tmerge.ui.server.limits import AppSettings, describe_limits
 
 __all__ = ["check_cards", "empty_card", "error_card", "heading", "limits_line", "note"]
 

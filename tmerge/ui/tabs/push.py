@@ -7,7 +7,6 @@ that it makes for them (scope ``contribute-repos``); on one's own machine the to
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 import gradio as gr
@@ -15,13 +14,13 @@ import gradio as gr
 from tmerge.errors import TmergeError
 from tmerge.hub import card_text, plan_push
 from tmerge.report import summary, training_summary
-from tmerge.ui.cards import empty_card, error_card, heading, note
 from tmerge.ui.context import AppContext
-from tmerge.ui.push_cards import card_preview, files_card, push_card, verdict_card
-from tmerge.ui.pushes import account_name, own_token, start_push, suggested_name
-from tmerge.ui.style import markup
+from tmerge.ui.parts.cards import empty_card, error_card, heading, note
+from tmerge.ui.parts.push_cards import card_preview, files_card, push_card, verdict_card
+from tmerge.ui.parts.style import markup
+from tmerge.ui.server.pushes import account_name, offers_sign_in, own_token, start_push, suggested_name
 
-__all__ = ["build_push", "offers_sign_in"]
+__all__ = ["build_push"]
 
 _log = logging.getLogger(__name__)
 
@@ -30,11 +29,6 @@ _EMPTY = empty_card(
     "Nothing to push yet", "When a merge has finished, its model, its card and its report can be pushed from here."
 )
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 16}
-
-
-def offers_sign_in(app: AppContext) -> bool:
-    """Whether visitors sign in with Hugging Face: on a Space whose README asks for it."""
-    return app.settings.public and bool(os.environ.get("OAUTH_CLIENT_ID"))
 
 
 def build_push(app: AppContext) -> None:
@@ -46,7 +40,7 @@ def build_push(app: AppContext) -> None:
         with gr.Row(equal_height=False):
             with gr.Column(min_width=280):
                 account = markup(note("", keep=True), elem_id="push-account")
-                if offers_sign_in(app):
+                if offers_sign_in(app.settings):
                     gr.LoginButton("Sign in with Hugging Face", logout_value="Sign out ({})", elem_id="sign-in")
                 repo = gr.Textbox(
                     label="Repo", info="user/name; made if it is not there", max_lines=1, elem_id="push-repo"
@@ -233,7 +227,7 @@ def _account(app: AppContext, token: gr.OAuthToken | None) -> tuple[str, str | N
 def _how_to_sign_in(app: AppContext) -> str:
     if not app.settings.public:
         return 'Nobody is signed in: run "hf auth login" in a terminal, then open this run again.'
-    if offers_sign_in(app):
+    if offers_sign_in(app.settings):
         return "Sign in with Hugging Face to push; the app may then write to repos that it makes for you, no others."
     return (
         "This Space offers no way to sign in: its README lacks hf_oauth. Download the recipe, run it with "

@@ -26,9 +26,9 @@ from tmerge.errors import Cancelled, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.report import Report
 from tmerge.stages.merge import advance, merge
-from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, BusyError, TooManyRunsError
-from tmerge.ui.stopping import watched_modules
-from tmerge.ui.visitor_run import CouplingRow, StageProgress, State, VisitorRun
+from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, BusyError, TooManyRunsError
+from tmerge.ui.server.stopping import watched_modules
+from tmerge.ui.server.visitor_run import CouplingRow, StageProgress, State, VisitorRun
 
 __all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
 
@@ -71,10 +71,10 @@ class RunStore:
         """Queue a run.
 
         Args:
-            recipe: A vetted one (`tmerge.ui.limits.vetted`).
+            recipe: A vetted one (`tmerge.ui.server.limits.vetted`).
             visitor: Whom the limits count it for.
             upload: The calibration file, where the recipe's dataset is ``upload:NAME``; it is copied.
-            gpu: On ZeroGPU, as `tmerge.ui.zero.gpu_seconds`; the GPU is then asked for in the caller's context.
+            gpu: On ZeroGPU, as `tmerge.ui.server.zero.gpu_seconds`; the GPU is then asked for in the caller's context.
 
         Returns:
             The run's id.
@@ -226,7 +226,7 @@ class RunStore:
     def _merge(self, run: VisitorRun) -> Report:
         recipe = run._read or run.recipe
         if run._gpu is not None and run._context is not None:
-            from tmerge.ui import zero
+            from tmerge.ui.server import zero
 
             for before, until in (("texts", "source"), ("fuse", "evaluate")):
                 with self._interruptible(run):

@@ -18,7 +18,7 @@ from tests.pico import save_pico
 from tests.ui.test_choose import open_fold, write_yaml
 from tmerge.errors import RemoteError
 from tmerge.ui import AppSettings, build, close, launch_options
-from tmerge.ui.job_part import job_offer, job_timeout, start_as_job
+from tmerge.ui.parts.job import job_offer, job_timeout, start_as_job
 
 # What gradio signs in with where it is no Space.
 TOKEN = "mock-oauth-token-for-local-dev"
@@ -139,10 +139,10 @@ def test_what_a_job_could_not_read_starts_none(app, hub, changes, words):
 
 
 def test_a_gated_model_is_not_for_this_sign_in(app, monkeypatch):
-    from tmerge.ui import job_part
+    from tmerge.ui.parts import job
 
     facts = {"gated": True, "private": False, "ref": "user/gated"}
-    monkeypatch.setattr(job_part, "check_facts", lambda app, recipe: {"target": facts, "source": facts})
+    monkeypatch.setattr(job, "check_facts", lambda app, recipe: {"target": facts, "source": facts})
     with pytest.raises(RemoteError, match="'user/gated' is gated or private"):
         start(app)
 

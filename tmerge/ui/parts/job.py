@@ -17,15 +17,14 @@ from huggingface_hub import JobHardware, constants
 from tmerge.errors import RemoteError, TmergeError
 from tmerge.hub.jobs import RemoteRun, start_job
 from tmerge.recipe import Recipe
-from tmerge.ui.cards import empty_card, error_card, note
 from tmerge.ui.context import AppContext
-from tmerge.ui.expected import check_facts, refused_here
-from tmerge.ui.form import recipe_of
-from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, vetted
-from tmerge.ui.pushes import account_name, own_token
-from tmerge.ui.pushing import offers_sign_in
-from tmerge.ui.safe import render
-from tmerge.ui.style import markup
+from tmerge.ui.parts.cards import empty_card, error_card, note
+from tmerge.ui.parts.expected import check_facts, refused_here
+from tmerge.ui.parts.form import recipe_of
+from tmerge.ui.parts.safe import render
+from tmerge.ui.parts.style import markup
+from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, vetted
+from tmerge.ui.server.pushes import account_name, offers_sign_in, own_token
 
 __all__ = ["build_job", "job_offer", "job_timeout", "start_as_job"]
 
@@ -70,7 +69,7 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
                 elem_id="job-repo",
                 min_width=220,
             )
-        if offers_sign_in(app):
+        if offers_sign_in(app.settings):
             gr.LoginButton("Sign in with Hugging Face", logout_value="Sign out ({})", elem_id="job-sign-in")
         go = gr.Button("Start the job", elem_id="job-go")
         result = markup(note("", keep=True), elem_id="job-result")
@@ -88,7 +87,7 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
             if signed_in is None:
                 raise RemoteError(
                     "nobody is signed in; sign in with Hugging Face first"
-                    if offers_sign_in(app)
+                    if offers_sign_in(app.settings)
                     else "this app does not offer to sign in; run `tmerge merge --remote` on your own machine"
                 )
             ends = None if token is None else token.expires_at

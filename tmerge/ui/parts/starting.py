@@ -17,13 +17,13 @@ import gradio as gr
 
 from tmerge.errors import RecipeError, TmergeError
 from tmerge.recipe import Recipe
-from tmerge.ui.cards import note
 from tmerge.ui.context import AppContext
-from tmerge.ui.expected import fit_to_run
-from tmerge.ui.form import read_yaml, recipe_of, write_yaml
-from tmerge.ui.limits import UPLOAD_PREFIX, vetted
-from tmerge.ui.texts_part import upload_name
-from tmerge.ui.visitor import visitor_of
+from tmerge.ui.parts.cards import note
+from tmerge.ui.parts.expected import fit_to_run
+from tmerge.ui.parts.form import read_yaml, recipe_of, write_yaml
+from tmerge.ui.parts.texts import upload_name
+from tmerge.ui.server.limits import UPLOAD_PREFIX, vetted
+from tmerge.ui.server.visitor import visitor_of
 
 __all__ = ["Holds", "ready_recipe", "wire_start"]
 

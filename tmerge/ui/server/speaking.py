@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from tmerge.errors import TmergeError
 from tmerge.models import LoadedModel, load_model
 from tmerge.recipe import Recipe
-from tmerge.ui.runs import RunStore
+from tmerge.ui.server.runs import RunStore
 
 __all__ = ["MOST_CHARACTERS", "MOST_TOKENS", "ROLES", "PromptError", "Question", "Said", "Speaker"]
 

@@ -16,7 +16,7 @@ from tmerge.report import Report
 from tmerge.stages.step import NOTE, Step
 
 if TYPE_CHECKING:
-    from tmerge.ui.pushes import PushUnderWay
+    from tmerge.ui.server.pushes import PushUnderWay
 
 __all__ = ["CouplingRow", "StageProgress", "State", "VisitorRun"]
 

@@ -1,65 +1,3 @@
-"""Markup, style and script of one figure in the app. The script loads plotly.js from this server, and nothing else.
-
-Texts reach the page as text, never as markup. The template has no ``${value}``, so a new value leaves the drawn picture
-alone and the script changes it.
-"""
-
-from __future__ import annotations
-
-__all__ = ["SCRIPT", "STYLE", "TEMPLATE"]
-
-TEMPLATE = """
-<figure class="tm-figure" hidden>
-  <div class="tm-head">
-    <div class="tm-words"><h3></h3><p class="tm-soft"></p></div>
-    <div class="tm-tools">
-      <button type="button" data-do="png">PNG</button><button type="button" data-do="csv">CSV</button>
-    </div>
-  </div>
-  <div class="tm-zoom" role="group" aria-label="Zoom" hidden>
-    <button type="button" data-zoom="in" aria-label="Zoom in">+</button>
-    <button type="button" data-zoom="out" aria-label="Zoom out">&minus;</button>
-    <button type="button" data-zoom="left" aria-label="Move left">&larr;</button>
-    <button type="button" data-zoom="right" aria-label="Move right">&rarr;</button>
-    <button type="button" data-zoom="up" aria-label="Move up">&uarr;</button>
-    <button type="button" data-zoom="down" aria-label="Move down">&darr;</button>
-    <button type="button" data-zoom="all">All</button>
-    <span class="tm-soft tm-view" role="status"></span>
-  </div>
-  <p class="tm-message" role="status" hidden></p>
-  <div class="tm-plot" role="img"></div>
-  <p class="tm-fault" role="alert" hidden></p>
-  <figcaption class="tm-soft"></figcaption>
-</figure>
-"""
-
-STYLE = """
-min-width: 0;
-.html-container:has(> &) { padding: 0; }
-.tm-figure { margin: 0; min-width: 0; color: var(--body-text-color); font-size: var(--text-md); }
-.tm-head { display: flex; flex-wrap: wrap; gap: 8px 16px; justify-content: space-between; align-items: flex-start; }
-.tm-words { min-width: 0; flex: 1 1 240px; }
-h3 { font-size: 1rem; font-weight: 600; margin: 0; line-height: 1.35; overflow-wrap: anywhere; }
-.tm-soft { color: color-mix(in srgb, var(--body-text-color) 74%, transparent); font-size: .875rem; line-height: 1.45; }
-.tm-words p { margin: 2px 0 0; max-width: 90ch; }
-.tm-tools { display: flex; gap: 6px; flex: none; }
-button { font: inherit; font-size: .8rem; line-height: 1; min-height: 32px; min-width: 32px; padding: 6px 10px;
-  border-radius: 6px; cursor: pointer; color: var(--button-secondary-text-color, var(--body-text-color));
-  background: var(--button-secondary-background-fill); border: 1px solid var(--border-color-primary); }
-button:hover { background: var(--button-secondary-background-fill-hover); }
-button:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 1px; }
-.tm-zoom { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin: 8px 0 0; }
-.tm-zoom[hidden], .tm-figure[hidden], p[hidden], .tm-plot[hidden] { display: none; }
-.tm-view { flex: 1 1 220px; font-variant-numeric: tabular-nums; }
-.tm-plot { width: 100%; min-width: 0; overflow: hidden; margin-top: 4px; }
-.tm-plot.tm-clickable .nsewdrag { cursor: pointer; }
-.tm-message { margin: 12px 0; padding: 12px 16px; border: 1px solid var(--border-color-primary); border-radius: 6px;
-  background: var(--background-fill-secondary); max-width: 80ch; }
-.tm-fault { margin: 4px 0; color: var(--error-text-color, #b84a00); font-size: .875rem; }
-figcaption { margin-top: 4px; max-width: 95ch; }
-"""
-
-SCRIPT = r"""
 const settings = __SETTINGS__;
 const root = element.querySelector(".tm-figure");
 const find = (name) => root.querySelector(name);
@@ -287,4 +225,3 @@ new ResizeObserver(() => {
 }).observe(plot);
 watch("value", take);
 take();
-"""

@@ -16,11 +16,11 @@ from tmerge.errors import TmergeError
 from tmerge.models.demo import DEMO_MODELS
 from tmerge.models.reference import DEMO_PREFIX
 from tmerge.recipe import preset_names
-from tmerge.ui.cards import empty_card, heading, limits_line, note
 from tmerge.ui.context import AppContext
-from tmerge.ui.expected import expected_cards
-from tmerge.ui.fields import GROUPS, SETTINGS, STEP, Setting
-from tmerge.ui.form import (
+from tmerge.ui.parts.cards import empty_card, heading, limits_line, note
+from tmerge.ui.parts.expected import expected_cards
+from tmerge.ui.parts.fields import GROUPS, SETTINGS, STEP, Setting
+from tmerge.ui.parts.form import (
     form_values,
     from_preset,
     holds_value,
@@ -29,12 +29,12 @@ from tmerge.ui.form import (
     with_value,
     write_yaml,
 )
-from tmerge.ui.job_part import build_job
-from tmerge.ui.limits import UPLOAD_PREFIX
-from tmerge.ui.search import Choice, HubSearch, offered
-from tmerge.ui.starting import Holds, ready_recipe, wire_start
-from tmerge.ui.style import markup
-from tmerge.ui.texts_part import KINDS, TextsPart, build_texts, holds_texts, look_into, shown, upload_name
+from tmerge.ui.parts.job import build_job
+from tmerge.ui.parts.starting import Holds, ready_recipe, wire_start
+from tmerge.ui.parts.style import markup
+from tmerge.ui.parts.texts import KINDS, TextsPart, build_texts, holds_texts, look_into, shown, upload_name
+from tmerge.ui.server.limits import UPLOAD_PREFIX
+from tmerge.ui.server.search import Choice, HubSearch, offered
 
 __all__ = ["build_choose"]
 

@@ -14,7 +14,7 @@ from tmerge.errors import RecipeError, TmergeError
 from tmerge.recipe import Recipe, TaskVector, load_recipe, load_yaml, preset_names
 from tmerge.recipe.schema import sections_of, top_level
 from tmerge.recipe.unsaid import with_unsaid
-from tmerge.ui.fields import SETTINGS, Setting
+from tmerge.ui.parts.fields import SETTINGS, Setting
 
 __all__ = [
     "form_values",

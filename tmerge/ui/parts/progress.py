@@ -15,9 +15,9 @@ from tmerge.quantities import duration_words
 from tmerge.report import alpha_words, score_rows, summary, verdict_words
 from tmerge.stages.step import STAGES
 from tmerge.transport import feature_keys
-from tmerge.ui.cards import empty_card, error_card
-from tmerge.ui.safe import render
-from tmerge.ui.visitor_run import StageProgress, VisitorRun
+from tmerge.ui.parts.cards import empty_card, error_card
+from tmerge.ui.parts.safe import render
+from tmerge.ui.server.visitor_run import StageProgress, VisitorRun
 
 __all__ = [
     "coupling_figure",

@@ -10,11 +10,11 @@ import gradio as gr
 from tmerge.errors import TmergeError
 from tmerge.plots.words import score_cells
 from tmerge.report import Report, summary
-from tmerge.ui.cards import error_card
 from tmerge.ui.context import AppContext
-from tmerge.ui.prompts import offered_prompts
-from tmerge.ui.safe import render
-from tmerge.ui.speaking import MOST_CHARACTERS, MOST_TOKENS, ROLES, Question, Said, Speaker
+from tmerge.ui.parts.cards import error_card
+from tmerge.ui.parts.prompts import offered_prompts
+from tmerge.ui.parts.safe import render
+from tmerge.ui.server.speaking import MOST_CHARACTERS, MOST_TOKENS, ROLES, Question, Said, Speaker
 
 __all__ = ["build_try"]
 

@@ -31,8 +31,8 @@ from tmerge.plots.comparison import descent_bars
 from tmerge.plots.style import percent
 from tmerge.plots.words import CAPTIONS
 from tmerge.quantities import count_words
-from tmerge.ui.figure import figure_message, figure_value
-from tmerge.ui.look_data import Looked, entries_of, orders_of
+from tmerge.ui.parts.figure import figure_message, figure_value
+from tmerge.ui.parts.look_data import Looked, entries_of, orders_of
 
 __all__ = ["FIGURES", "Choice", "data_of", "picture_of", "zoomed"]
 

@@ -15,12 +15,12 @@ from tmerge.models import feature_key
 from tmerge.plots import Order, Side, kept_layers, pair_place
 from tmerge.plots.words import findings
 from tmerge.report import verdict_tone
-from tmerge.ui.cards import error_card
 from tmerge.ui.context import AppContext
-from tmerge.ui.figure import Reader, figure_box
-from tmerge.ui.look_data import Looked, looked_at
-from tmerge.ui.look_pictures import FIGURES, Choice, data_of, picture_of, zoomed
-from tmerge.ui.safe import render
+from tmerge.ui.parts.cards import error_card
+from tmerge.ui.parts.figure import Reader, figure_box
+from tmerge.ui.parts.look_data import Looked, looked_at
+from tmerge.ui.parts.look_pictures import FIGURES, Choice, data_of, picture_of, zoomed
+from tmerge.ui.parts.safe import render
 
 __all__ = ["build_look"]
 

@@ -97,7 +97,7 @@ class AppSettings:
         runs_per_visitor: Most runs of one visitor that wait or run at once.
         total_runs: Most runs of all visitors that wait or run at once.
         runs_kept_seconds: A run that has ended is removed from the disk this long after it was last looked at.
-        zero_gpu: Whether the models read on ZeroGPU (`tmerge.ui.zero`).
+        zero_gpu: Whether the models read on ZeroGPU (`tmerge.ui.server.zero`).
         max_gpu_seconds: Most seconds of a GPU that are asked for in one run.
         job_package: What a job on a visitor's account installs tmerge from; None offers no jobs.
         local_root: Models and datasets may be named by a path below this folder; None refuses all paths.

@@ -13,12 +13,12 @@ import gradio as gr
 from tmerge.calibration import SAMPLES_PREFIX, sample_languages
 from tmerge.calibration.files import FILE_SUFFIXES
 from tmerge.errors import DatasetError, TmergeError
-from tmerge.ui.aside import Aside
-from tmerge.ui.cards import note
-from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, refuse_dataset_path
-from tmerge.ui.safe import render
-from tmerge.ui.search import Choice, DatasetFacts, HubSearch, dataset_facts, file_facts, offered
-from tmerge.ui.style import markup
+from tmerge.ui.parts.cards import note
+from tmerge.ui.parts.safe import render
+from tmerge.ui.parts.style import markup
+from tmerge.ui.server.aside import Aside
+from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, refuse_dataset_path
+from tmerge.ui.server.search import Choice, DatasetFacts, HubSearch, dataset_facts, file_facts, offered
 
 __all__ = ["KINDS", "TextsPart", "build_texts", "holds_texts", "kind_of", "upload_name"]
 
@@ -28,7 +28,7 @@ _SAMPLES, _HUB, _UPLOAD = KINDS
 
 @dataclass(frozen=True)
 class TextsPart:
-    """The components, which `tmerge.ui.choose` keeps in step with the recipe."""
+    """The components, which `tmerge.ui.tabs.choose` keeps in step with the recipe."""
 
     kind: gr.Radio
     language: gr.Dropdown

@@ -6,6 +6,7 @@ The token is in the thread that pushes and nowhere else: no state of a page or o
 from __future__ import annotations
 
 import logging
+import os
 import re
 import secrets
 import threading
@@ -20,10 +21,10 @@ from tmerge.errors import PushError, TmergeError
 from tmerge.hub import Pushed, merge_licence, plan_push, push
 from tmerge.models import ModelReference
 from tmerge.report import Report
-from tmerge.ui.limits import AppSettings, BusyError
-from tmerge.ui.visitor_run import VisitorRun
+from tmerge.ui.server.limits import AppSettings, BusyError
+from tmerge.ui.server.visitor_run import VisitorRun
 
-__all__ = ["PushUnderWay", "account_name", "own_token", "start_push", "suggested_name"]
+__all__ = ["PushUnderWay", "account_name", "offers_sign_in", "own_token", "start_push", "suggested_name"]
 
 # The Hub's own limit is 96 characters.
 _LONGEST_NAME = 90
@@ -148,3 +149,8 @@ def suggested_name(report: Report) -> str:
 
 def _for_the_page(run: VisitorRun, line: str) -> str:
     return line.replace(str(run.folder), "the run").replace("run `hf auth login` (or set HF_TOKEN)", "sign in")
+
+
+def offers_sign_in(settings: AppSettings) -> bool:
+    """Whether visitors sign in with Hugging Face: on a Space whose README asks for it."""
+    return settings.public and bool(os.environ.get("OAUTH_CLIENT_ID"))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tmerge.evaluation import Verdict
 from tmerge.hub import PushPlan
-from tmerge.ui.cards import error_card
-from tmerge.ui.pushes import PushUnderWay
-from tmerge.ui.safe import render
+from tmerge.ui.parts.cards import error_card
+from tmerge.ui.parts.safe import render
+from tmerge.ui.server.pushes import PushUnderWay
 
 __all__ = ["card_preview", "files_card", "push_card", "verdict_card"]
 

@@ -1,7 +1,8 @@
 """One figure of the app: drawn by plotly.js from this server, clickable, zoomable, downloadable as picture and as data.
 
 Gradio's own Plot component tells nobody of clicks, so this is its HTML component with a script. A figure's value is
-JSON text made by `figure_value`.
+JSON text made by `figure_value`. Texts reach the page as text, never as markup; the markup has no ``${value}``, so a
+new value leaves the drawn picture alone and the script changes it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import plotly
 import plotly.graph_objects as go
 
 from tmerge.plots import TEMPLATES, picture
-from tmerge.ui.figure_script import SCRIPT, STYLE, TEMPLATE
+from tmerge.templates import static_text
 
 __all__ = ["Reader", "figure_box", "figure_message", "figure_value"]
 
@@ -47,9 +48,9 @@ def figure_box(name: str, *, zoom: Reader, data: Reader) -> gr.HTML:
     return gr.HTML(
         "",
         elem_id=name,
-        html_template=TEMPLATE,
-        css_template=STYLE,
-        js_on_load=SCRIPT.replace("__SETTINGS__", json.dumps(settings)),
+        html_template=static_text("tmerge.ui", "figure.html"),
+        css_template=static_text("tmerge.ui", "figure.css"),
+        js_on_load=static_text("tmerge.ui", "figure.js").replace("__SETTINGS__", json.dumps(settings)),
         apply_default_css=False,
         server_functions=[named_zoom, named_data],
     )

@@ -31,8 +31,8 @@ from tmerge.preflight.check import TOKENS_PER_TEXT, Check
 from tmerge.recipe import Recipe
 from tmerge.stages.merge import advance
 from tmerge.stages.step import Step
-from tmerge.ui.limits import AppSettings
-from tmerge.ui.stopping import watched_modules
+from tmerge.ui.server.limits import AppSettings
+from tmerge.ui.server.stopping import watched_modules
 
 __all__ = [
     "GPU_TURNS",

@@ -13,10 +13,10 @@ from typing import Any
 from tmerge.errors import TmergeError
 from tmerge.preflight.check import check
 from tmerge.recipe import Recipe
-from tmerge.ui.cards import check_cards, empty_card, error_card
 from tmerge.ui.context import AppContext
-from tmerge.ui.form import recipe_of
-from tmerge.ui.limits import UPLOAD_PREFIX, AppSettings, refuse_large, vetted
+from tmerge.ui.parts.cards import check_cards, empty_card, error_card
+from tmerge.ui.parts.form import recipe_of
+from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, refuse_large, vetted
 
 __all__ = ["check_facts", "expected_cards", "fit_to_run", "refused_here"]
 
@@ -46,7 +46,7 @@ def fit_to_run(app: AppContext, recipe: Recipe) -> dict[str, float] | None:
     """Refuse a run that is too large for this app.
 
     Returns:
-        On ZeroGPU, as `tmerge.ui.zero.gpu_seconds`.
+        On ZeroGPU, as `tmerge.ui.server.zero.gpu_seconds`.
 
     Raises:
         TmergeError: Why.
@@ -107,7 +107,7 @@ def _check(recipe: Recipe, settings: AppSettings) -> dict[str, Any]:
     gpu = refused = None
     try:
         if settings.zero_gpu:
-            from tmerge.ui.zero import as_on_zero
+            from tmerge.ui.server.zero import as_on_zero
 
             found, gpu = as_on_zero(found, recipe, settings)
         refuse_large(found, settings)

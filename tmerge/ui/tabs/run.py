@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from tmerge.ui.context import AppContext
-from tmerge.ui.progress import (
+from tmerge.ui.parts.progress import (
     coupling_figure,
     features_begun,
     files_list,
@@ -19,8 +19,8 @@ from tmerge.ui.progress import (
     result_cards,
     stages,
 )
-from tmerge.ui.style import markup
-from tmerge.ui.visitor_run import VisitorRun
+from tmerge.ui.parts.style import markup
+from tmerge.ui.server.visitor_run import VisitorRun
 
 __all__ = ["build_running"]
 

@@ -1,0 +1,1 @@
+"""What stands behind the tabs: runs, visitors, limits, processes; nothing here lays anything out."""
