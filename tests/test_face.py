@@ -7,6 +7,7 @@ from importlib.machinery import PathFinder
 import pytest
 
 import tmerge
+from tests import forked
 
 # Each name is asked for twice, with all the others asked for in between, and by a from-import last.
 _TWICE = """
@@ -34,9 +35,7 @@ _ORDERS = {
 
 @pytest.mark.parametrize("order", _ORDERS.values(), ids=_ORDERS)
 def test_every_name_is_the_same_callable_at_each_access(order):
-    ended = subprocess.run(
-        [sys.executable, "-c", f"{order}\n{_TWICE}"], capture_output=True, text=True, timeout=300, check=False
-    )
+    ended = forked.run(script=f"{order}\n{_TWICE}")
     assert ended.returncode == 0, ended.stderr
 
 

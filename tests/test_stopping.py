@@ -3,7 +3,6 @@
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.models.pico_gguf import save_pico_gguf
 from tests.pico import save_pico
 from tests.stages.test_merge import digest, recipe_for
@@ -61,17 +61,9 @@ def finished(pair, tmp_path_factory):
 
 def start(words, script=None, **environment):
     """The command line, or a script that runs it, in a process of its own that hears Ctrl-C."""
-    head = ["-m", "tmerge.cli"] if script is None else ["-c", script]
     path = os.pathsep.join([*filter(None, [environment.pop("before", "")]), str(ROOT)])
-    return subprocess.Popen(
-        [sys.executable, *head, *map(str, words)],
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that runs the tests behind it has them ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    return forked.start(words, script, env=env)
 
 
 def stopped(process, number, ready):
@@ -128,7 +120,7 @@ def test_a_stop_that_a_library_loses_is_a_stop(pair, tmp_path, then):
 
 
 @both
-@pytest.mark.parametrize("module", ["typer", "datasets"])
+@pytest.mark.parametrize("module", ["typer", "transformers"])
 def test_while_libraries_are_imported(pair, tmp_path, module, number):
     # In the place of a library lies a module that sends the signal, and then loses the interrupt.
     (tmp_path / f"{module}.py").write_text(

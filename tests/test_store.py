@@ -1,13 +1,12 @@
 """Writing: all of a file or none of it; and one process at work in a run's folder."""
 
 import stat
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import forked
 from tests.stages.test_merge import pair, recipe_for  # noqa: F401 - a fixture
 from tmerge.errors import RunBusyError
 from tmerge.run import Run
@@ -47,5 +46,5 @@ def test_a_run_that_another_process_works_in_is_refused_and_stays(pair, tmp_path
     # One that was killed has let it go.
     held = "import os, sys; from pathlib import Path; from tmerge.store import locked\n"
     held += "with locked(Path(sys.argv[1]), Path()): os.kill(os.getpid(), 9)"
-    assert subprocess.run([sys.executable, "-c", held, str(run.cache)], timeout=60).returncode == -9
+    assert forked.run([run.cache], held).returncode == -9
     assert merge(recipe, out).verdict

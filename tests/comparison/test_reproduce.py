@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
+from tests import forked
 from tests.pico import save_pico
 from tmerge.comparison.reproduce import difference_words, reproduce
 from tmerge.errors import ModelNotFoundError, OutputExistsError
@@ -54,8 +53,7 @@ def test_other_bytes_end_with_1_and_say_what_differs(finished, tmp_path):
     report["weights"] = dict.fromkeys(report["weights"], "0" * 64)
     report["versions"]["torch"] = "1.0"
     path.write_text(json.dumps(report))
-    command = [sys.executable, "-m", "tmerge.cli", "reproduce", str(tmp_path / "fused"), "--out", str(tmp_path / "o")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    ended = forked.run(["reproduce", tmp_path / "fused", "--out", tmp_path / "o"])
     assert ended.returncode == 1, ended.stderr
     line = ended.stderr.strip().splitlines()[-1]
     assert line.startswith("error: the weights differ from those of") and "torch 1.0 there" in line

@@ -13,7 +13,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +21,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+
+from tests import forked
 
 __all__ = ["LoopbackHub", "Repo", "STOP_THE_HUB", "run_client"]
 
@@ -282,6 +283,4 @@ def run_client(
         **({} if token is None else {"HF_TOKEN": token}),
         **environment,
     }
-    return subprocess.run(
-        [sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True, timeout=300
-    )
+    return forked.run(script=script, cwd=root, env=environment)

@@ -5,8 +5,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests import forked
 from tests.pico import save_pico
 from tmerge.calibration import TextSet, sample_texts
 from tmerge.errors import Cancelled, NoSharedStructureError, TransportError
@@ -213,8 +212,8 @@ def test_a_killed_process_continues_to_the_same_bytes(pair, finished, tmp_path):
         "def kill(step):\n    if step.stage == 'transport' and step.done == 5: os.kill(os.getpid(), 9)\n"
         "merge(load_recipe(sys.argv[1]), sys.argv[2], listener=kill)\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(path), str(out)], timeout=120, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = forked.run([path, out], code)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     merge(recipe, out)
     assert digest(out) == digest(finished[0])
 

@@ -7,14 +7,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import forked
 from tests.calibration.test_positions import word_tokenizer
 from tests.pico import PICO_VOCAB, pico_model, pico_tokenizer
 from tmerge.calibration import FeatureStore, TextSet
@@ -247,8 +246,8 @@ def test_a_run_that_is_stopped_and_killed_again_and_again_comes_to_the_same_byte
         "def kill(step):\n    if step.what == 'relatedness' and step.done == 2: os.kill(os.getpid(), 9)\n"
         "advance(load_recipe(sys.argv[1]), sys.argv[2], until='save', listener=kill)\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(path), str(out)], timeout=120, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = forked.run([path, out], code)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (out / "tmerge" / "cache" / "structure.safetensors").exists()
     assert _stopped(models, out, "fuse") == {"transport", "fuse"}
     assert _stopped(models, out, "save") == {"fuse", "evaluate", "save"}

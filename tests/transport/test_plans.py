@@ -152,13 +152,17 @@ def test_saved_plans_come_back_as_they_were(features, tmp_path):
 
     plans = {"q.post": _solve(features), "down.pre": dataclasses.replace(_solve(features, 0.02), key="down.pre")}
     path = tmp_path / "plans.safetensors"
-    save_plans(plans, path)
+    layers = {key: solve_layers(solved.cost, 0.1, max_iterations=3) for key, solved in plans.items()}
+    save_plans(plans, layers, path)
     assert [file.name for file in tmp_path.iterdir()] == ["plans.safetensors"]
-    back = load_plans(path, ["down.pre", "q.post"])
-    assert list(back) == ["down.pre", "q.post"]
-    for key, solved in plans.items():
-        for field in dataclasses.fields(solved):
-            mine, theirs = getattr(solved, field.name), getattr(back[key], field.name)
+    back, back_layers = load_plans(path, ["down.pre", "q.post"])
+    assert list(back) == list(back_layers) == ["down.pre", "q.post"]
+    for made, read in [
+        *((plans[key], back[key]) for key in plans),
+        *((layers[key], back_layers[key]) for key in plans),
+    ]:
+        for field in dataclasses.fields(made):
+            mine, theirs = getattr(made, field.name), getattr(read, field.name)
             if isinstance(mine, torch.Tensor):
                 assert mine.equal(theirs) and mine.dtype == theirs.dtype, field.name
             else:

@@ -45,14 +45,14 @@ def solve_apart(
     device: torch.device | None = None,
     heard: Heard | None = None,
 ) -> Transport:
-    """Solve every feature plan of every pair of layers, and keep the potentials.
+    """Solve every feature plan of every pair of layers, and keep the potentials and the layer plans.
 
     Args:
         target: The target's features.
         source: The source's, of the same texts.
         projections: To be carried.
         settings: The recipe's section.
-        path: Where the potentials are written, for `read_apart`.
+        path: Where they are written, for `read_apart`.
         device: Where to solve; the CPU if None.
         heard: Hears of every target layer.
     """
@@ -79,8 +79,9 @@ def solve_apart(
             device=device,
             solved=solved,
         )
-    save_plans(plans, path)
-    return apart_transport(plans, target.read, source.read, projections, settings)
+    layers = layer_plans(plans, settings)
+    save_plans(plans, layers, path)
+    return apart_transport(plans, target.read, source.read, projections, settings, layers)
 
 
 def _reader(side: Side, key: str) -> Callable[[int], Tensor]:
@@ -88,9 +89,9 @@ def _reader(side: Side, key: str) -> Callable[[int], Tensor]:
 
 
 def read_apart(path: Path, target: Side, source: Side, projections: Sequence[str], settings: Apart) -> Transport:
-    """What `solve_apart` gave, from the potentials that it kept and the features that they were solved from."""
-    plans = load_plans(path, feature_keys(projections))
-    return apart_transport(plans, target.read, source.read, projections, settings)
+    """What `solve_apart` gave, from what it kept and the features that it was solved from."""
+    plans, layers = load_plans(path, feature_keys(projections))
+    return apart_transport(plans, target.read, source.read, projections, settings, layers)
 
 
 def apart_transport(
@@ -99,6 +100,7 @@ def apart_transport(
     source: Read,
     projections: Sequence[str],
     settings: Apart,
+    layers: Mapping[str, LayerPlan] | None = None,
 ) -> Transport:
     """A transport from solved feature plans.
 
@@ -108,8 +110,9 @@ def apart_transport(
         source: (layer, key) -> (T, n') features of the source.
         projections: To be carried.
         settings: The recipe's section.
+        layers: Feature key -> its layer plan; solved here if None.
     """
-    solved_layers = layer_plans(plans, settings)
+    solved_layers = layers or layer_plans(plans, settings)
 
     def build(layer: int, wanted: Wanted) -> dict[tuple[str, int], FeatureMap]:
         standard: dict[str, Tensor] = {}

@@ -8,9 +8,9 @@ target's L layers with the source's M by the costs <C, Q> of their features (Eq.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -205,10 +205,12 @@ def feature_plan(target: Tensor, source: Tensor, f: Tensor, g: Tensor, epsilon: 
 _STORED = ("f", "g", "cost", "iterations", "marginal_error", "converged")
 
 
-def save_plans(plans: Mapping[str, FeaturePlans], path: Path) -> None:
-    """Write feature plans to one safetensors file, under a temporary name first."""
+def save_plans(plans: Mapping[str, FeaturePlans], layers: Mapping[str, LayerPlan], path: Path) -> None:
+    """Write feature plans, and the layer plan of each, to one safetensors file, under a temporary name first."""
     tensors: dict[str, Tensor] = {}
     for key, solved in plans.items():
+        for field in fields(LayerPlan):
+            tensors[f"{key}/layers/{field.name}"] = _as_tensor(getattr(layers[key], field.name))
         tensors |= {f"{key}/{field}": getattr(solved, field).contiguous() for field in _STORED}
         tensors[f"{key}/target_layers"] = torch.tensor(solved.target_layers)
         tensors[f"{key}/source_layers"] = torch.tensor(solved.source_layers)
@@ -216,10 +218,10 @@ def save_plans(plans: Mapping[str, FeaturePlans], path: Path) -> None:
     write_tensors(path, tensors)
 
 
-def load_plans(path: Path, keys: Sequence[str]) -> dict[str, FeaturePlans]:
+def load_plans(path: Path, keys: Sequence[str]) -> tuple[dict[str, FeaturePlans], dict[str, LayerPlan]]:
     """Read what `save_plans` wrote, in the order of `keys`."""
     tensors = load_file(path)
-    return {
+    plans = {
         key: FeaturePlans(
             key,
             float(tensors[f"{key}/epsilon"]),
@@ -229,6 +231,19 @@ def load_plans(path: Path, keys: Sequence[str]) -> dict[str, FeaturePlans]:
         )
         for key in keys
     }
+    layers = {}
+    for key in keys:
+        stored = {field.name: tensors[f"{key}/layers/{field.name}"] for field in fields(LayerPlan)}
+        numbers: dict[str, Any] = {name: value.item() for name, value in stored.items() if name != "plan"}
+        layers[key] = LayerPlan(stored["plan"], **numbers)
+    return plans, layers
+
+
+def _as_tensor(value: Tensor | float) -> Tensor:
+    """A number as a tensor that gives it back exactly."""
+    if isinstance(value, Tensor):
+        return value.contiguous()
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
 
 
 def solve_layers(
