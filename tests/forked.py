@@ -45,6 +45,10 @@ class Forked:
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def so_far(self) -> str:
+        """What it has written until now, stdout first."""
+        return "".join(path.read_text(encoding="utf-8") for path in self._streams if path.exists())
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for its end: what it wrote on stdout and stderr."""
         self._process.join(timeout)

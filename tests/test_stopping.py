@@ -87,7 +87,9 @@ def merging(pair, tmp_path, stage, then="raise"):
     return start(words, script), ready, shlex.join(["tmerge", *words])
 
 
-@both
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["SIGINT", "SIGTERM"]
+)
 def test_in_the_midst_of_a_merge(pair, finished, tmp_path, number):
     process, ready, _ = merging(pair, tmp_path, "fuse")
     code, lines = stopped(process, number, ready)

@@ -27,7 +27,8 @@ from tmerge.hub import push, plan_push
 work = Path(os.environ["WORK"])
 os.chdir(work)
 results = {}
-MERGE = ["--dataset", "samples:indonesian", "--set", "calibration.texts=60", "--set", "fusion.top_k=16"]
+MERGE = ["--dataset", "samples:indonesian", "--set", "calibration.texts=60", "--set", "fusion.top_k=16",
+    "--set", "calibration.max_tokens=48", "--set", "transport.eta=1"]
 
 def case(name, *words):
     results[name] = command(*words)

@@ -34,6 +34,9 @@ def pair(tmp_path_factory):
 
 
 def recipe_for(pair, **sections):
+    fusion = {"alpha": 0.2, "top_k": 8, **sections.pop("fusion", {})}
+    # Layer plans that are met in a few sweeps: two layers against two take a thousand at the default.
+    quick = {} if "what" in fusion else {"eta": 1.0}
     data = {
         "target": str(pair / "target"),
         "source": str(pair / "source"),
@@ -45,7 +48,8 @@ def recipe_for(pair, **sections):
             "held_out": 0.3,
             **sections.pop("calibration", {}),
         },
-        "fusion": {"alpha": 0.2, "top_k": 8, **sections.pop("fusion", {})},
+        "fusion": fusion,
+        "transport": {**quick, **sections.pop("transport", {})},
         "evaluation": {"texts": 12, "bootstrap": 200, **sections.pop("evaluation", {})},
     }
     return Recipe.from_mapping({**data, **sections})

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
-import threading
+import signal
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from tests import forked
 from tests.hub import LoopbackHub
 
 __all__ = ["Apart", "app_apart"]
@@ -39,12 +39,17 @@ class Apart:
     Attributes:
         url: Its address.
         root: Where it keeps its runs.
-        said: All that it has written.
+        process: That serves it.
     """
 
-    url: str = ""
-    root: Path = Path()
-    said: list[str] = field(default_factory=list)
+    url: str
+    root: Path
+    process: forked.Forked
+
+    @property
+    def said(self) -> str:
+        """All that it has written."""
+        return self.process.so_far()
 
 
 @contextlib.contextmanager
@@ -59,8 +64,8 @@ def app_apart(hub: LoopbackHub, home: Path, *, token: str | None = None, **envir
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "SPACE_"))}
     (home / "tmp").mkdir(parents=True, exist_ok=True)
-    process = subprocess.Popen(
-        [sys.executable, "-c", _SCRIPT],
+    process = forked.start(
+        script=_SCRIPT,
         cwd=Path(__file__).parents[2],
         env={
             **inherited,
@@ -70,37 +75,23 @@ def app_apart(hub: LoopbackHub, home: Path, *, token: str | None = None, **envir
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_XET": "1",
             "OMP_NUM_THREADS": "1",
-            "PYTHONUNBUFFERED": "1",
             **({} if token is None else {"HF_TOKEN": token}),
             **environment,
         },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
     )
-    app, there = Apart(), threading.Event()
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            app.said.append(line)
-            word, _, rest = line.strip().partition(" ")
-            if word == "root":
-                app.root = Path(rest)
-            elif word == "serving":
-                app.url = rest
-                there.set()
-        there.set()
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
     try:
-        assert there.wait(300) and app.url, "".join(app.said)
-        yield app
+        yield _served(process)
     finally:
-        process.send_signal(2)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        reader.join(5)
+        process.send_signal(signal.SIGINT)
+        process.communicate(20)
+
+
+def _served(process: forked.Forked) -> Apart:
+    """The app, once it says that it is there."""
+    until = time.monotonic() + 300
+    while time.monotonic() < until and process.poll() is None:
+        said = dict(line.partition(" ")[::2] for line in process.so_far().splitlines())
+        if "serving" in said:
+            return Apart(said["serving"], Path(said["root"]), process)
+        time.sleep(0.05)
+    raise AssertionError(process.so_far())

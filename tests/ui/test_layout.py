@@ -85,7 +85,9 @@ def open_tab(page, name):
     tab.click()
 
 
-@pytest.mark.parametrize(("width", "theme"), [(380, "dark"), (768, "light"), (1440, "dark")])
+@pytest.mark.parametrize(
+    ("width", "theme"), [(380, "dark"), pytest.param(768, "light", marks=pytest.mark.slow), (1440, "dark")]
+)
 def test_every_tab_is_read_and_named(visit, run_id, width, theme):
     page = visit(f"&run={run_id}", width=width, theme=theme)
     expect(page.locator("#run-head")).to_contain_text("Done", timeout=30_000)

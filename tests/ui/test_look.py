@@ -198,7 +198,9 @@ def test_switches_and_downloads(visitors, url, run, looked):
         assert waited.value.path().read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.mark.parametrize(("width", "dark"), [(380, True), (800, False), (1600, True)])
+@pytest.mark.parametrize(
+    ("width", "dark"), [(380, True), pytest.param(800, False, marks=pytest.mark.slow), (1600, True)]
+)
 def test_every_figure_fits_and_follows_the_theme(visitors, url, run, width, dark):
     touch = {"has_touch": True, "is_mobile": True} if width == 380 else {}
     with opened(visitors, url, run[1], "Look", width, dark, **touch) as page:

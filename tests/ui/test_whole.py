@@ -146,7 +146,7 @@ def test_from_choosing_to_a_push(browser, app, hub, tmp_path):
     )
     assert loaded.stdout.strip() == "LlamaForCausalLM", loaded.stderr
     # No token on the page, in what the app said, or in any file of its runs.
-    assert TOKEN not in page.content() and TOKEN not in "".join(app.said)
+    assert TOKEN not in page.content() and TOKEN not in app.said
     assert not any(TOKEN.encode() in path.read_bytes() for path in app.root.rglob("*") if path.is_file())
 
 
@@ -170,6 +170,7 @@ def test_a_card_that_hides_the_harm_and_a_card_without_metadata_are_refused(brow
     expect(page.locator("#push-card .cm-content")).to_contain_text("library_name")
 
 
+@pytest.mark.slow
 def test_a_public_app_lends_nobody_its_own_token(browser, hub, tmp_path):
     """On a Space the owner may have set HF_TOKEN: no visitor reads or writes with it."""
     settings = {"public": True, "max_texts": 2000, "runs_kept_seconds": 600}
@@ -197,6 +198,7 @@ def test_a_public_app_lends_nobody_its_own_token(browser, hub, tmp_path):
         expect(page.locator("#expected").get_by_role("alert")).to_contain_text("user/secret", timeout=60_000)
 
 
+@pytest.mark.slow
 def test_a_visitor_who_has_signed_in_pushes_to_their_own_account(browser, hub, tmp_path):
     """Gradio stands in for the sign-in outside a Space, with the account of the token that it finds."""
     hub.sessions.add(session := "mock-oauth-token-for-local-dev")
@@ -229,7 +231,7 @@ def test_a_visitor_who_has_signed_in_pushes_to_their_own_account(browser, hub, t
             "href", f"{hub.endpoint}/user/signed-in", timeout=60_000
         )
         for secret in (TOKEN, session):
-            assert secret not in page.content() and secret not in "".join(app.said)
+            assert secret not in page.content() and secret not in app.said
             assert not any(secret.encode() in path.read_bytes() for path in app.root.rglob("*") if path.is_file())
 
 

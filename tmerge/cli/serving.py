@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from typing import Annotated
 
 import typer
@@ -21,6 +23,8 @@ def serve(
     ] = None,
 ) -> None:
     """Open the browser app: choose a pair, watch the merge, look at its transport, try the result, push it."""
+    if port is not None:
+        _refuse_taken(port)
     quiet_libraries()
     try:
         from tmerge.ui import launch
@@ -32,10 +36,25 @@ def serve(
     try:
         launch(port)
     except OSError as error:
-        taken = f"port {port} cannot be listened on ({error.strerror or error})"
-        raise PortTakenError(
-            f"{taken}; name another with --port, or leave it away" if port is not None else f"no port is free: {error}"
-        ) from None
+        raise _taken(port, error) from None
+
+
+def _refuse_taken(port: int) -> None:
+    """Look before the libraries are imported, which takes a quarter of a minute."""
+    with socket.socket() as probe:
+        # As Gradio does: a port that was let go a moment ago is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), port))
+        except OSError as error:
+            raise _taken(port, error) from None
+
+
+def _taken(port: int | None, error: OSError) -> PortTakenError:
+    if port is None:
+        return PortTakenError(f"no port is free: {error}")
+    why = error.strerror or error
+    return PortTakenError(f"port {port} cannot be listened on ({why}); name another with --port, or leave it away")
 
 
 @app.command()
