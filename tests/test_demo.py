@@ -1,4 +1,4 @@
-"""The main job on the two real models: SmolLM2-135M-Instruct (llama) <- Gemma 3 270M, on few texts, rows and columns."""
+"""The main job on the two real models: SmolLM2-135M-Instruct <- Gemma 3 270M, on few texts, rows and columns."""
 
 import importlib.util
 
