@@ -143,6 +143,10 @@ class TransportError(TmergeError):
     """A transport problem that has no answer: not-finite costs, marginals that do not match, eps <= 0."""
 
 
+class FusionError(TmergeError):
+    """What should be written into the target cannot be worked out."""
+
+
 class NoSharedStructureError(TransportError):
     """No residual stream that two models could be matched on: it is not of one width, or no pair of layers reads it."""
 

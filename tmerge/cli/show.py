@@ -19,7 +19,7 @@ from tmerge.quantities import bytes_words
 from tmerge.report import (
     Descent,
     Report,
-    alpha_words,
+    how_words,
     interval_words,
     ratio_words,
     score_rows,
@@ -109,9 +109,7 @@ def show_report(report: Report, folder: str | Path, page: Path | None = None) ->
     evaluation, timing = report.evaluation, report.timing
     console.print(_scores(report))
     fusion = report.fusion
-    moved = Table(
-        title=f"fusion: alpha {alpha_words(fusion)}, scale {fusion.scale}, {fusion.what}", title_justify="left"
-    )
+    moved = Table(title=f"fusion: {fusion.what}, {how_words(fusion)}", title_justify="left")
     for heading in ("projection", "neurons", "transported / own norm", "bias"):
         moved.add_column(heading)
     for name, fused in fusion.projections.items():

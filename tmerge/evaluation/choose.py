@@ -99,6 +99,7 @@ def choose_alpha(
     *,
     bootstrap: int,
     seed: int,
+    together: bool = False,
 ) -> Choice:
     """Choose alpha for every group of projections that was transported.
 
@@ -110,12 +111,13 @@ def choose_alpha(
         texts: N, how many choosing texts there are.
         bootstrap: Resamples of the intervals that are told; the one that decides takes what its level needs.
         seed: Of the order of the texts and of the resamples.
+        together: Whether all groups have one alpha.
     """
     names = list(dict.fromkeys(group_of(item.projection) for item in transported))
     # Not in their own order: the first of a file may be of one subject.
     order = torch.randperm(texts, generator=torch.Generator().manual_seed(seed)).tolist()
     groups = [tuple(name for name in group if name in names) for group in PROJECTION_GROUPS]
-    groups = [group for group in groups if group]
+    groups = [tuple(names)] if together else [group for group in groups if group]
     asked = [*groups, tuple(names)] if len(groups) > 1 else groups
     chances = len(asked) * len(alphas)
     chosen = dict.fromkeys(names, 0.0)

@@ -15,6 +15,8 @@ from tmerge.fusion.merge import (
     read_neurons,
     transport_neurons,
 )
+from tmerge.fusion.projection import score_factor
+from tmerge.fusion.reconstruct import FittedBlock, Passage, Shuffle, reconstruct
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_count, neuron_side, select_neurons
 from tmerge.fusion.stored import NeuronWriter, StoredNeurons
 
@@ -22,8 +24,11 @@ __all__ = [
     "COLUMN_PROJECTIONS",
     "Alpha",
     "Carried",
+    "FittedBlock",
     "NeuronSequence",
     "NeuronWriter",
+    "Passage",
+    "Shuffle",
     "StoredNeurons",
     "TransportedNeurons",
     "alpha_of",
@@ -34,6 +39,8 @@ __all__ = [
     "neuron_count",
     "neuron_side",
     "read_neurons",
+    "reconstruct",
+    "score_factor",
     "select_neurons",
     "transport_neurons",
     "unit_factors",

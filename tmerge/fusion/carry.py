@@ -20,7 +20,7 @@ from tmerge.fusion.projection import Carrier
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.fusion.stream import carry_stream
 from tmerge.models import STREAM, Architecture, feature_key
-from tmerge.recipe import FusionSettings
+from tmerge.recipe import CarriedSettings
 from tmerge.transport import PlanRecorder, Transport, in_turn, one_thread_each
 from tmerge.transport.record import Part
 
@@ -68,7 +68,7 @@ def carry(
     target: Architecture,
     source: Architecture,
     transport: Transport,
-    fusion: FusionSettings,
+    fusion: CarriedSettings,
     *,
     source_base: Architecture | None = None,
     shuffle: Shuffle | None = None,
@@ -156,7 +156,7 @@ def _note(carried: Carried, carrier: Carrier, item: TransportedNeurons, *, is_fi
 def _carried_stream(
     models: tuple[Architecture, Architecture, Architecture],
     transport: Transport,
-    fusion: FusionSettings,
+    fusion: CarriedSettings,
     vocabulary: Tensor | None,
     shuffle: Shuffle | None,
 ) -> Iterator[TransportedNeurons]:

@@ -12,15 +12,32 @@ from tmerge.fusion.maps import unmatched
 from tmerge.fusion.merge import TransportedNeurons, layer_weights, read_neurons, transport_neurons
 from tmerge.fusion.phis import Phis
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_side, select_neurons
-from tmerge.models import Architecture, Projection, feature_key
-from tmerge.recipe import FusionSettings, TaskVector
+from tmerge.models import Architecture, HeadLayout, Projection, feature_key
+from tmerge.recipe import CarriedSettings, TaskVector
 from tmerge.transport import Transport
 
-__all__ = ["Carrier"]
+__all__ = ["Carrier", "score_factor"]
 
 _FUSED = "fused"
 
 WeightAndBias = tuple[Tensor, Tensor | None]
+
+
+def score_factor(projection: str, own: HeadLayout | None, read: HeadLayout | None) -> float:
+    """What q and k are multiplied by, so that scores are what they were between wider or narrower heads.
+
+    A score is ``scaling * sum_i q_i k_i``. Of heads of D' dimensions min(D, D') are carried, so the sum has that
+    share of its terms, and the scaling is another: each of q and k makes up for the root of both.
+
+    Args:
+        projection: Its name; 1 for all but q and k.
+        own: The target's heads; 1 where they, the source's or a scaling are not known.
+        read: The source's.
+    """
+    if projection not in ("q", "k") or own is None or read is None or own.scaling is None or read.scaling is None:
+        return 1.0
+    carried = min(own.head_dim, read.head_dim) / read.head_dim
+    return float((read.scaling / own.scaling / carried) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -56,7 +73,7 @@ class Carrier:
     source: Architecture
     source_base: Architecture | None
     transport: Transport
-    fusion: FusionSettings
+    fusion: CarriedSettings
 
     def carried(self, layer: int, projection: str, phis: Phis) -> TransportedNeurons:
         """What the source has to say about the selected neurons of one projection.
@@ -109,7 +126,10 @@ class Carrier:
         for feed in feeds:
             read, read_bias = self._source_weight(feed.layer, projection)
             carried, carried_bias = transport_neurons(read, read_bias, feed.out_map, feed.in_map, projection, neurons)
-            factor = self._score_factor(projection, layer, feed.layer)
+            factor = 1.0
+            if self.transport.matched:
+                own, other = self.target.attention[layer], self.source.attention[feed.layer]
+                factor = score_factor(projection, own, other)
             if factor != 1.0:
                 carried, carried_bias = factor * carried, None if carried_bias is None else factor * carried_bias
             weight = feed.share * carried if weight is None else weight + feed.share * carried
@@ -134,20 +154,6 @@ class Carrier:
             mean = self.transport.statistics.source[layer, feature_key(projection, "pre")].mean
             bias = difference_bias(bias, weight, mean)
         return weight, bias
-
-    def _score_factor(self, projection: str, layer: int, other: int) -> float:
-        """What q and k are multiplied by, so that scores are what they were between wider or narrower heads.
-
-        A score is ``scaling * sum_i q_i k_i``. Of heads of D' dimensions min(D, D') are carried, so the sum has that
-        share of its terms, and the scaling is another: each of q and k makes up for the root of both.
-        """
-        if projection not in ("q", "k") or not self.transport.matched:
-            return 1.0
-        own, read = self.target.attention[layer], self.source.attention[other]
-        if own is None or read is None or own.scaling is None or read.scaling is None:
-            return 1.0
-        carried = min(own.head_dim, read.head_dim) / read.head_dim
-        return float((read.scaling / own.scaling / carried) ** 0.5)
 
     def _affine_bias(
         self, layer: int, view: Projection, neurons: Tensor, own: Tensor, carried: WeightAndBias

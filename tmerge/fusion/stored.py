@@ -7,8 +7,9 @@ reads an item has the file's pages for as long as it holds the item.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -20,42 +21,79 @@ from tmerge.store import read_json, write_json, write_tensors
 
 __all__ = ["NeuronWriter", "StoredNeurons"]
 
-_INDEX = "index.json"
+_INDEX, _PART = "index.json", "part.json"
 
 
 class NeuronWriter:
-    """Writes transported neurons into a folder, which is emptied first.
+    """Writes transported neurons into a folder, part by part.
 
     Args:
-        folder: Of nothing else.
+        folder: Of nothing else; emptied first.
         key: What decides them, kept in the folder.
+        resume: Whether parts that an earlier writer of the same key left there stay.
+
+    Attributes:
+        notes: One for each part that is there, as it was given.
+        is_finished: Whether an earlier writer of the same key had finished.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, *, resume: bool = False) -> None:
+        self._folder, self._key, self._resume = folder, key, resume
+        self._items: list[dict[str, Any]] = []
+        self.notes: list[Any] = []
+        self.is_finished = False
+        if resume:
+            whole, part = (read_json(folder / name) for name in (_INDEX, _PART))
+            found = whole or part
+            if found is not None and found["key"] == key:
+                self._items, self.notes = found["items"], found["notes"]
+                self.is_finished = whole is not None
+                return
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        self._folder, self._key = folder, key
-        self._items: list[dict[str, int | str | bool]] = []
-        self._files = 0
 
-    def add(self, items: Sequence[TransportedNeurons]) -> None:
-        """Write some more, in a file of their own; they may be let go then."""
+    def parts(self) -> list[list[TransportedNeurons]]:
+        """What is there already, a list for each time that some was added."""
+        found: list[list[TransportedNeurons]] = [[] for _ in self.notes]
+        for number, item in enumerate(self._items):
+            found[item["part"]].append(_read(self._folder, number, item))
+        return found
+
+    def add(self, items: Sequence[TransportedNeurons], note: Any = None) -> None:
+        """Write some more, in a file of their own; they may be let go then.
+
+        Args:
+            items: What to write.
+            note: A JSON value that is kept with them, in `notes`.
+        """
         tensors: dict[str, Tensor] = {}
-        name = f"{self._files:05}.safetensors"
+        name = f"{len(self.notes):05}.safetensors"
         for item in items:
             fields = {"neurons": item.neurons, "weight": item.weight, "bias": item.bias}
             tensors |= {f"{len(self._items)}.{field}": value for field, value in fields.items() if value is not None}
             self._items.append(
-                {"file": name, "layer": item.layer, "projection": item.projection, "difference": item.is_difference}
+                {
+                    "file": name,
+                    "part": len(self.notes),
+                    "layer": item.layer,
+                    "projection": item.projection,
+                    "difference": item.is_difference,
+                }
             )
         if tensors:
             write_tensors(self._folder / name, tensors)
-            self._files += 1
+        self.notes.append(note)
+        if self._resume:
+            write_json(self._folder / _PART, self._index)
 
     def finish(self) -> StoredNeurons:
         """Write what there is, last: without it the folder is of no use."""
-        write_json(self._folder / _INDEX, {"key": self._key, "items": self._items})
+        write_json(self._folder / _INDEX, self._index)
         return StoredNeurons(self._folder)
+
+    @property
+    def _index(self) -> dict[str, Any]:
+        return {"key": self._key, "notes": self.notes, "items": self._items}
 
 
 class StoredNeurons(NeuronSequence):
@@ -79,22 +117,25 @@ class StoredNeurons(NeuronSequence):
         return len(self._items)
 
     def _item(self, index: int) -> TransportedNeurons:
-        number, item = self._items[index]
-        # Opened for each item: its pages go with it.
-        with safe_open(self._folder / item["file"], "pt") as file:
-            tensors = {
-                field: file.get_tensor(f"{number}.{field}")
-                for field in ("neurons", "weight", "bias")
-                if f"{number}.{field}" in file.keys()  # noqa: SIM118 - not a mapping
-            }
-        return TransportedNeurons(
-            item["layer"],
-            item["projection"],
-            tensors["neurons"],
-            tensors["weight"],
-            tensors.get("bias"),
-            item["difference"],
-        )
+        return _read(self._folder, *self._items[index])
+
+
+def _read(folder: Path, number: int, item: Mapping[str, Any]) -> TransportedNeurons:
+    # Opened for each item: its pages go with it.
+    with safe_open(folder / item["file"], "pt") as file:
+        tensors = {
+            field: file.get_tensor(f"{number}.{field}")
+            for field in ("neurons", "weight", "bias")
+            if f"{number}.{field}" in file.keys()  # noqa: SIM118 - not a mapping
+        }
+    return TransportedNeurons(
+        item["layer"],
+        item["projection"],
+        tensors["neurons"],
+        tensors["weight"],
+        tensors.get("bias"),
+        item["difference"],
+    )
 
 
 def _place(item: dict[str, int | str]) -> tuple[int, int, str]:

@@ -163,7 +163,7 @@ def norm_ratios(report: Report) -> go.Figure:
         figure,
         "Norm of what arrives, over the norm of the target's own",
         "added to the target's, which keep their size"
-        if report.fusion.what == "task-vector"
+        if report.fusion.what in ("task-vector", "reconstruct")
         else "where the ratio is 1e-9, nothing is left but shrinking",
         420,
         # Never between two layers.

@@ -10,7 +10,9 @@ from tmerge.report import (
     Report,
     Transport,
     alpha_words,
+    how_words,
     interval_words,
+    moved_words,
     ratio_words,
     score_rows,
     verdict_sentence,
@@ -112,14 +114,8 @@ def facts(report: Report) -> Iterable[Sequence[str]]:
     held_out = report.evaluation
     yield "held out", f"{held_out.texts:,} other texts, {held_out.bytes:,} bytes"
     yield from _solved(solved)
-    if fusion.what == "task-vector":
-        yield "what was moved", f"what the source learned since {report.source_base}"
-    else:
-        yield "what was moved", "the source's weights"
-    yield (
-        "fusion",
-        f"alpha {alpha_words(fusion)}, {fusion.scale} scale, units {fusion.units}, top_k {fusion.top_k}",
-    )
+    yield "what was moved", moved_words(fusion, report.source_base)
+    yield "fusion", how_words(fusion)
     if fusion.stream:
         yield "on the residual stream", ", ".join(fusion.stream)
     yield "run on", f"{report.device}, {report.dtype}, seed {report.seed}"
@@ -151,6 +147,8 @@ def _arrived(report: Report) -> str:
     if not ratios:
         return "The target's own neurons are all zero, so there is no norm to hold what was transported against."
     low, high = min(ratios), max(ratios)
+    if fusion.what == "reconstruct":
+        return f"What was fitted changes the weights by {low:.2g} to {high:.2g} times their own norm."
     sentence = f"What was transported has {low:.2g} to {high:.2g} times the norm of the neurons it is mixed into"
     if fusion.what == "task-vector":
         return f"{sentence}; it is added to them, and nothing is taken away."

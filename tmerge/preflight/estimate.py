@@ -20,7 +20,7 @@ from tmerge.evaluation import MOST_KEPT_BYTES, PROJECTION_GROUPS, most_scorings
 from tmerge.fusion import COLUMN_PROJECTIONS, neuron_count
 from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pick_device
 from tmerge.preflight.speed import SPEED_FILE, Timing, timing_of
-from tmerge.recipe import Recipe, Shared
+from tmerge.recipe import Recipe, Reconstruction, Shared
 from tmerge.transport import correlation_cost, match, sinkhorn, standardise, working_dtype
 
 __all__ = ["TOKENS_PER_TEXT", "Estimate", "estimate_run", "scorings", "widths_of"]
@@ -384,7 +384,12 @@ def _carried_bytes(recipe: Recipe, target: ModelFacts, layout: Architecture, pro
     for view in layout.projections(projections):
         by_columns = view.name in COLUMN_PROJECTIONS
         neurons, across = (view.in_features, view.out_features) if by_columns else (view.out_features, view.in_features)
-        values += neuron_count(recipe.fusion.top_k, neurons) * across
+        values += neuron_count(_selected(recipe), neurons) * across
     if recipe.fusion.carries_stream:
         values += layout.hidden_size * int(target.config.get_text_config().vocab_size)
     return 4 * values
+
+
+def _selected(recipe: Recipe) -> int | float:
+    """Neurons of a projection that are written: of a reconstruction all."""
+    return 1.0 if isinstance(recipe.fusion, Reconstruction) else recipe.fusion.top_k

@@ -4,7 +4,7 @@ from tmerge.recipe.adaptation import AdaptationSettings
 from tmerge.recipe.calibration import CalibrationSettings
 from tmerge.recipe.compare import CompareSettings, PublishedScores
 from tmerge.recipe.evaluation import EvaluationSettings
-from tmerge.recipe.fusion import FusionSettings, TaskVector, Weights
+from tmerge.recipe.fusion import CarriedSettings, FusionSettings, Reconstruction, TaskVector, Weights
 from tmerge.recipe.loading import RECIPE_VARIABLE, load_recipe, parse_setting, preset_names
 from tmerge.recipe.page import recipe_page
 from tmerge.recipe.recipe import Recipe
@@ -18,12 +18,14 @@ __all__ = [
     "AdaptationSettings",
     "Apart",
     "CalibrationSettings",
+    "CarriedSettings",
     "CompareSettings",
     "EvaluationSettings",
     "FusionSettings",
     "ProjectionName",
     "PublishedScores",
     "Recipe",
+    "Reconstruction",
     "SaveSettings",
     "Shared",
     "TaskVector",

@@ -1,4 +1,4 @@
-"""The section ``fusion``: what is written into the target (Eq. 14, A.5), of two kinds with defaults of their own.
+"""The section ``fusion``: what is written into the target (Eq. 14, A.5), of three kinds with defaults of their own.
 
 The defaults of weights are the paper's. Those of a task vector are what was measured best on models that are related,
 and no worse than nothing elsewhere: see docs/experiments.md.
@@ -12,9 +12,12 @@ from pydantic import Field, Tag, field_validator, model_validator
 
 from tmerge.recipe.section import ProjectionName, Section, chosen_by
 
-__all__ = ["FusionSettings", "TaskVector", "Weights"]
+__all__ = ["CarriedSettings", "FusionSettings", "Reconstruction", "TaskVector", "Weights"]
 
-_WHAT = "task-vector: what `source` learned since `source_base`, instead of its weights"
+_WHAT = (
+    "weights: the source's; task-vector: what it learned since `source_base`; reconstruct: what its neurons do, fitted "
+    "to what the target's read"
+)
 _ALPHA = "fusion strength; auto chooses it per projection group, 0 included, on texts kept for that"
 _ALPHAS = "what alpha: auto tries beside 0"
 _TOP_K = "neurons selected per projection and layer: a count, or a fraction such as 0.1"
@@ -24,21 +27,12 @@ _TopK = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
 
 
 class _Fused(Section):
-    """What both kinds have."""
+    """What all kinds have."""
 
-    what: Literal["weights", "task-vector"]
+    what: Literal["weights", "task-vector", "reconstruct"]
     alpha: float | Literal["auto"]
     alphas: tuple[float, ...]
-    scale: Literal["barycentric", "literal", "row-norm"]
-    units: Literal["none", "layer", "feature"] = Field(
-        "none", description="match the sizes of the two models' activations: not, one factor a layer, or per feature"
-    )
-    top_k: _TopK
     projections: tuple[ProjectionName, ...]
-    affine: bool = Field(
-        False, description="the features' means go into the biases: maps carry deviations (where the target has biases)"
-    )
-    biases: bool = Field(True, description="fuse the biases of these projections as well, where both models have them")
 
     @field_validator("projections")
     @classmethod
@@ -47,19 +41,33 @@ class _Fused(Section):
             raise ValueError("name at least one projection, each once")
         return value
 
-    @model_validator(mode="after")
-    def _affine_has_biases(self) -> _Fused:
-        if self.affine and not self.biases:
-            raise ValueError("fusion.affine writes into biases, and fusion.biases is off; set one of them otherwise")
-        return self
-
     @property
     def carries_stream(self) -> bool:
         """Whether embeddings and norms are carried as well."""
         return False
 
 
-class Weights(_Fused):
+class _Carried(_Fused):
+    """What those have that carry weights."""
+
+    scale: Literal["barycentric", "literal", "row-norm"]
+    units: Literal["none", "layer", "feature"] = Field(
+        "none", description="match the sizes of the two models' activations: not, one factor a layer, or per feature"
+    )
+    top_k: _TopK
+    affine: bool = Field(
+        False, description="the features' means go into the biases: maps carry deviations (where the target has biases)"
+    )
+    biases: bool = Field(True, description="fuse the biases of these projections as well, where both models have them")
+
+    @model_validator(mode="after")
+    def _affine_has_biases(self) -> _Carried:
+        if self.affine and not self.biases:
+            raise ValueError("fusion.affine writes into biases, and fusion.biases is off; set one of them otherwise")
+        return self
+
+
+class Weights(_Carried):
     """The source's weights, interpolated with the target's (Eq. 14, A.5)."""
 
     beside: ClassVar[dict[str, dict[str, Any]]] = {"transport": {"structure": "none"}}
@@ -78,7 +86,7 @@ class Weights(_Fused):
     projections: tuple[ProjectionName, ...] = Field(("q", "k", "v", "o"), description=_PROJECTIONS)
 
 
-class TaskVector(_Fused):
+class TaskVector(_Carried):
     """What the source learned since `source_base`, added to the target."""
 
     beside: ClassVar[dict[str, dict[str, Any]]] = {
@@ -111,6 +119,40 @@ class TaskVector(_Fused):
         return self.stream
 
 
+class Reconstruction(_Fused):
+    """What the source's neurons do, fitted in closed form to what the target's own read, block by block."""
+
+    beside: ClassVar[dict[str, dict[str, Any]]] = {
+        "calibration": {"rows": "tokens", "match_on": "samples:english"},
+        "transport": {"structure": "shared"},
+    }
+    """As `Weights.beside`."""
+
+    what: Literal["reconstruct"] = Field("reconstruct", description=_WHAT)
+    # A step towards a fit; past it lies nothing that was fitted.
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field("auto", description=_ALPHA)
+    alphas: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.25, 0.5, 0.75, 1.0), min_length=1, description=_ALPHAS
+    )
+    projections: tuple[ProjectionName, ...] = Field(
+        ("q", "k", "v", "o", "gate", "up", "down"), description=_PROJECTIONS
+    )
+    ridge: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="how much a fit is held back, in units of its inputs' mean square"
+    )
+    rank: Annotated[int, Field(ge=1)] | None = Field(None, description="most of each fitted change; full if left out")
+    keep: str | None = Field(
+        "samples:english", description="texts on which the target goes on doing what it does: as calibration.dataset"
+    )
+    keep_texts: Annotated[int, Field(ge=1)] = Field(200, description="of them, at most")
+
+
+CarriedSettings = Weights | TaskVector
+"""Those kinds that carry weights through a transport."""
+
 FusionSettings = Annotated[
-    Annotated[Weights, Tag("weights")] | Annotated[TaskVector, Tag("task-vector")], chosen_by("what")
+    Annotated[Weights, Tag("weights")]
+    | Annotated[TaskVector, Tag("task-vector")]
+    | Annotated[Reconstruction, Tag("reconstruct")],
+    chosen_by("what"),
 ]

@@ -19,7 +19,7 @@ from tmerge.recipe.adaptation import AdaptationSettings
 from tmerge.recipe.calibration import CalibrationSettings
 from tmerge.recipe.compare import CompareSettings, PublishedScores
 from tmerge.recipe.evaluation import EvaluationSettings
-from tmerge.recipe.fusion import FusionSettings, TaskVector, Weights
+from tmerge.recipe.fusion import FusionSettings, Reconstruction, TaskVector, Weights
 from tmerge.recipe.mistakes import one_line
 from tmerge.recipe.save import SaveSettings
 from tmerge.recipe.section import Section
@@ -68,12 +68,16 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         learned, fitted = isinstance(self.fusion, TaskVector), self.transport.map != "plan"
+        if isinstance(self.fusion, Reconstruction):
+            self._is_reconstructible()
         if learned and self.source_base is None:
             raise ValueError("fusion.what is task-vector, which needs source_base: the source before its fine-tuning")
         if not learned and self.source_base is not None:
             raise ValueError("source_base is only read when fusion.what is task-vector; set that, or drop source_base")
         if fitted and self.plan is not None:
             raise ValueError(f"transport.map is {self.transport.map}, which a recorded plan does not hold; drop plan")
+        if isinstance(self.fusion, Reconstruction):
+            return self
         if fitted and (self.fusion.units != "none" or self.fusion.scale == "literal"):
             raise ValueError(
                 f"transport.map is {self.transport.map}, a fitted map, which has its units and its scale already; set "
@@ -85,6 +89,15 @@ class Recipe(Section):
             if fitted:
                 raise ValueError(f"fusion.stream needs transport.map: plan, not {self.transport.map}; set it to false")
         return self
+
+    def _is_reconstructible(self) -> None:
+        if not isinstance(self.transport, Shared):
+            raise ValueError("fusion.what is reconstruct, which needs transport.structure: shared; set that")
+        if self.transport.map != "plan":
+            raise ValueError(
+                f"transport.map is {self.transport.map}, and fusion.what: reconstruct fits weights itself; drop "
+                "transport.map"
+            )
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:

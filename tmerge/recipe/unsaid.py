@@ -1,8 +1,8 @@
 """What a recipe leaves unsaid where that hangs on another section's choice; all other defaults are the fields' own.
 
-Three things do. A kind of fusion brings what was measured best with it in other sections (`Weights.beside`,
-`TaskVector.beside`). What lies on the residual stream is carried by one correspondence for the whole model, so that
-``fusion.stream`` is on where the transport is such a one. And a section that does not name its kind is of the first.
+Three things do. A kind of fusion brings what was measured best with it in other sections (its ``beside``). What lies
+on the residual stream is carried by one correspondence for the whole model, so that ``fusion.stream`` is on where the
+transport is such a one. And a section that does not name its kind is of the first.
 
 Beside that, resolved recipes once named every key of every kind: what they wrote out for the kind that was not chosen
 says nothing, and is passed over.
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tmerge.recipe.fusion import TaskVector, Weights
+from tmerge.recipe.fusion import Reconstruction, TaskVector, Weights
 
 __all__ = ["with_unsaid"]
 
@@ -31,6 +31,11 @@ _WRITTEN_OUT: dict[str, dict[str, Any]] = {
     },
 }
 
+_KINDS: dict[Any, type[Weights] | type[TaskVector] | type[Reconstruction]] = {
+    "task-vector": TaskVector,
+    "reconstruct": Reconstruction,
+}
+
 
 def with_unsaid(data: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's mapping in which each section says what it is by another's choice.
@@ -40,7 +45,7 @@ def with_unsaid(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     filled = dict(data)
     fusion = filled["fusion"] = _with({"what": "weights"}, data.get("fusion"))
-    kind = TaskVector if _said(fusion, "what") == "task-vector" else Weights
+    kind = _KINDS.get(_said(fusion, "what"), Weights)
     for name, values in kind.beside.items():
         filled[name] = _with(values, data.get(name))
     transport = filled["transport"]

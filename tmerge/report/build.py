@@ -14,7 +14,7 @@ from tmerge.evaluation import Scores, difference, resamples, score, verdict
 from tmerge.fusion import neuron_count
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.preflight.check import Check, described
-from tmerge.recipe import Recipe
+from tmerge.recipe import Recipe, Reconstruction
 from tmerge.report.report import SCHEMA, Report
 from tmerge.report.words import relatedness_words
 
@@ -67,10 +67,9 @@ def build_report(
             f"tolerance (worst marginal violation {solved['worst_marginal_violation']:.1e}): raise "
             "transport.max_iterations or transport.epsilon"
         )
-    for name, ratios in notes["fuse"]["norm_ratios"].items():
-        if zero := [
-            str(layer) for layer, ratio in zip(notes["fuse"]["layers"][name], ratios, strict=True) if ratio is None
-        ]:
+    fused = notes["fuse"] if "fuse" in notes else notes["reconstruct"]
+    for name, ratios in fused["norm_ratios"].items():
+        if zero := [str(layer) for layer, ratio in zip(fused["layers"][name], ratios, strict=True) if ratio is None]:
             remarks.append(
                 f"the target's own {name} neurons are all zero in layer{'s' * (len(zero) > 1)} {', '.join(zero)}: what "
                 "was transported has no norm to be held against there (norm_ratio null)"
@@ -108,8 +107,8 @@ def build_report(
             "converged": solved["converged"],
             "seconds": solved["seconds"],
             **recipe.transport.model_dump(mode="json", include=_QUOTED),
-            "eta_used": notes["fuse"]["eta"],
-            "layer_plans_converged": notes["fuse"]["layer_plans_converged"],
+            "eta_used": fused["eta"],
+            "layer_plans_converged": fused["layer_plans_converged"],
             "rows": recipe.calibration.rows,
             "relatedness": solved.get("relatedness"),
         },
@@ -118,7 +117,7 @@ def build_report(
             "skipped": checked.skipped,
             "left_alone": checked.target_layout.left_alone,
         },
-        "fusion": _fusion(recipe, checked, notes["fuse"]) | ({"choice": choice} if choice else {}),
+        "fusion": _fusion(recipe, checked, fused) | ({"choice": choice} if choice else {}),
         "evaluation": evaluation | ({"descent": notes["evaluate"]["descent"]} if recipe.evaluation.descent else {}),
         "stages": stages,
         "timing": {"total_seconds": total, "forward_seconds": forward, "other_seconds": total - forward},
@@ -169,23 +168,28 @@ def _evaluation(recipe: Recipe, notes: Mapping[str, Mapping[str, Any]]) -> dict[
 def _fusion(recipe: Recipe, checked: Check, note: Mapping[str, Any]) -> dict[str, Any]:
     settings = recipe.fusion
     projections = {}
-    for name in checked.projections:
+    for name in [name for name in checked.projections if note["layers"].get(name)]:
         layers = note["layers"][name]
         view = checked.target_layout.layers[layers[0]][name]
         neurons = view.in_features if name in COLUMN_PROJECTIONS else view.out_features
+        selected = 1.0 if isinstance(settings, Reconstruction) else settings.top_k
         projections[name] = {
             "layers": layers,
             "norm_ratio": note["norm_ratios"][name],
-            "neurons": neuron_count(settings.top_k, neurons),
+            "neurons": neuron_count(selected, neurons),
             "of": neurons,
             "bias": note["biases"][name],
         }
+    how: dict[str, Any]
+    if isinstance(settings, Reconstruction):
+        measured = {name: note[name] for name in ("rows", "keep_texts", "errors")}
+        how = {"fit": {"ridge": settings.ridge, "rank": settings.rank, "keep": settings.keep, **measured}}
+    else:
+        how = {"scale": settings.scale, "units": settings.units, "top_k": settings.top_k}
     return {
         "what": settings.what,
         "alpha": settings.alpha,
-        "scale": settings.scale,
-        "units": settings.units,
-        "top_k": settings.top_k,
+        **how,
         "projections": projections,
         "stream": note["stream"],
     }

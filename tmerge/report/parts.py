@@ -254,23 +254,47 @@ class Choice(Part):
     texts: int
 
 
+class ReconstructionFit(Part):
+    """How the target's blocks were fitted.
+
+    Attributes:
+        ridge: How much a fit was held back.
+        rank: Most of each change; None for full.
+        rows: Tokens that were fitted on.
+        keep: The dataset on which the target goes on doing what it does; None without one.
+        keep_texts: Of it.
+        errors: Projection -> per fitted layer, ``|Y - X W^T|^2 / |Y|^2`` before and after; None where Y is zero.
+    """
+
+    ridge: float
+    rank: int | None
+    rows: int
+    keep: str | None
+    keep_texts: int
+    errors: Mapping[str, Items[Items[float | None]]]
+
+
 class Fusion(Part):
     """What was fused, and how strongly.
 
     Attributes:
         alpha: As the recipe asks for it.
+        scale: Of the maps that weights are carried through; None where weights were fitted, and so are the next two.
+        units: Whether activations' sizes were matched.
         top_k: Neurons of a projection and layer: a count, or a share.
         stream: What else lies on the residual stream and was carried.
+        fit: Of a reconstruction; None otherwise.
         choice: Of ``alpha: auto``; None otherwise.
     """
 
     what: str
     alpha: float | Literal["auto"]
-    scale: str
-    units: str
-    top_k: int | float
+    scale: str | None = None
+    units: str | None = None
+    top_k: int | float | None = None
     projections: Annotated[Mapping[str, FusedProjection], Field(min_length=1)]
     stream: Items[str] = ()
+    fit: ReconstructionFit | None = None
     choice: Choice | None = None
 
     @property

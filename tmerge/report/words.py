@@ -14,7 +14,9 @@ __all__ = [
     "Tone",
     "alpha_words",
     "change_words",
+    "how_words",
     "interval_words",
+    "moved_words",
     "ratio_words",
     "relatedness_words",
     "score_words",
@@ -67,6 +69,28 @@ def solved_words(solved: Transport) -> str:
         f"{solved.problems} feature plans, {solved.converged} converged, {steps.median} iterations in the "
         f"median, {steps.max} at most, worst marginal violation {solved.worst_marginal_violation:.1e}"
     )
+
+
+def moved_words(fusion: Fusion, source_base: str | None) -> str:
+    """What of the source went into the target."""
+    if fusion.what == "task-vector":
+        return (
+            f"what the source learned since {source_base}" if source_base else "what the source learned since its base"
+        )
+    if fusion.what == "reconstruct":
+        return "what the source's neurons do, fitted to what the target's own read"
+    return "the source's weights"
+
+
+def how_words(fusion: Fusion) -> str:
+    """How it was put there: alpha, and the settings of its kind."""
+    if fusion.fit is not None:
+        rank = "full rank" if fusion.fit.rank is None else f"rank {fusion.fit.rank}"
+        kept = (
+            f", {fusion.fit.keep_texts} texts of {fusion.fit.keep} kept as they were" if fusion.fit.keep_texts else ""
+        )
+        return f"alpha {alpha_words(fusion)}, ridge {fusion.fit.ridge:g}, {rank}, {fusion.fit.rows:,} tokens{kept}"
+    return f"alpha {alpha_words(fusion)}, {fusion.scale} scale, units {fusion.units}, top_k {fusion.top_k}"
 
 
 def alpha_words(fusion: Fusion) -> str:

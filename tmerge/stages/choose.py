@@ -9,7 +9,7 @@ from typing import Any
 from tmerge.calibration import TextSet
 from tmerge.evaluation import Scores, choose_alpha, unchanged_layers, without_unchanged_layers
 from tmerge.models import Model
-from tmerge.recipe import Recipe
+from tmerge.recipe import Recipe, Reconstruction
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import ChooseNote
 from tmerge.stages.scoring import cut, load, score
@@ -66,5 +66,7 @@ class Choose:
                 len(texts),
                 bootstrap=self.recipe.evaluation.bootstrap,
                 seed=self.recipe.seed,
+                # A block was fitted to what those before it give once they are changed: a step of all, or of none.
+                together=isinstance(self.recipe.fusion, Reconstruction),
             )
         return ChooseNote(choice=choice.to_dict() | {"texts": len(texts)}, forward_seconds=choice.seconds)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from tmerge.evaluation import control_generator
 from tmerge.fusion import TransportedNeurons, carry
 from tmerge.models import Model
-from tmerge.recipe import Recipe
+from tmerge.recipe import Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
 from tmerge.run import Run
 from tmerge.stages.neurons import Neurons
@@ -71,6 +71,7 @@ class Fuse:
     def do(self, key: str, progress: Progress) -> FuseNote:
         """Carry the weights, and keep what was carried."""
         fusion, seed = self.recipe.fusion, self.recipe.seed
+        assert not isinstance(fusion, Reconstruction)  # it has a stage of its own
         vocabulary = None
         if fusion.carries_stream:
             vocabulary = shared_vocabulary(

@@ -20,7 +20,7 @@ from tmerge.hub import write_card
 from tmerge.models import Model, pick_device
 from tmerge.preflight.check import Check, check, refuse_unfit
 from tmerge.preflight.models import Models
-from tmerge.recipe import Recipe
+from tmerge.recipe import Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
 from tmerge.report import Report, build_report, library_versions
 from tmerge.run import Run
@@ -28,8 +28,9 @@ from tmerge.stages.choose import Choose
 from tmerge.stages.evaluate import Evaluate
 from tmerge.stages.fuse import Fuse
 from tmerge.stages.neurons import Neurons
-from tmerge.stages.notes import Note
+from tmerge.stages.notes import FuseNote, Note
 from tmerge.stages.read import Read
+from tmerge.stages.reconstruct import Reconstruct
 from tmerge.stages.runner import Finished, Runner
 from tmerge.stages.save import Save
 from tmerge.stages.source_weights import SourceWeights
@@ -144,7 +145,12 @@ class _Road:
         yield solved
 
         neurons, before = Neurons(cache), None if base is None else self._weights(base, "source-base")
-        fused = runner(Fuse(recipe, models.target, weights, before, features, solved.key, recorded, run, neurons))
+        fused: Finished[FuseNote]
+        if isinstance(recipe.fusion, Reconstruction):
+            pair, keep = (models.target, models.source), data.get(str(recipe.fusion.keep))
+            fused = runner(Reconstruct(recipe, *pair, texts, keep, features, solved.key, recorded, run, neurons))
+        else:
+            fused = runner(Fuse(recipe, models.target, weights, before, features, solved.key, recorded, run, neurons))
         yield fused
 
         if recipe.fusion.alpha == "auto":
@@ -165,8 +171,10 @@ class _Road:
         """The calibration's datasets -> what identifies their contents; a recorded transport needs none to match on."""
         settings = self.recipe.calibration
         other = [] if settings.match_on is None or recorded else [settings.match_on]
+        if isinstance(self.recipe.fusion, Reconstruction) and self.recipe.fusion.keep is not None:
+            other.append(self.recipe.fusion.keep)
         record = DatasetRecord(self.run.cache / "data.json", says.note)
-        found = record.identify([settings.dataset, *other])
+        found = record.identify(list(dict.fromkeys([settings.dataset, *other])))
         record.save()
         return found
 

@@ -23,13 +23,14 @@ class Neurons:
     def __init__(self, cache: Path) -> None:
         self._folders = cache / "transported", cache / "permuted"
 
-    def write(self, key: str) -> tuple[NeuronWriter, NeuronWriter]:
-        """Begin anew: for what is carried through the plans, and through shuffled ones.
+    def write(self, key: str, *, resume: bool = False) -> tuple[NeuronWriter, NeuronWriter]:
+        """Begin: with what is carried through the plans, and through shuffled ones.
 
         Args:
             key: What decides them.
+            resume: Whether what there is of this key stays.
         """
-        transported, permuted = (NeuronWriter(folder, key) for folder in self._folders)
+        transported, permuted = (NeuronWriter(folder, key, resume=resume) for folder in self._folders)
         return transported, permuted
 
     @cached_property

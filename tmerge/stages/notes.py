@@ -20,6 +20,7 @@ __all__ = [
     "FuseNote",
     "Note",
     "ReadNote",
+    "ReconstructNote",
     "SaveNote",
     "ScoreNote",
     "TextsNote",
@@ -127,6 +128,20 @@ class FuseNote(Note):
     stream: list[str]
     eta: Any
     layer_plans_converged: Any
+
+
+class ReconstructNote(FuseNote):
+    """Of weights that were fitted; a ratio is that of the change's norm to the target's own.
+
+    Attributes:
+        errors: Projection -> per layer, ``|Y - X W^T|^2 / |Y|^2`` before and after its fit; None where Y is zero.
+        rows: Tokens that were fitted on, those of `keep_texts` too.
+        keep_texts: On which the target's own activations were the goal.
+    """
+
+    errors: dict[str, list[tuple[float | None, float | None]]]
+    rows: int
+    keep_texts: int
 
 
 class ChooseNote(Note):

@@ -1,0 +1,238 @@
+"""Reconstruction as a stage: a target drawn to what a deeper relative does, stopped, and gone on with."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.pico import pico_model, pico_tokenizer, save_pico
+from tests.stages.test_merge import digest
+from tests.stages.test_task_vector import _deeper, _shaken
+from tmerge.errors import Cancelled, RecipeError, UnsupportedModelError
+from tmerge.fusion import StoredNeurons, fuse
+from tmerge.models import describe, load_model
+from tmerge.recipe import Recipe
+from tmerge.report import read_report
+from tmerge.stages.merge import advance, merge
+
+IDS = torch.randint(5, 90, (4, 30), generator=torch.Generator().manual_seed(0))
+SEVEN = ["q", "k", "v", "o", "gate", "up", "down"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A target of two layers; a deeper relative that has gone a good way since."""
+    folder = tmp_path_factory.mktemp("models")
+    target = pico_model("llama")
+    for name, model in (("target", target), ("source", _shaken(_deeper(target), 0.15, 2))):
+        model.save_pretrained(folder / name)
+        pico_tokenizer(folder / name)
+    return folder
+
+
+def recipe_for(models, **sections):
+    data = {
+        "target": str(models / "target"),
+        "source": str(models / "source"),
+        "dtype": "float32",
+        "calibration": {
+            "dataset": "samples:indonesian",
+            "texts": 70,
+            "max_tokens": 48,
+            "held_out": 0.3,
+            "token_rows": 200,
+            **sections.pop("calibration", {}),
+        },
+        "fusion": {"what": "reconstruct", "alpha": 1.0, "keep": None, **sections.pop("fusion", {})},
+        "evaluation": {"texts": 12, "bootstrap": 200, **sections.pop("evaluation", {})},
+    }
+    return Recipe.from_mapping({**data, **sections})
+
+
+@pytest.fixture(scope="module")
+def finished(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "fused"
+    return folder, merge(recipe_for(models), folder)
+
+
+@torch.no_grad()
+def distance(one, other, ids):
+    """Mean KL divergence of the next token, in bits."""
+    first, second = (AutoModelForCausalLM.from_pretrained(path)(ids).logits.log_softmax(-1) for path in (one, other))
+    return float((first.exp() * (first - second)).sum(-1).mean()) / 0.6931
+
+
+def test_every_fit_lessens_what_lacks_and_the_model_does_what_the_source_does(models, finished):
+    folder, report = finished
+    fit = report.fusion.fit
+    assert fit.rows > 500 and fit.ridge == 0.1 and fit.rank is None and fit.keep_texts == 0
+    assert set(fit.errors) == set(report.fusion.projections) == set(SEVEN)
+    for name, pairs in fit.errors.items():
+        assert len(pairs) == 2
+        for before, after in pairs:
+            assert 0 < after < before, name
+    source = models / "source"
+    assert distance(source, folder, IDS) < 0.7 * distance(source, models / "target", IDS)
+    # Only the seven projections are others.
+    here, before = load_file(folder / "model.safetensors"), load_file(models / "target/model.safetensors")
+    changed = {name for name in before if not here[name].equal(before[name])}
+    assert changed and all(name.split(".")[-2].endswith("_proj") for name in changed)
+    assert len(changed) == 2 * len(SEVEN)
+
+
+def test_shuffled_correspondences_are_the_control(models, finished):
+    folder, report = finished
+    assert set(report.evaluation.controls) == {"shrink", "noise", "permuted"}
+    # The same fits toward the wrong neurons: as large, and no nearer to the source.
+    permuted = load_model(str(models / "target"), dtype="float32")
+    found = StoredNeurons(folder / "tmerge/cache/permuted")
+    fuse(describe(permuted.model).layers, found, 1.0)
+    assert [(item.layer, item.projection) for item in found] == [(layer, name) for layer in (0, 1) for name in SEVEN]
+    permuted.model.save_pretrained(folder.parent / "permuted")
+    source = models / "source"
+    assert distance(source, folder, IDS) < 0.7 * distance(source, folder.parent / "permuted", IDS)
+
+
+def test_the_record_is_one_that_can_be_looked_at_and_fused_from(models, finished, tmp_path):
+    folder, report = finished
+    shutil.copytree(folder, tmp_path / "pushed", ignore=shutil.ignore_patterns("cache"))
+    again = recipe_for(models, plan=str(tmp_path / "pushed"), fusion={"alpha": 0.5})
+    swept = merge(again, tmp_path / "swept")
+    # The same fits, from the recorded transport, at half the step.
+    assert swept.fusion.fit.errors == report.fusion.fit.errors
+    here, whole = (load_file(path / "model.safetensors") for path in (tmp_path / "swept", folder))
+    before = load_file(models / "target/model.safetensors")
+    for name, values in before.items():
+        torch.testing.assert_close(here[name], (values + whole[name]) / 2, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("which", ["reconstructing", "permuted: reconstructing"])
+def test_a_run_that_is_stopped_between_blocks_goes_on_to_the_same_bytes(models, finished, tmp_path, which, block):
+    out, heard = tmp_path / "fused", []
+
+    def stop(step):
+        if step.what == which and step.done == block:
+            raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        merge(recipe_for(models), out, listener=stop)
+    report = merge(recipe_for(models), out, listener=heard.append)
+    assert digest(out) == digest(finished[0])
+    assert report.fusion.fit == finished[1].fusion.fit
+    assert not (out / "tmerge/cache/goals").exists()
+    assert ("reconstructing" in {step.what for step in heard}) == (which == "reconstructing")
+
+
+def test_what_was_finished_is_not_fitted_again(models, finished, tmp_path, monkeypatch):
+    from tmerge.fusion import ridge
+
+    out, solved = tmp_path / "fused", []
+    solve = ridge.Regression.solve
+    monkeypatch.setattr(ridge.Regression, "solve", lambda *words: solved.append(1) or solve(*words))
+
+    def stop(step):
+        if step.what == "reconstructing" and step.done == 1:
+            raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        merge(recipe_for(models), out, listener=stop)
+    assert len(solved) == 7
+    advance(recipe_for(models, evaluation={"controls": ["shrink"]}), tmp_path / "other", until="reconstruct")
+    assert len(solved) == 21
+    merge(recipe_for(models), out)
+    assert len(solved) == 21 + 7 + 14  # the second block, and both of the control's
+
+
+def test_texts_to_be_kept_hold_the_target_where_it_is(models, tmp_path):
+    """Drawn on the texts alone the target goes further from itself on others than with these among the goals."""
+    moved = {}
+    for keep in (None, "samples:english"):
+        recipe = recipe_for(models, fusion={"keep": keep}, evaluation={"controls": ["shrink"]})
+        out = tmp_path / str(keep)
+        advance(recipe, out, until="save")
+        ids = pico_tokenizer_ids(models)
+        moved[keep] = distance(models / "target", out, ids)
+    assert moved["samples:english"] < 0.9 * moved[None]
+
+
+def pico_tokenizer_ids(models):
+    from transformers import AutoTokenizer
+
+    from tmerge.calibration import sample_texts
+
+    tokenizer = AutoTokenizer.from_pretrained(models / "target")
+    ids = [tokenizer(text)["input_ids"][:24] for text in sample_texts("english")[:40]]
+    return torch.tensor([row for row in ids if len(row) == 24])
+
+
+def test_a_rank_is_the_changes_rank(models, tmp_path):
+    recipe = recipe_for(models, fusion={"rank": 3}, evaluation={"controls": ["shrink"]})
+    advance(recipe, tmp_path / "fused", until="reconstruct")
+    found = StoredNeurons(tmp_path / "fused/tmerge/cache/transported")
+    assert len(found) == 14
+    for item in found:
+        assert torch.linalg.matrix_rank(item.weight, rtol=1e-4) == 3
+
+
+def test_auto_takes_one_step_for_all(models, tmp_path):
+    recipe = recipe_for(models, fusion={"alpha": "auto"}, evaluation={"controls": ["shrink"]})
+    advance(recipe, tmp_path / "fused", until="choose")
+    choice = json.loads((tmp_path / "fused/tmerge/cache/choose.json").read_text())["facts"]["choice"]
+    assert {tuple(trial["group"]) for trial in choice["trials"]} == {tuple(SEVEN)}
+    assert len(set(choice["alpha"].values())) == 1
+
+
+def test_biases_are_fitted_where_there_are_any(tmp_path):
+    target = pico_model("llama-bias")
+    for name, model in (("target", target), ("source", _shaken(target, 0.15, 3))):
+        model.save_pretrained(tmp_path / name)
+        pico_tokenizer(tmp_path / name)
+    recipe = recipe_for(tmp_path, evaluation={"controls": ["shrink"]})
+    advance(recipe, tmp_path / "fused", until="save")
+    here, before = (load_file(tmp_path / path / "model.safetensors") for path in ("fused", "target"))
+    biases = [name for name in before if name.endswith("proj.bias")]
+    assert biases and all(not here[name].equal(before[name]) for name in biases)
+    note = json.loads((tmp_path / "fused/tmerge/cache/reconstruct.json").read_text())["facts"]
+    assert set(note["biases"].values()) == {"fitted"}
+
+
+def test_a_block_that_norms_what_it_adds_is_one_line(tmp_path):
+    for name, seed in (("target", 1), ("source", 1)):
+        save_pico("gemma3", tmp_path / name, seed=seed)
+    recipe = recipe_for(tmp_path)
+    with pytest.raises(
+        UnsupportedModelError, match=r"does more to the residual stream .* set fusion.projections: \[q"
+    ) as caught:
+        advance(recipe, tmp_path / "fused", until="reconstruct")
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+    # Without these two it goes.
+    recipe = recipe_for(tmp_path, fusion={"projections": ["q", "k", "v", "gate", "up"]}, evaluation={"controls": []})
+    advance(recipe, tmp_path / "other", until="reconstruct")
+
+
+def test_the_report_is_read_back_and_said(finished):
+    folder, report = finished
+    assert read_report(folder / "tmerge/report.json").fusion.fit == report.fusion.fit
+    card = (folder / "README.md").read_text()
+    assert "ridge 0.1, full rank" in card and "what the source" in card
+    assert "scale None" not in card and "None" not in card
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"transport": {"structure": "none"}}, "needs transport.structure: shared"),
+        ({"transport": {"map": "ridge"}}, "drop transport.map"),
+        ({"fusion": {"top_k": 8}}, "top_k"),
+        ({"fusion": {"ridge": 0}}, "greater than 0"),
+        ({"fusion": {"alpha": 1.5}}, r"fusion.alpha"),
+    ],
+)
+def test_what_does_not_go_with_it_is_one_line(models, sections, words):
+    with pytest.raises(RecipeError, match=words) as caught:
+        recipe_for(models, **sections)
+    assert "\n" not in str(caught.value)

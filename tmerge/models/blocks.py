@@ -1,0 +1,200 @@
+"""A model's forward passes over many batches, block by block: all of them wait before a block while it is worked on.
+
+Every batch runs the model's own ``forward`` in a thread of its own, and at each block's door hands over what it was
+about to give it. So there is no code per architecture: masks, positions and whatever else travels between the blocks is
+what the model's own loop makes, and between two blocks nothing of a batch is in memory but that. One thread runs at a
+time; the others wait.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tmerge.errors import UnsupportedModelError
+from tmerge.models.discovery import find_block_list, unwrap
+from tmerge.models.loading import LoadedModel
+
+__all__ = ["BlockCall", "Steps", "hidden_of", "stepped"]
+
+Batch = tuple[Tensor, Tensor | None]
+"""Token ids (B, S), and their mask or None where nothing is padded."""
+
+
+class _Left(BaseException):
+    """Ends the threads of passes that are not run to their end."""
+
+
+@dataclass
+class BlockCall:
+    """One batch at one block's door.
+
+    Attributes:
+        block: The module.
+        arguments: What the model was about to call it with.
+        named: Likewise, by name.
+    """
+
+    block: nn.Module
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+    _forward: Callable[..., Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        """(B, S, n) the residual stream as it enters the block."""
+        found = self.arguments[0] if self.arguments else self.named["hidden_states"]
+        assert isinstance(found, Tensor)
+        return found
+
+    def run(self) -> Any:
+        """What the block makes of it, with its weights as they are now."""
+        return self._forward(*self.arguments, **self.named)
+
+
+def hidden_of(result: Any) -> Tensor:
+    """(B, S, n) the residual stream as it leaves a block, from what the block returned."""
+    found = result if isinstance(result, Tensor) else result[0]
+    assert isinstance(found, Tensor)
+    return found
+
+
+@dataclass
+class _Pass:
+    """One batch's forward pass: `turn` is released for it to go on, `waits` when it has come to a door or its end."""
+
+    turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    waits: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    place: int = -1
+    call: BlockCall | None = None
+    result: Any = None
+    error: BaseException | None = None
+    ended: bool = False
+    left: bool = False
+
+
+class Steps:
+    """The passes, at the same block's door each; from `stepped`."""
+
+    def __init__(self, blocks: Sequence[nn.Module], passes: Sequence[_Pass], name: str) -> None:
+        self._blocks, self._passes, self._name = blocks, passes, name
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def calls(self, block: int) -> list[BlockCall]:
+        """What each batch gives to a block, in the batches' order; blocks are asked for in order, each once.
+
+        Raises:
+            UnsupportedModelError: The model does not run its blocks one after the other, each once.
+        """
+        found = []
+        for one in self._passes:
+            if one.error is not None:
+                raise one.error
+            if one.call is None or one.place != block:
+                raise UnsupportedModelError(
+                    f"{self._name} does not run its blocks in order, each once, so it cannot be read block by block; "
+                    "choose another model"
+                )
+            found.append(one.call)
+        return found
+
+    def go_on(self, batch: int, result: Any) -> None:
+        """Give a batch's pass what the block made, and let it come to the next door, or to its end."""
+        one = self._passes[batch]
+        one.call, one.result = None, result
+        one.turn.release()
+        one.waits.acquire()
+        one.result = None
+        if one.error is not None:
+            raise one.error
+
+
+@contextmanager
+def stepped(loaded: LoadedModel, batches: Sequence[Batch]) -> Iterator[Steps]:
+    """Bring a model's forward passes over some batches to the door of its first block.
+
+    Args:
+        loaded: The model; its base model is run, without head, cache and gradient.
+        batches: On any device; they are moved to the model's.
+
+    Yields:
+        The passes. Those that have not come to their end when the ``with`` is left are let go.
+    """
+    name, blocks = find_block_list(unwrap(loaded.model))
+    listed = list(blocks)
+    passes = [_Pass() for _ in batches]
+    current = threading.local()
+    originals = [block.forward for block in listed]
+    had_own = ["forward" in vars(block) for block in listed]
+
+    def door(place: int) -> Callable[..., Any]:
+        def wait(*arguments: Any, **named: Any) -> Any:
+            one: _Pass = current.one
+            one.place = place
+            one.call = BlockCall(listed[place], arguments, named, originals[place])
+            # What the pass itself holds of it goes: between two doors the call is all there is.
+            del arguments, named
+            one.waits.release()
+            one.turn.acquire()
+            if one.left:
+                raise _Left
+            result, one.result = one.result, None
+            return result
+
+        return wait
+
+    def work(one: _Pass, batch: Batch) -> None:
+        current.one = one
+        one.turn.acquire()
+        try:
+            if one.left:
+                return
+            ids, mask = batch
+            mask = None if mask is None else mask.to(loaded.device)
+            with torch.no_grad():
+                loaded.base(input_ids=ids.to(loaded.device), attention_mask=mask, use_cache=False)
+        except _Left:
+            pass
+        except BaseException as error:  # noqa: BLE001 - raised again by who waits for the pass
+            one.error = error
+        finally:
+            one.ended = True
+            one.waits.release()
+
+    threads = [
+        threading.Thread(target=work, args=pair, daemon=True, name="tmerge-pass")
+        for pair in zip(passes, batches, strict=True)
+    ]
+    was_training = loaded.base.training
+    loaded.base.eval()
+    for place, block in enumerate(listed):
+        block.forward = door(place)
+    for thread in threads:
+        thread.start()
+    try:
+        for one in passes:
+            one.turn.release()
+            one.waits.acquire()
+            if one.error is not None:
+                raise one.error
+        yield Steps(listed, passes, str(loaded.reference))
+    finally:
+        for one in passes:
+            one.left, one.call, one.result = True, None, None
+            one.turn.release()
+        for thread in threads:
+            thread.join()
+        for block, original, own in zip(listed, originals, had_own, strict=True):
+            if own:
+                block.forward = original
+            else:
+                del block.forward
+        loaded.base.train(was_training)

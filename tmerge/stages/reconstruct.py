@@ -1,0 +1,206 @@
+"""Reconstructing the target block by block: what its projections are changed by, and the record of the transport."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tmerge.calibration import TextSet, other_texts, pinned
+from tmerge.evaluation import control_generator
+from tmerge.fusion import NeuronWriter, Passage, Shuffle, reconstruct, score_factor
+from tmerge.models import Model, Projection
+from tmerge.recipe import Recipe, Reconstruction
+from tmerge.recorded import RecordedRun
+from tmerge.run import Run
+from tmerge.stages.neurons import Neurons
+from tmerge.stages.notes import ReconstructNote
+from tmerge.stages.scoring import load
+from tmerge.stages.step import Progress
+from tmerge.stages.transport import Features, transport_of
+from tmerge.transport import PlanRecorder, Transport, TransportRecord
+
+__all__ = ["Reconstruct"]
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """The stage ``reconstruct``. Alpha enters only when the changes are written, as for `Fuse`.
+
+    Attributes:
+        recipe: Of the run; its fusion is a `Reconstruction`.
+        target: Is changed block by block, and let go.
+        source: Read beside it, and let go.
+        texts: Whose calibration texts are fitted on.
+        keep: What identifies the dataset of the texts that are kept; None without one.
+        features: What the transport was solved from.
+        solved: The key of the stage that solved it.
+        recorded: A recorded transport, which is used instead.
+        run: Where the run's own record of its transport goes.
+        neurons: Where the changes go, and those of the permuted control.
+    """
+
+    recipe: Recipe
+    target: Model
+    source: Model
+    texts: TextSet
+    keep: str | None
+    features: Features
+    solved: str
+    recorded: RecordedRun | None
+    run: Run
+    neurons: Neurons
+
+    name = "reconstruct"
+    note = ReconstructNote
+
+    @property
+    def _settings(self) -> Reconstruction:
+        settings = self.recipe.fusion
+        assert isinstance(settings, Reconstruction)  # the road sees to it
+        return settings
+
+    def inputs(self) -> dict[str, Any]:
+        """What decides the changes."""
+        return {
+            "transport": self.solved,
+            "source": self.source.commit,
+            "fusion": self._settings.model_dump(mode="json", exclude={"alpha", "alphas"}),
+            "texts": self.texts.sha256,
+            "keep": self.keep,
+            "calibration": self.recipe.digest("calibration"),
+            "dtype": self.recipe.dtype,
+            "device": self.recipe.device,
+            "seed": self.recipe.seed,
+            "permuted": "permuted" in self.recipe.evaluation.controls,
+        }
+
+    def do(self, key: str, progress: Progress) -> ReconstructNote:
+        """Fit, block by block; then the same through shuffled correspondences."""
+        transport, keep = transport_of(self.recipe, self.features, self.recorded), self._kept_texts()
+        fitted, permuted = self.neurons.write(key, resume=True)
+        self._pass(transport, keep, fitted, None, progress)
+        if "permuted" in self.recipe.evaluation.controls:
+            self._pass(transport, keep, permuted, self._shuffle, progress)
+        else:
+            permuted.finish()
+        self._record(transport)
+        return self._noted(fitted.notes, len(keep))
+
+    def _pass(
+        self,
+        transport: Transport,
+        keep: Sequence[str],
+        writer: NeuronWriter,
+        shuffle: Shuffle | None,
+        progress: Progress,
+    ) -> None:
+        """One reconstruction of the target as it is stored; what was finished of it before is not fitted again."""
+        if writer.is_finished:
+            return
+        self.target.release()  # an earlier pass has changed it
+        gc.collect()
+        target, source = load(self.target, progress), load(self.source, progress)
+        calibration, settings = self.recipe.calibration, self._settings
+        views, source_views = self.target.views, self.source.views
+        passage = Passage(
+            target,
+            views,
+            source,
+            source_views,
+            transport,
+            self.features.projections,
+            settings.ridge,
+            settings.rank,
+            calibration.max_tokens,
+            calibration.batch_tokens,
+            lambda name, layer, other: score_factor(name, views.attention[layer], source_views.attention[other]),
+            shuffle,
+        )
+        reconstruct(
+            passage,
+            self.texts.texts,
+            keep,
+            self._folder,
+            finished=writer.parts(),
+            take=lambda block: writer.add(block.items, block.note()),
+            progress=progress.counting("reconstructing" if shuffle is None else "permuted: reconstructing", "layers"),
+        )
+        writer.finish()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self.target.release()
+        self.source.release()
+        gc.collect()
+
+    def _noted(self, blocks: Sequence[Mapping[str, Any]], keep_texts: int) -> ReconstructNote:
+        """What was changed, and by how much."""
+        layers = self.target.layout.layers
+        ratios: dict[str, list[float | None]] = {name: [] for name in self.features.projections}
+        errors: dict[str, list[Any]] = {name: [] for name in ratios}
+        numbers: dict[str, list[int]] = {name: [] for name in ratios}
+        for item in self.neurons.transported:
+            name = item.projection
+            numbers[name].append(item.layer)
+            errors[name].append(blocks[item.layer]["errors"][name])
+            ratios[name].append(blocks[item.layer]["norms"][name])
+        return ReconstructNote(
+            norm_ratios=ratios,
+            layers=numbers,
+            biases={name: _bias_words(layers, name) for name in ratios},
+            stream=[],
+            eta={},
+            layer_plans_converged=True,
+            errors=errors,
+            rows=blocks[0]["rows"],
+            keep_texts=keep_texts,
+        )
+
+    @property
+    def _folder(self) -> Path:
+        return self.run.cache / "goals"
+
+    def _shuffle(self, layer: int, feature: str, neurons: int) -> Tensor:
+        return torch.randperm(neurons, generator=control_generator(self.recipe.seed, "permuted", layer, feature))
+
+    def _kept_texts(self) -> list[str]:
+        """Texts on which the target goes on doing what it does, none of which is scored."""
+        settings, calibration = self._settings, self.recipe.calibration
+        if settings.keep is None or self.keep is None:
+            return []
+        read = calibration.model_copy(
+            update={"match_on": pinned(settings.keep, self.keep), "texts": settings.keep_texts}
+        )
+        away = self.texts.choosing + self.texts.held_out
+        found = other_texts(read, away, seed=self.recipe.seed, chat_tokenizer=self.target.tokenizer)
+        return list(found["other"])[: settings.keep_texts]
+
+    def _record(self, transport: Transport) -> None:
+        """The transport that was used, for pictures and later runs."""
+        recorder = PlanRecorder(transport)
+        for layer in transport.target_layers:
+            recorder.add(recorder.part(transport.feature_maps(layer).values()))
+        tensors = recorder.tensors()
+        for name, found in transport.layer_maps.items():
+            views = [self.target.layout.layers[layer][name] for layer in found.target_layers]
+            width = views[0].in_features if name in ("o", "down") else views[0].out_features
+            tensors[f"neurons.{name}"] = torch.arange(width, dtype=torch.int32).expand(len(views), width).contiguous()
+        facts = {
+            "schema": 1,
+            "projections": self.features.projections,
+            "keys": list(transport.layers),
+            "epsilon": self.recipe.transport.epsilon,
+            "structure": transport.structure,
+            "target": {"ref": self.recipe.target, "commit": self.target.commit},
+            "source": {"ref": self.recipe.source, "commit": self.source.commit},
+        }
+        TransportRecord(facts, tensors).save(self.run.transport_path)
+
+
+def _bias_words(layers: Sequence[Mapping[str, Projection]], name: str) -> str:
+    return "fitted" if next(layer[name] for layer in layers if name in layer).has_bias else "none"
