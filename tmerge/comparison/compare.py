@@ -36,7 +36,7 @@ from tmerge.run import Run, stage_key
 from tmerge.stages.merge import merge
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.scoring import cut, held_out
-from tmerge.stages.step import Listener, Step
+from tmerge.stages.step import Listener, Step, fusing_stage
 from tmerge.store import LOCK, locked, write_json, write_text
 from tmerge.transport import TransportRecord
 
@@ -207,7 +207,7 @@ class _Comparison:
         self.listener(Step("compare", what, done, total, unit))
 
     def _merge_key(self) -> str:
-        fused = {"fuse": self.run.key("fuse"), "texts": self.run.key("texts")}
+        fused = {"fuse": self.run.key(fusing_stage(self.merge_recipe)), "texts": self.run.key("texts")}
         return stage_key("merge", recipe=self.merge_recipe.digest(), alpha=self.alpha, **fused)
 
     def _still(self, name: str, change: str | None, alpha: Alpha) -> dict[str, Any]:

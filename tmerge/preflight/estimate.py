@@ -19,6 +19,7 @@ from tmerge.calibration import SAMPLES_PREFIX, sample_texts
 from tmerge.evaluation import MOST_KEPT_BYTES, PROJECTION_GROUPS, most_scorings
 from tmerge.fusion import COLUMN_PROJECTIONS, neuron_count
 from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pick_device
+from tmerge.preflight.fitting import fitting_bytes, fitting_operations
 from tmerge.preflight.speed import SPEED_FILE, Timing, timing_of
 from tmerge.recipe import Recipe, Reconstruction, Shared
 from tmerge.transport import correlation_cost, match, sinkhorn, standardise, working_dtype
@@ -173,7 +174,8 @@ def estimate_run(
     scoring = forward(target, target_layout, 0, scored - 1)
     # Of seconds, the descent control has no part: it is off unless asked for. A backward pass is two forward ones.
     slopes = 3 * min(recipe.evaluation.descent, read) / max(held_out, 1)
-    forward_seconds = seconds = (reading + scoring) / flops
+    fitting = tokens_per_text * fitting_operations(recipe, layouts, texts - held_out - apart)
+    forward_seconds = seconds = (reading + scoring + fitting) / flops
 
     target_widths, source_widths = widths_of(target_layout, projections), widths_of(source_layout, projections)
     by_token = recipe.calibration.rows == "tokens"
@@ -214,6 +216,7 @@ def estimate_run(
         "transport": problem + features,
         # The record exists twice while its parts are joined.
         "fuse": problem + 2 * record,
+        "reconstruct": _held_bytes(source, recipe, dtype) + fitting_bytes(recipe, layouts, texts * tokens_per_text),
         "base": sum(_held_bytes(facts, recipe, dtype) + _unpacked_bytes(facts) for facts in packed[-1:]),
         # The neurons that a control took the place of, and what leaves the layers that nothing changes.
         "evaluate": logits + each + MOST_KEPT_BYTES * set(target_layout.layers[0]).isdisjoint(projections),

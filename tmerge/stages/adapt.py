@@ -25,7 +25,7 @@ from tmerge.stages.notes import ScoreNote
 from tmerge.stages.save import publish
 from tmerge.stages.scoring import held_out, load
 from tmerge.stages.scoring import score as score_in_run
-from tmerge.stages.step import Listener, Progress
+from tmerge.stages.step import Listener, Progress, fusing_stage
 from tmerge.store import read_json, write_json, write_text
 from tmerge.transport import TransportRecord
 
@@ -74,7 +74,7 @@ def adapt_run(
     alpha = merged.fusion.alpha_used if recipe.adaptation.alpha is None else recipe.adaptation.alpha
     settings = recipe.adaptation
     adapted = Run(Path(out))
-    decides = {"texts": list(texts), "prompts": list(prompts), "merge": run.key("fuse"), "alpha": alpha}
+    decides = {"texts": list(texts), "prompts": list(prompts), "merge": run.key(fusing_stage(recipe)), "alpha": alpha}
     key = stage_key("adapt", recipe=recipe.digest(), versions=library_versions(), **decides)
     goals = None
     if settings.transport_weight:

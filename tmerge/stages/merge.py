@@ -34,7 +34,7 @@ from tmerge.stages.reconstruct import Reconstruct
 from tmerge.stages.runner import Finished, Runner
 from tmerge.stages.save import Save
 from tmerge.stages.source_weights import SourceWeights
-from tmerge.stages.step import STAGES, Listener, Progress, Step
+from tmerge.stages.step import STAGES, Listener, Progress, Step, stage_names
 from tmerge.stages.texts import Texts
 from tmerge.stages.transport import Features, SolveTransport
 from tmerge.store import write_json, write_text
@@ -68,7 +68,7 @@ def advance(recipe: Recipe, out: str | Path, *, until: str, listener: Listener |
     Args:
         recipe: As for `merge`, and the same in every call.
         out: Likewise.
-        until: One of `STAGES`.
+        until: One of `stage_names`.
         listener: As for `merge`.
 
     Returns:
@@ -84,7 +84,7 @@ def advance(recipe: Recipe, out: str | Path, *, until: str, listener: Listener |
             if done.name == until:
                 note: Note = done.note
                 return note
-    raise ValueError(f"no stage {until!r}; choose from {', '.join(STAGES)}")
+    raise ValueError(f"no stage {until!r}; choose from {', '.join(stage_names(recipe))}")
 
 
 @dataclass(frozen=True)

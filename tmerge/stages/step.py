@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["NOTE", "STAGES", "Listener", "Progress", "Step"]
+from tmerge.recipe import Recipe, Reconstruction
+
+__all__ = ["NOTE", "STAGES", "Listener", "Progress", "Step", "fusing_stage", "stage_names"]
 
 STAGES = ("texts", "target", "source", "transport", "fuse", "evaluate", "save")
+"""Of a merge that carries weights at a given alpha; `stage_names` has those of any recipe."""
 NOTE = "note"
 """The stage of a `Step` that only says something, before the work begins."""
 
@@ -19,7 +22,7 @@ class Step:
     """One step of progress.
 
     Attributes:
-        stage: One of `STAGES`, or ``choose`` (between fuse and evaluate) where alpha is ``auto``; or `NOTE`.
+        stage: One of `stage_names`; or `NOTE`.
         what: In words: what is being done.
         done: Units done.
         total: Units in all.
@@ -33,6 +36,19 @@ class Step:
     total: int
     unit: str
     row: tuple[str, int, Tensor] | None = None
+
+
+def fusing_stage(recipe: Recipe) -> str:
+    """The stage that works out what is written into the target."""
+    return "reconstruct" if isinstance(recipe.fusion, Reconstruction) else "fuse"
+
+
+def stage_names(recipe: Recipe) -> list[str]:
+    """A recipe's stages, in their order."""
+    names = [fusing_stage(recipe) if name == "fuse" else name for name in STAGES]
+    if recipe.fusion.alpha == "auto":
+        names.insert(names.index("evaluate"), "choose")
+    return names
 
 
 Listener = Callable[[Step], None]

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from tmerge.errors import RecipeError, TmergeError
-from tmerge.recipe import Recipe, TaskVector, load_recipe, load_yaml, preset_names
+from tmerge.recipe import Recipe, Reconstruction, TaskVector, load_recipe, load_yaml, preset_names
 from tmerge.recipe.schema import sections_of, top_level
 from tmerge.recipe.unsaid import with_unsaid
 from tmerge.ui.parts.fields import SETTINGS, Setting
@@ -99,7 +99,7 @@ def _follow(before: Mapping[str, Any], changed: dict[str, Any], key: str) -> dic
 
     Nor with those that what is chosen now does not have.
     """
-    for section in {"fusion", *TaskVector.beside} if key == "fusion.what" else ():
+    for section in {"fusion", *TaskVector.beside, *Reconstruction.beside} if key == "fusion.what" else ():
         inner = changed.get(section)
         if isinstance(inner, dict):
             changed[section] = {

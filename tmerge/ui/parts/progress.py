@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from tmerge.plots.style import COLOUR_SCALE, feature_name, finish
 from tmerge.quantities import duration_words
 from tmerge.report import alpha_words, score_rows, summary, verdict_words
-from tmerge.stages.step import STAGES
+from tmerge.stages.step import STAGES, stage_names
 from tmerge.transport import feature_keys
 from tmerge.ui.parts.cards import empty_card, error_card
 from tmerge.ui.parts.safe import render
@@ -45,6 +45,7 @@ _NAMES = {
     "source": "Source",
     "transport": "Transport",
     "fuse": "Fuse",
+    "reconstruct": "Reconstruct",
     "choose": "Choose",
     "evaluate": "Evaluate",
     "save": "Save",
@@ -78,9 +79,7 @@ def gone_head() -> str:
 
 def stages(run: VisitorRun | None) -> str:
     """All stages, each with a bar: done, under way with its rate and what remains, or to come."""
-    names = list(STAGES)
-    if run is not None and (run.recipe.fusion.alpha == "auto" or "choose" in run.stages):
-        names.insert(names.index("evaluate"), "choose")
+    names = list(STAGES) if run is None else stage_names(run.recipe)
     rows = [_stage(name, None if run is None else run.stages.get(name), run) for name in names]
     return render(_FILE, "stages", rows=rows)
 

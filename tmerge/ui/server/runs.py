@@ -26,6 +26,7 @@ from tmerge.errors import Cancelled, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.report import Report
 from tmerge.stages.merge import advance, merge
+from tmerge.stages.step import fusing_stage
 from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, BusyError, TooManyRunsError
 from tmerge.ui.server.stopping import watched_modules
 from tmerge.ui.server.visitor_run import CouplingRow, StageProgress, State, VisitorRun
@@ -228,7 +229,7 @@ class RunStore:
         if run._gpu is not None and run._context is not None:
             from tmerge.ui.server import zero
 
-            for before, until in (("texts", "source"), ("fuse", "evaluate")):
+            for before, until in (("texts", "source"), (fusing_stage(recipe), "evaluate")):
                 with self._interruptible(run):
                     advance(recipe, run.folder, until=before, listener=run.hear)
                     zero.fetch_weights_of(recipe, run.hear)

@@ -1,0 +1,46 @@
+"""What a reconstruction is expected to take, beside what every run does."""
+
+from __future__ import annotations
+
+from tmerge.models import Architecture
+from tmerge.recipe import Recipe, Reconstruction
+
+__all__ = ["fitting_bytes", "fitting_operations"]
+
+
+def fitting_operations(recipe: Recipe, layouts: tuple[Architecture, Architecture], texts: int) -> float:
+    """Of the passes of both models and the sums of the fits, for each token of a text; 0 where nothing is fitted.
+
+    Args:
+        recipe: Of the run.
+        layouts: The target's projections and the source's.
+        texts: That are fitted on.
+    """
+    if not isinstance(recipe.fusion, Reconstruction):
+        return 0.0
+    target, source = (layout.projections() for layout in layouts)
+    read = texts + (recipe.fusion.keep_texts if recipe.fusion.keep is not None else 0)
+    body, other = (sum(view.in_features * view.out_features for view in views) for views in (target, source))
+    sums = sum(view.in_features * (view.in_features + view.out_features) for view in target)
+    # A block is run up to each of its four groups of projections, and once more to its end.
+    each = 2.0 * (read * (3 * body + sums) + texts * other)
+    return each * (2 if "permuted" in recipe.evaluation.controls else 1)
+
+
+def fitting_bytes(recipe: Recipe, layouts: tuple[Architecture, Architecture], tokens: int) -> int:
+    """Of both models' streams of all texts, and the equations of the widest projection; 0 where nothing is fitted.
+
+    Args:
+        recipe: Of the run.
+        layouts: The target's projections and the source's.
+        tokens: Of the texts that are fitted on.
+    """
+    if not isinstance(recipe.fusion, Reconstruction):
+        return 0
+    target, source = layouts
+    kept = recipe.fusion.keep_texts * recipe.calibration.max_tokens if recipe.fusion.keep is not None else 0
+    # The texts to be kept pass twice: as they are, and as they become.
+    streams = 4 * ((tokens + 2 * kept) * target.hidden_size + tokens * source.hidden_size)
+    widest = max(view.in_features * (view.in_features + view.out_features) for view in target.projections())
+    # Summed in float32, solved in float64.
+    return streams + (4 + 3 * 8) * widest
