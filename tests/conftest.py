@@ -19,6 +19,7 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For ``--dist loadgroup``: a file's tests stay together, for what they share; so do those with a browser, as two
     keep each other waiting. These begin, as they take longest.
