@@ -59,6 +59,11 @@ class Run:
         return self.work / "cache"
 
     @property
+    def kept_texts_path(self) -> Path:
+        """Of the texts that a reconstruction is to leave the target as it is on."""
+        return self.cache / "kept.json"
+
+    @property
     def texts_path(self) -> Path:
         """Of the calibration set, in the cache."""
         return self.cache / "calibration.json"

@@ -1,4 +1,4 @@
-r"""Reconstruction: what each neuron of the target should do, fitted in closed form, block by block (docs/method.md).
+r"""Reconstruction: what each neuron of the target should do, fitted in closed form, block by block.
 
 The source and the target advance over the same texts, one block at a time. In the order in which the target's block
 computes (q k v; o; gate up; down), each projection W is changed by

@@ -24,7 +24,7 @@ from tmerge.quantities import bytes_words
 from tmerge.report import Adaptation, Measured, Report, interval_words, score_rows
 from tmerge.transport import MASS_AT, TransportRecord
 
-__all__ = ["norm_ratios", "scores", "timing", "top_mass", "training_loss"]
+__all__ = ["fit_errors", "norm_ratios", "scores", "timing", "top_mass", "training_loss"]
 
 # A shared input is drawn in the colour of the first projection that reads it.
 _SHARED_COLOUR = {"qkv": "q", "mlp": "gate"}
@@ -174,6 +174,40 @@ def norm_ratios(report: Report) -> go.Figure:
             "tickvals": ticks,
             "ticktext": [f"{tick:g}" for tick in ticks],
         },
+    )
+
+
+def fit_errors(report: Report) -> go.Figure:
+    """Of a reconstruction: how far each projection is from what it should give, before its fit and after, by layer.
+
+    Shares of the wanted outputs' square sum, ``|Y - X W^T|^2 / |Y|^2``; nothing is known of an output that should be
+    zero.
+    """
+    fit = report.fusion.fit
+    assert fit is not None  # the caller asks
+    figure = go.Figure()
+    for name, item in report.fusion.projections.items():
+        for when, place, dash in (("before", 0, "dot"), ("after", 1, "solid")):
+            figure.add_trace(
+                go.Scatter(
+                    x=item.layers,
+                    y=[pair[place] or None for pair in fit.errors[name]],
+                    name=f"{escaped(name)}, {when}",
+                    legendgroup=name,
+                    mode="lines+markers",
+                    line={"color": PROJECTION_COLOURS.get(name, NEUTRAL), "width": 1.5, "dash": dash},
+                    marker={"symbol": PROJECTION_SYMBOLS.get(name, "circle"), "size": 7 if place else 4},
+                    hovertemplate=f"{escaped(name)}, layer %{{x}}, {when}: %{{y:.3g}}<extra></extra>",
+                )
+            )
+    layers = [layer for item in report.fusion.projections.values() for layer in item.layers]
+    return finish(
+        figure,
+        "How far each projection is from what it should do",
+        f"share of the wanted outputs, over {fit.rows:,} tokens: dotted before its fit, solid after",
+        420,
+        xaxis={"title": {"text": "target layer"}, "dtick": 1 + (max(layers) - min(layers)) // 15},
+        yaxis={"type": "log", "title": {"text": "squared error, relative"}},
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from plotly.offline import get_plotlyjs
 
 from tmerge.plots.blocks import Blocks, Order, plan_blocks, plan_entries
-from tmerge.plots.charts import norm_ratios, scores, timing, top_mass, training_loss
+from tmerge.plots.charts import fit_errors, norm_ratios, scores, timing, top_mass, training_loss
 from tmerge.plots.heatmaps import (
     Side,
     blocks_figure,
@@ -61,6 +61,7 @@ def report_page(report: Report, record: TransportRecord, folder_name: str | None
     """
     pictures = {
         **({} if report.adaptation is None else {"loss": training_loss(report.adaptation)}),
+        **({} if report.fusion.fit is None else {"fit": fit_errors(report)}),
         "scores": scores(report),
         "norms": norm_ratios(report),
         "mass": top_mass(record),

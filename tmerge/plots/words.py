@@ -29,6 +29,9 @@ CAPTIONS = {
     "scores": "How to read it: bits per byte is what a model needs, on average, for each byte of text it has not seen. "
     "The upper intervals are wide because texts differ in difficulty; the lower panel compares text by text. A "
     "difference whose interval leaves out zero is one that these texts show.",
+    "fit": "How to read it: each projection was changed so that it gives, from what it reads, what its counterparts "
+    "give in the source; 1 is as far off as giving nothing. Where a solid line lies far below its dotted one, the "
+    "target could take it over; where they meet, what the projection reads does not tell what it should give.",
     "norms": "How to read it: the norm of what was carried over from the source, divided by the norm of the neurons it "
     "is mixed into. Fusing weights with strength alpha takes alpha of the target's own away and gives alpha of the "
     "transported back: far below 1 the neurons mostly become smaller, and 1e-9 means nothing but shrinking. A task "

@@ -17,8 +17,8 @@ Everything that decides a run is one YAML file. Each key can also be set on the 
 Unknown keys, keys given twice and values of another kind are refused. `tmerge recipe` prints this page, and the
 `tmerge/recipe.yaml` of a finished run has every key of what it chose written out.
 
-Two sections are of one of two kinds, with keys and defaults of its own: `fusion` by `fusion.what`, and `transport` by
-`transport.structure`. A task vector also brings, where the recipe does not say otherwise:
+Two sections are of one of several kinds, each with keys and defaults of its own: `fusion` by `fusion.what`, and
+`transport` by `transport.structure`. A task vector and a reconstruction also bring, where the recipe does not say otherwise:
 """
 
 

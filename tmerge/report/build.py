@@ -15,8 +15,8 @@ from tmerge.fusion import neuron_count
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.preflight.check import Check, described
 from tmerge.recipe import Recipe, Reconstruction
-from tmerge.report.report import SCHEMA, Report
-from tmerge.report.words import relatedness_words
+from tmerge.report.report import SCHEMA, Kept, Report
+from tmerge.report.words import kept_words, relatedness_words
 
 __all__ = ["build_report"]
 
@@ -82,6 +82,9 @@ def build_report(
             f"fusion.alpha auto found no alpha that clearly gains on {choice['texts']} texts kept for choosing: the "
             "checkpoint is the target, unchanged"
         )
+    kept = _kept(recipe, notes["evaluate"])
+    if kept is not None:
+        remarks.append(kept_words(kept))
     document = {
         "schema": SCHEMA,
         "tmerge": versions["tmerge"],
@@ -118,7 +121,9 @@ def build_report(
             "left_alone": checked.target_layout.left_alone,
         },
         "fusion": _fusion(recipe, checked, fused) | ({"choice": choice} if choice else {}),
-        "evaluation": evaluation | ({"descent": notes["evaluate"]["descent"]} if recipe.evaluation.descent else {}),
+        "evaluation": evaluation
+        | ({} if kept is None else {"kept": kept.model_dump(mode="json")})
+        | ({"descent": notes["evaluate"]["descent"]} if recipe.evaluation.descent else {}),
         "stages": stages,
         "timing": {"total_seconds": total, "forward_seconds": forward, "other_seconds": total - forward},
         "device": device,
@@ -133,16 +138,30 @@ def build_report(
     return Report.model_validate(document)
 
 
+def _scores(note: Mapping[str, Any]) -> Scores:
+    bits, sizes = (torch.tensor(note[name], dtype=torch.float64) for name in ("bits", "bytes"))
+    return Scores(bits, sizes, note["tokens"], 0.0)
+
+
+def _kept(recipe: Recipe, note: Mapping[str, Any]) -> Kept | None:
+    """Of the texts that a reconstruction is to leave the target as it is on."""
+    if not note.get("kept"):
+        return None
+    base, fused = (_scores(note["kept"][name]) for name in ("base", "fused"))
+    counts = resamples(len(base.bits), recipe.evaluation.bootstrap, recipe.seed)
+    return Kept.model_validate(
+        {
+            "dataset": note["kept_dataset"],
+            "texts": len(base.bits),
+            "base": score(base, counts).to_dict(),
+            "fused": score(fused, counts).to_dict(),
+            "difference": difference(fused, base, counts).to_dict(),
+        }
+    )
+
+
 def _evaluation(recipe: Recipe, notes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    scores = {
-        name: Scores(
-            torch.tensor(note["bits"], dtype=torch.float64),
-            torch.tensor(note["bytes"], dtype=torch.float64),
-            note["tokens"],
-            0.0,
-        )
-        for name, note in notes.items()
-    }
+    scores = {name: _scores(note) for name, note in notes.items()}
     base = scores["base"]
     counts = resamples(len(base.bits), recipe.evaluation.bootstrap, recipe.seed)
     change = difference(scores["fused"], base, counts)

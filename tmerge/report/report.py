@@ -81,6 +81,22 @@ class Adapted(Part):
     difference_to_fused: Measured
 
 
+class Kept(Part):
+    """Scores on texts on which a reconstruction is to leave the target as it is.
+
+    Attributes:
+        dataset: Their name.
+        texts: How many, none of which was fitted on.
+        difference: Of the fused model to the target, paired.
+    """
+
+    dataset: str
+    texts: int
+    base: Measured
+    fused: Measured
+    difference: Measured
+
+
 class Evaluation(Part):
     """Bits per byte on the held-out texts, of all models on the same ones."""
 
@@ -94,6 +110,7 @@ class Evaluation(Part):
     controls: Mapping[str, Control]
     descent: Descent | None = None
     adapted: Adapted | None = None
+    kept: Kept | None = None
 
 
 class StageCost(Part):

@@ -7,7 +7,7 @@ from typing import Literal
 
 from tmerge.evaluation import Verdict
 from tmerge.report.parts import Fusion, Measured, Transport
-from tmerge.report.report import Report
+from tmerge.report.report import Kept, Report
 
 __all__ = [
     "RELATED",
@@ -16,6 +16,7 @@ __all__ = [
     "change_words",
     "how_words",
     "interval_words",
+    "kept_words",
     "moved_words",
     "ratio_words",
     "relatedness_words",
@@ -68,6 +69,16 @@ def solved_words(solved: Transport) -> str:
     return (
         f"{solved.problems} feature plans, {solved.converged} converged, {steps.median} iterations in the "
         f"median, {steps.max} at most, worst marginal violation {solved.worst_marginal_violation:.1e}"
+    )
+
+
+def kept_words(kept: Kept) -> str:
+    """What became of the target where it was to stay as it is."""
+    changed = interval_words(kept.difference, signed=True)
+    return (
+        f"On {kept.texts} texts of {kept.dataset}, on which the target was to stay as it is: {kept.base.value:.4f} "
+        f"bits per byte before, {kept.fused.value:.4f} after (95 % interval of the difference {changed}; lower is "
+        "better)"
     )
 
 

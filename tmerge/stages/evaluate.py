@@ -19,7 +19,7 @@ from tmerge.models import STREAM, Model, group_of
 from tmerge.recipe import Recipe
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import EvaluateNote, ScoreNote
-from tmerge.stages.scoring import held_out, load, score
+from tmerge.stages.scoring import cut, held_out, load, score
 from tmerge.stages.step import Progress
 
 __all__ = ["Evaluate"]
@@ -37,6 +37,7 @@ class Evaluate:
         alpha: As the recipe says, or as chosen.
         fused: The key of the stage that carried them.
         unfused: The target's own scores.
+        kept: Texts that a reconstruction is to leave the target as it is on; None without any.
     """
 
     recipe: Recipe
@@ -46,6 +47,7 @@ class Evaluate:
     alpha: Alpha
     fused: str
     unfused: ScoreNote
+    kept: TextSet | None = None
 
     name = "evaluate"
     note = EvaluateNote
@@ -67,7 +69,14 @@ class Evaluate:
             began = time.perf_counter()
             descent = self._descent(transported, progress)
             seconds += time.perf_counter() - began
-        return EvaluateNote(scores=scores, descent=descent, forward_seconds=seconds)
+        kept = {} if self.kept is None else self._on_kept(self.kept, transported, progress)
+        return EvaluateNote(
+            scores=scores,
+            descent=descent,
+            forward_seconds=seconds,
+            kept=kept,
+            kept_dataset="" if self.kept is None else self.kept.dataset,
+        )
 
     def _scores(
         self, names: tuple[str, ...], transported: Sequence[TransportedNeurons], progress: Progress
@@ -82,6 +91,16 @@ class Evaluate:
                 scores[name] = ScoreNote.of(found)
                 seconds += found.seconds
         return scores, seconds
+
+    def _on_kept(
+        self, kept: TextSet, transported: Sequence[TransportedNeurons], progress: Progress
+    ) -> dict[str, ScoreNote]:
+        """The target and the fused model on texts of the kept dataset, none of which was fitted on."""
+        loaded, texts = load(self.target, progress), cut(self.recipe, kept.held_out)
+        found = {"base": score(self.recipe, loaded, texts, progress, f"target: texts of {kept.dataset}")}
+        with applied(self.target.views.views, transported, self.alpha):
+            found["fused"] = score(self.recipe, loaded, texts, progress, f"fused: texts of {kept.dataset}")
+        return {name: ScoreNote.of(scores) for name, scores in found.items()}
 
     def _descent(self, transported: Sequence[TransportedNeurons], progress: Progress) -> dict[str, Any]:
         """The merge's direction against the loss's, on calibration texts."""

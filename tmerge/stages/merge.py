@@ -160,7 +160,8 @@ class _Road:
         else:
             alpha = recipe.fusion.alpha
         unfused = target.note.scores
-        yield runner(Evaluate(recipe, models.target, texts, neurons, alpha, fused.key, unfused))
+        kept = TextSet.load(run.kept_texts_path) if run.kept_texts_path.is_file() else None
+        yield runner(Evaluate(recipe, models.target, texts, neurons, alpha, fused.key, unfused, kept))
         yield runner(Save(recipe, run, models.target, texts, neurons, alpha, fused.key))
 
     def _weights(self, model: Model, role: str) -> SourceWeights:

@@ -164,11 +164,15 @@ class EvaluateNote(Note):
 
     Attributes:
         scores: ``fused`` and the controls -> their scores.
+        kept: ``base`` and ``fused`` -> their scores on texts that a reconstruction is to keep; empty without any.
+        kept_dataset: Their name.
         descent: Of the descent control, where it was asked for.
     """
 
     scores: dict[str, ScoreNote]
     descent: dict[str, Any] | None = None
+    kept: dict[str, ScoreNote] = {}
+    kept_dataset: str = ""
 
 
 class SaveNote(Note):

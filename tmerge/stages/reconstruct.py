@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tmerge.calibration import TextSet, other_texts, pinned
+from tmerge.calibration import TextSet, normalise, pinned, read_texts
 from tmerge.evaluation import control_generator
 from tmerge.fusion import NeuronWriter, Passage, Shuffle, reconstruct, score_factor
 from tmerge.models import Model, Projection
@@ -169,16 +169,25 @@ class Reconstruct:
         return torch.randperm(neurons, generator=control_generator(self.recipe.seed, "permuted", layer, feature))
 
     def _kept_texts(self) -> list[str]:
-        """Texts on which the target goes on doing what it does, none of which is scored."""
+        """Texts on which the target goes on doing what it does; others of the same dataset are scored."""
         settings, calibration = self._settings, self.recipe.calibration
+        self.run.kept_texts_path.unlink(missing_ok=True)
         if settings.keep is None or self.keep is None:
             return []
         read = calibration.model_copy(
-            update={"match_on": pinned(settings.keep, self.keep), "texts": settings.keep_texts}
+            update={
+                "dataset": pinned(settings.keep, self.keep),
+                "texts": settings.keep_texts,
+                "match_on": None,
+                "config": None,
+                "split": "train",
+                "column": None,
+            }
         )
-        away = self.texts.choosing + self.texts.held_out
-        found = other_texts(read, away, seed=self.recipe.seed, chat_tokenizer=self.target.tokenizer)
-        return list(found["other"])[: settings.keep_texts]
+        found = read_texts(read, seed=self.recipe.seed, chat_tokenizer=self.target.tokenizer)
+        found.save(self.run.kept_texts_path)
+        away = {normalise(text) for text in (*self.texts.choosing, *self.texts.held_out)}
+        return [text for text in found.texts if normalise(text) not in away]
 
     def _record(self, transport: Transport) -> None:
         """The transport that was used, for pictures and later runs."""
