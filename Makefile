@@ -11,9 +11,10 @@ CHROMIUM := $(shell command -v chromium)
 demo: $(SETUP)
 	$(BIN)/tmerge demo --out fused --html fused/tmerge/report.html
 
-## Lint, types, and the whole default test suite, a process a core.
+## Lint, types, and the whole default test suite: a process a core; the app's alone, as two browsers keep each other waiting.
 test: $(SETUP) browser lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/ui
+	$(BIN)/python -m pytest tests/ui
 
 ## The tests that take minutes each.
 test-slow: $(SETUP) browser

@@ -19,17 +19,6 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For ``--dist loadgroup``: a file's tests stay together, for what they share; so do those with a browser, as two
-    keep each other waiting. These begin, as they take longest.
-    """
-    for item in items:
-        has_browser = "browser" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("browser" if has_browser else str(item.path)))
-    items.sort(key=lambda item: "browser" not in getattr(item, "fixturenames", ()))
-
-
 def pytest_collection_finish() -> None:
     """Before the first test: what every run would pay for again."""
     from tmerge.plots import stills

@@ -15,7 +15,7 @@ from tmerge.errors import Cancelled, RecipeError, UnsupportedModelError
 from tmerge.fusion import StoredNeurons, fuse
 from tmerge.models import describe, load_model
 from tmerge.recipe import Recipe
-from tmerge.report import read_report
+from tmerge.report import read_report, score_rows
 from tmerge.stages.merge import advance, merge
 
 IDS = torch.randint(5, 90, (4, 30), generator=torch.Generator().manual_seed(0))
@@ -27,7 +27,8 @@ def models(tmp_path_factory):
     """A target of two layers; a deeper relative that has gone a good way since."""
     folder = tmp_path_factory.mktemp("models")
     target = pico_model("llama")
-    for name, model in (("target", target), ("source", _shaken(_deeper(target), 0.15, 2))):
+    base = _deeper(target)
+    for name, model in (("target", target), ("base", base), ("source", _shaken(base, 0.15, 2))):
         model.save_pretrained(folder / name)
         pico_tokenizer(folder / name)
     return folder
@@ -186,6 +187,38 @@ def test_auto_takes_one_step_for_all(models, tmp_path):
     assert len(set(choice["alpha"].values())) == 1
 
 
+def test_with_the_base_there_is_a_control_drawn_to_it(models, tmp_path):
+    controls = ["permuted", "base", "texts"]
+    recipe = recipe_for(models, source_base=str(models / "base"))
+    assert recipe.evaluation.controls == ("shrink", "noise", "permuted", "base")
+    recipe = recipe_for(models, source_base=str(models / "base"), evaluation={"controls": controls})
+    report = merge(recipe, tmp_path / "fused")
+    assert list(report.evaluation.controls) == controls
+    fits = {
+        name: StoredNeurons(tmp_path / f"fused/tmerge/cache/{'transported' if name == 'fused' else name}")
+        for name in ("fused", *controls)
+    }
+    sizes = {name: sum(float(item.weight.norm() ** 2) for item in found) ** 0.5 for name, found in fits.items()}
+    # The base computes what the target does: there is nothing to draw it to. Other tokens ask for more than any.
+    assert sizes["base"] < 0.05 * sizes["fused"] < 0.05 * sizes["texts"]
+    assert "toward the source before its fine-tuning" in str(score_rows(report))
+
+
+def test_rows_are_tokens_that_both_models_end_in_the_same_place(tmp_path):
+    """One model under two tokenizers, the source's with a token before every text: all else is a place further on."""
+    for name in ("target", "source"):
+        save_pico("llama", tmp_path / name)
+    pico_tokenizer(tmp_path / "source", bos=True)
+    recipe = recipe_for(tmp_path, evaluation={"controls": []})
+    advance(recipe, tmp_path / "fused", until="reconstruct")
+    note = json.loads((tmp_path / "fused/tmerge/cache/reconstruct.json").read_text())["facts"]
+    for name in ("q", "k", "v"):
+        # What the first block reads of a token is its embedding, wherever it stands.
+        assert note["errors"][name][0][0] < 1e-10
+    # Attention saw one token more.
+    assert note["errors"]["o"][0][0] > 1e-4
+
+
 def test_biases_are_fitted_where_there_are_any(tmp_path):
     target = pico_model("llama-bias")
     for name, model in (("target", target), ("source", _shaken(target, 0.15, 3))):
@@ -229,6 +262,8 @@ def test_the_report_is_read_back_and_said(finished):
         ({"transport": {"map": "ridge"}}, "drop transport.map"),
         ({"fusion": {"top_k": 8}}, "top_k"),
         ({"fusion": {"ridge": 0}}, "greater than 0"),
+        ({"evaluation": {"controls": ["base"]}}, "has base, which needs source_base"),
+        ({"fusion": {"what": "weights", "keep": "x"}, "evaluation": {"controls": ["texts"]}}, "keep|reconstruct alone"),
         ({"fusion": {"alpha": 1.5}}, r"fusion.alpha"),
     ],
 )

@@ -186,7 +186,8 @@ class Passage:
         max_tokens: Longer texts are cut.
         batch_tokens: Most padded tokens of a batch.
         factor: (projection, target layer, source layer) -> what its goals are multiplied by.
-        shuffle: For the `permuted` control.
+        shuffle: For the control ``permuted``.
+        other_rows: Seed of a shuffle of the source's rows, for the control ``texts``: right norms, wrong tokens.
     """
 
     target: LoadedModel
@@ -201,6 +202,7 @@ class Passage:
     batch_tokens: int
     factor: Callable[[str, int, int], float]
     shuffle: Shuffle | None = None
+    other_rows: int | None = None
 
     @cached_property
     def pairs(self) -> dict[int, int]:
@@ -317,9 +319,18 @@ def _readings(passage: Passage, texts: Sequence[str], keep: Sequence[str]) -> tu
     return (
         _Reading.of(target, [*texts, *keep], here, rows, *size),
         _Reading.of(target, keep, here[len(texts) :], own_rows, *size),
-        _Reading.of(source, texts, there, rows[: len(texts)], *size),
+        _Reading.of(source, texts, there, _source_rows(rows[: len(texts)], passage.other_rows), *size),
         count,
     )
+
+
+def _source_rows(rows: list[list[int]], seed: int | None) -> list[list[int]]:
+    """Whose goals the source's tokens are: their own, or, with a seed, those of any others."""
+    if seed is None:
+        return rows
+    count = sum(map(len, rows))
+    order = iter(torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist())
+    return [[next(order) for _ in found] for found in rows]
 
 
 class _Source:

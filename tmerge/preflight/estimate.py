@@ -205,7 +205,7 @@ def estimate_run(
         if key in source_widths
     )
     each = _carried_bytes(recipe, target, target_layout, projections)
-    carried = each * (2 if "permuted" in recipe.evaluation.controls else 1)
+    carried = each * (1 + len({"permuted", "base", "texts"} & set(recipe.evaluation.controls)))
     features = min(feature_bytes, 1 << 30)
     packed = [facts for facts in models[1:] if facts is not None and facts.reference.kind == "gguf"]
     # Beside the target, which stays. A source is there while it is read; the source before its fine-tuning never is,

@@ -15,8 +15,10 @@ class EvaluationSettings(Section):
     """The held-out check that every merge ends with."""
 
     texts: Annotated[int, Field(ge=8)] = Field(200, description="most held-out texts to score")
-    controls: tuple[Literal["shrink", "noise", "permuted"], ...] = Field(
-        ("shrink", "noise", "permuted"), description="what the merge has to beat, at the same strength and place"
+    controls: tuple[Literal["shrink", "noise", "permuted", "base", "texts"], ...] = Field(
+        ("shrink", "noise", "permuted"),
+        description="what the merge has to beat, at the same strength and place; of a reconstruction also base (toward "
+        "`source_base`) and texts (toward what the source does on other tokens)",
     )
     bootstrap: Annotated[int, Field(ge=100)] = Field(2000, description="resamples of the paired bootstrap")
     descent: Annotated[int, Field(ge=0)] = Field(

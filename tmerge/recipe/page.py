@@ -18,7 +18,8 @@ Unknown keys, keys given twice and values of another kind are refused. `tmerge r
 `tmerge/recipe.yaml` of a finished run has every key of what it chose written out.
 
 Two sections are of one of several kinds, each with keys and defaults of its own: `fusion` by `fusion.what`, and
-`transport` by `transport.structure`. A task vector and a reconstruction also bring, where the recipe does not say otherwise:
+`transport` by `transport.structure`. A task vector and a reconstruction also bring, where the
+recipe does not say otherwise:
 """
 
 

@@ -34,7 +34,10 @@ class Recipe(Section):
 
     target: str = Field(description="the model that is changed: Hub id (with `@revision`), folder or `.gguf` file")
     source: str = Field(description="the model that is read")
-    source_base: str | None = Field(None, description="the source before its fine-tuning, for task vectors")
+    source_base: str | None = Field(
+        None,
+        description="the source before its fine-tuning, for task vectors and the control base",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="of both models' weights and forward passes; auto is each checkpoint's own, bfloat16 for GGUF",
@@ -70,10 +73,21 @@ class Recipe(Section):
         learned, fitted = isinstance(self.fusion, TaskVector), self.transport.map != "plan"
         if isinstance(self.fusion, Reconstruction):
             self._is_reconstructible()
+        fitted_controls = {"base", "texts"} & set(self.evaluation.controls)
+        if fitted_controls and not isinstance(self.fusion, Reconstruction):
+            raise ValueError(
+                f"evaluation.controls has {', '.join(sorted(fitted_controls))}, which fusion.what: reconstruct alone "
+                "can be held against; drop it"
+            )
+        if "base" in fitted_controls and self.source_base is None:
+            raise ValueError("evaluation.controls has base, which needs source_base: the source before its fine-tuning")
         if learned and self.source_base is None:
             raise ValueError("fusion.what is task-vector, which needs source_base: the source before its fine-tuning")
-        if not learned and self.source_base is not None:
-            raise ValueError("source_base is only read when fusion.what is task-vector; set that, or drop source_base")
+        if not learned and "base" not in fitted_controls and self.source_base is not None:
+            raise ValueError(
+                "source_base is only read when fusion.what is task-vector, or for a reconstruction's control base; set "
+                "fusion.what, or drop source_base"
+            )
         if fitted and self.plan is not None:
             raise ValueError(f"transport.map is {self.transport.map}, which a recorded plan does not hold; drop plan")
         if isinstance(self.fusion, Reconstruction):

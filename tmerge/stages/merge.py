@@ -147,8 +147,8 @@ class _Road:
         neurons, before = Neurons(cache), None if base is None else self._weights(base, "source-base")
         fused: Finished[FuseNote]
         if isinstance(recipe.fusion, Reconstruction):
-            pair, keep = (models.target, models.source), data.get(str(recipe.fusion.keep))
-            fused = runner(Reconstruct(recipe, *pair, texts, keep, features, solved.key, recorded, run, neurons))
+            three, keep = (models.target, models.source, base), data.get(str(recipe.fusion.keep))
+            fused = runner(Reconstruct(recipe, *three, texts, keep, features, solved.key, recorded, run, neurons))
         else:
             fused = runner(Fuse(recipe, models.target, weights, before, features, solved.key, recorded, run, neurons))
         yield fused

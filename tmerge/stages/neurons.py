@@ -21,16 +21,15 @@ class Neurons:
     """
 
     def __init__(self, cache: Path) -> None:
-        self._folders = cache / "transported", cache / "permuted"
+        self._cache = cache
 
-    def write(self, key: str, *, resume: bool = False) -> tuple[NeuronWriter, NeuronWriter]:
-        """Begin: with what is carried through the plans, and through shuffled ones.
+    def write(self, key: str) -> tuple[NeuronWriter, NeuronWriter]:
+        """Begin anew: with what is carried through the plans, and through shuffled ones.
 
         Args:
             key: What decides them.
-            resume: Whether what there is of this key stays.
         """
-        transported, permuted = (NeuronWriter(folder, key, resume=resume) for folder in self._folders)
+        transported, permuted = (NeuronWriter(self._cache / name, key) for name in ("transported", "permuted"))
         return transported, permuted
 
     @cached_property
@@ -40,18 +39,22 @@ class Neurons:
         Raises:
             RunNotFoundError: They are not there any more.
         """
-        return StoredNeurons(self._folders[0])
+        return StoredNeurons(self._cache / "transported")
 
-    @cached_property
-    def permuted(self) -> StoredNeurons:
-        """Carried through shuffled plans; raises likewise."""
-        return StoredNeurons(self._folders[1])
+    def go_on(self, name: str, key: str) -> NeuronWriter:
+        """Go on with what is fitted: what there is of this key stays.
+
+        Args:
+            name: ``fused``, or a control.
+            key: What decides it.
+        """
+        return NeuronWriter(self._cache / ("transported" if name == "fused" else name), key, resume=True)
 
     def of(self, name: str, layers: Sequence[dict[str, Projection]], seed: int) -> Sequence[TransportedNeurons]:
         """What fusing writes for ``fused``, or for a control.
 
         Args:
-            name: ``fused``, ``shrink``, ``noise`` or ``permuted``.
+            name: ``fused``, or a control.
             layers: The target's projections; those of an item unfused when it is asked for.
             seed: Of the noise.
         """
@@ -59,4 +62,4 @@ class Neurons:
             return shrink(layers, self.transported)
         if name == "noise":
             return noise(layers, self.transported, seed)
-        return self.permuted if name == "permuted" else self.transported
+        return self.transported if name == "fused" else StoredNeurons(self._cache / name)

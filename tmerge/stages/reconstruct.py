@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tmerge.calibration import TextSet, normalise, pinned, read_texts
 from tmerge.evaluation import control_generator
-from tmerge.fusion import NeuronWriter, Passage, Shuffle, reconstruct, score_factor
+from tmerge.fusion import NeuronWriter, Passage, reconstruct, score_factor
 from tmerge.models import Model, Projection
 from tmerge.recipe import Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
@@ -37,18 +37,20 @@ class Reconstruct:
         recipe: Of the run; its fusion is a `Reconstruction`.
         target: Is changed block by block, and let go.
         source: Read beside it, and let go.
+        source_base: Likewise, for the control ``base``.
         texts: Whose calibration texts are fitted on.
         keep: What identifies the dataset of the texts that are kept; None without one.
         features: What the transport was solved from.
         solved: The key of the stage that solved it.
         recorded: A recorded transport, which is used instead.
         run: Where the run's own record of its transport goes.
-        neurons: Where the changes go, and those of the permuted control.
+        neurons: Where the changes go, and those of the controls.
     """
 
     recipe: Recipe
     target: Model
     source: Model
+    source_base: Model | None
     texts: TextSet
     keep: str | None
     features: Features
@@ -78,37 +80,39 @@ class Reconstruct:
             "dtype": self.recipe.dtype,
             "device": self.recipe.device,
             "seed": self.recipe.seed,
-            "permuted": "permuted" in self.recipe.evaluation.controls,
+            "controls": self._controls,
+            "base": None if self.source_base is None else self.source_base.commit,
         }
 
     def do(self, key: str, progress: Progress) -> ReconstructNote:
-        """Fit, block by block; then the same through shuffled correspondences."""
+        """Fit, block by block; then the same for each control that is fitted too."""
         transport, keep = transport_of(self.recipe, self.features, self.recorded), self._kept_texts()
-        fitted, permuted = self.neurons.write(key, resume=True)
-        self._pass(transport, keep, fitted, None, progress)
-        if "permuted" in self.recipe.evaluation.controls:
-            self._pass(transport, keep, permuted, self._shuffle, progress)
-        else:
-            permuted.finish()
+        fitted = self.neurons.go_on("fused", key)
+        self._pass("fused", transport, keep, fitted, progress)
+        for name in self._controls:
+            self._pass(name, transport, keep, self.neurons.go_on(name, key), progress)
         self._record(transport)
         return self._noted(fitted.notes, len(keep))
 
+    @property
+    def _controls(self) -> list[str]:
+        return [name for name in self.recipe.evaluation.controls if name in ("permuted", "base", "texts")]
+
     def _pass(
-        self,
-        transport: Transport,
-        keep: Sequence[str],
-        writer: NeuronWriter,
-        shuffle: Shuffle | None,
-        progress: Progress,
+        self, name: str, transport: Transport, keep: Sequence[str], writer: NeuronWriter, progress: Progress
     ) -> None:
         """One reconstruction of the target as it is stored; what was finished of it before is not fitted again."""
         if writer.is_finished:
             return
+        drawn_to = self.source
+        if name == "base":
+            assert self.source_base is not None  # the recipe sees to it
+            drawn_to = self.source_base
         self.target.release()  # an earlier pass has changed it
         gc.collect()
-        target, source = load(self.target, progress), load(self.source, progress)
+        target, source = load(self.target, progress), load(drawn_to, progress)
         calibration, settings = self.recipe.calibration, self._settings
-        views, source_views = self.target.views, self.source.views
+        views, source_views = self.target.views, drawn_to.views
         passage = Passage(
             target,
             views,
@@ -121,7 +125,8 @@ class Reconstruct:
             calibration.max_tokens,
             calibration.batch_tokens,
             lambda name, layer, other: score_factor(name, views.attention[layer], source_views.attention[other]),
-            shuffle,
+            self._shuffle if name == "permuted" else None,
+            self.recipe.seed if name == "texts" else None,
         )
         reconstruct(
             passage,
@@ -130,12 +135,12 @@ class Reconstruct:
             self._folder,
             finished=writer.parts(),
             take=lambda block: writer.add(block.items, block.note()),
-            progress=progress.counting("reconstructing" if shuffle is None else "permuted: reconstructing", "layers"),
+            progress=progress.counting("reconstructing" if name == "fused" else f"{name}: reconstructing", "layers"),
         )
         writer.finish()
         shutil.rmtree(self._folder, ignore_errors=True)
         self.target.release()
-        self.source.release()
+        drawn_to.release()
         gc.collect()
 
     def _noted(self, blocks: Sequence[Mapping[str, Any]], keep_texts: int) -> ReconstructNote:
