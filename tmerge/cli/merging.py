@@ -24,6 +24,7 @@ from tmerge.cli.shared import (
     SetOption,
     SourceOption,
     TargetOption,
+    WhatOption,
     app,
     print_json,
     progress,
@@ -45,6 +46,7 @@ def merge(
     target: TargetOption = None,
     source: SourceOption = None,
     source_base: BaseOption = None,
+    what: WhatOption = None,
     dataset: DatasetOption = None,
     out: OutOption = Path("fused"),
     settings: SetOption = None,
@@ -78,14 +80,13 @@ def merge(
         "target": target,
         "source": source,
         "source_base": source_base,
+        "fusion.what": what or ("task-vector" if source_base is not None else None),
         "calibration.dataset": dataset,
         "device": device,
         "dtype": dtype,
         "seed": seed,
         "plan": plan,
     }
-    if source_base is not None:
-        overrides["fusion.what"] = "task-vector"
     start = None
     if plan is not None and recipe is None:
         quiet_libraries()
@@ -134,6 +135,7 @@ def check(
     target: TargetOption = None,
     source: SourceOption = None,
     source_base: BaseOption = None,
+    what: WhatOption = None,
     dataset: DatasetOption = None,
     settings: SetOption = None,
     relatedness: Annotated[
@@ -148,9 +150,13 @@ def check(
     from tmerge.cli.show import show_check
     from tmerge.recipe import load_recipe
 
-    overrides = {"target": target, "source": source, "source_base": source_base, "calibration.dataset": dataset}
-    if source_base is not None:
-        overrides["fusion.what"] = "task-vector"
+    overrides = {
+        "target": target,
+        "source": source,
+        "source_base": source_base,
+        "fusion.what": what or ("task-vector" if source_base is not None else None),
+        "calibration.dataset": dataset,
+    }
     loaded = load_recipe(recipe, overrides, settings or ())
     quiet_libraries()
     from tmerge.preflight.check import check as check_models

@@ -31,6 +31,7 @@ __all__ = [
     "SetOption",
     "SourceOption",
     "TargetOption",
+    "WhatOption",
     "app",
     "print_json",
     "progress",
@@ -65,6 +66,13 @@ RecipeArgument = Annotated[str | None, typer.Argument(help="A recipe file, or a 
 TargetOption = Annotated[str | None, typer.Option(help="Model that is changed: Hub id, folder or .gguf file.")]
 SourceOption = Annotated[str | None, typer.Option(help="Model that is read.")]
 BaseOption = Annotated[str | None, typer.Option(help="The source before its fine-tuning, for task vectors.")]
+WhatOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the source: weights; task-vector, what it learned since --source-base (then the default); or "
+        "reconstruct, what its neurons do."
+    ),
+]
 DatasetOption = Annotated[str | None, typer.Option(help="samples:LANGUAGE, a Hub dataset, or a text file.")]
 OutOption = Annotated[Path, typer.Option(help="The run's folder.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; all keys: `tmerge recipe`.")]
