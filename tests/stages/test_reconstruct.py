@@ -11,11 +11,14 @@ from transformers import AutoModelForCausalLM
 from tests.pico import pico_model, pico_tokenizer, save_pico
 from tests.stages.test_merge import digest
 from tests.stages.test_task_vector import _deeper, _shaken
+from tmerge.cli.show import show_report
+from tmerge.comparison.reproduce import reproduce
 from tmerge.errors import Cancelled, RecipeError, UnsupportedModelError
 from tmerge.fusion import StoredNeurons, fuse
 from tmerge.models import describe, load_model
 from tmerge.recipe import Recipe
 from tmerge.report import read_report, score_rows
+from tmerge.stages.adapt import adapt_run
 from tmerge.stages.merge import advance, merge
 
 IDS = torch.randint(5, 90, (4, 30), generator=torch.Generator().manual_seed(0))
@@ -217,6 +220,21 @@ def test_rows_are_tokens_that_both_models_end_in_the_same_place(tmp_path):
         assert note["errors"][name][0][0] < 1e-10
     # Attention saw one token more.
     assert note["errors"]["o"][0][0] > 1e-4
+
+
+def test_it_is_trained_on_and_reproduced(finished, tmp_path):
+    folder, report = finished
+    trained = adapt_run(folder, tmp_path / "trained", {"steps": 2, "batch_size": 2, "max_tokens": 32})
+    assert trained.fusion.fit == report.fusion.fit and trained.evaluation.adapted is not None
+    assert reproduce(str(folder), tmp_path / "again").same is True
+
+
+def test_a_terminal_says_what_to_do_next(finished, capsys):
+    folder, report = finished
+    show_report(report, folder)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "fusion: reconstruct, alpha 1.0, ridge 0.1, full rank" in said
+    assert f"tmerge adapt {folder} --steps 50" in said
 
 
 def test_biases_are_fitted_where_there_are_any(tmp_path):

@@ -133,6 +133,8 @@ def show_report(report: Report, folder: str | Path, page: Path | None = None) ->
     console.print(summary(report), style="bold red" if report.verdict == "hurts" else "bold", markup=False)
     pictures = f"tmerge inspect {folder} --html report.html" if page is None else page
     console.print(f"The model is in {folder}; its pictures: {pictures}", markup=False)
+    if report.fusion.fit is not None and report.verdict != "hurts":
+        console.print(f"To train a little on top of it: tmerge adapt {folder} --steps 50", markup=False)
 
 
 def show_adapted(report: Report, folder: Path) -> None:
