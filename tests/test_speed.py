@@ -179,6 +179,6 @@ def test_operations_are_those_of_the_recipe_and_not_of_the_machine(machine, monk
     ],
 )
 def test_the_range_is_rounded_to_what_it_is_worth(seconds, words):
-    estimate = Estimate(seconds, 1, 1, 1, "", 0.0, 0.0, 0.0, 0.0, ("", ""))
+    estimate = Estimate(seconds, 1, 1, 1, "", 0.0, 0.0, 0.0, 0.0, 0.0, ("", ""))
     assert estimate.time_words == words
     assert estimate.range_seconds[1] == _MOST * seconds

@@ -149,6 +149,10 @@ class Run:
         self.noted(stage)
         return str((read_json(self.cache / f"{stage}.json") or {})["key"])
 
+    def forget(self, stage: str) -> None:
+        """Whatever a stage noted before."""
+        (self.cache / f"{stage}.json").unlink(missing_ok=True)
+
     def finish(self, stage: str, key: str, facts: Mapping[str, Any]) -> None:
         """Note that a stage's artifacts are all on disk."""
         write_json(self.cache / f"{stage}.json", {"stage": stage, "key": key, "facts": dict(facts)})

@@ -93,9 +93,26 @@ def test_the_full_rank_is_the_full_solution():
     assert plain.weight.equal(ranked.weight)
 
 
-def test_equations_without_a_solution_are_one_line():
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (torch.ones(10, 4), "4 inputs and 10 rows .* raise fusion.ridge, or give more texts"),
+        (torch.full((10, 4), torch.inf), "not finite; set dtype: float32"),
+    ],
+    ids=["one input four times", "infinite"],
+)
+def test_equations_without_a_solution_are_one_line(inputs, words):
     found = Regression(4, 2, has_bias=False)
-    found.add(torch.zeros(10, 4), torch.ones(10, 2), torch.ones(10, 2))
-    with pytest.raises(FusionError, match=r"4 inputs and 10 rows .* raise fusion.ridge, or give more texts") as caught:
-        found.solve(0.1)
+    found.add(inputs, torch.ones(10, 2), torch.ones(10, 2))
+    with pytest.raises(FusionError, match=words) as caught:
+        found.solve(1e-30)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_where_nothing_is_read_no_weight_changes_and_a_bias_is_what_lacks():
+    for has_bias in (False, True):
+        found = Regression(4, 2, has_bias=has_bias)
+        found.add(torch.zeros(10, 4), torch.full((10, 2), 3.0), torch.ones(10, 2))
+        fit = found.solve(0.1)
+        assert not fit.weight.any()
+        assert fit.bias is None if not has_bias else torch.allclose(fit.bias, torch.tensor([3.0, 3.0]))

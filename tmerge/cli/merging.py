@@ -80,7 +80,7 @@ def merge(
         "target": target,
         "source": source,
         "source_base": source_base,
-        "fusion.what": what or ("task-vector" if source_base is not None else None),
+        "fusion.what": what,
         "calibration.dataset": dataset,
         "device": device,
         "dtype": dtype,
@@ -94,7 +94,8 @@ def merge(
 
         when_stopped(nothing_changed)
         start = find_run(plan).recipe()
-    loaded = load_recipe(recipe, overrides, settings or (), start=start)
+    learned = source_base is not None and what is None
+    loaded = load_recipe(recipe, overrides, settings or (), start=start, learned=learned)
     if remote is not None:
         if html is not None:
             raise TmergeError("--html draws a run of this machine; of a remote one: tmerge inspect REPO --html FILE")
@@ -154,10 +155,10 @@ def check(
         "target": target,
         "source": source,
         "source_base": source_base,
-        "fusion.what": what or ("task-vector" if source_base is not None else None),
+        "fusion.what": what,
         "calibration.dataset": dataset,
     }
-    loaded = load_recipe(recipe, overrides, settings or ())
+    loaded = load_recipe(recipe, overrides, settings or (), learned=source_base is not None and what is None)
     quiet_libraries()
     from tmerge.preflight.check import check as check_models
 

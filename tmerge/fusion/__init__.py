@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tmerge.fusion.block_fit import FittedBlock
 from tmerge.fusion.carry import Carried, carry
 from tmerge.fusion.maps import unit_factors
 from tmerge.fusion.merge import (
@@ -15,8 +16,9 @@ from tmerge.fusion.merge import (
     read_neurons,
     transport_neurons,
 )
+from tmerge.fusion.passage import Passage, Shuffle
 from tmerge.fusion.projection import score_factor
-from tmerge.fusion.reconstruct import FittedBlock, Passage, Shuffle, reconstruct
+from tmerge.fusion.reconstruct import reconstruct
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_count, neuron_side, select_neurons
 from tmerge.fusion.stored import NeuronWriter, StoredNeurons
 

@@ -76,8 +76,8 @@ class Regression:
             inputs, lack, wanted = inputs * column, lack * column, wanted * column
         self._gram.addmm_(inputs.T, inputs)
         self._cross.addmm_(inputs.T, lack)
-        self._lack += float(lack.double().square().sum())
-        self._wanted += float(wanted.double().square().sum())
+        self._lack += float(lack.square().sum())
+        self._wanted += float(wanted.square().sum())
         self.rows += len(inputs)
 
     def solve(self, ridge: float, rank: int | None = None) -> Fit:
@@ -90,8 +90,16 @@ class Regression:
         Raises:
             FusionError: The equations have no single solution.
         """
-        gram, cross = self._gram.double(), self._cross.double()
+        device = torch.device("cpu") if self._gram.device.type == "mps" else self._gram.device  # it has no float64
+        gram, cross = self._gram.to(device).double(), self._cross.to(device).double()
+        if not bool(torch.isfinite(gram).all()) or not bool(torch.isfinite(cross).all()):
+            raise FusionError(
+                "the reconstruction's activations are not finite; set dtype: float32, and look for damaged weights"
+            )
         diagonal = gram.diagonal()
+        if not bool((diagonal[: self._inputs] > 0).any()):
+            # Nothing is read, so that no weight changes anything; a bias is the mean of what lacks.
+            gram.diagonal()[: self._inputs] += 1.0
         held = ridge * float(diagonal[: self._inputs].mean())
         regular = gram.clone()
         regular.diagonal()[: self._inputs] += held

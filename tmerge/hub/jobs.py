@@ -200,10 +200,12 @@ def _refuse_local(recipe: Recipe) -> None:
             raise RemoteError(
                 f"{key} {reference!r} is on this machine alone, and the job runs elsewhere; push it and name its Hub id"
             )
-    for key in ("dataset", "match_on"):
-        dataset = (getattr(recipe.calibration, key) or "").strip()
+    datasets = {f"calibration.{key}": getattr(recipe.calibration, key) for key in ("dataset", "match_on")}
+    datasets["fusion.keep"] = getattr(recipe.fusion, "keep", None)
+    for key, named in datasets.items():
+        dataset = (named or "").strip()
         if dataset and not dataset.startswith(SAMPLES_PREFIX) and local_file(dataset) is not None:
             raise RemoteError(
-                f"calibration.{key} {dataset!r} is a file of this machine, and the job runs elsewhere; push it as a "
+                f"{key} {dataset!r} is a file of this machine, and the job runs elsewhere; push it as a "
                 "dataset, and name its Hub id"
             )

@@ -177,9 +177,11 @@ def stepped(loaded: LoadedModel, batches: Sequence[Batch]) -> Iterator[Steps]:
     loaded.base.eval()
     for place, block in enumerate(listed):
         block.forward = door(place)
-    for thread in threads:
-        thread.start()
+    begun: list[threading.Thread] = []
     try:
+        for thread in threads:
+            thread.start()
+            begun.append(thread)
         for one in passes:
             one.turn.release()
             one.waits.acquire()
@@ -190,7 +192,7 @@ def stepped(loaded: LoadedModel, batches: Sequence[Batch]) -> Iterator[Steps]:
         for one in passes:
             one.left, one.call, one.result = True, None, None
             one.turn.release()
-        for thread in threads:
+        for thread in begun:
             thread.join()
         for block, original, own in zip(listed, originals, had_own, strict=True):
             if own:

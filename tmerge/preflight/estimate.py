@@ -19,9 +19,9 @@ from tmerge.calibration import SAMPLES_PREFIX, sample_texts
 from tmerge.evaluation import MOST_KEPT_BYTES, PROJECTION_GROUPS, most_scorings
 from tmerge.fusion import COLUMN_PROJECTIONS, neuron_count
 from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pick_device
-from tmerge.preflight.fitting import fitting_bytes, fitting_operations
+from tmerge.preflight.fitting import fitting_bytes, fitting_operations, goal_bytes
 from tmerge.preflight.speed import SPEED_FILE, Timing, timing_of
-from tmerge.recipe import Recipe, Reconstruction, Shared
+from tmerge.recipe import Recipe, Shared
 from tmerge.transport import correlation_cost, match, sinkhorn, standardise, working_dtype
 
 __all__ = ["TOKENS_PER_TEXT", "Estimate", "estimate_run", "scorings", "widths_of"]
@@ -56,6 +56,7 @@ class Estimate:
         read_operations: Floating-point operations until both models have read their texts.
         score_operations: Of all forward passes after that, the descent control's backward passes included.
         solve_operations: Of the transport problems.
+        fit_operations: Of a reconstruction, its forward passes included.
         measured: The dates (ISO 8601), earliest and latest, at which this machine's speed was measured.
     """
 
@@ -68,12 +69,13 @@ class Estimate:
     read_operations: float
     score_operations: float
     solve_operations: float
+    fit_operations: float
     measured: tuple[str, str]
 
     @property
     def operations(self) -> float:
         """Floating-point operations of the whole run, as counted from the configs and the recipe alone."""
-        return self.read_operations + self.score_operations + self.solve_operations
+        return self.read_operations + self.score_operations + self.solve_operations + self.fit_operations
 
     @property
     def range_seconds(self) -> tuple[float, float]:
@@ -175,7 +177,8 @@ def estimate_run(
     # Of seconds, the descent control has no part: it is off unless asked for. A backward pass is two forward ones.
     slopes = 3 * min(recipe.evaluation.descent, read) / max(held_out, 1)
     fitting = tokens_per_text * fitting_operations(recipe, layouts, texts - held_out - apart)
-    forward_seconds = seconds = (reading + scoring + fitting) / flops
+    forward_seconds = (reading + scoring) / flops
+    seconds = forward_seconds + fitting / flops
 
     target_widths, source_widths = widths_of(target_layout, projections), widths_of(source_layout, projections)
     by_token = recipe.calibration.rows == "tokens"
@@ -206,14 +209,13 @@ def estimate_run(
     )
     each = _carried_bytes(recipe, target, target_layout, projections)
     carried = each * (1 + len({"permuted", "base", "texts"} & set(recipe.evaluation.controls)))
-    features = min(feature_bytes, 1 << 30)
     packed = [facts for facts in models[1:] if facts is not None and facts.reference.kind == "gguf"]
     # Beside the target, which stays. A source is there while it is read; the source before its fine-tuning never is,
     # but for a GGUF file, which is unpacked once for the fusion to read.
     beside = {
-        "target": _unpacked_bytes(target) + logits + features,
-        "source": _held_bytes(source, recipe, dtype) + _unpacked_bytes(source) + logits + features,
-        "transport": problem + features,
+        "target": _unpacked_bytes(target) + logits + min(feature_bytes, 1 << 30),
+        "source": _held_bytes(source, recipe, dtype) + _unpacked_bytes(source) + logits + min(feature_bytes, 1 << 30),
+        "transport": problem + min(feature_bytes, 1 << 30),
         # The record exists twice while its parts are joined.
         "fuse": problem + 2 * record,
         "reconstruct": _held_bytes(source, recipe, dtype) + fitting_bytes(recipe, layouts, texts * tokens_per_text),
@@ -226,7 +228,8 @@ def estimate_run(
     needed = _held_bytes(target, recipe, dtype) + max(beside.values())
     memory = psutil.Process().memory_info().rss + _ALLOCATOR_SLACK * needed
     unpacked = len(packed) * _kept_bytes(recipe, source_layout, projections)
-    disk = checkpoint + feature_bytes + record + carried + unpacked
+    goals = goal_bytes(recipe, target_layout, (texts - held_out - apart) * tokens_per_text)
+    disk = checkpoint + feature_bytes + record + carried + unpacked + goals
     return Estimate(
         seconds,
         int(memory),
@@ -239,6 +242,7 @@ def estimate_run(
         reading,
         scoring + forward(target, target_layout, 0, slopes),
         solving,
+        fitting,
         (min(timing.measured for timing in timings), max(timing.measured for timing in timings)),
     )
 
@@ -387,12 +391,7 @@ def _carried_bytes(recipe: Recipe, target: ModelFacts, layout: Architecture, pro
     for view in layout.projections(projections):
         by_columns = view.name in COLUMN_PROJECTIONS
         neurons, across = (view.in_features, view.out_features) if by_columns else (view.out_features, view.in_features)
-        values += neuron_count(_selected(recipe), neurons) * across
+        values += neuron_count(getattr(recipe.fusion, "top_k", 1.0), neurons) * across
     if recipe.fusion.carries_stream:
         values += layout.hidden_size * int(target.config.get_text_config().vocab_size)
     return 4 * values
-
-
-def _selected(recipe: Recipe) -> int | float:
-    """Neurons of a projection that are written: of a reconstruction all."""
-    return 1.0 if isinstance(recipe.fusion, Reconstruction) else recipe.fusion.top_k

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tmerge.models import Architecture
 from tmerge.recipe import Recipe, Reconstruction
 
-__all__ = ["fitting_bytes", "fitting_operations"]
+__all__ = ["fitting_bytes", "fitting_operations", "goal_bytes"]
 
 
 def fitting_operations(recipe: Recipe, layouts: tuple[Architecture, Architecture], texts: int) -> float:
@@ -44,3 +44,18 @@ def fitting_bytes(recipe: Recipe, layouts: tuple[Architecture, Architecture], to
     widest = max(view.in_features * (view.in_features + view.out_features) for view in target.projections())
     # Summed in float32, solved in float64.
     return streams + (4 + 3 * 8) * widest
+
+
+def goal_bytes(recipe: Recipe, target: Architecture, tokens: int) -> int:
+    """On the disk, of what the widest block should give on all tokens; 0 where nothing is fitted.
+
+    Args:
+        recipe: Of the run.
+        target: Its projections.
+        tokens: Of the texts that are fitted on.
+    """
+    if not isinstance(recipe.fusion, Reconstruction):
+        return 0
+    kept = recipe.fusion.keep_texts * recipe.calibration.max_tokens if recipe.fusion.keep is not None else 0
+    widest = max(sum(view.out_features for view in layer.values()) for layer in target.layers)
+    return 4 * (tokens + kept) * widest

@@ -32,6 +32,7 @@ def load_recipe(
     settings: Sequence[str] = (),
     *,
     start: Recipe | None = None,
+    learned: bool = False,
 ) -> Recipe:
     """Read a recipe and lay the command line's words over it.
 
@@ -40,6 +41,7 @@ def load_recipe(
         start: A recipe to begin from where no other is named.
         overrides: Top-level or dotted keys to values; None values are passed over.
         settings: ``section.key=value`` words of ``--set``; values are read as YAML.
+        learned: Whether what the source learned is fused, where it is not a reconstruction that is asked for.
 
     Raises:
         RecipeError: No such file or preset, not YAML, or not a valid recipe.
@@ -48,8 +50,12 @@ def load_recipe(
     for key, value in (overrides or {}).items():
         if value is not None:
             _put(data, key, value)
-    for word in settings:
-        _put(data, *parse_setting(word))
+    said = dict(parse_setting(word) for word in settings)
+    section = data.get("fusion")
+    if learned and not (isinstance(section, dict) and section.get("what") == "reconstruct"):
+        _put(data, "fusion.what", "task-vector")
+    for key, value in said.items():
+        _put(data, key, value)
     return Recipe.from_mapping(data, where)
 
 

@@ -209,6 +209,10 @@ class _Road:
         if texts.revision is not None:
             name = self.recipe.calibration.dataset.partition("@")[0]
             data["calibration"]["dataset"] = f"{name}@{texts.revision}"
+        if isinstance(self.recipe.fusion, Reconstruction) and self.run.kept_texts_path.is_file():
+            kept = TextSet.load(self.run.kept_texts_path)
+            if kept.revision is not None:
+                data["fusion"]["keep"] = f"{str(data['fusion']['keep']).partition('@')[0]}@{kept.revision}"
         if texts.other_dataset is not None:
             data["calibration"]["match_on"] = texts.other_dataset
         return Recipe.from_mapping(data)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tmerge.calibration import TextSet, normalise, pinned, read_texts
+from tmerge.errors import DatasetError, TooFewTextsError
 from tmerge.evaluation import control_generator
 from tmerge.fusion import NeuronWriter, Passage, reconstruct, score_factor
 from tmerge.models import Model, Projection
@@ -176,8 +177,9 @@ class Reconstruct:
     def _kept_texts(self) -> list[str]:
         """Texts on which the target goes on doing what it does; others of the same dataset are scored."""
         settings, calibration = self._settings, self.recipe.calibration
-        self.run.kept_texts_path.unlink(missing_ok=True)
+        path = self.run.kept_texts_path
         if settings.keep is None or self.keep is None:
+            path.unlink(missing_ok=True)
             return []
         read = calibration.model_copy(
             update={
@@ -189,8 +191,15 @@ class Reconstruct:
                 "column": None,
             }
         )
-        found = read_texts(read, seed=self.recipe.seed, chat_tokenizer=self.target.tokenizer)
-        found.save(self.run.kept_texts_path)
+        try:
+            found = read_texts(read, seed=self.recipe.seed, chat_tokenizer=self.target.tokenizer)
+        except TooFewTextsError as error:
+            raise TooFewTextsError(
+                f"fusion.keep {settings.keep!r}, fusion.keep_texts {settings.keep_texts}: {error}"
+            ) from None
+        if found.file_sha256 is not None and self.keep != f"sha256:{found.file_sha256}":
+            raise DatasetError(f"fusion.keep {settings.keep!r} changed after the run had begun; start again")
+        found.save(path)
         away = {normalise(text) for text in (*self.texts.choosing, *self.texts.held_out)}
         return [text for text in found.texts if normalise(text) not in away]
 

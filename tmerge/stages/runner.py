@@ -83,6 +83,8 @@ class Runner:
         key = stage_key(stage.name, versions=library_versions(), **stage.inputs())
         facts = self.run.finished(stage.name, key)
         if facts is None:
+            # What another key noted is void from here on: its files are about to be written over.
+            self.run.forget(stage.name)
             began = time.perf_counter()
             note = stage.do(key, Progress(stage.name, self.listener))
             done = Finished(stage.name, key, note, time.perf_counter() - began, peak_memory(), self.device)

@@ -23,7 +23,7 @@ from tmerge.errors import (
 from tmerge.models import ModelReference
 from tmerge.preflight.check import Check
 from tmerge.quantities import bytes_words, number_words
-from tmerge.recipe import Apart, CompareSettings, Recipe
+from tmerge.recipe import Apart, CompareSettings, Recipe, Reconstruction
 from tmerge.version import DISTRIBUTION, VERSION, installs_tmerge
 
 __all__ = [
@@ -70,6 +70,7 @@ _MOST: tuple[tuple[str, Callable[[Recipe], float], float], ...] = (
     ("evaluation.texts", lambda recipe: recipe.evaluation.texts, 1000),
     ("evaluation.bootstrap", lambda recipe: recipe.evaluation.bootstrap, 10000),
     ("evaluation.descent", lambda recipe: recipe.evaluation.descent, 200),
+    ("fusion.keep_texts", lambda recipe: getattr(recipe.fusion, "keep_texts", 0), 1000),
     ("the number of fusion.alphas", lambda recipe: len(recipe.fusion.alphas), 10),
 )
 
@@ -174,6 +175,8 @@ def vetted(recipe: Recipe, settings: AppSettings) -> Recipe:
     refuse_dataset_path(recipe.calibration.dataset, settings)
     if recipe.calibration.match_on is not None:
         refuse_dataset_path(recipe.calibration.match_on, settings, "calibration.match_on")
+    if isinstance(recipe.fusion, Reconstruction) and recipe.fusion.keep is not None:
+        refuse_dataset_path(recipe.fusion.keep, settings, "fusion.keep")
     if not _DEVICE.fullmatch(recipe.device):
         raise RecipeError(f"device is {recipe.device!r}; choose auto, cpu, cuda or mps")
     if settings.zero_gpu and recipe.device != "auto":

@@ -1,0 +1,237 @@
+"""What a reconstruction reads: the models, the tokens that are rows, what each projection should give, and where it is.
+
+The goals of a block are mapped files, as those of all tokens are more than fits in memory; they go with the block.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tmerge.calibration.batches import encode, length_batches, padded
+from tmerge.calibration.positions import common_ends, token_positions
+from tmerge.errors import NotEnoughDiskError
+from tmerge.fusion.maps import unmatched
+from tmerge.models import Architecture, LoadedModel, Projection, feature_key
+from tmerge.quantities import bytes_words
+from tmerge.transport import Transport
+
+__all__ = ["Goals", "Passage", "Reading", "Shuffle", "Wanted", "readings"]
+
+Shuffle = Callable[[int, str, int], Tensor]
+"""(layer, feature key, n) -> a permutation (n,) of the target's neurons."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One model's texts as batches, and which of its tokens are which rows.
+
+    Attributes:
+        batches: Token ids and masks.
+        places: Per batch: (r, 2) text of the batch and position, and (r,) the row of each.
+    """
+
+    batches: list[tuple[Tensor, Tensor | None]]
+    places: list[tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(
+        cls,
+        loaded: LoadedModel,
+        texts: Sequence[str],
+        positions: Sequence[Sequence[int]],
+        rows: Sequence[Sequence[int]],
+        max_tokens: int,
+        batch_tokens: int,
+    ) -> Reading:
+        """Batches of like length, of the texts that have rows."""
+        encoded = encode(loaded, texts, max_tokens)
+        wanted = [text for text, found in enumerate(positions) if found]
+        batches, places = [], []
+        for members in reversed(length_batches([encoded.lengths[text] for text in wanted], batch_tokens)):
+            chosen = [wanted[member] for member in members]
+            batches.append(padded([encoded.ids[text] for text in chosen], loaded.pad_id))
+            read = [(place, position) for place, text in enumerate(chosen) for position in positions[text]]
+            index = torch.tensor(read, dtype=torch.int64).reshape(-1, 2)
+            places.append((index, torch.tensor([row for text in chosen for row in rows[text]], dtype=torch.int64)))
+        return cls(batches, places)
+
+    def rows_of(self, batch: int, features: Tensor) -> Tensor:
+        """(r, n) of (B, S, n): the batch's rows, float32."""
+        index = self.places[batch][0].to(features.device)
+        return features[index[:, 0], index[:, 1]].float()
+
+
+class Goals:
+    """What each feature of the block at hand should be, a row for each token: mapped files, and gone with the block."""
+
+    def __init__(self, folder: Path, rows: int) -> None:
+        self._folder, self._rows = folder, rows
+        self._arrays: dict[str, np.memmap[Any, Any]] = {}
+
+    def begin(self) -> None:
+        """Forget the block before."""
+        for name in list(self._arrays):
+            del self._arrays[name]
+            (self._folder / f"{name}.npy").unlink()
+
+    close = begin
+
+    def write(self, name: str, rows: Tensor, values: Tensor) -> None:
+        """Rows (r,) of a feature, (r, n)."""
+        if name not in self._arrays:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._reserve(4 * self._rows * values.shape[1])
+            self._arrays[name] = np.lib.format.open_memmap(
+                self._folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=(self._rows, values.shape[1])
+            )
+        self._arrays[name][rows.numpy()] = values.cpu().numpy()
+
+    def _reserve(self, size: int) -> None:
+        # A mapped file that finds no room when it is written to ends the process.
+        free = shutil.disk_usage(self._folder).free
+        if size > free:
+            raise NotEnoughDiskError(
+                f"the goals of a block take {bytes_words(size)} in {self._folder}, where {bytes_words(free)} are free; "
+                "make room, or fit on fewer texts (calibration.texts)"
+            )
+
+    def read(self, name: str, rows: Tensor) -> Tensor:
+        """Rows (r,) of a feature."""
+        return torch.from_numpy(self._arrays[name][rows.numpy()])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Of one projection of a block: through which map its outputs get their goals.
+
+    Attributes:
+        view: The target's.
+        out_map: (out, out') Phi_out, times what makes scores the size that they were.
+        matched: (m,) outputs that have a counterpart.
+    """
+
+    view: Projection
+    out_map: Tensor
+    matched: Tensor
+
+    def carried(self, features: Tensor) -> Tensor:
+        """(r, m) goals of the matched outputs, from the source's (r, out')."""
+        rows = self.out_map.index_select(0, self.matched)
+        return (rows @ features.cpu().T).T.contiguous()
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What is reconstructed from what, over which texts.
+
+    Attributes:
+        target: In memory; each block's weights are changed as it is passed.
+        views: Its projections.
+        source: Of which the target's activations are drawn.
+        source_views: Its projections.
+        transport: One structure for all layers, which pairs them.
+        projections: To be fitted.
+        ridge: lambda.
+        rank: Most of each change; full if None.
+        max_tokens: Longer texts are cut.
+        batch_tokens: Most padded tokens of a batch.
+        factor: (projection, target layer, source layer) -> what its goals are multiplied by.
+        shuffle: For the control ``permuted``.
+        other_rows: Seed of a shuffle of the source's rows, for the control ``texts``: right norms, wrong tokens.
+    """
+
+    target: LoadedModel
+    views: Architecture
+    source: LoadedModel
+    source_views: Architecture
+    transport: Transport
+    projections: Sequence[str]
+    ridge: float
+    rank: int | None
+    max_tokens: int
+    batch_tokens: int
+    factor: Callable[[str, int, int], float]
+    shuffle: Shuffle | None = None
+    other_rows: int | None = None
+
+    @cached_property
+    def pairs(self) -> dict[int, int]:
+        """Target block -> source block, where the source advances: of blocks with one source block the first."""
+        found = {layer: of.sources(layer)[0] for of in self.transport.layer_maps.values() for layer in of.target_layers}
+        pairs, last = {}, -1
+        for layer, other in sorted(found.items()):
+            if other > last:
+                pairs[layer], last = other, other
+        return pairs
+
+    def next_paired(self, layer: int) -> int:
+        """The source block before which the goal of a target block's end is read."""
+        later = [other for paired, other in self.pairs.items() if paired > layer]
+        return min(later, default=len(self.source_views.layers))
+
+    def wanted(self, layer: int) -> dict[str, Wanted]:
+        """What is fitted of a target block; empty where it has no counterpart."""
+        if layer not in self.pairs:
+            return {}
+        other, found = self.pairs[layer], {}
+        maps = self.transport.feature_maps(layer)
+        for projection in self.transport.projections_of(layer):
+            key = feature_key(projection, "post")
+            if projection not in self.projections or (key, other) not in maps:
+                continue
+            out_map = maps[key, other].phi_out("barycentric")
+            if self.shuffle is not None:
+                out_map = out_map.index_select(0, self.shuffle(layer, key, out_map.shape[0]))
+            matched = (~unmatched(out_map, 0)).nonzero().flatten()
+            found[projection] = Wanted(
+                self.views.layers[layer][projection], out_map * self.factor(projection, layer, other), matched
+            )
+        return found
+
+
+def readings(passage: Passage, texts: Sequence[str], keep: Sequence[str]) -> tuple[Reading, Reading, Reading, int]:
+    """The target's reading of all texts, its reading of those to be kept, the source's of the others, and R."""
+    target, source, most = passage.target, passage.source, passage.max_tokens
+    limits = encode(target, [], most).limit, encode(source, [], most).limit
+    everything = max(1, len(texts)) * most
+    ends = common_ends(target.tokenizer, source.tokenizer, texts, limits=limits, wanted=everything, seed=0)
+    kept_ends: tuple[tuple[int, ...], ...] = ()
+    if keep:
+        both = limits[0], limits[0]
+        everything = len(keep) * most
+        kept_ends = common_ends(target.tokenizer, target.tokenizer, keep, limits=both, wanted=everything, seed=0)
+    rows, count = [], 0
+    for found in (*ends, *kept_ends):
+        rows.append(list(range(count, count + len(found))))
+        count += len(found)
+    own_rows = rows[len(texts) :]
+    here = token_positions(target.tokenizer, [*texts, *keep], [*ends, *kept_ends], limits[0])
+    there = token_positions(source.tokenizer, texts, ends, limits[1])
+    size = most, passage.batch_tokens
+    return (
+        Reading.of(target, [*texts, *keep], here, rows, *size),
+        Reading.of(target, keep, here[len(texts) :], own_rows, *size),
+        Reading.of(source, texts, there, _source_rows(rows[: len(texts)], passage.other_rows), *size),
+        count,
+    )
+
+
+def _source_rows(rows: list[list[int]], seed: int | None) -> list[list[int]]:
+    """Whose goals the source's tokens are: their own, or, with a seed, those of any others."""
+    if seed is None:
+        return rows
+    count = sum(map(len, rows))
+    order = iter(torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist())
+    return [[next(order) for _ in found] for found in rows]
