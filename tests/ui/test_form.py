@@ -24,7 +24,7 @@ def learned(**more):
 @pytest.mark.parametrize(
     ("key", "kind", "choices"),
     [
-        ("fusion.what", "choice", ("weights", "task-vector")),
+        ("fusion.what", "choice", ("weights", "task-vector", "reconstruct")),
         ("fusion.scale", "choice", ("barycentric", "literal", "row-norm")),
         ("fusion.projections", "several", ("q", "k", "v", "o", "gate", "up", "down")),
         ("transport.structure", "choice", ("none", "shared")),
@@ -36,7 +36,7 @@ def learned(**more):
         ("fusion.alphas", "value", ()),
         ("calibration.texts", "whole", ()),
         ("calibration.match_on", "words", ()),
-        ("evaluation.controls", "several", ("shrink", "noise", "permuted")),
+        ("evaluation.controls", "several", ("shrink", "noise", "permuted", "base", "texts")),
         ("device", "choice", ("auto", "cpu", "cuda", "mps")),
         ("seed", "whole", ()),
         ("save.max_shard_size", "value", ()),

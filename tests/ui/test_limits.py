@@ -99,13 +99,15 @@ def test_numbers_that_decide_the_work_are_bounded(name, read, most):
     key = name.removeprefix("the number of ")
     value = [0.01 * i for i in range(1, int(most) + 2)] if key == "fusion.alphas" else int(most) + 1
     section, _, field = key.partition(".")
-    more = Recipe.from_mapping({"target": "a/b", "source": "c/d", section: {field: value}})
+    kind = {"what": "reconstruct"} if key == "fusion.keep_texts" else {}
+    more = Recipe.from_mapping({"target": "a/b", "source": "c/d", section: {**kind, field: value}})
     with pytest.raises(RecipeError, match=f"where this app takes {most:g}"):
         vetted(more, AppSettings(public=True))
     assert vetted(more, AppSettings()).target == "a/b"
     within = value[:-1] if isinstance(value, list) else value - 1
     assert vetted(
-        Recipe.from_mapping({"target": "a/b", "source": "c/d", section: {field: within}}), AppSettings(public=True)
+        Recipe.from_mapping({"target": "a/b", "source": "c/d", section: {**kind, field: within}}),
+        AppSettings(public=True),
     )
 
 
@@ -115,6 +117,7 @@ def test_numbers_that_decide_the_work_are_bounded(name, read, most):
         ({"calibration": {"texts": 501}}, "calibration.texts is 501, where this app takes 500"),
         ({"trust_remote_code": ["a/b"]}, "cannot be set from the browser"),
         ({"source_base": "/etc", "fusion": {"what": "task-vector"}}, "is a path"),
+        ({"fusion": {"what": "reconstruct", "keep": "/etc/passwd"}}, "fusion.keep"),
         ({"target": "~/x"}, "is a path"),
         ({"target": "../x"}, "is a path"),
         ({"plan": "demo:gemma-3-270m"}, "is a path"),
