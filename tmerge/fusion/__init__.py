@@ -16,7 +16,7 @@ from tmerge.fusion.merge import (
     read_neurons,
     transport_neurons,
 )
-from tmerge.fusion.passage import Passage, Shuffle
+from tmerge.fusion.passage import Passage
 from tmerge.fusion.projection import score_factor
 from tmerge.fusion.reconstruct import reconstruct
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_count, neuron_side, select_neurons
@@ -30,7 +30,6 @@ __all__ = [
     "NeuronSequence",
     "NeuronWriter",
     "Passage",
-    "Shuffle",
     "StoredNeurons",
     "TransportedNeurons",
     "alpha_of",

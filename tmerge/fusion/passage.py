@@ -19,15 +19,13 @@ from torch import Tensor
 from tmerge.calibration.batches import encode, length_batches, padded
 from tmerge.calibration.positions import common_ends, token_positions
 from tmerge.errors import NotEnoughDiskError
+from tmerge.fusion.carry import Shuffle
 from tmerge.fusion.maps import unmatched
 from tmerge.models import Architecture, LoadedModel, Projection, feature_key
 from tmerge.quantities import bytes_words
 from tmerge.transport import Transport
 
-__all__ = ["Goals", "Passage", "Reading", "Shuffle", "Wanted", "readings"]
-
-Shuffle = Callable[[int, str, int], Tensor]
-"""(layer, feature key, n) -> a permutation (n,) of the target's neurons."""
+__all__ = ["Goals", "Passage", "Reading", "Wanted", "readings"]
 
 
 @dataclass(frozen=True)
@@ -107,9 +105,6 @@ class Goals:
     def read(self, name: str, rows: Tensor) -> Tensor:
         """Rows (r,) of a feature."""
         return torch.from_numpy(self._arrays[name][rows.numpy()])
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._arrays
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tmerge.fusion import COLUMN_PROJECTIONS, neuron_count
 from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pick_device
 from tmerge.preflight.fitting import fitting_bytes, fitting_operations, goal_bytes
 from tmerge.preflight.speed import SPEED_FILE, Timing, timing_of
-from tmerge.recipe import Recipe, Shared
+from tmerge.recipe import FITTED_CONTROLS, Recipe, Shared
 from tmerge.transport import correlation_cost, match, sinkhorn, standardise, working_dtype
 
 __all__ = ["TOKENS_PER_TEXT", "Estimate", "estimate_run", "scorings", "widths_of"]
@@ -208,7 +208,7 @@ def estimate_run(
         if key in source_widths
     )
     each = _carried_bytes(recipe, target, target_layout, projections)
-    carried = each * (1 + len({"permuted", "base", "texts"} & set(recipe.evaluation.controls)))
+    carried = each * (1 + len(set(FITTED_CONTROLS) & set(recipe.evaluation.controls)))
     packed = [facts for facts in models[1:] if facts is not None and facts.reference.kind == "gguf"]
     # Beside the target, which stays. A source is there while it is read; the source before its fine-tuning never is,
     # but for a GGUF file, which is unpacked once for the fusion to read.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tmerge.models import Architecture
-from tmerge.recipe import Recipe, Reconstruction
+from tmerge.recipe import FITTED_CONTROLS, Recipe, Reconstruction
 
 __all__ = ["fitting_bytes", "fitting_operations", "goal_bytes"]
 
@@ -24,7 +24,7 @@ def fitting_operations(recipe: Recipe, layouts: tuple[Architecture, Architecture
     sums = sum(view.in_features * (view.in_features + view.out_features) for view in target)
     # A block is run up to each of its four groups of projections, and once more to its end.
     each = 2.0 * (read * (3 * body + sums) + texts * other)
-    return each * (1 + sum(name in ("permuted", "base", "texts") for name in recipe.evaluation.controls))
+    return each * (1 + sum(name in FITTED_CONTROLS for name in recipe.evaluation.controls))
 
 
 def fitting_bytes(recipe: Recipe, layouts: tuple[Architecture, Architecture], tokens: int) -> int:

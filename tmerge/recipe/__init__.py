@@ -3,7 +3,7 @@
 from tmerge.recipe.adaptation import AdaptationSettings
 from tmerge.recipe.calibration import CalibrationSettings
 from tmerge.recipe.compare import CompareSettings, PublishedScores
-from tmerge.recipe.evaluation import EvaluationSettings
+from tmerge.recipe.evaluation import FITTED_CONTROLS, EvaluationSettings
 from tmerge.recipe.fusion import CarriedSettings, FusionSettings, Reconstruction, TaskVector, Weights
 from tmerge.recipe.loading import RECIPE_VARIABLE, load_recipe, parse_setting, preset_names
 from tmerge.recipe.page import recipe_page
@@ -14,6 +14,7 @@ from tmerge.recipe.strict_yaml import load_yaml
 from tmerge.recipe.transport import Apart, Shared, TransportSettings
 
 __all__ = [
+    "FITTED_CONTROLS",
     "RECIPE_VARIABLE",
     "AdaptationSettings",
     "Apart",

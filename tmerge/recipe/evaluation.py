@@ -8,7 +8,10 @@ from pydantic import Field
 
 from tmerge.recipe.section import Section
 
-__all__ = ["EvaluationSettings"]
+__all__ = ["FITTED_CONTROLS", "EvaluationSettings"]
+
+FITTED_CONTROLS = ("permuted", "base", "texts")
+"""Those that a reconstruction fits anew, each at the cost of the fit itself."""
 
 
 class EvaluationSettings(Section):

@@ -21,8 +21,7 @@ from tmerge.stages.notes import FuseNote
 from tmerge.stages.scoring import load
 from tmerge.stages.source_weights import SourceWeights
 from tmerge.stages.step import Progress
-from tmerge.stages.transport import Features, transport_of
-from tmerge.transport import TransportRecord
+from tmerge.stages.transport import Features, record_of, transport_of
 
 __all__ = ["Fuse", "shared_vocabulary"]
 
@@ -104,16 +103,8 @@ class Fuse:
         )
         transported.finish()
         permuted.finish()
-        facts = {
-            "schema": 1,
-            "projections": self.features.projections,
-            "keys": list(transport.layers),
-            "epsilon": self.recipe.transport.epsilon,
-            "structure": transport.structure,
-            "target": {"ref": self.recipe.target, "commit": self.target.commit},
-            "source": {"ref": self.recipe.source, "commit": self.source.model.commit},
-        }
-        TransportRecord(facts, carried.tensors).save(self.run.transport_path)
+        commits = self.target.commit, self.source.model.commit
+        record_of(self.recipe, transport, self.features, commits, carried.tensors).save(self.run.transport_path)
         return FuseNote.model_validate(
             {
                 "norm_ratios": carried.norm_ratios,

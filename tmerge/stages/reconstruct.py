@@ -15,17 +15,17 @@ from torch import Tensor
 from tmerge.calibration import TextSet, normalise, pinned, read_texts
 from tmerge.errors import DatasetError, TooFewTextsError
 from tmerge.evaluation import control_generator
-from tmerge.fusion import NeuronWriter, Passage, reconstruct, score_factor
+from tmerge.fusion import COLUMN_PROJECTIONS, NeuronWriter, Passage, reconstruct, score_factor
 from tmerge.models import Model, Projection
-from tmerge.recipe import Recipe, Reconstruction
+from tmerge.recipe import FITTED_CONTROLS, Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
 from tmerge.run import Run
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import ReconstructNote
 from tmerge.stages.scoring import load
 from tmerge.stages.step import Progress
-from tmerge.stages.transport import Features, transport_of
-from tmerge.transport import PlanRecorder, Transport, TransportRecord
+from tmerge.stages.transport import Features, record_of, transport_of
+from tmerge.transport import PlanRecorder, Transport
 
 __all__ = ["Reconstruct"]
 
@@ -97,7 +97,7 @@ class Reconstruct:
 
     @property
     def _controls(self) -> list[str]:
-        return [name for name in self.recipe.evaluation.controls if name in ("permuted", "base", "texts")]
+        return [name for name in self.recipe.evaluation.controls if name in FITTED_CONTROLS]
 
     def _pass(
         self, name: str, transport: Transport, keep: Sequence[str], writer: NeuronWriter, progress: Progress
@@ -211,18 +211,10 @@ class Reconstruct:
         tensors = recorder.tensors()
         for name, found in transport.layer_maps.items():
             views = [self.target.layout.layers[layer][name] for layer in found.target_layers]
-            width = views[0].in_features if name in ("o", "down") else views[0].out_features
+            width = views[0].in_features if name in COLUMN_PROJECTIONS else views[0].out_features
             tensors[f"neurons.{name}"] = torch.arange(width, dtype=torch.int32).expand(len(views), width).contiguous()
-        facts = {
-            "schema": 1,
-            "projections": self.features.projections,
-            "keys": list(transport.layers),
-            "epsilon": self.recipe.transport.epsilon,
-            "structure": transport.structure,
-            "target": {"ref": self.recipe.target, "commit": self.target.commit},
-            "source": {"ref": self.recipe.source, "commit": self.source.commit},
-        }
-        TransportRecord(facts, tensors).save(self.run.transport_path)
+        commits = self.target.commit, self.source.commit
+        record_of(self.recipe, transport, self.features, commits, tensors).save(self.run.transport_path)
 
 
 def _bias_words(layers: Sequence[Mapping[str, Projection]], name: str) -> str:

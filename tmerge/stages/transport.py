@@ -22,6 +22,7 @@ from tmerge.stages.step import Progress
 from tmerge.transport import (
     Side,
     Transport,
+    TransportRecord,
     feature_keys,
     pair_layers,
     read_apart,
@@ -31,7 +32,7 @@ from tmerge.transport import (
     solve_shared,
 )
 
-__all__ = ["Features", "SolveTransport", "transport_of"]
+__all__ = ["Features", "SolveTransport", "record_of", "transport_of"]
 
 # What a run keeps in its cache between being solved and being fused.
 _APART, _SHARED = "plans.safetensors", "structure.safetensors"
@@ -133,6 +134,34 @@ class SolveTransport:
         except NoSharedStructureError:
             return None
         return found.to_dict()
+
+
+def record_of(
+    recipe: Recipe,
+    transport: Transport,
+    features: Features,
+    commits: tuple[str, str],
+    tensors: dict[str, torch.Tensor],
+) -> TransportRecord:
+    """A run's record of the transport that it used, for pictures and later runs.
+
+    Args:
+        recipe: Of the run.
+        transport: That was used.
+        features: Names the projections.
+        commits: The target's and the source's.
+        tensors: Of the layers, the plans and the selected neurons.
+    """
+    facts = {
+        "schema": 1,
+        "projections": features.projections,
+        "keys": list(transport.layers),
+        "epsilon": recipe.transport.epsilon,
+        "structure": transport.structure,
+        "target": {"ref": recipe.target, "commit": commits[0]},
+        "source": {"ref": recipe.source, "commit": commits[1]},
+    }
+    return TransportRecord(facts, tensors)
 
 
 def transport_of(recipe: Recipe, features: Features, recorded: RecordedRun | None) -> Transport:
