@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.pico import pico_model, pico_tokenizer, save_pico
 from tests.stages.test_merge import digest
-from tests.stages.test_task_vector import _deeper, _shaken
+from tests.stages.test_task_vector import _deeper, _shaken, save_all
 from tmerge.cli.show import show_report
 from tmerge.comparison.reproduce import reproduce
 from tmerge.errors import Cancelled, RecipeError, UnsupportedModelError
@@ -31,10 +31,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     target = pico_model("llama")
     base = _deeper(target)
-    for name, model in (("target", target), ("base", base), ("source", _shaken(base, 0.15, 2))):
-        model.save_pretrained(folder / name)
-        pico_tokenizer(folder / name)
-    return folder
+    return save_all(folder, target=target, base=base, source=_shaken(base, 0.15, 2))
 
 
 def recipe_for(models, **sections):
@@ -239,9 +236,7 @@ def test_a_terminal_says_what_to_do_next(finished, capsys):
 
 def test_biases_are_fitted_where_there_are_any(tmp_path):
     target = pico_model("llama-bias")
-    for name, model in (("target", target), ("source", _shaken(target, 0.15, 3))):
-        model.save_pretrained(tmp_path / name)
-        pico_tokenizer(tmp_path / name)
+    save_all(tmp_path, target=target, source=_shaken(target, 0.15, 3))
     recipe = recipe_for(tmp_path, evaluation={"controls": ["shrink"]})
     advance(recipe, tmp_path / "fused", until="save")
     here, before = (load_file(tmp_path / path / "model.safetensors") for path in ("fused", "target"))

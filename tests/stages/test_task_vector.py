@@ -55,16 +55,21 @@ def _deeper(model):
     return deeper
 
 
+def save_all(folder, **models):
+    """Models in folders by their names, each with the tokenizer."""
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        pico_tokenizer(folder / name)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A target of two layers; a deeper relative of one vocabulary, and what that one has learned since."""
     folder = tmp_path_factory.mktemp("models")
     target = pico_model("llama")
     base = _shaken(_deeper(target), 0.02, 1)
-    for name, model in (("target", target), ("base", base), ("source", _shaken(base, 0.05, 2))):
-        model.save_pretrained(folder / name)
-        pico_tokenizer(folder / name)
-    return folder
+    return save_all(folder, target=target, base=base, source=_shaken(base, 0.05, 2))
 
 
 def recipe_for(models, **sections):
