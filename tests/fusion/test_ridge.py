@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmerge.errors import FusionError
-from tmerge.fusion.ridge import Regression
+from tmerge.fusion.ridge import Linear, Regression
 
 
 def problem(seed, rows=200, inputs=12, outputs=7):
@@ -18,10 +18,15 @@ def problem(seed, rows=200, inputs=12, outputs=7):
 
 
 def fitted(inputs, lack, weights, ridge, *, has_bias=False, rank=None, pieces=3):
-    found = Regression(inputs.shape[1], lack.shape[1], has_bias=has_bias)
+    """The fit of a sublayer that lacks `lack`, and what it should give."""
+    draw = torch.Generator().manual_seed(9)
+    weight = torch.randn(lack.shape[1], inputs.shape[1], generator=draw)
+    bias = torch.randn(lack.shape[1], generator=draw) if has_bias else None
+    wanted = lack + inputs @ weight.T + (bias if has_bias else 0)
+    found = Regression(inputs.shape[1], [lack.shape[1]], has_bias=has_bias)
     for part in torch.arange(len(inputs)).chunk(pieces):
-        found.add(inputs[part], lack[part], lack[part] + 1, None if weights is None else weights[part])
-    return found.solve(ridge, rank)
+        found.add(inputs[part], [wanted[part]], None if weights is None else weights[part])
+    return found.solve([Linear(weight, bias)], ridge, rank)[0], wanted
 
 
 def augmented(inputs, lack, weights, ridge, has_bias):
@@ -39,7 +44,7 @@ def augmented(inputs, lack, weights, ridge, has_bias):
 def test_it_is_the_least_squares_solution(seed, ridge, has_bias, weighted):
     inputs, lack, weights = problem(seed)
     weights = weights if weighted else None
-    fit = fitted(inputs, lack, weights, ridge, has_bias=has_bias)
+    fit, goals = fitted(inputs, lack, weights, ridge, has_bias=has_bias)
     expected = np.linalg.lstsq(*augmented(inputs, lack, weights, ridge, has_bias), rcond=None)[0]
     np.testing.assert_allclose(fit.weight.T.numpy(), expected[: inputs.shape[1]], atol=2e-5)
     if has_bias:
@@ -48,22 +53,23 @@ def test_it_is_the_least_squares_solution(seed, ridge, has_bias, weighted):
         assert fit.bias is None
     left = lack - inputs @ fit.weight.T - (fit.bias if has_bias else 0)
     w = torch.ones(len(inputs)) if weights is None else weights
-    wanted = ((lack + 1) * w[:, None]).double().square().sum()
+    wanted = (goals * w[:, None]).double().square().sum()
     assert fit.before == pytest.approx(float((lack * w[:, None]).double().square().sum() / wanted), rel=1e-5)
     assert fit.after == pytest.approx(float((left * w[:, None]).double().square().sum() / wanted), rel=1e-4)
 
 
+@pytest.mark.parametrize("outputs", [7, 17], ids=["fewer outputs", "more outputs"])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("rank", [1, 2, 4])
-def test_no_change_of_that_rank_is_better(rank, has_bias):
-    inputs, lack, weights = problem(3)
+def test_no_change_of_that_rank_is_better(rank, has_bias, outputs):
+    inputs, lack, weights = problem(3, outputs=outputs)
     x, e = augmented(inputs, lack, weights, 0.1, has_bias)
 
     def objective(weight, bias):
         change = np.concatenate([weight.T, bias[None]]) if has_bias else weight.T
         return float(np.square(e - x @ change).sum())
 
-    fit = fitted(inputs, lack, weights, 0.1, has_bias=has_bias, rank=rank)
+    fit, _ = fitted(inputs, lack, weights, 0.1, has_bias=has_bias, rank=rank)
     weight = fit.weight.double().numpy()
     assert np.linalg.matrix_rank(weight, tol=1e-4 * np.linalg.norm(weight)) == rank
     bias = fit.bias.double().numpy() if has_bias else np.zeros(0)
@@ -81,7 +87,7 @@ def test_no_change_of_that_rank_is_better(rank, has_bias):
     best = float(np.square(left - x[:, : inputs.shape[1]] @ down.T @ up).sum())
     assert found <= best * (1 + 1e-4)
     # And there is a worse one: the best of all weights cut to the rank by its own singular values.
-    plain = fitted(inputs, lack, weights, 0.1, has_bias=has_bias)
+    plain, _ = fitted(inputs, lack, weights, 0.1, has_bias=has_bias)
     u, s, v = np.linalg.svd(plain.weight.double().numpy(), full_matrices=False)
     cut = (u[:, :rank] * s[:rank]) @ v[:rank]
     assert found <= objective(cut, plain.bias.double().numpy() if has_bias else np.zeros(0)) + 1e-6
@@ -89,7 +95,7 @@ def test_no_change_of_that_rank_is_better(rank, has_bias):
 
 def test_the_full_rank_is_the_full_solution():
     inputs, lack, weights = problem(5)
-    plain, ranked = fitted(inputs, lack, weights, 0.1), fitted(inputs, lack, weights, 0.1, rank=7)
+    (plain, _), (ranked, _) = fitted(inputs, lack, weights, 0.1), fitted(inputs, lack, weights, 0.1, rank=7)
     assert plain.weight.equal(ranked.weight)
 
 
@@ -102,17 +108,37 @@ def test_the_full_rank_is_the_full_solution():
     ids=["one input four times", "infinite"],
 )
 def test_equations_without_a_solution_are_one_line(inputs, words):
-    found = Regression(4, 2, has_bias=False)
-    found.add(inputs, torch.ones(10, 2), torch.ones(10, 2))
+    found = Regression(4, [2], has_bias=False)
+    found.add(inputs, [torch.ones(10, 2)])
     with pytest.raises(FusionError, match=words) as caught:
-        found.solve(1e-30)
+        found.solve([Linear(torch.zeros(2, 4))], 1e-30)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
 def test_where_nothing_is_read_no_weight_changes_and_a_bias_is_what_lacks():
     for has_bias in (False, True):
-        found = Regression(4, 2, has_bias=has_bias)
-        found.add(torch.zeros(10, 4), torch.full((10, 2), 3.0), torch.ones(10, 2))
-        fit = found.solve(0.1)
+        found = Regression(4, [2], has_bias=has_bias)
+        found.add(torch.zeros(10, 4), [torch.full((10, 2), 4.0)])
+        (fit,) = found.solve([Linear(torch.ones(2, 4), torch.ones(2) if has_bias else None)], 0.1)
         assert not fit.weight.any()
         assert fit.bias is None if not has_bias else torch.allclose(fit.bias, torch.tensor([3.0, 3.0]))
+
+
+@pytest.mark.parametrize("biases", [(True, True), (False, False), (True, False)], ids=str)
+def test_sublayers_that_read_the_same_are_fitted_as_each_would_be_alone(biases):
+    inputs, _, weights = problem(4)
+    draw = torch.Generator().manual_seed(1)
+    layers = [
+        Linear(torch.randn(count, 12, generator=draw), torch.randn(count, generator=draw) if biased else None)
+        for count, biased in zip((5, 20), biases, strict=True)
+    ]
+    goals = [torch.randn(len(inputs), len(layer.weight), generator=draw) for layer in layers]
+    together = Regression(12, [5, 20], has_bias=any(biases))
+    together.add(inputs, goals, weights)
+    for layer, goal, fit in zip(layers, goals, together.solve(layers, 0.1), strict=True):
+        alone = Regression(12, [len(goal.T)], has_bias=layer.bias is not None)
+        alone.add(inputs, [goal], weights)
+        (expected,) = alone.solve([layer], 0.1)
+        torch.testing.assert_close(fit.weight, expected.weight, atol=1e-6, rtol=1e-5)
+        assert (fit.bias is None) == (expected.bias is None)
+        assert fit.before == pytest.approx(expected.before) and fit.after == pytest.approx(expected.after)

@@ -141,11 +141,12 @@ def test_what_was_finished_is_not_fitted_again(models, finished, tmp_path, monke
 
     with pytest.raises(Cancelled):
         merge(recipe_for(models), out, listener=stop)
-    assert len(solved) == 7
+    # Groups that read the same: q k v, o, gate up, down.
+    assert len(solved) == 4
     advance(recipe_for(models, evaluation={"controls": ["shrink"]}), tmp_path / "other", until="reconstruct")
-    assert len(solved) == 21
+    assert len(solved) == 4 + 8
     merge(recipe_for(models), out)
-    assert len(solved) == 21 + 7 + 14  # the second block, and both of the control's
+    assert len(solved) == 12 + 4 + 8  # the second block, and both of the control's
 
 
 def test_texts_to_be_kept_hold_the_target_where_it_is(models, tmp_path):
@@ -214,7 +215,7 @@ def test_rows_are_tokens_that_both_models_end_in_the_same_place(tmp_path):
     note = json.loads((tmp_path / "fused/tmerge/cache/reconstruct.json").read_text())["facts"]
     for name in ("q", "k", "v"):
         # What the first block reads of a token is its embedding, wherever it stands.
-        assert note["errors"][name][0][0] < 1e-10
+        assert note["errors"][name][0][0] < 1e-6
     # Attention saw one token more.
     assert note["errors"]["o"][0][0] > 1e-4
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from tmerge.errors import UnsupportedModelError
 from tmerge.fusion.merge import TransportedNeurons, fuse
 from tmerge.fusion.passage import Goals, Passage, Reading, Wanted
-from tmerge.fusion.ridge import Fit, Regression
+from tmerge.fusion.ridge import Fit, Linear, Regression
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.models import Architecture, LoadedModel, Projection, Tap, feature_key
 from tmerge.models.blocks import BlockCall, hidden_of
@@ -87,28 +87,35 @@ class BlockFit:
         return FittedBlock(self.layer, items, errors, norms, rows)
 
     def _fits(self, names: Sequence[str]) -> dict[str, Fit]:
-        device = self.wanted[names[0]].view.weight().device
-        sums = {
-            name: Regression(of.view.in_features, len(of.matched), has_bias=of.view.has_bias, device=device)
-            for name, of in ((name, self.wanted[name]) for name in names)
-        }
-        taps = taps_of(self.passage.views, self.layer, [*names, "o"] if names == ["down"] else names, outputs=True)
-        weights = {name: self.wanted[name].view.weight().float() for name in names}
-        biases = {name: self.wanted[name].view.bias() for name in names}
+        views = {name: self.wanted[name].view for name in names}
+        layers = [self._now(name) for name in names]
+        sums = Regression(
+            views[names[0]].in_features,
+            [len(self.wanted[name].matched) for name in names],
+            has_bias=any(view.has_bias for view in views.values()),
+            device=layers[0].weight.device,
+        )
+        taps = taps_of(self.passage.views, self.layer, names, "pre")
+        if names == ["down"]:
+            taps += taps_of(self.passage.views, self.layer, ["o"], "post")
         for batch, call in enumerate(self.calls):
             caught = caught_in(call, taps, whole=False)[1]
             rows = self.reading.places[batch][1]
-            for name in names:
-                of = self.wanted[name]
-                inputs = self.reading.rows_of(batch, caught[feature_key(name, "pre")])
-                wanted, weighting = self._goal(name, batch, call, caught, rows)
-                wanted = wanted.to(device)
-                given = inputs @ weights[name][of.matched].T
-                bias = biases[name]
-                if bias is not None:
-                    given = given + bias[of.matched].float()
-                sums[name].add(inputs, wanted - given, wanted, None if weighting is None else weighting.to(device))
-        return {name: of.solve(self.passage.ridge, self.passage.rank) for name, of in sums.items()}
+            inputs = self.reading.rows_of(batch, caught[feature_key(names[0], "pre")])
+            found = [self._goal(name, batch, call, caught, rows) for name in names]
+            weighting = found[0][1]  # only o and down have one, and those are alone
+            sums.add(
+                inputs,
+                [goal.to(inputs.device) for goal, _ in found],
+                None if weighting is None else weighting.to(inputs.device),
+            )
+        return dict(zip(names, sums.solve(layers, self.passage.ridge, self.passage.rank), strict=True))
+
+    def _now(self, name: str) -> Linear:
+        """The outputs with a counterpart, as they are."""
+        of = self.wanted[name]
+        bias = of.view.bias()
+        return Linear(of.view.weight()[of.matched], None if bias is None else bias[of.matched])
 
     def _goal(
         self, name: str, batch: int, call: BlockCall, caught: Mapping[str, Tensor], rows: Tensor
@@ -139,9 +146,9 @@ class BlockFit:
         return TransportedNeurons(self.layer, name, neurons, weight, bias, is_difference=True)
 
 
-def taps_of(views: Architecture, layer: int, projections: Sequence[str], *, outputs: bool = False) -> list[Tap]:
-    """Where a block's features are caught: those after its projections, and with `outputs` false none before."""
-    wanted = {feature_key(name, side) for name in projections for side in (("pre", "post") if outputs else ("post",))}
+def taps_of(views: Architecture, layer: int, projections: Sequence[str], side: str) -> list[Tap]:
+    """Where a block's features are caught: those before (``pre``) or after (``post``) some of its projections."""
+    wanted = {feature_key(name, side) for name in projections}
     return [tap for tap in views.taps(list(dict.fromkeys(projections))) if tap.layer == layer and tap.key in wanted]
 
 
@@ -151,20 +158,24 @@ def caught_in(call: BlockCall, taps: Sequence[Tap], *, whole: bool = True) -> tu
     Args:
         call: The batch.
         taps: What to catch.
-        whole: Whether the block is run to its end; else up to the last tap, and nothing is returned of it.
+        whole: Whether the block is run to its end; else it ends where the last tap has been read, and nothing is
+            returned of it.
     """
     caught: dict[str, Tensor] = {}
     batch = len(call.hidden)
 
-    def hook(tap: Tap) -> Callable[..., None]:
-        def hear(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            caught[tap.key] = tap.read(inputs, output, batch)
-            if not whole and len(caught) == len(taps):
-                raise _Enough
+    def hear(tap: Tap, inputs: tuple[Any, ...], output: Any) -> None:
+        caught[tap.key] = tap.read(inputs, output, batch)
+        if not whole and len(caught) == len(taps):
+            raise _Enough
 
-        return hear
+    def hooked(tap: Tap) -> Any:
+        if tap.side == "pre":
+            # Before the module runs, so that a block that ends there is spared it.
+            return tap.module.register_forward_pre_hook(lambda module, inputs: hear(tap, inputs, None))
+        return tap.module.register_forward_hook(lambda module, inputs, output: hear(tap, inputs, output))
 
-    handles = [tap.module.register_forward_hook(hook(tap)) for tap in taps]
+    handles = [hooked(tap) for tap in taps]
     try:
         with torch.no_grad():
             return call.run(), caught

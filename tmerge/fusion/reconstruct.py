@@ -115,7 +115,7 @@ class _Source:
 
     def _pass(self, wanted: Mapping[str, Wanted], goals: Goals | None, out: Wanted | None) -> None:
         views = self._passage.source_views.layers[self._at]
-        taps = taps_of(self._passage.source_views, self._at, [*wanted, "o"] if "o" in views else [*wanted])
+        taps = taps_of(self._passage.source_views, self._at, [*wanted, "o"] if "o" in views else [*wanted], "post")
         for batch, call in enumerate(self._steps.calls(self._at)):
             if goals is None or not wanted:
                 result = call.run()
@@ -155,7 +155,7 @@ def _own(
     """What the block gives, unchanged, on the texts that are kept: their goals, and where their passes go on from."""
     results = []
     has_attention = "o" in passage.views.layers[layer]
-    taps = taps_of(passage.views, layer, [*wanted, "o"] if has_attention else [*wanted])
+    taps = taps_of(passage.views, layer, [*wanted, "o"] if has_attention else [*wanted], "post")
     for batch, call in enumerate(calls):
         if goals is None or not wanted:
             results.append(call.run())

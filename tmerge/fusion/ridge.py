@@ -1,12 +1,12 @@
-r"""What a linear sublayer should be changed by, in closed form: ridge regression of what it lacks on what it reads.
+r"""What linear sublayers should be changed by, in closed form: ridge regression of what they lack on what they read.
 
 For inputs X (R, in), a weight W (out, in) and the outputs Y (R, out) that it should give,
 
     dW = argmin |X (W + dW)^T - Y|^2 + lambda m |dW|^2,      m = mean(diag(X^T X)),
 
-solved from the normal equations ``(X^T X + lambda m I) dW^T = X^T (Y - X W^T)``, which are summed over batches: nothing
-that grows with R is held. Rows may be weighted. A bias is one more input that is always 1, and is not held back by
-lambda.
+solved from the normal equations ``(G + lambda m I) dW^T = X^T Y - G W^T`` with ``G = X^T X``, which are summed over
+batches: nothing that grows with R is held. Sublayers that read the same X share G and its factor. Rows may be weighted.
+A bias is one more input that is always 1, and is not held back by lambda.
 
 At most rank r: of all dW of that rank, the least of the same objective is the full solution projected onto the leading
 r right singular vectors of ``[X; sqrt(lambda m) I] dW^T`` (reduced-rank regression; Mukherjee and Zhu 2011, section 2).
@@ -14,6 +14,7 @@ r right singular vectors of ``[X; sqrt(lambda m) I] dW^T`` (reduced-rank regress
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,20 @@ from torch import Tensor
 
 from tmerge.errors import FusionError
 
-__all__ = ["Fit", "Regression"]
+__all__ = ["Fit", "Linear", "Regression"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """What a sublayer gives now: ``X weight^T + bias``.
+
+    Attributes:
+        weight: (out, in) W.
+        bias: (out,); None where it has none, and none is fitted.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,97 +56,148 @@ class Fit:
 
 
 class Regression:
-    """The sums of one sublayer's normal equations.
+    """The sums of the normal equations of sublayers that read the same.
 
     Args:
         inputs: in.
-        outputs: out.
-        has_bias: Whether a bias is fitted too.
+        outputs: out of each sublayer.
+        has_bias: Whether any has a bias.
         device: Where the sums are kept.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, has_bias: bool, device: torch.device | None = None) -> None:
+    def __init__(
+        self, inputs: int, outputs: Sequence[int], *, has_bias: bool, device: torch.device | None = None
+    ) -> None:
         self._inputs, self._has_bias = inputs, has_bias
         size = inputs + has_bias
         self._gram = torch.zeros(size, size, device=device)
-        self._cross = torch.zeros(size, outputs, device=device)
-        self._lack = self._wanted = 0.0
+        self._crosses = [torch.zeros(size, count, device=device) for count in outputs]
+        self._squares = [0.0 for _ in outputs]
         self.rows = 0
 
-    def add(self, inputs: Tensor, lack: Tensor, wanted: Tensor, weights: Tensor | None = None) -> None:
+    def add(self, inputs: Tensor, wanted: Sequence[Tensor], weights: Tensor | None = None) -> None:
         """Add some rows.
 
         Args:
             inputs: (r, in) of X.
-            lack: (r, out) of Y - X W^T - b.
-            wanted: (r, out) of Y, for the errors alone.
+            wanted: (r, out) of Y, for each sublayer.
             weights: (r,) that rows of X, Y and the bias's input are multiplied by; 1 if None.
         """
-        inputs, lack, wanted = inputs.float(), lack.float(), wanted.float()
+        inputs = inputs.float()
         if self._has_bias:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-        if weights is not None:
-            column = weights.float().unsqueeze(1)
-            inputs, lack, wanted = inputs * column, lack * column, wanted * column
+        column = None if weights is None else weights.float().unsqueeze(1)
+        if column is not None:
+            inputs = inputs * column
         self._gram.addmm_(inputs.T, inputs)
-        self._cross.addmm_(inputs.T, lack)
-        self._lack += float(lack.square().sum())
-        self._wanted += float(wanted.square().sum())
+        for place, goal in enumerate(wanted):
+            goal = goal.float() if column is None else goal.float() * column
+            self._crosses[place].addmm_(inputs.T, goal)
+            self._squares[place] += float(goal.square().sum())
         self.rows += len(inputs)
 
-    def solve(self, ridge: float, rank: int | None = None) -> Fit:
-        """The change.
+    def solve(self, given: Sequence[Linear], ridge: float, rank: int | None = None) -> list[Fit]:
+        """The change of each sublayer; the sums are of no use afterwards.
 
         Args:
+            given: What each gives now.
             ridge: lambda, in units of the inputs' mean square.
-            rank: Most of dW; full if None.
+            rank: Most of each dW; full if None.
 
         Raises:
             FusionError: The equations have no single solution.
         """
         device = torch.device("cpu") if self._gram.device.type == "mps" else self._gram.device  # it has no float64
-        gram, cross = self._gram.to(device).double(), self._cross.to(device).double()
-        if not bool(torch.isfinite(gram).all()) or not bool(torch.isfinite(cross).all()):
-            raise FusionError(
-                "the reconstruction's activations are not finite; set dtype: float32, and look for damaged weights"
-            )
-        diagonal = gram.diagonal()
-        if not bool((diagonal[: self._inputs] > 0).any()):
-            # Nothing is read, so that no weight changes anything; a bias is the mean of what lacks.
-            gram.diagonal()[: self._inputs] += 1.0
-        held = ridge * float(diagonal[: self._inputs].mean())
+        gram = self._gram.to(device).double()
+        del self._gram
+        equations: dict[bool, _Equations] = {}
+        fits = []
+        for place, layer in enumerate(given):
+            cross = self._crosses[place].to(device).double()
+            biased = layer.bias is not None
+            if biased not in equations:
+                size = self._inputs + biased
+                equations[biased] = _Equations.of(gram[:size, :size], self._inputs, ridge, self.rows)
+            fits.append(equations[biased].fit(layer, cross[: self._inputs + biased], self._squares[place], rank))
+        return fits
+
+
+@dataclass(frozen=True)
+class _Equations:
+    """``G``, ``G + lambda m I`` and its Cholesky factor; G has one more row and column where a bias is fitted."""
+
+    gram: Tensor
+    regular: Tensor
+    factor: Tensor
+    inputs: int
+
+    @classmethod
+    def of(cls, gram: Tensor, inputs: int, ridge: float, rows: int) -> _Equations:
+        if not bool(torch.isfinite(gram).all()):
+            raise _not_finite()
+        diagonal = gram.diagonal()[:inputs]
+        held = ridge * float(diagonal.mean())
+        # Where nothing is read no weight changes anything; a bias is the mean of what lacks.
+        held = held if bool((diagonal > 0).any()) else 1.0
         regular = gram.clone()
-        regular.diagonal()[: self._inputs] += held
+        regular.diagonal()[:inputs] += held
         factor, failed = torch.linalg.cholesky_ex(regular)
         if int(failed) or not bool(torch.isfinite(factor.diagonal()).all()):
             raise FusionError(
-                f"the reconstruction's equations of {self._inputs} inputs and {self.rows} rows have no single "
-                "solution: raise fusion.ridge, or give more texts"
+                f"the reconstruction's equations of {inputs} inputs and {rows} rows have no single solution: raise "
+                "fusion.ridge, or give more texts"
             )
-        change = torch.cholesky_solve(cross, factor)
-        if rank is not None and rank < min(self._inputs, cross.shape[1]):
-            change = self._of_rank(change, regular, rank)
-        left = self._lack - 2 * float((change * cross).sum()) + float((change * (gram @ change)).sum())
-        before, after = (None if not self._wanted else max(0.0, value) / self._wanted for value in (self._lack, left))
-        weight = change[: self._inputs].T.float().contiguous()
-        return Fit(weight, change[self._inputs].float() if self._has_bias else None, before, after)
+        return cls(gram, regular, factor, inputs)
 
-    def _of_rank(self, change: Tensor, regular: Tensor, rank: int) -> Tensor:
-        # What a bias gives is of rank 1 by itself; it stays whole, as only the weight's rank is asked for.
-        fitted = change.T @ regular @ change if not self._has_bias else self._without_bias(change, regular)
-        _, vectors = torch.linalg.eigh(fitted)
-        leading = vectors[:, -rank:]
+    def fit(self, layer: Linear, cross: Tensor, square: float, rank: int | None) -> Fit:
+        """Of the sums ``cross = X^T Y`` (in, out) and ``square = |Y|^2``."""
+        if not bool(torch.isfinite(cross).all()):
+            raise _not_finite()
+        now = layer.weight.to(cross).T
+        if layer.bias is not None:
+            now = torch.cat([now, layer.bias.to(cross)[None]])
+        made = self.gram @ now
+        lack = cross - made
+        change = torch.cholesky_solve(lack, self.factor)
+        if rank is not None and rank < min(self.inputs, cross.shape[1]):
+            change = self._of_rank(change, rank)
+        # |Y - X W^T|^2, and what the change takes from it.
+        before = square - float((now * (cross + lack)).sum())
+        after = before - float((change * (2 * lack - self.gram @ change)).sum())
+        shares = [None if not square else max(0.0, value) / square for value in (before, after)]
+        bias = None if layer.bias is None else change[self.inputs].float()
+        return Fit(change[: self.inputs].T.float().contiguous(), bias, *shares)
+
+    def _of_rank(self, change: Tensor, rank: int) -> Tensor:
+        weight, inner = change[: self.inputs], self.regular
+        if self.has_bias:
+            # The inputs' Gram matrix about their mean: the bias, which stays whole, takes the mean's part.
+            row, corner = self.regular[-1, :-1], self.regular[-1, -1]
+            inner = self.regular[:-1, :-1] - torch.outer(row, row) / corner
+        leading = _leading(inner, weight, rank)
         reduced = change.clone()
-        reduced[: self._inputs] = change[: self._inputs] @ leading @ leading.T
-        if self._has_bias:
+        reduced[: self.inputs] = weight @ leading @ leading.T
+        if self.has_bias:
             # The best bias beside the reduced weight.
-            row, corner = regular[-1, :-1], regular[-1, -1]
-            lost = change[:-1] - reduced[:-1]
-            reduced[-1] = change[-1] + (row @ lost) / corner
+            reduced[-1] = change[-1] + (row @ (weight - reduced[: self.inputs])) / corner
         return reduced
 
-    def _without_bias(self, change: Tensor, regular: Tensor) -> Tensor:
-        """``dW S dW^T`` with S the inputs' Gram matrix about their mean: a bias takes the mean's part."""
-        row, corner = regular[-1, :-1], regular[-1, -1]
-        centred = regular[:-1, :-1] - torch.outer(row, row) / corner
-        return change[:-1].T @ centred @ change[:-1]
+    @property
+    def has_bias(self) -> bool:
+        return len(self.gram) > self.inputs
+
+
+def _leading(inner: Tensor, weight: Tensor, rank: int) -> Tensor:
+    """(out, r) leading right singular vectors of ``S^(1/2) C``, S (in, in) positive definite and C (in, out)."""
+    if weight.shape[1] <= weight.shape[0]:
+        return torch.linalg.eigh(weight.T @ inner @ weight)[1][:, -rank:]
+    # The smaller eigenproblem, of ``L^T C C^T L`` with S = L L^T.
+    half = torch.linalg.cholesky(inner).T @ weight
+    values, vectors = torch.linalg.eigh(half @ half.T)
+    return half.T @ (vectors[:, -rank:] * values[-rank:].clamp_min(torch.finfo(values.dtype).tiny).rsqrt())
+
+
+def _not_finite() -> FusionError:
+    return FusionError(
+        "the reconstruction's activations are not finite; set dtype: float32, and look for damaged weights"
+    )
