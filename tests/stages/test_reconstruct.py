@@ -1,5 +1,6 @@
 """Reconstruction as a stage: a target drawn to what a deeper relative does, stopped, and gone on with."""
 
+import hashlib
 import json
 import shutil
 
@@ -11,13 +12,22 @@ from transformers import AutoModelForCausalLM
 from tests.pico import pico_model, pico_tokenizer, save_pico
 from tests.stages.test_merge import digest
 from tests.stages.test_task_vector import _deeper, _shaken, save_all
+from tmerge.calibration import TextSet, sample_texts
 from tmerge.cli.show import show_report
 from tmerge.comparison.reproduce import reproduce
-from tmerge.errors import Cancelled, RecipeError, UnsupportedModelError
+from tmerge.errors import (
+    Cancelled,
+    DatasetError,
+    NotEnoughMemoryError,
+    RecipeError,
+    TooFewTextsError,
+    UnsupportedModelError,
+)
 from tmerge.fusion import StoredNeurons, fuse
 from tmerge.models import describe, load_model
 from tmerge.recipe import Recipe
 from tmerge.report import read_report, score_rows
+from tmerge.run import Run
 from tmerge.stages.adapt import adapt_run
 from tmerge.stages.merge import advance, merge
 
@@ -147,6 +157,59 @@ def test_what_was_finished_is_not_fitted_again(models, finished, tmp_path, monke
     assert len(solved) == 4 + 8
     merge(recipe_for(models), out)
     assert len(solved) == 12 + 4 + 8  # the second block, and both of the control's
+
+
+@pytest.fixture(scope="module")
+def kept_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "kept.jsonl"
+    lines = [json.dumps({"text": text}) for text in sample_texts("english")[:80]]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_too_few_texts_to_be_kept_are_said_before_anything_is_read(models, tmp_path):
+    recipe = recipe_for(models, fusion={"keep": "samples:english", "keep_texts": 20})
+    with pytest.raises(TooFewTextsError, match=r"'samples:english': 20 rows .* raise fusion.keep_texts \(now 20\)"):
+        advance(recipe, tmp_path / "fused", until="texts")
+
+
+def test_the_texts_to_be_kept_are_known_by_their_contents(models, kept_file, tmp_path):
+    recipe = recipe_for(models, fusion={"keep": str(kept_file), "keep_texts": 80}, evaluation={"controls": []})
+    report = merge(recipe, tmp_path / "fused")
+    kept = report.evaluation.kept
+    assert kept.file_sha256 == hashlib.sha256(kept_file.read_bytes()).hexdigest()
+    # Of the 18 that are held out as many are scored as of the others.
+    assert (kept.texts, report.fusion.fit.keep_texts) == (12, 62)
+    # By its name: nobody else has its folder.
+    assert kept.dataset == report.fusion.fit.keep == "kept.jsonl"
+    # The same bytes come out again; another file of that name gives other weights, and is refused.
+    assert reproduce(str(tmp_path / "fused"), tmp_path / "again").same
+    before = kept_file.read_text(encoding="utf-8")
+    try:
+        kept_file.write_text(before + json.dumps({"text": "One more."}) + "\n", encoding="utf-8")
+        with pytest.raises(DatasetError, match=r"kept.jsonl have changed since .* put that file in its place"):
+            reproduce(str(tmp_path / "fused"), tmp_path / "changed")
+    finally:
+        kept_file.write_text(before, encoding="utf-8")
+
+
+def test_texts_that_decide_are_not_among_those_to_be_kept(models, tmp_path):
+    recipe = recipe_for(models, fusion={"alpha": "auto", "keep": "samples:indonesian", "keep_texts": 100})
+    note = advance(recipe, tmp_path / "fused", until="texts")
+    run = Run(tmp_path / "fused")
+    texts, kept = (TextSet.load(path) for path in (run.texts_path, run.kept_texts_path))
+    assert len(texts.choosing) >= 8 and not {*kept.texts} & {*texts.held_out, *texts.choosing}
+    assert note.kept["texts"] == len(kept.texts) < 100 - note.kept["held_out"]
+
+
+def test_running_out_of_memory_is_one_line(models, tmp_path, monkeypatch):
+    def full(*words):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("tmerge.fusion.ridge.Regression.add", full)
+    with pytest.raises(NotEnoughMemoryError, match="the reconstruction does not fit in memory on cpu") as caught:
+        merge(recipe_for(models), tmp_path / "fused")
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
 def test_texts_to_be_kept_hold_the_target_where_it_is(models, tmp_path):

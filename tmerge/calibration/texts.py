@@ -8,7 +8,7 @@ import json
 import random
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,15 @@ class TextSet:
         """The texts whose features are read."""
         return self.other or self.texts
 
+    def without(self, others: Iterable[str]) -> TextSet:
+        """Fewer to calibrate on: not those that, white space and Unicode form apart, are among some others."""
+        away = {normalise(text) for text in others}
+        left = [place for place, text in enumerate(self.texts) if normalise(text) not in away]
+        texts = tuple(self.texts[place] for place in left)
+        prompts = tuple(self.prompts[place] for place in left)
+        digest = _digest(texts, self.held_out, self.choosing)
+        return replace(self, texts=texts, prompts=prompts, sha256=digest)
+
     def to_dict(self) -> dict[str, Any]:
         """What the report records: everything but the texts, which are given by their number; JSON-serialisable."""
         data = asdict(self)
@@ -142,6 +151,7 @@ def read_texts(
     choosing: float = 0.0,
     chat_tokenizer: Any | None = None,
     progress: Callable[[int, int], None] | None = None,
+    key: str = "calibration.texts",
 ) -> TextSet:
     """Read, de-duplicate and split the calibration texts.
 
@@ -154,6 +164,7 @@ def read_texts(
         choosing: Share of the texts that are not held out to keep for choosing settings on.
         chat_tokenizer: The target's tokenizer, whose chat template writes conversations for both models.
         progress: Called with texts found and texts asked for.
+        key: Where the recipe says how many texts; named where they are too few.
 
     Raises:
         DatasetError: The dataset, its configuration, split or column cannot be found or read.
@@ -215,7 +226,7 @@ def read_texts(
         prompts=tuple(before[text] for text in texts),
         file_sha256=source.file_sha256,
     )
-    _check_enough(result, settings, choosing)
+    _check_enough(result, settings, choosing, key)
     return result
 
 
@@ -306,7 +317,7 @@ def _digest(*parts: Iterable[str]) -> str:
     return hashlib.sha256(listed.encode()).hexdigest()
 
 
-def _check_enough(found: TextSet, settings: CalibrationSettings, choosing: float) -> None:
+def _check_enough(found: TextSet, settings: CalibrationSettings, choosing: float, key: str) -> None:
     enough = not choosing or len(found.choosing) >= MINIMUM_HELD_OUT
     if len(found.texts) >= MINIMUM_CALIBRATION and len(found.held_out) >= MINIMUM_HELD_OUT and enough:
         return
@@ -319,7 +330,7 @@ def _check_enough(found: TextSet, settings: CalibrationSettings, choosing: float
         short.append(f"{len(found.choosing)} to choose alpha on ({MINIMUM_HELD_OUT} needed)")
     # Whether the dataset or the recipe is what ran out decides the remedy.
     if len(found.texts) + len(found.held_out) + len(found.choosing) == settings.texts:
-        remedy = f"raise calibration.texts (now {settings.texts})"
+        remedy = f"raise {key} (now {settings.texts})"
     else:
         remedy = "use a dataset with more texts"
     remedy += f", or change calibration.held_out (now {settings.held_out})"

@@ -232,6 +232,8 @@ def _refuse_other_data(found: FoundRun, report: Report, recipe: Recipe) -> None:
     """Local files of texts are known by their contents too; other texts would give other weights."""
     read, calibration = report.calibration, recipe.calibration
     files = [(calibration.dataset, read.file_sha256), (calibration.match_on, read.other_sha256)]
+    if recipe.fusion.kept_on is not None and report.evaluation.kept is not None:
+        files.append((recipe.fusion.kept_on, report.evaluation.kept.file_sha256))
     if report.adaptation is not None:
         data = report.adaptation.data
         files += [(data.dataset, data.file_sha256)] if data.sha256 != read.sha256 else []

@@ -201,7 +201,7 @@ def _refuse_local(recipe: Recipe) -> None:
                 f"{key} {reference!r} is on this machine alone, and the job runs elsewhere; push it and name its Hub id"
             )
     datasets = {f"calibration.{key}": getattr(recipe.calibration, key) for key in ("dataset", "match_on")}
-    datasets["fusion.keep"] = getattr(recipe.fusion, "keep", None)
+    datasets["fusion.keep"] = recipe.fusion.kept_on
     for key, named in datasets.items():
         dataset = (named or "").strip()
         if dataset and not dataset.startswith(SAMPLES_PREFIX) and local_file(dataset) is not None:

@@ -46,6 +46,11 @@ class _Fused(Section):
         """Whether embeddings and norms are carried as well."""
         return False
 
+    @property
+    def kept_on(self) -> str | None:
+        """The dataset of texts on which the target is to stay as it is; None without one."""
+        return None
+
 
 class _Carried(_Fused):
     """What those have that carry weights."""
@@ -144,7 +149,14 @@ class Reconstruction(_Fused):
     keep: str | None = Field(
         "samples:english", description="texts on which the target goes on doing what it does: as calibration.dataset"
     )
-    keep_texts: Annotated[int, Field(ge=1)] = Field(200, description="of them, at most")
+    keep_texts: Annotated[int, Field(ge=1)] = Field(
+        200, description="of them, at most; the held-out share of them is scored, the others are fitted on"
+    )
+
+    @property
+    def kept_on(self) -> str | None:
+        """As `_Fused.kept_on`."""
+        return self.keep
 
 
 CarriedSettings = Weights | TaskVector

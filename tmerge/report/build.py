@@ -60,7 +60,7 @@ def build_report(
     ]
     total = sum(stage["seconds"] for stage in stages)
     forward = sum(stage["forward_seconds"] for stage in stages)
-    remarks = [*checked.notes, *texts.pop("notes", [])]
+    remarks = [*checked.notes, *texts.pop("notes", []), *(notes["texts"]["kept"] or {}).get("notes", [])]
     if solved["converged"] < solved["problems"]:
         remarks.append(
             f"{solved['problems'] - solved['converged']} of {solved['problems']} feature plans did not reach the "
@@ -82,7 +82,7 @@ def build_report(
             f"fusion.alpha auto found no alpha that clearly gains on {choice['texts']} texts kept for choosing: the "
             "checkpoint is the target, unchanged"
         )
-    kept = _kept(recipe, notes["evaluate"])
+    kept = _kept(recipe, notes["texts"], notes["evaluate"])
     if kept is not None:
         remarks.append(kept_words(kept))
     document = {
@@ -143,15 +143,15 @@ def _scores(note: Mapping[str, Any]) -> Scores:
     return Scores(bits, sizes, note["tokens"], 0.0)
 
 
-def _kept(recipe: Recipe, note: Mapping[str, Any]) -> Kept | None:
-    """Of the texts that a reconstruction is to leave the target as it is on."""
+def _kept(recipe: Recipe, texts: Mapping[str, Any], note: Mapping[str, Any]) -> Kept | None:
+    """Scores on the texts that a reconstruction is to leave the target as it is on."""
     if not note.get("kept"):
         return None
     base, fused = (_scores(note["kept"][name]) for name in ("base", "fused"))
     counts = resamples(len(base.bits), recipe.evaluation.bootstrap, recipe.seed)
     return Kept.model_validate(
         {
-            "dataset": note["kept_dataset"],
+            **{name: texts["kept"][name] for name in ("dataset", "revision", "file_sha256", "sha256")},
             "texts": len(base.bits),
             "base": score(base, counts).to_dict(),
             "fused": score(fused, counts).to_dict(),
@@ -201,8 +201,8 @@ def _fusion(recipe: Recipe, checked: Check, note: Mapping[str, Any]) -> dict[str
         }
     how: dict[str, Any]
     if isinstance(settings, Reconstruction):
-        measured = {name: note[name] for name in ("rows", "keep_texts", "errors")}
-        how = {"fit": {"ridge": settings.ridge, "rank": settings.rank, "keep": settings.keep, **measured}}
+        measured = {name: note[name] for name in ("rows", "keep", "keep_texts", "errors")}
+        how = {"fit": {"ridge": settings.ridge, "rank": settings.rank, **measured}}
     else:
         how = {"scale": settings.scale, "units": settings.units, "top_k": settings.top_k}
     return {

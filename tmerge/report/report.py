@@ -86,11 +86,17 @@ class Kept(Part):
 
     Attributes:
         dataset: Their name.
-        texts: How many, none of which was fitted on.
+        revision: Commit of a dataset on the Hub.
+        file_sha256: Of a local file.
+        sha256: Of the texts, those that were fitted on too.
+        texts: How many are scored, none of which was fitted on.
         difference: Of the fused model to the target, paired.
     """
 
     dataset: str
+    revision: str | None = None
+    file_sha256: str | None = None
+    sha256: str = ""
     texts: int
     base: Measured
     fused: Measured

@@ -75,7 +75,6 @@ class Evaluate:
             descent=descent,
             forward_seconds=seconds,
             kept=kept,
-            kept_dataset="" if self.kept is None else self.kept.dataset,
         )
 
     def _scores(

@@ -127,8 +127,10 @@ class _Road:
         auto = recipe.fusion.alpha == "auto"
         apart = auto or (recorded is not None and recorded.recipe.fusion.alpha == "auto")
         data = self._data(says, recorded is not None)
-        yield runner(Texts(recipe, models.target, models.source, data, apart, recorded is not None, run.texts_path))
+        paths = run.texts_path, run.kept_texts_path
+        yield runner(Texts(recipe, models.target, models.source, data, apart, recorded is not None, *paths))
         texts = TextSet.load(run.texts_path)
+        kept = self._kept()
         if recorded is not None:
             recorded.refuse_other_texts(texts.sha256)
 
@@ -147,8 +149,8 @@ class _Road:
         neurons, before = Neurons(cache), None if base is None else self._weights(base, "source-base")
         fused: Finished[FuseNote]
         if isinstance(recipe.fusion, Reconstruction):
-            three, keep = (models.target, models.source, base), data.get(str(recipe.fusion.keep))
-            fused = runner(Reconstruct(recipe, *three, texts, keep, features, solved.key, recorded, run, neurons))
+            three = models.target, models.source, base
+            fused = runner(Reconstruct(recipe, *three, texts, kept, features, solved.key, recorded, run, neurons))
         else:
             fused = runner(Fuse(recipe, models.target, weights, before, features, solved.key, recorded, run, neurons))
         yield fused
@@ -160,7 +162,6 @@ class _Road:
         else:
             alpha = recipe.fusion.alpha
         unfused = target.note.scores
-        kept = TextSet.load(run.kept_texts_path) if run.kept_texts_path.is_file() else None
         yield runner(Evaluate(recipe, models.target, texts, neurons, alpha, fused.key, unfused, kept))
         yield runner(Save(recipe, run, models.target, texts, neurons, alpha, fused.key))
 
@@ -169,20 +170,23 @@ class _Road:
         return SourceWeights(model, self.check.projections, self.recipe.fusion.carries_stream, path)
 
     def _data(self, says: Progress, recorded: bool) -> dict[str, str]:
-        """The calibration's datasets -> what identifies their contents; a recorded transport needs none to match on."""
+        """The recipe's datasets -> what identifies their contents; a recorded transport needs none to match on."""
         settings = self.recipe.calibration
         other = [] if settings.match_on is None or recorded else [settings.match_on]
-        if isinstance(self.recipe.fusion, Reconstruction) and self.recipe.fusion.keep is not None:
-            other.append(self.recipe.fusion.keep)
+        if self.recipe.fusion.kept_on is not None:
+            other.append(self.recipe.fusion.kept_on)
         record = DatasetRecord(self.run.cache / "data.json", says.note)
         found = record.identify(list(dict.fromkeys([settings.dataset, *other])))
         record.save()
         return found
 
+    def _kept(self) -> TextSet | None:
+        return None if self.recipe.fusion.kept_on is None else TextSet.load(self.run.kept_texts_path)
+
     def report(self, finished: list[Finished[Any]]) -> Report:
         """Write the report and the card, once all stages are finished."""
         notes = {done.name: done for done in finished}
-        resolved = self._resolved(TextSet.load(self.run.texts_path))
+        resolved = self._resolved(TextSet.load(self.run.texts_path), self._kept())
         write_text(self.run.work / "recipe.yaml", resolved.to_yaml())
         scores = {"base": notes["target"].note.scores, "source": notes["source"].note.scores}
         scores |= notes["evaluate"].note.scores
@@ -201,7 +205,7 @@ class _Road:
         write_card(self.run, report, resolved)
         return report
 
-    def _resolved(self, texts: TextSet) -> Recipe:
+    def _resolved(self, texts: TextSet, kept: TextSet | None) -> Recipe:
         """The recipe with Hub references pinned to the commits that were read."""
         data = self.recipe.model_dump(mode="json") | self.models.pinned()
         if self.recorded is not None:
@@ -209,10 +213,8 @@ class _Road:
         if texts.revision is not None:
             name = self.recipe.calibration.dataset.partition("@")[0]
             data["calibration"]["dataset"] = f"{name}@{texts.revision}"
-        if isinstance(self.recipe.fusion, Reconstruction) and self.run.kept_texts_path.is_file():
-            kept = TextSet.load(self.run.kept_texts_path)
-            if kept.revision is not None:
-                data["fusion"]["keep"] = f"{str(data['fusion']['keep']).partition('@')[0]}@{kept.revision}"
+        if kept is not None and kept.revision is not None:
+            data["fusion"]["keep"] = f"{str(self.recipe.fusion.kept_on).partition('@')[0]}@{kept.revision}"
         if texts.other_dataset is not None:
             data["calibration"]["match_on"] = texts.other_dataset
         return Recipe.from_mapping(data)

@@ -71,9 +71,11 @@ class TextsNote(Note):
 
     Attributes:
         texts: `TextSet.to_dict`.
+        kept: Likewise, of the texts that a reconstruction is to leave the target as it is on; None without any.
     """
 
     texts: dict[str, Any]
+    kept: dict[str, Any] | None = None
 
 
 class ReadNote(Note):
@@ -136,11 +138,13 @@ class ReconstructNote(FuseNote):
     Attributes:
         errors: Projection -> per layer, ``|Y - X W^T|^2 / |Y|^2`` before and after its fit; None where Y is zero.
         rows: Tokens that were fitted on, those of `keep_texts` too.
-        keep_texts: On which the target's own activations were the goal.
+        keep: The dataset of texts that are kept; None without one.
+        keep_texts: Of it, on which the target's own activations were the goal.
     """
 
     errors: dict[str, list[tuple[float | None, float | None]]]
     rows: int
+    keep: str | None
     keep_texts: int
 
 
@@ -165,14 +169,12 @@ class EvaluateNote(Note):
     Attributes:
         scores: ``fused`` and the controls -> their scores.
         kept: ``base`` and ``fused`` -> their scores on texts that a reconstruction is to keep; empty without any.
-        kept_dataset: Their name.
         descent: Of the descent control, where it was asked for.
     """
 
     scores: dict[str, ScoreNote]
     descent: dict[str, Any] | None = None
     kept: dict[str, ScoreNote] = {}
-    kept_dataset: str = ""
 
 
 class SaveNote(Note):

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tmerge.calibration import TextSet, normalise, pinned, read_texts
-from tmerge.errors import DatasetError, TooFewTextsError
+from tmerge.calibration import TextSet
 from tmerge.evaluation import control_generator
 from tmerge.fusion import COLUMN_PROJECTIONS, NeuronWriter, Passage, reconstruct, score_factor
 from tmerge.models import Model, Projection
+from tmerge.models.device import memory_errors
 from tmerge.recipe import FITTED_CONTROLS, Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
 from tmerge.run import Run
@@ -40,7 +40,7 @@ class Reconstruct:
         source: Read beside it, and let go.
         source_base: Likewise, for the control ``base``.
         texts: Whose calibration texts are fitted on.
-        keep: What identifies the dataset of the texts that are kept; None without one.
+        kept: Whose calibration texts the target goes on doing on what it does; None without any.
         features: What the transport was solved from.
         solved: The key of the stage that solved it.
         recorded: A recorded transport, which is used instead.
@@ -53,7 +53,7 @@ class Reconstruct:
     source: Model
     source_base: Model | None
     texts: TextSet
-    keep: str | None
+    kept: TextSet | None
     features: Features
     solved: str
     recorded: RecordedRun | None
@@ -76,7 +76,7 @@ class Reconstruct:
             "source": self.source.commit,
             "fusion": self._settings.model_dump(mode="json", exclude={"alpha", "alphas"}),
             "texts": self.texts.sha256,
-            "keep": self.keep,
+            "keep": None if self.kept is None else self.kept.sha256,
             "calibration": self.recipe.digest("calibration"),
             "dtype": self.recipe.dtype,
             "device": self.recipe.device,
@@ -87,21 +87,23 @@ class Reconstruct:
 
     def do(self, key: str, progress: Progress) -> ReconstructNote:
         """Fit, block by block; then the same for each control that is fitted too."""
-        transport, keep = transport_of(self.recipe, self.features, self.recorded), self._kept_texts()
+        transport = transport_of(self.recipe, self.features, self.recorded)
         fitted = self.neurons.go_on("fused", key)
-        self._pass("fused", transport, keep, fitted, progress)
+        self._pass("fused", transport, fitted, progress)
         for name in self._controls:
-            self._pass(name, transport, keep, self.neurons.go_on(name, key), progress)
+            self._pass(name, transport, self.neurons.go_on(name, key), progress)
         self._record(transport)
-        return self._noted(fitted.notes, len(keep))
+        return self._noted(fitted.notes)
 
     @property
     def _controls(self) -> list[str]:
         return [name for name in self.recipe.evaluation.controls if name in FITTED_CONTROLS]
 
-    def _pass(
-        self, name: str, transport: Transport, keep: Sequence[str], writer: NeuronWriter, progress: Progress
-    ) -> None:
+    @property
+    def _keep(self) -> tuple[str, ...]:
+        return () if self.kept is None else self.kept.texts
+
+    def _pass(self, name: str, transport: Transport, writer: NeuronWriter, progress: Progress) -> None:
         """One reconstruction of the target as it is stored; what was finished of it before is not fitted again."""
         if writer.is_finished:
             return
@@ -129,22 +131,25 @@ class Reconstruct:
             self._shuffle if name == "permuted" else None,
             self.recipe.seed if name == "texts" else None,
         )
-        reconstruct(
-            passage,
-            self.texts.texts,
-            keep,
-            self._folder,
-            finished=writer.parts(),
-            take=lambda block: writer.add(block.items, block.note()),
-            progress=progress.counting("reconstructing" if name == "fused" else f"{name}: reconstructing", "layers"),
-        )
+        with memory_errors("the reconstruction", target.device):
+            reconstruct(
+                passage,
+                self.texts.texts,
+                self._keep,
+                self._folder,
+                finished=writer.parts(),
+                take=lambda block: writer.add(block.items, block.note()),
+                progress=progress.counting(
+                    "reconstructing" if name == "fused" else f"{name}: reconstructing", "layers"
+                ),
+            )
         writer.finish()
         shutil.rmtree(self._folder, ignore_errors=True)
         self.target.release()
         drawn_to.release()
         gc.collect()
 
-    def _noted(self, blocks: Sequence[Mapping[str, Any]], keep_texts: int) -> ReconstructNote:
+    def _noted(self, blocks: Sequence[Mapping[str, Any]]) -> ReconstructNote:
         """What was changed, and by how much."""
         layers = self.target.layout.layers
         ratios: dict[str, list[float | None]] = {name: [] for name in self.features.projections}
@@ -164,7 +169,8 @@ class Reconstruct:
             layer_plans_converged=True,
             errors=errors,
             rows=blocks[0]["rows"],
-            keep_texts=keep_texts,
+            keep=None if self.kept is None else self.kept.dataset,
+            keep_texts=len(self._keep),
         )
 
     @property
@@ -173,35 +179,6 @@ class Reconstruct:
 
     def _shuffle(self, layer: int, feature: str, neurons: int) -> Tensor:
         return torch.randperm(neurons, generator=control_generator(self.recipe.seed, "permuted", layer, feature))
-
-    def _kept_texts(self) -> list[str]:
-        """Texts on which the target goes on doing what it does; others of the same dataset are scored."""
-        settings, calibration = self._settings, self.recipe.calibration
-        path = self.run.kept_texts_path
-        if settings.keep is None or self.keep is None:
-            path.unlink(missing_ok=True)
-            return []
-        read = calibration.model_copy(
-            update={
-                "dataset": pinned(settings.keep, self.keep),
-                "texts": settings.keep_texts,
-                "match_on": None,
-                "config": None,
-                "split": "train",
-                "column": None,
-            }
-        )
-        try:
-            found = read_texts(read, seed=self.recipe.seed, chat_tokenizer=self.target.tokenizer)
-        except TooFewTextsError as error:
-            raise TooFewTextsError(
-                f"fusion.keep {settings.keep!r}, fusion.keep_texts {settings.keep_texts}: {error}"
-            ) from None
-        if found.file_sha256 is not None and self.keep != f"sha256:{found.file_sha256}":
-            raise DatasetError(f"fusion.keep {settings.keep!r} changed after the run had begun; start again")
-        found.save(path)
-        away = {normalise(text) for text in (*self.texts.choosing, *self.texts.held_out)}
-        return [text for text in found.texts if normalise(text) not in away]
 
     def _record(self, transport: Transport) -> None:
         """The transport that was used, for pictures and later runs."""

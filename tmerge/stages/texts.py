@@ -10,7 +10,7 @@ from typing import Any
 from tmerge.calibration import TextSet, common_ends, other_texts, pinned, read_texts, token_limit
 from tmerge.errors import DatasetError
 from tmerge.models import Model
-from tmerge.recipe import CalibrationSettings, Recipe
+from tmerge.recipe import CalibrationSettings, Recipe, Reconstruction
 from tmerge.stages.notes import TextsNote
 from tmerge.stages.step import Progress
 
@@ -25,10 +25,11 @@ class Texts:
         recipe: Of the run.
         target: Its tokenizer's chat template shapes conversations.
         source: Read where both tokenizers have to agree on token positions.
-        data: The calibration's datasets -> what identifies their contents.
+        data: The recipe's datasets of texts -> what identifies their contents.
         choosing: Whether texts are kept apart to choose alpha on.
         recorded: Whether a recorded transport is used: then nothing is matched, and no features are read.
         path: Of the `TextSet`.
+        kept_path: Of the one that a reconstruction is to leave the target as it is on.
     """
 
     recipe: Recipe
@@ -38,6 +39,7 @@ class Texts:
     choosing: bool
     recorded: bool
     path: Path
+    kept_path: Path
 
     name = "texts"
     note = TextsNote
@@ -53,6 +55,7 @@ class Texts:
             "target": self.target.commit,
             "choosing": self.choosing,
             "data": dict(self.data),
+            **({} if self._keeping is None else {"keep": [self._keeping.keep, self._keeping.keep_texts]}),
         }
 
     def do(self, key: str, progress: Progress) -> TextsNote:
@@ -67,12 +70,41 @@ class Texts:
         if settings.match_on is not None and not self.recorded:
             kept_away = texts.choosing + texts.held_out
             texts = replace(texts, **other_texts(settings, kept_away, seed=seed, chat_tokenizer=tokenizer))
-        self._refuse_changed(texts)
+        self._refuse_changed({settings.dataset: texts.file_sha256, settings.match_on: texts.other_sha256})
+        kept = self._kept(texts)
         if settings.rows != "texts" and not self.recorded:
             texts = replace(texts, ends=self._common_ends(texts))
         texts.save(self.path)
+        if kept is not None:
+            kept.save(self.kept_path)
         progress.step("reading the calibration set", 1, 1, "datasets")
-        return TextsNote(texts=texts.to_dict())
+        return TextsNote(texts=texts.to_dict(), kept=None if kept is None else kept.to_dict())
+
+    @property
+    def _keeping(self) -> Reconstruction | None:
+        """The recipe's fusion, if there are texts that it is to leave the target as it is on."""
+        fusion = self.recipe.fusion
+        return fusion if isinstance(fusion, Reconstruction) and fusion.keep is not None else None
+
+    def _kept(self, texts: TextSet) -> TextSet | None:
+        """Those texts; none of which chooses alpha or decides the verdict."""
+        fusion = self._keeping
+        if fusion is None or fusion.keep is None:
+            return None
+        read = self.recipe.calibration.model_copy(
+            update={
+                "dataset": pinned(fusion.keep, self.data[fusion.keep]),
+                "texts": fusion.keep_texts,
+                "match_on": None,
+                "config": None,
+                "split": "train",
+                "column": None,
+            }
+        )
+        seed, tokenizer = self.recipe.seed, self.target.tokenizer
+        kept = read_texts(read, seed=seed, chat_tokenizer=tokenizer, key="fusion.keep_texts")
+        self._refuse_changed({fusion.keep: kept.file_sha256})
+        return kept.without((*texts.choosing, *texts.held_out))
 
     def _pinned(self) -> CalibrationSettings:
         """The recipe's, with its Hub datasets at the commits that were identified."""
@@ -82,10 +114,9 @@ class Texts:
             named["match_on"] = settings.match_on
         return settings.model_copy(update={key: pinned(name, self.data[name]) for key, name in named.items()})
 
-    def _refuse_changed(self, texts: TextSet) -> None:
+    def _refuse_changed(self, read: Mapping[str | None, str | None]) -> None:
         """Refuse texts of a file that was written to between being identified and being read."""
-        settings = self.recipe.calibration
-        for name, digest in ((settings.dataset, texts.file_sha256), (settings.match_on, texts.other_sha256)):
+        for name, digest in read.items():
             if digest is not None and self.data[str(name)] != f"sha256:{digest}":
                 raise DatasetError(f"dataset {name!r} changed while it was read; start again when it is written")
 

@@ -23,7 +23,7 @@ from tmerge.errors import (
 from tmerge.models import ModelReference
 from tmerge.preflight.check import Check
 from tmerge.quantities import bytes_words, number_words
-from tmerge.recipe import Apart, CompareSettings, Recipe, Reconstruction
+from tmerge.recipe import Apart, CompareSettings, Recipe
 from tmerge.version import DISTRIBUTION, VERSION, installs_tmerge
 
 __all__ = [
@@ -175,8 +175,8 @@ def vetted(recipe: Recipe, settings: AppSettings) -> Recipe:
     refuse_dataset_path(recipe.calibration.dataset, settings)
     if recipe.calibration.match_on is not None:
         refuse_dataset_path(recipe.calibration.match_on, settings, "calibration.match_on")
-    if isinstance(recipe.fusion, Reconstruction) and recipe.fusion.keep is not None:
-        refuse_dataset_path(recipe.fusion.keep, settings, "fusion.keep")
+    if recipe.fusion.kept_on is not None:
+        refuse_dataset_path(recipe.fusion.kept_on, settings, "fusion.keep")
     if not _DEVICE.fullmatch(recipe.device):
         raise RecipeError(f"device is {recipe.device!r}; choose auto, cpu, cuda or mps")
     if settings.zero_gpu and recipe.device != "auto":
