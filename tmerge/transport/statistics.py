@@ -10,6 +10,8 @@ from torch import Tensor
 
 __all__ = ["FeatureStatistics", "Statistics", "measured"]
 
+_BUFFERED = 2**20  # values of a feature that are in memory in float64 at a time
+
 
 @dataclass(frozen=True)
 class FeatureStatistics:
@@ -26,14 +28,26 @@ class FeatureStatistics:
     magnitude: Tensor
 
     @classmethod
-    def of(cls, features: Tensor) -> FeatureStatistics:
-        """Statistics of features (T, n), summed in float64 and returned in float32."""
-        exact = features.to(torch.float64)
-        return cls(
-            exact.mean(0).to(torch.float32),
-            exact.std(0, correction=0).to(torch.float32),
-            exact.abs().mean(0).to(torch.float32),
-        )
+    def of(cls, features: Tensor, buffer: Tensor | None = None) -> FeatureStatistics:
+        """Statistics of features (T, n), summed in float64 and returned in float32.
+
+        Args:
+            features: (T, n).
+            buffer: (b,) float64 that is written over; made if None, or too small for one row.
+        """
+        rows, width = features.shape
+        if buffer is None or len(buffer) < width:
+            buffer = torch.empty(width * max(1, min(rows, _BUFFERED // width)), dtype=torch.float64)
+        held = len(buffer) // width
+        part = buffer[: held * width].view(held, width)
+        mean, squares, magnitude = (torch.zeros(width, dtype=torch.float64) for _ in range(3))
+        for some in features.split(len(part)):
+            exact = part[: len(some)].copy_(some)
+            mean += exact.sum(0) / rows
+            magnitude += exact.abs_().sum(0) / rows
+        for some in features.split(len(part)):
+            squares += part[: len(some)].copy_(some).sub_(mean).square_().sum(0) / rows
+        return cls(mean.float(), squares.sqrt().float(), magnitude.float())
 
     @property
     def root_mean_square(self) -> float:
@@ -63,4 +77,7 @@ def measured(
         read: (layer, key) -> (T, n) features.
         layers: Feature key -> the layers that have it.
     """
-    return {(layer, key): FeatureStatistics.of(read(layer, key)) for key, of in layers.items() for layer in of}
+    # One buffer for all: large copies made anew, between the few numbers of each that stay, leave glibc's allocator holes
+    # that fit none of the next, and memory grows with depth.
+    buffer = torch.empty(_BUFFERED, dtype=torch.float64)
+    return {(layer, key): FeatureStatistics.of(read(layer, key), buffer) for key, of in layers.items() for layer in of}
