@@ -42,13 +42,15 @@ class AdaptationReport:
     Attributes:
         steps: Optimiser steps.
         tokens: Tokens read by the model that was trained, padding excluded.
-        seconds: Wall time of the training; the teacher's forward passes included.
+        resumed: Those of them that an earlier call had done.
+        seconds: Wall time of this call; the teacher's forward passes included.
         loss_curve: (step, loss) of every step: the mean over the step's tokens.
         aligned: For distillation: the share of positions at which both tokenizations end a token; else None.
         trained: Parameters that were trained.
     """
 
     steps: int
+    resumed: int
     tokens: int
     seconds: float
     loss_curve: list[tuple[int, float]]
@@ -167,6 +169,7 @@ def adapt(
     shutil.rmtree(work, ignore_errors=True)
     return AdaptationReport(
         steps=settings.steps,
+        resumed=int(checkpoints[-1].parent.name.rpartition("-")[2]) if checkpoints else 0,
         tokens=sum(len(encoded[text]) for text in read),
         seconds=time.perf_counter() - began,
         loss_curve=curve,

@@ -3,8 +3,9 @@
 One merge is run; then every row is a model that is scored on the same held-out texts:
 
 * without training: base, fused, the controls, the source, and fused, shrink and noise over alpha (Figure 5);
-* trained on the calibration texts, all in the same order and for the same steps: sft and distill of the base,
-  and of the fused model with its transported residual frozen; each for every seed;
+* trained on the texts that the merge read, all in the same order and for the same steps: sft and distill of the base,
+  and of the fused model with its transported residual frozen; each for every seed; and sft of the base for as long as
+  the merge and sft take together;
 * fused from further sources (Figure 4); and every row on further domains (Figures 1 and 6).
 
 A row that is finished is kept under a key of all that decides it, so a killed comparison continues where it was.
@@ -12,9 +13,11 @@ A row that is finished is kept under a key of all that decides it, so a killed c
 
 from __future__ import annotations
 
+import itertools
+import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -37,6 +40,7 @@ from tmerge.stages.merge import merge
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.scoring import cut, held_out
 from tmerge.stages.step import Listener, Step, fusing_stage
+from tmerge.stages.texts import kept_texts, training_texts
 from tmerge.store import LOCK, locked, write_json, write_text
 from tmerge.transport import TransportRecord
 
@@ -120,7 +124,9 @@ class _Comparison:
         self.report = report
         self.rows_folder.mkdir(exist_ok=True)
         self.data.record.save()
-        rows = [self._finished(row) for row in self._rows()]
+        rows: list[RowNote] = []
+        for row in self._rows(rows):
+            rows.append(self._finished(row))
         result = self._result(rows)
         write_json(self.out / "compare.json", result.to_dict())
         write_text(self.out / "compare.md", comparison_table(result))
@@ -150,8 +156,13 @@ class _Comparison:
 
     @cached_property
     def domains(self) -> dict[str, list[str]]:
-        """Texts of the further domains, by name, cut as the held-out ones are."""
-        return {name: cut(self.merge_recipe, texts) for name, texts in self.data.domains.items()}
+        """Texts of the further domains and held-out ones of those to be kept, by name, cut as the held-out ones are."""
+        kept = {} if self.kept is None else {f"kept: {self.kept.dataset}": list(self.kept.held_out)}
+        return {name: cut(self.merge_recipe, texts) for name, texts in {**kept, **self.data.domains}.items()}
+
+    @cached_property
+    def kept(self) -> TextSet | None:
+        return kept_texts(self.merge_recipe, self.run)
 
     @cached_property
     def neurons(self) -> Neurons:
@@ -163,27 +174,32 @@ class _Comparison:
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
-    def _rows(self) -> list[_Row]:
+    def _rows(self, finished: Sequence[RowNote]) -> Iterator[_Row]:
+        """In their order; what `finished` holds by then decides those that take as long as others."""
         merged = {"merge": self._merge_key(), "commits": self.commits}
-        rows = [_Row("base", "reference", partial(self._still, "base", None, 0.0), merged)]
+        yield _Row("base", "reference", partial(self._still, "base", None, 0.0), merged)
         for name in ("fused", *self.recipe.evaluation.controls):
-            rows.append(_Row(name, "still", partial(self._still, name, name, self.alpha), merged))
-        rows.append(_Row("source", "reference", self._source, merged))
+            yield _Row(name, "still", partial(self._still, name, name, self.alpha), merged)
+        yield _Row("source", "reference", self._source, merged)
         for alpha in self.settings.alphas:
             for name in ("fused", "shrink", "noise"):
                 label, facts = f"{name}, alpha {alpha:g}", {"alpha": alpha, "of": name}
-                rows.append(_Row(label, "sweep", partial(self._still, label, name, alpha), merged | facts))
+                yield _Row(label, "sweep", partial(self._still, label, name, alpha), merged | facts)
         for source in self.settings.sources:
             label = f"fused with {source}"
             commit = model_commit(source)
             other = merged | {"of": source, "commit": commit}
-            rows.append(_Row(label, "source", partial(self._other, source, commit), other))
+            yield _Row(label, "source", partial(self._other, source, commit), other)
         training = {"adaptation": self.recipe.adaptation.model_dump(mode="json")}
         for name in self.settings.rows:
             for seed in self.settings.seeds:
                 facts = merged | training | {"seed": seed}
-                rows.append(_Row(name, "trained", partial(self._trained, name, seed), facts))
-        return rows
+                steps = None
+                if name == "sft+time":
+                    sft = next(row for row in finished if (row.name, row.seed) == ("sft", seed))
+                    steps = self._steps_in_time(sft)
+                    facts |= {"steps": steps}
+                yield _Row(name, "trained", partial(self._trained, name, seed, steps), facts)
 
     def _finished(self, row: _Row) -> RowNote:
         """The row from an earlier call, or made now."""
@@ -234,18 +250,27 @@ class _Comparison:
         model = load_model(str(folder), dtype=self.recipe.dtype, device=self.recipe.device, widen=True)
         return self._scores(model, f"fused with {source}")
 
-    def _trained(self, name: str, seed: int) -> dict[str, Any]:
+    def _steps_in_time(self, sft: RowNote) -> int:
+        """Steps of SFT that take as long as the merge, before it was scored, and SFT's own took."""
+        merged = itertools.takewhile(lambda stage: stage.name not in ("choose", "evaluate"), self.report.stages)
+        a_step = sft.seconds / max(1, sft.steps - sft.resumed)
+        return sft.steps + math.ceil(sum(stage.seconds for stage in merged) / a_step)
+
+    def _trained(self, name: str, seed: int, steps: int | None) -> dict[str, Any]:
         """The target, or the fused model with its residual frozen, after training."""
         from tmerge.adaptation import adapt
 
         is_fused, rest = name.startswith("fused+"), name.removeprefix("fused+")
         objective = "distill" if rest == "distill" else "sft"
         settings = self.recipe.adaptation.model_copy(update={"objective": objective})
+        if steps is not None:
+            settings = settings.model_copy(update={"steps": steps})
         if rest != "sft+transport":
             settings = settings.model_copy(update={"transport_weight": 0.0})
         elif not settings.transport_weight:
             raise RecipeError("compare.rows names sft+transport, which needs adaptation.transport_weight above 0")
         work = self.out / "training" / f"{name}-{seed}"
+        texts, prompts = training_texts(self.texts, self.kept)
         # A model of its own: training leaves nothing of the target as it was.
         self._release_both()
         model = self.models.load("target")
@@ -253,7 +278,7 @@ class _Comparison:
         began = time.perf_counter()
         report = adapt(
             model,
-            self.texts.texts,
+            texts,
             settings,
             seed=seed,
             work=work,
@@ -261,15 +286,15 @@ class _Comparison:
             alpha=0.0 if not is_fused else self.alpha if settings.alpha is None else settings.alpha,
             source=(lambda: self.models.load("source")) if objective == "distill" else None,
             progress=partial(self._step, f"{name}, seed {seed}", unit="steps"),
-            prompts=self.texts.prompts,
+            prompts=prompts,
             goals=self._goals() if rest == "sft+transport" else None,
         )
         seconds = time.perf_counter() - began
         self.models.release("source")
         result = self._scores(model, name)
         shutil.rmtree(work, ignore_errors=True)
-        trained = {"tokens": report.tokens, "steps": report.steps, "seconds": seconds, "loss": report.loss_curve}
-        return result | trained
+        trained = {"tokens": report.tokens, "steps": report.steps, "resumed": report.resumed, "seconds": seconds}
+        return result | trained | {"loss": report.loss_curve}
 
     def _release_both(self) -> None:
         for role in ("target", "source"):

@@ -51,6 +51,7 @@ class RowNote(TextScores):
         bits, bytes: On the held-out texts.
         domains: Further domain -> the same.
         tasks: Benchmark task -> answers.
+        resumed: Steps of a training that `seconds` leaves out, as an earlier call had done them.
         loss: (step, loss) pairs of a training.
     """
 
@@ -58,6 +59,7 @@ class RowNote(TextScores):
     kind: str
     tokens: int = 0
     steps: int = 0
+    resumed: int = 0
     seconds: float
     alpha: float | None = None
     of: str | None = None
@@ -110,10 +112,10 @@ def summed_up(group: Sequence[RowNote], base: RowNote, *, seed: int, bootstrap: 
 def added(groups: Mapping[str, Sequence[RowNote]], *, seed: int, bootstrap: int) -> list[Added]:
     """What the merge adds to each training: with it against without it, the seeds averaged text by text."""
     found = []
-    for name, group in groups.items():
-        to = name.removeprefix("fused+")
-        without = groups.get(to, ())
-        if to == name or not without:
+    pairs = [(name, name.removeprefix("fused+") + time) for name in groups for time in ("", "+time")]
+    for name, to in pairs:
+        group, without = groups[name], groups.get(to, ())
+        if not name.startswith("fused+") or not without:
             continue
         counts = resamples(len(group[0].bits), bootstrap, seed)
         change = measured(difference(_mean(group), _mean(without), counts))

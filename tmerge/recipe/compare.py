@@ -10,7 +10,7 @@ from tmerge.recipe.section import Section
 
 __all__ = ["CompareSettings", "PublishedScores"]
 
-TrainedRow = Literal["sft", "distill", "sft+transport", "fused+sft", "fused+distill"]
+TrainedRow = Literal["sft", "sft+time", "distill", "sft+transport", "fused+sft", "fused+distill"]
 
 
 class CompareSettings(Section):
@@ -19,7 +19,7 @@ class CompareSettings(Section):
     rows: tuple[TrainedRow, ...] = Field(
         ("sft", "distill", "fused+sft", "fused+distill"),
         description="what is trained, all on the same texts and for the same steps; fused+... keeps the transported "
-        "residual frozen",
+        "residual frozen; sft+time is SFT alone for as long as the merge and sft take together",
     )
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="of the trained rows")
     alphas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
@@ -32,6 +32,13 @@ class CompareSettings(Section):
     tasks: tuple[str, ...] = Field((), description="benchmark tasks or groups of lm-evaluation-harness for every row")
     task_data: dict[str, str] = Field({}, description="task -> local file in place of its Hub dataset")
     task_limit: Annotated[int, Field(ge=1)] | None = Field(None, description="questions of each task at most")
+
+    @field_validator("rows")
+    @classmethod
+    def _timed(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "sft+time" in value and "sft" not in value[: value.index("sft+time")]:
+            raise ValueError("sft+time takes its time from the row sft: name sft before it")
+        return value
 
     @field_validator("rows", "seeds", "alphas", "sources")
     @classmethod

@@ -130,6 +130,7 @@ class Reconstruction(_Fused):
     beside: ClassVar[dict[str, dict[str, Any]]] = {
         "calibration": {"rows": "tokens", "match_on": "samples:english"},
         "transport": {"structure": "shared"},
+        "compare": {"rows": ["sft", "sft+time", "fused+sft"]},
     }
     """As `Weights.beside`."""
 

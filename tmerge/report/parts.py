@@ -134,9 +134,15 @@ class Calibration(Part):
 
 
 class TrainingTexts(Part):
-    """The texts of a training after the merge; as in `Calibration`."""
+    """The texts of a training after the merge; as in `Calibration`.
+
+    Attributes:
+        kept: Texts of `kept_dataset` that were trained on too, so that the model stays as it is on them.
+    """
 
     texts: int
+    kept: int = 0
+    kept_dataset: str | None = None
     held_out: int
     dataset: str
     revision: str | None

@@ -184,10 +184,12 @@ def training_summary(report: Report) -> str:
     adaptation, adapted = report.adaptation, report.evaluation.adapted
     if adaptation is None or adapted is None:
         return ""
-    kept = "held fixed" if adaptation.residual == "frozen" else "trained as well"
+    residual = "held fixed" if adaptation.residual == "frozen" else "trained as well"
+    data = adaptation.data
+    among = f" (those of {data.kept} texts of {data.kept_dataset} among them)" if data.kept else ""
     return (
-        f"{len(adaptation.loss_curve)} steps of {adaptation.objective} over {adaptation.tokens:,} tokens, "
-        f"what was transported {kept}. Against the target: {adapted.difference.value:+.4f} bits per byte "
+        f"{len(adaptation.loss_curve)} steps of {adaptation.objective} over {adaptation.tokens:,} tokens{among}, "
+        f"what was transported {residual}. Against the target: {adapted.difference.value:+.4f} bits per byte "
         f"(95 % interval {interval_words(adapted.difference, signed=True)}); against the merge before training: "
         f"{adapted.difference_to_fused.value:+.4f} ({interval_words(adapted.difference_to_fused, signed=True)})."
     )

@@ -26,6 +26,7 @@ from tmerge.stages.save import publish
 from tmerge.stages.scoring import held_out, load
 from tmerge.stages.scoring import score as score_in_run
 from tmerge.stages.step import Listener, Progress, fusing_stage
+from tmerge.stages.texts import kept_texts, training_texts
 from tmerge.store import read_json, write_json, write_text
 from tmerge.transport import TransportRecord
 
@@ -70,7 +71,8 @@ def adapt_run(
     commits = {"target": merged.target.commit, "source": merged.source.commit}
     models, progress = Models.of(recipe, commits), Progress("adapt", listener)
     calibrated = TextSet.load(run.texts_path)
-    texts, prompts, data = _texts(recipe, models.target, calibrated, dataset)
+    kept = kept_texts(recipe, run)
+    texts, prompts, data = _texts(recipe, models.target, calibrated, kept, dataset)
     alpha = merged.fusion.alpha_used if recipe.adaptation.alpha is None else recipe.adaptation.alpha
     settings = recipe.adaptation
     adapted = Run(Path(out))
@@ -131,11 +133,12 @@ def adapt_run(
 
 
 def _texts(
-    recipe: Recipe, target: Model, calibrated: TextSet, dataset: str | None
+    recipe: Recipe, target: Model, calibrated: TextSet, kept: TextSet | None, dataset: str | None
 ) -> tuple[tuple[str, ...], tuple[int, ...], dict[str, Any]]:
     """What to train on, without the texts that decide the verdict."""
     if dataset is None:
-        return calibrated.texts, calibrated.prompts, calibrated.to_dict()
+        more = {} if kept is None else {"kept": len(kept.texts), "kept_dataset": kept.dataset}
+        return *training_texts(calibrated, kept), calibrated.to_dict() | more
     settings = recipe.calibration.model_copy(update={"dataset": dataset, "config": None, "column": None})
     found = read_texts(settings, seed=recipe.seed, chat_tokenizer=target.tokenizer)
     kept_away = {normalise(text) for text in calibrated.held_out}

@@ -35,7 +35,7 @@ from tmerge.stages.runner import Finished, Runner
 from tmerge.stages.save import Save
 from tmerge.stages.source_weights import SourceWeights
 from tmerge.stages.step import STAGES, Listener, Progress, Step, stage_names
-from tmerge.stages.texts import Texts
+from tmerge.stages.texts import Texts, kept_texts
 from tmerge.stages.transport import Features, SolveTransport
 from tmerge.store import write_json, write_text
 
@@ -130,7 +130,7 @@ class _Road:
         paths = run.texts_path, run.kept_texts_path
         yield runner(Texts(recipe, models.target, models.source, data, apart, recorded is not None, *paths))
         texts = TextSet.load(run.texts_path)
-        kept = self._kept()
+        kept = kept_texts(recipe, run)
         if recorded is not None:
             recorded.refuse_other_texts(texts.sha256)
 
@@ -180,13 +180,10 @@ class _Road:
         record.save()
         return found
 
-    def _kept(self) -> TextSet | None:
-        return None if self.recipe.fusion.kept_on is None else TextSet.load(self.run.kept_texts_path)
-
     def report(self, finished: list[Finished[Any]]) -> Report:
         """Write the report and the card, once all stages are finished."""
         notes = {done.name: done for done in finished}
-        resolved = self._resolved(TextSet.load(self.run.texts_path), self._kept())
+        resolved = self._resolved(TextSet.load(self.run.texts_path), kept_texts(self.recipe, self.run))
         write_text(self.run.work / "recipe.yaml", resolved.to_yaml())
         scores = {"base": notes["target"].note.scores, "source": notes["source"].note.scores}
         scores |= notes["evaluate"].note.scores

@@ -11,10 +11,27 @@ from tmerge.calibration import TextSet, common_ends, other_texts, pinned, read_t
 from tmerge.errors import DatasetError
 from tmerge.models import Model
 from tmerge.recipe import CalibrationSettings, Recipe, Reconstruction
+from tmerge.run import Run
 from tmerge.stages.notes import TextsNote
 from tmerge.stages.step import Progress
 
-__all__ = ["Texts"]
+__all__ = ["Texts", "kept_texts", "training_texts"]
+
+
+def kept_texts(recipe: Recipe, run: Run) -> TextSet | None:
+    """Those on which a reconstruction is to leave the target as it is; None without any.
+
+    Raises:
+        DatasetError: They are no longer there, or damaged.
+    """
+    return None if recipe.fusion.kept_on is None else TextSet.load(run.kept_texts_path)
+
+
+def training_texts(texts: TextSet, kept: TextSet | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """What is trained on after a merge, and each text's prompt: what the merge read, the texts to be kept among it."""
+    if kept is None:
+        return texts.texts, texts.prompts
+    return texts.texts + kept.texts, texts.prompts + kept.prompts
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def measured(
         read: (layer, key) -> (T, n) features.
         layers: Feature key -> the layers that have it.
     """
-    # One buffer for all: large copies made anew, between the few numbers of each that stay, leave glibc's allocator holes
-    # that fit none of the next, and memory grows with depth.
+    # One buffer for all: large copies made anew, between the few numbers of each that stay, leave glibc's allocator
+    # holes that fit none of the next, and memory grows with depth.
     buffer = torch.empty(_BUFFERED, dtype=torch.float64)
     return {(layer, key): FeatureStatistics.of(read(layer, key), buffer) for key, of in layers.items() for layer in of}
