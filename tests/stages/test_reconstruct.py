@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,11 +26,13 @@ from tmerge.errors import (
 )
 from tmerge.fusion import StoredNeurons, fuse
 from tmerge.models import describe, load_model
+from tmerge.plots.words import findings
 from tmerge.recipe import Recipe
 from tmerge.report import read_report, score_rows
 from tmerge.run import Run
 from tmerge.stages.adapt import adapt_run
 from tmerge.stages.merge import advance, merge
+from tmerge.ui.parts.progress import result_cards
 
 IDS = torch.randint(5, 90, (4, 30), generator=torch.Generator().manual_seed(0))
 SEVEN = ["q", "k", "v", "o", "gate", "up", "down"]
@@ -290,12 +293,15 @@ def test_it_is_trained_on_and_reproduced(finished, tmp_path):
     assert reproduce(str(folder), tmp_path / "again").same is True
 
 
-def test_a_terminal_says_what_to_do_next(finished, capsys):
+def test_terminal_page_and_app_say_what_to_do_next(finished, capsys):
     folder, report = finished
     show_report(report, folder)
     said = " ".join(capsys.readouterr().out.split())
     assert "fusion: reconstruct, alpha 1.0, ridge 0.1, full rank" in said
-    assert f"tmerge adapt {folder} --steps 50" in said
+    assert f"tmerge adapt {folder} --steps 50" in said and "change's norm over own norm" in said
+    assert any("tmerge adapt RUN --steps 50" in line for line in findings(report))
+    card = result_cards(SimpleNamespace(state="done", report=report))
+    assert "tmerge adapt RUN --steps 50" in card and "Change&#39;s norm over own norm, median" in card
 
 
 def test_biases_are_fitted_where_there_are_any(tmp_path):

@@ -21,6 +21,8 @@ from tmerge.report import (
     Report,
     how_words,
     interval_words,
+    next_words,
+    ratio_heading,
     ratio_words,
     score_rows,
     score_words,
@@ -110,7 +112,7 @@ def show_report(report: Report, folder: str | Path, page: Path | None = None) ->
     console.print(_scores(report))
     fusion = report.fusion
     moved = Table(title=f"fusion: {fusion.what}, {how_words(fusion)}", title_justify="left")
-    for heading in ("projection", "neurons", "transported / own norm", "bias"):
+    for heading in ("projection", "neurons", ratio_heading(fusion), "bias"):
         moved.add_column(heading)
     for name, fused in fusion.projections.items():
         moved.add_row(name, f"{fused.neurons} of {fused.of}", ratio_words(fused.norm_ratio), fused.bias)
@@ -133,8 +135,8 @@ def show_report(report: Report, folder: str | Path, page: Path | None = None) ->
     console.print(summary(report), style="bold red" if report.verdict == "hurts" else "bold", markup=False)
     pictures = f"tmerge inspect {folder} --html report.html" if page is None else page
     console.print(f"The model is in {folder}; its pictures: {pictures}", markup=False)
-    if report.fusion.fit is not None and report.verdict != "hurts":
-        console.print(f"To train a little on top of it: tmerge adapt {folder} --steps 50", markup=False)
+    if following := next_words(report, str(folder)):
+        console.print(following, markup=False)
 
 
 def show_adapted(report: Report, folder: Path) -> None:

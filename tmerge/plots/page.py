@@ -25,7 +25,7 @@ from tmerge.plots.heatmaps import (
 from tmerge.plots.picture import picture
 from tmerge.plots.style import TEMPLATES, feature_name, numbers
 from tmerge.plots.words import CAPTIONS, facts, findings, model_rows, ratio_rows, score_cells
-from tmerge.report import Report, training_summary, verdict_tone
+from tmerge.report import Report, ratio_heading, training_summary, verdict_tone
 from tmerge.templates import html_templates, static_text
 from tmerge.transport import TransportRecord
 
@@ -41,6 +41,7 @@ _TEMPLATES.filters |= {
     "facts": facts,
     "findings": findings,
     "model_rows": model_rows,
+    "ratio_heading": ratio_heading,
     "ratio_rows": ratio_rows,
     "score_cells": score_cells,
     "tone": verdict_tone,

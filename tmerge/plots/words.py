@@ -13,6 +13,7 @@ from tmerge.report import (
     how_words,
     interval_words,
     moved_words,
+    next_words,
     ratio_words,
     score_rows,
     verdict_sentence,
@@ -74,6 +75,8 @@ def findings(report: Report) -> list[str]:
     if evaluation.controls:
         found.append(_controls(evaluation))
     found.append(_arrived(report))
+    if following := next_words(report):
+        found.append(f"{following}.")
     if report.same_model:
         found.append("Target and source are the same model: this is a check of the road, not a merge.")
     return found

@@ -17,6 +17,8 @@ __all__ = [
     "how_words",
     "interval_words",
     "kept_words",
+    "next_words",
+    "ratio_heading",
     "moved_words",
     "ratio_words",
     "relatedness_words",
@@ -102,6 +104,24 @@ def how_words(fusion: Fusion) -> str:
         )
         return f"alpha {alpha_words(fusion)}, ridge {fusion.fit.ridge:g}, {rank}, {fusion.fit.rows:,} tokens{kept}"
     return f"alpha {alpha_words(fusion)}, {fusion.scale} scale, units {fusion.units}, top_k {fusion.top_k}"
+
+
+def ratio_heading(fusion: Fusion) -> str:
+    """What the norms of a projection's layers are of."""
+    what = "change's" if fusion.fit is not None else "transported"
+    return f"{what} norm over own norm"
+
+
+def next_words(report: Report, folder: str = "RUN") -> str:
+    """What to try next, where something is known to add to what was done; else empty.
+
+    Args:
+        report: Of a run.
+        folder: Where the run is.
+    """
+    if report.fusion.fit is None or report.adaptation is not None or report.verdict == "hurts":
+        return ""
+    return f"To train a little on top of it: tmerge adapt {folder} --steps 50"
 
 
 def alpha_words(fusion: Fusion) -> str:

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from tmerge.plots.style import COLOUR_SCALE, feature_name, finish
 from tmerge.quantities import duration_words
-from tmerge.report import alpha_words, score_rows, summary, verdict_words
+from tmerge.report import alpha_words, next_words, ratio_heading, score_rows, summary, verdict_words
 from tmerge.stages.step import STAGES, stage_names
 from tmerge.transport import feature_keys
 from tmerge.ui.parts.cards import empty_card, error_card
@@ -211,6 +211,8 @@ def result_cards(run: VisitorRun) -> str:
         rows=score_rows(report),
         ratios=[(name, f"{_median(item.norm_ratio):.3g}") for name, item in report.fusion.projections.items()],
         alpha=alpha_words(report.fusion),
+        ratio=ratio_heading(report.fusion),
+        following=next_words(report),
     )
 
 
