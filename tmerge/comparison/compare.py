@@ -252,9 +252,11 @@ class _Comparison:
 
     def _steps_in_time(self, sft: RowNote) -> int:
         """Steps of SFT that take as long as the merge, before it was scored, and SFT's own took."""
-        merged = itertools.takewhile(lambda stage: stage.name not in ("choose", "evaluate"), self.report.stages)
-        a_step = sft.seconds / max(1, sft.steps - sft.resumed)
-        return sft.steps + math.ceil(sum(stage.seconds for stage in merged) / a_step)
+        fitted, a_step = self.report.fusion.fit_seconds, sft.seconds / max(1, sft.steps - sft.resumed)
+        # What the controls were fitted in is not the merge's own.
+        ends = ("choose", "evaluate") if fitted is None else ("reconstruct",)
+        merged = itertools.takewhile(lambda stage: stage.name not in ends, self.report.stages)
+        return sft.steps + math.ceil((sum(stage.seconds for stage in merged) + (fitted or 0.0)) / a_step)
 
     def _trained(self, name: str, seed: int, steps: int | None) -> dict[str, Any]:
         """The target, or the fused model with its residual frozen, after training."""

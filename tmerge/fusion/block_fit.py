@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tmerge.errors import UnsupportedModelError
 from tmerge.fusion.merge import TransportedNeurons, fuse
-from tmerge.fusion.passage import Goals, Passage, Reading, Wanted
+from tmerge.fusion.passage import Goals, Passage, Reading, Rows, Wanted
 from tmerge.fusion.ridge import Fit, Linear, Regression
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.models import Architecture, LoadedModel, Projection, Tap, feature_key
@@ -38,6 +38,7 @@ class FittedBlock:
         errors: Of each.
         norms: Of each the change's norm to the weight's own; None where that is zero.
         rows: R, that were fitted.
+        seconds: That all of it took, the source's passes included.
     """
 
     layer: int
@@ -45,11 +46,12 @@ class FittedBlock:
     errors: Errors
     norms: dict[str, float | None]
     rows: int
+    seconds: float = 0.0
 
     def note(self) -> dict[str, Any]:
         """All but the changes themselves, as JSON values."""
         errors = {name: list(pair) for name, pair in self.errors.items()}
-        return {"errors": errors, "norms": self.norms, "rows": self.rows}
+        return {"errors": errors, "norms": self.norms, "rows": self.rows, "seconds": self.seconds}
 
 
 class _Enough(Exception):
@@ -66,8 +68,9 @@ class BlockFit:
     calls: Sequence[BlockCall]
     reading: Reading
     goals: Goals
+    rows: Rows
 
-    def fitted(self, rows: int) -> FittedBlock:
+    def fitted(self) -> FittedBlock:
         """Fit group after group, each written into the target before the next is read."""
         items: list[TransportedNeurons] = []
         errors: Errors = {}
@@ -84,7 +87,7 @@ class BlockFit:
                 own = float(torch.linalg.vector_norm(self.wanted[name].view.weight().cpu().double()))
                 norms[name] = float(torch.linalg.vector_norm(fit.weight.cpu().double())) / own if own else None
             fuse(self.passage.views.layers, items[-len(names) :], 1.0)
-        return FittedBlock(self.layer, items, errors, norms, rows)
+        return FittedBlock(self.layer, items, errors, norms, self.rows.count)
 
     def _fits(self, names: Sequence[str]) -> dict[str, Fit]:
         views = {name: self.wanted[name].view for name in names}
@@ -103,7 +106,9 @@ class BlockFit:
             rows = self.reading.places[batch][1]
             inputs = self.reading.rows_of(batch, caught[feature_key(names[0], "pre")])
             found = [self._goal(name, batch, call, caught, rows) for name in names]
-            weighting = found[0][1]  # only o and down have one, and those are alone
+            # Only o and down have one of their own, and those are alone.
+            weights = [by for by in (found[0][1], self.rows.weights(rows)) if by is not None]
+            weighting = torch.stack(weights).prod(0) if weights else None
             sums.add(
                 inputs,
                 [goal.to(inputs.device) for goal, _ in found],

@@ -25,7 +25,7 @@ from tmerge.models import Architecture, LoadedModel, Projection, feature_key
 from tmerge.quantities import bytes_words
 from tmerge.transport import Transport
 
-__all__ = ["Goals", "Passage", "Reading", "Wanted", "readings"]
+__all__ = ["Goals", "Passage", "Reading", "Rows", "Wanted", "readings"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,33 @@ class Reading:
         """(r, n) of (B, S, n): the batch's rows, float32."""
         index = self.places[batch][0].to(features.device)
         return features[index[:, 0], index[:, 1]].float()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens that are fitted on.
+
+    Attributes:
+        texts: Those on which the target is drawn to the source; they are numbered first.
+        kept: Those on which it is to stay as it is.
+        keep_share: Of a fit's weight, that of all the kept ones together.
+    """
+
+    texts: int
+    kept: int
+    keep_share: float
+
+    @property
+    def count(self) -> int:
+        """R."""
+        return self.texts + self.kept
+
+    def weights(self, rows: Tensor) -> Tensor | None:
+        """(r,) what rows (r,) of X and Y are multiplied by; None where all are alike."""
+        if not self.kept or not self.texts:
+            return None
+        kept = (self.keep_share / (1 - self.keep_share) * self.texts / self.kept) ** 0.5
+        return torch.where(rows < self.texts, 1.0, kept)
 
 
 class Goals:
@@ -140,6 +167,7 @@ class Passage:
         projections: To be fitted.
         ridge: lambda.
         rank: Most of each change; full if None.
+        keep_share: Of a fit's weight, that of all texts together that are kept.
         max_tokens: Longer texts are cut.
         batch_tokens: Most padded tokens of a batch.
         factor: (projection, target layer, source layer) -> what its goals are multiplied by.
@@ -155,6 +183,7 @@ class Passage:
     projections: Sequence[str]
     ridge: float
     rank: int | None
+    keep_share: float
     max_tokens: int
     batch_tokens: int
     factor: Callable[[str, int, int], float]
@@ -196,8 +225,8 @@ class Passage:
         return found
 
 
-def readings(passage: Passage, texts: Sequence[str], keep: Sequence[str]) -> tuple[Reading, Reading, Reading, int]:
-    """The target's reading of all texts, its reading of those to be kept, the source's of the others, and R."""
+def readings(passage: Passage, texts: Sequence[str], keep: Sequence[str]) -> tuple[Reading, Reading, Reading, Rows]:
+    """The target's reading of all texts, its reading of those to be kept, the source's of the others, and the rows."""
     target, source, most = passage.target, passage.source, passage.max_tokens
     limits = encode(target, [], most).limit, encode(source, [], most).limit
     everything = max(1, len(texts)) * most
@@ -212,6 +241,7 @@ def readings(passage: Passage, texts: Sequence[str], keep: Sequence[str]) -> tup
         rows.append(list(range(count, count + len(found))))
         count += len(found)
     own_rows = rows[len(texts) :]
+    kept = sum(map(len, own_rows))
     here = token_positions(target.tokenizer, [*texts, *keep], [*ends, *kept_ends], limits[0])
     there = token_positions(source.tokenizer, texts, ends, limits[1])
     size = most, passage.batch_tokens
@@ -219,7 +249,7 @@ def readings(passage: Passage, texts: Sequence[str], keep: Sequence[str]) -> tup
         Reading.of(target, [*texts, *keep], here, rows, *size),
         Reading.of(target, keep, here[len(texts) :], own_rows, *size),
         Reading.of(source, texts, there, _source_rows(rows[: len(texts)], passage.other_rows), *size),
-        count,
+        Rows(count - kept, kept, passage.keep_share),
     )
 
 

@@ -14,13 +14,16 @@ place, the first of each text left out. Y (R, out) is
   blocks without a counterpart would add is folded into the block before them.
 
 The stream's rows are weighted by one over their root mean square. Texts to be kept have the target's own activations,
-from before any change, as their Y. What has no counterpart keeps what it has. Nothing is trained.
+from before any change, as their Y, and, however many they are, a share of all the weight that is given. What has no
+counterpart keeps what it has. Nothing is trained.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +66,7 @@ def reconstruct(
         UnsupportedModelError: A block does more to its stream than adding what its attention and its MLP give.
     """
     target_reading, own_reading, source_reading, rows = readings(passage, texts, keep)
-    goals = Goals(folder, rows)
+    goals = Goals(folder, rows.count)
     layers = len(passage.views.layers)
     fits = len(target_reading.batches)
     with (
@@ -73,6 +76,7 @@ def reconstruct(
     ):
         source = _Source(passage, source_steps, source_reading)
         for layer in range(layers):
+            began = time.perf_counter()
             goals.begin()
             calls = steps.calls(layer)
             wanted = passage.wanted(layer)
@@ -80,16 +84,18 @@ def reconstruct(
             if wanted:
                 source.advance(layer, wanted, None if done_before else goals)
             ends = _own(passage, layer, wanted, calls[fits:], own_reading, None if done_before else goals)
+            block = None
             if done_before:
                 fuse(passage.views.layers, finished[layer], 1.0)
             else:
-                block = BlockFit(passage, layer, wanted, calls[:fits], target_reading, goals)
-                take(block.fitted(rows))
+                block = BlockFit(passage, layer, wanted, calls[:fits], target_reading, goals, rows).fitted()
             for batch, call in enumerate(calls[:fits]):
                 steps.go_on(batch, call.run())
             for batch, result in enumerate(ends):
                 steps.go_on(fits + batch, result)
             del calls, ends
+            if block is not None:
+                take(replace(block, seconds=time.perf_counter() - began))
             if progress is not None:
                 progress(layer + 1, layers)
 

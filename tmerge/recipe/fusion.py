@@ -153,6 +153,9 @@ class Reconstruction(_Fused):
     keep_texts: Annotated[int, Field(ge=1)] = Field(
         200, description="of them, at most; the held-out share of them is scored, the others are fitted on"
     )
+    keep_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="of a fit's weight, that of all their tokens together"
+    )
 
     @property
     def kept_on(self) -> str | None:

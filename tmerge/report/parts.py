@@ -290,6 +290,7 @@ class Fusion(Part):
         top_k: Neurons of a projection and layer: a count, or a share.
         stream: What else lies on the residual stream and was carried.
         fit: Of a reconstruction; None otherwise.
+        fit_seconds: That the fits took, in all calls, and without those of the controls; None otherwise.
         choice: Of ``alpha: auto``; None otherwise.
     """
 
@@ -301,6 +302,7 @@ class Fusion(Part):
     projections: Annotated[Mapping[str, FusedProjection], Field(min_length=1)]
     stream: Items[str] = ()
     fit: ReconstructionFit | None = None
+    fit_seconds: float | None = None
     choice: Choice | None = None
 
     @property

@@ -138,12 +138,14 @@ class ReconstructNote(FuseNote):
     Attributes:
         errors: Projection -> per layer, ``|Y - X W^T|^2 / |Y|^2`` before and after its fit; None where Y is zero.
         rows: Tokens that were fitted on, those of `keep_texts` too.
+        fit_seconds: That it took, in all calls, and without what the controls took.
         keep: The dataset of texts that are kept; None without one.
         keep_texts: Of it, on which the target's own activations were the goal.
     """
 
     errors: dict[str, list[tuple[float | None, float | None]]]
     rows: int
+    fit_seconds: float
     keep: str | None
     keep_texts: int
 

@@ -125,6 +125,7 @@ class Reconstruct:
             self.features.projections,
             settings.ridge,
             settings.rank,
+            settings.keep_share,
             calibration.max_tokens,
             calibration.batch_tokens,
             lambda name, layer, other: score_factor(name, views.attention[layer], source_views.attention[other]),
@@ -169,6 +170,7 @@ class Reconstruct:
             layer_plans_converged=True,
             errors=errors,
             rows=blocks[0]["rows"],
+            fit_seconds=sum(block["seconds"] for block in blocks),
             keep=None if self.kept is None else self.kept.dataset,
             keep_texts=len(self._keep),
         )

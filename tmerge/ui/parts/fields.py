@@ -102,6 +102,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("fusion.rank", "Rank of a fit"),
         Setting("fusion.keep", "Texts to stay the same on"),
         Setting("fusion.keep_texts", "How many of them"),
+        Setting("fusion.keep_share", "Their share of a fit"),
         Setting("source_base", "Source before its fine-tuning"),
         Setting("plan", "Plan of another run"),
     ),
