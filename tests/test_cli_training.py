@@ -6,6 +6,7 @@ import re
 import pytest
 
 from tests.test_cli import pair, run, small  # noqa: F401 (fixtures)
+from tmerge.errors import RecipeError
 from tmerge.store import LOCK, locked
 
 pytest.importorskip("trl")
@@ -45,6 +46,26 @@ def test_compare(run, pair, tmp_path):  # noqa: F811
     assert code == 0, progress
     assert re.search(r"sft\s.*\d\.\d{4}", printed) and "descent" in printed
     assert {path.name for path in (tmp_path / "c").iterdir()} >= {"compare.json", "compare.md", "compare.html", "merge"}
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "base"),
+    [(("--what", "reconstruct"), "reconstruct", None), (("--source-base", "SOURCE"), "task-vector", "SOURCE")],
+    ids=["what", "source-base"],
+)
+def test_what_is_fused_is_said_as_to_merge(run, pair, tmp_path, words, what, base, monkeypatch):  # noqa: F811
+    asked = []
+
+    def stop(recipe, out, *, listener):
+        asked.append(recipe)
+        raise RecipeError("enough")
+
+    monkeypatch.setattr("tmerge.comparison.compare.compare", stop)
+    source = str(pair / "source")
+    models = ("--target", pair / "target", "--source", source, "--out", tmp_path / "c")
+    assert run("compare", *models, *(word.replace("SOURCE", source) for word in words))[0] == 2
+    (recipe,) = asked
+    assert recipe.fusion.what == what and recipe.source_base == (base and source)
 
 
 def test_a_comparison_that_another_process_works_at_is_refused_and_stays(run, pair, tmp_path):  # noqa: F811

@@ -94,8 +94,7 @@ def merge(
 
         when_stopped(nothing_changed)
         start = find_run(plan).recipe()
-    learned = source_base is not None and what is None
-    loaded = load_recipe(recipe, overrides, settings or (), start=start, learned=learned)
+    loaded = load_recipe(recipe, overrides, settings or (), start=start)
     if remote is not None:
         if html is not None:
             raise TmergeError("--html draws a run of this machine; of a remote one: tmerge inspect REPO --html FILE")
@@ -158,7 +157,7 @@ def check(
         "fusion.what": what,
         "calibration.dataset": dataset,
     }
-    loaded = load_recipe(recipe, overrides, settings or (), learned=source_base is not None and what is None)
+    loaded = load_recipe(recipe, overrides, settings or ())
     quiet_libraries()
     from tmerge.preflight.check import check as check_models
 

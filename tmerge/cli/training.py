@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tmerge.cli.shared import (
+    BaseOption,
     DatasetOption,
     DeviceOption,
     DtypeOption,
@@ -18,6 +19,7 @@ from tmerge.cli.shared import (
     SetOption,
     SourceOption,
     TargetOption,
+    WhatOption,
     app,
     print_json,
     progress,
@@ -113,6 +115,8 @@ def compare(
     recipe: RecipeArgument = None,
     target: TargetOption = None,
     source: SourceOption = None,
+    source_base: BaseOption = None,
+    what: WhatOption = None,
     dataset: DatasetOption = None,
     out: Annotated[Path, typer.Option(help="A folder for the merge, the rows and compare.json.")] = Path("compared"),
     settings: SetOption = None,
@@ -122,7 +126,14 @@ def compare(
     """Base, fused, controls, alphas, and training with and without the merge, on the same texts for the same steps."""
     from tmerge.recipe import load_recipe
 
-    overrides = {"target": target, "source": source, "calibration.dataset": dataset, "device": device}
+    overrides = {
+        "target": target,
+        "source": source,
+        "source_base": source_base,
+        "fusion.what": what,
+        "calibration.dataset": dataset,
+        "device": device,
+    }
     loaded = load_recipe(recipe, overrides, settings or ())
     quiet_libraries()
     from tmerge.cli.show import show_comparison

@@ -32,26 +32,29 @@ def load_recipe(
     settings: Sequence[str] = (),
     *,
     start: Recipe | None = None,
-    learned: bool = False,
 ) -> Recipe:
     """Read a recipe and lay the command line's words over it.
+
+    Who names a ``source_base`` there, and no ``fusion.what``, wants what the source learned since, unless the recipe is
+    one of a reconstruction, where it is the control ``base``.
 
     Args:
         name: A YAML file, or a preset's name; None starts from the defaults, or from `start`.
         start: A recipe to begin from where no other is named.
         overrides: Top-level or dotted keys to values; None values are passed over.
         settings: ``section.key=value`` words of ``--set``; values are read as YAML.
-        learned: Whether what the source learned is fused, where it is not a reconstruction that is asked for.
 
     Raises:
         RecipeError: No such file or preset, not YAML, or not a valid recipe.
     """
+    overrides = overrides or {}
     data, where = _read(name) if name is not None or start is None else (start.model_dump(mode="json"), "recipe")
-    for key, value in (overrides or {}).items():
+    for key, value in overrides.items():
         if value is not None:
             _put(data, key, value)
     said = dict(parse_setting(word) for word in settings)
     section = data.get("fusion")
+    learned = overrides.get("source_base") is not None and overrides.get("fusion.what") is None
     if learned and not (isinstance(section, dict) and section.get("what") == "reconstruct"):
         _put(data, "fusion.what", "task-vector")
     for key, value in said.items():
