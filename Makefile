@@ -11,14 +11,15 @@ CHROMIUM := $(shell command -v chromium)
 demo: $(SETUP)
 	$(BIN)/tmerge demo --out fused --html fused/tmerge/report.html
 
-## Lint, types, and the whole default test suite: a process a core; the app's alone, as two browsers keep each other waiting.
+## Lint, types, and the default test suite: a process a core; the app's alone, as two browsers keep each other waiting.
 test: $(SETUP) browser lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/ui
 	$(BIN)/python -m pytest tests/ui
 
-## The tests that take minutes each.
+## All other tests: further cases of what the default suite tests once, and what takes long.
 test-slow: $(SETUP) browser
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile --ignore tests/ui
+	$(BIN)/python -m pytest -m slow tests/ui
 
 ## Speed of calibration and of transport, measured here.
 bench: $(SETUP)

@@ -120,6 +120,7 @@ def test_reproduce_names_the_file_and_not_the_processor(run, finished, tmp_path,
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
 def test_a_comparison_scores_a_changed_domain_anew(pair, tmp_path):
     domain = tmp_path / "domain.txt"
     write(domain, sample_texts("malay")[:40])
@@ -162,6 +163,7 @@ def changing(path, lines, whole):
     return called
 
 
+@pytest.mark.slow
 def test_a_domain_that_changes_during_the_merge_is_refused(pair, tmp_path, monkeypatch):
     domain = tmp_path / "domain.txt"
     write(domain, sample_texts("malay")[:40])
@@ -206,6 +208,7 @@ def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path):
         read_texts(settings, seed=0, progress=lambda done, total: done == 1 and write(data, ["another"]))
 
 
+@pytest.mark.slow
 def test_a_row_is_made_anew_where_its_source_is_another_by_now(pair, tmp_path):
     save_pico("gpt2", tmp_path / "further", layers=2, seed=2)
     recipe = recipe_for(
@@ -248,6 +251,7 @@ def test_samples_are_known_by_their_texts(monkeypatch):
     assert dataset_identity("samples:thai") != before
 
 
+@pytest.mark.slow
 def test_rows_are_of_the_commits_that_were_merged_and_another_commit_has_others(pair, tmp_path, monkeypatch):
     # Two models as if they were of the Hub, where a repo's main can move at any time.
     now, loaded = ["a" * 40], []

@@ -81,6 +81,7 @@ def test_a_comparison_that_another_process_works_at_is_refused_and_stays(run, pa
     assert code == 2 and "nowhere.txt" in err and not folder.exists()
 
 
+@pytest.mark.slow
 def test_inspect_shows_a_comparison_or_says_what_is_wrong_with_it(run, pair, tmp_path):  # noqa: F811
     words = ("--set", "compare.rows=[]", "--set", "compare.alphas=[]", "--set", "evaluation.descent=4")
     folder, page = tmp_path / "c", tmp_path / "page.html"

@@ -105,6 +105,7 @@ def test_alpha_scale_projections_and_neurons_are_swept(pair, finished, tmp_path)
     )
 
 
+@pytest.mark.slow
 def test_a_sweep_is_resumed_and_gives_the_same_bytes(finished, tmp_path):
     swept(finished, tmp_path / "one")
     before = (tmp_path / "one" / "model.safetensors").read_bytes()

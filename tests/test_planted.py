@@ -178,7 +178,7 @@ _BOUNDS = {0.1: (0.6, 0.15), 0.03: (0.15, 1e-3), 0.01: (3e-3, 1e-7), 0.005: (2e-
 
 
 @families
-@pytest.mark.parametrize("epsilon", _BOUNDS)
+@pytest.mark.parametrize("epsilon", [0.1, pytest.param(0.03, marks=pytest.mark.slow), 0.01, 0.005])
 def test_a_dense_merge_gives_the_original_back(family, epsilon):
     case = planted_case(family)
     merged, carried = _merge(family, epsilon)

@@ -113,7 +113,11 @@ def test_before_any_stage_has_finished(pair, tmp_path):
     assert not (tmp_path / "fused").exists()
 
 
-@pytest.mark.parametrize("then", ["pass", "raise RuntimeError('wrapped') from None"], ids=["swallowed", "wrapped"])
+@pytest.mark.parametrize(
+    "then",
+    [pytest.param("pass", marks=pytest.mark.slow), "raise RuntimeError('wrapped') from None"],
+    ids=["swallowed", "wrapped"],
+)
 def test_a_stop_that_a_library_loses_is_a_stop(pair, tmp_path, then):
     process, ready, _ = merging(pair, tmp_path, "evaluate", then)
     code, lines = stopped(process, signal.SIGTERM, ready)

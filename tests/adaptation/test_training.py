@@ -118,6 +118,7 @@ def test_lora_trains_few_and_folds_into_the_base(tmp_path):
     assert report.trained < 0.1 * sum(tensor.numel() for tensor in before.values())
 
 
+@pytest.mark.slow
 def test_checkpointing_and_accumulation_change_nothing_but_memory(tmp_path):
     plain = trained(tmp_path, name="a", batch_size=4)[1]
     parts = trained(tmp_path, name="b", batch_size=2, accumulation=2, gradient_checkpointing=True)[1]

@@ -93,6 +93,7 @@ def test_merge_reads_nothing_of_the_comparison(pair):
     assert Recipe.from_mapping(asked(pair).model_dump(mode="json")) == asked(pair)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the harness's own
 def test_tasks_of_every_row(pair, tmp_path):
     pytest.importorskip("lm_eval")

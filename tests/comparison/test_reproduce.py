@@ -46,6 +46,7 @@ def test_the_same_bytes(finished, tmp_path):
     assert written == (finished / "fused/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_other_bytes_end_with_1_and_say_what_differs(finished, tmp_path):
     shutil.copytree(finished / "fused", tmp_path / "fused")
     path = tmp_path / "fused/tmerge/report.json"
@@ -71,6 +72,7 @@ def test_a_model_that_is_another_by_now_is_refused_before_it_is_merged(finished,
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
 def test_a_trained_run_is_merged_and_trained_again(finished, tmp_path):
     pytest.importorskip("trl", reason="the adapt extra is not installed")
     from tmerge.stages.adapt import adapt_run

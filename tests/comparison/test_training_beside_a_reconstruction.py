@@ -27,6 +27,7 @@ def compared(models, tmp_path_factory):  # noqa: F811
     return recipe, folder, compare(recipe, folder)
 
 
+@pytest.mark.slow
 def test_sft_alone_gets_the_time_of_the_merge_too(compared):
     _, folder, result = compared
     rows = {row.name: row for row in result.rows}
@@ -46,6 +47,7 @@ def test_sft_alone_gets_the_time_of_the_merge_too(compared):
     assert f"fused+sft against sft+time: {result.added[1].value:+.4f}" in (folder / "compare.html").read_text()
 
 
+@pytest.mark.slow
 def test_taken_up_again_it_takes_the_steps_that_it_took(compared):
     recipe, folder, result = compared
     before = {path.name: path.stat().st_mtime_ns for path in (folder / "rows").iterdir()}
@@ -53,6 +55,7 @@ def test_taken_up_again_it_takes_the_steps_that_it_took(compared):
     assert {path.name: path.stat().st_mtime_ns for path in (folder / "rows").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_every_row_is_scored_on_texts_that_are_to_be_kept(compared):
     recipe, folder, result = compared
     kept = kept_texts(recipe, Run(folder / "merge"))
@@ -64,6 +67,7 @@ def test_every_row_is_scored_on_texts_that_are_to_be_kept(compared):
     assert report.evaluation.kept.texts == min(12, len(kept.held_out))
 
 
+@pytest.mark.slow
 def test_adapting_trains_on_the_texts_to_be_kept_too(compared, tmp_path):
     recipe, folder, _ = compared
     report = adapt_run(folder / "merge", tmp_path / "adapted", WORDS)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 def test_hf_finds_tmerge(tmp_path):
     script = Path(sys.executable).with_name("hf-tmerge")
     hf = shutil.which("hf", path=str(script.parent))

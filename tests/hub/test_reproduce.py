@@ -48,6 +48,7 @@ def downloads(hub):
     return [line for line in hub.requests if "/resolve/" in line and line.split("?")[0].endswith("model.safetensors")]
 
 
+@pytest.mark.slow
 def test_published_weights_are_known_by_the_hubs_digests(repos, tmp_path):
     with LoopbackHub(repos) as hub:
         results = reproduced(hub, tmp_path, "fused", "swapped", "extra")
@@ -65,6 +66,7 @@ def test_published_weights_are_known_by_the_hubs_digests(repos, tmp_path):
         assert line.startswith("error: ") and words in line, line
 
 
+@pytest.mark.slow
 def test_where_the_hub_states_no_digest_the_file_is_read(repos, tmp_path):
     with LoopbackHub(repos) as hub:
         hub.states_digests = False

@@ -114,6 +114,7 @@ def test_the_same_command_brings_it_up_to_date_in_one_commit(hub, results):
     assert results["new and empty"]["code"] == 0
 
 
+@pytest.mark.slow
 def test_modules_that_are_no_more_go(hub, results, tmp_path):
     repo = hub.repos["spaces/user/app"]
     repo.commits["b" * 40] = {**files_of(hub, "app"), "tmerge/gone.py": b"", "notes.md": b"kept"}

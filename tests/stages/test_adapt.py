@@ -113,6 +113,7 @@ def test_without_its_cache_a_run_cannot_be_adapted(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_compare_trains_every_row_on_the_same_tokens(pair, tmp_path):
     comparison = {"rows": ["sft", "distill", "fused+sft", "fused+distill"], "seeds": [0, 1], "alphas": []}
     recipe = recipe_for(pair, compare=comparison, adaptation=WORDS, evaluation={"descent": 4})

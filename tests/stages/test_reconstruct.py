@@ -110,6 +110,7 @@ def test_shuffled_correspondences_are_the_control(models, finished):
     assert distance(source, folder, IDS) < 0.7 * distance(source, folder.parent / "permuted", IDS)
 
 
+@pytest.mark.slow
 def test_the_record_is_one_that_can_be_looked_at_and_fused_from(models, finished, tmp_path):
     folder, report = finished
     shutil.copytree(folder, tmp_path / "pushed", ignore=shutil.ignore_patterns("cache"))
@@ -123,8 +124,20 @@ def test_the_record_is_one_that_can_be_looked_at_and_fused_from(models, finished
         torch.testing.assert_close(here[name], (values + whole[name]) / 2, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("block", [1, 2])
-@pytest.mark.parametrize("which", ["reconstructing", "permuted: reconstructing"])
+@pytest.mark.parametrize(
+    ("which", "block"),
+    [
+        ("reconstructing", 1),
+        *(
+            pytest.param(which, block, marks=pytest.mark.slow)
+            for which, block in (
+                ("reconstructing", 2),
+                ("permuted: reconstructing", 1),
+                ("permuted: reconstructing", 2),
+            )
+        ),
+    ],
+)
 def test_a_run_that_is_stopped_between_blocks_goes_on_to_the_same_bytes(models, finished, tmp_path, which, block):
     out, heard = tmp_path / "fused", []
 
@@ -141,6 +154,7 @@ def test_a_run_that_is_stopped_between_blocks_goes_on_to_the_same_bytes(models, 
     assert ("reconstructing" in {step.what for step in heard}) == (which == "reconstructing")
 
 
+@pytest.mark.slow
 def test_what_was_finished_is_not_fitted_again(models, finished, tmp_path, monkeypatch):
     from tmerge.fusion import ridge
 
@@ -176,6 +190,7 @@ def test_too_few_texts_to_be_kept_are_said_before_anything_is_read(models, tmp_p
         advance(recipe, tmp_path / "fused", until="texts")
 
 
+@pytest.mark.slow
 def test_the_texts_to_be_kept_are_known_by_their_contents(models, kept_file, tmp_path):
     recipe = recipe_for(models, fusion={"keep": str(kept_file), "keep_texts": 80}, evaluation={"controls": []})
     report = merge(recipe, tmp_path / "fused")
@@ -215,6 +230,7 @@ def test_running_out_of_memory_is_one_line(models, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
+@pytest.mark.slow
 def test_texts_to_be_kept_hold_the_target_where_it_is(models, tmp_path):
     """Drawn on the texts alone the target goes further from itself on others than with these among the goals."""
     moved = []
@@ -255,6 +271,7 @@ def test_auto_takes_one_step_for_all(models, tmp_path):
     assert len(set(choice["alpha"].values())) == 1
 
 
+@pytest.mark.slow
 def test_with_the_base_there_is_a_control_drawn_to_it(models, tmp_path):
     controls = ["permuted", "base", "texts"]
     recipe = recipe_for(models, source_base=str(models / "base"))
@@ -287,6 +304,7 @@ def test_rows_are_tokens_that_both_models_end_in_the_same_place(tmp_path):
     assert note["errors"]["o"][0][0] > 1e-4
 
 
+@pytest.mark.slow
 def test_it_is_trained_on_and_reproduced(finished, tmp_path):
     folder, report = finished
     trained = adapt_run(folder, tmp_path / "trained", {"steps": 2, "batch_size": 2, "max_tokens": 32})

@@ -60,7 +60,7 @@ def loaded(monkeypatch):
     return found, listen
 
 
-@pytest.mark.parametrize("sections", [{}, {"fusion": VECTOR, **SHARED}])
+@pytest.mark.parametrize("sections", [{}, pytest.param({"fusion": VECTOR, **SHARED}, marks=pytest.mark.slow)])
 def test_no_source_is_loaded_to_fuse_from_it_but_what_is_packed_once(models, tmp_path, loaded, sections):
     merge(recipe(models, ".gguf", **sections), tmp_path / "packed", listener=loaded[1])
     bases = [("base.gguf", "fuse")] if sections else []
@@ -85,6 +85,7 @@ def test_no_source_is_loaded_to_fuse_from_it_but_what_is_packed_once(models, tmp
         assert loaded[0] == [("target", "target"), ("source", "source")]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_what_was_kept_or_makes_it_again(models, tmp_path, loaded):
     asked = recipe(models, ".gguf")
     advance(asked, tmp_path / "there", until="source")

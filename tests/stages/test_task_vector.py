@@ -198,6 +198,7 @@ def test_what_arrives_is_what_was_learned(models, finished):
 # -- again ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_alpha_from_the_plan_gives_the_bytes_of_a_fresh_run(models, finished, tmp_path):
     """One to one, entries are 1 and -1: what 16 bits keep of a plan is all of it."""
     fresh = run(recipe_for(models, fusion={"alpha": 0.5}), tmp_path / "fresh")
@@ -239,6 +240,7 @@ def _stopped(models, out, stage):
     return {of for of, unit in seen if unit not in ("models", "notes")}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_killed_again_and_again_comes_to_the_same_bytes(models, finished, tmp_path):
     out, path = tmp_path / "fused", tmp_path / "recipe.yaml"
     path.write_text(recipe_for(models).to_yaml())
@@ -265,6 +267,7 @@ def _same(out, wanted):
     return all((out / name).read_bytes() == (wanted / name).read_bytes() for name in names)
 
 
+@pytest.mark.slow
 def test_another_tokenizer_of_the_source_has_both_models_read_again(models, tmp_path):
     """In the same place and of the same texts: where both tokenizations agree is elsewhere, for the target as well."""
     for name in ("target", "base", "source"):

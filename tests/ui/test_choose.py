@@ -53,6 +53,7 @@ def test_both_models_are_checked_side_by_side_before_anything_starts(visit, pico
     expect(cards.get_by_role("alert")).to_contain_text("tiny/llama-one", timeout=60_000)
 
 
+@pytest.mark.slow
 def test_the_hub_is_searched_as_one_types_and_names_are_shown_as_text(visit):
     page = visit()
     name_model(page, "target", "a/b")
@@ -71,6 +72,7 @@ def test_the_hub_is_searched_as_one_types_and_names_are_shown_as_text(visit):
     assert page.locator("img[src=x]").count() == 0
 
 
+@pytest.mark.slow
 def test_one_line_says_that_the_hub_cannot_be_reached(visit, served, monkeypatch):
     import huggingface_hub.constants
 
@@ -107,6 +109,7 @@ def test_form_and_yaml_are_in_step_both_ways(visit):
     expect(page.locator("#problem")).to_contain_text("not YAML")
 
 
+@pytest.mark.slow
 def test_a_recipe_outlives_a_reload_as_when_signing_in(visit, picos):
     page = visit()
     open_fold(page, "Advanced settings")
@@ -171,6 +174,7 @@ def test_a_path_of_the_server_is_refused_whether_or_not_it_exists(visit):
     assert "is a path" in said[0] and said[0] == said[1]
 
 
+@pytest.mark.slow
 def test_an_uploaded_file_is_looked_into_and_its_column_found(visit):
     page = visit()
     name_model(page, "target", "a/b")

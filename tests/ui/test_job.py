@@ -79,6 +79,7 @@ def page(app, browser):
     context.close()
 
 
+@pytest.mark.slow
 def test_a_refused_run_is_offered_as_a_job_and_started_by_who_signs_in(app, hub, page):
     expect(page.locator("#expected")).to_contain_text("Too large for this app", timeout=60_000)
     write = {**RECIPE, "seed": 3}

@@ -86,7 +86,12 @@ def open_tab(page, name):
 
 
 @pytest.mark.parametrize(
-    ("width", "theme"), [(380, "dark"), pytest.param(768, "light", marks=pytest.mark.slow), (1440, "dark")]
+    ("width", "theme"),
+    [
+        (380, "dark"),
+        pytest.param(768, "light", marks=pytest.mark.slow),
+        pytest.param(1440, "dark", marks=pytest.mark.slow),
+    ],
 )
 def test_every_tab_is_read_and_named(visit, run_id, width, theme):
     page = visit(f"&run={run_id}", width=width, theme=theme)

@@ -95,6 +95,7 @@ def test_a_click_on_a_cell_opens_that_layer_pair(visitors, url, run, looked):
         assert page.locator("#look-part").get_by_label("input (pre)").is_checked()
 
 
+@pytest.mark.slow
 def test_a_click_on_a_stream_opens_its_layer_pair(visitors, url, run):
     from playwright.sync_api import TimeoutError as TooLate
 
@@ -130,6 +131,7 @@ def test_the_keyboard_opens_a_layer_pair(visitors, url, run, looked):
         title_becomes(page, f"target layer 3 and source layer {kept[3][1][0]}")
 
 
+@pytest.mark.slow
 def test_a_large_map_is_reduced_and_zooming_shows_its_detail(visitors, url, run):
     with opened(visitors, url, run[1], "Look") as page:
         page.locator("#look-projection").get_by_label("gate", exact=True).check()
@@ -199,7 +201,8 @@ def test_switches_and_downloads(visitors, url, run, looked):
 
 
 @pytest.mark.parametrize(
-    ("width", "dark"), [(380, True), pytest.param(800, False, marks=pytest.mark.slow), (1600, True)]
+    ("width", "dark"),
+    [(380, True), pytest.param(800, False, marks=pytest.mark.slow), pytest.param(1600, True, marks=pytest.mark.slow)],
 )
 def test_every_figure_fits_and_follows_the_theme(visitors, url, run, width, dark):
     touch = {"has_touch": True, "is_mobile": True} if width == 380 else {}

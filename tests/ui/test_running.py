@@ -30,6 +30,7 @@ def start(page, served, **changes):
     return page.url.partition("run=")[2]
 
 
+@pytest.mark.slow
 def test_a_run_to_its_end(visit, served):
     page = visit()
     run_id = start(page, served, fusion={"alpha": "auto"})
@@ -87,6 +88,7 @@ def test_cancel_stops_within_seconds(visit, served, gate, monkeypatch):
     expect(page.locator("#cancel")).to_be_disabled()
 
 
+@pytest.mark.slow
 def test_two_visitors_at_once_do_not_see_each_other(visit, served, gate):
     # The first run is under way still when the second page has started its own.
     gate.close_at("target")
@@ -108,6 +110,7 @@ def test_two_visitors_at_once_do_not_see_each_other(visit, served, gate):
     expect(one.locator("#run-head")).to_contain_text("Cancelled")
 
 
+@pytest.mark.slow
 def test_a_failing_run_says_why_in_a_card(visit, served):
     page = visit()
     (served.root / "few.txt").write_text("one\ntwo\nthree\n")
@@ -147,6 +150,7 @@ def held_up(monkeypatch):
     free.set()
 
 
+@pytest.mark.slow
 def test_start_right_after_an_edit_of_the_recipe_waits_for_it(visit, served, held_up):
     page = visit()
     fill(page, served)
@@ -164,6 +168,7 @@ def test_start_right_after_an_edit_of_the_recipe_waits_for_it(visit, served, hel
     expect(page.locator("#start")).to_be_enabled()
 
 
+@pytest.mark.slow
 def test_start_right_after_an_edit_of_a_field_runs_what_the_field_says(visit, served, held_up):
     page = visit()
     fill(page, served)
@@ -182,6 +187,7 @@ def test_start_right_after_an_edit_of_a_field_runs_what_the_field_says(visit, se
     assert (run.state, run.recipe.fusion.alpha) == ("done", 0.37)
 
 
+@pytest.mark.slow
 def test_start_after_an_edit_that_cannot_be_read_says_why_and_can_be_pressed_again(visit, served, monkeypatch):
     # Long enough to be seen, as this page looks every second.
     monkeypatch.setattr(starting, "_PATIENCE_UNREADABLE", 3.0)
@@ -200,6 +206,7 @@ def test_start_after_an_edit_that_cannot_be_read_says_why_and_can_be_pressed_aga
     assert served.ended(page.url.partition("run=")[2]).recipe.seed == 42
 
 
+@pytest.mark.slow
 def test_start_right_after_another_upload_reads_that_file(visit, served, held_up, monkeypatch):
     """Of the same name as the one before it."""
     read = []
@@ -232,6 +239,7 @@ def test_start_right_after_another_upload_reads_that_file(visit, served, held_up
     assert [text.split()[0] for text in read] == ["new"]
 
 
+@pytest.mark.slow
 def test_a_second_choice_while_the_first_is_written_is_not_dropped(visit, served, held_up):
     page = visit()
     fill(page, served)
@@ -243,6 +251,7 @@ def test_a_second_choice_while_the_first_is_written_is_not_dropped(visit, served
     expect(page.locator("#recipe-yaml .cm-content")).to_contain_text("upload:")
 
 
+@pytest.mark.slow
 def test_spaces_around_a_name_in_the_recipe_are_no_change(visit, served):
     page = visit()
     fill(page, served)

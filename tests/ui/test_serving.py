@@ -57,6 +57,7 @@ def test_the_app_is_served_on_the_port_until_it_is_interrupted(taken):
     assert process.returncode == 130 and said.strip().splitlines()[-1].startswith("stopped; the app is closed")
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_one_line(taken):
     process = start("--port", taken)
     _, said = process.communicate(timeout=120)

@@ -66,6 +66,7 @@ def test_each_model_says_what_transformers_would(run, asked, chat):
     assert len({len(step["target"].text) for step in steps}) > 1 or len(steps) > 3
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_what_was_drawn(run, asked):
     speaker = Speaker(run[0])
 
@@ -79,6 +80,7 @@ def test_a_seed_repeats_what_was_drawn(run, asked):
     assert torch.equal(state, torch.get_rng_state())  # the draws of others are theirs
 
 
+@pytest.mark.slow
 def test_one_model_at_a_time_for_all_visitors_and_none_afterwards(run, asked, monkeypatch):
     alive, most, ever = weakref.WeakSet(), [], []
 

@@ -117,6 +117,7 @@ def _start_as(request, store, recipe):
     return store.start(recipe, "me", gpu=GPU)
 
 
+@pytest.mark.slow
 def test_transport_and_fusion_are_not_in_a_lent_call(store, lent, recipe, monkeypatch):
     ran = {}
 
