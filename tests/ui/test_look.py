@@ -5,6 +5,8 @@ import csv
 import io
 import json
 import re
+import time
+from dataclasses import asdict
 
 import pytest
 
@@ -22,6 +24,8 @@ from tests.ui.looked import (
 )
 from tmerge.plots import TEMPLATES, kept_layers
 from tmerge.plots.zoom import MAP_CELLS
+from tmerge.recipe import Recipe
+from tmerge.run import Run
 from tmerge.transport import TransportRecord
 from tmerge.ui.parts.figure import figure_box, figure_message
 from tmerge.ui.parts.look_data import looked_at
@@ -207,7 +211,8 @@ def test_switches_and_downloads(visitors, url, run, looked):
 def test_every_figure_fits_and_follows_the_theme(visitors, url, run, width, dark):
     touch = {"has_touch": True, "is_mobile": True} if width == 380 else {}
     with opened(visitors, url, run[1], "Look", width, dark, **touch) as page:
-        for name in FIGURES:
+        assert not page.locator("#look-fitted").is_visible()  # it is no reconstruction
+        for name in (name for name in FIGURES if name != "fit"):
             drawn(page, name)
             assert page.locator(f"#look-{name} .tm-plot").get_attribute("aria-label")
             template = TEMPLATES["dark" if dark else "light"].layout.font.color
@@ -294,12 +299,48 @@ def pair_of(store, run_id):
 
 def test_every_figure_has_its_data(run, looked):
     chosen = choice(run[1], **pair_of(*run))
-    for name in FIGURES:
+    read = look._reader(App(run[0]), data_of)
+    assert picture_of("fit", looked, chosen) == "" and set(read(fit_of(chosen))) == {"fault"}
+    for name in (name for name in FIGURES if name != "fit"):
         value = json.loads(picture_of(name, looked, chosen))
         assert value["title"] and value["caption"] and value["figure"]["data"]
         found = data_of(looked, value["ref"])
         assert found["file"] == value["file"]
         assert len(found["text"].splitlines()) > 1
+
+
+def fit_of(chosen):
+    return {"figure": "fit", **asdict(chosen)}
+
+
+@pytest.mark.slow
+def test_a_reconstruction_shows_how_well_it_was_fitted(run, visitors, url):
+    store, first = run
+    folder = store.get(first).folder
+    recipe = Run(folder).recipe().model_dump(mode="json")
+    made = {name: recipe[name] for name in ("target", "source", "dtype", "calibration")}
+    made["calibration"] |= {"rows": "tokens", "match_on": None, "texts": 60}
+    made |= {"fusion": {"what": "reconstruct", "alpha": 0.5, "keep": None}, "evaluation": {"texts": 8, "controls": []}}
+    run_id = store.start(Recipe.from_mapping(made), "another")
+    end = time.monotonic() + 120
+    while store.get(run_id).state not in ("done", "failed"):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert store.get(run_id).state == "done", store.get(run_id).error
+    found = looked_at(store.get(run_id).folder)
+    errors, text = found.report.fusion.fit.errors, data_of(found, fit_of(choice(run_id)))["text"]
+    cells = [line.split(",") for line in text.splitlines()[1:]]
+    assert len(cells) == sum(map(len, errors.values()))
+    for name, layer, before, after in cells:
+        place = found.report.fusion.projections[name].layers.index(int(layer))
+        assert (float(before), float(after)) == pytest.approx(errors[name][place], rel=1e-6)
+    with opened(visitors, url, run_id, "Look") as page:
+        drawn(page, "fit")
+        box = page.locator("#look-fit .tm-plot")
+        box.scroll_into_view_if_needed()
+        shown_at = box.bounding_box()
+        assert shown_at["width"] > 300 and shown_at["height"] > 200
+        assert 0 <= shown_at["y"] < page.viewport_size["height"]
 
 
 def test_a_run_without_descent_says_how_to_have_it(run, looked):

@@ -12,7 +12,7 @@ from tmerge.plots.blocks import (
     structure_order,
     window_blocks,
 )
-from tmerge.plots.charts import norm_ratios, scores, timing, top_mass
+from tmerge.plots.charts import fit_errors, norm_ratios, scores, timing, top_mass
 from tmerge.plots.heatmaps import (
     Side,
     feature_transport,
@@ -42,6 +42,7 @@ __all__ = [
     "map_figure",
     "neurons_figure",
     "neurons_view",
+    "fit_errors",
     "norm_ratios",
     "pair_place",
     "picture",

@@ -82,6 +82,18 @@ def norms_data(report: Report) -> str:
     return _csv(("projection", "target_layer", "norm_ratio", "selected_neurons", "of"), rows)
 
 
+def fit_data(report: Report) -> str:
+    """Squared error of every layer and projection of a reconstruction, as a share of what was wanted."""
+    fit = report.fusion.fit
+    assert fit is not None  # the caller asks
+    rows = (
+        (name, layer, *("" if error is None else f"{error:.8g}" for error in pair))
+        for name, item in report.fusion.projections.items()
+        for layer, pair in zip(item.layers, fit.errors[name], strict=True)
+    )
+    return _csv(("projection", "target_layer", "error_before", "error_after"), rows)
+
+
 def neurons_data(record: TransportRecord, projection: str) -> str:
     """The selected neurons of every layer."""
     layers = record.tensors[f"layers.target.{feature_key(projection, 'post')}"].tolist()

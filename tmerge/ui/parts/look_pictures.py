@@ -13,6 +13,7 @@ from tmerge.plots import (
     Order,
     Side,
     feature_name,
+    fit_errors,
     kept_layers,
     layer_coupling,
     layer_flow,
@@ -167,6 +168,12 @@ def _norms(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) ->
     return figure_value(norm_ratios(looked.report), file, CAPTIONS["norms"], ref)
 
 
+def _fit(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
+    if looked.report.fusion.fit is None:
+        return ""  # its box is not shown
+    return figure_value(fit_errors(looked.report), file, CAPTIONS["fit"], ref)
+
+
 def _neurons(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
     view = neurons_view(looked.record, choice.projection)
     shown = {"kind": "share", "shape": [len(view.rows), int(view.x[-1])], "view": view.to_dict()}
@@ -195,11 +202,12 @@ FIGURES: Mapping[str, Callable[[Looked, Choice, Mapping[str, Any], str], str]] =
     "map": _map,
     "mass": _mass,
     "norms": _norms,
+    "fit": _fit,
     "neurons": _neurons,
     "scores": _scores,
     "descent": _descent,
 }
-"""Figure name -> what makes it of a run, a choice, the figure's ref and its file name."""
+"""Figure name -> what makes it of a run, a choice, the figure's ref and its file name; empty where it has none."""
 
 
 def _plan_data(looked: Looked, choice: Choice) -> str:
@@ -207,6 +215,12 @@ def _plan_data(looked: Looked, choice: Choice) -> str:
     if entries is None:
         raise ValueError("that pair has no stored plan")
     return tables.plan_data(entries)
+
+
+def _fit_data(looked: Looked, choice: Choice) -> str:
+    if looked.report.fusion.fit is None:
+        raise ValueError("that run fitted nothing")
+    return tables.fit_data(looked.report)
 
 
 def _descent_data(looked: Looked, choice: Choice) -> str:
@@ -222,6 +236,7 @@ _DATA: Mapping[str, Callable[[Looked, Choice], str]] = {
     "map": _plan_data,
     "mass": lambda looked, choice: tables.mass_data(looked.record),
     "norms": lambda looked, choice: tables.norms_data(looked.report),
+    "fit": _fit_data,
     "neurons": lambda looked, choice: tables.neurons_data(looked.record, choice.projection),
     "scores": lambda looked, choice: tables.scores_data(looked.report),
     "descent": _descent_data,

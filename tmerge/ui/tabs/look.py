@@ -86,6 +86,9 @@ def build_look(app: AppContext) -> None:
             for name in ("norms", "neurons"):
                 with gr.Column(min_width=320):
                     boxes[name] = figure_box(f"look-{name}", **readers)
+        with gr.Column(visible=False, elem_id="look-fitted") as fitted:
+            gr.Markdown("## How well it was fitted")
+            boxes["fit"] = figure_box("look-fit", **readers)
         gr.Markdown("## Did it help?")
         with gr.Row(equal_height=False):
             for name in ("scores", "descent"):
@@ -94,18 +97,20 @@ def build_look(app: AppContext) -> None:
     assert boxes.keys() == FIGURES.keys()
     # Figure name -> what it was drawn from, so that only what changes is drawn anew.
     held = gr.State({})
-    chosen = [app.run_id, projection, side, target, source, part, order, lines]
+    controls: list[Any] = [projection, side, target, source, part, order, lines]
+    chosen = [app.run_id, *controls]
 
     def fill(run_id: str) -> list[Any]:
         """All of the tab, for the run that is looked at now."""
         looked = _looked(app, run_id)
         if looked is None:
             nothing_yet = gr.update(visible=True, value=_why_nothing(app, run_id))
-            return [nothing_yet, gr.update(visible=False), *[gr.skip()] * 8, {}, *[""] * len(boxes)]
+            return [nothing_yet, gr.update(visible=False), *[gr.skip()] * 9, {}, *[""] * len(boxes)]
         choice = _first_choice(looked, run_id)
         return [
             gr.update(visible=False),
             gr.update(visible=True),
+            gr.update(visible=looked.report.fusion.fit is not None),
             _head(looked),
             gr.update(choices=looked.record.projections, value=choice.projection),
             choice.side,
@@ -117,7 +122,7 @@ def build_look(app: AppContext) -> None:
             *(picture_of(name, looked, choice) for name in boxes),
         ]
 
-    everything = [nothing, body, head, projection, side, target, source, part, order, lines, held, *boxes.values()]
+    everything = [nothing, body, fitted, head, *controls, held, *boxes.values()]
     for event in (app.run_id.change, app.ended.change):
         event(fill, [app.run_id], everything, show_progress="hidden", api_visibility="private")
 
@@ -133,7 +138,7 @@ def build_look(app: AppContext) -> None:
 
     # One listener for all: of two changes in quick succession, no answer to the first may come after the second's.
     gr.on(
-        [control.input for control in (projection, side, target, source, part, order, lines)],
+        [control.input for control in controls],
         redraw,
         [held, *chosen],
         [held, target, source, *boxes.values()],
