@@ -344,6 +344,16 @@ def test_a_block_that_norms_what_it_adds_is_one_line(tmp_path):
     ) as caught:
         advance(recipe, tmp_path / "fused", until="reconstruct")
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+    # Of a source it is o alone.
+    save_pico("llama", tmp_path / "target", seed=1)
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"source: block 0 .* so o cannot .* set fusion.projections: \[q, k, v, gate, up, down",
+    ):
+        advance(recipe, tmp_path / "fused", until="reconstruct")
+    downs = recipe_for(tmp_path, fusion={"projections": ["down"]}, evaluation={"controls": []})
+    advance(downs, tmp_path / "downs", until="reconstruct")
+    save_pico("gemma3", tmp_path / "target", seed=1)
     # Without these two it goes.
     recipe = recipe_for(tmp_path, fusion={"projections": ["q", "k", "v", "gate", "up"]}, evaluation={"controls": []})
     advance(recipe, tmp_path / "other", until="reconstruct")

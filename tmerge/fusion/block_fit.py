@@ -14,7 +14,7 @@ from tmerge.fusion.merge import TransportedNeurons, fuse
 from tmerge.fusion.passage import Goals, Passage, Reading, Rows, Wanted
 from tmerge.fusion.ridge import Fit, Linear, Regression
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
-from tmerge.models import Architecture, LoadedModel, Projection, Tap, feature_key
+from tmerge.models import PROJECTIONS, Architecture, LoadedModel, Projection, Tap, feature_key
 from tmerge.models.blocks import BlockCall, hidden_of
 
 __all__ = ["BlockFit", "FittedBlock", "caught_in", "refuse_unless_it_adds", "taps_of"]
@@ -76,7 +76,8 @@ class BlockFit:
         errors: Errors = {}
         norms: dict[str, float | None] = {}
         if {"o", "down"} & self.wanted.keys():
-            refuse_unless_it_adds(self.passage.target, self.layer, self.calls[0], self.passage.views.layers[self.layer])
+            views, without = self.passage.views.layers[self.layer], ["o", "down"]
+            refuse_unless_it_adds(self.passage.target, self.layer, self.calls[0], views, without)
         for group in GROUPS:
             names = [name for name in group if name in self.wanted]
             if not names:
@@ -191,8 +192,21 @@ def caught_in(call: BlockCall, taps: Sequence[Tap], *, whole: bool = True) -> tu
             handle.remove()
 
 
-def refuse_unless_it_adds(loaded: LoadedModel, layer: int, call: BlockCall, views: Mapping[str, Projection]) -> None:
-    """Check on one batch that the block's stream is what came in and what o and down give, unscaled and un-normed."""
+def refuse_unless_it_adds(
+    loaded: LoadedModel, layer: int, call: BlockCall, views: Mapping[str, Projection], fits: Sequence[str]
+) -> None:
+    """Check on one batch that the block's stream is what came in and what o and down give, unscaled and un-normed.
+
+    Args:
+        loaded: The model.
+        layer: The block's number.
+        call: The batch.
+        views: The block's projections.
+        fits: The projections whose fits rest on it.
+
+    Raises:
+        UnsupportedModelError: It is not.
+    """
     names = [name for name in ("o", "down") if name in views]
     if len(names) < 2:
         return  # what else the block adds, of experts say, is not known
@@ -207,8 +221,9 @@ def refuse_unless_it_adds(loaded: LoadedModel, layer: int, call: BlockCall, view
     rounding = torch.finfo(call.hidden.dtype).eps * hidden_of(result).float().norm(dim=-1)
     off = (made - given).norm(dim=-1) / (_ADDS * made.norm(dim=-1) + 2 * rounding).clamp_min(1e-30)
     if not float(off.median()) <= 1:
+        others = [name for name in PROJECTIONS if name not in fits]
         raise UnsupportedModelError(
             f"{loaded.reference}: block {layer} of {loaded.model.config.model_type} does more to the residual stream "
-            "than adding what its attention and its MLP give, so o and down cannot be reconstructed; set "
-            "fusion.projections: [q, k, v, gate, up], or fusion.what: task-vector"
+            f"than adding what its attention and its MLP give, so {' and '.join(fits)} cannot be reconstructed; set "
+            f"fusion.projections: [{', '.join(others)}], or fusion.what: task-vector"
         )

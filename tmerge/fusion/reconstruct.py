@@ -126,8 +126,9 @@ class _Source:
             if goals is None or not wanted:
                 result = call.run()
             else:
-                if batch == 0 and {"o", "down"} & wanted.keys():
-                    refuse_unless_it_adds(self._passage.source, self._at, call, views)
+                if batch == 0 and "o" in wanted:
+                    # The goal of o is made of what attention adds; that of down is read where the next block begins.
+                    refuse_unless_it_adds(self._passage.source, self._at, call, views, ["o"])
                 result, caught = caught_in(call, taps)
                 self._goals_of(batch, call, caught, wanted, goals)
             if out is not None and goals is not None:
