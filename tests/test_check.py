@@ -246,7 +246,7 @@ def test_a_recipe_that_is_pinned_to_commits_trusts_what_it_did_before(tmp_path, 
             lambda pinned=pinned: check(pinned),
             lambda target=target: target.load(),
             lambda target=target: target.tokenizer,
-            lambda pinned=pinned, target=target: adapted._texts(pinned, target, calibrated, "user/data"),
+            lambda pinned=pinned, target=target: adapted._texts(pinned, target, calibrated, None, "user/data"),
         ):
             with pytest.raises(UnsupportedModelError, match="far enough"):
                 action()

@@ -6,6 +6,7 @@ from jinja2 import UndefinedError
 pytest.importorskip("gradio", reason="the app extra is not installed")
 
 from tests.ui.search_hub import HOSTILE
+from tmerge.preflight.document import CheckDocument
 from tmerge.recipe import Recipe
 from tmerge.ui.parts import cards, push_cards
 from tmerge.ui.parts.progress import log_lines, result_cards
@@ -29,10 +30,14 @@ def test_what_others_wrote_is_escaped_on_every_card():
         "kv_heads": 2,
         "gated": True,
         "private": False,
+        "stored": None,
+        "download_bytes": 1,
+        "tied_embeddings": False,
     }
     facts = {
         "target": model,
         "source": model,
+        "source_base": None,
         "projections": {"matched": {ATTACK: {"target": [1, 2], "source": [3, 4]}}, "skipped": {ATTACK: ATTACK}},
         "left_alone": {"target": [ATTACK], "source": []},
         "notes": [ATTACK],
@@ -43,11 +48,23 @@ def test_what_others_wrote_is_escaped_on_every_card():
             "refusals": [ATTACK + "1"],
             "unknown": [ATTACK + "2"],
             "duties": [ATTACK],
+            "link": None,
+            "links": [[ATTACK, ATTACK]],
         },
-        "estimate": {"time": ATTACK, "memory_bytes": 1, "disk_bytes": 1, "download_bytes": 1, "assumes": ATTACK},
+        "estimate": {
+            "seconds": 1,
+            "range_seconds": [1, 2],
+            "time": ATTACK,
+            "operations": 1,
+            "memory_bytes": 1,
+            "disk_bytes": 1,
+            "download_bytes": 1,
+            "assumes": ATTACK,
+            "measured": [ATTACK],
+        },
     }
     for page in (
-        cards.check_cards(facts, ATTACK),
+        cards.check_cards(CheckDocument.model_validate(facts), ATTACK),
         cards.error_card(ATTACK, ATTACK),
         cards.empty_card(ATTACK, ATTACK),
         cards.note(ATTACK, bad=True),

@@ -3,6 +3,7 @@
 import json
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
@@ -142,8 +143,8 @@ def test_what_a_job_could_not_read_starts_none(app, hub, changes, words):
 def test_a_gated_model_is_not_for_this_sign_in(app, monkeypatch):
     from tmerge.ui.parts import job
 
-    facts = {"gated": True, "private": False, "ref": "user/gated"}
-    monkeypatch.setattr(job, "check_facts", lambda app, recipe: {"target": facts, "source": facts})
+    model = SimpleNamespace(gated=True, private=False, ref="user/gated")
+    monkeypatch.setattr(job, "check_facts", lambda app, recipe: SimpleNamespace(target=model, source=model))
     with pytest.raises(RemoteError, match="'user/gated' is gated or private"):
         start(app)
 

@@ -208,12 +208,12 @@ def test_the_seconds_asked_for_are_a_bound_made_of_the_checks_operations(models,
 
 
 def test_a_run_beyond_what_is_lent_is_refused_before_anything_is_fetched(recipe):
-    facts = expected._check(recipe, AppSettings(zero_gpu=True, max_gpu_seconds=30))
-    assert facts["gpu"] is None and "s of a GPU, where this app asks for 30 s" in facts["refused"]
-    facts = expected._check(recipe, AppSettings(zero_gpu=True, max_gpu_seconds=300))
-    assert facts["refused"] is None and set(facts["gpu"]) == set(zero.GPU_TURNS)
-    assert "not measured" in facts["estimate"]["assumes"]
-    assert expected._check(recipe, AppSettings())["gpu"] is None
+    here = expected._check(recipe, AppSettings(zero_gpu=True, max_gpu_seconds=30))
+    assert here.gpu is None and "s of a GPU, where this app asks for 30 s" in here.refused
+    here = expected._check(recipe, AppSettings(zero_gpu=True, max_gpu_seconds=300))
+    assert here.refused is None and set(here.gpu) == set(zero.GPU_TURNS)
+    assert "not measured" in here.found.estimate.assumes
+    assert expected._check(recipe, AppSettings()).gpu is None
 
 
 def test_the_device_is_the_spaces_to_choose():

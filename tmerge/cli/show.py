@@ -43,11 +43,11 @@ __all__ = [
 def show_check(result: Check) -> None:
     """What `check` found, side by side."""
     console = Console(soft_wrap=True)
-    facts = result.to_dict()
+    facts = result.document()
     table = Table(title="tmerge check", title_justify="left")
     for heading in ("", "target", "source"):
         table.add_column(heading)
-    target, source = facts["target"], facts["source"]
+    target, source = facts.target, facts.source
     for label, key in (
         ("model", "ref"),
         ("commit", "commit"),
@@ -65,29 +65,29 @@ def show_check(result: Check) -> None:
         ("stored as", "stored"),
         ("to download", "download_bytes"),
     ):
-        if key != "stored" or target[key] or source[key]:
-            table.add_row(label, _value(key, target[key]), _value(key, source[key]))
-    for name, shapes in facts["projections"]["matched"].items():
-        table.add_row(f"projection {name}", *("{} x {}".format(*shapes[side]) for side in ("target", "source")))
+        if key != "stored" or target.stored or source.stored:
+            table.add_row(label, *(_value(key, getattr(model, key)) for model in (target, source)))
+    for name, sizes in facts.projections.matched.items():
+        table.add_row(f"projection {name}", *("{} x {}".format(*size) for size in (sizes.target, sizes.source)))
     console.print(table)
-    for name, why in facts["projections"]["skipped"].items():
+    for name, why in facts.projections.skipped.items():
         console.print(f"skipped: {name}: {why}", markup=False)
-    for side in ("target", "source"):
-        for line in facts["left_alone"][side]:
-            console.print(f"{side}: {line}", markup=False)
-    for note in facts["notes"]:
+    for role, lines in (("target", facts.left_alone.target), ("source", facts.left_alone.source)):
+        for line in lines:
+            console.print(f"{role}: {line}", markup=False)
+    for note in facts.notes:
         console.print(f"note: {note}", markup=False)
-    licence = facts["licence"]
-    console.print(f"the merge's licence: {licence['name'] or licence['id']}. {licence['why']}", markup=False)
-    for duty in licence["duties"]:
+    licence = facts.licence
+    console.print(f"the merge's licence: {licence.name or licence.id}. {licence.why}", markup=False)
+    for duty in licence.duties:
         console.print(f"  duty: {duty}", markup=False)
-    for what, url in licence["links"]:
+    for what, url in licence.links:
         console.print(f"  terms: {what}, {url}", markup=False)
-    estimate = facts["estimate"]
+    estimate = facts.estimate
     console.print(
-        f"expected: {estimate['time']}, {bytes_words(estimate['memory_bytes'])} of memory, "
-        f"{bytes_words(estimate['disk_bytes'])} of disk, {bytes_words(estimate['download_bytes'])} to download "
-        f"({estimate['assumes']})",
+        f"expected: {estimate.time}, {bytes_words(estimate.memory_bytes)} of memory, "
+        f"{bytes_words(estimate.disk_bytes)} of disk, {bytes_words(estimate.download_bytes)} to download "
+        f"({estimate.assumes})",
         markup=False,
     )
 

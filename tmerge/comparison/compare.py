@@ -27,7 +27,7 @@ from typing import Any
 from tmerge.calibration import FeatureStore, TextSet
 from tmerge.comparison.inputs import ComparedData, MergedModels, refuse_moved
 from tmerge.comparison.result import SCHEMA, Comparison
-from tmerge.comparison.rows import RowNote, TextScores, added, grouped, summed_up
+from tmerge.comparison.rows import RowNote, RowScores, TextScores, TrainedScores, added, grouped, summed_up
 from tmerge.comparison.tables import comparison_table
 from tmerge.errors import OutputExistsError, RecipeError
 from tmerge.evaluation import applied, score_texts
@@ -56,7 +56,7 @@ class _Row:
 
     name: str
     kind: str
-    make: Callable[[], dict[str, Any]]
+    make: Callable[[], RowScores]
     facts: dict[str, Any]
 
 
@@ -211,10 +211,11 @@ class _Comparison:
             return RowNote.model_validate(kept)
         self.listener(Step("compare", row.name, 0, 1, "rows"))
         began = time.perf_counter()
-        known = {name: row.facts[name] for name in ("alpha", "of", "seed") if name in row.facts}
+        known: dict[str, Any] = {name: row.facts[name] for name in ("alpha", "of", "seed") if name in row.facts}
         made = row.make()
         seconds = time.perf_counter() - began
-        note = RowNote.model_validate({"name": row.name, "kind": row.kind, "seconds": seconds, **made, **known})
+        described: dict[str, Any] = {"name": row.name, "kind": row.kind, **known}
+        note = RowNote.model_validate({"seconds": seconds, **made.model_dump(), **described})
         write_json(path, {"key": key, "facts": note.model_dump(exclude_unset=True)})
         self.listener(Step("compare", row.name, 1, 1, "rows"))
         return note
@@ -226,19 +227,19 @@ class _Comparison:
         fused = {"fuse": self.run.key(fusing_stage(self.merge_recipe)), "texts": self.run.key("texts")}
         return stage_key("merge", recipe=self.merge_recipe.digest(), alpha=self.alpha, **fused)
 
-    def _still(self, name: str, change: str | None, alpha: Alpha) -> dict[str, Any]:
+    def _still(self, name: str, change: str | None, alpha: Alpha) -> RowScores:
         """The target with something fused into it, nothing trained."""
         layers = self.models.target_layers()
         items = self.neurons.of(change, layers, self.recipe.seed) if change else []
         with applied(layers, items, alpha) if items else nullcontext():
             return self._scores(self.models.load("target"), name)
 
-    def _source(self) -> dict[str, Any]:
+    def _source(self) -> RowScores:
         result = self._scores(self.models.load("source"), "source")
         self.models.release("source")
         return result
 
-    def _other(self, source: str, commit: str) -> dict[str, Any]:
+    def _other(self, source: str, commit: str) -> RowScores:
         """The same recipe with another source: its fused model."""
         folder = self.out / f"merge-{stage_key('source', source=source)[:8]}"
         recipe = Recipe.from_mapping(self.merge_recipe.model_dump(mode="json") | {"source": source})
@@ -258,7 +259,7 @@ class _Comparison:
         merged = itertools.takewhile(lambda stage: stage.name not in ends, self.report.stages)
         return sft.steps + math.ceil((sum(stage.seconds for stage in merged) + (fitted or 0.0)) / a_step)
 
-    def _trained(self, name: str, seed: int, steps: int | None) -> dict[str, Any]:
+    def _trained(self, name: str, seed: int, steps: int | None) -> TrainedScores:
         """The target, or the fused model with its residual frozen, after training."""
         from tmerge.adaptation import adapt
 
@@ -295,8 +296,14 @@ class _Comparison:
         self.models.release("source")
         result = self._scores(model, name)
         shutil.rmtree(work, ignore_errors=True)
-        trained = {"tokens": report.tokens, "steps": report.steps, "resumed": report.resumed, "seconds": seconds}
-        return result | trained | {"loss": report.loss_curve}
+        return TrainedScores(
+            **result.model_dump(),
+            tokens=report.tokens,
+            steps=report.steps,
+            resumed=report.resumed,
+            seconds=seconds,
+            loss=report.loss_curve,
+        )
 
     def _release_both(self) -> None:
         for role in ("target", "source"):
@@ -312,8 +319,8 @@ class _Comparison:
 
     # -- scores -------------------------------------------------------------------------------------------------
 
-    def _scores(self, model: LoadedModel, name: str) -> dict[str, Any]:
-        """Of a `RowNote`: bits and bytes of every held-out text and of every text of the further domains; tasks."""
+    def _scores(self, model: LoadedModel, name: str) -> RowScores:
+        """On the held-out texts, the further domains and the tasks."""
         sets = {"": held_out(self.merge_recipe, self.texts), **self.domains}
         found = {}
         for domain, texts in sets.items():
@@ -324,11 +331,10 @@ class _Comparison:
                 batch_tokens=self.recipe.calibration.batch_tokens,
                 progress=partial(self._step, where, unit="texts"),
             )
-        return {
-            "tasks": self.data.score_tasks(model, partial(self._step, f"{name}: tasks", 0, 1, unit="models")),
-            **TextScores.noted(found.pop("")).model_dump(),
-            "domains": {domain: TextScores.noted(scores) for domain, scores in found.items()},
-        }
+        tasks = self.data.score_tasks(model, partial(self._step, f"{name}: tasks", 0, 1, unit="models"))
+        own = TextScores.noted(found.pop(""))
+        domains = {domain: TextScores.noted(scores) for domain, scores in found.items()}
+        return RowScores(bits=own.bits, bytes=own.bytes, domains=domains, tasks=tasks)
 
     def _result(self, notes: list[RowNote]) -> Comparison:
         """Values and paired intervals; the seeds of a trained row are averaged, text by text."""

@@ -13,7 +13,7 @@ from tmerge.comparison.scores import compared, measured, task_results
 from tmerge.evaluation import Scores, difference, resamples
 from tmerge.evaluation.tasks import TaskScore
 
-__all__ = ["Answers", "RowNote", "TextScores", "added", "grouped", "summed_up"]
+__all__ = ["Answers", "RowNote", "RowScores", "TextScores", "TrainedScores", "added", "grouped", "summed_up"]
 
 
 class _Frozen(BaseModel):
@@ -44,13 +44,33 @@ class Answers(_Frozen):
     items: list[float]
 
 
-class RowNote(TextScores):
-    """A finished row, of one seed where it is trained; ``rows/*.json`` in the comparison's folder.
+class RowScores(TextScores):
+    """What a row's model does.
 
     Attributes:
         bits, bytes: On the held-out texts.
         domains: Further domain -> the same.
         tasks: Benchmark task -> answers.
+    """
+
+    domains: dict[str, TextScores]
+    tasks: dict[str, Answers]
+
+
+class TrainedScores(RowScores):
+    """Likewise, of one that was trained, and what its training took; as in `RowNote`."""
+
+    tokens: int
+    steps: int
+    resumed: int
+    seconds: float
+    loss: list[Annotated[tuple[int, float], Strict(False)]]
+
+
+class RowNote(RowScores):
+    """A finished row, of one seed where it is trained; ``rows/*.json`` in the comparison's folder.
+
+    Attributes:
         resumed: Steps of a training that `seconds` leaves out, as an earlier call had done them.
         loss: (step, loss) pairs of a training.
     """
@@ -65,8 +85,6 @@ class RowNote(TextScores):
     of: str | None = None
     seed: int | None = None
     loss: list[Annotated[tuple[int, float], Strict(False)]] = []
-    domains: dict[str, TextScores]
-    tasks: dict[str, Answers]
 
 
 def grouped(notes: Iterable[RowNote]) -> dict[str, list[RowNote]]:

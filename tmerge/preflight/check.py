@@ -7,7 +7,7 @@ expected to take is in `tmerge.preflight.estimate`.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tmerge.models import (
     output_licence,
     pick_device,
 )
+from tmerge.preflight.document import CheckDocument, CheckedModel, Expected, ForEach, Matched, Sizes
 from tmerge.preflight.estimate import TOKENS_PER_TEXT, Estimate, estimate_run, widths_of
 from tmerge.preflight.models import Models
 from tmerge.quantities import bytes_words
@@ -63,37 +64,35 @@ class Check:
     base: ModelFacts | None = None
     base_layout: Architecture | None = None
 
+    def document(self) -> CheckDocument:
+        """What is printed and shown of it."""
+        target, source, estimate = self.target_layout, self.source_layout, self.estimate
+        base = None if self.base is None else _model(self.base, self.base_layout or source)
+        matched = {name: Sizes(target=_shape(target, name), source=_shape(source, name)) for name in self.projections}
+        return CheckDocument(
+            target=_model(self.target, target),
+            source=_model(self.source, source),
+            source_base=base,
+            projections=Matched(matched=matched, skipped=self.skipped),
+            left_alone=ForEach(target=target.left_alone, source=source.left_alone),
+            licence=self.licence,
+            notes=self.notes,
+            estimate=Expected(
+                seconds=round(estimate.seconds, 3),
+                range_seconds=(round(estimate.range_seconds[0], 3), round(estimate.range_seconds[1], 3)),
+                time=estimate.time_words,
+                operations=estimate.operations,
+                memory_bytes=estimate.memory_bytes,
+                disk_bytes=estimate.disk_bytes,
+                download_bytes=estimate.download_bytes,
+                assumes=estimate.assumes,
+                measured=list(estimate.measured),
+            ),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """As ``tmerge check --json`` prints it."""
-        return {
-            "target": _model(self.target, self.target_layout),
-            "source": _model(self.source, self.source_layout),
-            "source_base": None if self.base is None else _model(self.base, self.base_layout or self.source_layout),
-            "projections": {
-                "matched": {
-                    name: {
-                        "target": _shape(self.target_layout, name),
-                        "source": _shape(self.source_layout, name),
-                    }
-                    for name in self.projections
-                },
-                "skipped": self.skipped,
-            },
-            "left_alone": {"target": self.target_layout.left_alone, "source": self.source_layout.left_alone},
-            "licence": asdict(self.licence),
-            "notes": self.notes,
-            "estimate": {
-                "seconds": round(self.estimate.seconds, 3),
-                "range_seconds": [round(seconds, 3) for seconds in self.estimate.range_seconds],
-                "time": self.estimate.time_words,
-                "operations": self.estimate.operations,
-                "memory_bytes": self.estimate.memory_bytes,
-                "disk_bytes": self.estimate.disk_bytes,
-                "download_bytes": self.estimate.download_bytes,
-                "assumes": self.estimate.assumes,
-                "measured": list(self.estimate.measured),
-            },
-        }
+        return self.document().to_dict()
 
 
 def check(recipe: Recipe, models: Models | None = None) -> Check:
@@ -215,22 +214,23 @@ def described(facts: ModelFacts, layout: Architecture) -> dict[str, Any]:
     }
 
 
-def _model(facts: ModelFacts, layout: Architecture) -> dict[str, Any]:
-    return described(facts, layout) | {
-        "weight_bytes": facts.weight_bytes,
-        "heads": layout.heads,
-        "kv_heads": layout.kv_heads,
-        "gated": facts.gated,
-        "private": facts.private,
-        "stored": facts.stored,
-        "download_bytes": facts.download_bytes,
-        "tied_embeddings": bool(getattr(facts.config, "tie_word_embeddings", False)),
-    }
+def _model(facts: ModelFacts, layout: Architecture) -> CheckedModel:
+    return CheckedModel(
+        **described(facts, layout),
+        weight_bytes=facts.weight_bytes,
+        heads=layout.heads,
+        kv_heads=layout.kv_heads,
+        gated=facts.gated,
+        private=facts.private,
+        stored=facts.stored,
+        download_bytes=facts.download_bytes,
+        tied_embeddings=bool(getattr(facts.config, "tie_word_embeddings", False)),
+    )
 
 
-def _shape(layout: Architecture, name: str) -> list[int]:
+def _shape(layout: Architecture, name: str) -> tuple[int, int]:
     view = layout.projections([name])[0]
-    return [view.out_features, view.in_features]
+    return view.out_features, view.in_features
 
 
 def _shapes(layout: Architecture, projections: list[str]) -> list[list[int]]:

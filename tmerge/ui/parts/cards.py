@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from tmerge.preflight.document import CheckDocument
 from tmerge.ui.parts.safe import render
 from tmerge.ui.server.limits import AppSettings, describe_limits
 
@@ -41,16 +39,16 @@ def note(line: str, *, bad: bool = False, keep: bool = False) -> str:
     return render(_FILE, "note", line=line, bad=bad and bool(line))
 
 
-def check_cards(facts: Mapping[str, Any], refused: str | None = None) -> str:
+def check_cards(facts: CheckDocument, refused: str | None = None) -> str:
     """What `check` found, the two models side by side.
 
     Args:
-        facts: `tmerge.preflight.check.Check.to_dict`.
+        facts: What it found.
         refused: Why this app does not run it, if it does not.
     """
     # What the licences ask has a card of its own.
-    told = {*facts["licence"]["refusals"], *facts["licence"]["unknown"]}
-    notes = [line for line in facts["notes"] if line not in told]
+    told = {*facts.licence.refusals, *facts.licence.unknown}
+    notes = [line for line in facts.notes if line not in told]
     return render(_FILE, "check_cards", facts=facts, notes=notes, refused=refused)
 
 

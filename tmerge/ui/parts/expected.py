@@ -8,10 +8,12 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tmerge.errors import TmergeError
 from tmerge.preflight.check import check
+from tmerge.preflight.document import CheckDocument
 from tmerge.recipe import Recipe
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import check_cards, empty_card, error_card
@@ -23,7 +25,24 @@ __all__ = ["check_facts", "expected_cards", "fit_to_run", "refused_here"]
 _log = logging.getLogger(__name__)
 
 _KEPT_SECONDS = 120
-_kept: OrderedDict[str, tuple[float, dict[str, Any]]] = OrderedDict()
+
+
+@dataclass(frozen=True)
+class Here:
+    """What a check found, and what this app makes of it.
+
+    Attributes:
+        found: The check's document.
+        refused: Why this app does not run it; None where it does.
+        gpu: On ZeroGPU, as `tmerge.ui.server.zero.gpu_seconds`.
+    """
+
+    found: CheckDocument
+    refused: str | None
+    gpu: dict[str, float] | None
+
+
+_kept: OrderedDict[str, tuple[float, Here]] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -33,13 +52,13 @@ def expected_cards(app: AppContext, data: Mapping[str, Any], upload: str | None)
     if roles:
         return empty_card("What this merge would be", f"Name a {' and a '.join(roles)} model to see it.")
     try:
-        facts = _checked(app, vetted(_readable(recipe_of(data)), app.settings))
+        here = _checked(app, vetted(_readable(recipe_of(data)), app.settings))
     except TmergeError as error:
         return error_card("This cannot be merged yet", str(error))
     except RuntimeError:
         _log.exception("a check failed")
         return error_card("A fault of ours", "the check failed; the server's log has it")
-    return check_cards(facts, facts["refused"])
+    return check_cards(here.found, here.refused)
 
 
 def fit_to_run(app: AppContext, recipe: Recipe) -> dict[str, float] | None:
@@ -51,19 +70,19 @@ def fit_to_run(app: AppContext, recipe: Recipe) -> dict[str, float] | None:
     Raises:
         TmergeError: Why.
     """
-    facts = _checked(app, _readable(recipe))
-    if facts["refused"]:
-        raise TmergeError(facts["refused"])
-    return facts["gpu"]
+    here = _checked(app, _readable(recipe))
+    if here.refused:
+        raise TmergeError(here.refused)
+    return here.gpu
 
 
-def check_facts(app: AppContext, recipe: Recipe) -> dict[str, Any]:
-    """`tmerge.preflight.check.Check.to_dict`, with ``refused``: why this app does not run it.
+def check_facts(app: AppContext, recipe: Recipe) -> CheckDocument:
+    """What a check of a recipe finds, whether or not this app runs it.
 
     Raises:
         TmergeError: The two cannot be merged, or not be read.
     """
-    return _checked(app, _readable(recipe))
+    return _checked(app, _readable(recipe)).found
 
 
 def refused_here(app: AppContext, recipe: Recipe) -> str | None:
@@ -77,7 +96,7 @@ def refused_here(app: AppContext, recipe: Recipe) -> str | None:
     except TmergeError as error:
         vetted(recipe, AppSettings(local_root=app.settings.local_root))
         return str(error)
-    return _checked(app, _readable(recipe))["refused"]
+    return _checked(app, _readable(recipe)).refused
 
 
 def _readable(recipe: Recipe) -> Recipe:
@@ -88,20 +107,20 @@ def _readable(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"calibration": calibration})
 
 
-def _checked(app: AppContext, recipe: Recipe) -> dict[str, Any]:
+def _checked(app: AppContext, recipe: Recipe) -> Here:
     key = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
     with _lock:
         if key in _kept and time.monotonic() - _kept[key][0] < _KEPT_SECONDS:
             return _kept[key][1]
-    facts = app.aside.ask(_check, recipe, app.settings)
+    here: Here = app.aside.ask(_check, recipe, app.settings)
     with _lock:
-        _kept[key] = (time.monotonic(), facts)
+        _kept[key] = (time.monotonic(), here)
         while len(_kept) > 100:
             _kept.popitem(last=False)
-    return facts
+    return here
 
 
-def _check(recipe: Recipe, settings: AppSettings) -> dict[str, Any]:
+def _check(recipe: Recipe, settings: AppSettings) -> Here:
     """In the side process."""
     found = check(recipe)
     gpu = refused = None
@@ -113,4 +132,4 @@ def _check(recipe: Recipe, settings: AppSettings) -> dict[str, Any]:
         refuse_large(found, settings)
     except TmergeError as error:
         refused = str(error)
-    return found.to_dict() | {"refused": refused, "gpu": gpu}
+    return Here(found.document(), refused, gpu)

@@ -188,10 +188,10 @@ def _refuse_unreachable(app: AppContext, recipe: Recipe) -> None:
             "and name its id"
         )
     facts = check_facts(app, recipe)
-    for role in ("target", "source"):
-        if facts[role]["gated"] or facts[role]["private"]:
+    for role, model in (("target", facts.target), ("source", facts.source)):
+        if model.gated or model.private:
             raise RemoteError(
-                f"the {role} {facts[role]['ref']!r} is gated or private, and your sign-in here lets a job make repos, "
+                f"the {role} {model.ref!r} is gated or private, and your sign-in here lets a job make repos, "
                 "not read yours; run `tmerge merge --remote` on your own machine for that"
             )
 

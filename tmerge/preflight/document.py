@@ -1,0 +1,94 @@
+"""What a check found, as it is printed, shown and handed from one process to another: typed, and JSON when written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from tmerge.models import OutputLicence
+
+__all__ = ["CheckDocument", "CheckedModel", "Expected", "ForEach", "Matched", "Sizes"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class CheckedModel(_Frozen):
+    """One of the models.
+
+    Attributes:
+        ref: As it was asked for.
+        commit: Of its repo; of local files ``sha256:`` and their digest; None where it has none.
+        licence: As it states it; None where it states none.
+        stored, download_bytes: As in `tmerge.models.ModelFacts`.
+    """
+
+    ref: str
+    commit: str | None
+    architecture: str
+    parameters: int
+    layers: int
+    hidden_size: int
+    licence: str | None
+    weight_bytes: int
+    heads: int
+    kv_heads: int
+    gated: bool
+    private: bool
+    stored: dict[str, int] | None
+    download_bytes: int | None
+    tied_embeddings: bool
+
+
+class Sizes(_Frozen):
+    """(out, in) of a projection in each model's first layer that has it."""
+
+    target: tuple[int, int]
+    source: tuple[int, int]
+
+
+class Matched(_Frozen):
+    """Projections that both have and the recipe wants, and why others are left out."""
+
+    matched: dict[str, Sizes]
+    skipped: dict[str, str]
+
+
+class ForEach(_Frozen):
+    """What is left alone in each model, a line each."""
+
+    target: list[str]
+    source: list[str]
+
+
+class Expected(_Frozen):
+    """What the merge will take here; as in `Estimate`."""
+
+    seconds: float
+    range_seconds: tuple[float, float]
+    time: str
+    operations: float
+    memory_bytes: int
+    disk_bytes: int
+    download_bytes: int
+    assumes: str
+    measured: list[str]
+
+
+class CheckDocument(_Frozen):
+    """All of it, in the order in which it is written."""
+
+    target: CheckedModel
+    source: CheckedModel
+    source_base: CheckedModel | None
+    projections: Matched
+    left_alone: ForEach
+    licence: OutputLicence
+    notes: list[str]
+    estimate: Expected
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``tmerge check --json`` prints it."""
+        return self.model_dump(mode="json")
