@@ -1,9 +1,12 @@
 """Controls: each changes the merge's own neurons, by what it says, and leaves no trace."""
 
+from typing import get_args
+
 import torch
 
 from tests.pico import pico_model
 from tmerge.evaluation import applied, control_generator, noise, shrink
+from tmerge.evaluation.controls import Control
 from tmerge.fusion import TransportedNeurons, fuse, read_neurons
 from tmerge.models import describe
 
@@ -85,3 +88,7 @@ def test_applied_is_the_fused_model():
 def test_generators_of_different_places_differ():
     draws = {float(torch.rand(1, generator=control_generator(0, "permuted", layer, "q.post"))) for layer in range(20)}
     assert len(draws) == 20
+
+
+def test_no_control_is_called_as_one_of_the_models_that_it_is_held_against():
+    assert not {"base", "fused", "source", "adapted"} & {*get_args(Control)}

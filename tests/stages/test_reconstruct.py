@@ -273,9 +273,9 @@ def test_auto_takes_one_step_for_all(models, tmp_path):
 
 @pytest.mark.slow
 def test_with_the_base_there_is_a_control_drawn_to_it(models, tmp_path):
-    controls = ["permuted", "base", "texts"]
+    controls = ["permuted", "source_base", "texts"]
     recipe = recipe_for(models, source_base=str(models / "base"))
-    assert recipe.evaluation.controls == ("shrink", "noise", "permuted", "base")
+    assert recipe.evaluation.controls == ("shrink", "noise", "permuted", "source_base")
     recipe = recipe_for(models, source_base=str(models / "base"), evaluation={"controls": controls})
     report = merge(recipe, tmp_path / "fused")
     assert list(report.evaluation.controls) == controls
@@ -285,7 +285,11 @@ def test_with_the_base_there_is_a_control_drawn_to_it(models, tmp_path):
     }
     sizes = {name: sum(float(item.weight.norm() ** 2) for item in found) ** 0.5 for name, found in fits.items()}
     # The base computes what the target does: there is nothing to draw it to. Other tokens ask for more than any.
-    assert sizes["base"] < 0.05 * sizes["fused"] < 0.05 * sizes["texts"]
+    assert sizes["source_base"] < 0.05 * sizes["fused"] < 0.05 * sizes["texts"]
+    # Each name has a score of its own, and what all is held against is the target as it was.
+    alone = json.loads((tmp_path / "fused/tmerge/cache/target.json").read_text())["facts"]["scores"]
+    assert report.evaluation.base.value == pytest.approx(sum(alone["bits"]) / sum(alone["bytes"]))
+    assert report.evaluation.controls["source_base"].difference.value != 0
     assert "toward the source before its fine-tuning" in str(score_rows(report))
 
 
@@ -374,7 +378,7 @@ def test_the_report_is_read_back_and_said(finished):
         ({"transport": {"map": "ridge"}}, "drop transport.map"),
         ({"fusion": {"top_k": 8}}, "top_k"),
         ({"fusion": {"ridge": 0}}, "greater than 0"),
-        ({"evaluation": {"controls": ["base"]}}, "has base, which needs source_base"),
+        ({"evaluation": {"controls": ["source_base"]}}, "which needs that model: set source_base"),
         ({"fusion": {"what": "weights", "keep": "x"}, "evaluation": {"controls": ["texts"]}}, "keep|reconstruct alone"),
         ({"fusion": {"alpha": 1.5}}, r"fusion.alpha"),
     ],

@@ -36,7 +36,7 @@ def learned(**more):
         ("fusion.alphas", "value", ()),
         ("calibration.texts", "whole", ()),
         ("calibration.match_on", "words", ()),
-        ("evaluation.controls", "several", ("shrink", "noise", "permuted", "base", "texts")),
+        ("evaluation.controls", "several", ("shrink", "noise", "permuted", "source_base", "texts")),
         ("device", "choice", ("auto", "cpu", "cuda", "mps")),
         ("seed", "whole", ()),
         ("save.max_shard_size", "value", ()),

@@ -33,7 +33,7 @@ from tmerge.models import Projection
 
 __all__ = ["Control", "Derived", "applied", "control_generator", "noise", "shrink"]
 
-Control = Literal["shrink", "noise", "permuted", "base", "texts"]
+Control = Literal["shrink", "noise", "permuted", "source_base", "texts"]
 
 
 def control_generator(seed: int, *place: object) -> torch.Generator:

@@ -10,7 +10,7 @@ from tmerge.recipe.section import Section
 
 __all__ = ["FITTED_CONTROLS", "EvaluationSettings"]
 
-FITTED_CONTROLS = ("permuted", "base", "texts")
+FITTED_CONTROLS = ("permuted", "source_base", "texts")
 """Those that a reconstruction fits anew, each at the cost of the fit itself."""
 
 
@@ -18,10 +18,10 @@ class EvaluationSettings(Section):
     """The held-out check that every merge ends with."""
 
     texts: Annotated[int, Field(ge=8)] = Field(200, description="most held-out texts to score")
-    controls: tuple[Literal["shrink", "noise", "permuted", "base", "texts"], ...] = Field(
+    controls: tuple[Literal["shrink", "noise", "permuted", "source_base", "texts"], ...] = Field(
         ("shrink", "noise", "permuted"),
-        description="what the merge has to beat, at the same strength and place; of a reconstruction also base (toward "
-        "`source_base`) and texts (toward what the source does on other tokens)",
+        description="what the merge has to beat, at the same strength and place; of a reconstruction also "
+        "source_base (toward that model) and texts (toward what the source does on other tokens)",
     )
     bootstrap: Annotated[int, Field(ge=100)] = Field(2000, description="resamples of the paired bootstrap")
     descent: Annotated[int, Field(ge=0)] = Field(

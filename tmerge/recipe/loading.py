@@ -36,7 +36,7 @@ def load_recipe(
     """Read a recipe and lay the command line's words over it.
 
     Who names a ``source_base`` there, and no ``fusion.what``, wants what the source learned since, unless the recipe is
-    one of a reconstruction, where it is the control ``base``.
+    one of a reconstruction, where it is the control ``source_base``.
 
     Args:
         name: A YAML file, or a preset's name; None starts from the defaults, or from `start`.

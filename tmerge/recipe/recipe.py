@@ -36,7 +36,7 @@ class Recipe(Section):
     source: str = Field(description="the model that is read")
     source_base: str | None = Field(
         None,
-        description="the source before its fine-tuning, for task vectors and the control base",
+        description="the source before its fine-tuning, for task vectors and the control source_base",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -73,20 +73,20 @@ class Recipe(Section):
         learned, fitted = isinstance(self.fusion, TaskVector), self.transport.map != "plan"
         if isinstance(self.fusion, Reconstruction):
             self._is_reconstructible()
-        fitted_controls = {"base", "texts"} & set(self.evaluation.controls)
+        fitted_controls = {"source_base", "texts"} & set(self.evaluation.controls)
         if fitted_controls and not isinstance(self.fusion, Reconstruction):
             raise ValueError(
                 f"evaluation.controls has {', '.join(sorted(fitted_controls))}, which fusion.what: reconstruct alone "
                 "can be held against; drop it"
             )
-        if "base" in fitted_controls and self.source_base is None:
-            raise ValueError("evaluation.controls has base, which needs source_base: the source before its fine-tuning")
+        if "source_base" in fitted_controls and self.source_base is None:
+            raise ValueError("evaluation.controls has source_base, which needs that model: set source_base")
         if learned and self.source_base is None:
             raise ValueError("fusion.what is task-vector, which needs source_base: the source before its fine-tuning")
-        if not learned and "base" not in fitted_controls and self.source_base is not None:
+        if not learned and "source_base" not in fitted_controls and self.source_base is not None:
             raise ValueError(
-                "source_base is only read when fusion.what is task-vector, or for a reconstruction's control base; set "
-                "fusion.what, or drop source_base"
+                "source_base is only read when fusion.what is task-vector, or for a reconstruction's control of that "
+                "name; set fusion.what, or drop source_base"
             )
         if fitted and self.plan is not None:
             raise ValueError(f"transport.map is {self.transport.map}, which a recorded plan does not hold; drop plan")

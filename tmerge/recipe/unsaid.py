@@ -49,7 +49,9 @@ def with_unsaid(data: Mapping[str, Any]) -> dict[str, Any]:
     for name, values in kind.beside.items():
         filled[name] = _with(values, data.get(name))
     if kind is Reconstruction and data.get("source_base") is not None:
-        filled["evaluation"] = _with({"controls": ["shrink", "noise", "permuted", "base"]}, data.get("evaluation"))
+        filled["evaluation"] = _with(
+            {"controls": ["shrink", "noise", "permuted", "source_base"]}, data.get("evaluation")
+        )
     transport = filled["transport"]
     # A fitted map is another one for every layer, and the stream has none of its own.
     carries_stream = _said(transport, "structure") == "shared" and _said(transport, "map") in (None, "plan")

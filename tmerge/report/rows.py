@@ -15,7 +15,7 @@ _CONTROLS = {
     "shrink": "the same neurons made smaller",
     "noise": "moved at random by the same amount",
     "permuted": "moved through shuffled plans",
-    "base": "toward the source before its fine-tuning",
+    "source_base": "toward the source before its fine-tuning",
     "texts": "toward what the source does on other tokens",
 }
 

@@ -38,7 +38,7 @@ class Reconstruct:
         recipe: Of the run; its fusion is a `Reconstruction`.
         target: Is changed block by block, and let go.
         source: Read beside it, and let go.
-        source_base: Likewise, for the control ``base``.
+        source_base: Likewise, for the control ``source_base``.
         texts: Whose calibration texts are fitted on.
         kept: Whose calibration texts the target goes on doing on what it does; None without any.
         features: What the transport was solved from.
@@ -108,7 +108,7 @@ class Reconstruct:
         if writer.is_finished:
             return
         drawn_to = self.source
-        if name == "base":
+        if name == "source_base":
             assert self.source_base is not None  # the recipe sees to it
             drawn_to = self.source_base
         self.target.release()  # an earlier pass has changed it
