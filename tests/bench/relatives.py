@@ -1,6 +1,7 @@
 """A pair of relatives: two models of different shape whose true correspondence is known.
 
     python -m tests.bench.relatives --out FOLDER [--language indonesian] [--seed 0]
+    python -m tests.bench.relatives --out FOLDER --width 384 --layers-gone 10 --neurons 1024 --healing-rate 1e-3
 
 ``base/`` is SmolLM2-135M-Instruct; ``source/`` is the base adapted to a language; ``target/`` is the base with fewer
 layers, heads and MLP neurons, what is left in shuffled order, healed on English. ``truth.json`` says which base
@@ -22,7 +23,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -42,9 +43,8 @@ BASE = "demo:smollm2-135m-instruct"
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 LANGUAGES = ("indonesian", "thai", "malay", "cantonese")
 
-DROPPED_LAYERS = 5
 DROPPED_GROUPS = 1
-NEURONS = 1152
+LEARNING_RATE = 2e-4
 # Paragraphs at most; texts over which the activity of MLP neurons is measured.
 PROSE, ACTIVITY_TEXTS = 1500, 64
 # The texts' split is the same for every pair, so that pairs can be compared.
@@ -57,12 +57,27 @@ Truth = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a pair: the source's language, the seed of surgery and trainings, and their optimiser steps."""
+    """What decides a pair.
+
+    Attributes:
+        language: Of the source.
+        seed: Of surgery and trainings.
+        sft_steps: The source's optimiser steps.
+        healing_steps: The target's.
+        healing_rate: The target's learning rate.
+        layers_gone: How many layers the target lacks.
+        neurons: How many MLP neurons of each layer it keeps.
+        width: How many neurons of the residual stream; None for all.
+    """
 
     language: str = "indonesian"
     seed: int = 0
     sft_steps: int = 103
     healing_steps: int = 150
+    healing_rate: float = LEARNING_RATE
+    layers_gone: int = 5
+    neurons: int = 1152
+    width: int | None = None
 
 
 # -- texts ----------------------------------------------------------------------------------------------------------
@@ -124,7 +139,14 @@ def _read(path: Path) -> str:
 
 
 def plan(
-    model: nn.Module, seed: int, *, layers: int = 0, groups: int = 0, neurons: int | None = None, texts: Any = None
+    model: nn.Module,
+    seed: int,
+    *,
+    layers: int = 0,
+    groups: int = 0,
+    neurons: int | None = None,
+    width: int | None = None,
+    texts: Any = None,
 ) -> Truth:
     """Draw what is left of the base, and in which order.
 
@@ -134,7 +156,8 @@ def plan(
         layers: How many layers go, never the first two or the last.
         groups: How many key-value heads of each layer go, with their query heads.
         neurons: How many MLP neurons of each layer stay; None for all.
-        texts: Token ids of texts, on which the most active neurons are found; needed with `neurons`.
+        width: How many neurons of the residual stream stay; None for all.
+        texts: Token ids of texts, on which the most active neurons are found; needed with `neurons` and `width`.
 
     Returns:
         ``layers``: target layer -> base layer; ``residual``: target neuron -> base neuron of the residual stream;
@@ -144,19 +167,23 @@ def plan(
     gone = set(draw.sample(range(2, config.num_hidden_layers - 1), layers))
     kept = [layer for layer in range(config.num_hidden_layers) if layer not in gone]
     residual = draw.sample(range(config.hidden_size), config.hidden_size)
+    if width is not None:
+        residual = random.Random(f"width {seed}").sample(
+            stream_activity(model, texts).topk(width).indices.tolist(), width
+        )
     activity = None if neurons is None else mlp_activity(model, texts)
-    width, heads = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    dim, heads = config.head_dim, config.num_attention_heads // config.num_key_value_heads
     indices = []
     for layer in kept:
         found: dict[str, list[int]] = {name: [] for name in ("q", "k", "v", "o")}
         for group in draw.sample(range(config.num_key_value_heads), config.num_key_value_heads - groups):
             # Dimensions of q and k are tied to their rotary frequencies, those of v and o are free.
-            within = draw.sample(range(width), width)
-            found["k"] += range(group * width, (group + 1) * width)
-            found["v"] += [group * width + place for place in within]
+            within = draw.sample(range(dim), dim)
+            found["k"] += range(group * dim, (group + 1) * dim)
+            found["v"] += [group * dim + place for place in within]
             for head in draw.sample(range(group * heads, (group + 1) * heads), heads):
-                found["q"] += range(head * width, (head + 1) * width)
-                found["o"] += [head * width + place for place in within]
+                found["q"] += range(head * dim, (head + 1) * dim)
+                found["o"] += [head * dim + place for place in within]
         left = list(range(config.intermediate_size))
         if activity is not None:
             left = activity[layer].topk(neurons).indices.sort().values.tolist()
@@ -186,6 +213,7 @@ def cut(model: nn.Module, truth: Truth) -> nn.Module:
     """The model that `plan` describes, with the base's weights."""
     config, first = copy.deepcopy(model.config), truth["indices"][0]
     config.num_hidden_layers = len(truth["layers"])
+    config.head_dim, config.hidden_size = model.config.head_dim, len(truth["residual"])
     config.num_attention_heads = len(first["q"]) // config.head_dim
     config.num_key_value_heads = len(first["k"]) // config.head_dim
     config.intermediate_size = len(first["mlp"])
@@ -203,6 +231,20 @@ def cut(model: nn.Module, truth: Truth) -> nn.Module:
             projections(layer)[name].weight.copy_(projections(base)[name].weight[rows][:, columns])
     small.generation_config = copy.deepcopy(model.generation_config)
     return small.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def stream_activity(model: nn.Module, texts: Sequence[Tensor]) -> Tensor:
+    """(n,) the sum over tokens and blocks of each stream neuron's |activation| over the token's root mean square.
+
+    As published width pruning chooses them; without the first token of a text, which drowns all others.
+    """
+    sums = torch.zeros(model.config.hidden_size)
+    for ids in texts:
+        for hidden in model.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[2:-1]:
+            stream = hidden[0, 1:]
+            sums += (stream / stream.pow(2).mean(-1, keepdim=True).sqrt()).abs().mean(0)
+    return sums
 
 
 @torch.no_grad()
@@ -248,7 +290,7 @@ def build(out: Path, settings: Settings, data: Path = DATA) -> dict[str, dict[st
     texts |= zip(("english_train", "english_held_out"), english_texts(settings.seed, data), strict=True)
     out.mkdir(parents=True, exist_ok=True)
     noted = out / "settings.json"
-    if noted.exists() and json.loads(noted.read_text(encoding="utf-8")) != asdict(settings):
+    if noted.exists() and Settings(**json.loads(noted.read_text(encoding="utf-8"))) != settings:
         raise SystemExit(f"{out} was begun with other settings: {noted.read_text(encoding='utf-8').strip()}")
     _write(noted, json.dumps(asdict(settings)))
     for name, kept in texts.items():
@@ -269,23 +311,24 @@ def build(out: Path, settings: Settings, data: Path = DATA) -> dict[str, dict[st
 
 def _source(out: Path, settings: Settings, texts: list[str]) -> LoadedModel:
     loaded = load_model(str(out / "base"), device="cpu")
-    return _trained(loaded, texts, settings.sft_steps, settings.seed, out / "work_source")
+    return _trained(loaded, texts, settings.sft_steps, LEARNING_RATE, settings.seed, out / "work_source")
 
 
 def _target(out: Path, settings: Settings, texts: list[str]) -> LoadedModel:
     base, seed = load_model(str(out / "base"), device="cpu"), settings.seed
     chosen = random.Random(f"activity {seed}").sample(texts, min(ACTIVITY_TEXTS, len(texts)))
     ids = [base.tokenizer(text, return_tensors="pt")["input_ids"] for text in chosen]
-    truth = plan(base.model, seed, layers=DROPPED_LAYERS, groups=DROPPED_GROUPS, neurons=NEURONS, texts=ids)
+    left = {"layers": settings.layers_gone, "neurons": settings.neurons, "width": settings.width}
+    truth = plan(base.model, seed, groups=DROPPED_GROUPS, texts=ids, **left)
     _write(out / "truth.json", json.dumps(truth))
     truth = json.loads((out / "truth.json").read_text(encoding="utf-8"))
     target = replace(base, model=cut(base.model, truth))
     log.info("surgery checked: order alone moves logits by %.2g", check_surgery(base, target.model, truth, seed))
-    return _trained(target, texts, settings.healing_steps, seed, out / "work_target")
+    return _trained(target, texts, settings.healing_steps, settings.healing_rate, seed, out / "work_target")
 
 
-def _trained(loaded: LoadedModel, texts: list[str], steps: int, seed: int, work: Path) -> LoadedModel:
-    settings = AdaptationSettings(objective="sft", steps=steps, batch_size=8, learning_rate=2e-4, max_tokens=256)
+def _trained(loaded: LoadedModel, texts: list[str], steps: int, rate: float, seed: int, work: Path) -> LoadedModel:
+    settings = AdaptationSettings(objective="sft", steps=steps, batch_size=8, learning_rate=rate, max_tokens=256)
     report = adapt(
         loaded,
         texts,
@@ -321,11 +364,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--sft-steps", type=int, default=Settings.sft_steps)
     parser.add_argument("--healing-steps", type=int, default=Settings.healing_steps)
+    parser.add_argument("--healing-rate", type=float, default=Settings.healing_rate)
+    parser.add_argument("--layers-gone", type=int, default=Settings.layers_gone)
+    parser.add_argument("--neurons", type=int, default=Settings.neurons, help="of each MLP that are kept")
+    parser.add_argument("--width", type=int, help="neurons of the residual stream that are kept; all if left out")
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of shared texts")
     asked = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     log.setLevel(logging.INFO)
-    settings = Settings(asked.language, asked.seed, asked.sft_steps, asked.healing_steps)
+    settings = Settings(**{field.name: getattr(asked, field.name) for field in fields(Settings)})
     sys.stdout.write(json.dumps(build(asked.out, settings, asked.data), indent=1) + "\n")
 
 
