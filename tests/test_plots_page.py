@@ -170,7 +170,7 @@ def test_page_draws_in_a_browser(report, record, tmp_path):
             assert tab.inner_text("#plan-title") == "Output of o: target layer 7 and source layer 5"
             assert titles != [tab.inner_text("#plan-title"), tab.inner_text("#coupling-title")]
             cell = tab.evaluate("Plotly.Fx.hover('plan', [{curveNumber: 0, pointNumber: [0, 0]}]) || 1")
-            assert cell == 1 and "target neurons 0" in tab.locator("#plan .hoverlayer").inner_text()
+            assert cell == 1 and "target neurons 0" in tab.locator("#plan .hoverlayer").text_content()
             assert "Share" not in " ".join(
                 tab.evaluate("[...document.querySelectorAll('.modebar-btn')].map(button => button.dataset.title)")
             )

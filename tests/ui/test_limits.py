@@ -45,7 +45,7 @@ cases = {
     "download": AppSettings(max_download_bytes=1000),
     "work": AppSettings(max_operations=1),
 }
-print("RESULTS" + json.dumps({name: _check(recipe, settings)["refused"] for name, settings in cases.items()}))
+print("RESULTS" + json.dumps({name: _check(recipe, settings).refused for name, settings in cases.items()}))
 """
 
 
