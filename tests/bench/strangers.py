@@ -26,8 +26,7 @@ from torch import Tensor
 from tmerge.calibration import sample_texts
 from tmerge.calibration.texts import is_held_out
 from tmerge.evaluation import applied, score_texts
-from tmerge.fusion import Passage, reconstruct
-from tmerge.fusion.block_fit import FittedBlock
+from tmerge.fusion import Passage, TransportedNeurons, reconstruct
 from tmerge.fusion.passage import Wanted, readings
 from tmerge.fusion.ridge import Linear, Regression
 from tmerge.models import LoadedModel, describe, load_model
@@ -112,6 +111,14 @@ def stream_maps(
     return maps, explained
 
 
+def fitted(way: StrangePassage, texts: Sequence[str], keep: Sequence[str]) -> list[TransportedNeurons]:
+    """What every block's ``down`` is changed by."""
+    items: list[TransportedNeurons] = []
+    with tempfile.TemporaryDirectory() as folder:
+        reconstruct(way, texts, keep, Path(folder), take=lambda block, _: items.extend(block.items))
+    return items
+
+
 def main() -> None:
     """Fit, and score."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -130,10 +137,7 @@ def main() -> None:
         say({"map": kind, "R2": {block: round(value, 3) for block, value in explained.items()}})
         for start in asked.starts:
             target = load_model(TARGET, dtype="float32", device="cpu")
-            blocks: list[FittedBlock] = []
-            with tempfile.TemporaryDirectory() as folder:
-                reconstruct(passage(target, source, start, maps), texts, english, Path(folder), take=blocks.append)
-            items = [item for block in blocks for item in block.items]
+            items = fitted(passage(target, source, start, maps), texts, english)
             target = load_model(TARGET, dtype="float32", device="cpu")
             for step in asked.steps:
                 with applied(describe(target.model).layers, items, step):

@@ -8,7 +8,7 @@ from tmerge.calibration.features import FeatureStore, FeatureWriter
 from tmerge.calibration.identity import DatasetRecord, dataset_identity, file_identity, pinned
 from tmerge.calibration.positions import common_ends, token_positions
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_language_code, sample_languages, sample_texts
-from tmerge.calibration.texts import TextSet, is_held_out, normalise, other_texts, read_texts
+from tmerge.calibration.texts import TextSet, is_held_out, normalise, of_another, other_texts, read_texts
 
 __all__ = [
     "SAMPLES_PREFIX",
@@ -26,6 +26,7 @@ __all__ = [
     "is_held_out",
     "length_batches",
     "normalise",
+    "of_another",
     "other_texts",
     "padded",
     "pinned",

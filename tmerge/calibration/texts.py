@@ -20,7 +20,7 @@ from tmerge.errors import DatasetError, TooFewTextsError
 from tmerge.recipe import CalibrationSettings
 from tmerge.store import write_text
 
-__all__ = ["MINIMUM_CALIBRATION", "MINIMUM_HELD_OUT", "TextSet", "is_held_out", "normalise", "read_texts"]
+__all__ = ["MINIMUM_CALIBRATION", "MINIMUM_HELD_OUT", "TextSet", "is_held_out", "normalise", "of_another", "read_texts"]
 
 MINIMUM_CALIBRATION = 16
 """Fewest calibration texts: a correlation over less says nothing."""
@@ -278,6 +278,13 @@ def _shuffled(rows: Iterable[dict[str, Any]], seed: int, size: int) -> Iterator[
     yield from held
 
 
+def of_another(settings: CalibrationSettings, dataset: str) -> CalibrationSettings:
+    """How another dataset is read: as the calibration's own, but for its configuration, split and column."""
+    return settings.model_copy(
+        update={"dataset": dataset, "config": None, "split": "train", "column": None, "match_on": None}
+    )
+
+
 def other_texts(
     settings: CalibrationSettings, apart: Iterable[str], *, seed: int, chat_tokenizer: Any | None = None
 ) -> dict[str, Any]:
@@ -292,10 +299,7 @@ def other_texts(
     Raises:
         DatasetError, TooFewTextsError: As `read_texts`.
     """
-    asked = settings.model_copy(
-        update={"dataset": settings.match_on, "config": None, "split": "train", "column": None, "match_on": None}
-    )
-    found = read_texts(asked, seed=seed, chat_tokenizer=chat_tokenizer)
+    found = read_texts(of_another(settings, str(settings.match_on)), seed=seed, chat_tokenizer=chat_tokenizer)
     # As it was named, and a Hub dataset with the commit that was read.
     name = settings.match_on or ""
     if found.revision is not None:

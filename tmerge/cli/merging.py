@@ -26,6 +26,7 @@ from tmerge.cli.shared import (
     TargetOption,
     WhatOption,
     app,
+    pair_words,
     print_json,
     progress,
     quiet_libraries,
@@ -77,11 +78,7 @@ def merge(
     from tmerge.recipe import load_recipe
 
     overrides = {
-        "target": target,
-        "source": source,
-        "source_base": source_base,
-        "fusion.what": what,
-        "calibration.dataset": dataset,
+        **pair_words(target, source, source_base, what, dataset),
         "device": device,
         "dtype": dtype,
         "seed": seed,
@@ -150,13 +147,7 @@ def check(
     from tmerge.cli.show import show_check
     from tmerge.recipe import load_recipe
 
-    overrides = {
-        "target": target,
-        "source": source,
-        "source_base": source_base,
-        "fusion.what": what,
-        "calibration.dataset": dataset,
-    }
+    overrides = pair_words(target, source, source_base, what, dataset)
     loaded = load_recipe(recipe, overrides, settings or ())
     quiet_libraries()
     from tmerge.preflight.check import check as check_models

@@ -33,6 +33,7 @@ __all__ = [
     "TargetOption",
     "WhatOption",
     "app",
+    "pair_words",
     "print_json",
     "progress",
     "quiet_libraries",
@@ -117,3 +118,16 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
+
+
+def pair_words(
+    target: str | None, source: str | None, source_base: str | None, what: str | None, dataset: str | None
+) -> dict[str, str | None]:
+    """What a command's options say of the pair, by the recipe's keys."""
+    return {
+        "target": target,
+        "source": source,
+        "source_base": source_base,
+        "fusion.what": what,
+        "calibration.dataset": dataset,
+    }

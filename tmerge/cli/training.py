@@ -21,6 +21,7 @@ from tmerge.cli.shared import (
     TargetOption,
     WhatOption,
     app,
+    pair_words,
     print_json,
     progress,
     quiet_libraries,
@@ -126,14 +127,7 @@ def compare(
     """Base, fused, controls, alphas, and training with and without the merge, on the same texts for the same steps."""
     from tmerge.recipe import load_recipe
 
-    overrides = {
-        "target": target,
-        "source": source,
-        "source_base": source_base,
-        "fusion.what": what,
-        "calibration.dataset": dataset,
-        "device": device,
-    }
+    overrides = {**pair_words(target, source, source_base, what, dataset), "device": device}
     loaded = load_recipe(recipe, overrides, settings or ())
     quiet_libraries()
     from tmerge.cli.show import show_comparison

@@ -17,7 +17,7 @@ from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.models import PROJECTIONS, Architecture, LoadedModel, Projection, Tap, feature_key
 from tmerge.models.blocks import BlockCall, hidden_of
 
-__all__ = ["BlockFit", "FittedBlock", "caught_in", "refuse_unless_it_adds", "taps_of"]
+__all__ = ["GROUPS", "BlockFit", "FittedBlock", "caught_in", "refuse_unless_it_adds", "taps_of"]
 
 # In the order of a block's own computation; those of one group read the same input.
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -38,7 +38,6 @@ class FittedBlock:
         errors: Of each.
         norms: Of each the change's norm to the weight's own; None where that is zero.
         rows: R, that were fitted.
-        seconds: That all of it took, the source's passes included.
     """
 
     layer: int
@@ -46,12 +45,11 @@ class FittedBlock:
     errors: Errors
     norms: dict[str, float | None]
     rows: int
-    seconds: float = 0.0
 
     def note(self) -> dict[str, Any]:
         """All but the changes themselves, as JSON values."""
         errors = {name: list(pair) for name, pair in self.errors.items()}
-        return {"errors": errors, "norms": self.norms, "rows": self.rows, "seconds": self.seconds}
+        return {"errors": errors, "norms": self.norms, "rows": self.rows}
 
 
 class _Enough(Exception):

@@ -23,7 +23,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def reconstruct(
     folder: Path,
     *,
     finished: Sequence[Sequence[TransportedNeurons]] = (),
-    take: Callable[[FittedBlock], None],
+    take: Callable[[FittedBlock, float], None],
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Fit every block of the target.
@@ -57,7 +56,7 @@ def reconstruct(
         keep: On which it should go on doing what it does.
         folder: For the goals of the block at hand; emptied after each.
         finished: What was fitted of the first blocks before, in an earlier run of the same: it is not fitted again.
-        take: Is handed each block that was fitted, to be kept; in their order.
+        take: Is handed each block that was fitted, to be kept, and the seconds that all of it took; in their order.
         progress: Called with (blocks done, all); may raise to stop.
 
     Raises:
@@ -95,7 +94,7 @@ def reconstruct(
                 steps.go_on(fits + batch, result)
             del calls, ends
             if block is not None:
-                take(replace(block, seconds=time.perf_counter() - began))
+                take(block, time.perf_counter() - began)
             if progress is not None:
                 progress(layer + 1, layers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tmerge.fusion.block_fit import GROUPS
 from tmerge.models import Architecture
 from tmerge.recipe import FITTED_CONTROLS, Recipe, Reconstruction
 
@@ -18,12 +19,23 @@ def fitting_operations(recipe: Recipe, layouts: tuple[Architecture, Architecture
     """
     if not isinstance(recipe.fusion, Reconstruction):
         return 0.0
-    target, source = (layout.projections() for layout in layouts)
-    read = texts + (recipe.fusion.keep_texts if recipe.fusion.keep is not None else 0)
-    body, other = (sum(view.in_features * view.out_features for view in views) for views in (target, source))
-    sums = sum(view.in_features * (view.in_features + view.out_features) for view in target)
-    # A block is run up to each of its four groups of projections, and once more to its end.
-    each = 2.0 * (read * (3 * body + sums) + texts * other)
+    target, source = layouts
+    kept = recipe.fusion.keep_texts if recipe.fusion.keep is not None else 0
+    passes = sums = 0
+    for layer in target.layers:
+        before = 0
+        for names in GROUPS:
+            views = [layer[name] for name in names if name in layer]
+            if not views:
+                continue
+            # The block is run up to the group; those of a group share the sums over what they read.
+            own = sum(view.in_features * view.out_features for view in views)
+            passes, before = passes + before, before + own
+            sums += views[0].in_features ** 2 + own
+        passes += before
+    body, other = (sum(view.in_features * view.out_features for view in layout.projections()) for layout in layouts)
+    # Texts to be kept are also read once as they are.
+    each = 2.0 * ((texts + kept) * (passes + sums) + kept * body + texts * other)
     return each * (1 + sum(name in FITTED_CONTROLS for name in recipe.evaluation.controls))
 
 

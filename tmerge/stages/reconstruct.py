@@ -139,7 +139,7 @@ class Reconstruct:
                 self._keep,
                 self._folder,
                 finished=writer.parts(),
-                take=lambda block: writer.add(block.items, block.note()),
+                take=lambda block, seconds: writer.add(block.items, {**block.note(), "seconds": seconds}),
                 progress=progress.counting(
                     "reconstructing" if name == "fused" else f"{name}: reconstructing", "layers"
                 ),

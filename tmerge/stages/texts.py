@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tmerge.calibration import TextSet, common_ends, other_texts, pinned, read_texts, token_limit
+from tmerge.calibration import TextSet, common_ends, of_another, other_texts, pinned, read_texts, token_limit
 from tmerge.errors import DatasetError
 from tmerge.models import Model
 from tmerge.recipe import CalibrationSettings, Recipe, Reconstruction
@@ -72,7 +72,7 @@ class Texts:
             "target": self.target.commit,
             "choosing": self.choosing,
             "data": dict(self.data),
-            **({} if self._keeping is None else {"keep": [self._keeping.keep, self._keeping.keep_texts]}),
+            **({} if self._keeping is None else {"keep": list(self._keeping)}),
         }
 
     def do(self, key: str, progress: Progress) -> TextsNote:
@@ -98,29 +98,23 @@ class Texts:
         return TextsNote(texts=texts.to_dict(), kept=None if kept is None else kept.to_dict())
 
     @property
-    def _keeping(self) -> Reconstruction | None:
-        """The recipe's fusion, if there are texts that it is to leave the target as it is on."""
+    def _keeping(self) -> tuple[str, int] | None:
+        """The dataset of texts that a reconstruction is to leave the target as it is on, and how many."""
         fusion = self.recipe.fusion
-        return fusion if isinstance(fusion, Reconstruction) and fusion.keep is not None else None
+        if not isinstance(fusion, Reconstruction) or fusion.keep is None:
+            return None
+        return fusion.keep, fusion.keep_texts
 
     def _kept(self, texts: TextSet) -> TextSet | None:
         """Those texts; none of which chooses alpha or decides the verdict."""
-        fusion = self._keeping
-        if fusion is None or fusion.keep is None:
+        if self._keeping is None:
             return None
-        read = self.recipe.calibration.model_copy(
-            update={
-                "dataset": pinned(fusion.keep, self.data[fusion.keep]),
-                "texts": fusion.keep_texts,
-                "match_on": None,
-                "config": None,
-                "split": "train",
-                "column": None,
-            }
-        )
+        dataset, count = self._keeping
+        read = of_another(self.recipe.calibration, pinned(dataset, self.data[dataset]))
+        read = read.model_copy(update={"texts": count})
         seed, tokenizer = self.recipe.seed, self.target.tokenizer
         kept = read_texts(read, seed=seed, chat_tokenizer=tokenizer, key="fusion.keep_texts")
-        self._refuse_changed({fusion.keep: kept.file_sha256})
+        self._refuse_changed({dataset: kept.file_sha256})
         return kept.without((*texts.choosing, *texts.held_out))
 
     def _pinned(self) -> CalibrationSettings:
