@@ -169,8 +169,13 @@ def test_page_draws_in_a_browser(report, record, tmp_path):
             tab.select_option("#choose-projection", "o")
             assert tab.inner_text("#plan-title") == "Output of o: target layer 7 and source layer 5"
             assert titles != [tab.inner_text("#plan-title"), tab.inner_text("#coupling-title")]
-            cell = tab.evaluate("Plotly.Fx.hover('plan', [{curveNumber: 0, pointNumber: [0, 0]}]) || 1")
-            assert cell == 1 and "target neurons 0" in tab.locator("#plan .hoverlayer").text_content()
+            # A hand on the map's first cell.
+            surface = tab.locator("#plan .nsewdrag").first
+            surface.scroll_into_view_if_needed()
+            box = surface.bounding_box()
+            tab.mouse.move(box["x"] + 30, box["y"] + 30)
+            tab.mouse.move(box["x"] + 2, box["y"] + 2)
+            tab.locator("#plan .hoverlayer", has_text="target neurons 0").wait_for(state="attached", timeout=10_000)
             assert "Share" not in " ".join(
                 tab.evaluate("[...document.querySelectorAll('.modebar-btn')].map(button => button.dataset.title)")
             )
