@@ -62,9 +62,9 @@ class StrangePassage(Passage):
 
 def passage(target: LoadedModel, source: LoadedModel, start: int, maps: dict[int, Tensor] | None) -> StrangePassage:
     models = target, describe(target.model), source, describe(source.model)
-    how = {"projections": ["down"], "ridge": RIDGE, "rank": None, "keep_share": 0.5, "factor": lambda *_: 1.0}
+    how = {"projections": ["down"], "ridge": RIDGE, "rank": None, "keep_share": 0.5, "vocabulary": None}
     sizes = {"max_tokens": 256, "batch_tokens": 2048}
-    return StrangePassage(*models, None, **how, **sizes, start=start, maps=maps)  # type: ignore[arg-type]
+    return StrangePassage(*models, None, **how, **sizes, factor=lambda *_: 1.0, start=start, maps=maps)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -19,9 +19,8 @@ from tests.pico import PICO_VOCAB, pico_model, pico_tokenizer
 from tmerge.calibration import FeatureStore, TextSet
 from tmerge.errors import Cancelled, RecipeError
 from tmerge.fusion import StoredNeurons
-from tmerge.models import EMBEDDING, HEAD
+from tmerge.models import EMBEDDING, HEAD, shared_vocabulary
 from tmerge.recipe import Recipe, load_recipe
-from tmerge.stages.fuse import shared_vocabulary
 from tmerge.stages.merge import STAGES, advance, merge
 from tmerge.transport import TransportRecord
 
@@ -362,11 +361,14 @@ def test_weights_are_matched_too(models, tmp_path):
 
 
 def _vocabulary(mine, theirs, sizes):
-    tokenizers = [
-        SimpleNamespace(get_vocab=lambda tokens=tokens: {token: place for place, token in enumerate(tokens)})
-        for tokens in (mine, theirs)
+    models = [
+        SimpleNamespace(
+            tokenizer=SimpleNamespace(get_vocab=lambda tokens=tokens: {token: n for n, token in enumerate(tokens)}),
+            vocabulary_rows=rows,
+        )
+        for tokens, rows in zip((mine, theirs), sizes, strict=True)
     ]
-    return shared_vocabulary(tuple(tokenizers), sizes)
+    return shared_vocabulary(*models)
 
 
 def test_tokens_are_shared_by_what_they_are():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tmerge.fusion.block_fit import FittedBlock
+from tmerge.fusion.block_fit import BlockNote, FittedBlock
 from tmerge.fusion.carry import Carried, carry
+from tmerge.fusion.logit_goal import FinalGoal
 from tmerge.fusion.maps import unit_factors
 from tmerge.fusion.merge import (
     Alpha,
@@ -25,7 +26,9 @@ from tmerge.fusion.stored import NeuronWriter, StoredNeurons
 __all__ = [
     "COLUMN_PROJECTIONS",
     "Alpha",
+    "BlockNote",
     "Carried",
+    "FinalGoal",
     "FittedBlock",
     "NeuronSequence",
     "NeuronWriter",

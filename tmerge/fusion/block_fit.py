@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from tmerge.errors import UnsupportedModelError
+from tmerge.fusion.logit_goal import FinalGoal
 from tmerge.fusion.merge import TransportedNeurons, fuse
 from tmerge.fusion.passage import Goals, Passage, Reading, Rows, Wanted
 from tmerge.fusion.ridge import Fit, Linear, Regression
@@ -17,7 +19,7 @@ from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.models import PROJECTIONS, Architecture, LoadedModel, Projection, Tap, feature_key
 from tmerge.models.blocks import BlockCall, hidden_of
 
-__all__ = ["GROUPS", "BlockFit", "FittedBlock", "caught_in", "refuse_unless_it_adds", "taps_of"]
+__all__ = ["GROUPS", "BlockFit", "BlockNote", "FittedBlock", "caught_in", "refuse_unless_it_adds", "taps_of"]
 
 # In the order of a block's own computation; those of one group read the same input.
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -38,6 +40,7 @@ class FittedBlock:
         errors: Of each.
         norms: Of each the change's norm to the weight's own; None where that is zero.
         rows: R, that were fitted.
+        goal: Of what down was fitted to.
     """
 
     layer: int
@@ -45,11 +48,23 @@ class FittedBlock:
     errors: Errors
     norms: dict[str, float | None]
     rows: int
+    goal: FinalGoal
 
-    def note(self) -> dict[str, Any]:
-        """All but the changes themselves, as JSON values."""
-        errors = {name: list(pair) for name, pair in self.errors.items()}
-        return {"errors": errors, "norms": self.norms, "rows": self.rows}
+    def note(self, seconds: float) -> BlockNote:
+        """All but the changes themselves, and the seconds that the block took."""
+        return BlockNote(errors=self.errors, norms=self.norms, rows=self.rows, goal=self.goal, seconds=seconds)
+
+
+class BlockNote(BaseModel):
+    """What is kept of a fitted block beside its changes; see `FittedBlock`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    errors: Errors
+    norms: dict[str, float | None]
+    rows: int
+    goal: FinalGoal
+    seconds: float
 
 
 class _Enough(Exception):
@@ -67,6 +82,7 @@ class BlockFit:
     reading: Reading
     goals: Goals
     rows: Rows
+    goal: FinalGoal
 
     def fitted(self) -> FittedBlock:
         """Fit group after group, each written into the target before the next is read."""
@@ -86,7 +102,7 @@ class BlockFit:
                 own = float(torch.linalg.vector_norm(self.wanted[name].view.weight().cpu().double()))
                 norms[name] = float(torch.linalg.vector_norm(fit.weight.cpu().double())) / own if own else None
             fuse(self.passage.views.layers, items[-len(names) :], 1.0)
-        return FittedBlock(self.layer, items, errors, norms, self.rows.count)
+        return FittedBlock(self.layer, items, errors, norms, self.rows.count, self.goal)
 
     def _fits(self, names: Sequence[str]) -> dict[str, Fit]:
         views = {name: self.wanted[name].view for name in names}

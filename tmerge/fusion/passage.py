@@ -62,6 +62,14 @@ class Reading:
             places.append((index, torch.tensor([row for text in chosen for row in rows[text]], dtype=torch.int64)))
         return cls(batches, places)
 
+    def token_counts(self, tokens: int, rows: int) -> Tensor:
+        """(V,) how often each token of a vocabulary is one of the first rows."""
+        counts = torch.zeros(tokens, dtype=torch.int64)
+        for (ids, _), (index, row) in zip(self.batches, self.places, strict=True):
+            chosen = index[row < rows]
+            counts += torch.bincount(ids[chosen[:, 0], chosen[:, 1]], minlength=tokens)
+        return counts
+
     def rows_of(self, batch: int, features: Tensor) -> Tensor:
         """(r, n) of (B, S, n): the batch's rows, float32."""
         index = self.places[batch][0].to(features.device)
@@ -170,6 +178,8 @@ class Passage:
         keep_share: Of a fit's weight, that of all texts together that are kept.
         max_tokens: Longer texts are cut.
         batch_tokens: Most padded tokens of a batch.
+        vocabulary: (2, v) ids in the target and in the source of the tokens that both have, whose logits in the source
+            are the last block's goal. None where that is the source's stream.
         factor: (projection, target layer, source layer) -> what its goals are multiplied by.
         shuffle: For the control ``permuted``.
         other_rows: Seed of a shuffle of the source's rows, for the control ``texts``: right norms, wrong tokens.
@@ -186,6 +196,7 @@ class Passage:
     keep_share: float
     max_tokens: int
     batch_tokens: int
+    vocabulary: Tensor | None
     factor: Callable[[str, int, int], float]
     shuffle: Shuffle | None = None
     other_rows: int | None = None

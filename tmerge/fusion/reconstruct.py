@@ -11,7 +11,9 @@ place, the first of each text left out. Y (R, out) is
 * for q k v gate up: what the counterparts give in the source's block, before rotary angles and the activation;
 * for o: the source's stream after its attention, less the target's stream before it;
 * for down: the source's stream as it enters the next paired block, less the target's stream after its attention: what
-  blocks without a counterpart would add is folded into the block before them.
+  blocks without a counterpart would add is folded into the block before them;
+* for the last down, where both have one vocabulary: the stream that gives the source's logits through the target's own
+  norm and head (`tmerge.fusion.logit_goal`), less the same.
 
 The stream's rows are weighted by one over their root mean square. Texts to be kept have the target's own activations,
 from before any change, as their Y, and, however many they are, a share of all the weight that is given. What has no
@@ -29,10 +31,11 @@ from typing import Any
 from torch import Tensor
 
 from tmerge.fusion.block_fit import BlockFit, FittedBlock, caught_in, refuse_unless_it_adds, taps_of
+from tmerge.fusion.logit_goal import FinalGoal, LogitGoal
 from tmerge.fusion.merge import TransportedNeurons, fuse
-from tmerge.fusion.passage import Goals, Passage, Reading, Wanted, readings
+from tmerge.fusion.passage import Goals, Passage, Reading, Rows, Wanted, readings
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
-from tmerge.models import feature_key
+from tmerge.models import Readout, feature_key
 from tmerge.models.blocks import BlockCall, Steps, hidden_of, stepped
 
 __all__ = ["reconstruct"]
@@ -66,6 +69,7 @@ def reconstruct(
     """
     target_reading, own_reading, source_reading, rows = readings(passage, texts, keep)
     goals = Goals(folder, rows.count)
+    final = _final_goal(passage, target_reading, rows)
     layers = len(passage.views.layers)
     fits = len(target_reading.batches)
     with (
@@ -73,7 +77,7 @@ def reconstruct(
         stepped(passage.target, target_reading.batches + own_reading.batches) as steps,
         stepped(passage.source, source_reading.batches) as source_steps,
     ):
-        source = _Source(passage, source_steps, source_reading)
+        source = _Source(passage, source_steps, source_reading, final)
         for layer in range(layers):
             began = time.perf_counter()
             goals.begin()
@@ -87,7 +91,8 @@ def reconstruct(
             if done_before:
                 fuse(passage.views.layers, finished[layer], 1.0)
             else:
-                block = BlockFit(passage, layer, wanted, calls[:fits], target_reading, goals, rows).fitted()
+                goal: FinalGoal = "stream" if final is None or layer + 1 < layers else "logits"
+                block = BlockFit(passage, layer, wanted, calls[:fits], target_reading, goals, rows, goal).fitted()
             for batch, call in enumerate(calls[:fits]):
                 steps.go_on(batch, call.run())
             for batch, result in enumerate(ends):
@@ -99,11 +104,23 @@ def reconstruct(
                 progress(layer + 1, layers)
 
 
+def _final_goal(passage: Passage, reading: Reading, rows: Rows) -> LogitGoal | None:
+    """What the last block's down is fitted to; None for the source's stream."""
+    last = passage.wanted(len(passage.views.layers) - 1).get("down")
+    if passage.vocabulary is None or last is None:
+        return None
+    target, source = Readout.of(passage.target), Readout.of(passage.source)
+    if target is None or source is None:
+        return None
+    counts = reading.token_counts(passage.target.embedding_rows, rows.texts)
+    return LogitGoal.of(target, source, last.matched, passage.vocabulary, counts)
+
+
 class _Source:
     """The source's passes, which stand before a block that some target block is paired with."""
 
-    def __init__(self, passage: Passage, steps: Steps, reading: Reading) -> None:
-        self._passage, self._steps, self._reading = passage, steps, reading
+    def __init__(self, passage: Passage, steps: Steps, reading: Reading, final: LogitGoal | None) -> None:
+        self._passage, self._steps, self._reading, self._final = passage, steps, reading, final
         self._at = 0
 
     def advance(self, layer: int, wanted: Mapping[str, Wanted], goals: Goals | None) -> None:
@@ -132,7 +149,10 @@ class _Source:
                 self._goals_of(batch, call, caught, wanted, goals)
             if out is not None and goals is not None:
                 ends = self._reading.rows_of(batch, hidden_of(result))
-                goals.write("out", self._reading.places[batch][1], out.carried(ends))
+                wanted_end = out.carried(ends)
+                if self._final is not None and self._at + 1 == len(self._passage.source_views.layers):
+                    wanted_end = self._final.stream(wanted_end, ends)
+                goals.write("out", self._reading.places[batch][1], wanted_end)
             self._steps.go_on(batch, result)
         self._at += 1
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from pydantic import BaseModel
 from safetensors import safe_open
 from torch import Tensor
 
@@ -21,32 +22,38 @@ from tmerge.store import read_json, write_json, write_tensors
 
 __all__ = ["NeuronWriter", "StoredNeurons"]
 
+PartNote = TypeVar("PartNote", bound=BaseModel)
+
 _INDEX, _PART = "index.json", "part.json"
 
 
-class NeuronWriter:
-    """Writes transported neurons into a folder, part by part.
+class NeuronWriter(Generic[PartNote]):
+    """Writes transported neurons into a folder, part by part, and a note beside each part, of one type.
 
     Args:
         folder: Of nothing else; emptied first.
         key: What decides them, kept in the folder.
+        notes: Type of the notes; None where parts have none.
         resume: Whether parts that an earlier writer of the same key left there stay.
 
     Attributes:
-        notes: One for each part that is there, as it was given.
+        notes: One for each part that is there, where they have any.
         is_finished: Whether an earlier writer of the same key had finished.
     """
 
-    def __init__(self, folder: Path, key: str, *, resume: bool = False) -> None:
+    def __init__(self, folder: Path, key: str, *, notes: type[PartNote] | None = None, resume: bool = False) -> None:
         self._folder, self._key, self._resume = folder, key, resume
         self._items: list[dict[str, Any]] = []
-        self.notes: list[Any] = []
+        self.notes: list[PartNote] = []
+        self._parts = 0
         self.is_finished = False
         if resume:
             whole, part = (read_json(folder / name) for name in (_INDEX, _PART))
             found = whole or part
             if found is not None and found["key"] == key:
-                self._items, self.notes = found["items"], found["notes"]
+                self._items, self._parts = found["items"], found["parts"]
+                if notes is not None:
+                    self.notes = [notes.model_validate(note) for note in found["notes"]]
                 self.is_finished = whole is not None
                 return
         shutil.rmtree(folder, ignore_errors=True)
@@ -54,27 +61,27 @@ class NeuronWriter:
 
     def parts(self) -> list[list[TransportedNeurons]]:
         """What is there already, a list for each time that some was added."""
-        found: list[list[TransportedNeurons]] = [[] for _ in self.notes]
+        found: list[list[TransportedNeurons]] = [[] for _ in range(self._parts)]
         for number, item in enumerate(self._items):
             found[item["part"]].append(_read(self._folder, number, item))
         return found
 
-    def add(self, items: Sequence[TransportedNeurons], note: Any = None) -> None:
+    def add(self, items: Sequence[TransportedNeurons], note: PartNote | None = None) -> None:
         """Write some more, in a file of their own; they may be let go then.
 
         Args:
             items: What to write.
-            note: A JSON value that is kept with them, in `notes`.
+            note: Kept with them, in `notes`.
         """
         tensors: dict[str, Tensor] = {}
-        name = f"{len(self.notes):05}.safetensors"
+        name = f"{self._parts:05}.safetensors"
         for item in items:
             fields = {"neurons": item.neurons, "weight": item.weight, "bias": item.bias}
             tensors |= {f"{len(self._items)}.{field}": value for field, value in fields.items() if value is not None}
             self._items.append(
                 {
                     "file": name,
-                    "part": len(self.notes),
+                    "part": self._parts,
                     "layer": item.layer,
                     "projection": item.projection,
                     "difference": item.is_difference,
@@ -82,7 +89,9 @@ class NeuronWriter:
             )
         if tensors:
             write_tensors(self._folder / name, tensors)
-        self.notes.append(note)
+        self._parts += 1
+        if note is not None:
+            self.notes.append(note)
         if self._resume:
             write_json(self._folder / _PART, self._index)
 
@@ -93,7 +102,8 @@ class NeuronWriter:
 
     @property
     def _index(self) -> dict[str, Any]:
-        return {"key": self._key, "notes": self.notes, "items": self._items}
+        notes = [note.model_dump(mode="json") for note in self.notes]
+        return {"key": self._key, "parts": self._parts, "notes": notes, "items": self._items}
 
 
 class StoredNeurons(NeuronSequence):

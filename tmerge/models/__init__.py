@@ -10,7 +10,7 @@ from tmerge.models.discovery import find_block_list
 from tmerge.models.facts import ModelFacts, read_facts
 from tmerge.models.licences import OutputLicence, output_licence
 from tmerge.models.loading import LoadedModel, load_model, load_tokenizer, model_commit
-from tmerge.models.model import Model
+from tmerge.models.model import Model, shared_vocabulary
 from tmerge.models.projections import (
     PROJECTIONS,
     SIDES,
@@ -23,6 +23,7 @@ from tmerge.models.projections import (
     feature_key,
     match,
 )
+from tmerge.models.readout import Readout
 from tmerge.models.reference import ModelReference, trusts
 from tmerge.models.remote import Snapshot, fetch, hub_errors, open_repo
 from tmerge.models.rotary import head_facts
@@ -47,6 +48,7 @@ __all__ = [
     "ModelReference",
     "OutputLicence",
     "Projection",
+    "Readout",
     "Rows",
     "Snapshot",
     "Tap",
@@ -73,6 +75,7 @@ __all__ = [
     "read_facts",
     "read_weights_file",
     "save_checkpoint",
+    "shared_vocabulary",
     "trusts",
     "verify_checkpoint",
     "write_weights",

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tmerge.models.facts import ModelFacts, read_facts
@@ -18,7 +20,10 @@ from tmerge.models.place import GgufPlace, Place, find_place
 from tmerge.models.projections import Architecture, describe
 from tmerge.models.weights import MappedWeights, mapped_weights
 
-__all__ = ["Model"]
+__all__ = ["Model", "shared_vocabulary"]
+
+# Of the smaller vocabulary: two that have this much in common are one.
+_NEARLY_ALL = 0.9
 
 
 class Model:
@@ -93,6 +98,11 @@ class Model:
             return self._loaded.tokenizer
         return load_tokenizer(self.reference, trust_remote_code=self.trust_remote_code, place=self.place)
 
+    @property
+    def vocabulary_rows(self) -> int:
+        """Tokens that its config counts."""
+        return int(self.facts.config.get_text_config().vocab_size)
+
     @cached_property
     def weights(self) -> MappedWeights:
         """Its weights by the names of the model's parameters, as they are when it is loaded, read when asked for.
@@ -150,3 +160,20 @@ class Model:
         """
         loaded, self._loaded, self._views = self._loaded, None, None
         return loaded
+
+
+def shared_vocabulary(target: Model, source: Model) -> Tensor | None:
+    """Tokens that are in both models' tokenizers and have a row in both models' embeddings.
+
+    Returns:
+        (2, V) int64, each token's id in the target and in the source, ascending in the target's: a vocabulary that
+        was trimmed, extended or put in another order is still one. None where they are not nearly all of the
+        smaller vocabulary: then the two have words in common as any two have.
+    """
+    target_ids, source_ids = target.tokenizer.get_vocab(), source.tokenizer.get_vocab()
+    common = sorted((index, source_ids[token]) for token, index in target_ids.items() if token in source_ids)
+    rows = target.vocabulary_rows, source.vocabulary_rows
+    kept = [pair for pair in common if pair[0] < rows[0] and pair[1] < rows[1]]
+    if not kept or len(kept) < _NEARLY_ALL * min(len(target_ids), len(source_ids)):
+        return None
+    return torch.tensor(kept).T.contiguous()

@@ -147,6 +147,11 @@ class Reconstruction(_Fused):
         0.1, description="how much a fit is held back, in units of its inputs' mean square"
     )
     rank: Annotated[int, Field(ge=1)] | None = Field(None, description="most of each fitted change; full if left out")
+    final_goal: Literal["logits", "stream"] = Field(
+        "logits",
+        description="what the last block is fitted to: the source's logits through the target's own head, where the "
+        "vocabulary is shared, or the source's residual stream",
+    )
     keep: str | None = Field(
         "samples:english", description="texts on which the target goes on doing what it does: as calibration.dataset"
     )

@@ -267,6 +267,7 @@ class ReconstructionFit(Part):
         ridge: How much a fit was held back.
         rank: Most of each change; None for full.
         rows: Tokens that were fitted on.
+        final_goal: What the last block was fitted to: the source's logits through the target's own head, or its stream.
         keep: The dataset on which the target goes on doing what it does; None without one.
         keep_texts: Of it.
         errors: Projection -> per fitted layer, ``|Y - X W^T|^2 / |Y|^2`` before and after; None where Y is zero.
@@ -275,6 +276,7 @@ class ReconstructionFit(Part):
     ridge: float
     rank: int | None
     rows: int
+    final_goal: Literal["logits", "stream"] = "stream"  # what it was before it was written down
     keep: str | None
     keep_texts: int
     errors: Mapping[str, Items[Items[float | None]]]

@@ -102,7 +102,9 @@ def how_words(fusion: Fusion) -> str:
         kept = (
             f", {fusion.fit.keep_texts} texts of {fusion.fit.keep} kept as they were" if fusion.fit.keep_texts else ""
         )
-        return f"alpha {alpha_words(fusion)}, ridge {fusion.fit.ridge:g}, {rank}, {fusion.fit.rows:,} tokens{kept}"
+        final = "the last block to the source's logits" if fusion.fit.final_goal == "logits" else "to the stream"
+        held = f"ridge {fusion.fit.ridge:g}, {rank}"
+        return f"alpha {alpha_words(fusion)}, {held}, {final}, {fusion.fit.rows:,} tokens{kept}"
     return f"alpha {alpha_words(fusion)}, {fusion.scale} scale, units {fusion.units}, top_k {fusion.top_k}"
 
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from tmerge.evaluation import control_generator
 from tmerge.fusion import TransportedNeurons, carry
-from tmerge.models import Model
+from tmerge.models import Model, shared_vocabulary
 from tmerge.recipe import Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
 from tmerge.run import Run
@@ -23,9 +22,7 @@ from tmerge.stages.source_weights import SourceWeights
 from tmerge.stages.step import Progress
 from tmerge.stages.transport import Features, record_of, transport_of
 
-__all__ = ["Fuse", "shared_vocabulary"]
-
-_NEARLY_ALL = 0.9
+__all__ = ["Fuse"]
 
 
 @dataclass(frozen=True)
@@ -73,9 +70,7 @@ class Fuse:
         assert not isinstance(fusion, Reconstruction)  # it has a stage of its own
         vocabulary = None
         if fusion.carries_stream:
-            vocabulary = shared_vocabulary(
-                (self.target.tokenizer, self.source.model.tokenizer), (_rows(self.target), _rows(self.source.model))
-            )
+            vocabulary = shared_vocabulary(self.target, self.source.model)
             if vocabulary is None:
                 progress.note("the two vocabularies differ: embeddings stay the target's, norms are carried")
         transport = transport_of(self.recipe, self.features, self.recorded)
@@ -115,29 +110,3 @@ class Fuse:
                 "layer_plans_converged": transport.layer_plans_converged,
             }
         )
-
-
-def shared_vocabulary(
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase], rows: tuple[int, int]
-) -> Tensor | None:
-    """Tokens that are in both models' tokenizers and have a row in both models' embeddings.
-
-    Args:
-        tokenizers: The target's and the source's.
-        rows: Of their embeddings.
-
-    Returns:
-        (2, V) int64, each token's id in the target and in the source, ascending in the target's: a vocabulary that
-        was trimmed, extended or put in another order is still one. None where they are not nearly all of the
-        smaller vocabulary: then the two have words in common as any two have.
-    """
-    target_ids, source_ids = (tokenizer.get_vocab() for tokenizer in tokenizers)
-    common = sorted((index, source_ids[token]) for token, index in target_ids.items() if token in source_ids)
-    kept = [pair for pair in common if pair[0] < rows[0] and pair[1] < rows[1]]
-    if not kept or len(kept) < _NEARLY_ALL * min(len(target_ids), len(source_ids)):
-        return None
-    return torch.tensor(kept).T.contiguous()
-
-
-def _rows(model: Model) -> int:
-    return int(model.facts.config.get_text_config().vocab_size)

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tmerge.evaluation import noise, shrink
-from tmerge.fusion import NeuronWriter, StoredNeurons, TransportedNeurons
+from tmerge.fusion import BlockNote, NeuronWriter, StoredNeurons, TransportedNeurons
 from tmerge.models import Projection
 
 __all__ = ["Neurons"]
@@ -23,14 +23,13 @@ class Neurons:
     def __init__(self, cache: Path) -> None:
         self._cache = cache
 
-    def write(self, key: str) -> tuple[NeuronWriter, NeuronWriter]:
+    def write(self, key: str) -> tuple[NeuronWriter[BlockNote], NeuronWriter[BlockNote]]:
         """Begin anew: with what is carried through the plans, and through shuffled ones.
 
         Args:
             key: What decides them.
         """
-        transported, permuted = (NeuronWriter(self._cache / name, key) for name in ("transported", "permuted"))
-        return transported, permuted
+        return NeuronWriter(self._cache / "transported", key), NeuronWriter(self._cache / "permuted", key)
 
     @cached_property
     def transported(self) -> StoredNeurons:
@@ -41,14 +40,15 @@ class Neurons:
         """
         return StoredNeurons(self._cache / "transported")
 
-    def go_on(self, name: str, key: str) -> NeuronWriter:
+    def go_on(self, name: str, key: str) -> NeuronWriter[BlockNote]:
         """Go on with what is fitted: what there is of this key stays.
 
         Args:
             name: ``fused``, or a control.
             key: What decides it.
         """
-        return NeuronWriter(self._cache / ("transported" if name == "fused" else name), key, resume=True)
+        folder = self._cache / ("transported" if name == "fused" else name)
+        return NeuronWriter(folder, key, notes=BlockNote, resume=True)
 
     def of(self, name: str, layers: Sequence[dict[str, Projection]], seed: int) -> Sequence[TransportedNeurons]:
         """What fusing writes for ``fused``, or for a control.

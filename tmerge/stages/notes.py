@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from tmerge.evaluation import Scores
+from tmerge.fusion import FinalGoal
 
 __all__ = [
     "ChooseNote",
@@ -139,6 +140,7 @@ class ReconstructNote(FuseNote):
         errors: Projection -> per layer, ``|Y - X W^T|^2 / |Y|^2`` before and after its fit; None where Y is zero.
         rows: Tokens that were fitted on, those of `keep_texts` too.
         fit_seconds: That it took, in all calls, and without what the controls took.
+        final_goal: What the last block was fitted to: ``logits`` or ``stream``.
         keep: The dataset of texts that are kept; None without one.
         keep_texts: Of it, on which the target's own activations were the goal.
     """
@@ -146,6 +148,7 @@ class ReconstructNote(FuseNote):
     errors: dict[str, list[tuple[float | None, float | None]]]
     rows: int
     fit_seconds: float
+    final_goal: FinalGoal
     keep: str | None
     keep_texts: int
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tmerge.calibration import TextSet
 from tmerge.evaluation import control_generator
-from tmerge.fusion import COLUMN_PROJECTIONS, NeuronWriter, Passage, reconstruct, score_factor
-from tmerge.models import Model, Projection
+from tmerge.fusion import COLUMN_PROJECTIONS, BlockNote, NeuronWriter, Passage, reconstruct, score_factor
+from tmerge.models import Model, Projection, shared_vocabulary
 from tmerge.models.device import memory_errors
 from tmerge.recipe import FITTED_CONTROLS, Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
@@ -95,6 +95,12 @@ class Reconstruct:
         self._record(transport)
         return self._noted(fitted.notes)
 
+    def _vocabulary(self, drawn_to: Model) -> Tensor | None:
+        """The tokens whose logits are the last block's goal; None where that is the stream."""
+        if self._settings.final_goal == "stream":
+            return None
+        return shared_vocabulary(self.target, drawn_to)
+
     @property
     def _controls(self) -> list[str]:
         return [name for name in self.recipe.evaluation.controls if name in FITTED_CONTROLS]
@@ -103,7 +109,7 @@ class Reconstruct:
     def _keep(self) -> tuple[str, ...]:
         return () if self.kept is None else self.kept.texts
 
-    def _pass(self, name: str, transport: Transport, writer: NeuronWriter, progress: Progress) -> None:
+    def _pass(self, name: str, transport: Transport, writer: NeuronWriter[BlockNote], progress: Progress) -> None:
         """One reconstruction of the target as it is stored; what was finished of it before is not fitted again."""
         if writer.is_finished:
             return
@@ -128,6 +134,7 @@ class Reconstruct:
             settings.keep_share,
             calibration.max_tokens,
             calibration.batch_tokens,
+            self._vocabulary(drawn_to),
             lambda name, layer, other: score_factor(name, views.attention[layer], source_views.attention[other]),
             self._shuffle if name == "permuted" else None,
             self.recipe.seed if name == "texts" else None,
@@ -139,7 +146,7 @@ class Reconstruct:
                 self._keep,
                 self._folder,
                 finished=writer.parts(),
-                take=lambda block, seconds: writer.add(block.items, {**block.note(), "seconds": seconds}),
+                take=lambda block, seconds: writer.add(block.items, block.note(seconds)),
                 progress=progress.counting(
                     "reconstructing" if name == "fused" else f"{name}: reconstructing", "layers"
                 ),
@@ -150,7 +157,7 @@ class Reconstruct:
         drawn_to.release()
         gc.collect()
 
-    def _noted(self, blocks: Sequence[Mapping[str, Any]]) -> ReconstructNote:
+    def _noted(self, blocks: Sequence[BlockNote]) -> ReconstructNote:
         """What was changed, and by how much."""
         layers = self.target.layout.layers
         ratios: dict[str, list[float | None]] = {name: [] for name in self.features.projections}
@@ -159,8 +166,8 @@ class Reconstruct:
         for item in self.neurons.transported:
             name = item.projection
             numbers[name].append(item.layer)
-            errors[name].append(blocks[item.layer]["errors"][name])
-            ratios[name].append(blocks[item.layer]["norms"][name])
+            errors[name].append(blocks[item.layer].errors[name])
+            ratios[name].append(blocks[item.layer].norms[name])
         return ReconstructNote(
             norm_ratios=ratios,
             layers=numbers,
@@ -169,8 +176,9 @@ class Reconstruct:
             eta={},
             layer_plans_converged=True,
             errors=errors,
-            rows=blocks[0]["rows"],
-            fit_seconds=sum(block["seconds"] for block in blocks),
+            rows=blocks[0].rows,
+            fit_seconds=sum(block.seconds for block in blocks),
+            final_goal=blocks[-1].goal,
             keep=None if self.kept is None else self.kept.dataset,
             keep_texts=len(self._keep),
         )

@@ -100,6 +100,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("fusion.stream", "Embeddings and norms"),
         Setting("fusion.ridge", "Ridge penalty of a fit"),
         Setting("fusion.rank", "Rank of a fit"),
+        Setting("fusion.final_goal", "Goal of the last block"),
         Setting("fusion.keep", "Texts to stay the same on"),
         Setting("fusion.keep_texts", "How many of them"),
         Setting("fusion.keep_share", "Their share of a fit"),

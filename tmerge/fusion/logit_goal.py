@@ -1,0 +1,125 @@
+r"""The goal of the last block: the stream with which the target's own head gives the source's logits.
+
+A target that has but a part of the stream's neurons cannot have the source's logits by having the source's stream in
+those that it has: what the others would add to a logit is lacking. So the last goal is found behind the head. With F
+(V, n) the target's head times its last norm's gain, z the source's logits at a token and c the stream that the
+correspondence gives, in units of the source's root mean square,
+
+    y = argmin  sum_v w_v ((F y)_v - z_v - mean)^2 + epsilon m |y - c|^2
+      = c + (A + epsilon m I)^-1 F^T D (z - F c),          A = F^T D F,    m = mean(diag A)
+
+where D weights each token of the vocabulary by how often it was read, and the weighted mean over the vocabulary, which
+no probability depends on, is taken off both sides. As ``F^T D z`` needs no logits but ``F^T D`` times its head,
+a goal costs two products of (n, n') a token. Directions of the stream that no logit depends on stay at c.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tmerge.models import Readout
+
+__all__ = ["FinalGoal", "LogitGoal"]
+
+FinalGoal = Literal["logits", "stream"]
+"""What the last block is fitted to."""
+
+# epsilon: no logit to speak of is held back, and no direction that none depends on is moved.
+_HELD = 1e-3
+# Of a read token, what every token of the vocabulary counts beside: those that were not read have logits too.
+_UNREAD = 0.01
+# Rows of the heads that are multiplied at once.
+_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class LogitGoal:
+    """``y = c + solve (toward + from_source z' - gram c)`` in units of the source's size, z' its normed stream.
+
+    Attributes:
+        source: How it reads its stream out.
+        matched: (m,) the target's neurons that have a counterpart; the others are taken to stay.
+        gram: (m, m) A, float32.
+        solve: (m, m) ``(A + epsilon m I)^-1``.
+        from_source: (m, n') ``F^T D`` times the source's head and gain.
+        toward: (m,) ``F^T D`` of what the heads' biases and the norms' shifts differ by.
+    """
+
+    source: Readout
+    matched: Tensor
+    gram: Tensor
+    solve: Tensor
+    from_source: Tensor
+    toward: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, target: Readout, source: Readout, matched: Tensor, vocabulary: Tensor, counts: Tensor) -> LogitGoal:
+        """Solve it.
+
+        Args:
+            target: Its last norm and head.
+            source: The source's.
+            matched: (m,) the target's neurons with a counterpart.
+            vocabulary: (2, v) ids in the target and in the source of the tokens that both have.
+            counts: (V,) how often each of the target's tokens was read.
+        """
+        known = (vocabulary[0] < len(target.head)) & (vocabulary[1] < len(source.head))
+        own, others = vocabulary[:, known]
+        weights = counts[own].double() + _UNREAD
+        weights = weights / weights.sum()
+        gram, cross, constant = _sums(target, source, own, others, weights)
+        gram, cross, constant = gram[matched][:, matched], cross[matched], constant[matched]
+        held = gram + _HELD * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        solve = torch.cholesky_inverse(torch.linalg.cholesky(held))
+        return cls(source, matched, *(each.float().cpu() for each in (gram, solve, cross, constant)))
+
+    def stream(self, carried: Tensor, hidden: Tensor) -> Tensor:
+        """The goals of some tokens.
+
+        Args:
+            carried: (r, m) what the correspondence gives.
+            hidden: (r, n') the source's stream behind its last block.
+
+        Returns:
+            (r, m).
+        """
+        hidden = hidden.cpu().float()
+        size = self.source.size(hidden)
+        now = carried / size
+        lack = self.toward + (self.source.centred(hidden) / size) @ self.from_source.T - now @ self.gram
+        return (now + lack @ self.solve) * size
+
+
+def _sums(
+    target: Readout, source: Readout, own: Tensor, others: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, n) ``F^T D F``, (n, n') ``F^T D`` of the source's and (n,) of the constants, means taken off; float64, there.
+
+    Float32 products of some rows each are summed in float64.
+    """
+    device = target.head.device
+    # One column of ones before each side: the weighted means come with the products.
+    width, other_width = target.head.shape[1], source.head.shape[1]
+    sums = torch.zeros(width + 1, width + other_width + 2, dtype=torch.float64, device=device)
+    for start in range(0, len(own), _TOKENS):
+        mine, theirs = own[start : start + _TOKENS].to(device), others[start : start + _TOKENS]
+        ours = target.scale * target.head[mine].float()
+        its = source.scale * source.head[theirs.to(source.head.device)].float()
+        constant = its @ source.shift.to(its) - (ours @ target.shift.to(ours)).to(its.device)
+        if source.head_bias is not None:
+            constant = constant + source.scale * source.head_bias[theirs.to(its.device)].float()
+        if target.head_bias is not None:
+            constant = constant - (target.scale * target.head_bias[mine].float()).to(its.device)
+        ones = torch.ones(len(mine), 1, device=device)
+        left = torch.cat([target.centred(ours * target.gain.to(ours)), ones], 1)
+        right = torch.cat([(its * source.gain.to(its)).to(device), constant.to(device)[:, None]], 1)
+        by = weights[start : start + _TOKENS].float().to(device)[:, None]
+        sums += ((left * by).T @ torch.cat([left, right], 1)).double()
+    means = sums[-1]
+    centred = sums[:-1] - torch.outer(sums[:-1, width], means)
+    return centred[:, :width], centred[:, width + 1 : width + 1 + other_width], centred[:, -1]
