@@ -165,10 +165,11 @@ class RecordedRun:
                 f"the plan of {self.found.reference} was made with another {' and '.join(other)}; only fusion, "
                 "evaluation and save can change with --plan: leave the rest as it is there"
             )
-        if recipe.fusion.alpha == "auto" and self.recipe.fusion.alpha != "auto":
+        chosen = recipe.fusion.chosen
+        if chosen and not self.recipe.fusion.chosen:
             raise PlanError(
-                f"the plan of {self.found.reference} has read every text that fusion.alpha auto could be chosen on; "
-                "give alpha a number, or merge without --plan"
+                f"the plan of {self.found.reference} has read every text that {' and '.join(chosen)} auto could be "
+                f"chosen on; give {' and '.join(key.partition('.')[2] for key in chosen)} a number, or merge without --plan"
             )
         recorded_layer_maps(self.record, projections)
 

@@ -62,7 +62,7 @@ class StrangePassage(Passage):
 
 def passage(target: LoadedModel, source: LoadedModel, start: int, maps: dict[int, Tensor] | None) -> StrangePassage:
     models = target, describe(target.model), source, describe(source.model)
-    how = {"projections": ["down"], "ridge": RIDGE, "rank": None, "keep_share": 0.5, "vocabulary": None}
+    how = {"projections": ["down"], "ridges": [RIDGE], "rank": None, "keep_share": 0.5, "vocabulary": None}
     sizes = {"max_tokens": 256, "batch_tokens": 2048}
     return StrangePassage(*models, None, **how, **sizes, factor=lambda *_: 1.0, start=start, maps=maps)  # type: ignore[arg-type]
 
@@ -102,7 +102,7 @@ def stream_maps(
         x, y = theirs[there], mine[here]
         sums = Regression(x.shape[1], [y.shape[1]], has_bias=False)
         sums.add(x, [y], y.square().mean(1).rsqrt())
-        (fit,) = sums.solve([Linear(torch.zeros(y.shape[1], x.shape[1]))], 1e-2)
+        (fit,) = sums.solve([Linear(torch.zeros(y.shape[1], x.shape[1]))], [1e-2])
         maps[block] = fit.weight
         x, y = theirs_held[there], mine_held[here]
         weights = y.square().mean(1, keepdim=True).rsqrt()

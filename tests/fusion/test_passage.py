@@ -19,3 +19,10 @@ def test_kept_rows_have_their_share_of_the_squares_however_many_they_are(texts, 
 @pytest.mark.parametrize(("texts", "kept"), [(5, 0), (0, 5)])
 def test_alone_all_rows_are_alike(texts, kept):
     assert Rows(texts, kept, 0.5).weights(torch.arange(5)) is None
+
+
+def test_rows_that_choose_weigh_what_the_drawn_ones_do():
+    rows = Rows(10, 4, 0.5, 6)
+    weights = rows.weights(torch.arange(20))
+    assert (rows.fitted, rows.count) == (14, 20)
+    assert (weights[:10] == 1).all() and (weights[14:] == 1).all() and (weights[10:14] > 1).all()

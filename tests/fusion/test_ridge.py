@@ -26,7 +26,7 @@ def fitted(inputs, lack, weights, ridge, *, has_bias=False, rank=None, pieces=3)
     found = Regression(inputs.shape[1], [lack.shape[1]], has_bias=has_bias)
     for part in torch.arange(len(inputs)).chunk(pieces):
         found.add(inputs[part], [wanted[part]], None if weights is None else weights[part])
-    return found.solve([Linear(weight, bias)], ridge, rank)[0], wanted
+    return found.solve([Linear(weight, bias)], [ridge], rank)[0], wanted
 
 
 def augmented(inputs, lack, weights, ridge, has_bias):
@@ -111,7 +111,7 @@ def test_equations_without_a_solution_are_one_line(inputs, words):
     found = Regression(4, [2], has_bias=False)
     found.add(inputs, [torch.ones(10, 2)])
     with pytest.raises(FusionError, match=words) as caught:
-        found.solve([Linear(torch.zeros(2, 4))], 1e-30)
+        found.solve([Linear(torch.zeros(2, 4))], [1e-30])
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
@@ -119,7 +119,7 @@ def test_where_nothing_is_read_no_weight_changes_and_a_bias_is_what_lacks():
     for has_bias in (False, True):
         found = Regression(4, [2], has_bias=has_bias)
         found.add(torch.zeros(10, 4), [torch.full((10, 2), 4.0)])
-        (fit,) = found.solve([Linear(torch.ones(2, 4), torch.ones(2) if has_bias else None)], 0.1)
+        (fit,) = found.solve([Linear(torch.ones(2, 4), torch.ones(2) if has_bias else None)], [0.1])
         assert not fit.weight.any()
         assert fit.bias is None if not has_bias else torch.allclose(fit.bias, torch.tensor([3.0, 3.0]))
 
@@ -135,10 +135,40 @@ def test_sublayers_that_read_the_same_are_fitted_as_each_would_be_alone(biases):
     goals = [torch.randn(len(inputs), len(layer.weight), generator=draw) for layer in layers]
     together = Regression(12, [5, 20], has_bias=any(biases))
     together.add(inputs, goals, weights)
-    for layer, goal, fit in zip(layers, goals, together.solve(layers, 0.1), strict=True):
+    for layer, goal, fit in zip(layers, goals, together.solve(layers, [0.1]), strict=True):
         alone = Regression(12, [len(goal.T)], has_bias=layer.bias is not None)
         alone.add(inputs, [goal], weights)
-        (expected,) = alone.solve([layer], 0.1)
+        (expected,) = alone.solve([layer], [0.1])
         torch.testing.assert_close(fit.weight, expected.weight, atol=1e-6, rtol=1e-5)
         assert (fit.bias is None) == (expected.bias is None)
         assert fit.before == pytest.approx(expected.before) and fit.after == pytest.approx(expected.after)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_each_sublayer_takes_the_lambda_that_does_best_on_rows_kept_from_it(has_bias):
+    """One's goal is all noise, so that it is held back most; the other's is exact, and is held back least."""
+    draw = torch.Generator().manual_seed(4)
+    inputs, others = torch.randn(40, 12, generator=draw), torch.randn(500, 12, generator=draw)
+    exact = torch.randn(12, 3, generator=draw)
+    layers = [Linear(torch.zeros(3, 12), torch.zeros(3) if has_bias else None) for _ in range(2)]
+    sums, kept_away = (Regression(12, [3, 3], has_bias=has_bias) for _ in range(2))
+    for found, rows in ((sums, inputs), (kept_away, others)):
+        found.add(rows, [torch.randn(len(rows), 3, generator=draw), rows @ exact])
+    ridges = [0.01, 0.1, 1.0, 10.0]
+    noise, learned = sums.solve(layers, ridges, kept_away=kept_away)
+    assert (noise.ridge, learned.ridge) == (10.0, 0.01)
+    # It is the very fit of that lambda.
+    for place, fit in enumerate((noise, learned)):
+        again = Regression(12, [3, 3], has_bias=has_bias)
+        draw.manual_seed(4)
+        torch.randn(40, 12, generator=draw), torch.randn(500, 12, generator=draw), torch.randn(12, 3, generator=draw)
+        again.add(inputs, [torch.randn(40, 3, generator=draw), inputs @ exact])
+        assert again.solve(layers, [fit.ridge])[place].weight.equal(fit.weight)
+
+
+def test_without_rows_kept_away_the_first_lambda_is_taken():
+    inputs, lack, _ = problem(1)
+    sums, none = (Regression(12, [7], has_bias=False) for _ in range(2))
+    sums.add(inputs, [lack])
+    (fit,) = sums.solve([Linear(torch.zeros(7, 12))], [0.5, 0.1], kept_away=none)
+    assert fit.ridge == 0.5

@@ -82,7 +82,11 @@ def distance(one, other, ids):
 def test_every_fit_lessens_what_lacks_and_the_model_does_what_the_source_does(models, finished):
     folder, report = finished
     fit = report.fusion.fit
-    assert fit.rows > 500 and fit.ridge == 0.1 and fit.rank is None and fit.keep_texts == 0
+    assert fit.rows > 500 and fit.ridge == "auto" and fit.rank is None and fit.keep_texts == 0
+    assert fit.final_goal == "logits" and report.calibration.choosing >= 8
+    # Each fit has its own.
+    taken = {ridge for ridges in fit.ridges.values() for ridge in ridges}
+    assert {len(ridges) for ridges in fit.ridges.values()} == {2} and len(taken) > 1 and taken <= {0.01, 0.1, 1.0}
     assert set(fit.errors) == set(report.fusion.projections) == set(SEVEN)
     for name, pairs in fit.errors.items():
         assert len(pairs) == 2
@@ -160,7 +164,7 @@ def test_what_was_finished_is_not_fitted_again(models, finished, tmp_path, monke
 
     out, solved = tmp_path / "fused", []
     solve = ridge.Regression.solve
-    monkeypatch.setattr(ridge.Regression, "solve", lambda *words: solved.append(1) or solve(*words))
+    monkeypatch.setattr(ridge.Regression, "solve", lambda *words, **named: solved.append(1) or solve(*words, **named))
 
     def stop(step):
         if step.what == "reconstructing" and step.done == 1:
@@ -244,6 +248,20 @@ def test_texts_to_be_kept_hold_the_target_where_it_is(models, tmp_path):
     assert half < 0.95 * little < 0.95 * 0.95 * alone
 
 
+def test_only_the_last_down_is_fitted_to_logits(models, finished, tmp_path):
+    recipe = recipe_for(models, fusion={"final_goal": "stream"}, evaluation={"controls": []})
+    advance(recipe, tmp_path / "stream", until="save")
+    here, there = (load_file(path / "model.safetensors") for path in (finished[0], tmp_path / "stream"))
+    assert [name for name in here if not here[name].equal(there[name])] == ["model.layers.1.mlp.down_proj.weight"]
+
+
+def test_without_one_vocabulary_the_last_goal_is_the_stream(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("tmerge.stages.reconstruct.shared_vocabulary", lambda target, source: None)
+    advance(recipe_for(models, evaluation={"controls": []}), tmp_path / "out", until="reconstruct")
+    note = json.loads((tmp_path / "out/tmerge/cache/reconstruct.json").read_text())["facts"]
+    assert note["final_goal"] == "stream"
+
+
 def pico_tokenizer_ids(models):
     from transformers import AutoTokenizer
 
@@ -320,7 +338,8 @@ def test_terminal_page_and_app_say_what_to_do_next(finished, capsys):
     folder, report = finished
     show_report(report, folder)
     said = " ".join(capsys.readouterr().out.split())
-    assert "fusion: reconstruct, alpha 1.0, ridge 0.1, full rank" in said
+    assert "fusion: reconstruct, alpha 1.0, ridge 0.01 to 0.1, chosen for each fit, full rank" in said
+    assert "the last block to the source's logits" in said
     assert f"tmerge adapt {folder} --steps 50" in said and "change's norm over own norm" in said
     assert any("tmerge adapt RUN --steps 50" in line for line in findings(report))
     card = result_cards(SimpleNamespace(state="done", report=report))
@@ -367,7 +386,7 @@ def test_the_report_is_read_back_and_said(finished):
     folder, report = finished
     assert read_report(folder / "tmerge/report.json").fusion.fit == report.fusion.fit
     card = (folder / "README.md").read_text()
-    assert "ridge 0.1, full rank" in card and "what the source" in card
+    assert "chosen for each fit, full rank" in card and "what the source" in card
     assert "scale None" not in card and "None" not in card
 
 
@@ -377,7 +396,7 @@ def test_the_report_is_read_back_and_said(finished):
         ({"transport": {"structure": "none"}}, "needs transport.structure: shared"),
         ({"transport": {"map": "ridge"}}, "drop transport.map"),
         ({"fusion": {"top_k": 8}}, "top_k"),
-        ({"fusion": {"ridge": 0}}, "greater than 0"),
+        ({"fusion": {"ridge": 0}}, "a number above 0 or auto"),
         ({"evaluation": {"controls": ["source_base"]}}, "which needs that model: set source_base"),
         ({"fusion": {"what": "weights", "keep": "x"}, "evaluation": {"controls": ["texts"]}}, "keep|reconstruct alone"),
         ({"fusion": {"alpha": 1.5}}, r"fusion.alpha"),

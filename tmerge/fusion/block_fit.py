@@ -38,6 +38,7 @@ class FittedBlock:
         layer: Its number.
         items: The change of each projection that was fitted; none where it has no counterpart.
         errors: Of each.
+        ridges: Of each the lambda that was taken.
         norms: Of each the change's norm to the weight's own; None where that is zero.
         rows: R, that were fitted.
         goal: Of what down was fitted to.
@@ -46,13 +47,15 @@ class FittedBlock:
     layer: int
     items: list[TransportedNeurons]
     errors: Errors
+    ridges: dict[str, float]
     norms: dict[str, float | None]
     rows: int
     goal: FinalGoal
 
     def note(self, seconds: float) -> BlockNote:
         """All but the changes themselves, and the seconds that the block took."""
-        return BlockNote(errors=self.errors, norms=self.norms, rows=self.rows, goal=self.goal, seconds=seconds)
+        kept = {name: getattr(self, name) for name in ("errors", "ridges", "norms", "rows", "goal")}
+        return BlockNote(**kept, seconds=seconds)
 
 
 class BlockNote(BaseModel):
@@ -61,6 +64,7 @@ class BlockNote(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     errors: Errors
+    ridges: dict[str, float]
     norms: dict[str, float | None]
     rows: int
     goal: FinalGoal
@@ -89,6 +93,7 @@ class BlockFit:
         items: list[TransportedNeurons] = []
         errors: Errors = {}
         norms: dict[str, float | None] = {}
+        ridges: dict[str, float] = {}
         if {"o", "down"} & self.wanted.keys():
             views, without = self.passage.views.layers[self.layer], ["o", "down"]
             refuse_unless_it_adds(self.passage.target, self.layer, self.calls[0], views, without)
@@ -98,21 +103,15 @@ class BlockFit:
                 continue
             for name, fit in self._fits(names).items():
                 items.append(self._item(name, fit))
-                errors[name] = fit.before, fit.after
+                errors[name], ridges[name] = (fit.before, fit.after), fit.ridge
                 own = float(torch.linalg.vector_norm(self.wanted[name].view.weight().cpu().double()))
                 norms[name] = float(torch.linalg.vector_norm(fit.weight.cpu().double())) / own if own else None
             fuse(self.passage.views.layers, items[-len(names) :], 1.0)
-        return FittedBlock(self.layer, items, errors, norms, self.rows.count, self.goal)
+        return FittedBlock(self.layer, items, errors, ridges, norms, self.rows.fitted, self.goal)
 
     def _fits(self, names: Sequence[str]) -> dict[str, Fit]:
-        views = {name: self.wanted[name].view for name in names}
         layers = [self._now(name) for name in names]
-        sums = Regression(
-            views[names[0]].in_features,
-            [len(self.wanted[name].matched) for name in names],
-            has_bias=any(view.has_bias for view in views.values()),
-            device=layers[0].weight.device,
-        )
+        sums, kept_away = self._sums(names, layers), self._sums(names, layers) if self.rows.choosing else None
         taps = taps_of(self.passage.views, self.layer, names, "pre")
         if names == ["down"]:
             taps += taps_of(self.passage.views, self.layer, ["o"], "post")
@@ -124,12 +123,23 @@ class BlockFit:
             # Only o and down have one of their own, and those are alone.
             weights = [by for by in (found[0][1], self.rows.weights(rows)) if by is not None]
             weighting = torch.stack(weights).prod(0) if weights else None
-            sums.add(
-                inputs,
-                [goal.to(inputs.device) for goal, _ in found],
-                None if weighting is None else weighting.to(inputs.device),
-            )
-        return dict(zip(names, sums.solve(layers, self.passage.ridge, self.passage.rank), strict=True))
+            apart = rows >= self.rows.fitted
+            for part, chosen in ((sums, ~apart), (kept_away, apart)):
+                if part is None or not bool(chosen.any()):
+                    continue
+                part.add(
+                    inputs[chosen.to(inputs.device)],
+                    [goal[chosen].to(inputs.device) for goal, _ in found],
+                    None if weighting is None else weighting[chosen].to(inputs.device),
+                )
+        fits = sums.solve(layers, self.passage.ridges, self.passage.rank, kept_away=kept_away)
+        return dict(zip(names, fits, strict=True))
+
+    def _sums(self, names: Sequence[str], layers: Sequence[Linear]) -> Regression:
+        views = [self.wanted[name].view for name in names]
+        outputs = [len(self.wanted[name].matched) for name in names]
+        has_bias, device = any(view.has_bias for view in views), layers[0].weight.device
+        return Regression(views[0].in_features, outputs, has_bias=has_bias, device=device)
 
     def _now(self, name: str) -> Linear:
         """The outputs with a counterpart, as they are."""

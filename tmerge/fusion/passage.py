@@ -83,24 +83,31 @@ class Rows:
     Attributes:
         texts: Those on which the target is drawn to the source; they are numbered first.
         kept: Those on which it is to stay as it is.
+        choosing: Those on which lambda is chosen, drawn to the source too; they are numbered last.
         keep_share: Of a fit's weight, that of all the kept ones together.
     """
 
     texts: int
     kept: int
     keep_share: float
+    choosing: int = 0
+
+    @property
+    def fitted(self) -> int:
+        """R."""
+        return self.texts + self.kept
 
     @property
     def count(self) -> int:
-        """R."""
-        return self.texts + self.kept
+        """All of them, those on which lambda is chosen too."""
+        return self.fitted + self.choosing
 
     def weights(self, rows: Tensor) -> Tensor | None:
         """(r,) what rows (r,) of X and Y are multiplied by; None where all are alike."""
         if not self.kept or not self.texts:
             return None
         kept = (self.keep_share / (1 - self.keep_share) * self.texts / self.kept) ** 0.5
-        return torch.where(rows < self.texts, 1.0, kept)
+        return torch.where((rows >= self.texts) & (rows < self.fitted), kept, 1.0)
 
 
 class Goals:
@@ -173,7 +180,7 @@ class Passage:
         source_views: Its projections.
         transport: One structure for all layers, which pairs them.
         projections: To be fitted.
-        ridge: lambda.
+        ridges: Each a lambda, of which every fit takes one.
         rank: Most of each change; full if None.
         keep_share: Of a fit's weight, that of all texts together that are kept.
         max_tokens: Longer texts are cut.
@@ -191,7 +198,7 @@ class Passage:
     source_views: Architecture
     transport: Transport
     projections: Sequence[str]
-    ridge: float
+    ridges: Sequence[float]
     rank: int | None
     keep_share: float
     max_tokens: int
@@ -236,31 +243,38 @@ class Passage:
         return found
 
 
-def readings(passage: Passage, texts: Sequence[str], keep: Sequence[str]) -> tuple[Reading, Reading, Reading, Rows]:
+def readings(
+    passage: Passage, texts: Sequence[str], keep: Sequence[str], choosing: Sequence[str] = ()
+) -> tuple[Reading, Reading, Reading, Rows]:
     """The target's reading of all texts, its reading of those to be kept, the source's of the others, and the rows."""
     target, source, most = passage.target, passage.source, passage.max_tokens
     limits = encode(target, [], most).limit, encode(source, [], most).limit
-    everything = max(1, len(texts)) * most
-    ends = common_ends(target.tokenizer, source.tokenizer, texts, limits=limits, wanted=everything, seed=0)
+    drawn = [*texts, *choosing]
+    everything = max(1, len(drawn)) * most
+    ends = common_ends(target.tokenizer, source.tokenizer, drawn, limits=limits, wanted=everything, seed=0)
     kept_ends: tuple[tuple[int, ...], ...] = ()
     if keep:
         both = limits[0], limits[0]
         everything = len(keep) * most
         kept_ends = common_ends(target.tokenizer, target.tokenizer, keep, limits=both, wanted=everything, seed=0)
+    ends, apart = ends[: len(texts)], ends[len(texts) :]
     rows, count = [], 0
-    for found in (*ends, *kept_ends):
+    for found in (*ends, *kept_ends, *apart):
         rows.append(list(range(count, count + len(found))))
         count += len(found)
-    own_rows = rows[len(texts) :]
-    kept = sum(map(len, own_rows))
-    here = token_positions(target.tokenizer, [*texts, *keep], [*ends, *kept_ends], limits[0])
-    there = token_positions(source.tokenizer, texts, ends, limits[1])
+    mine, own, others = (len(each) for each in (texts, keep, choosing))
+    fitted, own_rows, apart_rows = rows[:mine], rows[mine : mine + own], rows[mine + own :]
+    here = token_positions(target.tokenizer, [*texts, *keep, *choosing], [*ends, *kept_ends, *apart], limits[0])
+    there = token_positions(source.tokenizer, drawn, [*ends, *apart], limits[1])
     size = most, passage.batch_tokens
+    seed = passage.other_rows
+    source_rows = [*_source_rows(fitted, seed), *_source_rows(apart_rows, seed)]
+    fit, kept, chosen_on = (sum(map(len, each)) for each in (fitted, own_rows, apart_rows))
     return (
-        Reading.of(target, [*texts, *keep], here, rows, *size),
-        Reading.of(target, keep, here[len(texts) :], own_rows, *size),
-        Reading.of(source, texts, there, _source_rows(rows[: len(texts)], passage.other_rows), *size),
-        Rows(count - kept, kept, passage.keep_share),
+        Reading.of(target, [*texts, *keep, *choosing], here, rows, *size),
+        Reading.of(target, keep, here[mine : mine + own], own_rows, *size),
+        Reading.of(source, drawn, there, source_rows, *size),
+        Rows(fit, kept, passage.keep_share, chosen_on),
     )
 
 
@@ -268,6 +282,6 @@ def _source_rows(rows: list[list[int]], seed: int | None) -> list[list[int]]:
     """Whose goals the source's tokens are: their own, or, with a seed, those of any others."""
     if seed is None:
         return rows
-    count = sum(map(len, rows))
-    order = iter(torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist())
-    return [[next(order) for _ in found] for found in rows]
+    numbers = [row for found in rows for row in found]
+    order = iter(torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed)).tolist())
+    return [[numbers[next(order)] for _ in found] for found in rows]

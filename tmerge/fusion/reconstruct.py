@@ -47,6 +47,7 @@ def reconstruct(
     keep: Sequence[str],
     folder: Path,
     *,
+    choosing: Sequence[str] = (),
     finished: Sequence[Sequence[TransportedNeurons]] = (),
     take: Callable[[FittedBlock, float], None],
     progress: Callable[[int, int], None] | None = None,
@@ -58,6 +59,7 @@ def reconstruct(
         texts: On which the target should do what the source does.
         keep: On which it should go on doing what it does.
         folder: For the goals of the block at hand; emptied after each.
+        choosing: On which each fit's lambda is chosen.
         finished: What was fitted of the first blocks before, in an earlier run of the same: it is not fitted again.
         take: Is handed each block that was fitted, to be kept, and the seconds that all of it took; in their order.
         progress: Called with (blocks done, all); may raise to stop.
@@ -67,7 +69,7 @@ def reconstruct(
         TokenizerError: The two tokenizers hardly ever end a token in the same place.
         UnsupportedModelError: A block does more to its stream than adding what its attention and its MLP give.
     """
-    target_reading, own_reading, source_reading, rows = readings(passage, texts, keep)
+    target_reading, own_reading, source_reading, rows = readings(passage, texts, keep, choosing)
     goals = Goals(folder, rows.count)
     final = _final_goal(passage, target_reading, rows)
     layers = len(passage.views.layers)

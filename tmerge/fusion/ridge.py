@@ -6,7 +6,8 @@ For inputs X (R, in), a weight W (out, in) and the outputs Y (R, out) that it sh
 
 solved from the normal equations ``(G + lambda m I) dW^T = X^T Y - G W^T`` with ``G = X^T X``, which are summed over
 batches: nothing that grows with R is held. Sublayers that read the same X share G and its factor. Rows may be weighted.
-A bias is one more input that is always 1, and is not held back by lambda.
+A bias is one more input that is always 1, and is not held back by lambda. Of several lambdas each sublayer takes
+the one whose change does best on rows that were kept from it, which are summed likewise.
 
 At most rank r: of all dW of that rank, the least of the same objective is the full solution projected onto the leading
 r right singular vectors of ``[X; sqrt(lambda m) I] dW^T`` (reduced-rank regression; Mukherjee and Zhu 2011, section 2).
@@ -47,12 +48,14 @@ class Fit:
         bias: (out,) of the bias; None where there is none.
         before: ``|E|^2 / |Y|^2`` of the lack E = Y - X W^T, weighted; None where Y is zero.
         after: The same once the weight is changed.
+        ridge: The lambda that was taken.
     """
 
     weight: Tensor
     bias: Tensor | None
     before: float | None
     after: float | None
+    ridge: float
 
 
 class Regression:
@@ -96,13 +99,21 @@ class Regression:
             self._squares[place] += float(goal.square().sum())
         self.rows += len(inputs)
 
-    def solve(self, given: Sequence[Linear], ridge: float, rank: int | None = None) -> list[Fit]:
+    def solve(
+        self,
+        given: Sequence[Linear],
+        ridges: Sequence[float],
+        rank: int | None = None,
+        *,
+        kept_away: Regression | None = None,
+    ) -> list[Fit]:
         """The change of each sublayer; the sums are of no use afterwards.
 
         Args:
             given: What each gives now.
-            ridge: lambda, in units of the inputs' mean square.
+            ridges: Each a lambda, in units of the inputs' mean square.
             rank: Most of each dW; full if None.
+            kept_away: Sums over other rows, on which each sublayer's lambda is chosen; without any the first is taken.
 
         Raises:
             FusionError: The equations have no single solution.
@@ -110,16 +121,32 @@ class Regression:
         device = torch.device("cpu") if self._gram.device.type == "mps" else self._gram.device  # it has no float64
         gram = self._gram.to(device).double()
         del self._gram
-        equations: dict[bool, _Equations] = {}
-        fits = []
-        for place, layer in enumerate(given):
-            cross = self._crosses[place].to(device).double()
-            biased = layer.bias is not None
-            if biased not in equations:
+        crosses = [cross.to(device).double() for cross in self._crosses]
+        best: list[tuple[float, Fit] | None] = [None] * len(given)
+        chosen = kept_away if kept_away is not None and kept_away.rows else None
+        for ridge in ridges if chosen is not None else ridges[:1]:
+            equations: dict[bool, _Equations] = {}
+            for place, layer in enumerate(given):
+                biased = layer.bias is not None
                 size = self._inputs + biased
-                equations[biased] = _Equations.of(gram[:size, :size], self._inputs, ridge, self.rows)
-            fits.append(equations[biased].fit(layer, cross[: self._inputs + biased], self._squares[place], rank))
-        return fits
+                if biased not in equations:
+                    equations[biased] = _Equations.of(gram[:size, :size], self._inputs, ridge, self.rows)
+                fit = equations[biased].fit(layer, crosses[place][:size], self._squares[place], rank)
+                left = 0.0 if chosen is None else chosen._left(place, layer, fit)
+                held = best[place]
+                if held is None or left < held[0]:
+                    best[place] = left, fit
+        return [fit for _, fit in filter(None, best)]
+
+    def _left(self, place: int, layer: Linear, fit: Fit) -> float:
+        """``|Y - X (W + dW)^T|^2`` of these rows."""
+        device = layer.weight.device if layer.weight.device.type != "mps" else torch.device("cpu")
+        now = (layer.weight.to(device).double() + fit.weight.to(device).double()).T
+        if layer.bias is not None and fit.bias is not None:
+            now = torch.cat([now, (layer.bias.to(device).double() + fit.bias.to(device).double())[None]])
+        gram = self._gram[: len(now), : len(now)].to(device).double()
+        cross = self._crosses[place][: len(now)].to(device).double()
+        return self._squares[place] + float((now * (gram @ now - 2 * cross)).sum())
 
 
 @dataclass(frozen=True)
@@ -130,6 +157,7 @@ class _Equations:
     regular: Tensor
     factor: Tensor
     inputs: int
+    ridge: float
 
     @classmethod
     def of(cls, gram: Tensor, inputs: int, ridge: float, rows: int) -> _Equations:
@@ -147,7 +175,7 @@ class _Equations:
                 f"the reconstruction's equations of {inputs} inputs and {rows} rows have no single solution: raise "
                 "fusion.ridge, or give more texts"
             )
-        return cls(gram, regular, factor, inputs)
+        return cls(gram, regular, factor, inputs, ridge)
 
     def fit(self, layer: Linear, cross: Tensor, square: float, rank: int | None) -> Fit:
         """Of the sums ``cross = X^T Y`` (in, out) and ``square = |Y|^2``."""
@@ -164,9 +192,9 @@ class _Equations:
         # |Y - X W^T|^2, and what the change takes from it.
         before = square - float((now * (cross + lack)).sum())
         after = before - float((change * (2 * lack - self.gram @ change)).sum())
-        shares = [None if not square else max(0.0, value) / square for value in (before, after)]
+        lacks, left = (None if not square else max(0.0, value) / square for value in (before, after))
         bias = None if layer.bias is None else change[self.inputs].float()
-        return Fit(change[: self.inputs].T.float().contiguous(), bias, *shares)
+        return Fit(change[: self.inputs].T.float().contiguous(), bias, lacks, left, self.ridge)
 
     def _of_rank(self, change: Tensor, rank: int) -> Tensor:
         weight, inner = change[: self.inputs], self.regular

@@ -54,8 +54,9 @@ def fitting_bytes(recipe: Recipe, layouts: tuple[Architecture, Architecture], to
     # The texts to be kept pass twice: as they are, and as they become.
     streams = 4 * ((tokens + 2 * kept) * target.hidden_size + tokens * source.hidden_size)
     widest = max(view.in_features * (view.in_features + view.out_features) for view in target.projections())
-    # Summed in float32, solved in float64.
-    return streams + (4 + 3 * 8) * widest
+    # Summed in float32, those of the texts that choose lambda too; solved in float64.
+    summed = 2 if recipe.fusion.ridge == "auto" else 1
+    return streams + (4 * summed + 3 * 8) * widest
 
 
 def goal_bytes(recipe: Recipe, target: Architecture, tokens: int) -> int:

@@ -47,6 +47,11 @@ class _Fused(Section):
         return False
 
     @property
+    def chosen(self) -> tuple[str, ...]:
+        """Keys whose values are chosen on texts that are kept for it."""
+        return ("fusion.alpha",) if self.alpha == "auto" else ()
+
+    @property
     def kept_on(self) -> str | None:
         """The dataset of texts on which the target is to stay as it is; None without one."""
         return None
@@ -143,8 +148,13 @@ class Reconstruction(_Fused):
     projections: tuple[ProjectionName, ...] = Field(
         ("q", "k", "v", "o", "gate", "up", "down"), description=_PROJECTIONS
     )
-    ridge: Annotated[float, Field(gt=0)] = Field(
-        0.1, description="how much a fit is held back, in units of its inputs' mean square"
+    ridge: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
+        description="how much a fit is held back, in units of its inputs' mean square; auto chooses it for each, on "
+        "texts kept for that",
+    )
+    ridges: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.01, 0.1, 1.0), min_length=1, description="what ridge: auto tries"
     )
     rank: Annotated[int, Field(ge=1)] | None = Field(None, description="most of each fitted change; full if left out")
     final_goal: Literal["logits", "stream"] = Field(
@@ -161,6 +171,16 @@ class Reconstruction(_Fused):
     keep_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5, description="of a fit's weight, that of all their tokens together"
     )
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """As `_Fused.chosen`."""
+        return (*super().chosen, *(("fusion.ridge",) if self.ridge == "auto" else ()))
+
+    @property
+    def tried_ridges(self) -> tuple[float, ...]:
+        """Those of which each fit takes the one that does best on texts it was not fitted on."""
+        return self.ridges if self.ridge == "auto" else (self.ridge,)
 
     @property
     def kept_on(self) -> str | None:

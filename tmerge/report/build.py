@@ -201,7 +201,7 @@ def _fusion(recipe: Recipe, checked: Check, note: Mapping[str, Any]) -> dict[str
         }
     how: dict[str, Any]
     if isinstance(settings, Reconstruction):
-        measured = {name: note[name] for name in ("rows", "final_goal", "keep", "keep_texts", "errors")}
+        measured = {name: note[name] for name in ("rows", "final_goal", "keep", "keep_texts", "errors", "ridges")}
         how = {"fit": {"ridge": settings.ridge, "rank": settings.rank, **measured}, "fit_seconds": note["fit_seconds"]}
     else:
         how = {"scale": settings.scale, "units": settings.units, "top_k": settings.top_k}

@@ -264,7 +264,8 @@ class ReconstructionFit(Part):
     """How the target's blocks were fitted.
 
     Attributes:
-        ridge: How much a fit was held back.
+        ridge: How much a fit was held back; ``auto`` where each fit's was chosen.
+        ridges: Projection -> per fitted layer, how much its fit was held back.
         rank: Most of each change; None for full.
         rows: Tokens that were fitted on.
         final_goal: What the last block was fitted to: the source's logits through the target's own head, or its stream.
@@ -273,7 +274,8 @@ class ReconstructionFit(Part):
         errors: Projection -> per fitted layer, ``|Y - X W^T|^2 / |Y|^2`` before and after; None where Y is zero.
     """
 
-    ridge: float
+    ridge: float | Literal["auto"]
+    ridges: Mapping[str, Items[float]] = Field(default_factory=dict)
     rank: int | None
     rows: int
     final_goal: Literal["logits", "stream"] = "stream"  # what it was before it was written down

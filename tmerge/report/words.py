@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from tmerge.evaluation import Verdict
-from tmerge.report.parts import Fusion, Measured, Transport
+from tmerge.report.parts import Fusion, Measured, ReconstructionFit, Transport
 from tmerge.report.report import Kept, Report
 
 __all__ = [
@@ -103,9 +103,17 @@ def how_words(fusion: Fusion) -> str:
             f", {fusion.fit.keep_texts} texts of {fusion.fit.keep} kept as they were" if fusion.fit.keep_texts else ""
         )
         final = "the last block to the source's logits" if fusion.fit.final_goal == "logits" else "to the stream"
-        held = f"ridge {fusion.fit.ridge:g}, {rank}"
+        held = f"{_ridge_words(fusion.fit)}, {rank}"
         return f"alpha {alpha_words(fusion)}, {held}, {final}, {fusion.fit.rows:,} tokens{kept}"
     return f"alpha {alpha_words(fusion)}, {fusion.scale} scale, units {fusion.units}, top_k {fusion.top_k}"
+
+
+def _ridge_words(fit: ReconstructionFit) -> str:
+    if fit.ridge != "auto":
+        return f"ridge {fit.ridge:g}"
+    taken = [ridge for ridges in fit.ridges.values() for ridge in ridges]
+    among = f"{min(taken):g} to {max(taken):g}" if min(taken) < max(taken) else f"{taken[0]:g}"
+    return f"ridge {among}, chosen for each fit"
 
 
 def ratio_heading(fusion: Fusion) -> str:

@@ -124,8 +124,7 @@ class _Road:
         device = pick_device(recipe.device)
         runner = Runner(run, self.listener, str(device))
 
-        auto = recipe.fusion.alpha == "auto"
-        apart = auto or (recorded is not None and recorded.recipe.fusion.alpha == "auto")
+        apart = bool(recipe.fusion.chosen or (recorded is not None and recorded.recipe.fusion.chosen))
         data = self._data(says, recorded is not None)
         paths = run.texts_path, run.kept_texts_path
         yield runner(Texts(recipe, models.target, models.source, data, apart, recorded is not None, *paths))

@@ -138,6 +138,7 @@ class ReconstructNote(FuseNote):
 
     Attributes:
         errors: Projection -> per layer, ``|Y - X W^T|^2 / |Y|^2`` before and after its fit; None where Y is zero.
+        ridges: Projection -> per layer, the lambda that its fit took.
         rows: Tokens that were fitted on, those of `keep_texts` too.
         fit_seconds: That it took, in all calls, and without what the controls took.
         final_goal: What the last block was fitted to: ``logits`` or ``stream``.
@@ -146,6 +147,7 @@ class ReconstructNote(FuseNote):
     """
 
     errors: dict[str, list[tuple[float | None, float | None]]]
+    ridges: dict[str, list[float]]
     rows: int
     fit_seconds: float
     final_goal: FinalGoal

@@ -129,7 +129,7 @@ class Reconstruct:
             source_views,
             transport,
             self.features.projections,
-            settings.ridge,
+            settings.tried_ridges,
             settings.rank,
             settings.keep_share,
             calibration.max_tokens,
@@ -145,6 +145,7 @@ class Reconstruct:
                 self.texts.texts,
                 self._keep,
                 self._folder,
+                choosing=self.texts.choosing if settings.ridge == "auto" else (),
                 finished=writer.parts(),
                 take=lambda block, seconds: writer.add(block.items, block.note(seconds)),
                 progress=progress.counting(
@@ -162,11 +163,13 @@ class Reconstruct:
         layers = self.target.layout.layers
         ratios: dict[str, list[float | None]] = {name: [] for name in self.features.projections}
         errors: dict[str, list[Any]] = {name: [] for name in ratios}
+        ridges: dict[str, list[float]] = {name: [] for name in ratios}
         numbers: dict[str, list[int]] = {name: [] for name in ratios}
         for item in self.neurons.transported:
             name = item.projection
             numbers[name].append(item.layer)
             errors[name].append(blocks[item.layer].errors[name])
+            ridges[name].append(blocks[item.layer].ridges[name])
             ratios[name].append(blocks[item.layer].norms[name])
         return ReconstructNote(
             norm_ratios=ratios,
@@ -176,6 +179,7 @@ class Reconstruct:
             eta={},
             layer_plans_converged=True,
             errors=errors,
+            ridges=ridges,
             rows=blocks[0].rows,
             fit_seconds=sum(block.seconds for block in blocks),
             final_goal=blocks[-1].goal,

@@ -99,6 +99,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("fusion.what", "What is transported"),
         Setting("fusion.stream", "Embeddings and norms"),
         Setting("fusion.ridge", "Ridge penalty of a fit"),
+        Setting("fusion.ridges", "Penalties that auto tries"),
         Setting("fusion.rank", "Rank of a fit"),
         Setting("fusion.final_goal", "Goal of the last block"),
         Setting("fusion.keep", "Texts to stay the same on"),
