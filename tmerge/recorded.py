@@ -167,9 +167,10 @@ class RecordedRun:
             )
         chosen = recipe.fusion.chosen
         if chosen and not self.recipe.fusion.chosen:
+            names = " and ".join(key.partition(".")[2] for key in chosen)
             raise PlanError(
                 f"the plan of {self.found.reference} has read every text that {' and '.join(chosen)} auto could be "
-                f"chosen on; give {' and '.join(key.partition('.')[2] for key in chosen)} a number, or merge without --plan"
+                f"chosen on; give {names} a number, or merge without --plan"
             )
         recorded_layer_maps(self.record, projections)
 
