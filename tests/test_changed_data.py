@@ -179,6 +179,7 @@ def test_a_domain_that_changes_during_the_merge_is_refused(pair, tmp_path, monke
     assert result.data[str(domain)] == f"sha256:{sha256(domain)}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["merge", "tasks"])
 def test_a_task_file_that_changes_during_the_comparison_is_refused(pair, tmp_path, monkeypatch, when):
     data, scored = tmp_path / "task.jsonl", []
@@ -222,6 +223,7 @@ def test_a_row_is_made_anew_where_its_source_is_another_by_now(pair, tmp_path):
     assert values[0] != values[1]
 
 
+@pytest.mark.slow
 def test_a_training_set_that_changed_is_refused_by_its_name(finished, tmp_path):
     pytest.importorskip("trl", reason="the adapt extra is not installed")
     from tmerge.stages.adapt import adapt_run
@@ -285,6 +287,7 @@ def test_rows_are_of_the_commits_that_were_merged_and_another_commit_has_others(
     assert [len(names) for names in made] == [3, 3]
 
 
+@pytest.mark.slow
 def test_a_model_that_changes_during_the_merge_is_refused(tmp_path, monkeypatch):
     save_pico("llama", tmp_path / "target", layers=2)
     save_pico("gpt2", tmp_path / "source", layers=2, seed=1)

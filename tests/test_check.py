@@ -161,6 +161,7 @@ def test_the_estimate_names_bytes_that_a_run_then_takes(models, tmp_path, monkey
     assert estimate.seconds > 0
 
 
+@pytest.mark.slow
 def test_a_side_head_is_said_in_report_and_card_and_a_zero_block_has_no_norm_ratio(models, tmp_path):
     target = save_pico("llama", tmp_path / "target")
     tensors = load_file(target / "model.safetensors")

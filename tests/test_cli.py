@@ -65,6 +65,7 @@ def test_merge_then_inspect(run, pair, tmp_path):
     assert code == 0 and json.loads(printed) == report
 
 
+@pytest.mark.slow
 def test_a_merge_draws_its_page(run, pair, tmp_path):
     out = tmp_path / "fused"
     code, printed, progress = run("merge", *small(pair, out), "--html", out / "tmerge" / "report.html")
@@ -98,6 +99,7 @@ def test_check_and_dry_run_write_nothing(run, pair, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_check_asks_whether_the_neurons_correspond(run, pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ("--dataset", "samples:english", "--set", "calibration.texts=90", "--relatedness")
@@ -283,6 +285,7 @@ def test_a_fault_of_ours_keeps_its_traceback_and_exits_1(run, pair, tmp_path, mo
         run("merge", *small(pair, tmp_path / "fused"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [

@@ -33,7 +33,14 @@ _ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", _ORDERS.values(), ids=_ORDERS)
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param(order, marks=[] if name == "nothing before" else [pytest.mark.slow])
+        for name, order in _ORDERS.items()
+    ],
+    ids=_ORDERS,
+)
 def test_every_name_is_the_same_callable_at_each_access(order):
     ended = forked.run(script=f"{order}\n{_TWICE}")
     assert ended.returncode == 0, ended.stderr

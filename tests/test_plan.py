@@ -83,6 +83,7 @@ def test_some_rows_lost_every_entry(finished):
     assert sum(len(record.plans(key).beyond) for key in record.keys) > 10
 
 
+@pytest.mark.slow
 def test_alpha_scale_projections_and_neurons_are_swept(pair, finished, tmp_path):
     settings = {"alpha": 0.5, "scale": "row-norm", "units": "feature", "projections": ["v", "o"], "top_k": 5}
     words = [f"fusion.{name}={json.dumps(value)}" for name, value in settings.items()]

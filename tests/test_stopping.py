@@ -105,6 +105,7 @@ def test_in_the_midst_of_a_merge(pair, finished, tmp_path, number):
     assert digest(tmp_path / "fused") == digest(finished)
 
 
+@pytest.mark.slow
 def test_before_any_stage_has_finished(pair, tmp_path):
     process, ready, command = merging(pair, tmp_path, "texts")
     code, lines = stopped(process, signal.SIGINT, ready)
@@ -113,6 +114,7 @@ def test_before_any_stage_has_finished(pair, tmp_path):
     assert not (tmp_path / "fused").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "then",
     [pytest.param("pass", marks=pytest.mark.slow), "raise RuntimeError('wrapped') from None"],
@@ -166,6 +168,7 @@ def send(number):
     return sending
 
 
+@pytest.mark.slow
 @both
 def test_a_comparison(command, pair, tmp_path, monkeypatch, number):
     path = tmp_path / "recipe.yaml"

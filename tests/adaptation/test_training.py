@@ -76,6 +76,7 @@ def test_the_frozen_residual_is_still_there_after_training(tmp_path):
         torch.testing.assert_close(one.model.state_dict()[name], tensor, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path):
     first, second = trained(tmp_path, name="a")[0], trained(tmp_path, name="b")[0]
     assert same(state(first), state(second))
@@ -84,6 +85,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path):
     assert not same(state(first), state(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_stopped_training_continues_to_the_same_weights(tmp_path, fused):
     whole = trained(tmp_path, name="whole", fused=fused)[0]

@@ -57,6 +57,7 @@ def test_rows_without_training(pair, tmp_path):
     assert "Fusion strength" in page and "<script src" not in page and "<link" not in page
 
 
+@pytest.mark.slow
 def test_a_stopped_comparison_continues_and_gives_the_same(pair, tmp_path):
     recipe = asked(pair)
 

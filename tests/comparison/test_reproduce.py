@@ -84,6 +84,7 @@ def test_a_trained_run_is_merged_and_trained_again(finished, tmp_path):
     assert result.folder == str(tmp_path / "again/trained")
 
 
+@pytest.mark.slow
 def test_the_weights_that_lie_there_count_and_not_what_the_report_says(finished, tmp_path):
     shutil.copytree(finished / "fused", tmp_path / "fused")
     weights = tmp_path / "fused/model.safetensors"

@@ -73,6 +73,7 @@ def test_the_peak_does_not_depend_on_the_number_of_layers(workers):
     assert max(few_at_once, many_at_once) <= workers * a_layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_neurons_that_are_handed_over_do_not_stay(workers, quick_collection):
     def most_at_once(layers):

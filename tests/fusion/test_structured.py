@@ -48,7 +48,9 @@ from tmerge.transport import (
     solve_structure,
 )
 
-families = pytest.mark.parametrize("family", PLANTED_FAMILIES)
+families = pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] if name == "qwen2" else []) for name in PLANTED_FAMILIES]
+)
 
 
 def _structure(target, source, keys, epsilon=None):
@@ -113,6 +115,7 @@ def test_a_dense_merge_gives_the_original_back(family):
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @families
 @pytest.mark.parametrize(("epsilon", "bound"), [(0.1, 0.06), (0.05, 1e-3), (0.01, 1e-6)])
 def test_regularised_it_becomes_exact_as_eps_falls(family, epsilon, bound):

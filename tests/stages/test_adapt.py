@@ -80,6 +80,7 @@ def test_a_stopped_training_continues_to_the_same_bytes(run, tmp_path):
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_process_trains_in_is_refused_and_stays(run, tmp_path):
     def stop(step):
         if step.done == 1 and step.stage == "adapt":

@@ -138,6 +138,7 @@ def test_alpha_zero_changes_no_byte(pair, tmp_path):
         assert tensor.numpy().tobytes() == fused[name].numpy().tobytes(), name
 
 
+@pytest.mark.slow
 def test_a_task_vector_of_nothing_changes_no_byte(pair, tmp_path):
     recipe = recipe_for(pair, source_base=str(pair / "source"), fusion={"what": "task-vector", "alpha": 1.5})
     report = merge(recipe, tmp_path / "fused").to_dict()
@@ -150,6 +151,7 @@ def test_a_task_vector_of_nothing_changes_no_byte(pair, tmp_path):
     assert report["verdict"] == "no difference"
 
 
+@pytest.mark.slow
 def test_all_seven_projections_with_biases_and_a_fraction(tmp_path):
     save_pico("qwen2", tmp_path / "target", layers=2)
     save_pico("qwen2", tmp_path / "source", layers=3, seed=1, hidden_size=48)
@@ -172,6 +174,7 @@ def test_a_projection_that_one_side_lacks_is_skipped_and_named(pair, tmp_path):
     assert "gate" in report["projections"]["skipped"]
 
 
+@pytest.mark.slow
 def test_same_model_on_both_sides_is_allowed_and_said(pair, tmp_path):
     report = merge(recipe_for(pair, source=str(pair / "target")), tmp_path / "fused").to_dict()
     assert report["same_model"] is True
@@ -230,6 +233,7 @@ def test_a_finished_run_is_recognised(pair, finished):
     assert steps == []
 
 
+@pytest.mark.slow
 def test_another_model_in_the_same_place_is_not_taken_for_the_old_one(pair, tmp_path):
     for name in ("target", "source"):
         os.system(f"cp -r {pair / name} {tmp_path / name}")
@@ -293,6 +297,7 @@ def test_alpha_auto_and_the_descent_control(pair, tmp_path):
     assert len({*texts.texts, *texts.choosing, *texts.held_out}) == 90
 
 
+@pytest.mark.slow
 def test_a_run_in_turns_is_the_run_in_one(pair, tmp_path):
     recipe = recipe_for(pair)
     merge(recipe, tmp_path / "one")
@@ -328,6 +333,7 @@ def test_the_source_is_let_go_once_it_has_been_read(pair, tmp_path, monkeypatch,
     assert any(alive.pop("source")) and not any(any(found) for found in alive.values()) and len(alive) == 4
 
 
+@pytest.mark.slow
 def test_a_tokenizer_is_read_once_a_run(pair, tmp_path, monkeypatch):
     read = []
     plain = loading.read_tokenizer
@@ -341,6 +347,7 @@ def test_a_tokenizer_is_read_once_a_run(pair, tmp_path, monkeypatch):
     assert sorted(read) == sorted([str(pair / "source"), str(pair / "target")])
 
 
+@pytest.mark.slow
 def test_a_report_says_where_the_models_read_if_all_else_was_elsewhere(pair, tmp_path):
     recipe = recipe_for(pair)
     advance(recipe, tmp_path / "fused", until="source")
@@ -352,6 +359,7 @@ def test_a_report_says_where_the_models_read_if_all_else_was_elsewhere(pair, tmp
     assert merge(recipe, tmp_path / "fused").device == "cuda (transport and fusion: cpu)"
 
 
+@pytest.mark.slow
 def test_a_pair_whose_relatedness_cannot_be_asked_is_merged_all_the_same(pair, tmp_path, monkeypatch):
     def refuse(*words, **options):
         raise NoSharedStructureError("what is read and what is written differ in width")

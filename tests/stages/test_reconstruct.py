@@ -224,6 +224,7 @@ def test_texts_that_decide_are_not_among_those_to_be_kept(models, tmp_path):
     assert note.kept["texts"] == len(kept.texts) < 100 - note.kept["held_out"]
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_is_one_line(models, tmp_path, monkeypatch):
     def full(*words):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
@@ -255,6 +256,7 @@ def test_only_the_last_down_is_fitted_to_logits(models, finished, tmp_path):
     assert [name for name in here if not here[name].equal(there[name])] == ["model.layers.1.mlp.down_proj.weight"]
 
 
+@pytest.mark.slow
 def test_without_one_vocabulary_the_last_goal_is_the_stream(models, tmp_path, monkeypatch):
     monkeypatch.setattr("tmerge.stages.reconstruct.shared_vocabulary", lambda target, source: None)
     advance(recipe_for(models, evaluation={"controls": []}), tmp_path / "out", until="reconstruct")
@@ -272,6 +274,7 @@ def pico_tokenizer_ids(models):
     return torch.tensor([row for row in ids if len(row) == 24])
 
 
+@pytest.mark.slow
 def test_a_rank_is_the_changes_rank(models, tmp_path):
     recipe = recipe_for(models, fusion={"rank": 3}, evaluation={"controls": ["shrink"]})
     advance(recipe, tmp_path / "fused", until="reconstruct")
@@ -281,6 +284,7 @@ def test_a_rank_is_the_changes_rank(models, tmp_path):
         assert torch.linalg.matrix_rank(item.weight, rtol=1e-4) == 3
 
 
+@pytest.mark.slow
 def test_auto_takes_one_step_for_all(models, tmp_path):
     recipe = recipe_for(models, fusion={"alpha": "auto"}, evaluation={"controls": ["shrink"]})
     advance(recipe, tmp_path / "fused", until="choose")
@@ -346,6 +350,7 @@ def test_terminal_page_and_app_say_what_to_do_next(finished, capsys):
     assert "tmerge adapt RUN --steps 50" in card and "Change&#39;s norm over own norm, median" in card
 
 
+@pytest.mark.slow
 def test_biases_are_fitted_where_there_are_any(tmp_path):
     target = pico_model("llama-bias")
     save_all(tmp_path, target=target, source=_shaken(target, 0.15, 3))
@@ -358,6 +363,7 @@ def test_biases_are_fitted_where_there_are_any(tmp_path):
     assert set(note["biases"].values()) == {"fitted"}
 
 
+@pytest.mark.slow
 def test_a_block_that_norms_what_it_adds_is_one_line(tmp_path):
     for name, seed in (("target", 1), ("source", 1)):
         save_pico("gemma3", tmp_path / name, seed=seed)

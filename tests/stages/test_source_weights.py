@@ -60,6 +60,7 @@ def loaded(monkeypatch):
     return found, listen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, pytest.param({"fusion": VECTOR, **SHARED}, marks=pytest.mark.slow)])
 def test_no_source_is_loaded_to_fuse_from_it_but_what_is_packed_once(models, tmp_path, loaded, sections):
     merge(recipe(models, ".gguf", **sections), tmp_path / "packed", listener=loaded[1])

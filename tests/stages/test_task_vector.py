@@ -131,6 +131,7 @@ def swept(finished, out, *settings, **overrides):
 # -- what comes out ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_everything_is_fused_from_single_tokens(models, finished):
     folder, report, _ = finished
     assert report["projections"]["fused"] == PROJECTIONS and report["fusion"]["alpha"] == 1.0
@@ -293,6 +294,7 @@ def test_another_tokenizer_of_the_source_has_both_models_read_again(models, tmp_
 # -- variants ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("transport", "fusion"),
     [
@@ -323,6 +325,7 @@ def test_rivals_and_regularised_plans_run_the_whole_road(models, finished, tmp_p
     assert min(likeness.values()) > (0.3 if "map" in transport else 0.99), likeness
 
 
+@pytest.mark.slow
 def test_alpha_auto_chooses_for_the_stream_as_well(models, finished, tmp_path):
     calibration = {"choosing": 0.4, "texts": 90}
     out = run(
@@ -343,6 +346,7 @@ def test_a_plan_is_no_plan_for_a_rival(finished, tmp_path):
     assert "\n" not in str(why.value) and not (tmp_path / "refused").exists()
 
 
+@pytest.mark.slow
 def test_weights_are_matched_too(models, tmp_path):
     """The structure is not the task vector's own: only its default there."""
     data = {

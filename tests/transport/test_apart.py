@@ -54,6 +54,7 @@ def test_every_projection_is_coupled_by_its_own_two_sides():
         assert coupling.kept.shape == coupling.weights.shape == (2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source_family", ["llama", "gemma3n"])
 def test_layers_that_reuse_keys_and_values_are_coupled_without_them(source_family):
     """gemma3n has a q in every layer; its last two layers read the keys and values of earlier ones."""

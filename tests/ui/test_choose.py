@@ -136,6 +136,7 @@ def test_a_recipe_outlives_a_reload_as_when_signing_in(visit, picos):
     expect(visit().locator("#target-model input")).not_to_have_value(picos["target"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "why"),
     [
@@ -193,6 +194,7 @@ def test_an_uploaded_file_is_looked_into_and_its_column_found(visit):
     expect(page.locator("#problem")).not_to_contain_text("upload")
 
 
+@pytest.mark.slow
 def test_a_preset_fills_the_form(visit):
     page = visit()
     field = page.get_by_label("Preset")
@@ -204,6 +206,7 @@ def test_a_preset_fills_the_form(visit):
     expect(page.locator("#target-model input")).to_have_value(re.compile("smollm2"))
 
 
+@pytest.mark.slow
 def test_the_recipe_can_be_downloaded(visit, tmp_path):
     page = visit()
     open_fold(page, "Recipe (YAML)")

@@ -123,6 +123,7 @@ def start(app, ends=None, **changes):
     return start_as_job(app.context, {**RECIPE, **changes}, "l4x1", "user/fused", TOKEN, ends)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -140,6 +141,7 @@ def test_what_a_job_could_not_read_starts_none(app, hub, changes, words):
     assert getattr(caught.value, "exit_code", None) == 2 and len(hub.jobs) == before
 
 
+@pytest.mark.slow
 def test_a_gated_model_is_not_for_this_sign_in(app, monkeypatch):
     from tmerge.ui.parts import job
 
@@ -149,6 +151,7 @@ def test_a_gated_model_is_not_for_this_sign_in(app, monkeypatch):
         start(app)
 
 
+@pytest.mark.slow
 def test_the_hubs_refusal_is_its_line(app, hub):
     hub.faults.append(Fault("/api/jobs", status=402, message="Pre-paid credit balance is insufficient"))
     with pytest.raises(RemoteError, match="a job on l4x1 needs credit on your account"):
@@ -163,6 +166,7 @@ def test_a_job_does_not_outlive_the_sign_in_that_it_pushes_with():
         job_timeout(now + 1800)
 
 
+@pytest.mark.slow
 def test_a_run_that_fits_is_not_pressed_upon_anyone(app):
     from dataclasses import replace
 

@@ -129,7 +129,14 @@ def test_text_that_is_cut_off_is_told_from_text_that_can_be_read(browser, style,
     assert (said == []) if why is None else (said and why in said[0]), said
 
 
-@pytest.mark.parametrize(("verdict", "icon"), [("helps", "\u25b2"), ("better", "\u25b3"), ("hurts", "\u25bc")])
+@pytest.mark.parametrize(
+    ("verdict", "icon"),
+    [
+        ("helps", "\u25b2"),
+        pytest.param("better", "\u25b3", marks=pytest.mark.slow),
+        pytest.param("hurts", "\u25bc", marks=pytest.mark.slow),
+    ],
+)
 def test_a_verdict_has_its_icon(visit, verdict, icon):
     page = visit()
     page.evaluate(

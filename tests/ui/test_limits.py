@@ -49,6 +49,7 @@ print("RESULTS" + json.dumps({name: _check(recipe, settings).refused for name, s
 """
 
 
+@pytest.mark.slow
 def test_sizes_and_time_are_refused_before_any_weight_is_fetched(tmp_path):
     hub = LoopbackHub({})
     for name, family in (("target", "llama"), ("source", "qwen2")):

@@ -119,6 +119,7 @@ def test_a_click_on_a_stream_opens_its_layer_pair(visitors, url, run):
             title_becomes(page, words_of(target, source))
 
 
+@pytest.mark.slow
 def test_the_keyboard_opens_a_layer_pair(visitors, url, run, looked):
     kept = kept_layers(looked.record, "q")
     with opened(visitors, url, run[1], "Look") as page:
@@ -171,6 +172,7 @@ def test_a_large_map_is_reduced_and_zooming_shows_its_detail(visitors, url, run)
         page.locator("#look-neurons .tm-view", has_text=f"{TARGET_WIDE // 2} of {TARGET_WIDE}").wait_for()
 
 
+@pytest.mark.slow
 def test_switches_and_downloads(visitors, url, run, looked):
     with opened(visitors, url, run[1], "Look") as page:
         drawn(page, "coupling")
@@ -204,6 +206,7 @@ def test_switches_and_downloads(visitors, url, run, looked):
         assert waited.value.path().read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "dark"),
     [(380, True), pytest.param(800, False, marks=pytest.mark.slow), pytest.param(1600, True, marks=pytest.mark.slow)],

@@ -41,6 +41,7 @@ def heard(speaker, asked, question, visitor="a"):
 # -- the models --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", [True, False])
 def test_each_model_says_what_transformers_would(run, asked, chat):
     question = Question("Ibu kota Indonesia adalah", chat=chat, tokens=12)
@@ -224,6 +225,7 @@ def test_answers_stream_side_by_side(visitors, url, run):
         assert "95 % interval" in page.inner_text("#try-scores")
 
 
+@pytest.mark.slow
 def test_stop_on_the_page(visitors, url, run, monkeypatch):
     put, stop, pressed = speaking._Heard.put, Speaker.stop, threading.Event()
 
@@ -248,6 +250,7 @@ def test_stop_on_the_page(visitors, url, run, monkeypatch):
         assert page.locator("#try-stop").is_disabled()
 
 
+@pytest.mark.slow
 def test_what_is_typed_and_what_is_said_is_text(visitors, url, run, monkeypatch):
     def hostile(self, visitor, recipe, folder, question):
         yield {role: Said("failed", f"{question.prompt}\u202e", question.prompt) for role in ROLES}

@@ -150,6 +150,7 @@ def test_from_choosing_to_a_push(browser, app, hub, tmp_path):
     assert not any(TOKEN.encode() in path.read_bytes() for path in app.root.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_a_card_that_hides_the_harm_and_a_card_without_metadata_are_refused(browser, app, hub):
     page = opened(browser, app, "?run=" + _finished(browser, app))
     # The link leads to the Run tab: not before that is there is another one chosen.

@@ -93,6 +93,7 @@ def is_gone(pid):
     return False
 
 
+@pytest.mark.slow
 def test_the_result_is_that_of_a_plain_merge_to_the_byte(store, lent, recipe, tmp_path, monkeypatch):
     run_id = contextvars.copy_context().run(_start_as, "the visitor's request", store, recipe)
     run = over(store, run_id)
