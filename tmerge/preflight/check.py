@@ -31,7 +31,7 @@ from tmerge.preflight.models import Models
 from tmerge.quantities import bytes_words
 from tmerge.recipe import Recipe
 
-__all__ = ["TOKENS_PER_TEXT", "Check", "Estimate", "check", "described", "refuse_unfit"]
+__all__ = ["TOKENS_PER_TEXT", "Check", "Estimate", "check", "refuse_unfit"]
 
 
 @dataclass(frozen=True)
@@ -201,22 +201,15 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def described(facts: ModelFacts, layout: Architecture) -> dict[str, Any]:
-    """What a model is, in a few JSON values: as the report has it."""
-    return {
-        "ref": facts.reference.text,
-        "commit": facts.commit,
-        "architecture": facts.model_type,
-        "parameters": facts.parameters,
-        "layers": layout.num_layers,
-        "hidden_size": layout.hidden_size,
-        "licence": facts.licence,
-    }
-
-
 def _model(facts: ModelFacts, layout: Architecture) -> CheckedModel:
     return CheckedModel(
-        **described(facts, layout),
+        ref=facts.reference.text,
+        commit=facts.commit,
+        architecture=facts.model_type,
+        parameters=facts.parameters,
+        layers=layout.num_layers,
+        hidden_size=layout.hidden_size,
+        licence=facts.licence,
         weight_bytes=facts.weight_bytes,
         heads=layout.heads,
         kv_heads=layout.kv_heads,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tmerge.report.build import build_report
 from tmerge.report.environment import library_versions, peak_memory
 from tmerge.report.parts import (
     Calibration,
@@ -12,6 +11,7 @@ from tmerge.report.parts import (
     Measured,
     MergedModel,
     Part,
+    Relatedness,
     TrainingTexts,
     Transport,
 )
@@ -54,6 +54,7 @@ __all__ = [
     "Measured",
     "MergedModel",
     "Part",
+    "Relatedness",
     "Report",
     "ScoreRow",
     "Tone",
@@ -64,7 +65,6 @@ __all__ = [
     "moved_words",
     "next_words",
     "ratio_heading",
-    "build_report",
     "change_words",
     "interval_words",
     "library_versions",

@@ -36,7 +36,7 @@ __all__ = [
     "Timing",
 ]
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 
 
 class Control(Measured):

@@ -10,6 +10,7 @@ from tmerge.calibration import TextSet
 from tmerge.evaluation import Scores, choose_alpha, unchanged_layers, without_unchanged_layers
 from tmerge.models import Model
 from tmerge.recipe import Recipe, Reconstruction
+from tmerge.report import Choice
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import ChooseNote
 from tmerge.stages.scoring import cut, load, score
@@ -69,4 +70,5 @@ class Choose:
                 # A block was fitted to what those before it give once they are changed: a step of all, or of none.
                 together=isinstance(self.recipe.fusion, Reconstruction),
             )
-        return ChooseNote(choice=choice.to_dict() | {"texts": len(texts)}, forward_seconds=choice.seconds)
+        found = Choice.model_validate(choice.to_dict() | {"texts": len(texts)})
+        return ChooseNote(choice=found, forward_seconds=choice.seconds)

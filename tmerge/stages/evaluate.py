@@ -17,6 +17,7 @@ from tmerge.evaluation import (
 from tmerge.fusion import Alpha, TransportedNeurons, alpha_of
 from tmerge.models import STREAM, Model, group_of
 from tmerge.recipe import Recipe
+from tmerge.report import Descent
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import EvaluateNote, ScoreNote
 from tmerge.stages.scoring import cut, held_out, load, score
@@ -101,7 +102,7 @@ class Evaluate:
             found["fused"] = score(self.recipe, loaded, texts, progress, f"fused: texts of {kept.dataset}")
         return {name: ScoreNote.of(scores) for name, scores in found.items()}
 
-    def _descent(self, transported: Sequence[TransportedNeurons], progress: Progress) -> dict[str, Any]:
+    def _descent(self, transported: Sequence[TransportedNeurons], progress: Progress) -> Descent:
         """The merge's direction against the loss's, on calibration texts."""
         texts, calibration = self.texts.texts[: self.recipe.evaluation.descent], self.recipe.calibration
         found = descent_cosines(
@@ -114,4 +115,6 @@ class Evaluate:
             batch_tokens=calibration.batch_tokens,
             progress=progress.counting("descent control", "texts"),
         )
-        return {"texts": len(texts), "projections": {name: item.to_dict() for name, item in found.items()}}
+        return Descent.model_validate(
+            {"texts": len(texts), "projections": {name: item.to_dict() for name, item in found.items()}}
+        )

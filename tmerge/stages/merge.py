@@ -22,7 +22,7 @@ from tmerge.preflight.check import Check, check, refuse_unfit
 from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
-from tmerge.report import Report, build_report, library_versions
+from tmerge.report import Report, library_versions
 from tmerge.run import Run
 from tmerge.stages.choose import Choose
 from tmerge.stages.evaluate import Evaluate
@@ -31,6 +31,7 @@ from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import FuseNote, Note
 from tmerge.stages.read import Read
 from tmerge.stages.reconstruct import Reconstruct
+from tmerge.stages.reporting import Measurements, build_report
 from tmerge.stages.runner import Finished, Runner
 from tmerge.stages.save import Save
 from tmerge.stages.source_weights import SourceWeights
@@ -181,22 +182,13 @@ class _Road:
 
     def report(self, finished: list[Finished[Any]]) -> Report:
         """Write the report and the card, once all stages are finished."""
-        notes = {done.name: done for done in finished}
         resolved = self._resolved(TextSet.load(self.run.texts_path), kept_texts(self.recipe, self.run))
         write_text(self.run.work / "recipe.yaml", resolved.to_yaml())
-        scores = {"base": notes["target"].note.scores, "source": notes["source"].note.scores}
-        scores |= notes["evaluate"].note.scores
         here = str(pick_device(self.recipe.device))
-        read = notes["target"].device
-        report = build_report(
-            resolved,
-            self.check,
-            {name: done.facts() for name, done in notes.items()},
-            {name: item.model_dump() for name, item in scores.items()},
-            library_versions(),
-            # Where the models read, and, if that was elsewhere, where all else was computed.
-            here if read == here else f"{read} (transport and fusion: {here})",
-        )
+        read = next(stage.device for stage in finished if stage.name == "target")
+        # Where the models read, and, if that was elsewhere, where all else was computed.
+        device = here if read == here else f"{read} (transport and fusion: {here})"
+        report = build_report(resolved, self.check, Measurements.of(finished), library_versions(), device)
         write_json(self.run.work / "report.json", report.to_dict())
         write_card(self.run, report, resolved)
         return report

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tmerge.evaluation import Scores
 from tmerge.fusion import FinalGoal
+from tmerge.report import Choice, Descent, Relatedness, TrainingTexts
 
 __all__ = [
     "ChooseNote",
@@ -71,12 +72,12 @@ class TextsNote(Note):
     """Of the calibration set; the texts themselves are in the run's cache.
 
     Attributes:
-        texts: `TextSet.to_dict`.
+        texts: What was read, and how it was split.
         kept: Likewise, of the texts that a reconstruction is to leave the target as it is on; None without any.
     """
 
-    texts: dict[str, Any]
-    kept: dict[str, Any] | None = None
+    texts: TrainingTexts
+    kept: TrainingTexts | None = None
 
 
 class ReadNote(Note):
@@ -103,14 +104,14 @@ class TransportNote(Note):
         iterations: ``median`` and ``max`` over them.
         worst_marginal_violation: Largest over them.
         converged: How many reached the tolerance.
-        relatedness: `Relatedness.to_dict`; None where it cannot be asked.
+        relatedness: None where it cannot be asked.
     """
 
     problems: int
     iterations: dict[str, int]
     worst_marginal_violation: float
     converged: int
-    relatedness: dict[str, float | int | None] | None = None
+    relatedness: Relatedness | None = None
 
 
 class FuseNote(Note):
@@ -159,15 +160,15 @@ class ChooseNote(Note):
     """Of choosing alpha.
 
     Attributes:
-        choice: `Choice.to_dict`, and how many ``texts`` it was made on.
+        choice: What was tried and chosen.
     """
 
-    choice: dict[str, Any]
+    choice: Choice
 
     @property
     def alpha(self) -> dict[str, float]:
         """Projection -> alpha."""
-        return dict(self.choice["alpha"])
+        return dict(self.choice.alpha)
 
 
 class EvaluateNote(Note):
@@ -180,7 +181,7 @@ class EvaluateNote(Note):
     """
 
     scores: dict[str, ScoreNote]
-    descent: dict[str, Any] | None = None
+    descent: Descent | None = None
     kept: dict[str, ScoreNote] = {}
 
 

@@ -11,6 +11,7 @@ from tmerge.calibration import TextSet, common_ends, of_another, other_texts, pi
 from tmerge.errors import DatasetError
 from tmerge.models import Model
 from tmerge.recipe import CalibrationSettings, Recipe, Reconstruction
+from tmerge.report import TrainingTexts
 from tmerge.run import Run
 from tmerge.stages.notes import TextsNote
 from tmerge.stages.step import Progress
@@ -95,7 +96,10 @@ class Texts:
         if kept is not None:
             kept.save(self.kept_path)
         progress.step("reading the calibration set", 1, 1, "datasets")
-        return TextsNote(texts=texts.to_dict(), kept=None if kept is None else kept.to_dict())
+        return TextsNote(
+            texts=TrainingTexts.model_validate(texts.to_dict()),
+            kept=None if kept is None else TrainingTexts.model_validate(kept.to_dict()),
+        )
 
     @property
     def _keeping(self) -> tuple[str, int] | None:

@@ -16,7 +16,7 @@ from tmerge.calibration import FeatureStore
 from tmerge.errors import NoSharedStructureError
 from tmerge.recipe import Recipe, Shared
 from tmerge.recorded import RecordedRun
-from tmerge.report import relatedness_words
+from tmerge.report import Relatedness, relatedness_words
 from tmerge.stages.notes import TransportNote
 from tmerge.stages.step import Progress
 from tmerge.transport import (
@@ -103,7 +103,7 @@ class SolveTransport:
         assert transport.problems is not None  # it was solved here
         found = self._relatedness(transport, progress)
         if found is not None:
-            progress.note(relatedness_words(found["value"], found["permuted"]))
+            progress.note(relatedness_words(found.value, found.permuted))
         return TransportNote.model_validate({**transport.problems.to_dict(), "relatedness": found})
 
     def _solve(self, progress: Progress) -> Transport:
@@ -118,7 +118,7 @@ class SolveTransport:
             target, source, features.projections, settings, path, device=self.device, heard=progress.step
         )
 
-    def _relatedness(self, transport: Transport, progress: Progress) -> dict[str, Any] | None:
+    def _relatedness(self, transport: Transport, progress: Progress) -> Relatedness | None:
         """Whether the two models' neurons correspond at all.
 
         None where it cannot be asked: what a model reads from its residual stream and what it writes are not of one
@@ -133,7 +133,7 @@ class SolveTransport:
             found = relatedness(target, source, pairs, self.features.rows, seed=seed, progress=heard)
         except NoSharedStructureError:
             return None
-        return found.to_dict()
+        return Relatedness.model_validate(found.to_dict())
 
 
 def record_of(
