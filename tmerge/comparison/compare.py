@@ -17,7 +17,7 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -52,12 +52,31 @@ _DESCENT_TEXTS = 64
 
 @dataclass(frozen=True)
 class _Row:
-    """A row to be made: its name, the kind it is shown under, and what makes it."""
+    """A row to be made.
+
+    Attributes:
+        name: As it is shown.
+        kind: That it is shown under.
+        make: Makes it.
+        inputs: What decides it beside the next three and the data, as a stage's.
+        alpha: Of a sweep.
+        of: What is fused at that alpha, or the source that took the recipe's place.
+        seed: Of a training.
+    """
 
     name: str
     kind: str
     make: Callable[[], RowScores]
-    facts: dict[str, Any]
+    inputs: Mapping[str, Any]
+    alpha: float | None = None
+    of: str | None = None
+    seed: int | None = None
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What its note says of it."""
+        found = {"alpha": self.alpha, "of": self.of, "seed": self.seed}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def compare(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) -> Comparison:
@@ -183,39 +202,40 @@ class _Comparison:
         yield _Row("source", "reference", self._source, merged)
         for alpha in self.settings.alphas:
             for name in ("fused", "shrink", "noise"):
-                label, facts = f"{name}, alpha {alpha:g}", {"alpha": alpha, "of": name}
-                yield _Row(label, "sweep", partial(self._still, label, name, alpha), merged | facts)
+                label = f"{name}, alpha {alpha:g}"
+                make = partial(self._still, label, name, alpha)
+                yield _Row(label, "sweep", make, merged, alpha=alpha, of=name)
         for source in self.settings.sources:
             label = f"fused with {source}"
             commit = model_commit(source)
-            other = merged | {"of": source, "commit": commit}
-            yield _Row(label, "source", partial(self._other, source, commit), other)
+            make = partial(self._other, source, commit)
+            yield _Row(label, "source", make, merged | {"commit": commit}, of=source)
         training = {"adaptation": self.recipe.adaptation.model_dump(mode="json")}
         for name in self.settings.rows:
             for seed in self.settings.seeds:
-                facts = merged | training | {"seed": seed}
+                inputs: dict[str, Any] = merged | training
                 steps = None
                 if name == "sft+time":
                     sft = next(row for row in finished if (row.name, row.seed) == ("sft", seed))
                     steps = self._steps_in_time(sft)
-                    facts |= {"steps": steps}
-                yield _Row(name, "trained", partial(self._trained, name, seed, steps), facts)
+                    inputs |= {"steps": steps}
+                yield _Row(name, "trained", partial(self._trained, name, seed, steps), inputs, seed=seed)
 
     def _finished(self, row: _Row) -> RowNote:
         """The row from an earlier call, or made now."""
-        facts = row.facts | self.data.facts() | {"versions": library_versions()}
-        key = stage_key(f"row {row.name}", **facts)
+        inputs = {**row.inputs, **row.said} | self.data.facts() | {"versions": library_versions()}
+        key = stage_key(f"row {row.name}", **inputs)
         path = self.rows_folder / f"{key[:24]}.json"
         kept = Run.note(path, key)
         if kept is not None:
             return RowNote.model_validate(kept)
         self.listener(Step("compare", row.name, 0, 1, "rows"))
         began = time.perf_counter()
-        known: dict[str, Any] = {name: row.facts[name] for name in ("alpha", "of", "seed") if name in row.facts}
         made = row.make()
         seconds = time.perf_counter() - began
-        described: dict[str, Any] = {"name": row.name, "kind": row.kind, **known}
-        note = RowNote.model_validate({"seconds": seconds, **made.model_dump(), **described})
+        note = RowNote.model_validate(
+            {"seconds": seconds, **made.model_dump(), "name": row.name, "kind": row.kind, **row.said}
+        )
         write_json(path, {"key": key, "facts": note.model_dump(exclude_unset=True)})
         self.listener(Step("compare", row.name, 1, 1, "rows"))
         return note

@@ -103,9 +103,10 @@ def _sums(
     Float32 products of some rows each are summed in float64.
     """
     device = target.head.device
+    there = torch.device("cpu") if device.type == "mps" else device  # it has no float64
     # One column of ones before each side: the weighted means come with the products.
     width, other_width = target.head.shape[1], source.head.shape[1]
-    sums = torch.zeros(width + 1, width + other_width + 2, dtype=torch.float64, device=device)
+    sums = torch.zeros(width + 1, width + other_width + 2, dtype=torch.float64, device=there)
     for start in range(0, len(own), _TOKENS):
         mine, theirs = own[start : start + _TOKENS].to(device), others[start : start + _TOKENS]
         ours = target.scale * target.head[mine].float()
@@ -119,7 +120,7 @@ def _sums(
         left = torch.cat([target.centred(ours * target.gain.to(ours)), ones], 1)
         right = torch.cat([(its * source.gain.to(its)).to(device), constant.to(device)[:, None]], 1)
         by = weights[start : start + _TOKENS].float().to(device)[:, None]
-        sums += ((left * by).T @ torch.cat([left, right], 1)).double()
+        sums += ((left * by).T @ torch.cat([left, right], 1)).to(there).double()
     means = sums[-1]
     centred = sums[:-1] - torch.outer(sums[:-1, width], means)
     return centred[:, :width], centred[:, width + 1 : width + 1 + other_width], centred[:, -1]
