@@ -102,7 +102,7 @@ def test_the_full_rank_is_the_full_solution():
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        (torch.ones(10, 4), "4 inputs and 10 rows .* raise fusion.ridge, or give more texts"),
+        (torch.ones(10, 4), "4 inputs and 10 rows .* raise fusion.ridge .* or give more texts"),
         (torch.full((10, 4), torch.inf), "not finite; set dtype: float32"),
     ],
     ids=["one input four times", "infinite"],
@@ -166,9 +166,26 @@ def test_each_sublayer_takes_the_lambda_that_does_best_on_rows_kept_from_it(has_
         assert again.solve(layers, [fit.ridge])[place].weight.equal(fit.weight)
 
 
-def test_without_rows_kept_away_the_first_lambda_is_taken():
+def test_without_rows_kept_away_the_largest_lambda_is_taken():
     inputs, lack, _ = problem(1)
     sums, none = (Regression(12, [7], has_bias=False) for _ in range(2))
     sums.add(inputs, [lack])
-    (fit,) = sums.solve([Linear(torch.zeros(7, 12))], [0.5, 0.1], kept_away=none)
+    (fit,) = sums.solve([Linear(torch.zeros(7, 12))], [0.1, 0.5], kept_away=none)
     assert fit.ridge == 0.5
+
+
+def test_a_lambda_that_cannot_be_solved_with_is_passed_over():
+    sums, kept_away = (Regression(4, [2], has_bias=False) for _ in range(2))
+    row = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    for found in (sums, kept_away):
+        found.add(row, [torch.ones(1, 2)])
+    (fit,) = sums.solve([Linear(torch.zeros(2, 4))], [1e-30, 0.1], kept_away=kept_away)
+    assert fit.ridge == 0.1
+
+
+def test_rows_that_choose_and_are_not_finite_are_said():
+    sums, kept_away = (Regression(4, [2], has_bias=False) for _ in range(2))
+    sums.add(torch.randn(9, 4), [torch.ones(9, 2)])
+    kept_away.add(torch.full((1, 4), float("inf")), [torch.ones(1, 2)])
+    with pytest.raises(FusionError, match="not finite"):
+        sums.solve([Linear(torch.zeros(2, 4))], [0.1, 1.0], kept_away=kept_away)

@@ -5,12 +5,13 @@ those that it has: what the others would add to a logit is lacking. So the last 
 (V, n) the target's head times its last norm's gain, z the source's logits at a token and c the stream that the
 correspondence gives, in units of the source's root mean square,
 
-    y = argmin  sum_v w_v ((F y)_v - z_v - mean)^2 + epsilon m |y - c|^2
-      = c + (A + epsilon m I)^-1 F^T D (z - F c),          A = F^T D F,    m = mean(diag A)
+    y = argmin  sum_v w_v ((F y)_v - z_v - mean)^2 + epsilon m |y - c|^2    of all y whose root mean square is 1
+      = (A + (epsilon m + mu) I)^-1 (F^T D z + epsilon m c),      A = F^T D F,    m = mean(diag A)
 
 where D weights each token of the vocabulary by how often it was read, and the weighted mean over the vocabulary, which
-no probability depends on, is taken off both sides. As ``F^T D z`` needs no logits but ``F^T D`` times its head,
-a goal costs two products of (n, n') a token. Directions of the stream that no logit depends on stay at c.
+no probability depends on, is taken off both sides. The target's norm divides by y's root mean square, so it has to be
+1: mu, one number for each token, sees to it. As ``F^T D z`` needs no logits but ``F^T D`` times its head, a goal costs
+three products of (n, n') a token. Directions of the stream that no logit depends on stay near c.
 """
 
 from __future__ import annotations
@@ -32,39 +33,44 @@ FinalGoal = Literal["logits", "stream"]
 _HELD = 1e-3
 # Of a read token, what every token of the vocabulary counts beside: those that were not read have logits too.
 _UNREAD = 0.01
+# Of what holds the weakest direction back without mu, what mu leaves at least, so that nothing is divided by 0.
+_LEAST = 1e-6
+# Of the interval that mu lies in.
+_HALVINGS = 40
 # Rows of the heads that are multiplied at once.
 _TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class LogitGoal:
-    """``y = c + solve (toward + from_source z' - gram c)`` in units of the source's size, z' its normed stream.
+    """``A`` by its eigenvectors, and what the goals are made of.
 
     Attributes:
-        source: How it reads its stream out.
-        matched: (m,) the target's neurons that have a counterpart; the others are taken to stay.
-        gram: (m, m) A, float32.
-        solve: (m, m) ``(A + epsilon m I)^-1``.
-        from_source: (m, n') ``F^T D`` times the source's head and gain.
-        toward: (m,) ``F^T D`` of what the heads' biases and the norms' shifts differ by.
+        target: How it reads its stream out.
+        source: How it does.
+        values: (n,) eigenvalues of ``A + epsilon m I``, float64.
+        vectors: (n, n) their eigenvectors, as columns.
+        held: epsilon m.
+        from_source: (n, n') ``F^T D`` times the source's head and gain.
+        toward: (n,) ``F^T D`` of what the heads' biases and the norms' shifts differ by.
     """
 
+    target: Readout
     source: Readout
-    matched: Tensor
-    gram: Tensor
-    solve: Tensor
+    values: Tensor
+    vectors: Tensor
+    held: float
     from_source: Tensor
     toward: Tensor
 
     @classmethod
     @torch.no_grad()
-    def of(cls, target: Readout, source: Readout, matched: Tensor, vocabulary: Tensor, counts: Tensor) -> LogitGoal:
-        """Solve it.
+    def of(cls, target: Readout, source: Readout, vocabulary: Tensor, counts: Tensor) -> LogitGoal:
+        """Solve what is the same for all tokens.
 
         Args:
             target: Its last norm and head.
             source: The source's.
-            matched: (m,) the target's neurons with a counterpart.
             vocabulary: (2, v) ids in the target and in the source of the tokens that both have.
             counts: (V,) how often each of the target's tokens was read.
         """
@@ -72,27 +78,39 @@ class LogitGoal:
         own, others = vocabulary[:, known]
         weights = counts[own].double() + _UNREAD
         weights = weights / weights.sum()
-        gram, cross, constant = _sums(target, source, own, others, weights)
-        gram, cross, constant = gram[matched][:, matched], cross[matched], constant[matched]
-        held = gram + _HELD * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        solve = torch.cholesky_inverse(torch.linalg.cholesky(held))
-        return cls(source, matched, *(each.float().cpu() for each in (gram, solve, cross, constant)))
+        gram, cross, constant = (each.cpu() for each in _sums(target, source, own, others, weights))
+        held = _HELD * float(gram.diagonal().mean())
+        values, vectors = torch.linalg.eigh(gram)
+        return cls(target, source, values.clamp_min(0) + held, vectors, held, cross.float(), constant.float())
 
     def stream(self, carried: Tensor, hidden: Tensor) -> Tensor:
         """The goals of some tokens.
 
         Args:
-            carried: (r, m) what the correspondence gives.
+            carried: (r, n) what the correspondence gives.
             hidden: (r, n') the source's stream behind its last block.
 
         Returns:
-            (r, m).
+            (r, n).
         """
         hidden = hidden.cpu().float()
         size = self.source.size(hidden)
-        now = carried / size
-        lack = self.toward + (self.source.centred(hidden) / size) @ self.from_source.T - now @ self.gram
-        return (now + lack @ self.solve) * size
+        now = self.target.centred(carried) / size
+        right = self.toward + (self.source.centred(hidden) / size) @ self.from_source.T + self.held * now
+        spread = right.double() @ self.vectors
+        found = (spread / (self.values + self._multipliers(spread))) @ self.vectors.T
+        return found.float() * size
+
+    def _multipliers(self, spread: Tensor) -> Tensor:
+        """(r, 1) mu, of right sides (r, n) in the eigenvectors' basis: by bisection, as the size falls with mu."""
+        least, count = float(self.values.min()), spread.shape[1]
+        low = torch.full((len(spread), 1), -(1 - _LEAST) * least, dtype=spread.dtype)
+        high = torch.maximum(spread.norm(dim=1, keepdim=True) / count**0.5 - least, low)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            large = (spread / (self.values + middle)).square().sum(1, keepdim=True) > count
+            low, high = torch.where(large, middle, low), torch.where(large, high, middle)
+        return (low + high) / 2
 
 
 def _sums(

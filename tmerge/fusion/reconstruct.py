@@ -112,10 +112,11 @@ def _final_goal(passage: Passage, reading: Reading, rows: Rows) -> LogitGoal | N
     if passage.vocabulary is None or last is None:
         return None
     target, source = Readout.of(passage.target), Readout.of(passage.source)
-    if target is None or source is None:
+    # What neurons without a counterpart say would have to be taken off.
+    if target is None or source is None or len(last.matched) < last.view.out_features:
         return None
     counts = reading.token_counts(passage.target.embedding_rows, rows.texts)
-    return LogitGoal.of(target, source, last.matched, passage.vocabulary, counts)
+    return LogitGoal.of(target, source, passage.vocabulary, counts)
 
 
 class _Source:

@@ -15,6 +15,7 @@ r right singular vectors of ``[X; sqrt(lambda m) I] dW^T`` (reduced-rank regress
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,10 +114,10 @@ class Regression:
             given: What each gives now.
             ridges: Each a lambda, in units of the inputs' mean square.
             rank: Most of each dW; full if None.
-            kept_away: Sums over other rows, on which each sublayer's lambda is chosen; without any the first is taken.
+            kept_away: Sums over other rows, on which each sublayer's lambda is chosen; without any it is the largest.
 
         Raises:
-            FusionError: The equations have no single solution.
+            FusionError: The equations have no single solution with any of them, or something is not finite.
         """
         device = torch.device("cpu") if self._gram.device.type == "mps" else self._gram.device  # it has no float64
         gram = self._gram.to(device).double()
@@ -124,29 +125,40 @@ class Regression:
         crosses = [cross.to(device).double() for cross in self._crosses]
         best: list[tuple[float, Fit] | None] = [None] * len(given)
         chosen = kept_away if kept_away is not None and kept_away.rows else None
-        for ridge in ridges if chosen is not None else ridges[:1]:
-            equations: dict[bool, _Equations] = {}
+        for ridge in ridges if chosen is not None else [max(ridges)]:
+            equations: dict[bool, _Equations | None] = {}
             for place, layer in enumerate(given):
                 biased = layer.bias is not None
                 size = self._inputs + biased
                 if biased not in equations:
-                    equations[biased] = _Equations.of(gram[:size, :size], self._inputs, ridge, self.rows)
-                fit = equations[biased].fit(layer, crosses[place][:size], self._squares[place], rank)
+                    equations[biased] = _Equations.of(gram[:size, :size], self._inputs, ridge)
+                solvable = equations[biased]
+                if solvable is None:
+                    continue  # another lambda may do
+                fit = solvable.fit(layer, crosses[place][:size], self._squares[place], rank)
                 left = 0.0 if chosen is None else chosen._left(place, layer, fit)
                 held = best[place]
                 if held is None or left < held[0]:
                     best[place] = left, fit
-        return [fit for _, fit in filter(None, best)]
+        fits = [fit for _, fit in filter(None, best)]
+        if len(fits) < len(given):
+            raise FusionError(
+                f"the reconstruction's equations of {self._inputs} inputs and {self.rows} rows have no single solution; "
+                "raise fusion.ridge (fusion.ridges, where it is auto), or give more texts"
+            )
+        return fits
 
     def _left(self, place: int, layer: Linear, fit: Fit) -> float:
-        """``|Y - X (W + dW)^T|^2`` of these rows."""
-        device = layer.weight.device if layer.weight.device.type != "mps" else torch.device("cpu")
-        now = (layer.weight.to(device).double() + fit.weight.to(device).double()).T
+        """``|Y - X (W + dW)^T|^2`` of these rows, less ``|Y|^2``, which is the same for every fit."""
+        device = self._gram.device
+        now = (layer.weight.to(device).float() + fit.weight.to(device)).T
         if layer.bias is not None and fit.bias is not None:
-            now = torch.cat([now, (layer.bias.to(device).double() + fit.bias.to(device).double())[None]])
-        gram = self._gram[: len(now), : len(now)].to(device).double()
-        cross = self._crosses[place][: len(now)].to(device).double()
-        return self._squares[place] + float((now * (gram @ now - 2 * cross)).sum())
+            now = torch.cat([now, (layer.bias.to(device).float() + fit.bias.to(device))[None]])
+        gram, cross = self._gram[: len(now), : len(now)], self._crosses[place][: len(now)]
+        left = float((now * (gram @ now - 2 * cross)).sum())
+        if not math.isfinite(left):
+            raise _not_finite()
+        return left
 
 
 @dataclass(frozen=True)
@@ -160,7 +172,8 @@ class _Equations:
     ridge: float
 
     @classmethod
-    def of(cls, gram: Tensor, inputs: int, ridge: float, rows: int) -> _Equations:
+    def of(cls, gram: Tensor, inputs: int, ridge: float) -> _Equations | None:
+        """None where they have no single solution."""
         if not bool(torch.isfinite(gram).all()):
             raise _not_finite()
         diagonal = gram.diagonal()[:inputs]
@@ -171,10 +184,7 @@ class _Equations:
         regular.diagonal()[:inputs] += held
         factor, failed = torch.linalg.cholesky_ex(regular)
         if int(failed) or not bool(torch.isfinite(factor.diagonal()).all()):
-            raise FusionError(
-                f"the reconstruction's equations of {inputs} inputs and {rows} rows have no single solution: raise "
-                "fusion.ridge, or give more texts"
-            )
+            return None
         return cls(gram, regular, factor, inputs, ridge)
 
     def fit(self, layer: Linear, cross: Tensor, square: float, rank: int | None) -> Fit:

@@ -5,7 +5,8 @@ off),
 
     logits = scale * (head (gain * h / |h|_rms + shift) + head_bias)
 
-to first order in the logits where a model caps them. Gain and shift are measured on the norm itself, whatever it is.
+about so where a model caps its logits: the scale is then that of least squares over some. Gain and shift are measured
+on the norm itself, whatever it is.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Readout:
         if measured is None:
             return None
         gain, shift, centres = measured
-        logits, plain = model(ids, use_cache=False).logits.flatten().double(), head(read).flatten().double()
+        logits, plain = (made.flatten().float().cpu().double() for made in (model(ids).logits, head(read)))
         scale = float(logits @ plain / plain.square().sum())
         bias = None if head.bias is None else head.bias.detach()
         return cls(head.weight.detach(), bias, gain, shift, centres, scale)
@@ -98,7 +99,8 @@ def _last_norm(loaded: LoadedModel, ids: Tensor) -> tuple[nn.Module, Tensor] | N
         for handle in handles:
             handle.remove()
     read = result[0]
-    for module, output in reversed(outputs):
+    # The first that gives it: what comes after gives on what it was given.
+    for module, output in outputs:
         if output.shape == read.shape and torch.equal(output, read):
             return module, read
     return None
