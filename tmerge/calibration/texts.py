@@ -331,12 +331,14 @@ def _check_enough(found: TextSet, settings: CalibrationSettings, choosing: float
     if len(found.held_out) < MINIMUM_HELD_OUT:
         short.append(f"{len(found.held_out)} held out ({MINIMUM_HELD_OUT} needed)")
     if not enough:
-        short.append(f"{len(found.choosing)} to choose alpha on ({MINIMUM_HELD_OUT} needed)")
+        short.append(f"{len(found.choosing)} to choose fusion.alpha or fusion.ridge on ({MINIMUM_HELD_OUT} needed)")
     # Whether the dataset or the recipe is what ran out decides the remedy.
     if len(found.texts) + len(found.held_out) + len(found.choosing) == settings.texts:
         remedy = f"raise {key} (now {settings.texts})"
     else:
         remedy = "use a dataset with more texts"
+    if not enough:
+        remedy += f", raise calibration.choosing (now {settings.choosing}), give what is auto a number"
     remedy += f", or change calibration.held_out (now {settings.held_out})"
     raise TooFewTextsError(
         f"dataset {found.dataset!r}: {found.read} rows read, {found.empty} empty, {found.duplicates} duplicates; "

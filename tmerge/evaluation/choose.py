@@ -1,4 +1,4 @@
-"""``fusion.alpha: auto``: how strongly each group of projections is fused, chosen on texts that serve nothing else.
+"""``fusion.alpha: auto``: how strongly each group of projections is fused, chosen on texts that are kept for choosing.
 
 The groups are taken in turn, from all zero. For each, the alphas race against the groups before it fused as chosen,
 and against each other, by successive halving (Karnin, Koren and Somekh 2013): all are scored on a sixteenth of the
@@ -8,7 +8,8 @@ are not finite. One that is left after all texts is taken if what it gains is cl
 for how many are tried. At last all groups are fused alike, since what fine-tuning changed in one projection counts on
 what it changed in the others, and that is taken if it clearly gains on what the groups found for themselves.
 Dropping out early can only cost a gain, never feign one: what is chosen was scored on all choosing texts, and is better
-than the base on them or is the base.
+than the base on them or is the base. Where each fit's ridge was chosen on them before (`fusion.ridge: auto`), what is
+chosen may look a little better on them than it is; the verdict is on others.
 """
 
 from __future__ import annotations

@@ -142,9 +142,10 @@ class Regression:
                     best[place] = left, fit
         fits = [fit for _, fit in filter(None, best)]
         if len(fits) < len(given):
+            lacking = f"{self._inputs} inputs and {self.rows} rows"
             raise FusionError(
-                f"the reconstruction's equations of {self._inputs} inputs and {self.rows} rows have no single solution; "
-                "raise fusion.ridge (fusion.ridges, where it is auto), or give more texts"
+                f"the reconstruction's equations of {lacking} have no single solution: raise fusion.ridge "
+                "(fusion.ridges, where it is auto), or give more texts"
             )
         return fits
 

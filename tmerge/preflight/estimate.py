@@ -154,6 +154,8 @@ def estimate_run(
     held_out = min(recipe.evaluation.texts, round(texts * recipe.calibration.held_out))
     # With another run's plan nothing is calibrated: the models only read what is held out.
     apart = round((texts - held_out) * recipe.calibration.choosing) if recipe.fusion.chosen else 0
+    # Those on which ridges are chosen pass beside those that are fitted on.
+    fitted = texts - held_out - (0 if "fusion.ridge" in recipe.fusion.chosen else apart)
     read = texts - held_out - apart
     if recipe.calibration.match_on is not None:
         read = _most_texts(recipe.calibration.match_on, recipe.calibration.texts)
@@ -176,7 +178,7 @@ def estimate_run(
     scoring = forward(target, target_layout, 0, scored - 1)
     # Of seconds, the descent control has no part: it is off unless asked for. A backward pass is two forward ones.
     slopes = 3 * min(recipe.evaluation.descent, read) / max(held_out, 1)
-    fitting = tokens_per_text * fitting_operations(recipe, layouts, texts - held_out)
+    fitting = tokens_per_text * fitting_operations(recipe, layouts, fitted)
     forward_seconds = (reading + scoring) / flops
     seconds = forward_seconds + fitting / flops
 
@@ -228,7 +230,7 @@ def estimate_run(
     needed = _held_bytes(target, recipe, dtype) + max(beside.values())
     memory = psutil.Process().memory_info().rss + _ALLOCATOR_SLACK * needed
     unpacked = len(packed) * _kept_bytes(recipe, source_layout, projections)
-    goals = goal_bytes(recipe, target_layout, (texts - held_out) * tokens_per_text)
+    goals = goal_bytes(recipe, target_layout, fitted * tokens_per_text)
     disk = checkpoint + feature_bytes + record + carried + unpacked + goals
     return Estimate(
         seconds,

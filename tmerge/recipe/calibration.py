@@ -41,5 +41,5 @@ class CalibrationSettings(Section):
         2000, description="with rows: tokens, how many in all, spread evenly over the texts"
     )
     choosing: Annotated[float, Field(gt=0, lt=0.9)] = Field(
-        0.2, description="with fusion.alpha auto: share of the other texts that serve to choose alpha, and nothing else"
+        0.2, description="with fusion.alpha or fusion.ridge auto: share of the other texts that serve to choose these"
     )

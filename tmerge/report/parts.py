@@ -104,7 +104,7 @@ class Calibration(Part):
         texts: How many were read for features.
         revision: Commit of a dataset on the Hub.
         sha256: Of the texts.
-        choosing: Texts kept apart to choose alpha on.
+        choosing: Texts kept apart to choose on: alpha, and a reconstruction's ridges.
         other: Texts of `other_dataset` that the neurons were matched on in their place; 0 for none.
         file_sha256, other_sha256: Of local files.
         held_out_texts: Those that nothing but the scores has seen.

@@ -102,9 +102,9 @@ def how_words(fusion: Fusion) -> str:
         kept = (
             f", {fusion.fit.keep_texts} texts of {fusion.fit.keep} kept as they were" if fusion.fit.keep_texts else ""
         )
-        final = "the last block to the source's logits" if fusion.fit.final_goal == "logits" else "to the stream"
         held = f"{_ridge_words(fusion.fit)}, {rank}"
-        return f"alpha {alpha_words(fusion)}, {held}, {final}, {fusion.fit.rows:,} tokens{kept}"
+        final = "the last block to the source's logits, " if fusion.fit.final_goal == "logits" else ""
+        return f"alpha {alpha_words(fusion)}, {held}, {final}{fusion.fit.rows:,} tokens{kept}"
     return f"alpha {alpha_words(fusion)}, {fusion.scale} scale, units {fusion.units}, top_k {fusion.top_k}"
 
 
@@ -112,6 +112,8 @@ def _ridge_words(fit: ReconstructionFit) -> str:
     if fit.ridge != "auto":
         return f"ridge {fit.ridge:g}"
     taken = [ridge for ridges in fit.ridges.values() for ridge in ridges]
+    if not taken:
+        return "ridge auto"
     among = f"{min(taken):g} to {max(taken):g}" if min(taken) < max(taken) else f"{taken[0]:g}"
     return f"ridge {among}, chosen for each fit"
 

@@ -1,4 +1,4 @@
-"""Choosing alpha for each group of projections, on texts that serve nothing else."""
+"""Choosing alpha for each group of projections, on texts that are kept for choosing."""
 
 from __future__ import annotations
 

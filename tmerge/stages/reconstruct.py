@@ -93,6 +93,11 @@ class Reconstruct:
         for name in self._controls:
             self._pass(name, transport, self.neurons.go_on(name, key), progress)
         self._record(transport)
+        if self._settings.final_goal == "logits" and fitted.notes[-1].goal == "stream":
+            progress.note(
+                "the last block is fitted to the source's residual stream: its logits can be a goal only where both "
+                "have one vocabulary and the whole of the last block's stream has a counterpart"
+            )
         return self._noted(fitted.notes)
 
     def _vocabulary(self, drawn_to: Model) -> Tensor | None:

@@ -44,7 +44,7 @@ class Texts:
         target: Its tokenizer's chat template shapes conversations.
         source: Read where both tokenizers have to agree on token positions.
         data: The recipe's datasets of texts -> what identifies their contents.
-        choosing: Whether texts are kept apart to choose alpha on.
+        choosing: Whether texts are kept apart to choose on: alpha, and a reconstruction's ridges.
         recorded: Whether a recorded transport is used: then nothing is matched, and no features are read.
         path: Of the `TextSet`.
         kept_path: Of the one that a reconstruction is to leave the target as it is on.

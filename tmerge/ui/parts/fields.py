@@ -116,7 +116,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("calibration.match_on", "Match neurons on"),
         Setting("calibration.rows", "Features are of"),
         Setting("calibration.token_rows", "Single tokens"),
-        Setting("calibration.choosing", "Share to choose alpha on"),
+        Setting("calibration.choosing", "Share to choose on"),
     ),
     "Transport": (
         Setting("transport.structure", "Structure"),
