@@ -21,8 +21,11 @@ def test_alone_all_rows_are_alike(texts, kept):
     assert Rows(texts, kept, 0.5).weights(torch.arange(5)) is None
 
 
-def test_rows_that_choose_weigh_what_the_drawn_ones_do():
-    rows = Rows(10, 4, 0.5, 6)
-    weights = rows.weights(torch.arange(20))
-    assert (rows.fitted, rows.count) == (14, 20)
-    assert (weights[:10] == 1).all() and (weights[14:] == 1).all() and (weights[10:14] > 1).all()
+def test_among_rows_that_choose_the_kept_ones_have_the_same_share():
+    rows = Rows(10, 4, 0.25, 6, 3)
+    weights = rows.weights(torch.arange(23)).double()
+    assert (rows.fitted, rows.count) == (14, 23)
+    assert (weights[:10] == 1).all() and (weights[14:20] == 1).all()
+    for kept, drawn in ((weights[10:14], 10), (weights[20:], 6)):
+        squares = float(kept.square().sum())
+        assert squares / (squares + drawn) == pytest.approx(0.25, rel=1e-6)

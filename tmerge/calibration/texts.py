@@ -85,13 +85,14 @@ class TextSet:
         return self.other or self.texts
 
     def without(self, others: Iterable[str]) -> TextSet:
-        """Fewer to calibrate on: not those that, white space and Unicode form apart, are among some others."""
+        """Fewer to calibrate and choose on: not those that, white space and Unicode form apart, are among others."""
         away = {normalise(text) for text in others}
+        choosing = tuple(text for text in self.choosing if normalise(text) not in away)
         left = [place for place, text in enumerate(self.texts) if normalise(text) not in away]
         texts = tuple(self.texts[place] for place in left)
         prompts = tuple(self.prompts[place] for place in left)
-        digest = _digest(texts, self.held_out, self.choosing)
-        return replace(self, texts=texts, prompts=prompts, sha256=digest)
+        digest = _digest(texts, self.held_out, choosing)
+        return replace(self, texts=texts, prompts=prompts, choosing=choosing, sha256=digest)
 
     def to_dict(self) -> dict[str, Any]:
         """What the report records: everything but the texts, which are given by their number; JSON-serialisable."""

@@ -111,7 +111,8 @@ class BlockFit:
 
     def _fits(self, names: Sequence[str]) -> dict[str, Fit]:
         layers = [self._now(name) for name in names]
-        sums, kept_away = self._sums(names, layers), self._sums(names, layers) if self.rows.choosing else None
+        sums, chooses = self._sums(names, layers), self.rows.count > self.rows.fitted
+        kept_away = self._sums(names, layers) if chooses else None
         taps = taps_of(self.passage.views, self.layer, names, "pre")
         if names == ["down"]:
             taps += taps_of(self.passage.views, self.layer, ["o"], "post")

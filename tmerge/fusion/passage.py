@@ -5,6 +5,7 @@ The goals of a block are mapped files, as those of all tokens are more than fits
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ class Rows:
     Attributes:
         texts: Those on which the target is drawn to the source; they are numbered first.
         kept: Those on which it is to stay as it is.
-        choosing: Those on which lambda is chosen, drawn to the source too; they are numbered last.
+        choosing: Those on which lambda is chosen, of texts on which the target is drawn to the source; numbered next.
+        choosing_kept: Likewise, of texts on which it is to stay as it is; numbered last.
         keep_share: Of a fit's weight, that of all the kept ones together.
     """
 
@@ -91,6 +93,7 @@ class Rows:
     kept: int
     keep_share: float
     choosing: int = 0
+    choosing_kept: int = 0
 
     @property
     def fitted(self) -> int:
@@ -100,14 +103,21 @@ class Rows:
     @property
     def count(self) -> int:
         """All of them, those on which lambda is chosen too."""
-        return self.fitted + self.choosing
+        return self.fitted + self.choosing + self.choosing_kept
 
     def weights(self, rows: Tensor) -> Tensor | None:
         """(r,) what rows (r,) of X and Y are multiplied by; None where all are alike."""
-        if not self.kept or not self.texts:
+        if not self.kept and not self.choosing_kept:
             return None
-        kept = (self.keep_share / (1 - self.keep_share) * self.texts / self.kept) ** 0.5
-        return torch.where((rows >= self.texts) & (rows < self.fitted), kept, 1.0)
+        weights = torch.ones(len(rows))
+        for start, drawn, kept in (
+            (self.texts, self.texts, self.kept),
+            (self.fitted + self.choosing, self.choosing, self.choosing_kept),
+        ):
+            if drawn and kept:
+                share = self.keep_share / (1 - self.keep_share)
+                weights[(rows >= start) & (rows < start + kept)] = (share * drawn / kept) ** 0.5
+        return None if bool((weights == 1).all()) else weights
 
 
 class Goals:
@@ -244,37 +254,50 @@ class Passage:
 
 
 def readings(
-    passage: Passage, texts: Sequence[str], keep: Sequence[str], choosing: Sequence[str] = ()
+    passage: Passage,
+    texts: Sequence[str],
+    keep: Sequence[str],
+    choosing: tuple[Sequence[str], Sequence[str]] = ((), ()),
 ) -> tuple[Reading, Reading, Reading, Rows]:
-    """The target's reading of all texts, its reading of those to be kept, the source's of the others, and the rows."""
+    """The target's reading of all texts, its reading of those to be kept, the source's of the others, and the rows.
+
+    Args:
+        passage: The models, and how.
+        texts: On which the target is drawn to the source.
+        keep: On which it is to stay as it is.
+        choosing: Of either kind, those on which lambda is chosen.
+    """
     target, source, most = passage.target, passage.source, passage.max_tokens
     limits = encode(target, [], most).limit, encode(source, [], most).limit
-    drawn = [*texts, *choosing]
-    everything = max(1, len(drawn)) * most
-    ends = common_ends(target.tokenizer, source.tokenizer, drawn, limits=limits, wanted=everything, seed=0)
-    kept_ends: tuple[tuple[int, ...], ...] = ()
-    if keep:
-        both = limits[0], limits[0]
-        everything = len(keep) * most
-        kept_ends = common_ends(target.tokenizer, target.tokenizer, keep, limits=both, wanted=everything, seed=0)
-    ends, apart = ends[: len(texts)], ends[len(texts) :]
+
+    def ends_of(found: Sequence[str], other: LoadedModel, limit: int) -> tuple[tuple[int, ...], ...]:
+        if not found:
+            return ()
+        both, everything = (limits[0], limit), len(found) * most
+        return common_ends(target.tokenizer, other.tokenizer, found, limits=both, wanted=everything, seed=0)
+
+    drawn, own = [*texts, *choosing[0]], [*keep, *choosing[1]]
+    drawn_ends, own_ends = ends_of(drawn, source, limits[1]), ends_of(own, target, limits[0])
+    mine, kept = len(texts), len(keep)
+    # In the order in which rows are numbered.
+    ordered = [*drawn_ends[:mine], *own_ends[:kept], *drawn_ends[mine:], *own_ends[kept:]]
+    listed = [*texts, *keep, *choosing[0], *choosing[1]]
     rows, count = [], 0
-    for found in (*ends, *kept_ends, *apart):
+    for found in ordered:
         rows.append(list(range(count, count + len(found))))
         count += len(found)
-    mine, own, others = (len(each) for each in (texts, keep, choosing))
-    fitted, own_rows, apart_rows = rows[:mine], rows[mine : mine + own], rows[mine + own :]
-    here = token_positions(target.tokenizer, [*texts, *keep, *choosing], [*ends, *kept_ends, *apart], limits[0])
-    there = token_positions(source.tokenizer, drawn, [*ends, *apart], limits[1])
+    first, second, third = itertools.accumulate((mine, kept, len(choosing[0])))
+    fit, keeping, chosen, chosen_kept = rows[:first], rows[first:second], rows[second:third], rows[third:]
+    here = token_positions(target.tokenizer, listed, ordered, limits[0])
+    there = token_positions(source.tokenizer, drawn, drawn_ends, limits[1])
     size = most, passage.batch_tokens
-    seed = passage.other_rows
-    source_rows = [*_source_rows(fitted, seed), *_source_rows(apart_rows, seed)]
-    fit, kept, chosen_on = (sum(map(len, each)) for each in (fitted, own_rows, apart_rows))
+    source_rows = [*_source_rows(fit, passage.other_rows), *_source_rows(chosen, passage.other_rows)]
+    counts = [sum(map(len, each)) for each in (fit, keeping, chosen, chosen_kept)]
     return (
-        Reading.of(target, [*texts, *keep, *choosing], here, rows, *size),
-        Reading.of(target, keep, here[mine : mine + own], own_rows, *size),
+        Reading.of(target, listed, here, rows, *size),
+        Reading.of(target, own, [*here[first:second], *here[third:]], [*keeping, *chosen_kept], *size),
         Reading.of(source, drawn, there, source_rows, *size),
-        Rows(fit, kept, passage.keep_share, chosen_on),
+        Rows(counts[0], counts[1], passage.keep_share, counts[2], counts[3]),
     )
 
 

@@ -47,7 +47,7 @@ def reconstruct(
     keep: Sequence[str],
     folder: Path,
     *,
-    choosing: Sequence[str] = (),
+    choosing: tuple[Sequence[str], Sequence[str]] = ((), ()),
     finished: Sequence[Sequence[TransportedNeurons]] = (),
     take: Callable[[FittedBlock, float], None],
     progress: Callable[[int, int], None] | None = None,
@@ -59,7 +59,7 @@ def reconstruct(
         texts: On which the target should do what the source does.
         keep: On which it should go on doing what it does.
         folder: For the goals of the block at hand; emptied after each.
-        choosing: On which each fit's lambda is chosen.
+        choosing: Of either kind, those on which each fit's lambda is chosen.
         finished: What was fitted of the first blocks before, in an earlier run of the same: it is not fitted again.
         take: Is handed each block that was fitted, to be kept, and the seconds that all of it took; in their order.
         progress: Called with (blocks done, all); may raise to stop.

@@ -111,6 +111,13 @@ class Reconstruct:
         return [name for name in self.recipe.evaluation.controls if name in FITTED_CONTROLS]
 
     @property
+    def _choosing(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Texts that ridges are chosen on: of those to be drawn on, and of those to be kept."""
+        if self._settings.ridge != "auto":
+            return (), ()
+        return self.texts.choosing, () if self.kept is None else self.kept.choosing
+
+    @property
     def _keep(self) -> tuple[str, ...]:
         return () if self.kept is None else self.kept.texts
 
@@ -150,7 +157,7 @@ class Reconstruct:
                 self.texts.texts,
                 self._keep,
                 self._folder,
-                choosing=self.texts.choosing if settings.ridge == "auto" else (),
+                choosing=self._choosing,
                 finished=writer.parts(),
                 take=lambda block, seconds: writer.add(block.items, block.note(seconds)),
                 progress=progress.counting(

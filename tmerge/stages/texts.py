@@ -117,7 +117,9 @@ class Texts:
         read = of_another(self.recipe.calibration, pinned(dataset, self.data[dataset]))
         read = read.model_copy(update={"texts": count})
         seed, tokenizer = self.recipe.seed, self.target.tokenizer
-        kept = read_texts(read, seed=seed, chat_tokenizer=tokenizer, key="fusion.keep_texts")
+        # A ridge is chosen on some of them too: it would be chosen at their cost.
+        choosing = read.choosing if "fusion.ridge" in self.recipe.fusion.chosen else 0.0
+        kept = read_texts(read, seed=seed, choosing=choosing, chat_tokenizer=tokenizer, key="fusion.keep_texts")
         self._refuse_changed({dataset: kept.file_sha256})
         return kept.without((*texts.choosing, *texts.held_out))
 
