@@ -18,3 +18,5 @@ if __name__ == "__main__":
         launch()
     except TmergeError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

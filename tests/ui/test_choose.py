@@ -100,7 +100,7 @@ def test_form_and_yaml_are_in_step_both_ways(visit):
     expect(page.locator("#target-model input")).to_have_value("a/b")
     expect(alpha).to_have_value("0.25")
     expect(page.get_by_label("Epsilon")).to_have_value("0.03")
-    expect(page.get_by_label("Units")).to_have_value("layer")
+    expect(page.get_by_label("Units", exact=True)).to_have_value("layer")
     expect(page.get_by_label("gate")).not_to_be_checked()
     # What is misspelt is named, with the key that was meant; what is no YAML, with its line.
     write_yaml(page, "target: a/b\nsource: c/d\nfusion:\n  alhpa: 0.25\n")

@@ -80,3 +80,17 @@ def test_without_gradio_one_line_says_what_to_install(tmp_path):
 def _is_free(port):
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_an_interrupt_that_is_swallowed_while_the_app_starts_ends_it():
+    from tmerge.ui import launch
+
+    asked = []
+
+    def raise_if_stopped():
+        asked.append(True)
+        raise KeyboardInterrupt  # it came before
+
+    with pytest.raises(KeyboardInterrupt):
+        launch(raise_if_stopped=raise_if_stopped)
+    assert asked == [True]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tmerge.cli.shared import JsonOption, app, print_json, quiet_libraries
-from tmerge.cli.stopping import nothing_changed, same_command, when_stopped
+from tmerge.cli.stopping import nothing_changed, raise_if_stopped, same_command, when_stopped
 from tmerge.errors import MissingExtraError, PortTakenError, PushError
 from tmerge.version import DISTRIBUTION
 
@@ -34,7 +34,7 @@ def serve(
         raise MissingExtraError(f'the app needs gradio; install it with: pip install "{DISTRIBUTION}[app]"') from None
     when_stopped(lambda: f"the app is closed; to open it again: {same_command()}")
     try:
-        launch(port)
+        launch(port, raise_if_stopped=raise_if_stopped)
     except OSError as error:
         raise _taken(port, error) from None
 

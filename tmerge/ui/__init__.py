@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gradio as gr
@@ -96,11 +97,12 @@ def launch_options() -> dict[str, Any]:
     }
 
 
-def launch(port: int | None = None) -> None:
+def launch(port: int | None = None, *, raise_if_stopped: Callable[[], None] = lambda: None) -> None:
     """Build and serve the app until it is interrupted.
 
     Args:
         port: To listen on; the first free one from 7860 if None.
+        raise_if_stopped: Raises where an interrupt came that was swallowed on the way, as Gradio may while it starts.
 
     Raises:
         OSError: The port is taken.
@@ -112,8 +114,12 @@ def launch(port: int | None = None) -> None:
             probe.bind(("127.0.0.1", port))
     app = build()
     try:
-        app.launch(server_port=port, **launch_options())
+        app.launch(server_port=port, prevent_thread_lock=True, **launch_options())
+        while app.is_running:
+            raise_if_stopped()
+            time.sleep(0.1)
     finally:
+        app.close(verbose=False)
         close(app)
 
 
