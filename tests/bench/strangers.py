@@ -115,7 +115,7 @@ def fitted(way: StrangePassage, texts: Sequence[str], keep: Sequence[str]) -> li
     """What every block's ``down`` is changed by."""
     items: list[TransportedNeurons] = []
     with tempfile.TemporaryDirectory() as folder:
-        reconstruct(way, texts, keep, Path(folder), take=lambda block, _: items.extend(block.items))
+        reconstruct(way, texts, keep, Path(folder), take=lambda block: items.extend(block.items))
     return items
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.pico import pico_model, pico_tokenizer, save_pico
+from tests.pico import pico_model
 from tests.stages.test_merge import digest
 from tests.stages.test_task_vector import _deeper, _shaken, save_all
 from tmerge.calibration import TextSet, sample_texts
@@ -22,7 +22,6 @@ from tmerge.errors import (
     NotEnoughMemoryError,
     RecipeError,
     TooFewTextsError,
-    UnsupportedModelError,
 )
 from tmerge.fusion import StoredNeurons, fuse
 from tmerge.models import describe, load_model
@@ -317,21 +316,6 @@ def test_with_the_base_there_is_a_control_drawn_to_it(models, tmp_path):
     assert "toward the source before its fine-tuning" in str(score_rows(report))
 
 
-def test_rows_are_tokens_that_both_models_end_in_the_same_place(tmp_path):
-    """One model under two tokenizers, the source's with a token before every text: all else is a place further on."""
-    for name in ("target", "source"):
-        save_pico("llama", tmp_path / name)
-    pico_tokenizer(tmp_path / "source", bos=True)
-    recipe = recipe_for(tmp_path, evaluation={"controls": []})
-    advance(recipe, tmp_path / "fused", until="reconstruct")
-    note = json.loads((tmp_path / "fused/tmerge/cache/reconstruct.json").read_text())["facts"]
-    for name in ("q", "k", "v"):
-        # What the first block reads of a token is its embedding, wherever it stands.
-        assert note["errors"][name][0][0] < 1e-6
-    # Attention saw one token more.
-    assert note["errors"]["o"][0][0] > 1e-4
-
-
 @pytest.mark.slow
 def test_it_is_trained_on_and_reproduced(finished, tmp_path):
     folder, report = finished
@@ -350,44 +334,6 @@ def test_terminal_page_and_app_say_what_to_do_next(finished, capsys):
     assert any("tmerge adapt RUN --steps 50" in line for line in findings(report))
     card = result_cards(SimpleNamespace(state="done", report=report))
     assert "tmerge adapt RUN --steps 50" in card and "Change&#39;s norm over own norm, median" in card
-
-
-@pytest.mark.slow
-def test_biases_are_fitted_where_there_are_any(tmp_path):
-    target = pico_model("llama-bias")
-    save_all(tmp_path, target=target, source=_shaken(target, 0.15, 3))
-    recipe = recipe_for(tmp_path, evaluation={"controls": ["shrink"]})
-    advance(recipe, tmp_path / "fused", until="save")
-    here, before = (load_file(tmp_path / path / "model.safetensors") for path in ("fused", "target"))
-    biases = [name for name in before if name.endswith("proj.bias")]
-    assert biases and all(not here[name].equal(before[name]) for name in biases)
-    note = json.loads((tmp_path / "fused/tmerge/cache/reconstruct.json").read_text())["facts"]
-    assert set(note["biases"].values()) == {"fitted"}
-
-
-@pytest.mark.slow
-def test_a_block_that_norms_what_it_adds_is_one_line(tmp_path):
-    for name, seed in (("target", 1), ("source", 1)):
-        save_pico("gemma3", tmp_path / name, seed=seed)
-    recipe = recipe_for(tmp_path)
-    with pytest.raises(
-        UnsupportedModelError, match=r"does more to the residual stream .* set fusion.projections: \[q"
-    ) as caught:
-        advance(recipe, tmp_path / "fused", until="reconstruct")
-    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
-    # Of a source it is o alone.
-    save_pico("llama", tmp_path / "target", seed=1)
-    with pytest.raises(
-        UnsupportedModelError,
-        match=r"source: block 0 .* so o cannot .* set fusion.projections: \[q, k, v, gate, up, down",
-    ):
-        advance(recipe, tmp_path / "fused", until="reconstruct")
-    downs = recipe_for(tmp_path, fusion={"projections": ["down"]}, evaluation={"controls": []})
-    advance(downs, tmp_path / "downs", until="reconstruct")
-    save_pico("gemma3", tmp_path / "target", seed=1)
-    # Without these two it goes.
-    recipe = recipe_for(tmp_path, fusion={"projections": ["q", "k", "v", "gate", "up"]}, evaluation={"controls": []})
-    advance(recipe, tmp_path / "other", until="reconstruct")
 
 
 def test_the_report_is_read_back_and_said(finished):

@@ -30,36 +30,17 @@ Errors = dict[str, tuple[float | None, float | None]]
 """Projection -> |Y - X W^T|^2 / |Y|^2 before and after its fit."""
 
 
-@dataclass(frozen=True)
-class FittedBlock:
-    """What a block of the target is changed by.
+class BlockNote(BaseModel):
+    """What is kept of a fitted block beside its changes.
 
     Attributes:
-        layer: Its number.
-        items: The change of each projection that was fitted; none where it has no counterpart.
-        errors: Of each.
+        errors: Of each projection.
         ridges: Of each the lambda that was taken.
         norms: Of each the change's norm to the weight's own; None where that is zero.
         rows: R, that were fitted.
         goal: Of what down was fitted to.
+        seconds: That all of the block took; 0 until whoever advances both models has timed it.
     """
-
-    layer: int
-    items: list[TransportedNeurons]
-    errors: Errors
-    ridges: dict[str, float]
-    norms: dict[str, float | None]
-    rows: int
-    goal: FinalGoal
-
-    def note(self, seconds: float) -> BlockNote:
-        """All but the changes themselves, and the seconds that the block took."""
-        kept = {name: getattr(self, name) for name in ("errors", "ridges", "norms", "rows", "goal")}
-        return BlockNote(**kept, seconds=seconds)
-
-
-class BlockNote(BaseModel):
-    """What is kept of a fitted block beside its changes; see `FittedBlock`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -68,7 +49,20 @@ class BlockNote(BaseModel):
     norms: dict[str, float | None]
     rows: int
     goal: FinalGoal
-    seconds: float
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class FittedBlock:
+    """What a block of the target is changed by.
+
+    Attributes:
+        items: The change of each projection that was fitted; none where it has no counterpart.
+        note: Of the fits.
+    """
+
+    items: list[TransportedNeurons]
+    note: BlockNote
 
 
 class _Enough(Exception):
@@ -107,7 +101,8 @@ class BlockFit:
                 own = float(torch.linalg.vector_norm(self.wanted[name].view.weight().cpu().double()))
                 norms[name] = float(torch.linalg.vector_norm(fit.weight.cpu().double())) / own if own else None
             fuse(self.passage.views.layers, items[-len(names) :], 1.0)
-        return FittedBlock(self.layer, items, errors, ridges, norms, self.rows.fitted, self.goal)
+        note = BlockNote(errors=errors, ridges=ridges, norms=norms, rows=self.rows.fitted, goal=self.goal)
+        return FittedBlock(items, note)
 
     def _fits(self, names: Sequence[str]) -> dict[str, Fit]:
         layers = [self._now(name) for name in names]

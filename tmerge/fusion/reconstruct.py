@@ -25,6 +25,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def reconstruct(
     *,
     choosing: tuple[Sequence[str], Sequence[str]] = ((), ()),
     finished: Sequence[Sequence[TransportedNeurons]] = (),
-    take: Callable[[FittedBlock, float], None],
+    take: Callable[[FittedBlock], None],
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Fit every block of the target.
@@ -61,7 +62,7 @@ def reconstruct(
         folder: For the goals of the block at hand; emptied after each.
         choosing: Of either kind, those on which each fit's lambda is chosen.
         finished: What was fitted of the first blocks before, in an earlier run of the same: it is not fitted again.
-        take: Is handed each block that was fitted, to be kept, and the seconds that all of it took; in their order.
+        take: Is handed each block that was fitted, to be kept; in their order.
         progress: Called with (blocks done, all); may raise to stop.
 
     Raises:
@@ -101,7 +102,8 @@ def reconstruct(
                 steps.go_on(fits + batch, result)
             del calls, ends
             if block is not None:
-                take(block, time.perf_counter() - began)
+                timed = block.note.model_copy(update={"seconds": time.perf_counter() - began})
+                take(replace(block, note=timed))
             if progress is not None:
                 progress(layer + 1, layers)
 

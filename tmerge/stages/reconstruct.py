@@ -159,7 +159,7 @@ class Reconstruct:
                 self._folder,
                 choosing=self._choosing,
                 finished=writer.parts(),
-                take=lambda block, seconds: writer.add(block.items, block.note(seconds)),
+                take=lambda block: writer.add(block.items, block.note),
                 progress=progress.counting(
                     "reconstructing" if name == "fused" else f"{name}: reconstructing", "layers"
                 ),

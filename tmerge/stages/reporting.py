@@ -11,8 +11,8 @@ from typing import Any
 
 from tmerge.evaluation import Interval, Scores, Verdict, difference, resamples, score, verdict
 from tmerge.fusion import COLUMN_PROJECTIONS, neuron_count
-from tmerge.models import Architecture, ModelFacts
 from tmerge.preflight.check import Check
+from tmerge.preflight.document import CheckedModel
 from tmerge.recipe import Recipe, Reconstruction
 from tmerge.report.parts import (
     Calibration,
@@ -111,14 +111,15 @@ def build_report(
     ]
     total, forward = sum(stage.seconds for stage in stages), sum(stage.forward_seconds for stage in stages)
     base: dict[str, Any] = {}
-    if checked.base is not None:
-        base["source_base_model"] = _model(checked.base, checked.base_layout or checked.source_layout)
+    models = checked.document()
+    if models.source_base is not None:
+        base["source_base_model"] = _model(models.source_base)
     return Report(
         schema=SCHEMA,
         tmerge=versions["tmerge"],
         verdict=judged,
-        target=_model(checked.target, checked.target_layout),
-        source=_model(checked.source, checked.source_layout),
+        target=_model(models.target),
+        source=_model(models.source),
         source_base=recipe.source_base,
         **base,
         same_model=checked.target.commit == checked.source.commit,
@@ -172,17 +173,8 @@ def _remarks(measured: Measurements) -> list[str]:
     return remarks
 
 
-def _model(facts: ModelFacts, layout: Architecture) -> MergedModel:
-    assert facts.commit is not None  # the check sees to it
-    return MergedModel(
-        ref=facts.reference.text,
-        commit=facts.commit,
-        architecture=facts.model_type,
-        parameters=facts.parameters,
-        layers=layout.num_layers,
-        hidden_size=layout.hidden_size,
-        licence=facts.licence,
-    )
+def _model(found: CheckedModel) -> MergedModel:
+    return MergedModel.model_validate({name: getattr(found, name) for name in MergedModel.model_fields})
 
 
 def _calibration(measured: Measurements) -> Calibration:
