@@ -54,7 +54,7 @@ def bits_per_byte(
     for text in held_out:
         ids = ids_of(source, text)
         found = goal(stream(source, ids))[:-1]
-        normed = readout.gain * readout.centred(found) / readout.size(found) + readout.shift
+        normed = readout.norm.gain * readout.norm.centred(found) / readout.norm.size(found) + readout.norm.shift
         made = normed @ readout.head.float().T
         logits = readout.scale * (made if readout.head_bias is None else made + readout.head_bias)
         bits -= float(logits.log_softmax(-1).gather(1, ids[0, 1:, None]).sum()) / math.log(2)

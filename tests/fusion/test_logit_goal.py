@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import minimize
 
 from tmerge.fusion.logit_goal import _HELD, _UNREAD, LogitGoal
-from tmerge.models import Readout
+from tmerge.models import LastNorm, Readout
 
 TOKENS, MINE, THEIRS = 90, 12, 20
 
@@ -21,14 +21,14 @@ def readout(width, seed, *, centres=False, biased=False, tokens=TOKENS):
 
     shift = 0.3 * values(width) if centres else torch.zeros(width)
     bias = values(tokens) if biased else None
-    return Readout(values(tokens, width), bias, 1 + 0.3 * values(width), shift, centres, 1 + 0.1 * seed)
+    return Readout(values(tokens, width), bias, LastNorm(1 + 0.3 * values(width), shift, centres), 1 + 0.1 * seed)
 
 
 def logits(of, stream):
     """(r, V), float64."""
     stream = stream.double()
-    held = stream - stream.mean(1, keepdim=True) if of.centres else stream
-    normed = of.gain.double() * held / held.square().mean(1, keepdim=True).sqrt() + of.shift.double()
+    held = stream - stream.mean(1, keepdim=True) if of.norm.centres else stream
+    normed = of.norm.gain.double() * held / held.square().mean(1, keepdim=True).sqrt() + of.norm.shift.double()
     made = normed @ of.head.double().T
     return of.scale * (made if of.head_bias is None else made + of.head_bias.double())
 
@@ -45,12 +45,12 @@ def test_it_is_the_weighted_least_squares_over_the_vocabulary(centres, biased):
     found = LogitGoal.of(target, source, vocabulary, counts).stream(carried, hidden)
 
     weights = (counts.double() + _UNREAD).sqrt()[:, None]
-    jacobian = target.scale * target.head.double() * target.gain.double()
+    jacobian = target.scale * target.head.double() * target.norm.gain.double()
     if centres:
         jacobian = jacobian - jacobian.mean(1, keepdim=True)
     shares = weights.square() / weights.square().sum()
     jacobian = (jacobian - (shares * jacobian).sum(0)) * shares.sqrt()
-    constant = target.head.double() @ target.shift.double()
+    constant = target.head.double() @ target.norm.shift.double()
     constant = target.scale * (constant if target.head_bias is None else constant + target.head_bias.double())
     size = hidden.double() - (hidden.double().mean(1, keepdim=True) if centres else 0)
     size = size.square().mean(1).sqrt()
@@ -92,7 +92,9 @@ def test_a_narrower_target_comes_nearer_to_the_logits_than_with_the_kept_neurons
     mixed = source.head @ torch.randn(THEIRS, 8, generator=torch.Generator().manual_seed(9)) / 8
     source = replace(source, head=mixed @ torch.randn(8, THEIRS, generator=torch.Generator().manual_seed(10)))
     kept = torch.randperm(THEIRS, generator=torch.Generator().manual_seed(1))[:MINE]
-    target = Readout(source.head[:, kept], None, source.gain[kept], source.shift[kept], False, source.scale)
+    target = Readout(
+        source.head[:, kept], None, LastNorm(source.norm.gain[kept], source.norm.shift[kept], False), source.scale
+    )
     vocabulary = torch.arange(TOKENS).expand(2, -1)
     hidden = torch.randn(50, THEIRS, generator=torch.Generator().manual_seed(6))
     goal = LogitGoal.of(target, source, vocabulary, torch.ones(TOKENS))

@@ -10,13 +10,17 @@ from tests.pico import PICO_FAMILIES, save_pico
 from tmerge.calibration.batches import padded
 from tmerge.errors import UnsupportedModelError
 from tmerge.models import load_model
-from tmerge.models.blocks import hidden_of, stepped
+from tmerge.models.blocks import base_pass, hidden_of, stepped
 
 IDS = [[5, 9, 40, 7, 33], [8, 30, 12], [61, 4, 22, 9, 14, 3, 50]]
 
 
 def batches(loaded):
     return [padded(IDS[:2], loaded.pad_id), padded(IDS[2:], loaded.pad_id)]
+
+
+def passes(loaded):
+    return [base_pass(loaded, batch) for batch in batches(loaded)]
 
 
 @torch.no_grad()
@@ -36,7 +40,7 @@ def test_it_is_the_models_own_pass(family, tmp_path):
     expected, ends = outputs(loaded), []
     # The norm behind the blocks, and whatever else there is, is run by the model itself.
     handle = loaded.base.register_forward_hook(lambda module, inputs, output: ends.append(output.last_hidden_state))
-    with stepped(loaded, batches(loaded)) as steps:
+    with stepped(loaded, passes(loaded)) as steps:
         for block in range(len(steps)):
             for batch, call in enumerate(steps.calls(block)):
                 assert call.hidden.shape[:2] == batches(loaded)[batch][0].shape
@@ -56,7 +60,7 @@ def test_it_is_the_models_own_pass(family, tmp_path):
 def test_what_a_block_is_changed_to_is_what_the_next_sees(tmp_path):
     save_pico("llama", tmp_path / "m", layers=3)
     loaded = load_model(str(tmp_path / "m"), dtype="float32")
-    with stepped(loaded, batches(loaded)) as steps:
+    with stepped(loaded, passes(loaded)) as steps:
         for batch, call in enumerate(steps.calls(0)):
             steps.go_on(batch, torch.full_like(hidden_of(call.run()), 0.5))
         for call in steps.calls(1):
@@ -67,7 +71,7 @@ def test_passes_that_are_left_let_everything_go(tmp_path):
     save_pico("llama", tmp_path / "m", layers=3)
     loaded = load_model(str(tmp_path / "m"), dtype="float32")
     streams = []
-    with pytest.raises(RuntimeError, match="enough"), stepped(loaded, batches(loaded)) as steps:
+    with pytest.raises(RuntimeError, match="enough"), stepped(loaded, passes(loaded)) as steps:
         streams += [weakref.ref(call.hidden) for call in steps.calls(0)]
         raise RuntimeError("enough")
     gc.collect()
@@ -84,12 +88,12 @@ def test_a_models_own_fault_is_raised_here(tmp_path, monkeypatch):
         raise ValueError("no rotary angles today")
 
     monkeypatch.setattr(loaded.base.rotary_emb, "forward", broken)
-    with pytest.raises(ValueError, match="no rotary angles"), stepped(loaded, batches(loaded)):
+    with pytest.raises(ValueError, match="no rotary angles"), stepped(loaded, passes(loaded)):
         pass
 
 
 def test_blocks_that_are_not_run_in_order_are_refused(tmp_path):
     save_pico("llama", tmp_path / "m", layers=3)
     loaded = load_model(str(tmp_path / "m"), dtype="float32")
-    with stepped(loaded, batches(loaded)) as steps, pytest.raises(UnsupportedModelError, match="block by block"):
+    with stepped(loaded, passes(loaded)) as steps, pytest.raises(UnsupportedModelError, match="block by block"):
         steps.calls(1)

@@ -30,7 +30,7 @@ def test_the_measured_readout_is_the_models_own(family, tmp_path):
         return
     assert readout is not None
     stream, logits = stream_and_logits(loaded)
-    normed = readout.gain * readout.centred(stream) / readout.size(stream) + readout.shift
+    normed = readout.norm.gain * readout.norm.centred(stream) / readout.norm.size(stream) + readout.norm.shift
     made = normed @ readout.head.float().T
     if readout.head_bias is not None:
         made = made + readout.head_bias
@@ -42,7 +42,7 @@ def test_the_measured_readout_is_the_models_own(family, tmp_path):
 def test_what_families_differ_in_is_seen(tmp_path):
     found = {name: Readout.of(load_model(str(save_pico(name, tmp_path / name)), dtype="float32")) for name in KINDS}
     for name, (centres, shifts, biased) in KINDS.items():
-        assert (found[name].centres, bool(found[name].shift.abs().max() > 1e-3)) == (centres, shifts), name
+        assert (found[name].norm.centres, bool(found[name].norm.shift.abs().max() > 1e-3)) == (centres, shifts), name
         assert (found[name].head_bias is not None) == biased, name
 
 
@@ -66,5 +66,5 @@ def test_in_bfloat16_it_is_measured_as_well(tmp_path):
     loaded = load_model(str(save_pico("gpt2", tmp_path / "m", dtype=torch.bfloat16)), dtype="bfloat16")
     readout = Readout.of(loaded)
     norm = loaded.base.ln_f
-    torch.testing.assert_close(readout.gain, norm.weight.detach().float(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(readout.shift, norm.bias.detach().float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(readout.norm.gain, norm.weight.detach().float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(readout.norm.shift, norm.bias.detach().float(), atol=1e-4, rtol=1e-4)

@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from tmerge.errors import NotEnoughMemoryError
 from tmerge.models import LoadedModel
+from tmerge.models.blocks import base_pass, in_groups, stepped
 
-__all__ = ["EncodedTexts", "encode", "length_batches", "padded", "read_batches", "token_limit"]
+__all__ = ["EncodedTexts", "ReadStep", "encode", "length_batches", "padded", "read_batches", "token_limit"]
 
 # Texts this much shorter than the longest of a batch (one part in) may join it; the rest would be padding.
 _SLACK = 8
@@ -40,6 +42,30 @@ class EncodedTexts:
     def lengths(self) -> list[int]:
         """Tokens of each text."""
         return [len(ids) for ids in self.ids]
+
+
+@dataclass(frozen=True)
+class ReadStep:
+    """A batch that went through a model, or through one of its blocks.
+
+    Attributes:
+        texts: Of the batch.
+        seconds: That it took.
+        block: Which block; None where it was the whole model.
+        done: Steps so far: texts, or blocks.
+        of: Of so many.
+    """
+
+    texts: list[int]
+    seconds: float
+    block: int | None
+    done: int
+    of: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the batch is read for the first time."""
+        return not self.block
 
 
 def encode(loaded: LoadedModel, texts: Sequence[str], max_tokens: int) -> EncodedTexts:
@@ -99,19 +125,20 @@ def read_batches(
     encoded: EncodedTexts,
     batch_tokens: int,
     before: Callable[[list[int]], None] | None = None,
-) -> Iterator[tuple[list[int], float]]:
+) -> Iterator[ReadStep]:
     """Run the base model, without its head and without a cache, over all texts that have tokens.
 
-    The longest come first, so that what does not fit in memory shows at once.
+    The longest come first, so that what does not fit in memory shows at once. A model that is read by blocks takes all
+    batches through one block before the next; of very many texts, some of them through all blocks before the others.
 
     Args:
         loaded: The model.
         encoded: Its token ids.
         batch_tokens: Most padded tokens of a forward pass.
-        before: Called with the texts of a batch just before its forward pass.
+        before: Called with the texts of a batch just before its forward pass, or its pass through a block.
 
     Yields:
-        The texts of a batch, and the seconds its forward pass took.
+        What was just read.
 
     Raises:
         NotEnoughMemoryError: A batch did not fit.
@@ -119,21 +146,68 @@ def read_batches(
     filled = [text for text, ids in enumerate(encoded.ids) if ids]
     base, was_training = loaded.base, loaded.base.training
     base.eval()
+    batches = [
+        [filled[index] for index in batch]
+        for batch in reversed(length_batches([len(encoded.ids[text]) for text in filled], batch_tokens))
+    ]
+    before = before or (lambda texts: None)
+    read = _through_all if loaded.block_weights is None else _through_blocks
     try:
-        for batch in reversed(length_batches([len(encoded.ids[text]) for text in filled], batch_tokens)):
-            texts = [filled[index] for index in batch]
-            ids, mask = padded([encoded.ids[text] for text in texts], loaded.pad_id)
-            ids, mask = ids.to(loaded.device), None if mask is None else mask.to(loaded.device)
-            if before is not None:
-                before(texts)
-            began = time.perf_counter()
-            with torch.inference_mode(), _memory_errors(loaded, batch_tokens):
-                base(input_ids=ids, attention_mask=mask, use_cache=False)
-                if loaded.device.type == "cuda":
-                    torch.cuda.synchronize(loaded.device)
-            yield texts, time.perf_counter() - began
+        yield from read(loaded, encoded, batches, batch_tokens, before)
     finally:
         base.train(was_training)
+
+
+def _through_all(
+    loaded: LoadedModel,
+    encoded: EncodedTexts,
+    batches: list[list[int]],
+    batch_tokens: int,
+    before: Callable[[list[int]], None],
+) -> Iterator[ReadStep]:
+    done = 0
+    for texts in batches:
+        run = _pass(loaded, encoded, texts)
+        before(texts)
+        began = time.perf_counter()
+        with torch.inference_mode(), _memory_errors(loaded, batch_tokens):
+            run()
+            _wait_for(loaded)
+        done += len(texts)
+        yield ReadStep(texts, time.perf_counter() - began, None, done, sum(map(len, batches)))
+
+
+def _through_blocks(
+    loaded: LoadedModel,
+    encoded: EncodedTexts,
+    batches: list[list[int]],
+    batch_tokens: int,
+    before: Callable[[list[int]], None],
+) -> Iterator[ReadStep]:
+    groups = in_groups(loaded, [len(texts) * max(len(encoded.ids[text]) for text in texts) for texts in batches])
+    for number, group in enumerate(groups):
+        works = [_pass(loaded, encoded, texts) for texts in batches[group]]
+        with stepped(loaded, works) as steps:
+            for block in range(len(steps)):
+                began = time.perf_counter()  # reading the block's weights is part of the first batch's time
+                for batch, call in enumerate(steps.calls(block)):
+                    texts = batches[group][batch]
+                    before(texts)
+                    with torch.inference_mode(), _memory_errors(loaded, batch_tokens):
+                        steps.go_on(batch, call.run())
+                        _wait_for(loaded)
+                    done = number * len(steps) + block + (batch + 1 == len(works))
+                    yield ReadStep(texts, time.perf_counter() - began, block, done, len(groups) * len(steps))
+                    began = time.perf_counter()
+
+
+def _pass(loaded: LoadedModel, encoded: EncodedTexts, texts: list[int]) -> Callable[[], Any]:
+    return base_pass(loaded, padded([encoded.ids[text] for text in texts], loaded.pad_id))
+
+
+def _wait_for(loaded: LoadedModel) -> None:
+    if loaded.device.type == "cuda":
+        torch.cuda.synchronize(loaded.device)
 
 
 def padded(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ def capture(
         batch_tokens: Most padded tokens of a forward pass.
         key: Kept in the store: what decides its contents.
         ends: Per text, the characters after which a token is read (`common_ends`); None for means over whole texts.
-        progress: Called with (texts done, T) after each batch; may raise to stop, and then there is no store.
+        progress: Called after each batch with (texts done, all that have tokens), or, of a model that is read by
+            blocks, with (blocks done, all); may raise to stop, and then there is no store.
         cancelled: Asked before each batch whether to stop.
 
     Raises:
@@ -120,20 +122,21 @@ def capture(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "texts_sha256": hashlib.sha256(listed.encode()).hexdigest(),
     }
-    forward_seconds, done, padded, batches = 0.0, len(empty), 0, 0
+    forward_seconds, padded, batches = 0.0, 0, 0
     widths = {(tap.layer, tap.key): tap.features for tap in taps}
     positions = None if ends is None else token_positions(loaded.tokenizer, texts, ends, encoded.limit)
     rows = len(texts) if positions is None else sum(map(len, positions))
     with FeatureWriter(folder, rows, widths, key=key, facts=facts) as writer:
         pool = _Pool(loaded, taps, lengths, writer, positions)
         with pool.hooked():
-            for batch, seconds in read_batches(loaded, encoded, batch_tokens, pool.begin):
-                pool.end()
-                forward_seconds += seconds
-                done, batches = done + len(batch), batches + 1
-                padded += len(batch) * max(lengths[text] for text in batch)
+            for step in read_batches(loaded, encoded, batch_tokens, pool.begin):
+                pool.end(step.block)
+                forward_seconds += step.seconds
+                if step.is_first:
+                    batches += 1
+                    padded += len(step.texts) * max(lengths[text] for text in step.texts)
                 if progress is not None:
-                    progress(done, len(texts))
+                    progress(step.done, step.of)
                 if cancelled is not None and cancelled():
                     raise Cancelled("stopped while reading features; the same command continues")
         pool.write()
@@ -156,7 +159,7 @@ def capture(
 def bare_forward(loaded: LoadedModel, texts: Sequence[str], *, max_tokens: int, batch_tokens: int) -> float:
     """Seconds of the forward passes that `capture` would run on these texts, without its hooks."""
     encoded = encode(loaded, texts, max_tokens)
-    return sum(seconds for _, seconds in read_batches(loaded, encoded, batch_tokens))
+    return sum(step.seconds for step in read_batches(loaded, encoded, batch_tokens))
 
 
 class _Pool:
@@ -181,7 +184,7 @@ class _Pool:
         self._served: dict[nn.Module, list[Tap]] = {}
         for tap in taps:
             self._served.setdefault(tap.module, []).append(tap)
-        self._expected = len(taps)
+        self._layers = Counter(tap.layer for tap in taps)
         self._waiting: dict[tuple[int, str], list[tuple[list[int], Tensor]]] = {}
         self._waiting_bytes = 0
         self.begin([])
@@ -215,12 +218,12 @@ class _Pool:
         self._pending_bytes = 0
         self._seen: set[tuple[int, str]] = set()
 
-    def end(self) -> None:
-        """Take what the forward pass left."""
+    def end(self, block: int | None) -> None:
+        """Take what the forward pass left, or the pass through a block."""
         self._take()
-        if len(self._seen) != self._expected:
-            missing = next(tap for taps in self._served.values() for tap in taps if _feature(tap) not in self._seen)
-            raise self._unsupported(missing, "did not run")
+        if len(self._seen) != (self._layers.total() if block is None else self._layers[block]):
+            taps = [tap for served in self._served.values() for tap in served if block in (None, tap.layer)]
+            raise self._unsupported(next(tap for tap in taps if _feature(tap) not in self._seen), "did not run")
 
     def _hook(self, served: list[Tap], module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         # Nothing is returned: a tensor would take the place of the module's output.

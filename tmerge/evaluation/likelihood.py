@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch.nn import functional
 from tmerge.calibration import length_batches, padded, token_limit
 from tmerge.errors import DeviceError, NotEnoughMemoryError, TokenizerError
 from tmerge.models import LoadedModel
+from tmerge.models.blocks import in_groups, read_in_step
 
 __all__ = ["Scores", "score_texts"]
 
@@ -82,7 +84,8 @@ def score_texts(
         texts: N texts, not empty.
         batch_tokens: Most padded tokens of one forward pass; fewer where the vocabulary is large.
         finite: Whether a score that is not finite is refused; a candidate that overflows may simply lose.
-        progress: Called with (texts done, N); may raise to stop.
+        progress: Called with (texts done, N), or, of a model that is read by blocks, with (blocks done, all of them);
+            may raise to stop.
 
     Raises:
         TokenizerError: The tokenizer has neither a begin- nor an end-of-text token to start from.
@@ -107,18 +110,29 @@ def score_texts(
     bits = torch.zeros(len(texts), dtype=torch.float64)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     limit = max(1, min(batch_tokens, _LOGITS_AT_ONCE // vocabulary))
-    tokens = done = 0
     began = time.perf_counter()
     was_training = model.training
     model.eval()
     try:
-        for batch in length_batches([len(ids) for ids in encoded], limit):
-            bits.index_add_(0, of_text[batch], _bits_of(model, [encoded[index] for index in batch], loaded.device))
-            tokens += sum(len(encoded[index]) - 1 for index in batch)
-            left.subtract(owners[index] for index in batch)
-            done = sum(not windows for windows in left.values())
-            if progress is not None:
-                progress(done, len(texts))
+        batches = length_batches([len(ids) for ids in encoded], limit)
+
+        found: list[Tensor] = []
+
+        def score(batch: list[int]) -> None:
+            found.append(_bits_of(model, [encoded[index] for index in batch], loaded.device))
+
+        if loaded.block_weights is None:
+            for batch in batches:
+                score(batch)
+                left.subtract(owners[index] for index in batch)
+                if progress is not None:
+                    progress(sum(not windows for windows in left.values()), len(texts))
+        else:
+            read = [len(batch) * len(encoded[batch[-1]]) for batch in batches]
+            for group in in_groups(loaded, read):
+                read_in_step(loaded, [partial(score, batch) for batch in batches[group]], progress)
+        for batch, of_batch in zip(batches, found, strict=True):
+            bits.index_add_(0, of_text[batch], of_batch)
     except torch.OutOfMemoryError:
         raise NotEnoughMemoryError(
             f"{loaded.reference}: out of memory on {loaded.device} while scoring; lower calibration.batch_tokens "
@@ -129,7 +143,7 @@ def score_texts(
     if finite:
         _check_finite(loaded, bits)
     sizes = torch.tensor([len(text.encode()) for text in texts], dtype=torch.float64)
-    return Scores(bits, sizes, tokens, time.perf_counter() - began)
+    return Scores(bits, sizes, sum(map(len, encoded)) - len(encoded), time.perf_counter() - began)
 
 
 def _check_finite(loaded: LoadedModel, bits: Tensor) -> None:

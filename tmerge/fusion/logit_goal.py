@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tmerge.models import Readout
+from tmerge.models import LastNorm, Readout
 
 __all__ = ["FinalGoal", "LogitGoal"]
 
@@ -46,8 +46,8 @@ class LogitGoal:
     """``A`` by its eigenvectors, and what the goals are made of.
 
     Attributes:
-        target: How it reads its stream out.
-        source: How it does.
+        target: The target's last norm.
+        source: The source's.
         values: (n,) eigenvalues of ``A + epsilon m I``, float64.
         vectors: (n, n) their eigenvectors, as columns.
         held: epsilon m.
@@ -55,8 +55,8 @@ class LogitGoal:
         toward: (n,) ``F^T D`` of what the heads' biases and the norms' shifts differ by.
     """
 
-    target: Readout
-    source: Readout
+    target: LastNorm
+    source: LastNorm
     values: Tensor
     vectors: Tensor
     held: float
@@ -81,7 +81,7 @@ class LogitGoal:
         gram, cross, constant = (each.cpu() for each in _sums(target, source, own, others, weights))
         held = _HELD * float(gram.diagonal().mean())
         values, vectors = torch.linalg.eigh(gram)
-        return cls(target, source, values.clamp_min(0) + held, vectors, held, cross.float(), constant.float())
+        return cls(target.norm, source.norm, values.clamp_min(0) + held, vectors, held, cross.float(), constant.float())
 
     def stream(self, carried: Tensor, hidden: Tensor) -> Tensor:
         """The goals of some tokens.
@@ -129,14 +129,14 @@ def _sums(
         mine, theirs = own[start : start + _TOKENS].to(device), others[start : start + _TOKENS]
         ours = target.scale * target.head[mine].float()
         its = source.scale * source.head[theirs.to(source.head.device)].float()
-        constant = its @ source.shift.to(its) - (ours @ target.shift.to(ours)).to(its.device)
+        constant = its @ source.norm.shift.to(its) - (ours @ target.norm.shift.to(ours)).to(its.device)
         if source.head_bias is not None:
             constant = constant + source.scale * source.head_bias[theirs.to(its.device)].float()
         if target.head_bias is not None:
             constant = constant - (target.scale * target.head_bias[mine].float()).to(its.device)
         ones = torch.ones(len(mine), 1, device=device)
-        left = torch.cat([target.centred(ours * target.gain.to(ours)), ones], 1)
-        right = torch.cat([(its * source.gain.to(its)).to(device), constant.to(device)[:, None]], 1)
+        left = torch.cat([target.norm.centred(ours * target.norm.gain.to(ours)), ones], 1)
+        right = torch.cat([(its * source.norm.gain.to(its)).to(device), constant.to(device)[:, None]], 1)
         by = weights[start : start + _TOKENS].float().to(device)[:, None]
         sums += ((left * by).T @ torch.cat([left, right], 1)).to(there).double()
     means = sums[-1]

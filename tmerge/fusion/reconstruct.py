@@ -36,8 +36,8 @@ from tmerge.fusion.logit_goal import FinalGoal, LogitGoal
 from tmerge.fusion.merge import TransportedNeurons, fuse
 from tmerge.fusion.passage import Goals, Passage, Reading, Rows, Wanted, readings
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
-from tmerge.models import Readout, feature_key
-from tmerge.models.blocks import BlockCall, Steps, hidden_of, stepped
+from tmerge.models import LoadedModel, Readout, feature_key
+from tmerge.models.blocks import BlockCall, Steps, base_pass, hidden_of, stepped
 
 __all__ = ["reconstruct"]
 
@@ -77,8 +77,8 @@ def reconstruct(
     fits = len(target_reading.batches)
     with (
         closing(goals),
-        stepped(passage.target, target_reading.batches + own_reading.batches) as steps,
-        stepped(passage.source, source_reading.batches) as source_steps,
+        stepped(passage.target, _passes(passage.target, target_reading, own_reading)) as steps,
+        stepped(passage.source, _passes(passage.source, source_reading)) as source_steps,
     ):
         source = _Source(passage, source_steps, source_reading, final)
         for layer in range(layers):
@@ -106,6 +106,10 @@ def reconstruct(
                 take(replace(block, note=timed))
             if progress is not None:
                 progress(layer + 1, layers)
+
+
+def _passes(loaded: LoadedModel, *readings: Reading) -> list[Callable[[], Any]]:
+    return [base_pass(loaded, batch) for reading in readings for batch in reading.batches]
 
 
 def _final_goal(passage: Passage, reading: Reading, rows: Rows) -> LogitGoal | None:

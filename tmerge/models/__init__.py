@@ -23,7 +23,7 @@ from tmerge.models.projections import (
     feature_key,
     match,
 )
-from tmerge.models.readout import Readout
+from tmerge.models.readout import LastNorm, Readout
 from tmerge.models.reference import ModelReference, trusts
 from tmerge.models.remote import Snapshot, fetch, hub_errors, open_repo
 from tmerge.models.rotary import head_facts
@@ -41,6 +41,7 @@ __all__ = [
     "Architecture",
     "DemoModel",
     "HeadLayout",
+    "LastNorm",
     "LoadedModel",
     "MappedWeights",
     "Model",

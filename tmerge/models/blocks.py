@@ -3,7 +3,8 @@
 Every batch runs the model's own ``forward`` in a thread of its own, and at each block's door hands over what it was
 about to give it. So there is no code per architecture: masks, positions and whatever else travels between the blocks is
 what the model's own loop makes, and between two blocks nothing of a batch is in memory but that. One thread runs at a
-time; the others wait.
+time; the others wait. So a model need not be in memory either: where it is read by blocks
+(`tmerge.models.block_weights`), each block's weights are read once for all batches.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from tmerge.errors import UnsupportedModelError
 from tmerge.models.discovery import find_block_list, unwrap
 from tmerge.models.loading import LoadedModel
 
-__all__ = ["BlockCall", "Steps", "hidden_of", "stepped"]
+__all__ = ["BlockCall", "Steps", "base_pass", "hidden_of", "in_groups", "read_in_step", "stepped"]
+
+# Streams that are in memory together where a model is read by blocks; each further group reads it once more.
+_STREAM_BYTES = 1 << 30
 
 Batch = tuple[Tensor, Tensor | None]
 """Token ids (B, S), and their mask or None where nothing is padded."""
@@ -82,8 +86,9 @@ class _Pass:
 class Steps:
     """The passes, at the same block's door each; from `stepped`."""
 
-    def __init__(self, blocks: Sequence[nn.Module], passes: Sequence[_Pass], name: str) -> None:
-        self._blocks, self._passes, self._name = blocks, passes, name
+    def __init__(self, blocks: Sequence[nn.Module], passes: Sequence[_Pass], loaded: LoadedModel) -> None:
+        self._blocks, self._passes, self._name = blocks, passes, str(loaded.reference)
+        self._weights = loaded.block_weights
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -91,9 +96,16 @@ class Steps:
     def calls(self, block: int) -> list[BlockCall]:
         """What each batch gives to a block, in the batches' order; blocks are asked for in order, each once.
 
+        Of a model that is read by blocks, this one's weights are in memory from here on, and those of the one before
+        no longer.
+
         Raises:
             UnsupportedModelError: The model does not run its blocks one after the other, each once.
         """
+        if self._weights is not None:
+            if block:
+                self._weights.leave_block(block - 1)
+            self._weights.enter_block(block)
         found = []
         for one in self._passes:
             if one.error is not None:
@@ -117,20 +129,31 @@ class Steps:
             raise one.error
 
 
+def base_pass(loaded: LoadedModel, batch: Batch) -> Callable[[], Any]:
+    """A pass of the base model, without head and cache, over a batch that is on any device."""
+
+    def run() -> Any:
+        ids, mask = batch
+        mask = None if mask is None else mask.to(loaded.device)
+        return loaded.base(input_ids=ids.to(loaded.device), attention_mask=mask, use_cache=False)
+
+    return run
+
+
 @contextmanager
-def stepped(loaded: LoadedModel, batches: Sequence[Batch]) -> Iterator[Steps]:
-    """Bring a model's forward passes over some batches to the door of its first block.
+def stepped(loaded: LoadedModel, works: Sequence[Callable[[], Any]]) -> Iterator[Steps]:
+    """Bring a model's forward passes to the door of its first block.
 
     Args:
-        loaded: The model; its base model is run, without head, cache and gradient.
-        batches: On any device; they are moved to the model's.
+        loaded: The model, in memory or read by blocks.
+        works: Each makes one pass of it (`base_pass`), without gradient.
 
     Yields:
         The passes. Those that have not come to their end when the ``with`` is left are let go.
     """
     name, blocks = find_block_list(unwrap(loaded.model))
     listed = list(blocks)
-    passes = [_Pass() for _ in batches]
+    passes = [_Pass() for _ in works]
     current = threading.local()
     originals = [block.forward for block in listed]
     had_own = ["forward" in vars(block) for block in listed]
@@ -151,16 +174,14 @@ def stepped(loaded: LoadedModel, batches: Sequence[Batch]) -> Iterator[Steps]:
 
         return wait
 
-    def work(one: _Pass, batch: Batch) -> None:
+    def passing(one: _Pass, work: Callable[[], Any]) -> None:
         current.one = one
         one.turn.acquire()
         try:
             if one.left:
                 return
-            ids, mask = batch
-            mask = None if mask is None else mask.to(loaded.device)
             with torch.no_grad():
-                loaded.base(input_ids=ids.to(loaded.device), attention_mask=mask, use_cache=False)
+                work()
         except _Left:
             pass
         except BaseException as error:  # noqa: BLE001 - raised again by who waits for the pass
@@ -170,8 +191,8 @@ def stepped(loaded: LoadedModel, batches: Sequence[Batch]) -> Iterator[Steps]:
             one.waits.release()
 
     threads = [
-        threading.Thread(target=work, args=pair, daemon=True, name="tmerge-pass")
-        for pair in zip(passes, batches, strict=True)
+        threading.Thread(target=passing, args=pair, daemon=True, name="tmerge-pass")
+        for pair in zip(passes, works, strict=True)
     ]
     was_training = loaded.base.training
     loaded.base.eval()
@@ -187,7 +208,9 @@ def stepped(loaded: LoadedModel, batches: Sequence[Batch]) -> Iterator[Steps]:
             one.waits.acquire()
             if one.error is not None:
                 raise one.error
-        yield Steps(listed, passes, str(loaded.reference))
+        if loaded.block_weights is not None:
+            loaded.block_weights.leave_ends()
+        yield Steps(listed, passes, loaded)
     finally:
         for one in passes:
             one.left, one.call, one.result = True, None, None
@@ -200,3 +223,43 @@ def stepped(loaded: LoadedModel, batches: Sequence[Batch]) -> Iterator[Steps]:
             else:
                 del block.forward
         loaded.base.train(was_training)
+        if loaded.block_weights is not None:
+            loaded.block_weights.close()
+
+
+def read_in_step(
+    loaded: LoadedModel, works: Sequence[Callable[[], None]], progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Run some passes to their end, all of them block by block.
+
+    Args:
+        loaded: The model.
+        works: As for `stepped`; each does with what its pass gives whatever is to be done, one after the other.
+        progress: Called with (blocks done, all).
+    """
+    with stepped(loaded, works) as steps, torch.no_grad():
+        for block in range(len(steps)):
+            for number, call in enumerate(steps.calls(block)):
+                steps.go_on(number, call.run())
+            if progress is not None:
+                progress(block + 1, len(steps))
+
+
+def in_groups(loaded: LoadedModel, tokens: Sequence[int]) -> list[slice]:
+    """Passes whose streams are in memory together, when all of them wait at a block's door.
+
+    Args:
+        loaded: The model.
+        tokens: Of each pass, padding included.
+
+    Returns:
+        Stretches of the passes, in their order.
+    """
+    each = loaded.model.config.get_text_config().hidden_size * 4
+    groups, start, held = [], 0, 0
+    for number, count in enumerate(tokens):
+        if number > start and held + count * each > _STREAM_BYTES:
+            groups.append(slice(start, number))
+            start, held = number, 0
+        held += count * each
+    return [*groups, slice(start, len(tokens))] if tokens else []

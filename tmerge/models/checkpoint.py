@@ -225,8 +225,13 @@ _digests: dict[tuple[int, ...], str] = {}
 
 
 def _state(path: Path) -> tuple[int, ...]:
+    return *file_state(path), path.stat().st_ctime_ns
+
+
+def file_state(path: Path) -> tuple[int, ...]:
+    """What tells a file from one that has taken its place."""
     found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def folder_digest(folder: Path, weights: Sequence[Path]) -> str:

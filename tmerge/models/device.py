@@ -19,6 +19,7 @@ __all__ = [
     "DTYPES",
     "available_memory",
     "check_memory",
+    "fits",
     "memory_errors",
     "multiplies_fast",
     "pick_device",
@@ -41,6 +42,9 @@ _INSTRUCTIONS: dict[torch.dtype, tuple[tuple[str, ...], str]] = {
     torch.bfloat16: (("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"), "_is_mkldnn_bf16_supported"),
     torch.float16: (("avx512_fp16", "amx_fp16", "fp16_arith"), "_is_mkldnn_fp16_supported"),
 }
+
+# Of the memory that is free, what a model may take: features, logits and another model go beside it.
+_OF_WHAT_IS_FREE = 0.6
 
 # Limits that a container puts on this process, cgroup version 2 and 1: the limit, what is used, and of what kinds.
 _CGROUP = Path("/sys/fs/cgroup")
@@ -129,6 +133,11 @@ def available_memory(device: torch.device) -> int:
             cached = int(counts.get("active_file", 0)) + int(counts.get("inactive_file", 0))
             free = min(free, int(limit.read_text()) - int(used.read_text()) + cached)
     return max(free, 0)
+
+
+def fits(needed: int, device: torch.device) -> bool:
+    """Whether a model of so many bytes leaves room on a device for what is computed with it."""
+    return needed <= _OF_WHAT_IS_FREE * available_memory(device)
 
 
 def check_memory(what: str, needed: int, device: torch.device) -> None:

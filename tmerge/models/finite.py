@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tmerge.errors import CheckpointError, DeviceError
 from tmerge.models.reference import ModelReference
@@ -23,13 +22,15 @@ __all__ = ["check_finite", "gguf_tensors", "safetensors_tensors"]
 
 
 def check_finite(
-    reference: ModelReference, model: PreTrainedModel, stored: Callable[[], Iterable[tuple[str, Tensor]]]
+    reference: ModelReference,
+    parameters: Iterable[tuple[str, Tensor]],
+    stored: Callable[[], Iterable[tuple[str, Tensor]]],
 ) -> None:
-    """Refuse a model with weights that are not finite.
+    """Refuse weights that are not finite.
 
     Args:
         reference: Named in errors.
-        model: As it was loaded, in the dtype that it is to compute in.
+        parameters: By name, as they were loaded, in the dtype that they are to be computed with.
         stored: Gives (name, tensor) of what the model took from its file, one at a time; read only where something was
             found, to tell which tensor it is there, or that the values came out of range in the model's dtype alone.
 
@@ -37,7 +38,7 @@ def check_finite(
         CheckpointError: They are not finite in the file.
         DeviceError: They are, but too large for the dtype.
     """
-    spoilt = [(name, parameter) for name, parameter in model.named_parameters() if not _finite(parameter)]
+    spoilt = [(name, parameter) for name, parameter in parameters if not _finite(parameter)]
     if not spoilt:
         return
     if found := [(name, *_counts(tensor)) for name, tensor in stored() if not _finite(tensor)]:

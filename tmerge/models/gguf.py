@@ -16,6 +16,7 @@ Measured in seconds of processor time with the tokenizer: SmolLM2 135M 16.3 befo
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib.util
 import math
@@ -24,7 +25,7 @@ import os
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -285,11 +286,15 @@ def _dequantize(data: np.ndarray, qtype: GGMLQuantizationType, original: Any = g
 
 
 @contextlib.contextmanager
-def fast_reading(path: Path) -> Iterator[str]:
+def fast_reading(path: Path, only: Collection[str] | None = None) -> Iterator[str]:
     """While open, ``transformers`` reads this GGUF file through a reader that parses it once.
 
     Other files and other threads' own reading of GGUF files go through the original reader, and the substitute for
     the unpacking gives the original's bits, so nothing outside changes but speed.
+
+    Args:
+        path: The file.
+        only: Names of the tensors that it is to seem to hold; all if None.
 
     Yields:
         The folder to give to ``from_pretrained``, with ``gguf_file=path.name``: one that holds a link to the file and
@@ -305,7 +310,12 @@ def fast_reading(path: Path) -> Iterator[str]:
         if mode != "r" or os.path.realpath(file) != wanted:
             return original_reader(file, mode)
         stat = os.stat(wanted)
-        return _parsed(wanted, stat.st_size, stat.st_mtime_ns)
+        whole = _parsed(wanted, stat.st_size, stat.st_mtime_ns)
+        if only is None:
+            return whole
+        part = copy.copy(whole)
+        part.tensors = [tensor for tensor in whole.tensors if tensor.name in only]
+        return part
 
     mapped = _mapping()
     with _LOCK, tempfile.TemporaryDirectory(prefix="tmerge-") as alone:

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from tmerge.errors import CheckpointError, MissingExtraError, UnsupportedModelError
+from tmerge.models.block_weights import BlockWeights
 from tmerge.models.configs import stored_dtype, tidy_gguf_config
 from tmerge.models.device import check_memory, memory_errors, multiplies_fast, pick_device, pick_dtype
 from tmerge.models.finite import check_finite, gguf_tensors, safetensors_tensors
 from tmerge.models.gguf import GgufHeader, fast_reading, read_header
 from tmerge.models.place import GgufPlace, Place, find_place
+from tmerge.models.quiet import quiet
 from tmerge.models.reference import ModelReference, first_line
 from tmerge.models.remote import hub_errors
 from tmerge.models.stored import announce_what_is_there, side_parts, without_a_place
+from tmerge.models.stored_parts import empty_model, gguf_parts, safetensors_parts
 from tmerge.models.tokenizers import check_tokenizer, read_tokenizer
 
 __all__ = [
@@ -34,7 +37,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "model_commit",
-    "quiet",
+    "open_by_blocks",
     "read_weights",
     "runs_own_code",
 ]
@@ -53,6 +56,8 @@ class LoadedModel:
         device: Where the model is.
         dtype: In which its weights are stored, and saved again. In memory they are float32 where `load_model` widened
             them: the same values, as long as what is written to them is rounded to this dtype (`describe` sees to it).
+        block_weights: What brings each block's weights when its turn comes, of a model that is read by blocks
+            (`open_by_blocks`; run it with `tmerge.models.blocks`). None of one that is all in memory.
     """
 
     reference: ModelReference
@@ -62,6 +67,7 @@ class LoadedModel:
     licence: str | None
     device: torch.device
     dtype: torch.dtype
+    block_weights: BlockWeights | None = None
 
     @property
     def base(self) -> PreTrainedModel:
@@ -145,9 +151,68 @@ def load_model(
         )
     # Asked again of what was really done: the headers alone may have told of it in another way.
     announce_what_is_there(model, side_parts(where, model, headers, report))
-    check_finite(where, model, lambda: safetensors_tensors(place.weights, without_a_place(model, headers, report)))
+    left_out = partial(without_a_place, model, headers, report)
+    check_finite(where, model.named_parameters(), lambda: safetensors_tensors(place.weights, left_out()))
     loaded = _finish(where, place.commit, model, tokenizer, place.licence, there)
     return _widened(loaded, widen and dtype == "auto")
+
+
+def open_by_blocks(
+    reference: str | ModelReference,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    widen: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    place: Place | GgufPlace | None = None,
+) -> LoadedModel | None:
+    """A model and its tokenizer, the weights of which are read block by block while it is run.
+
+    Args:
+        reference: As `load_model`, and so are all others.
+        dtype: Likewise.
+        device: Likewise.
+        widen: Likewise.
+        tokenizer: Likewise.
+        place: Likewise.
+
+    Returns:
+        None where it can only be read whole: it runs code of its own, or this ``transformers`` reads no parts.
+
+    Raises:
+        TmergeError: As `load_model`; of weights that are damaged, when their block is read.
+    """
+    there = pick_device(device)
+    place = place or find_place(reference)
+    where = place.reference
+    if isinstance(place, GgufPlace):
+        number_format = pick_dtype(dtype, torch.bfloat16)
+    else:
+        number_format = pick_dtype(dtype, stored_dtype(place.stored_config, place.headers))
+    model = empty_model(place.config, number_format)
+    if model is None:
+        return None
+    stored: Callable[[], Iterator[tuple[str, torch.Tensor]]]
+    if isinstance(place, GgufPlace):
+        path, parts = place.path, gguf_parts(model, place, number_format)
+        stored = lambda: gguf_tensors(path)  # noqa: E731 - one of two
+        _forget_packing(model)
+    else:
+        files, headers, parts = place.weights, place.headers, safetensors_parts(model, place, number_format)
+        announce_what_is_there(model, side_parts(where, place.empty, headers))
+        without = headers.keys() - (set() if parts is None else parts.parameters.keys())
+        stored = lambda: safetensors_tensors(files, without)  # noqa: E731
+    if parts is None:
+        return None
+    tokenizer = tokenizer or load_tokenizer(where, place=place)
+    held = torch.float32 if widen and dtype == "auto" and not multiplies_fast(number_format, there) else None
+    with _loading(where, there):
+        weights = BlockWeights(
+            where, model, parts, device=there, dtype=held, check=lambda found: check_finite(where, found, stored)
+        )
+    loaded = _finish(where, place.commit, model, tokenizer, place.licence, there)
+    loaded.dtype, loaded.block_weights = number_format, weights
+    return loaded
 
 
 def load_tokenizer(
@@ -207,14 +272,18 @@ def _load_gguf(
             f"{reference.text!r} lacks {len(missing)} of the weights of {type(model).__name__} ({missing[0]}); "
             "use another GGUF file of the model, or its safetensors"
         )
-    check_finite(reference, model, lambda: gguf_tensors(path))
-    # The weights are plain now. What remains of the packing would make transformers refuse to save them.
+    check_finite(reference, model.named_parameters(), lambda: gguf_tensors(path))
+    _forget_packing(model)
+    return _finish(reference, place.commit, model, tokenizer, place.licence, device)
+
+
+def _forget_packing(model: PreTrainedModel) -> None:
+    """The weights are plain now. What remains of the packing would make ``transformers`` refuse to save them."""
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     tidy_gguf_config(model.config)
-    return _finish(reference, place.commit, model, tokenizer, place.licence, device)
 
 
 def _unpacking_bytes(header: GgufHeader, dtype: torch.dtype) -> int:
@@ -290,18 +359,6 @@ def _loading(reference: ModelReference, device: torch.device) -> Iterator[None]:
         raise CheckpointError(
             f"{reference.text!r}: its weights have other shapes than its config.json says; download the model again"
         ) from None
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the bars of ``transformers`` off the terminal: progress is the pipeline's to report."""
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _width(stored: str) -> int:

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tmerge.errors import UnsupportedModelError
+from tmerge.models.configs import stored_dtype
+from tmerge.models.device import fits, multiplies_fast, pick_device, pick_dtype
 from tmerge.models.facts import ModelFacts, read_facts
-from tmerge.models.loading import LoadedModel, load_model, load_tokenizer
+from tmerge.models.loading import LoadedModel, load_model, load_tokenizer, open_by_blocks
 from tmerge.models.place import GgufPlace, Place, find_place
 from tmerge.models.projections import Architecture, describe
 from tmerge.models.weights import MappedWeights, mapped_weights
@@ -33,6 +36,7 @@ class Model:
         reference: Hub id (``@revision``), folder, ``.gguf`` file or ``demo:NAME``.
         dtype: As `load_model`.
         device: As `pick_device`.
+        memory: Whether `open` has all of it in memory (``resident``), reads it by blocks (``blocks``), or what fits.
         trust_remote_code: Whether this repo's own Python code may run.
         commit: What identifies its contents, where that is known already; nobody is asked for it then.
     """
@@ -43,10 +47,11 @@ class Model:
         *,
         dtype: str = "auto",
         device: str = "auto",
+        memory: str = "auto",
         trust_remote_code: bool = False,
         commit: str | None = None,
     ) -> None:
-        self.reference, self.dtype, self.device = reference, dtype, device
+        self.reference, self.dtype, self.device, self.memory = reference, dtype, device, memory
         self.trust_remote_code = trust_remote_code
         self._commit = commit
         self._loaded: LoadedModel | None = None
@@ -119,8 +124,61 @@ class Model:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether its weights are in memory."""
+        """Whether all its weights are in memory."""
+        return self._loaded is not None and self._loaded.block_weights is None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be read as it is: all in memory, or by blocks."""
         return self._loaded is not None
+
+    @property
+    def held_bytes(self) -> int:
+        """What all its weights take in memory."""
+        return self.facts.parameters * self._number_format.itemsize
+
+    @property
+    def _number_format(self) -> torch.dtype:
+        """In which its weights are held."""
+        device = pick_device(self.device)
+        if isinstance(self.place, GgufPlace):
+            stored = torch.bfloat16
+        else:
+            stored = stored_dtype(self.place.stored_config, self.place.headers)
+        dtype = pick_dtype(self.dtype, stored)
+        return torch.float32 if self.dtype == "auto" and not multiplies_fast(dtype, device) else dtype
+
+    def open(self) -> LoadedModel:
+        """The model to be read, kept until it is released: in memory, or by blocks where it does not fit or is said to.
+
+        Raises:
+            TmergeError: As `load_model`.
+            UnsupportedModelError: It is to be read by blocks, and cannot be.
+        """
+        if self._loaded is not None:
+            return self._loaded
+        if self.memory == "resident" or (self.memory == "auto" and fits(self.held_bytes, pick_device(self.device))):
+            return self.load()
+        self._begin()
+        self._loaded = open_by_blocks(
+            self.reference,
+            dtype=self.dtype,
+            device=self.device,
+            widen=True,
+            tokenizer=self.__dict__.get("tokenizer"),
+            place=self.place,
+        )
+        if self._loaded is None and self.memory == "blocks":
+            raise UnsupportedModelError(
+                f"{self.reference}: a {self.facts.model_type} model cannot be read block by block with this "
+                "transformers; set memory: resident, on a machine that it fits in"
+            )
+        return self._loaded or self.load()
+
+    def _begin(self) -> None:
+        if self._was_loaded:
+            self.__dict__.pop("place", None)  # local files may have changed since they were loaded before
+        self._was_loaded = True
 
     def load(self) -> LoadedModel:
         """The model in memory, loaded once and kept until it is released.
@@ -128,10 +186,9 @@ class Model:
         Raises:
             TmergeError: As `load_model`.
         """
-        if self._loaded is None:
-            if self._was_loaded:
-                self.__dict__.pop("place", None)  # local files may have changed since they were loaded before
-            self._was_loaded = True
+        if not self.is_loaded:
+            self.release()
+            self._begin()
             self._loaded = load_model(
                 self.reference,
                 dtype=self.dtype,
@@ -142,13 +199,17 @@ class Model:
                 tokenizer=self.__dict__.get("tokenizer"),
                 place=self.place,
             )
+        assert self._loaded is not None
         return self._loaded
 
     @property
     def views(self) -> Architecture:
-        """The projections of the loaded model: views of its weights, rounded to the stored dtype where written."""
+        """The projections of the loaded model: views of its weights, rounded to the stored dtype where written.
+
+        Of a model that is read by blocks, those of the block at hand have values.
+        """
         if self._views is None:
-            loaded = self.load()
+            loaded = self._loaded or self.load()
             self._views = describe(loaded.model, rounded_to=loaded.dtype)
         return self._views
 
@@ -159,6 +220,8 @@ class Model:
             The loaded model, for a caller that goes on to change it; None if it was not loaded.
         """
         loaded, self._loaded, self._views = self._loaded, None, None
+        if loaded is not None and loaded.block_weights is not None:
+            loaded.block_weights.close()
         return loaded
 
 

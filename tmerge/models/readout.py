@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tmerge.models.blocks import read_in_step
 from tmerge.models.discovery import find_block_list, unwrap
 from tmerge.models.loading import LoadedModel
 
-__all__ = ["Readout"]
+__all__ = ["LastNorm", "Readout"]
 
 # Of a norm's output, what may lie beside a gain and a shift.
 _CLOSE = 1e-3
@@ -30,47 +31,18 @@ _READ = 8
 
 
 @dataclass(frozen=True)
-class Readout:
-    """The last norm and the head of a model.
+class LastNorm:
+    """What lies between the stream and the head.
 
     Attributes:
-        head: (V, n) rows of the tokens, as stored.
-        head_bias: (V,); None where there is none.
         gain: (n,) float32.
         shift: (n,) float32; zero of a norm without a bias.
-        centres: Whether the norm takes the stream's mean off.
-        scale: What logits are multiplied by behind the head.
+        centres: Whether it takes the stream's mean off.
     """
 
-    head: Tensor
-    head_bias: Tensor | None
     gain: Tensor
     shift: Tensor
     centres: bool
-    scale: float
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, loaded: LoadedModel) -> Readout | None:
-        """A loaded model's; None where its logits are not made of its stream by one norm and one matrix."""
-        model = unwrap(loaded.model)
-        head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            return None
-        # Some tokens: the row of one alone may be zero, as a pad token's is.
-        ids = torch.linspace(0, loaded.embedding_rows - 1, _READ, device=loaded.device).long()[None]
-        found = _last_norm(loaded, ids)
-        if found is None:
-            return None
-        norm, read = found
-        measured = _measured(norm, head.in_features, loaded.device)
-        if measured is None:
-            return None
-        gain, shift, centres = measured
-        logits, plain = (made.flatten().float().cpu().double() for made in (model(ids).logits, head(read)))
-        scale = float(logits @ plain / plain.square().sum())
-        bias = None if head.bias is None else head.bias.detach()
-        return cls(head.weight.detach(), bias, gain, shift, centres, scale)
 
     def centred(self, stream: Tensor) -> Tensor:
         """(r, n) of (r, n): without its mean, where the norm takes it off."""
@@ -82,32 +54,103 @@ class Readout:
         return size.clamp_min(torch.finfo(size.dtype).tiny)
 
 
-def _last_norm(loaded: LoadedModel, ids: Tensor) -> tuple[nn.Module, Tensor] | None:
-    """The module outside the blocks whose output is what the head reads, and that output."""
+@dataclass(frozen=True)
+class Readout:
+    """The last norm and the head of a model.
+
+    Attributes:
+        head: (V, n) rows of the tokens, as stored.
+        head_bias: (V,); None where there is none.
+        norm: What its stream goes through before.
+        scale: What logits are multiplied by behind the head.
+    """
+
+    head: Tensor
+    head_bias: Tensor | None
+    norm: LastNorm
+    scale: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, loaded: LoadedModel) -> Readout | None:
+        """A loaded model's; None where its logits are not made of its stream by one norm and one matrix."""
+        head = unwrap(loaded.model).get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            return None
+        # Some tokens: the row of one alone may be zero, as a pad token's is.
+        ids = torch.linspace(0, loaded.embedding_rows - 1, _READ, device=loaded.device).long()[None]
+        heard = _hear(loaded, head, ids)
+        norm = heard.last_norm()
+        measured = None if norm is None else _measured(norm, head.in_features, loaded.device)
+        if measured is None:
+            return None
+        logits, plain = (made.flatten().float().cpu().double() for made in (heard.logits, heard.plain))
+        scale = float(logits @ plain / plain.square().sum())
+        return cls(heard.weight, heard.bias, measured, scale)
+
+
+@dataclass
+class _Heard:
+    """What was heard of one pass.
+
+    Attributes:
+        outputs: Of each module outside the blocks that gives what is of its input's shape.
+        read: (1, S, n) what the base model gave.
+        logits: (1, S, V) what the model made of it.
+        plain: (1, S, V) what the head alone makes of it.
+        weight: (V, n) the head's.
+        bias: (V,) the head's, if it has one.
+    """
+
+    outputs: list[tuple[nn.Module, Tensor]]
+    read: Tensor
+    logits: Tensor
+    plain: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def last_norm(self) -> nn.Module | None:
+        """The first that gave what the head reads: what comes after gives on what it was given."""
+        for module, output in self.outputs:
+            if output.shape == self.read.shape and torch.equal(output, self.read):
+                return module
+        return None
+
+
+def _hear(loaded: LoadedModel, head: nn.Linear, ids: Tensor) -> _Heard:
+    """Run some tokens through a model, and keep what is said outside its blocks."""
     outputs: list[tuple[nn.Module, Tensor]] = []
+    heard: list[_Heard] = []
 
     def hear(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if inputs and all(isinstance(each, Tensor) for each in (inputs[0], output)) and inputs[0].shape == output.shape:
             outputs.append((module, output))
 
+    def work() -> None:
+        read: list[Tensor] = []
+        handle = loaded.base.register_forward_hook(lambda module, inputs, output: read.append(output[0]))
+        try:
+            logits = loaded.model(ids, use_cache=False).logits
+        finally:
+            handle.remove()
+        # The head itself may be in memory for as long as this pass alone.
+        plain = head(read[0])
+        bias = None if head.bias is None else head.bias.detach()
+        heard.append(_Heard(outputs, read[0], logits, plain, head.weight.detach(), bias))
+
     inside = {id(module) for module in find_block_list(unwrap(loaded.model))[1].modules()}
     outside = [module for module in loaded.base.modules() if id(module) not in inside and module is not loaded.base]
     handles = [module.register_forward_hook(hear) for module in outside]
     try:
-        result = loaded.base(input_ids=ids, use_cache=False)
+        read_in_step(loaded, [work])
     finally:
         for handle in handles:
             handle.remove()
-    read = result[0]
-    # The first that gives it: what comes after gives on what it was given.
-    for module, output in outputs:
-        if output.shape == read.shape and torch.equal(output, read):
-            return module, read
-    return None
+    return heard[0]
 
 
-def _measured(norm: nn.Module, width: int, device: torch.device) -> tuple[Tensor, Tensor, bool] | None:
-    """A norm's gain, its shift, and whether it takes the mean off; None where it is no norm of that kind."""
+def _measured(norm: nn.Module, width: int, device: torch.device) -> LastNorm | None:
+    """What a norm does; None where it is no norm of that kind."""
     plain = copy.deepcopy(norm).float()
     probe = torch.ones(width, device=device)
     probe[1::2] = -1
@@ -121,5 +164,5 @@ def _measured(norm: nn.Module, width: int, device: torch.device) -> tuple[Tensor
         held = turned - turned.mean() if centres else turned
         wanted = gain * held / held.square().mean().sqrt() + shift
         if float((made - wanted).norm()) <= _CLOSE * float(made.norm()):
-            return gain, shift, centres
+            return LastNorm(gain, shift, centres)
     return None

@@ -21,7 +21,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from tmerge.errors import NotEnoughDiskError, SavedModelMismatchError
 from tmerge.models.checkpoint import read_safetensors_header, weight_files
 from tmerge.models.device import memory_errors
-from tmerge.models.loading import LoadedModel, quiet, read_weights, runs_own_code
+from tmerge.models.loading import LoadedModel, read_weights, runs_own_code
+from tmerge.models.quiet import quiet
 from tmerge.models.reference import first_line
 from tmerge.models.tokenizers import restore_limits, unusable_ids
 from tmerge.quantities import bytes_words

@@ -19,11 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tmerge.errors import CheckpointError
-from tmerge.models.checkpoint import StoredTensor, read_safetensors_header
+from tmerge.models.checkpoint import StoredTensor, file_state, read_safetensors_header
 from tmerge.models.configs import stored_dtype
 from tmerge.models.device import pick_dtype
-from tmerge.models.loading import LoadedModel, runs_own_code
+from tmerge.models.loading import LoadedModel
 from tmerge.models.place import Place
+from tmerge.models.stored_parts import renamed
 from tmerge.store import write_tensors_in_turn
 
 __all__ = ["MappedWeights", "mapped_weights", "read_weights_file", "write_weights"]
@@ -47,7 +48,7 @@ class MappedWeights(Mapping[str, Tensor]):
 
     def __init__(self, entries: Mapping[str, _Entry], dtype: torch.dtype | None = None) -> None:
         self._entries, self._dtype = dict(entries), dtype
-        self._states = {entry.path: _state(entry.path) for entry in self._entries.values()}
+        self._states = {entry.path: file_state(entry.path) for entry in self._entries.values()}
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
@@ -55,7 +56,7 @@ class MappedWeights(Mapping[str, Tensor]):
         try:
             with safe_open(entry.path, "pt") as file:
                 tensor: Tensor = file.get_tensor(entry.name)
-            changed = _state(entry.path) != self._states[entry.path]
+            changed = file_state(entry.path) != self._states[entry.path]
         except (OSError, SafetensorError):
             changed = True
         if changed:
@@ -70,11 +71,6 @@ class MappedWeights(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries  # Mapping's own would read it
-
-
-def _state(path: Path) -> tuple[int, ...]:
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def mapped_weights(model: PreTrainedModel, place: Place, dtype: str) -> MappedWeights:
@@ -105,30 +101,13 @@ def mapped_weights(model: PreTrainedModel, place: Place, dtype: str) -> MappedWe
 
 def _plain_names(model: PreTrainedModel, stored: Mapping[str, StoredTensor], own: Mapping[str, Any]) -> dict[str, str]:
     """Parameter -> the one stored tensor that becomes it, as ``transformers`` renames them."""
-    if runs_own_code(model):
-        return {}  # which may load itself in ways of its own
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        transforms = get_model_conversion_mapping(model)
-        # Subclasses may look at more than one name to rename another.
-        renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
-        if any(type(item).__name__ not in ("WeightRenaming", "PrefixChange") for item in renamings):
-            return {}
-        converters = [item for item in transforms if isinstance(item, WeightConverter)]
-        if len(renamings) + len(converters) < len(transforms):
-            return {}
-        meta = model.state_dict()
-        found = {name: rename_source_key(name, renamings, converters, model.base_model_prefix, meta) for name in stored}
-    except (ImportError, TypeError, AttributeError):
-        return {}  # a release of transformers that goes another way
+    found = renamed(model, stored) or {}
     # What is made of several, or stored twice, is not taken as it is.
     times = Counter(name for name, _ in found.values())
     return {
         name: source
-        for source, (name, converter) in found.items()
-        if converter is None and name in own and times[name] == 1
+        for source, (name, converted) in found.items()
+        if not converted and name in own and times[name] == 1
     }
 
 
