@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "stage_key"]
 
+# Keys of a recipe that may be changed in the middle of a run.
+_DECIDE_NOTHING = {"memory"}
+
 
 def stage_key(stage: str, **facts: Any) -> str:
     """SHA-256 (hex) over a stage's name and all that decides its result."""
@@ -105,7 +108,8 @@ class Run:
                 raise OutputExistsError(
                     f"{folder} holds a run without its cache, which cannot be continued; choose another --out"
                 )
-            other = _differences(_as_written_now(asked), recipe.model_dump(mode="json"))
+            before, now = (_deciding(found) for found in (_as_written_now(asked), recipe.model_dump(mode="json")))
+            other = _differences(before, now)
             if other:
                 raise OutputExistsError(
                     f"{folder} is a run of another recipe ({', '.join(other[:3])}); choose another --out, "
@@ -204,6 +208,11 @@ class Run:
         if not path.is_file():
             raise RunNotFoundError(f"{self.folder} is not a finished run of tmerge (no tmerge/recipe.yaml)")
         return load_recipe(str(path))
+
+
+def _deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's keys, but for those that decide nothing."""
+    return {key: value for key, value in recipe.items() if key not in _DECIDE_NOTHING}
 
 
 def _as_written_now(asked: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tmerge.errors import CheckpointError
+from tmerge.errors import CheckpointError, UnsupportedModelError
 from tmerge.models.discovery import find_block_list
 from tmerge.models.reference import ModelReference
 
@@ -94,6 +94,7 @@ class BlockWeights:
         self._reference, self._model, self._stored = reference, model, stored
         self._device, self._dtype, self._check = device, dtype, check
         self._parts = self._divided()
+        self._part_of = {place.name: part for part, contents in self._parts.items() for place in contents.places}
         self._present: set[Part] = set()
         self._checked: set[Part] = set()
         # One part is read at a time, whoever asks: transformers' switches are the process's.
@@ -102,7 +103,7 @@ class BlockWeights:
         self._reader: ThreadPoolExecutor | None = None
         self._enter(_REST)
         for part, module in self._ends.items():
-            module.register_forward_pre_hook(lambda module, inputs, part=part: self._enter(part))
+            module.register_forward_pre_hook(lambda module, inputs, part=part: self._called(part, inputs))
 
     def enter_block(self, block: int) -> None:
         """Have a block's weights in memory, and begin to read the next one's."""
@@ -119,6 +120,18 @@ class BlockWeights:
     def leave_block(self, block: int) -> None:
         """Let a block's weights go."""
         self._leave(block)
+
+    def read(self, name: str) -> Tensor:
+        """A parameter by its name, in memory until one of another part is read, or `close`."""
+        part = self._part_of[name]
+        for other in self._present - {part, _REST}:
+            self._leave(other)
+        self._enter(part)
+        return self._model.get_parameter(name)
+
+    def enter_embedding(self) -> None:
+        """Have the input embedding in memory: models ask where it is before they call it."""
+        self._enter(_EMBEDDING)
 
     def leave_ends(self) -> None:
         """Let the embedding and the head go; either comes back by itself when it is called."""
@@ -139,6 +152,15 @@ class BlockWeights:
         """Of a part's values as they are held."""
         size = None if self._dtype is None else self._dtype.itemsize
         return sum(place.empty.numel() * (size or place.empty.element_size()) for place in self._parts[part].places)
+
+    def _called(self, part: Part, inputs: tuple[Any, ...]) -> None:
+        self._enter(part)
+        if any(isinstance(each, Tensor) and each.device.type == "meta" for each in inputs):
+            # The model moved what it gives to where it took the weights to be; what comes of it would be anything.
+            raise UnsupportedModelError(
+                f"{self._reference.text!r}: {type(self._model).__name__} looks at its weights before they are needed, so "
+                "it cannot be read block by block; set memory: resident"
+            )
 
     def _divided(self) -> dict[Part, _Contents]:
         """Every module of the model by its part."""
@@ -178,22 +200,29 @@ class BlockWeights:
     def _is_tied(self, parts: Mapping[Part, _Contents]) -> bool:
         if not {_EMBEDDING, _HEAD} <= parts.keys():
             return False
-        shared = {id(place.empty) for place in parts[_EMBEDDING].places}
-        # Where both are stored they may differ, and transformers ties them only if they do not.
-        both = bool(parts[_EMBEDDING].stored and parts[_HEAD].stored)
-        return not both and any(id(place.empty) in shared for place in parts[_HEAD].places)
+        stored = set(self._stored.parameters.values())
+        embedding = {id(place.empty): place.name for place in parts[_EMBEDDING].places}
+        for place in parts[_HEAD].places:
+            # Where both are stored they may differ, and transformers ties them only if they do not.
+            if id(place.empty) in embedding and not {place.name, embedding[id(place.empty)]} <= stored:
+                return True
+        return False
 
     def _enter(self, part: Part) -> None:
         with self._reading:
             if part in self._present:
                 return
             contents = self._parts[part]
-            with self._stored.open(contents.stored) as tensors, torch.no_grad():
-                self._stored.load(self._model, tensors)
-                self._take(contents)
-            if part not in self._checked:
-                self._check([(place.name, getattr(place.module, place.own_name)) for place in contents.places])
-                self._checked.add(part)
+            try:
+                with self._stored.open(contents.stored) as tensors, torch.no_grad():
+                    self._stored.load(self._model, tensors)
+                    self._take(contents)
+                if part not in self._checked:
+                    self._check([(place.name, getattr(place.module, place.own_name)) for place in contents.places])
+                    self._checked.add(part)
+            except BaseException:
+                self._empty(contents)
+                raise
             # A head that is tied has come with the embedding.
             self._present |= {name for name, other in self._parts.items() if other is contents}
 
@@ -227,6 +256,11 @@ class BlockWeights:
             contents = self._parts[part]
             # A head that is tied goes with the embedding.
             gone = [name for name in self._present if self._parts[name] is contents]
-            for place in contents.places if gone else []:
-                place.module._parameters[place.own_name] = place.empty
+            if gone:
+                self._empty(contents)
             self._present.difference_update(gone)
+
+    @staticmethod
+    def _empty(contents: _Contents) -> None:
+        for place in contents.places:
+            place.module._parameters[place.own_name] = place.empty

@@ -22,10 +22,10 @@ from tmerge.errors import UnsupportedModelError
 from tmerge.models.discovery import find_block_list, unwrap
 from tmerge.models.loading import LoadedModel
 
-__all__ = ["BlockCall", "Steps", "base_pass", "hidden_of", "in_groups", "read_in_step", "stepped"]
+__all__ = ["STREAM_BYTES", "BlockCall", "Steps", "base_pass", "hidden_of", "in_groups", "read_in_step", "stepped"]
 
-# Streams that are in memory together where a model is read by blocks; each further group reads it once more.
-_STREAM_BYTES = 1 << 30
+STREAM_BYTES = 1 << 30
+"""Of streams that are in memory together where a model is read by blocks; each further group reads it once more."""
 
 Batch = tuple[Tensor, Tensor | None]
 """Token ids (B, S), and their mask or None where nothing is padded."""
@@ -111,9 +111,10 @@ class Steps:
             if one.error is not None:
                 raise one.error
             if one.call is None or one.place != block:
+                remedy = "choose another model" if self._weights is None else "set memory: resident"
                 raise UnsupportedModelError(
                     f"{self._name} does not run its blocks in order, each once, so it cannot be read block by block; "
-                    "choose another model"
+                    f"{remedy}"
                 )
             found.append(one.call)
         return found
@@ -200,6 +201,8 @@ def stepped(loaded: LoadedModel, works: Sequence[Callable[[], Any]]) -> Iterator
         block.forward = door(place)
     begun: list[threading.Thread] = []
     try:
+        if loaded.block_weights is not None:
+            loaded.block_weights.enter_embedding()
         for thread in threads:
             thread.start()
             begun.append(thread)
@@ -258,7 +261,7 @@ def in_groups(loaded: LoadedModel, tokens: Sequence[int]) -> list[slice]:
     each = loaded.model.config.get_text_config().hidden_size * 4
     groups, start, held = [], 0, 0
     for number, count in enumerate(tokens):
-        if number > start and held + count * each > _STREAM_BYTES:
+        if number > start and held + count * each > STREAM_BYTES:
             groups.append(slice(start, number))
             start, held = number, 0
         held += count * each

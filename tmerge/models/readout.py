@@ -126,14 +126,14 @@ def _hear(loaded: LoadedModel, head: nn.Linear, ids: Tensor) -> _Heard:
         if inputs and all(isinstance(each, Tensor) for each in (inputs[0], output)) and inputs[0].shape == output.shape:
             outputs.append((module, output))
 
-    def work() -> None:
-        read: list[Tensor] = []
-        handle = loaded.base.register_forward_hook(lambda module, inputs, output: read.append(output[0]))
-        try:
-            logits = loaded.model(ids, use_cache=False).logits
-        finally:
-            handle.remove()
-        # The head itself may be in memory for as long as this pass alone.
+    read: list[Tensor] = []
+
+    def through_base() -> None:
+        read.append(loaded.base(input_ids=ids, use_cache=False)[0])
+
+    def through_all() -> None:
+        logits = loaded.model(ids, use_cache=False).logits
+        # The head itself may be in memory for as long as these passes alone.
         plain = head(read[0])
         bias = None if head.bias is None else head.bias.detach()
         heard.append(_Heard(outputs, read[0], logits, plain, head.weight.detach(), bias))
@@ -142,7 +142,7 @@ def _hear(loaded: LoadedModel, head: nn.Linear, ids: Tensor) -> _Heard:
     outside = [module for module in loaded.base.modules() if id(module) not in inside and module is not loaded.base]
     handles = [module.register_forward_hook(hear) for module in outside]
     try:
-        read_in_step(loaded, [work])
+        read_in_step(loaded, [through_base, through_all])
     finally:
         for handle in handles:
             handle.remove()

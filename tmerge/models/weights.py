@@ -125,15 +125,22 @@ def write_weights(loaded: LoadedModel, names: Collection[str], path: Path, key: 
     """Write some of a loaded model's parameters to a file, one after the other.
 
     Args:
-        loaded: The model.
+        loaded: The model; one that is read by blocks has one in memory at a time.
         names: Of the parameters.
         path: The file.
         key: What decides them, kept in the file.
     """
-    parameters = {name: loaded.model.get_parameter(name).detach() for name in names}
-    dtypes = {name: _narrowest(parameter, loaded.dtype) for name, parameter in parameters.items()}
-    shapes = {name: (dtypes[name], tuple(parameter.shape)) for name, parameter in parameters.items()}
-    write_tensors_in_turn(path, shapes, lambda name: parameters[name].to("cpu", dtypes[name]), {"key": key})
+    parts = loaded.block_weights
+    read = loaded.model.get_parameter if parts is None else parts.read
+    shapes = {}
+    try:
+        for name in names:
+            parameter = read(name).detach()
+            shapes[name] = (_narrowest(parameter, loaded.dtype), tuple(parameter.shape))
+        write_tensors_in_turn(path, shapes, lambda name: read(name).detach().to("cpu", shapes[name][0]), {"key": key})
+    finally:
+        if parts is not None:
+            parts.close()
 
 
 def _narrowest(parameter: Tensor, stored: torch.dtype) -> torch.dtype:

@@ -17,9 +17,9 @@ from torch.nn import functional
 
 from tmerge.calibration import SAMPLES_PREFIX, sample_texts
 from tmerge.evaluation import MOST_KEPT_BYTES, PROJECTION_GROUPS, most_scorings
-from tmerge.fusion import COLUMN_PROJECTIONS, neuron_count
 from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pick_device
 from tmerge.preflight.fitting import fitting_bytes, fitting_operations, goal_bytes
+from tmerge.preflight.holding import carried_bytes, held_bytes, itemsize, kept_bytes, read_bytes, unpacked_bytes
 from tmerge.preflight.speed import SPEED_FILE, Timing, timing_of
 from tmerge.recipe import FITTED_CONTROLS, Recipe, Shared
 from tmerge.transport import correlation_cost, match, sinkhorn, standardise, working_dtype
@@ -148,7 +148,7 @@ def estimate_run(
     target_layout, source_layout = layouts
     device = pick_device(recipe.device)
     dtype = {"float32": torch.float32, "float16": torch.float16}.get(recipe.dtype, torch.bfloat16)
-    if recipe.dtype == "auto" and (not multiplies_fast(dtype, device) or _itemsize(target, recipe, dtype) == 4):
+    if recipe.dtype == "auto" and (not multiplies_fast(dtype, device) or itemsize(target, recipe, dtype) == 4):
         dtype = torch.float32  # as they are held here
     texts = _most_texts(recipe.calibration.dataset, recipe.calibration.texts)
     held_out = min(recipe.evaluation.texts, round(texts * recipe.calibration.held_out))
@@ -209,27 +209,29 @@ def estimate_run(
         for key in target_widths
         if key in source_widths
     )
-    each = _carried_bytes(recipe, target, target_layout, projections)
+    each = carried_bytes(recipe, target, target_layout, projections)
     carried = each * (1 + len(set(FITTED_CONTROLS) & set(recipe.evaluation.controls)))
     packed = [facts for facts in models[1:] if facts is not None and facts.reference.kind == "gguf"]
+    streamed = texts * tokens_per_text * source_layout.hidden_size * 4
+    reading_source = read_bytes(source, source_layout, recipe, dtype, device, streamed)
     # Beside the target, which stays. A source is there while it is read; the source before its fine-tuning never is,
     # but for a GGUF file, which is unpacked once for the fusion to read.
     beside = {
-        "target": _unpacked_bytes(target) + logits + min(feature_bytes, 1 << 30),
-        "source": _held_bytes(source, recipe, dtype) + _unpacked_bytes(source) + logits + min(feature_bytes, 1 << 30),
+        "target": unpacked_bytes(target) + logits + min(feature_bytes, 1 << 30),
+        "source": reading_source + logits + min(feature_bytes, 1 << 30),
         "transport": problem + min(feature_bytes, 1 << 30),
         # The record exists twice while its parts are joined.
         "fuse": problem + 2 * record,
-        "reconstruct": _held_bytes(source, recipe, dtype) + fitting_bytes(recipe, layouts, texts * tokens_per_text),
-        "base": sum(_held_bytes(facts, recipe, dtype) + _unpacked_bytes(facts) for facts in packed[-1:]),
+        "reconstruct": reading_source + fitting_bytes(recipe, layouts, texts * tokens_per_text),
+        "base": sum(read_bytes(facts, source_layout, recipe, dtype, device, 0) for facts in packed[-1:]),
         # The neurons that a control took the place of, and what leaves the layers that nothing changes.
         "evaluate": logits + each + MOST_KEPT_BYTES * set(target_layout.layers[0]).isdisjoint(projections),
         # The checkpoint is loaded again to be compared.
         "save": checkpoint + logits,
     }
-    needed = _held_bytes(target, recipe, dtype) + max(beside.values())
+    needed = held_bytes(target, recipe, dtype) + max(beside.values())
     memory = psutil.Process().memory_info().rss + _ALLOCATOR_SLACK * needed
-    unpacked = len(packed) * _kept_bytes(recipe, source_layout, projections)
+    unpacked = len(packed) * kept_bytes(recipe, source_layout, projections)
     goals = goal_bytes(recipe, target_layout, fitted * tokens_per_text)
     disk = checkpoint + feature_bytes + record + carried + unpacked + goals
     return Estimate(
@@ -360,40 +362,3 @@ def _solving_seconds(
 def _entries(recipe: Recipe) -> int:
     """Of a plan's row that are kept, at most."""
     return 1 if _is_matched(recipe) else recipe.transport.entries_kept
-
-
-def _itemsize(facts: ModelFacts, recipe: Recipe, dtype: torch.dtype) -> int:
-    """Bytes that a model's values are held in: with dtype auto those that they are stored in, if these are more."""
-    if recipe.dtype != "auto" or facts.reference.kind == "gguf":
-        return dtype.itemsize
-    return max(dtype.itemsize, 4 if facts.weight_bytes > 3 * facts.parameters else 2)
-
-
-def _held_bytes(facts: ModelFacts, recipe: Recipe, dtype: torch.dtype) -> int:
-    """Of a model that is loaded."""
-    return facts.parameters * _itemsize(facts, recipe, dtype)
-
-
-def _unpacked_bytes(facts: ModelFacts) -> int:
-    """Of a GGUF file's weights in float32, which they are unpacked in before they take the asked dtype."""
-    return 4 * facts.parameters if facts.reference.kind == "gguf" else 0
-
-
-def _kept_bytes(recipe: Recipe, layout: Architecture, projections: list[str]) -> int:
-    """On the disk, of the weights that are fused from, where they cannot be read from the model's own files."""
-    views = layout.projections(projections)
-    views += [view for layer in layout.stream for view in layer.values()] if recipe.fusion.carries_stream else []
-    modules = {view.module_name: view.module.get_parameter("weight").numel() for view in views}
-    return sum(modules.values()) * (4 if recipe.dtype == "float32" else 2)
-
-
-def _carried_bytes(recipe: Recipe, target: ModelFacts, layout: Architecture, projections: list[str]) -> int:
-    """What is transported, in float32."""
-    values = 0
-    for view in layout.projections(projections):
-        by_columns = view.name in COLUMN_PROJECTIONS
-        neurons, across = (view.in_features, view.out_features) if by_columns else (view.out_features, view.in_features)
-        values += neuron_count(getattr(recipe.fusion, "top_k", 1.0), neurons) * across
-    if recipe.fusion.carries_stream:
-        values += layout.hidden_size * int(target.config.get_text_config().vocab_size)
-    return 4 * values

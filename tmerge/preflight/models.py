@@ -39,6 +39,7 @@ class Models:
                 reference,
                 dtype=recipe.dtype,
                 device=recipe.device,
+                memory=recipe.memory,
                 trust_remote_code=trusts(recipe.trust_remote_code, reference),
                 commit=(commits or {}).get(role),
             )

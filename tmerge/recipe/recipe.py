@@ -47,6 +47,11 @@ class Recipe(Section):
         description="auto takes an accelerator when there is one; or cpu, cuda, cuda:1, mps",
         examples=["auto", "cpu", "cuda", "mps"],
     )
+    memory: Literal["auto", "resident", "blocks"] = Field(
+        "auto",
+        description="whether a model that is only read is all in memory (resident), or read from its files block by "
+        "block (blocks); auto takes the first where it fits. It changes no number",
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of the split, the controls and the bootstrap")
     trust_remote_code: tuple[str, ...] = Field(
         (), description="the references, and no others, whose repos may run their own code"

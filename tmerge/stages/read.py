@@ -13,7 +13,7 @@ from tmerge.models import Model, head_facts
 from tmerge.recipe import Recipe
 from tmerge.recorded import RecordedRun
 from tmerge.stages.notes import ReadNote, ScoreNote
-from tmerge.stages.scoring import held_out, load, score
+from tmerge.stages.scoring import held_out, opened, score, unit
 from tmerge.stages.source_weights import SourceWeights
 from tmerge.stages.step import Progress
 
@@ -76,7 +76,8 @@ class Read:
     def _read(self, key: str, progress: Progress) -> ReadNote:
         if self.recorded is not None:
             return self._score_alone(self.recorded, progress)
-        loaded, views = load(self.model, progress), self.model.views
+        loaded = opened(self.model, progress)
+        views = self.model.views
         captured = capture(
             loaded,
             views,
@@ -87,7 +88,7 @@ class Read:
             batch_tokens=self.recipe.calibration.batch_tokens,
             key=key,
             ends=self.texts.ends or None,
-            progress=progress.counting(f"{self.name}: reading features", "texts"),
+            progress=progress.counting(f"{self.name}: reading features", unit(loaded)),
         )
         scores = self._score(progress)
         return ReadNote(
@@ -109,4 +110,4 @@ class Read:
 
     def _score(self, progress: Progress) -> Scores:
         texts = held_out(self.recipe, self.texts)
-        return score(self.recipe, load(self.model, progress), texts, progress, f"{self.name}: held-out texts")
+        return score(self.recipe, opened(self.model, progress), texts, progress, f"{self.name}: held-out texts")

@@ -22,7 +22,7 @@ from tmerge.recorded import RecordedRun
 from tmerge.run import Run
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import ReconstructNote
-from tmerge.stages.scoring import load
+from tmerge.stages.scoring import opened
 from tmerge.stages.step import Progress
 from tmerge.stages.transport import Features, record_of, transport_of
 from tmerge.transport import PlanRecorder, Transport
@@ -131,7 +131,7 @@ class Reconstruct:
             drawn_to = self.source_base
         self.target.release()  # an earlier pass has changed it
         gc.collect()
-        target, source = load(self.target, progress), load(drawn_to, progress)
+        target, source = opened(self.target, progress), opened(drawn_to, progress)
         calibration, settings = self.recipe.calibration, self._settings
         views, source_views = self.target.views, drawn_to.views
         passage = Passage(

@@ -10,7 +10,7 @@ from tmerge.models import LoadedModel, Model
 from tmerge.recipe import Recipe
 from tmerge.stages.step import Progress
 
-__all__ = ["cut", "held_out", "load", "score"]
+__all__ = ["cut", "held_out", "load", "opened", "score", "unit"]
 
 # Characters of a held-out text that are scored, per token that calibration reads; one cut for all models.
 _SCORED_CHARACTERS = 4
@@ -21,6 +21,20 @@ def load(model: Model, progress: Progress) -> LoadedModel:
     if not model.is_loaded:
         progress.step(f"loading {model.reference}", 0, 1, "models")
     return model.load()
+
+
+def opened(model: Model, progress: Progress) -> LoadedModel:
+    """A model to be read, in memory or by blocks, whatever `Model.open` finds fit."""
+    if not model.is_open:
+        progress.step(f"opening {model.reference}", 0, 1, "models")
+        if model.open().block_weights is not None:
+            progress.note(f"{model.reference} is read block by block, as it does not fit in memory or memory says so")
+    return model.open()
+
+
+def unit(loaded: LoadedModel) -> str:
+    """Of what is counted while a model reads."""
+    return "texts" if loaded.block_weights is None else "blocks"
 
 
 def cut(recipe: Recipe, texts: Sequence[str]) -> list[str]:
@@ -52,5 +66,5 @@ def score(
         texts,
         batch_tokens=recipe.calibration.batch_tokens,
         finite=finite,
-        progress=progress.counting(what, "texts"),
+        progress=progress.counting(what, unit(model)),
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from tmerge.models import Architecture, Model, read_weights_file, write_weights
 from tmerge.report import library_versions
 from tmerge.run import stage_key
-from tmerge.stages.scoring import load
+from tmerge.stages.scoring import opened
 from tmerge.stages.step import Progress
 
 __all__ = ["SourceWeights"]
@@ -41,7 +41,7 @@ class SourceWeights:
         names, key = self._names, self._key
         if self._are_plain or read_weights_file(self.path, key) is not None:
             return
-        loaded = load(self.model, progress)
+        loaded = opened(self.model, progress)
         progress.step(f"{self.model.reference}: keeping the weights that are fused from", 0, 1, "models")
         write_weights(loaded, names, self.path, key)
 
@@ -49,9 +49,9 @@ class SourceWeights:
         """The model's projections, each weight read from its file when it is asked for."""
         if self._are_plain:
             return self.model.layout.reading(self.model.weights)
-        was_loaded = self.model.is_loaded
+        was_open = self.model.is_open
         self.keep(progress)
-        if not was_loaded:
+        if not was_open:
             self.model.release()
             gc.collect()
         weights = read_weights_file(self.path, self._key)

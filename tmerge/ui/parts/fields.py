@@ -142,6 +142,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("evaluation.descent", "Texts of the descent control"),
         Setting("dtype", "Number format"),
         Setting("device", "Device"),
+        Setting("memory", "Models that are only read"),
         Setting("seed", "Seed"),
         Setting("save.max_shard_size", "Largest weights file"),
     ),
