@@ -16,16 +16,29 @@ from tmerge.models.device import check_memory, memory_errors
 CPU = torch.device("cpu")
 
 
-def test_a_containers_limit_counts_and_cached_files_do_not(tmp_path, monkeypatch):
-    for name, text in {
-        "max": "5000",
-        "current": "4000",
-        "stat": "anon 1500\nactive_file 500\ninactive_file 2000",
-    }.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(device_module, "_LIMITS", ((tmp_path / "max", tmp_path / "current", tmp_path / "stat"),))
+@pytest.mark.parametrize(
+    ("own", "folder", "names"),
+    [
+        ("0::/\n", "", ("memory.max", "memory.current")),
+        # Version 1, in a group that a scheduler made, within another whose limit it is.
+        ("4:memory:/slurm/job_7\n3:cpu:/other\n", "memory/slurm", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+        ("0::/user/scope\n", "user/scope", ("memory.max", "memory.current")),
+    ],
+)
+def test_the_limit_of_a_group_counts_and_cached_files_do_not(own, folder, names, tmp_path, monkeypatch):
+    (tmp_path / "own").write_text(own)
+    group = tmp_path / "groups" / folder
+    group.mkdir(parents=True)
+    (group / names[0]).write_text("5000")
+    (group / names[1]).write_text("4000")
+    (group / "memory.stat").write_text("anon 1500\nactive_file 500\ninactive_file 2000")
+    monkeypatch.setattr(device_module, "_CGROUP", tmp_path / "groups")
+    monkeypatch.setattr(device_module, "_OWN_GROUPS", tmp_path / "own")
     assert available_memory(CPU) == 5000 - 4000 + 2500
-    (tmp_path / "max").write_text("max")
+    # Of the groups inside it too.
+    (group / "memory.stat").write_text("active_file 0\ninactive_file 0\ntotal_active_file 300\ntotal_inactive_file 200")
+    assert available_memory(CPU) == 5000 - 4000 + 500
+    (group / names[0]).write_text("max")
     assert available_memory(CPU) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
 

@@ -158,8 +158,8 @@ class BlockWeights:
         if any(isinstance(each, Tensor) and each.device.type == "meta" for each in inputs):
             # The model moved what it gives to where it took the weights to be; what comes of it would be anything.
             raise UnsupportedModelError(
-                f"{self._reference.text!r}: {type(self._model).__name__} looks at its weights before they are needed, so "
-                "it cannot be read block by block; set memory: resident"
+                f"{self._reference.text!r}: {type(self._model).__name__} looks at its weights before they are needed, "
+                "so it cannot be read block by block; set memory: resident"
             )
 
     def _divided(self) -> dict[Part, _Contents]:

@@ -46,16 +46,14 @@ _INSTRUCTIONS: dict[torch.dtype, tuple[tuple[str, ...], str]] = {
 # Of the memory that is free, what a model may take: features, logits and another model go beside it.
 _OF_WHAT_IS_FREE = 0.6
 
-# Limits that a container puts on this process, cgroup version 2 and 1: the limit, what is used, and of what kinds.
-_CGROUP = Path("/sys/fs/cgroup")
-_LIMITS = (
-    (_CGROUP / "memory.max", _CGROUP / "memory.current", _CGROUP / "memory.stat"),
-    (
-        _CGROUP / "memory" / "memory.limit_in_bytes",
-        _CGROUP / "memory" / "memory.usage_in_bytes",
-        _CGROUP / "memory" / "memory.stat",
-    ),
+# Where the system shows the groups that limit processes, and which of them this process is in.
+_CGROUP, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# Of a group, version 2 and 1: the limit, what is used, and of what kinds.
+_LIMIT_FILES = (
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
 )
+_CACHED = ("active_file", "inactive_file")
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -126,13 +124,28 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
-    for limit, used, stat in _LIMITS:
-        with contextlib.suppress(OSError, ValueError):
-            counts = dict(line.split() for line in stat.read_text().splitlines())
-            # Pages of files that were read count as used, and are given up when memory is asked for.
-            cached = int(counts.get("active_file", 0)) + int(counts.get("inactive_file", 0))
-            free = min(free, int(limit.read_text()) - int(used.read_text()) + cached)
+    for folder in _groups():
+        for limit, used, stat in _LIMIT_FILES:
+            with contextlib.suppress(OSError, ValueError):
+                counts = dict(line.split() for line in (folder / stat).read_text().splitlines())
+                # Pages of files that were read count as used, and are given up when memory is asked for; so do those
+                # of the groups inside it, which version 1 counts apart.
+                cached = sum(int(counts.get(f"total_{kind}", counts.get(kind, 0))) for kind in _CACHED)
+                free = min(free, int((folder / limit).read_text()) - int((folder / used).read_text()) + cached)
     return max(free, 0)
+
+
+def _groups() -> list[Path]:
+    """Folders of the groups that limit this process: its own, as a scheduler gives it, and those around it."""
+    tops, own = [_CGROUP, _CGROUP / "memory"], []
+    with contextlib.suppress(OSError, ValueError):
+        for line in _OWN_GROUPS.read_text().splitlines():
+            number, kinds, path = line.split(":", 2)
+            if (number == "0" or "memory" in kinds.split(",")) and path.strip("/"):
+                own.append(path.strip("/"))
+    inside = [top / path for top in tops for path in own]
+    around = [parent for folder in inside for parent in folder.parents if parent.is_relative_to(_CGROUP)]
+    return list(dict.fromkeys([*tops, *inside, *around]))
 
 
 def fits(needed: int, device: torch.device) -> bool:

@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from tmerge.transport.assignment import assign
 from tmerge.transport.sinkhorn import plan_from_potentials, sinkhorn
 
 __all__ = ["Correspondence", "couple", "match"]
@@ -78,17 +78,16 @@ def match(similarity: Tensor) -> Correspondence:
         similarity: (n, n'), larger is more alike: correlations, or means of them.
 
     Returns:
-        The pairs of `scipy.optimize.linear_sum_assignment`, and copies among the neurons that they leave over.
+        The pairs of `assign`, and copies among the neurons that they leave over.
     """
-    exact = similarity.double()
-    rows, columns = (torch.from_numpy(index) for index in linear_sum_assignment(exact.numpy(), maximize=True))
-    n, m = exact.shape
-    own = exact[rows, columns]
+    rows, columns = assign(similarity)
+    n, m = similarity.shape
+    own = similarity[rows, columns].double()
     if n > m:
-        copies, of = _copies(exact.T, _others(rows, n), columns, own)
+        copies, of = _copies(similarity.T, _others(rows, n), columns, own)
         rows, columns = torch.cat([rows, copies]), torch.cat([columns, of])
     elif m > n:
-        copies, of = _copies(exact, _others(columns, m), rows, own)
+        copies, of = _copies(similarity, _others(columns, m), rows, own)
         rows, columns = torch.cat([rows, of]), torch.cat([columns, copies])
     order = torch.argsort(rows * m + columns)
     return Correspondence(rows[order], columns[order], torch.ones(len(rows)), (n, m))
