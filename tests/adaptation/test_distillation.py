@@ -1,15 +1,20 @@
 """Distillation: which places are common, what is carried, and the loss against a plain computation."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.adaptation.test_training import TEXTS, settings, trained
 from tests.evaluation.test_choose import loaded
-from tests.pico import pico_model, pico_tokenizer
+from tests.pico import pico_model, pico_tokenizer, save_pico
 from tmerge.adaptation.distillation import Teacher, common_positions, distillation_loss, first_pieces, read_teacher
 from tmerge.adaptation.training import _encode
+from tmerge.models import load_model
+from tmerge.models.loading import open_by_blocks
 from tmerge.recipe import AdaptationSettings
 
 
@@ -63,7 +68,7 @@ def test_the_loss_is_cross_entropy_plus_kl_at_common_positions(tmp_path):
     student, source = loaded(pico_model("llama")), loaded(pico_model("qwen2"))
     encoded, asked, ends = teacher_for(student, source, distill_weight=0.7)
     teacher = read_teacher(
-        lambda: source, student.tokenizer, TEXTS[:4], encoded, ends, asked, tmp_path / "t.safetensors"
+        lambda: nullcontext(source), student.tokenizer, TEXTS[:4], encoded, ends, asked, tmp_path / "t.safetensors"
     )
     assert teacher.aligned_share > 0.8
     longest = max(map(len, encoded))
@@ -103,7 +108,7 @@ def test_the_teacher_is_read_once_and_known_by_its_texts(tmp_path):
 
     def load():
         calls.append(1)
-        return source
+        return nullcontext(source)
 
     def read(texts):
         encoded, ends = _encode(student, texts, asked)
@@ -120,7 +125,7 @@ def test_the_teacher_is_read_once_and_known_by_its_texts(tmp_path):
 @pytest.mark.parametrize("loss", ["first-piece", "uld"])
 def test_distillation_draws_the_student_to_the_teacher(tmp_path, loss):
     source = loaded(pico_model("qwen2", seed=5))
-    words = {"objective": "distill", "distill_loss": loss, "source": lambda: source, "steps": 20}
+    words = {"objective": "distill", "distill_loss": loss, "source": lambda: nullcontext(source), "steps": 20}
     light, report, _ = trained(tmp_path, name="a", distill_weight=0.0, **words)
     heavy, _, _ = trained(tmp_path, name="b", distill_weight=5.0, **words)
     plain, curve, _ = trained(tmp_path, name="c", steps=20)
@@ -148,3 +153,19 @@ def test_uld_of_equal_distributions_is_zero():
     zero = distillation_loss(logits, labels, teacher, [0], AdaptationSettings(**words, distill_weight=1.0))
     plain = distillation_loss(logits, labels, teacher, [0], AdaptationSettings(**words, distill_weight=0.0))
     assert float(zero) == pytest.approx(float(plain), abs=1e-6)
+
+
+def test_a_teacher_that_is_read_block_by_block_says_the_same(tmp_path):
+    save_pico("qwen2", tmp_path / "source", layers=3)
+    student = loaded(pico_model("llama"))
+    found = []
+    for name, open_source in (("whole", load_model), ("blocks", open_by_blocks)):
+        source = open_source(str(tmp_path / "source"))
+        encoded, asked, ends = teacher_for(student, source)
+        path = tmp_path / f"{name}.safetensors"
+        read_teacher(
+            lambda source=source: nullcontext(source), student.tokenizer, TEXTS[:4], encoded, ends, asked, path
+        )
+        found.append(load_file(path))
+    for name, values in found[0].items():
+        assert torch.equal(found[1][name], values), name

@@ -22,7 +22,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from torch.nn import functional
 from tmerge.calibration import length_batches, padded
 from tmerge.errors import TokenizerError
 from tmerge.models import LoadedModel
+from tmerge.models.blocks import run_passes
 from tmerge.recipe import AdaptationSettings
 from tmerge.store import write_tensors
 
@@ -115,7 +118,7 @@ def first_pieces(source: Any, target: Any) -> Tensor:
 
 
 def read_teacher(
-    source: Callable[[], LoadedModel],
+    source: Callable[[], AbstractContextManager[LoadedModel]],
     target_tokenizer: Any,
     texts: Sequence[str],
     encoded: Sequence[Sequence[int]],
@@ -126,7 +129,7 @@ def read_teacher(
     """What the source predicts on all texts, from `path` where it is there already.
 
     Args:
-        source: Loads it; not called if `path` has what is asked for.
+        source: Opens it, for as long as it is read; not called if `path` has what is asked for.
         target_tokenizer: The target's.
         texts: T texts.
         encoded: Their token ids in the target.
@@ -145,7 +148,32 @@ def read_teacher(
         raise TokenizerError(
             "distillation needs to know where tokens lie in a text; the target's tokenizer is a slow one"
         )
-    model = source()
+    with source() as model:
+        vocabulary = model.model.get_output_embeddings().weight.shape[0]
+        positions, rows = _predictions(model, target_tokenizer, texts, ends, settings)
+    starts = torch.tensor([0, *(len(item) for item in positions)]).cumsum(0)
+    width = min(_TOP, vocabulary)
+    empty = (torch.zeros(0, width, dtype=torch.int64), torch.zeros(0, width))
+    predictions = sum(max(len(ids) - 1, 0) for ids in encoded)
+    teacher = Teacher(
+        starts,
+        torch.tensor([position for item in positions for position, _ in item], dtype=torch.int64),
+        torch.cat([rows.get(row, empty)[0] for row in range(len(texts))]),
+        torch.cat([rows.get(row, empty)[1] for row in range(len(texts))]),
+        len([1 for item in positions for _ in item]) / max(predictions, 1),
+    )
+    _save(teacher, path, key)
+    return teacher
+
+
+def _predictions(
+    model: LoadedModel,
+    target_tokenizer: Any,
+    texts: Sequence[str],
+    ends: Sequence[Sequence[int]],
+    settings: AdaptationSettings,
+) -> tuple[list[list[tuple[int, int]]], dict[int, tuple[Tensor, Tensor]]]:
+    """Common positions of each text, and, of each that has some, the likeliest tokens there and their probabilities."""
     tokenizer = model.tokenizer
     if not tokenizer.is_fast:
         raise TokenizerError(
@@ -164,25 +192,18 @@ def read_teacher(
     rows: dict[int, tuple[Tensor, Tensor]] = {}
     vocabulary = model.model.get_output_embeddings().weight.shape[0]
     limit = max(1, _LOGITS_AT_ONCE // vocabulary)
-    for batch in length_batches([len(source_ids[row]) for row in wanted], limit):
-        chosen = [wanted[index] for index in batch]
-        for row, top in zip(
-            chosen, _top(model, [source_ids[row] for row in chosen], [positions[row] for row in chosen]), strict=True
-        ):
+    batches = [
+        [wanted[index] for index in batch] for batch in length_batches([len(source_ids[row]) for row in wanted], limit)
+    ]
+
+    def read(chosen: list[int]) -> None:
+        tops = _top(model, [source_ids[row] for row in chosen], [positions[row] for row in chosen])
+        for row, top in zip(chosen, tops, strict=True):
             rows[row] = _carried(top, pieces) if pieces is not None else top
-    starts = torch.tensor([0, *(len(item) for item in positions)]).cumsum(0)
-    width = min(_TOP, vocabulary)
-    empty = (torch.zeros(0, width, dtype=torch.int64), torch.zeros(0, width))
-    predictions = sum(max(len(ids) - 1, 0) for ids in encoded)
-    teacher = Teacher(
-        starts,
-        torch.tensor([position for item in positions for position, _ in item], dtype=torch.int64),
-        torch.cat([rows.get(row, empty)[0] for row in range(len(texts))]),
-        torch.cat([rows.get(row, empty)[1] for row in range(len(texts))]),
-        len([1 for item in positions for _ in item]) / max(predictions, 1),
-    )
-    _save(teacher, path, key)
-    return teacher
+
+    tokens = [len(chosen) * max(len(source_ids[row]) for row in chosen) for chosen in batches]
+    run_passes(model, [partial(read, chosen) for chosen in batches], tokens)
+    return positions, rows
 
 
 def distillation_loss(

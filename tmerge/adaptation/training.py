@@ -12,7 +12,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def adapt(
     work: Path,
     transported: Sequence[TransportedNeurons] | None = None,
     alpha: Alpha = 0.0,
-    source: Callable[[], LoadedModel] | None = None,
+    source: Callable[[], AbstractContextManager[LoadedModel]] | None = None,
     goals: FeatureGoals | None = None,
     prompts: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
@@ -93,7 +93,8 @@ def adapt(
         work: Holds the training's checkpoints; a training that was stopped continues from there.
         transported: What the merge fuses; trained on top of it, frozen or (``residual: none``) fused beforehand.
         alpha: Its strength.
-        source: Loads the source, for ``objective: distill``; called once, and only if its outputs are not in `work`.
+        source: Opens the source, for ``objective: distill``; once, for as long as it is read, and only if its outputs
+            are not in `work`.
         goals: For ``transport_weight`` above 0: where the features are drawn to; over `texts`, in their order.
         prompts: For ``completions_only``: per text, the characters before its completion (`TextSet.prompts`).
         progress: Called with (steps done, all); may raise to stop.

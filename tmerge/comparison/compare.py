@@ -307,7 +307,7 @@ class _Comparison:
             work=work,
             transported=self.neurons.transported if is_fused else None,
             alpha=0.0 if not is_fused else self.alpha if settings.alpha is None else settings.alpha,
-            source=(lambda: self.models.load("source")) if objective == "distill" else None,
+            source=(lambda: nullcontext(self.models.load("source"))) if objective == "distill" else None,
             progress=partial(self._step, f"{name}, seed {seed}", unit="steps"),
             prompts=prompts,
             goals=self._goals() if rest == "sft+transport" else None,

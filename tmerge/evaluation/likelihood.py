@@ -23,7 +23,7 @@ from torch.nn import functional
 from tmerge.calibration import length_batches, padded, token_limit
 from tmerge.errors import DeviceError, NotEnoughMemoryError, TokenizerError
 from tmerge.models import LoadedModel
-from tmerge.models.blocks import in_groups, read_in_step
+from tmerge.models.blocks import run_passes
 
 __all__ = ["Scores", "score_texts"]
 
@@ -121,16 +121,14 @@ def score_texts(
         def score(batch: list[int]) -> None:
             found.append(_bits_of(model, [encoded[index] for index in batch], loaded.device))
 
-        if loaded.block_weights is None:
-            for batch in batches:
-                score(batch)
-                left.subtract(owners[index] for index in batch)
-                if progress is not None:
-                    progress(sum(not windows for windows in left.values()), len(texts))
-        else:
-            read = [len(batch) * len(encoded[batch[-1]]) for batch in batches]
-            for group in in_groups(loaded, read):
-                read_in_step(loaded, [partial(score, batch) for batch in batches[group]], progress)
+        def after(number: int) -> None:
+            left.subtract(owners[index] for index in batches[number])
+            if progress is not None:
+                progress(sum(not windows for windows in left.values()), len(texts))
+
+        works = [partial(score, batch) for batch in batches]
+        read = [len(batch) * len(encoded[batch[-1]]) for batch in batches]
+        run_passes(loaded, works, read, after=after, progress=progress)
         for batch, of_batch in zip(batches, found, strict=True):
             bits.index_add_(0, of_text[batch], of_batch)
     except torch.OutOfMemoryError:

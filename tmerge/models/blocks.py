@@ -22,7 +22,17 @@ from tmerge.errors import UnsupportedModelError
 from tmerge.models.discovery import find_block_list, unwrap
 from tmerge.models.loading import LoadedModel
 
-__all__ = ["STREAM_BYTES", "BlockCall", "Steps", "base_pass", "hidden_of", "in_groups", "read_in_step", "stepped"]
+__all__ = [
+    "STREAM_BYTES",
+    "BlockCall",
+    "Steps",
+    "base_pass",
+    "hidden_of",
+    "in_groups",
+    "read_in_step",
+    "run_passes",
+    "stepped",
+]
 
 STREAM_BYTES = 1 << 30
 """Of streams that are in memory together where a model is read by blocks; each further group reads it once more."""
@@ -246,6 +256,39 @@ def read_in_step(
                 steps.go_on(number, call.run())
             if progress is not None:
                 progress(block + 1, len(steps))
+
+
+def run_passes(
+    loaded: LoadedModel,
+    works: Sequence[Callable[[], None]],
+    tokens: Sequence[int],
+    *,
+    after: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Run passes to their end: one after the other, or, where a model is read by blocks, all of them block by block.
+
+    Args:
+        loaded: The model.
+        works: As for `read_in_step`.
+        tokens: Of each pass, padding included.
+        after: Called with each pass's number when it has been run by itself.
+        progress: Called with (blocks done, all) of a model that is read by blocks.
+    """
+    if loaded.block_weights is None:
+        for number, work in enumerate(works):
+            work()
+            if after is not None:
+                after(number)
+        return
+    groups = in_groups(loaded, tokens)
+    for number, group in enumerate(groups):
+
+        def counted(done: int, of: int, before: int = number) -> None:
+            if progress is not None:
+                progress(before * of + done, len(groups) * of)
+
+        read_in_step(loaded, works[group], counted)
 
 
 def in_groups(loaded: LoadedModel, tokens: Sequence[int]) -> list[slice]:

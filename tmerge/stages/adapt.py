@@ -23,7 +23,7 @@ from tmerge.run import Run, stage_key
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import ScoreNote
 from tmerge.stages.save import publish
-from tmerge.stages.scoring import held_out, load
+from tmerge.stages.scoring import held_out, load, reading
 from tmerge.stages.scoring import score as score_in_run
 from tmerge.stages.step import Listener, Progress, fusing_stage
 from tmerge.stages.texts import kept_texts, training_texts
@@ -100,7 +100,7 @@ def adapt_run(
             work=adapted.cache / "training",
             transported=transported,
             alpha=alpha,
-            source=(lambda: load(models.source, progress)) if settings.objective == "distill" else None,
+            source=(lambda: reading(models.source, progress)) if settings.objective == "distill" else None,
             goals=goals,
             prompts=prompts,
             progress=progress.counting(settings.objective, "steps"),

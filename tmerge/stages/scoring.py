@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from tmerge.calibration import TextSet
 from tmerge.evaluation import Scores, score_texts
@@ -10,7 +12,7 @@ from tmerge.models import LoadedModel, Model
 from tmerge.recipe import Recipe
 from tmerge.stages.step import Progress
 
-__all__ = ["cut", "held_out", "load", "opened", "score", "unit"]
+__all__ = ["cut", "held_out", "load", "opened", "reading", "score", "unit"]
 
 # Characters of a held-out text that are scored, per token that calibration reads; one cut for all models.
 _SCORED_CHARACTERS = 4
@@ -30,6 +32,16 @@ def opened(model: Model, progress: Progress) -> LoadedModel:
         if model.open().block_weights is not None:
             progress.note(f"{model.reference} is read block by block, as it does not fit in memory or memory says so")
     return model.open()
+
+
+@contextmanager
+def reading(model: Model, progress: Progress) -> Iterator[LoadedModel]:
+    """As `opened`, and let go afterwards."""
+    try:
+        yield opened(model, progress)
+    finally:
+        model.release()
+        gc.collect()
 
 
 def unit(loaded: LoadedModel) -> str:
