@@ -5,15 +5,19 @@ SETUP := .venv/.installed
 # The browser tests drive Debian's Chromium; elsewhere install it by hand, or they skip, saying so.
 CHROMIUM := $(shell command -v chromium)
 
-.PHONY: demo test test-slow bench lint app dist browser clean
+.PHONY: demo test test-app test-slow bench lint app dist browser clean
 
 ## Merge two real models of different architecture and draw the report (minutes on two cores).
 demo: $(SETUP)
 	$(BIN)/tmerge demo --out fused --html fused/tmerge/report.html
 
-## Lint, types, and the default test suite: a process a core; the app's alone, as two browsers keep each other waiting.
-test: $(SETUP) browser lint
+## The default test suite, a process a core; then lint and types beside the app's own tests, which leave a core idle.
+test: $(SETUP) browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/ui
+	$(MAKE) -j2 --output-sync=target lint test-app
+
+## The app's tests, one after the other, as two browsers keep each other waiting.
+test-app: $(SETUP) browser
 	$(BIN)/python -m pytest tests/ui
 
 ## All other tests: further cases of what the default suite tests once, and what takes long.

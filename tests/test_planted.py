@@ -112,7 +112,7 @@ def _merge(
 
 # qwen2 differs from llama in its biases, which gpt_neox has too.
 families = pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[pytest.mark.slow] if name == "qwen2" else []) for name in PLANTED_FAMILIES]
+    "family", [pytest.param(name, marks=[] if name == "llama" else [pytest.mark.slow]) for name in PLANTED_FAMILIES]
 )
 
 

@@ -39,7 +39,14 @@ def in_memory(loaded):
     ]
 
 
-@pytest.mark.parametrize("family", sorted(PICO_FAMILIES))
+def families(names, quick=()):
+    return pytest.mark.parametrize(
+        "family", [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in sorted(names)]
+    )
+
+
+# Tied; two rotary tables, sliding windows and a scaled embedding; learned positions; experts, which are stacked.
+@families(PICO_FAMILIES, {"llama-tied", "gemma3", "gpt2", "mixtral"})
 def test_features_and_scores_are_the_same_to_the_bit(family, tmp_path):
     save_pico(family, tmp_path / "m", layers=3)
     whole = load_model(str(tmp_path / "m"), widen=True)
@@ -56,7 +63,7 @@ def test_features_and_scores_are_the_same_to_the_bit(family, tmp_path):
     assert in_memory(by_blocks) == []
 
 
-@pytest.mark.parametrize("family", sorted(PICO_RARE))
+@families(PICO_RARE)
 def test_rare_ones_are_the_same_or_say_why_not(family, tmp_path):
     save_pico(family, tmp_path / "m")
     whole = load_model(str(tmp_path / "m"))
