@@ -224,7 +224,7 @@ def main() -> None:
     settings = ["calibration.max_tokens=48", f"calibration.texts={asked.texts}", "calibration.held_out=0.25"]
     settings += ["evaluation.controls=[]", "evaluation.texts=16", *asked.settings]
     if asked.what == "reconstruct":
-        settings += ["fusion.keep_texts=32", "fusion.alpha=1"]
+        settings += ["fusion.keep_texts=48", "fusion.alpha=1"]
     else:
         settings += ["fusion.projections=[q, k, v, o]"]
     command = [str(Path(sys.executable).with_name("tmerge")), "merge", "--what", asked.what, "--out", str(fused)]
