@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from tmerge.calibration import SAMPLES_PREFIX, sample_texts
 from tmerge.evaluation import MOST_KEPT_BYTES, PROJECTION_GROUPS, most_scorings
-from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pick_device
+from tmerge.models import STREAM, Architecture, ModelFacts, fits, multiplies_fast, pick_device
 from tmerge.preflight.fitting import fitting_bytes, fitting_operations, goal_bytes
 from tmerge.preflight.holding import carried_bytes, held_bytes, itemsize, kept_bytes, read_bytes, unpacked_bytes
 from tmerge.preflight.speed import SPEED_FILE, Timing, timing_of
@@ -214,7 +214,7 @@ def estimate_run(
     packed = [facts for facts in models[1:] if facts is not None and facts.reference.kind == "gguf"]
     streamed = texts * tokens_per_text * source_layout.hidden_size * 4
     reading_source = read_bytes(source, source_layout, recipe, dtype, device, streamed)
-    # Beside the target, which stays. A source is there while it is read; the source before its fine-tuning never is,
+    # Beside the target. A source is there while it is read; the source before its fine-tuning never is,
     # but for a GGUF file, which is unpacked once for the fusion to read.
     beside = {
         "target": unpacked_bytes(target) + logits + min(feature_bytes, 1 << 30),
@@ -229,7 +229,11 @@ def estimate_run(
         # The checkpoint is loaded again to be compared.
         "save": checkpoint + logits,
     }
-    needed = held_bytes(target, recipe, dtype) + max(beside.values())
+    own = held_bytes(target, recipe, dtype)
+    together = recipe.memory == "resident" or fits(own + held_bytes(source, recipe, dtype), device)
+    # Where the two do not fit beside each other the target is let go while the source is read and transported.
+    away = set() if together and recipe.memory != "blocks" else {"source", "transport"}
+    needed = max(size + (0 if stage in away else own) for stage, size in beside.items())
     memory = psutil.Process().memory_info().rss + _ALLOCATOR_SLACK * needed
     unpacked = len(packed) * kept_bytes(recipe, source_layout, projections)
     goals = goal_bytes(recipe, target_layout, fitted * tokens_per_text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from tmerge.models import Model, trusts
+from tmerge.models import Model, fits, pick_device, trusts
 from tmerge.recipe import Recipe
 
 __all__ = ["Models"]
@@ -46,6 +46,13 @@ class Models:
 
         base = None if recipe.source_base is None else handle("source_base", recipe.source_base)
         return cls(handle("target", recipe.target), handle("source", recipe.source), base)
+
+    @property
+    def fit_together(self) -> bool:
+        """Whether target and source are to be in memory beside each other."""
+        if self.target.memory != "auto":
+            return self.target.memory == "resident"
+        return fits(self.target.held_bytes + self.source.held_bytes, pick_device(self.target.device))
 
     def pinned(self) -> dict[str, str]:
         """Role -> the reference, a Hub repo's at its commit; what is local stays as it was written."""

@@ -135,10 +135,11 @@ class _Road:
             recorded.refuse_other_texts(texts.sha256)
 
         folders = {role: run.features(role) for role in ("target", "source")}
-        target = runner(Read("target", recipe, models.target, texts, projections, folders["target"], recorded))
+        roomy, read = models.fit_together, (texts, projections)
+        target = runner(Read("target", recipe, models.target, *read, folders["target"], recorded, None, not roomy))
         yield target
         weights, base = self._weights(models.source, "source"), models.source_base
-        source = runner(Read("source", recipe, models.source, texts, projections, folders["source"], recorded, weights))
+        source = runner(Read("source", recipe, models.source, *read, folders["source"], recorded, weights))
         yield source
 
         heads = {"target": target.note.heads, "source": source.note.heads}

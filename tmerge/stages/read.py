@@ -33,6 +33,7 @@ class Read:
         folder: Of the features.
         recorded: A recorded transport, with which the model is scored alone.
         kept: Of a model that is fused from: its weights, which outlive it. The model is let go then.
+        let_go: Whether it is let go too where it has been read, to leave room for another.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Read:
     folder: Path
     recorded: RecordedRun | None
     kept: SourceWeights | None = None
+    let_go: bool = False
 
     note = ReadNote
 
@@ -69,6 +71,7 @@ class Read:
         note = self._read(key, progress)
         if self.kept is not None:
             self.kept.keep(progress)
+        if self.kept is not None or self.let_go:
             self.model.release()
             gc.collect()
         return note
