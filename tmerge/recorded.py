@@ -85,9 +85,9 @@ def find_run(reference: str) -> FoundRun:
         TmergeError: As `hub_errors`, where the repo cannot be read.
     """
     if Path(reference).is_dir():
-        found = FoundRun(reference, Run(Path(reference)), None)
-        found.run.report()
-        return found
+        found_run = FoundRun(reference, Run(Path(reference)), None)
+        found_run.run.report()
+        return found_run
     try:
         where = ModelReference.parse(reference)
     except ModelNotFoundError:
@@ -100,9 +100,9 @@ def find_run(reference: str) -> FoundRun:
             "folder that --out named"
         )
     snapshot = open_repo(where)
-    found = FoundRun(reference, Run(snapshot.folder), snapshot)
-    found.fetch(_REPORT)
-    return found
+    found_run = FoundRun(reference, Run(snapshot.folder), snapshot)
+    found_run.fetch(_REPORT)
+    return found_run
 
 
 class RecordedRun:

@@ -108,7 +108,7 @@ class Run:
                 raise OutputExistsError(
                     f"{folder} holds a run without its cache, which cannot be continued; choose another --out"
                 )
-            before, now = (_deciding(found) for found in (_as_written_now(asked), recipe.model_dump(mode="json")))
+            before, now = (_deciding(written) for written in (_as_written_now(asked), recipe.model_dump(mode="json")))
             other = _differences(before, now)
             if other:
                 raise OutputExistsError(
@@ -225,11 +225,11 @@ def _as_written_now(asked: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """``key: old there, new here`` for every value that differs."""
-    found = []
+    differences = []
     for key in sorted(set(old) | set(new)):
         there, here = old.get(key), new.get(key)
         if isinstance(there, dict) and isinstance(here, dict):
-            found += _differences(there, here, f"{prefix}{key}.")
+            differences += _differences(there, here, f"{prefix}{key}.")
         elif there != here:
-            found.append(f"{prefix}{key}: {there} there, {here} here")
-    return found
+            differences.append(f"{prefix}{key}: {there} there, {here} here")
+    return differences

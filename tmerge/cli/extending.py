@@ -26,9 +26,9 @@ _ROOT = Path("~/.local/share/hf/extensions")
 def extension(remove: bool = typer.Option(False, "--remove", help="Take it away again.")) -> None:
     """Make `hf tmerge ...` work: tell the Hub's own command line of this installation."""
     when_stopped(lambda: f"this may be half done; to finish it: {same_command()}")
-    place = _ROOT.expanduser() / _NAME
+    folder = _ROOT.expanduser() / _NAME
     if remove:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         typer.echo("hf tmerge is gone; tmerge itself stays")
         return
     # The one beside this Python: another installation's on the path may be of another environment.
@@ -47,6 +47,6 @@ def extension(remove: bool = typer.Option(False, "--remove", help="Take it away 
         "installed_at": datetime.now(timezone.utc).isoformat(),
         "description": "Merge language models of different architectures",
     }
-    place.mkdir(parents=True, exist_ok=True)
-    write_text(place / "manifest.json", json.dumps(manifest, indent=2))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=2))
     typer.echo("hf tmerge works now, for example: hf tmerge push --help")

@@ -154,15 +154,15 @@ def check(
 
     when_stopped(nothing_changed)
     result = check_models(loaded)
-    found = _relatedness(loaded, named=dataset) if relatedness else None
+    relatedness_values = _relatedness(loaded, named=dataset) if relatedness else None
     if json_output:
-        print_json(result.to_dict() | ({} if found is None else {"relatedness": found}))
+        print_json(result.to_dict() | ({} if relatedness_values is None else {"relatedness": relatedness_values}))
         return
     show_check(result)
-    if found is not None:
+    if relatedness_values is not None:
         from tmerge.report import relatedness_words
 
-        typer.echo(relatedness_words(found["value"], found["permuted"]))
+        typer.echo(relatedness_words(relatedness_values["value"], relatedness_values["permuted"]))
 
 
 @app.command()
@@ -198,9 +198,9 @@ def _relatedness(recipe: Any, named: str | None) -> dict[str, Any]:
     )
     when_stopped(lambda: f"nothing is kept; to start again: {same_command()}")
     with tempfile.TemporaryDirectory() as folder, progress() as listener:
-        found = advance(asked, Path(folder) / "pair", until="transport", listener=listener)
-    assert isinstance(found, TransportNote) and found.relatedness is not None  # asked of a shared structure
-    return dict(found.relatedness)
+        note = advance(asked, Path(folder) / "pair", until="transport", listener=listener)
+    assert isinstance(note, TransportNote) and note.relatedness is not None  # asked of a shared structure
+    return dict(note.relatedness)
 
 
 @app.command()
@@ -235,17 +235,17 @@ def _inspect_comparison(folder: Path, json_output: bool, html: Path | None) -> N
     from tmerge.comparison.result import read_comparison
 
     when_stopped(nothing_changed)
-    found = read_comparison(folder / "compare.json")
+    comparison = read_comparison(folder / "compare.json")
     if html is not None:
         from tmerge.plots.comparison import comparison_page
 
-        _write_page(html, comparison_page(found))
+        _write_page(html, comparison_page(comparison))
     if json_output:
-        print_json(found.to_dict())
+        print_json(comparison.to_dict())
     elif html is None:
         from tmerge.cli.show import show_comparison
 
-        show_comparison(found, folder)
+        show_comparison(comparison, folder)
 
 
 def _run_remotely(

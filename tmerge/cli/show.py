@@ -175,8 +175,8 @@ def show_comparison(result: Comparison, folder: Path) -> None:
     for row in result.rows:
         table.add_row(*row_cells(row))
     console.print(table)
-    for item in result.added:
-        console.print(added_words(item), markup=False, highlight=False)
+    for added in result.added:
+        console.print(added_words(added), markup=False, highlight=False)
     console.print(_descent(result.descent))
     console.print(
         f"The same with figures: {folder / 'compare.html'}; as Markdown: {folder / 'compare.md'}", markup=False
@@ -194,13 +194,13 @@ def show_evaluation(result: Evaluation) -> None:
     for name, task in first.tasks.items():
         title = f"{name}: {task.metric} on {task.questions} questions, higher is better"
         measures.append((title, [model.tasks[name] for model in result.models]))
-    for title, items in measures:
+    for title, scores in measures:
         table = Table(title=title, title_justify="left")
         for heading in ("model", "value", "95 % interval", "difference to the first", "95 % interval"):
             table.add_column(heading)
-        for model, item in zip(result.models, items, strict=True):
-            assert item is not None  # all were scored on the same
-            table.add_row(model.model, score_words(item.value), interval_words(item), *change_cells(item.difference))
+        for model, score in zip(result.models, scores, strict=True):
+            assert score is not None  # all were scored on the same
+            table.add_row(model.model, score_words(score.value), interval_words(score), *change_cells(score.difference))
         console.print(table)
 
 
@@ -213,8 +213,8 @@ def _descent(control: Descent) -> Table:
     )
     for heading in ("projection", "merge", "random directions"):
         table.add_column(heading)
-    for name, item in control.projections.items():
-        means = ((item.mean, item.standard_error), (item.noise_mean, item.noise_standard_error))
+    for name, cosines in control.projections.items():
+        means = ((cosines.mean, cosines.standard_error), (cosines.noise_mean, cosines.noise_standard_error))
         table.add_row(name, *(f"{mean:+.5f}" + ("" if error is None else f" ({error:.1e})") for mean, error in means))
     return table
 

@@ -75,8 +75,8 @@ class _Row:
     @property
     def said(self) -> dict[str, Any]:
         """What its note says of it."""
-        found = {"alpha": self.alpha, "of": self.of, "seed": self.seed}
-        return {name: value for name, value in found.items() if value is not None}
+        facts = {"alpha": self.alpha, "of": self.of, "seed": self.seed}
+        return {name: value for name, value in facts.items() if value is not None}
 
 
 def compare(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) -> Comparison:
@@ -250,8 +250,8 @@ class _Comparison:
     def _still(self, name: str, change: str | None, alpha: Alpha) -> RowScores:
         """The target with something fused into it, nothing trained."""
         layers = self.models.target_layers()
-        items = self.neurons.of(change, layers, self.recipe.seed) if change else []
-        with applied(layers, items, alpha) if items else nullcontext():
+        neurons = self.neurons.of(change, layers, self.recipe.seed) if change else []
+        with applied(layers, neurons, alpha) if neurons else nullcontext():
             return self._scores(self.models.load("target"), name)
 
     def _source(self) -> RowScores:
@@ -342,18 +342,18 @@ class _Comparison:
     def _scores(self, model: LoadedModel, name: str) -> RowScores:
         """On the held-out texts, the further domains and the tasks."""
         sets = {"": held_out(self.merge_recipe, self.texts), **self.domains}
-        found = {}
+        by_domain = {}
         for domain, texts in sets.items():
             where = f"{name}: {domain or 'held-out texts'}"
-            found[domain] = score_texts(
+            by_domain[domain] = score_texts(
                 model,
                 texts,
                 batch_tokens=self.recipe.calibration.batch_tokens,
                 progress=partial(self._step, where, unit="texts"),
             )
         tasks = self.data.score_tasks(model, partial(self._step, f"{name}: tasks", 0, 1, unit="models"))
-        own = TextScores.noted(found.pop(""))
-        domains = {domain: TextScores.noted(scores) for domain, scores in found.items()}
+        own = TextScores.noted(by_domain.pop(""))
+        domains = {domain: TextScores.noted(scores) for domain, scores in by_domain.items()}
         return RowScores(bits=own.bits, bytes=own.bytes, domains=domains, tasks=tasks)
 
     def _result(self, notes: list[RowNote]) -> Comparison:

@@ -95,9 +95,9 @@ def evaluate_models(
         identities[dataset] = dataset_identity(dataset)
         words = {"dataset": pinned(dataset, identities[dataset]), "texts": max(texts, 64), "held_out": 0.35}
         settings = CalibrationSettings.model_validate(words)
-        found = read_texts(settings, seed=seed, chat_tokenizer=load_tokenizer(references[0]))
+        text_set = read_texts(settings, seed=seed, chat_tokenizer=load_tokenizer(references[0]))
         limit_characters = 4 * settings.max_tokens
-        read = [text[:limit_characters] for text in (*found.held_out, *found.texts)][:texts]
+        read = [text[:limit_characters] for text in (*text_set.held_out, *text_set.texts)][:texts]
     likelihoods: list[Scores] = []
     benchmarks: list[dict[str, TaskScore]] = []
     models: list[ModelScores] = []

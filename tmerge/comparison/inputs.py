@@ -117,15 +117,15 @@ class ComparedData:
         Raises:
             DatasetError: One cannot be read, or is not what was identified.
         """
-        found = {}
+        domains = {}
         for name, reference in self.settings.domains.items():
             identity = self.identities[reference]
             asked = {"dataset": pinned(reference, identity), "config": None, "column": None}
             texts = read_texts(self.recipe.calibration.model_copy(update=asked), seed=self.recipe.seed)
             if texts.file_sha256 is not None:
                 _refuse_another("domain", reference, identity, f"sha256:{texts.file_sha256}")
-            found[name] = [*texts.held_out, *texts.texts]
-        return found
+            domains[name] = [*texts.held_out, *texts.texts]
+        return domains
 
     def score_tasks(self, model: LoadedModel, began: Callable[[], None]) -> dict[str, Answers]:
         """Every question's own result, by task.
@@ -145,7 +145,7 @@ class ComparedData:
         scores = run_tasks(model, self.settings.tasks, data=data, limit=self.settings.task_limit, seed=self.recipe.seed)
         # The harness reads the file itself, so what it read is known only if it is the same before and after.
         self._refuse_changed_files()
-        return {task: Answers(metric=item.metric, items=item.items.tolist()) for task, item in scores.items()}
+        return {task: Answers(metric=score.metric, items=score.items.tolist()) for task, score in scores.items()}
 
     def _refuse_changed_files(self) -> None:
         for path in dict.fromkeys(self.settings.task_data.values()):

@@ -93,17 +93,17 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
         DatasetError: Likewise, a local file of texts.
         TmergeError: As `merge`.
     """
-    found = find_run(reference)
-    there, recipe = found.report(), found.recipe()
+    original = find_run(reference)
+    there, recipe = original.report(), original.recipe()
     folder = Path(out)
-    _refuse_out(found, folder)
-    _refuse_other_models(found, there, recipe)
-    _refuse_other_data(found, there, recipe)
-    published = _published(found, there.weights)
+    _refuse_out(original, folder)
+    _refuse_other_models(original, there, recipe)
+    _refuse_other_data(original, there, recipe)
+    published = _published(original, there.weights)
     others = sorted(set(published) - set(there.weights))
     changed = [name for name, digest in there.weights.items() if published.get(name) != digest]
     if listener is not None and (changed or others):
-        said = f"{found.name}: {_published_words(changed, others)}; the recipe runs all the same"
+        said = f"{original.name}: {_published_words(changed, others)}; the recipe runs all the same"
         Progress("reproduce", listener).note(said)
     if there.adaptation is not None:
         from tmerge.stages.adapt import adapt_run
@@ -127,7 +127,7 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
     ]
     facts += [(name, version, here.versions.get(name)) for name, version in there.versions.items()]
     return Reproduction(
-        reference=found.name,
+        reference=original.name,
         same=not others and all(digests.same for digests in weights.values()),
         weights=weights,
         others=tuple(others),
@@ -178,19 +178,19 @@ def _published_words(changed: Sequence[str], others: Sequence[str]) -> str:
     return "; ".join(words)
 
 
-def _published(found: FoundRun, names: Iterable[str]) -> dict[str, str]:
+def _published(original: FoundRun, names: Iterable[str]) -> dict[str, str]:
     """SHA-256 (hex) of every weights file that is there: what counts is what others load, not what is said of it.
 
     Raises:
         TmergeError: As `hub_errors`, where it is a repo.
     """
-    if found.snapshot is None:
-        folder = found.run.folder
+    if original.snapshot is None:
+        folder = original.run.folder
         paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.safetensors"))}
         return {
             name: file_digest(path) for name, path in paths.items() if name != _PLAN and not name.startswith(_CACHE)
         }
-    snapshot = found.snapshot
+    snapshot = original.snapshot
     assert snapshot.reference.repo is not None
     with hub_errors(snapshot.reference):
         info = HfApi().model_info(snapshot.reference.repo, revision=snapshot.commit, files_metadata=True)
@@ -207,9 +207,9 @@ def _published(found: FoundRun, names: Iterable[str]) -> dict[str, str]:
     return digests
 
 
-def _refuse_out(found: FoundRun, out: Path) -> None:
+def _refuse_out(original: FoundRun, out: Path) -> None:
     """What is compared would be written over, or the comparison be of a file with itself."""
-    if found.snapshot is None and out.resolve().is_relative_to(found.run.folder.resolve()):
+    if original.snapshot is None and out.resolve().is_relative_to(original.run.folder.resolve()):
         raise OutputExistsError(
             f"{out} is the run that is to be reproduced, or lies in it; choose another --out for the reproduction"
         )
@@ -217,18 +217,18 @@ def _refuse_out(found: FoundRun, out: Path) -> None:
         raise OutputExistsError(f"{out} holds a finished run already; choose another --out for the reproduction")
 
 
-def _refuse_other_models(found: FoundRun, report: Report, recipe: Recipe) -> None:
+def _refuse_other_models(original: FoundRun, report: Report, recipe: Recipe) -> None:
     """Local models are known by their contents: another one would be merged for nothing."""
     for role, model in (("target", report.target), ("source", report.source)):
         commit, reference = model.commit, getattr(recipe, role)
         if commit.startswith("sha256:") and (here := model_commit(reference)) != commit:
             raise ModelNotFoundError(
-                f"{reference} here is not the {role} that {found.name} was made from ({here[7:19]} here, "
+                f"{reference} here is not the {role} that {original.name} was made from ({here[7:19]} here, "
                 f"{commit[7:19]} there); put that one in its place"
             )
 
 
-def _refuse_other_data(found: FoundRun, report: Report, recipe: Recipe) -> None:
+def _refuse_other_data(original: FoundRun, report: Report, recipe: Recipe) -> None:
     """Local files of texts are known by their contents too; other texts would give other weights."""
     read, calibration = report.calibration, recipe.calibration
     files = [(calibration.dataset, read.file_sha256), (calibration.match_on, read.other_sha256)]
@@ -242,11 +242,11 @@ def _refuse_other_data(found: FoundRun, report: Report, recipe: Recipe) -> None:
             continue
         path = local_file(reference)
         if path is None or not path.is_file():
-            made = f"{reference}, whose texts {found.name} was made from,"
+            made = f"{reference}, whose texts {original.name} was made from,"
             raise DatasetError(f"{made} is not here; put it in its place (sha256 {digest})")
         if (here := file_identity(path).removeprefix("sha256:")) != digest:
             raise DatasetError(
-                f"the contents of {reference} have changed since {found.name} was made from it ({here[:12]} here, "
+                f"the contents of {reference} have changed since {original.name} was made from it ({here[:12]} here, "
                 f"{digest[:12]} there); put that file in its place"
             )
 

@@ -89,10 +89,10 @@ class RowNote(RowScores):
 
 def grouped(notes: Iterable[RowNote]) -> dict[str, list[RowNote]]:
     """Name -> a note for every seed, in their order."""
-    found: dict[str, list[RowNote]] = {}
+    groups: dict[str, list[RowNote]] = {}
     for note in notes:
-        found.setdefault(note.name, []).append(note)
-    return found
+        groups.setdefault(note.name, []).append(note)
+    return groups
 
 
 def summed_up(group: Sequence[RowNote], base: RowNote, *, seed: int, bootstrap: int) -> Row:
@@ -129,7 +129,7 @@ def summed_up(group: Sequence[RowNote], base: RowNote, *, seed: int, bootstrap: 
 
 def added(groups: Mapping[str, Sequence[RowNote]], *, seed: int, bootstrap: int) -> list[Added]:
     """What the merge adds to each training: with it against without it, the seeds averaged text by text."""
-    found = []
+    additions = []
     pairs = [(name, name.removeprefix("fused+") + time) for name in groups for time in ("", "+time")]
     for name, to in pairs:
         group, without = groups[name], groups.get(to, ())
@@ -138,16 +138,16 @@ def added(groups: Mapping[str, Sequence[RowNote]], *, seed: int, bootstrap: int)
         counts = resamples(len(group[0].bits), bootstrap, seed)
         change = measured(difference(_mean(group), _mean(without), counts))
         seeds = [
-            {"seed": one.seed, "value": one.bits_per_byte - other.bits_per_byte}
-            for one, other in zip(group, without, strict=True)
+            {"seed": with_merge.seed, "value": with_merge.bits_per_byte - without_merge.bits_per_byte}
+            for with_merge, without_merge in zip(group, without, strict=True)
         ]
-        found.append(Added.model_validate({"row": name, "to": to, **change.to_dict(), "seeds": seeds}))
-    return found
+        additions.append(Added.model_validate({"row": name, "to": to, **change.to_dict(), "seeds": seeds}))
+    return additions
 
 
-def _mean(items: Sequence[TextScores]) -> Scores:
+def _mean(scores: Sequence[TextScores]) -> Scores:
     """Bits and bytes of a row's seeds, averaged text by text."""
-    bits, sizes = torch.tensor([(item.bits, item.bytes) for item in items], dtype=torch.float64).mean(0)
+    bits, sizes = torch.tensor([(score.bits, score.bytes) for score in scores], dtype=torch.float64).mean(0)
     return Scores(bits, sizes, 0, 0.0)
 
 
@@ -155,7 +155,7 @@ def _answers(group: Sequence[RowNote]) -> dict[str, TaskScore]:
     """Questions averaged over the seeds of a row."""
     return {
         task: TaskScore(
-            item.metric, torch.tensor([note.tasks[task].items for note in group], dtype=torch.float64).mean(0), 0.0
+            answers.metric, torch.tensor([note.tasks[task].items for note in group], dtype=torch.float64).mean(0), 0.0
         )
-        for task, item in group[0].tasks.items()
+        for task, answers in group[0].tasks.items()
     }

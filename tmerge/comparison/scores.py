@@ -57,12 +57,12 @@ def task_results(
         seed: Of the resamples.
         bootstrap: How many.
     """
-    found = {}
-    for name, item in scores.items():
-        counts = resamples(len(item.items), bootstrap, seed)
-        own = measured(task_score(item, counts))
+    results = {}
+    for name, task_scores in scores.items():
+        counts = resamples(len(task_scores.items), bootstrap, seed)
+        own = measured(task_score(task_scores, counts))
         known: dict[str, Any] = {"value": own.value, "ci95": own.ci95}
         if first is not None:
-            known["difference"] = measured(task_difference(item, first[name], counts))
-        found[name] = TaskResult(metric=item.metric, questions=len(item.items), **known)
-    return found
+            known["difference"] = measured(task_difference(task_scores, first[name], counts))
+        results[name] = TaskResult(metric=task_scores.metric, questions=len(task_scores.items), **known)
+    return results

@@ -35,7 +35,7 @@ def comparison_table(comparison: Comparison) -> str:
     lines = [f"Bits per byte on {comparison.texts} held-out texts, lower is better.", "", *_table(ROW_HEADINGS)]
     lines += map(_line, map(row_cells, comparison.rows))
     if comparison.added:
-        lines += ["", *(f"- {_cell(added_words(item))}" for item in comparison.added)]
+        lines += ["", *(f"- {_cell(added_words(added))}" for added in comparison.added)]
     for task, first in comparison.rows[0].tasks.items():
         lines += ["", f"{_cell(task)}: {first.metric} on {first.questions} questions, higher is better.", ""]
         lines += _table(("row", first.metric, "difference to base", "95 % interval"))
@@ -47,20 +47,20 @@ def comparison_table(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-def added_words(item: Added) -> str:
+def added_words(added: Added) -> str:
     """Whether a merge adds anything to a training, in a sentence."""
-    if item.high < 0:
-        verdict = f"the merge adds to {item.to}"
-    elif item.low > 0:
-        verdict = f"{item.to} does better without the merge"
+    if added.high < 0:
+        verdict = f"the merge adds to {added.to}"
+    elif added.low > 0:
+        verdict = f"{added.to} does better without the merge"
     else:
-        verdict = f"as far as these texts show, the merge adds nothing to {item.to}"
-    seeds = [seed.value for seed in item.seeds]
+        verdict = f"as far as these texts show, the merge adds nothing to {added.to}"
+    seeds = [seed.value for seed in added.seeds]
     spread = (
         f", {change_words(min(seeds))} to {change_words(max(seeds))} over {len(seeds)} seeds" if len(seeds) > 1 else ""
     )
-    interval = f"95 % interval {interval_words(item, signed=True)}"
-    return f"{item.row} against {item.to}: {change_words(item.value)} ({interval}){spread}: {verdict}"
+    interval = f"95 % interval {interval_words(added, signed=True)}"
+    return f"{added.row} against {added.to}: {change_words(added.value)} ({interval}){spread}: {verdict}"
 
 
 def _published(published: Published) -> list[str]:

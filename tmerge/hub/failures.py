@@ -98,8 +98,8 @@ def pushing(repo: str, token: str | None = None) -> Iterator[None]:
 
 def _told_by_xet(repo: str, error: BaseException, token: str | None) -> PushError | None:
     """What the Hub answered, where hf_xet says it within the words of a lost connection."""
-    found = re.search(r"\((\d{3})\b([^)]*)\)", str(error))
-    return _refused(repo, int(found[1]), found[2], token) if found else None
+    answer = re.search(r"\((\d{3})\b([^)]*)\)", str(error))
+    return _refused(repo, int(answer[1]), answer[2], token) if answer else None
 
 
 def _lost(repo: str) -> PushError:

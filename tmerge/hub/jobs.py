@@ -76,7 +76,7 @@ def start_job(
     _refuse_local(recipe)
     _refuse_name(repo)
     seconds = _seconds(timeout)
-    known = [item.value for item in JobHardware]
+    known = [hardware.value for hardware in JobHardware]
     close = difflib.get_close_matches(flavor, known, 1)
     if flavor not in known and close:
         raise RemoteError(f"the Hub has no hardware {flavor!r}; did you mean {close[0]}? All: {', '.join(known)}")
@@ -145,10 +145,10 @@ def _refuse_name(repo: str) -> None:
 
 def _seconds(timeout: str) -> int:
     """A span of time as the Hub's client takes it; it has no words for one that it cannot read."""
-    found = _TIMEOUT.fullmatch(timeout.strip())
+    span = _TIMEOUT.fullmatch(timeout.strip())
     seconds = 0
-    if found is not None:
-        number, unit, bare = found.groups()
+    if span is not None:
+        number, unit, bare = span.groups()
         seconds = int(bare) if bare else int(float(number) * _SECONDS[unit])
     if seconds < 1:
         raise RemoteError(f"the job's timeout {timeout!r} is no span of time; write one number and its unit: 30m, 4.5h")

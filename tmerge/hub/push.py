@@ -269,15 +269,15 @@ def _files(run: Run) -> dict[str, Path]:
     config = run.folder / "config.json"
     if config.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8")):
         patterns += ("*.py",)  # the model's own code, which transformers saves beside it
-    found = [
+    paths = [
         path
         for path in run.folder.iterdir()
         if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
     ]
     for name in (*_CHECKPOINT_FOLDERS, *(f"tmerge/{name}" for name in _PUBLISHED)):
         path = run.folder / name
-        found += [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
-    return {path.relative_to(run.folder).as_posix(): path for path in found if path.suffix != ".part"}
+        paths += [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
+    return {path.relative_to(run.folder).as_posix(): path for path in paths if path.suffix != ".part"}
 
 
 def _left_behind(run: Run, files: Mapping[str, int]) -> list[str]:
@@ -294,12 +294,12 @@ def _staged(planned: PushPlan) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="tmerge-push-") as name:
         staged = Path(name)
         for inside, path in files.items():
-            place = staged / inside
-            place.parent.mkdir(parents=True, exist_ok=True)
+            staged_file = staged / inside
+            staged_file.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.symlink(path.resolve(), place)
+                os.symlink(path.resolve(), staged_file)
             except OSError:  # where links are not allowed
-                shutil.copyfile(path, place)
+                shutil.copyfile(path, staged_file)
         (staged / CARD).unlink(missing_ok=True)
         (staged / CARD).write_text(planned.card, encoding="utf-8")
         yield staged

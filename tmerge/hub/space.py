@@ -181,9 +181,9 @@ def _open(api: HfApi, repo: str, hardware: str, *, private: bool, say: Callable[
 
 def _folder(hardware: str) -> Path:
     """The files of one Space: in the installed package, or at the root of a checkout."""
-    for place in (_PACKAGE / "hub" / "spaces", _PACKAGE.parent / "spaces"):
-        if (place / hardware / "app.py").is_file():
-            return place / hardware
+    for spaces_folder in (_PACKAGE / "hub" / "spaces", _PACKAGE.parent / "spaces"):
+        if (spaces_folder / hardware / "app.py").is_file():
+            return spaces_folder / hardware
     raise RunNotFoundError("this installation of tmerge lacks the Spaces' files; install it again")
 
 
@@ -256,9 +256,9 @@ def _staged(hardware: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="tmerge-space-") as name:
         staged = Path(name)
         for inside, path in _copied(hardware).items():
-            place = staged / inside
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, place)
+            staged_file = staged / inside
+            staged_file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, staged_file)
         for inside, text in _written().items():
             (staged / inside).parent.mkdir(parents=True, exist_ok=True)
             (staged / inside).write_text(text, encoding="utf-8")

@@ -167,14 +167,14 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
     if start == b"version ":
         raise CheckpointError(f"{str(path)!r} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
     try:
-        found = parse_local_safetensors_file_metadata(path).tensors
+        entries = parse_local_safetensors_file_metadata(path).tensors
     except (SafetensorsParsingError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(
             f"{str(path)!r} is truncated or no safetensors file ({size:,} bytes); download or save it again"
         ) from None
-    tensors = {name: StoredTensor.of(entry) for name, entry in found.items()}
+    tensors = {name: StoredTensor.of(entry) for name, entry in entries.items()}
     # The header's length, the header, the tensors.
-    whole = 8 + int.from_bytes(start, "little") + max((entry.data_offsets[1] for entry in found.values()), default=0)
+    whole = 8 + int.from_bytes(start, "little") + max((entry.data_offsets[1] for entry in entries.values()), default=0)
     if whole > size:
         raise CheckpointError(f"{str(path)!r} is truncated: {size:,} of {whole:,} bytes; download or save it again")
     return tensors
@@ -191,11 +191,11 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """Files in the folder that a tokenizer is built from, by name; empty if it has no tokenizer."""
-    found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    found += sorted(folder.glob("*.tiktoken"))
-    if not found:
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    files += sorted(folder.glob("*.tiktoken"))
+    if not files:
         return []
-    return sorted(found + [folder / name for name in _TOKENIZER_SETTINGS if (folder / name).is_file()])
+    return sorted(files + [folder / name for name in _TOKENIZER_SETTINGS if (folder / name).is_file()])
 
 
 # A file that was written to so shortly before it was read may be written to again without its times telling.
@@ -213,10 +213,10 @@ def file_digest(path: Path) -> str:
     with path.open("rb", buffering=0) as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    found = digest.hexdigest()
+    hex_digest = digest.hexdigest()
     if state == _state(path) and max(state[-2:]) < began - _SETTLED_NS:
-        _digests[state] = found
-    return found
+        _digests[state] = hex_digest
+    return hex_digest
 
 
 # What the system says of a file -> its digest. A multi-gigabyte checkpoint is asked for when a push is planned, when it
@@ -230,8 +230,8 @@ def _state(path: Path) -> tuple[int, ...]:
 
 def file_state(path: Path) -> tuple[int, ...]:
     """What tells a file from one that has taken its place."""
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def folder_digest(folder: Path, weights: Sequence[Path]) -> str:

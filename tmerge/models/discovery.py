@@ -140,13 +140,13 @@ def _refuse_other_kinds(model: PreTrainedModel) -> None:
 
 
 def _pick(container: nn.Module, names: Iterable[str], projection: str, where: str) -> str | None:
-    found = [name for name in names if container._modules.get(name) is not None]
-    if len(found) > 1:
+    matches = [name for name in names if container._modules.get(name) is not None]
+    if len(matches) > 1:
         raise UnsupportedModelError(
-            f"{where} has {' and '.join(found)}, each a name for {projection}: tmerge has no description of this "
+            f"{where} has {' and '.join(matches)}, each a name for {projection}: tmerge has no description of this "
             "block and does not guess which is meant; choose a model of another architecture"
         )
-    return found[0] if found else None
+    return matches[0] if matches else None
 
 
 def _fused_rows(
@@ -177,12 +177,12 @@ def _fused_rows(
 
 def _sites(config: PreTrainedConfig, path: str, container: nn.Module, heads: HeadLayout | None, where: str) -> _Sites:
     """The projections of an attention (`heads` given) or of an MLP (None)."""
-    found = _fused_rows(config, container, heads, where)
+    projections = _fused_rows(config, container, heads, where)
     own = OWN_NAMES.get(config.model_type, {})
     for name, names in (MLP_NAMES if heads is None else ATTENTION_NAMES).items():
-        if name not in found and (picked := _pick(container, own.get(name, names), name, where)):
-            found[name] = (picked, None)
-    return _Sites(path, container, found)
+        if name not in projections and (picked := _pick(container, own.get(name, names), name, where)):
+            projections[name] = (picked, None)
+    return _Sites(path, container, projections)
 
 
 def _has_convolution(module: nn.Module) -> bool:
@@ -247,10 +247,10 @@ def _check_sizes(projections: dict[str, Projection], heads: HeadLayout | None, h
         expected |= {"gate": (middle, hidden), "up": (middle, hidden), "down": (hidden, middle)}
     for name, projection in projections.items():
         wanted = expected[name]
-        found = (projection.out_features, projection.in_features)
-        if wanted != found:
+        sizes = (projection.out_features, projection.in_features)
+        if wanted != sizes:
             raise UnsupportedModelError(
-                f"{title}: {projection} is {found}, expected {wanted} (out, in) from hidden size {hidden} and {heads}: "
+                f"{title}: {projection} is {sizes}, expected {wanted} (out, in) from hidden size {hidden} and {heads}: "
                 "tmerge has no description of this block; choose a model of another architecture"
             )
 
@@ -294,7 +294,7 @@ def read_block(model: PreTrainedModel, list_name: str, layer: int, block: nn.Mod
     return result
 
 
-def _left_alone(block: nn.Module, attention_path: str | None, found: Block, matched: set[int]) -> Iterator[str]:
+def _left_alone(block: nn.Module, attention_path: str | None, description: Block, matched: set[int]) -> Iterator[str]:
     """One clause for each kind of thing in the block that has matrices and is no projection."""
     with_experts: list[str] = []
     for name, count in _experts(block):
@@ -303,8 +303,8 @@ def _left_alone(block: nn.Module, attention_path: str | None, found: Block, matc
         if top in with_experts or (attention_path is not None and top == attention_path.split(".")[0]):
             continue
         with_experts.append(top)
-        merged = ["attention"] if found.heads else []
-        merged += ["the dense MLP beside them"] if "up" in found.projections else []
+        merged = ["attention"] if description.heads else []
+        merged += ["the dense MLP beside them"] if "up" in description.projections else []
         rest = f"{' and '.join(merged)} {'are' if len(merged) > 1 else 'is'} merged, " if merged else ""
         yield f"{count} experts per layer (mixture of experts): {rest}the experts are left alone"
 
@@ -320,15 +320,15 @@ def _left_alone(block: nn.Module, attention_path: str | None, found: Block, matc
         child = block.get_submodule(top)
         if not top or any(id(part) in matched for part in child.modules()):
             unnamed += names
-        elif found.heads is None:
+        elif description.heads is None:
             yield f"{top} ({type(child).__name__}) is not plain attention with q, k, v and o: left alone"
         else:
             unnamed.append(f"{top} ({type(child).__name__})")
     if unnamed:
         yield f"{', '.join(unnamed)} {'is' if len(unnamed) == 1 else 'are'} none of {_NAMES}: left alone"
 
-    for projection in found.projections.values():
-        stored = {view.rows for view in found.projections.values() if view.module is projection.module}
+    for projection in description.projections.values():
+        stored = {view.rows for view in description.projections.values() if view.module is projection.module}
         spare = projection.rows.stored - sum(rows.count for rows in stored)
         if spare:
             child_name = projection.module_name.rpartition(".")[2]
@@ -363,13 +363,13 @@ def find_block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         + f" and {'/'.join(ATTENTION_NAMES['o'])}"
     )
     if not with_attention:
-        found = [
+        stacks = [
             f"{name}: {len(blocks)} of {type(blocks[0]).__name__} with {', '.join(_names(blocks[0]))}"
             for name, blocks in list(lists.items())[:3]
         ]
         raise UnsupportedModelError(
             f"{_title(model)} has no block layout that tmerge knows: {looked_for}; found "
-            f"{'; '.join(found) or 'no list of blocks'}; choose a model of another architecture"
+            f"{'; '.join(stacks) or 'no list of blocks'}; choose a model of another architecture"
         )
     if len(with_attention) > 1:
         raise UnsupportedModelError(

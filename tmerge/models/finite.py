@@ -41,11 +41,11 @@ def check_finite(
     spoilt = [(name, parameter) for name, parameter in parameters if not _finite(parameter)]
     if not spoilt:
         return
-    if found := [(name, *_counts(tensor)) for name, tensor in stored() if not _finite(tensor)]:
-        name, bad, total = found[0]
+    if damaged := [(name, *_counts(tensor)) for name, tensor in stored() if not _finite(tensor)]:
+        name, bad, total = damaged[0]
         raise CheckpointError(
             f"{reference.text!r}: {bad:,} of the {total:,} values of {name} are not finite (NaN or infinity)"
-            f"{_more(len(found))}; the weights are damaged: download or convert the model again"
+            f"{_more(len(damaged))}; the weights are damaged: download or convert the model again"
         )
     name, (bad, total) = spoilt[0][0], _counts(spoilt[0][1])
     dtype = spoilt[0][1].dtype

@@ -327,7 +327,7 @@ def fast_reading(path: Path, only: Collection[str] | None = None) -> Iterator[st
         gguf.GGUFReader, gguf.dequantize = reader, _dequantize  # type: ignore[assignment, misc]
         # Asked for once per submodule of the model, and the same each time.
         gguf.get_tensor_name_map = functools.lru_cache(maxsize=1)(gguf.get_tensor_name_map)  # type: ignore[assignment]
-        loader.tqdm = lambda items, **_: items
+        loader.tqdm = lambda tensors, **_: tensors
         if mapped is not None:
             own_reader, original_mapped = mapped
             own_reader._mapped = lambda file: original_mapped(file).view(np.ndarray)
@@ -356,5 +356,5 @@ def _mapping() -> tuple[Any, Callable[[str], np.ndarray]] | None:
         from transformers.integrations.gguf import reader
     except ImportError:
         return None
-    found = getattr(reader, "_mapped", None)
-    return None if found is None else (reader, found)
+    map_file = getattr(reader, "_mapped", None)
+    return None if map_file is None else (reader, map_file)

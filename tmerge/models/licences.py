@@ -119,13 +119,13 @@ class _Side:
         return f'The {self.role}\'s licence, "{self.stated}", is not one whose terms are known here: read it.'
 
 
-def _stricter(one: Licence, other: Licence) -> Licence | None:
+def _stricter(first: Licence, second: Licence) -> Licence | None:
     """The licence whose terms take in the other's, or None where neither's do."""
-    if one.id == other.id:
-        return one
-    if one.kind == other.kind and one.rank != other.rank:
-        return max(one, other, key=lambda licence: licence.rank)
-    for outer, inner in ((one, other), (other, one)):
+    if first.id == second.id:
+        return first
+    if first.kind == second.kind and first.rank != second.rank:
+        return max(first, second, key=lambda licence: licence.rank)
+    for outer, inner in ((first, second), (second, first)):
         if inner.kind in _TAKES[outer.kind].split() or (inner.id, outer.id) in _CONVERTS:
             return outer
     return None
@@ -133,7 +133,7 @@ def _stricter(one: Licence, other: Licence) -> Licence | None:
 
 def _strictest(known: list[Licence]) -> Licence | None:
     """The licence whose terms take in those of all others, or None where no one's do."""
-    return next((one for one in known if all(_stricter(one, other) is one for other in known)), None)
+    return next((licence for licence in known if all(_stricter(licence, other) is licence for other in known)), None)
 
 
 def _listed(words: list[str]) -> str:
@@ -141,10 +141,10 @@ def _listed(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def _contradict(one: Licence, other: Licence) -> bool:
+def _contradict(first: Licence, second: Licence) -> bool:
     """Whether one demands that all be under itself and the other adds terms that it does not allow."""
-    kinds = {one.kind, other.kind}
-    if "nd" in kinds or not kinds & {"sa", "nc-sa", "gnu"} or _stricter(one, other) is not None:
+    kinds = {first.kind, second.kind}
+    if "nd" in kinds or not kinds & {"sa", "nc-sa", "gnu"} or _stricter(first, second) is not None:
         return False
     return kinds != {"gnu"}
 
@@ -192,16 +192,19 @@ def output_licence(
             refusals.append(f"The {side.role}'s licence, {out.name}, {out.forbids_as_source}.")
         elif into is not out:
             duties.append(f"Make sure of the target: the {side.role}'s licence, {out.name}, {out.forbids_as_source}.")
-    for one, other in itertools.combinations([side for side in sides if side.known], 2):
-        assert one.known is not None and other.known is not None
-        if _contradict(one.known, other.known):
-            refusals.append(f"The terms of {one.label} and of {other.label} cannot both be met in one model.")
-        elif _stricter(one.known, other.known) is None and one.known.kind == other.known.kind == "gnu":
+    for one_side, other_side in itertools.combinations([side for side in sides if side.known], 2):
+        assert one_side.known is not None and other_side.known is not None
+        if _contradict(one_side.known, other_side.known):
+            refusals.append(f"The terms of {one_side.label} and of {other_side.label} cannot both be met in one model.")
+        elif (
+            _stricter(one_side.known, other_side.known) is None
+            and one_side.known.kind == other_side.known.kind == "gnu"
+        ):
             unknown.append(
-                f"Whether {one.known.name} and {other.known.name} can be combined depends on their versions, and on "
-                '"or any later version".'
+                f"Whether {one_side.known.name} and {other_side.known.name} can be combined depends on their versions, "
+                'and on "or any later version".'
             )
-        elif {one.known.id, other.known.id} == {"apache-2.0", "gpl-2.0"}:
+        elif {one_side.known.id, other_side.known.id} == {"apache-2.0", "gpl-2.0"}:
             unknown.append('Apache-2.0 goes with GNU GPL 2.0 only where that was given with "or any later version".')
     known = [side.known for side in sides if side.known is not None]
     chosen = _strictest(known) if len(known) == len(sides) else None
@@ -258,8 +261,8 @@ def _why(sides: list[_Side], known: list[Licence], chosen: Licence | None) -> st
 
 def _links(sides: list[_Side]) -> tuple[tuple[str, str], ...]:
     """What and where, the same text once."""
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for side in sides:
         if side.page is not None:
-            found.setdefault(side.page, side.known.name if side.known else f"the {side.role}'s page")
-    return tuple((what, url) for url, what in found.items())
+            names.setdefault(side.page, side.known.name if side.known else f"the {side.role}'s page")
+    return tuple((what, url) for url, what in names.items())

@@ -172,13 +172,13 @@ def describe(model: nn.Module, *, rounded_to: torch.dtype | None = None) -> Arch
     inner = unwrap(model)
     config = inner.config
     list_name, blocks = find_block_list(inner)
-    found = [read_block(inner, list_name, layer, block) for layer, block in enumerate(blocks)]
+    descriptions = [read_block(inner, list_name, layer, block) for layer, block in enumerate(blocks)]
     clauses: dict[str, list[int]] = {}
-    for layer, block in enumerate(found):
+    for layer, block in enumerate(descriptions):
         for clause in block.left_alone:
             clauses.setdefault(clause, []).append(layer)
     owners: dict[tuple[int, Rows], Projection] = {}
-    for view in (view for block in found for view in block.projections.values()):
+    for view in (view for block in descriptions for view in block.projections.values()):
         owner = owners.setdefault((id(view.module.get_parameter("weight")), view.rows), view)
         if owner is not view:
             # Fusing one would change the other, which has features and a plan of its own.
@@ -187,14 +187,14 @@ def describe(model: nn.Module, *, rounded_to: torch.dtype | None = None) -> Arch
                 "whose layers have their own"
             )
     sentences = [f"{_layer_ranges(layers)}: {clause}" for clause, layers in clauses.items()]
-    has_mlp = any("down" in block.projections for block in found)
+    has_mlp = any("down" in block.projections for block in descriptions)
     if not has_mlp and not any("experts" in clause for clause in clauses):
         raise UnsupportedModelError(
             f"{config.model_type} ({type(inner).__name__}) has no MLP that tmerge knows: looked for "
             f"{' and '.join('/'.join(MLP_NAMES[name]) for name in ('up', 'down'))}, found "
             f"{'; '.join(sentences) or 'none'}; choose a model of another architecture"
         )
-    layers = [block.projections for block in found]
+    layers = [block.projections for block in descriptions]
     width = next((layer["o"].out_features for layer in layers if "o" in layer), 0)
     stream = stream_views(inner, blocks, width) if width else []
     if rounded_to is not None:
@@ -202,7 +202,7 @@ def describe(model: nn.Module, *, rounded_to: torch.dtype | None = None) -> Arch
             [{name: replace(view, rounded_to=rounded_to) for name, view in layer.items()} for layer in part]
             for part in (layers, stream)
         )
-    heads = [block.heads for block in found]
+    heads = [block.heads for block in descriptions]
     return Architecture(config.model_type, layers, sentences, heads, stream, embedding_scale(inner))
 
 

@@ -291,7 +291,7 @@ def remote_headers(snapshot: Snapshot) -> dict[str, StoredTensor] | None:
     assert repo is not None
     with hub_errors(snapshot.reference):
         try:
-            found = HfApi().get_safetensors_metadata(repo, revision=snapshot.commit, timeout=_PATIENCE)
+            metadata = HfApi().get_safetensors_metadata(repo, revision=snapshot.commit, timeout=_PATIENCE)
         except NotASafetensorsRepoError:
             raise explain_no_safetensors(text, list(snapshot.files)) from None
         except SafetensorsParsingError:
@@ -299,7 +299,9 @@ def remote_headers(snapshot: Snapshot) -> dict[str, StoredTensor] | None:
                 f"{text!r}: a safetensors file of the repo has a header that cannot be read"
             ) from None
     return {
-        name: StoredTensor.of(tensor) for file in found.files_metadata.values() for name, tensor in file.tensors.items()
+        name: StoredTensor.of(tensor)
+        for file in metadata.files_metadata.values()
+        for name, tensor in file.tensors.items()
     }
 
 

@@ -170,10 +170,10 @@ def verify_checkpoint(folder: Path, loaded: LoadedModel, texts: list[str]) -> No
         # The model was widened when it was loaded: the same values in the same number of digits. Of any other model
         # this would round the buffers that it holds in float32, such as the frequencies of rotary positions.
         model.to(dtype=loaded.model.dtype)  # type: ignore[call-arg]
-    found = _logits(model, sequences, loaded)
-    if torch.equal(found, expected):
+    logits = _logits(model, sequences, loaded)
+    if torch.equal(logits, expected):
         return
-    difference = (found.float() - expected.float()).abs().max().item()
+    difference = (logits.float() - expected.float()).abs().max().item()
     # Not "greater than": a NaN is not close to anything.
     if not difference <= _tolerance(loaded, model, same) * expected.abs().max().item():
         raise SavedModelMismatchError(
@@ -233,14 +233,14 @@ def _tied(model: PreTrainedModel) -> bool:
     return head is not None and cast(Tensor, head.weight).data_ptr() == cast(Tensor, body.weight).data_ptr()
 
 
-def _compare_ties(where: str, expected: PreTrainedModel, found: PreTrainedModel, stored: set[str]) -> None:
-    if _tied(expected) != _tied(found):
+def _compare_ties(where: str, expected: PreTrainedModel, saved: PreTrainedModel, stored: set[str]) -> None:
+    if _tied(expected) != _tied(saved):
         states = ("tied", "not tied") if _tied(expected) else ("not tied", "tied")
         raise SavedModelMismatchError(
             f"{where}: embeddings are {states[0]} in memory and {states[1]} in the checkpoint"
         )
     shared: dict[int, list[str]] = {}
-    for name, parameter in found.named_parameters(remove_duplicate=False):
+    for name, parameter in saved.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name)
     for names in shared.values():
         if len(twice := sorted(set(names) & stored)) > 1:
@@ -255,9 +255,9 @@ def _tolerance(loaded: LoadedModel, model: PreTrainedModel, same: bool) -> float
     return 16 * max(torch.finfo(model.dtype).eps, torch.finfo(loaded.dtype).eps)
 
 
-def _first_changed(expected: PreTrainedModel, found: PreTrainedModel) -> str:
+def _first_changed(expected: PreTrainedModel, saved: PreTrainedModel) -> str:
     state = expected.state_dict()
-    for name, tensor in found.state_dict().items():
+    for name, tensor in saved.state_dict().items():
         other = state.get(name)
         if other is None or other.shape != tensor.shape or not torch.equal(other.to(tensor.dtype), tensor):
             return f"; the first tensor that differs is {name}"

@@ -141,10 +141,10 @@ def side_parts(
         CheckpointError: What is stored is not all of this model, or something that it cannot do without.
     """
     places = find_places(model, stored) if report is None else _read_report(model, stored, report)
-    found = sort_stored(stored, places)
-    if found.refusals:
-        raise CheckpointError(f"{reference.text!r} {found.refusals[0]}")
-    return found.side
+    sorting = sort_stored(stored, places)
+    if sorting.refusals:
+        raise CheckpointError(f"{reference.text!r} {sorting.refusals[0]}")
+    return sorting.side
 
 
 def without_a_place(
@@ -181,7 +181,7 @@ def find_places(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> P
     logging.disable_progress_bar()
     try:
         # Typed as if it gave the model alone, whatever it is asked for.
-        found: Any = type(model).from_pretrained(
+        model_and_report: Any = type(model).from_pretrained(
             None,
             config=model.config,
             state_dict=empty,
@@ -197,7 +197,7 @@ def find_places(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> P
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-    return _read_report(model, stored, found[1])
+    return _read_report(model, stored, model_and_report[1])
 
 
 def _read_report(model: PreTrainedModel, stored: Mapping[str, StoredTensor], report: Mapping[str, Any]) -> Places:
@@ -217,7 +217,10 @@ def _read_report(model: PreTrainedModel, stored: Mapping[str, StoredTensor], rep
         unplaced=unexpected | expected,
         expected=expected,
         mismatched=tuple(
-            sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in report.get("mismatched_keys", ()))
+            sorted(
+                (name, tuple(stored_shape), tuple(config_shape))
+                for name, stored_shape, config_shape in report.get("mismatched_keys", ())
+            )
         ),
     )
 
@@ -303,10 +306,10 @@ def _gaps(places: Places) -> Iterable[str]:
             "the full model"
         )
     if places.mismatched:
-        name, found, wanted = places.mismatched[0]
+        name, stored_shape, config_shape = places.mismatched[0]
         yield (
-            f"has weights of other shapes than its config.json says ({name}: {found} stored, {wanted} by the config); "
-            "download the model again"
+            f"has weights of other shapes than its config.json says ({name}: {stored_shape} stored, {config_shape} by "
+            "the config); download the model again"
         )
     if places.inconsistent:
         yield f"lacks weights that {places.model} puts together from several; use the full model"

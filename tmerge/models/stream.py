@@ -79,12 +79,12 @@ def embedding_scale(model: PreTrainedModel) -> float:
 
 def _norms(modules: Iterable[tuple[str, nn.Module]], width: int) -> list[tuple[str, nn.Module]]:
     """Modules with one weight for each neuron of the stream, by their names."""
-    found = []
+    norms = []
     for name, part in modules:
         weight = getattr(part, "weight", None)
         if isinstance(weight, nn.Parameter) and tuple(weight.shape) == (width,):
-            found.append((_NORM + name.replace(".", "/"), part))
-    return found
+            norms.append((_NORM + name.replace(".", "/"), part))
+    return norms
 
 
 def _is_matrix(module: nn.Module | None, width: int) -> bool:

@@ -101,12 +101,12 @@ def mapped_weights(model: PreTrainedModel, place: Place, dtype: str) -> MappedWe
 
 def _plain_names(model: PreTrainedModel, stored: Mapping[str, StoredTensor], own: Mapping[str, Any]) -> dict[str, str]:
     """Parameter -> the one stored tensor that becomes it, as ``transformers`` renames them."""
-    found = renamed(model, stored) or {}
+    renames = renamed(model, stored) or {}
     # What is made of several, or stored twice, is not taken as it is.
-    times = Counter(name for name, _ in found.values())
+    times = Counter(name for name, _ in renames.values())
     return {
         name: source
-        for source, (name, converted) in found.items()
+        for source, (name, converted) in renames.items()
         if not converted and name in own and times[name] == 1
     }
 

@@ -95,13 +95,13 @@ def timing_of(
         calm = _busy_percent() < _CALM_PERCENT
         with _one_thread():
             fastest = _fastest(prepare())
-        found = Timing(fastest, datetime.datetime.now(datetime.timezone.utc).date().isoformat(), calm)
-        agrees = kept is not None and abs(found.seconds - kept.seconds) <= _AGREE_WITHIN * kept.seconds
+        timing = Timing(fastest, datetime.datetime.now(datetime.timezone.utc).date().isoformat(), calm)
+        agrees = kept is not None and abs(timing.seconds - kept.seconds) <= _AGREE_WITHIN * kept.seconds
         # Whatever else the machine does can only slow a call down: the faster of two is the better one.
-        if kept is None or found.seconds < kept.seconds or calm or agrees:
-            fastest = found.seconds if kept is None else min(found.seconds, kept.seconds)
+        if kept is None or timing.seconds < kept.seconds or calm or agrees:
+            fastest = timing.seconds if kept is None else min(timing.seconds, kept.seconds)
             agreeing = kept.agreeing + 1 if kept is not None and agrees else 1
-            kept = Timing(fastest, found.measured, calm, agreeing)
+            kept = Timing(fastest, timing.measured, calm, agreeing)
             _keep(path, key, kept)
     _asked[path, key] = time.monotonic(), kept
     return kept
@@ -152,14 +152,14 @@ def _read(path: Path) -> dict[str, Timing]:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    found = {}
+    timings = {}
     for key, entry in stored.items() if isinstance(stored, dict) else ():
         with contextlib.suppress(TypeError, ValueError):
             timing = Timing(**entry)
             datetime.date.fromisoformat(timing.measured)
             if 0 < float(timing.seconds) < math.inf and isinstance(timing.calm, bool) and type(timing.agreeing) is int:
-                found[key] = timing
-    return found
+                timings[key] = timing
+    return timings
 
 
 def _keep(path: Path, key: str, timing: Timing) -> None:

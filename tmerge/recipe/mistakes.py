@@ -21,11 +21,11 @@ def one_line(error: ValidationError, where: str, model: type[BaseModel]) -> str:
         where: Named first: a file or a preset.
         model: The recipe's.
     """
-    found = error.errors(include_url=False)
+    mistakes = error.errors(include_url=False)
     # A misspelt key often leaves another one missing: the misspelling is what to mend.
-    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+    first = next((mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"), mistakes[0])
     # One value that is neither this nor that is one mistake.
-    keys = [_key(one["loc"], model) for one in found]
+    keys = [_key(mistake["loc"], model) for mistake in mistakes]
     key, others = _key(first["loc"], model), len(dict.fromkeys(keys)) - 1
     more = f" (and {others} more)" if others else ""
     return f"{where}: {_said(first, key, keys.count(key) > 1, model)}{more}"

@@ -35,9 +35,9 @@ def recipe_page() -> str:
 
 
 def _kinds(section: SectionFacts) -> Iterator[str]:
-    for place, (value, kind) in enumerate(section.kinds.items()):
+    for number, (value, kind) in enumerate(section.kinds.items()):
         if section.chooser is not None:
-            yield f"### {section.name}.{section.chooser}: {value}{' (the default)' if place == 0 else ''}\n"
+            yield f"### {section.name}.{section.chooser}: {value}{' (the default)' if number == 0 else ''}\n"
         yield f"{kind.description}\n"
         yield _table(kind.keys)
 

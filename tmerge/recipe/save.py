@@ -29,8 +29,8 @@ class SaveSettings(Section):
     @classmethod
     def _is_a_size(cls, value: int | str) -> int | str:
         # As huggingface_hub reads it when the checkpoint is written, after all other stages.
-        found = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-        if isinstance(value, str) and (found is None or float(found[1]) * _UNITS[found[2].upper()] < 1):
+        size = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+        if isinstance(value, str) and (size is None or float(size[1]) * _UNITS[size[2].upper()] < 1):
             raise ValueError("write it as 5GB or 500MB (TB, GB, MB or KB), or as a number of bytes")
         return value
 
@@ -39,6 +39,6 @@ class SaveSettings(Section):
         """The size in bytes, however it is written."""
         if isinstance(self.max_shard_size, int):
             return self.max_shard_size
-        found = _SIZE.fullmatch(self.max_shard_size.strip())
-        assert found is not None  # or it would have been refused
-        return float(found[1]) * _UNITS[found[2].upper()]
+        size = _SIZE.fullmatch(self.max_shard_size.strip())
+        assert size is not None  # or it would have been refused
+        return float(size[1]) * _UNITS[size[2].upper()]

@@ -79,16 +79,16 @@ class SectionFacts:
 @cache
 def sections_of(model: type[BaseModel]) -> dict[str, SectionFacts]:
     """The sections of a recipe's model, by name."""
-    schema, found = model.model_json_schema(), {}
+    schema, sections = model.model_json_schema(), {}
     for name, field in schema["properties"].items():
         choices = [choice["$ref"] for choice in (field, *_either(field)) if "$ref" in choice]
         kinds = [_kind(schema, reference) for reference in choices]
         if len(kinds) > 1:
             chooser = next(key for key in kinds[0].keys if all("const" in kind.keys.get(key, ()) for kind in kinds))
-            found[name] = SectionFacts(name, chooser, {kind.keys[chooser]["const"]: kind for kind in kinds})
+            sections[name] = SectionFacts(name, chooser, {kind.keys[chooser]["const"]: kind for kind in kinds})
         elif kinds:
-            found[name] = SectionFacts(name, None, {"": kinds[0]})
-    return found
+            sections[name] = SectionFacts(name, None, {"": kinds[0]})
+    return sections
 
 
 @cache
@@ -127,5 +127,5 @@ def _either(field: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _kind(schema: Mapping[str, Any], reference: str) -> Kind:
-    found = schema["$defs"][reference.rpartition("/")[2]]
-    return Kind(found["description"], found["properties"])
+    definition = schema["$defs"][reference.rpartition("/")[2]]
+    return Kind(definition["description"], definition["properties"])

@@ -237,7 +237,7 @@ def change_words(value: float) -> str:
     return f"{value:+.4f}"
 
 
-def interval_words(item: Measured, *, signed: bool = False) -> str:
+def interval_words(measured: Measured, *, signed: bool = False) -> str:
     """A 95 % interval: ``2.9412 to 2.9620``; of a difference with signs."""
     words = change_words if signed else score_words
-    return f"{words(item.low)} to {words(item.high)}"
+    return f"{words(measured.low)} to {words(measured.high)}"

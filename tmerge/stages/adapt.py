@@ -122,7 +122,7 @@ def adapt_run(
         adaptation["verdict"] = verdict(evaluated["difference"])
         # What the merge's report says of the merge stays as it is.
         document = merged.to_dict()
-        document["evaluation"]["adapted"] = {name: item.to_dict() for name, item in evaluated.items()}
+        document["evaluation"]["adapted"] = {name: measured.to_dict() for name, measured in evaluated.items()}
         report = Report.model_validate(document | {"adaptation": adaptation, "weights": weights})
         write_text(adapted.work / "recipe.yaml", recipe.to_yaml())
         if run.transport_path.is_file():
@@ -140,17 +140,17 @@ def _texts(
         more = {} if kept is None else {"kept": len(kept.texts), "kept_dataset": kept.dataset}
         return *training_texts(calibrated, kept), calibrated.to_dict() | more
     settings = recipe.calibration.model_copy(update={"dataset": dataset, "config": None, "column": None})
-    found = read_texts(settings, seed=recipe.seed, chat_tokenizer=target.tokenizer)
+    text_set = read_texts(settings, seed=recipe.seed, chat_tokenizer=target.tokenizer)
     kept_away = {normalise(text) for text in calibrated.held_out}
     # What a calibration holds out is of no use here: the run's own held-out texts decide.
-    pairs = [*zip(found.texts, found.prompts, strict=True), *((text, 0) for text in found.held_out)]
+    pairs = [*zip(text_set.texts, text_set.prompts, strict=True), *((text, 0) for text in text_set.held_out)]
     if recipe.adaptation.completions_only:
-        pairs = pairs[: len(found.texts)]
+        pairs = pairs[: len(text_set.texts)]
     pairs = [(text, prompt) for text, prompt in pairs if normalise(text) not in kept_away]
     if not pairs:
         raise AdaptationError(f"dataset {dataset!r}: all its texts are held out by the run; give other texts")
     texts, prompts = zip(*pairs, strict=True)
-    return texts, prompts, found.to_dict() | {"texts": len(texts), "held_out": 0}
+    return texts, prompts, text_set.to_dict() | {"texts": len(texts), "held_out": 0}
 
 
 def _open(adapted: Run, key: str, data: Mapping[str, Any]) -> None:

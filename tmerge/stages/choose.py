@@ -70,5 +70,5 @@ class Choose:
                 # A block was fitted to what those before it give once they are changed: a step of all, or of none.
                 together=isinstance(self.recipe.fusion, Reconstruction),
             )
-        found = Choice.model_validate(choice.to_dict() | {"texts": len(texts)})
-        return ChooseNote(choice=found, forward_seconds=choice.seconds)
+        noted_choice = Choice.model_validate(choice.to_dict() | {"texts": len(texts)})
+        return ChooseNote(choice=noted_choice, forward_seconds=choice.seconds)

@@ -60,7 +60,7 @@ class Evaluate:
     def do(self, key: str, progress: Progress) -> EvaluateNote:
         """Score the fused model and the controls, one after the other in the target's own memory."""
         names, transported = ("fused", *self.recipe.evaluation.controls), self.neurons.transported
-        if any(alpha_of(self.alpha, item.projection) for item in transported):
+        if any(alpha_of(self.alpha, neurons.projection) for neurons in transported):
             scores, seconds = self._scores(names, transported, progress)
         else:  # every one of them is the target, which was scored when it was read
             scores, seconds = dict.fromkeys(names, self.unfused), 0.0
@@ -87,9 +87,9 @@ class Evaluate:
         with without_unchanged_layers(loaded.model, unchanged_layers(transported)):
             for name in names:
                 with applied(layers, self.neurons.of(name, layers, self.recipe.seed), self.alpha):
-                    found = score(self.recipe, loaded, texts, progress, f"{name}: held-out texts")
-                scores[name] = ScoreNote.of(found)
-                seconds += found.seconds
+                    model_scores = score(self.recipe, loaded, texts, progress, f"{name}: held-out texts")
+                scores[name] = ScoreNote.of(model_scores)
+                seconds += model_scores.seconds
         return scores, seconds
 
     def _on_kept(
@@ -97,18 +97,18 @@ class Evaluate:
     ) -> dict[str, ScoreNote]:
         """The target and the fused model on texts of the kept dataset, none of which was fitted on."""
         loaded, texts = load(self.target, progress), cut(self.recipe, kept.held_out)
-        found = {"base": score(self.recipe, loaded, texts, progress, f"target: texts of {kept.dataset}")}
+        by_model = {"base": score(self.recipe, loaded, texts, progress, f"target: texts of {kept.dataset}")}
         with applied(self.target.views.views, transported, self.alpha):
-            found["fused"] = score(self.recipe, loaded, texts, progress, f"fused: texts of {kept.dataset}")
-        return {name: ScoreNote.of(scores) for name, scores in found.items()}
+            by_model["fused"] = score(self.recipe, loaded, texts, progress, f"fused: texts of {kept.dataset}")
+        return {name: ScoreNote.of(scores) for name, scores in by_model.items()}
 
     def _descent(self, transported: Sequence[TransportedNeurons], progress: Progress) -> Descent:
         """The merge's direction against the loss's, on calibration texts."""
         texts, calibration = self.texts.texts[: self.recipe.evaluation.descent], self.recipe.calibration
-        found = descent_cosines(
+        descents = descent_cosines(
             load(self.target, progress),
             self.target.views.layers,
-            [item for item in transported if group_of(item.projection) != STREAM],
+            [neurons for neurons in transported if group_of(neurons.projection) != STREAM],
             texts,
             seed=self.recipe.seed,
             max_tokens=calibration.max_tokens,
@@ -116,5 +116,5 @@ class Evaluate:
             progress=progress.counting("descent control", "texts"),
         )
         return Descent.model_validate(
-            {"texts": len(texts), "projections": {name: item.to_dict() for name, item in found.items()}}
+            {"texts": len(texts), "projections": {name: descent.to_dict() for name, descent in descents.items()}}
         )

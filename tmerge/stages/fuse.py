@@ -81,8 +81,8 @@ class Fuse:
         load(self.target, progress)
         transported, permuted = self.neurons.write(key)
 
-        def keep(items: Sequence[TransportedNeurons], shuffled: Sequence[TransportedNeurons]) -> None:
-            transported.add(items)
+        def keep(matched: Sequence[TransportedNeurons], shuffled: Sequence[TransportedNeurons]) -> None:
+            transported.add(matched)
             permuted.add(shuffled)
 
         carried = carry(
@@ -103,7 +103,7 @@ class Fuse:
         return FuseNote.model_validate(
             {
                 "norm_ratios": carried.norm_ratios,
-                "layers": {name: list(found.target_layers) for name, found in transport.layer_maps.items()},
+                "layers": {name: list(layer_map.target_layers) for name, layer_map in transport.layer_maps.items()},
                 "biases": carried.biases,
                 "stream": sorted(carried.stream),
                 "eta": dict(transport.eta),

@@ -177,9 +177,9 @@ class _Road:
         if self.recipe.fusion.kept_on is not None:
             other.append(self.recipe.fusion.kept_on)
         record = DatasetRecord(self.run.cache / "data.json", says.note)
-        found = record.identify(list(dict.fromkeys([settings.dataset, *other])))
+        identities = record.identify(list(dict.fromkeys([settings.dataset, *other])))
         record.save()
-        return found
+        return identities
 
     def report(self, finished: list[Finished[Any]]) -> Report:
         """Write the report and the card, once all stages are finished."""

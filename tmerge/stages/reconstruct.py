@@ -177,12 +177,12 @@ class Reconstruct:
         errors: dict[str, list[Any]] = {name: [] for name in ratios}
         ridges: dict[str, list[float]] = {name: [] for name in ratios}
         numbers: dict[str, list[int]] = {name: [] for name in ratios}
-        for item in self.neurons.transported:
-            name = item.projection
-            numbers[name].append(item.layer)
-            errors[name].append(blocks[item.layer].errors[name])
-            ridges[name].append(blocks[item.layer].ridges[name])
-            ratios[name].append(blocks[item.layer].norms[name])
+        for neurons in self.neurons.transported:
+            name = neurons.projection
+            numbers[name].append(neurons.layer)
+            errors[name].append(blocks[neurons.layer].errors[name])
+            ridges[name].append(blocks[neurons.layer].ridges[name])
+            ratios[name].append(blocks[neurons.layer].norms[name])
         return ReconstructNote(
             norm_ratios=ratios,
             layers=numbers,
@@ -212,8 +212,8 @@ class Reconstruct:
         for layer in transport.target_layers:
             recorder.add(recorder.part(transport.feature_maps(layer).values()))
         tensors = recorder.tensors()
-        for name, found in transport.layer_maps.items():
-            views = [self.target.layout.layers[layer][name] for layer in found.target_layers]
+        for name, layer_map in transport.layer_maps.items():
+            views = [self.target.layout.layers[layer][name] for layer in layer_map.target_layers]
             width = views[0].in_features if name in COLUMN_PROJECTIONS else views[0].out_features
             tensors[f"neurons.{name}"] = torch.arange(width, dtype=torch.int32).expand(len(views), width).contiguous()
         commits = self.target.commit, self.source.commit

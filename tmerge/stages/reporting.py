@@ -173,8 +173,8 @@ def _remarks(measured: Measurements) -> list[str]:
     return remarks
 
 
-def _model(found: CheckedModel) -> MergedModel:
-    return MergedModel.model_validate({name: getattr(found, name) for name in MergedModel.model_fields})
+def _model(checked: CheckedModel) -> MergedModel:
+    return MergedModel.model_validate({name: getattr(checked, name) for name in MergedModel.model_fields})
 
 
 def _calibration(measured: Measurements) -> Calibration:
@@ -204,8 +204,8 @@ def _transport(recipe: Recipe, measured: Measurements) -> Transport:
     )
 
 
-def _measured(found: Interval) -> Measured:
-    return Measured.model_validate(found.to_dict())
+def _measured(interval: Interval) -> Measured:
+    return Measured.model_validate(interval.to_dict())
 
 
 def _kept(recipe: Recipe, measured: Measurements) -> Kept | None:

@@ -101,10 +101,10 @@ class SolveTransport:
             return TransportNote.model_validate({name: solved.get(name) for name in names})
         transport = self._solve(progress)
         assert transport.problems is not None  # it was solved here
-        found = self._relatedness(transport, progress)
-        if found is not None:
-            progress.note(relatedness_words(found.value, found.permuted))
-        return TransportNote.model_validate({**transport.problems.to_dict(), "relatedness": found})
+        noted_relatedness = self._relatedness(transport, progress)
+        if noted_relatedness is not None:
+            progress.note(relatedness_words(noted_relatedness.value, noted_relatedness.permuted))
+        return TransportNote.model_validate({**transport.problems.to_dict(), "relatedness": noted_relatedness})
 
     def _solve(self, progress: Progress) -> Transport:
         """Solve, and keep in the run's cache what `transport_of` makes the transport from."""
@@ -130,10 +130,10 @@ class SolveTransport:
             pairs, _, _ = pair_layers(target, source, feature_keys(self.features.projections))
         heard, seed = progress.counting("relatedness", "problems"), self.recipe.seed
         try:
-            found = relatedness(target, source, pairs, self.features.rows, seed=seed, progress=heard)
+            measured = relatedness(target, source, pairs, self.features.rows, seed=seed, progress=heard)
         except NoSharedStructureError:
             return None
-        return Relatedness.model_validate(found.to_dict())
+        return Relatedness.model_validate(measured.to_dict())
 
 
 def record_of(
