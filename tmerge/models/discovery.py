@@ -327,7 +327,8 @@ def _left_alone(block: nn.Module, attention_path: str | None, description: Block
     if unnamed:
         yield f"{', '.join(unnamed)} {'is' if len(unnamed) == 1 else 'are'} none of {_NAMES}: left alone"
 
-    for projection in description.projections.values():
+    # A module that holds several projections is told of once.
+    for projection in {id(view.module): view for view in description.projections.values()}.values():
         stored = {view.rows for view in description.projections.values() if view.module is projection.module}
         spare = projection.rows.stored - sum(rows.count for rows in stored)
         if spare:
