@@ -84,9 +84,9 @@ def encode(loaded: LoadedModel, texts: Sequence[str], max_tokens: int) -> Encode
     ids: list[list[int]] = []
     truncated = 0
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        part = [text[:characters] for text in texts[start : start + _TEXTS_AT_ONCE]]
+        chunk = [text[:characters] for text in texts[start : start + _TEXTS_AT_ONCE]]
         # Not verbose: it would warn of texts longer than the model reads, which are cut in the next line.
-        for tokens in loaded.tokenizer(part, truncation=False, padding=False, verbose=False)["input_ids"]:
+        for tokens in loaded.tokenizer(chunk, truncation=False, padding=False, verbose=False)["input_ids"]:
             truncated += len(tokens) > limit
             ids.append(list(tokens[:limit]))
     return EncodedTexts(ids, truncated, limit)

@@ -262,8 +262,8 @@ class _Pool:
             # tensor, and a converted copy of all activations costs more than the sums themselves.
             step = max(1, slice_bytes // (length * features.shape[2] * features.element_size()))
             for start in range(rows.start, rows.stop, step):
-                part = slice(start, min(start + step, rows.stop))
-                torch.sum(features[part, :length], 1, dtype=torch.float32, out=means[part])
+                cache_slice = slice(start, min(start + step, rows.stop))
+                torch.sum(features[cache_slice, :length], 1, dtype=torch.float32, out=means[cache_slice])
         return means.div_(self._divisors)
 
     def _masked_mean(self, features: Tensor) -> Tensor:
@@ -286,10 +286,10 @@ class _Pool:
 
         A batch's texts lie all over the store. Waiting for many batches turns their rows into few long stretches.
         """
-        for feature, parts in self._waiting.items():
-            texts = torch.tensor([text for part, _ in parts for text in part])
+        for feature, batches in self._waiting.items():
+            texts = torch.tensor([text for batch_texts, _ in batches for text in batch_texts])
             order = texts.argsort()
-            rows = torch.cat([rows for _, rows in parts])[order]
+            rows = torch.cat([rows for _, rows in batches])[order]
             self._writer.write(texts[order].tolist(), {feature: rows})
         self._waiting, self._waiting_bytes = {}, 0
 

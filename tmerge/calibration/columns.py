@@ -62,13 +62,13 @@ def choose_column(
     Raises:
         DatasetError: There is no such column, it holds no text, or there is more than one candidate.
     """
-    found = ", ".join(columns) or "none"
+    listed = ", ".join(columns) or "none"
     if wanted is not None:
-        names = (wanted,) if wanted in columns else tuple(part.strip() for part in wanted.split("+"))
+        names = (wanted,) if wanted in columns else tuple(name.strip() for name in wanted.split("+"))
         for name in names:
             if name not in columns:
                 close = difflib.get_close_matches(name, columns, 1, cutoff=0.5)
-                hint = f"did you mean {close[0]!r}? (columns: {found})" if close else f"its columns are {found}"
+                hint = f"did you mean {close[0]!r}? (columns: {listed})" if close else f"its columns are {listed}"
                 raise DatasetError(f"dataset {where}: no column {name!r}; {hint}")
         kinds = [_kind(name, examples) for name in names]
         if kinds == ["chat"]:
@@ -76,7 +76,7 @@ def choose_column(
         for name, kind in zip(names, kinds, strict=True):
             if kind not in ("text", "empty"):
                 held = "a list of messages, which cannot be joined" if kind == "chat" else f"{kind}, not text"
-                raise DatasetError(f"dataset {where}: column {name!r} holds {held}; its columns are {found}")
+                raise DatasetError(f"dataset {where}: column {name!r} holds {held}; its columns are {listed}")
         return Column(names)
     kinds_of = {name: _kind(name, examples) for name in columns}
     by_name = {name.lower(): name for name in reversed(columns)}
@@ -94,7 +94,7 @@ def choose_column(
         if len(candidates) == 1:
             return Column((candidates[0],), "chat" if kind == "chat" else "text")
     raise DatasetError(
-        f"dataset {where}: no one column is the text; set calibration.column to one of {found}, or to several as a+b"
+        f"dataset {where}: no one column is the text; set calibration.column to one of {listed}, or to several as a+b"
     )
 
 
@@ -114,9 +114,9 @@ def _kind(name: str, examples: Sequence[Mapping[str, Any]]) -> str:
 
 def _messages(value: Any) -> list[tuple[str, str]] | None:
     """(role, content) pairs; None for anything that is no conversation."""
-    if isinstance(value, Mapping) and value and all(isinstance(part, (list, tuple)) for part in value.values()):
+    if isinstance(value, Mapping) and value and all(isinstance(column, (list, tuple)) for column in value.values()):
         # Arrow keeps a list of structs as a struct of lists in some datasets.
-        value = [dict(zip(value, parts, strict=False)) for parts in zip(*value.values(), strict=False)]
+        value = [dict(zip(value, fields, strict=False)) for fields in zip(*value.values(), strict=False)]
     if not isinstance(value, (list, tuple)):
         return None
     messages = []

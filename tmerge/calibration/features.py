@@ -79,7 +79,7 @@ class FeatureWriter:
         if sum(widths.values()) * texts * _FLOAT > free:
             self._scratch.rmdir()
             raise self._no_room(sum(widths.values()), free)
-        self._places = {place: self._laid_out(place, width) for place, width in sorted(widths.items())}
+        self._places = {feature: self._laid_out(feature, width) for feature, width in sorted(widths.items())}
 
     def __enter__(self) -> FeatureWriter:
         return self
@@ -110,9 +110,9 @@ class FeatureWriter:
 
     def fill_with_mean(self, texts: Sequence[int]) -> None:
         """Give texts that have no features the mean of all others, which changes no covariance of any feature."""
-        others = np.setdiff1d(np.arange(self.texts), np.asarray(texts, dtype=np.int64))
+        with_features = np.setdiff1d(np.arange(self.texts), np.asarray(texts, dtype=np.int64))
         for name, place in self._places.items():
-            mean = _mapped(place.path)[others].mean(0, dtype=torch.float64).float()
+            mean = _mapped(place.path)[with_features].mean(0, dtype=torch.float64).float()
             self.write(texts, {name: mean.expand(len(texts), -1)})
 
     def finish(self) -> None:
@@ -129,9 +129,9 @@ class FeatureWriter:
         (self._scratch / _NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
         os.replace(self._scratch, self.folder)
 
-    def _laid_out(self, place: tuple[int, str], width: int) -> _Place:
+    def _laid_out(self, feature: tuple[int, str], width: int) -> _Place:
         """A file of the right size, whose rows are yet to come."""
-        path = _path(self._scratch, *place)
+        path = _path(self._scratch, *feature)
         stored = open_memmap(path, mode="w+", dtype=np.float32, shape=(self.texts, width))
         return _Place(path, stored.offset, width)
 
@@ -225,11 +225,11 @@ def _remove_store(folder: Path) -> None:
     """Remove a store, whole or half, and never anything else."""
     if not folder.exists():
         return
-    found = sorted(folder.iterdir())
-    foreign = [path for path in found if path.name != _NOTE and not path.match("layer-*.npy")]
+    files = sorted(folder.iterdir())
+    foreign = [path for path in files if path.name != _NOTE and not path.match("layer-*.npy")]
     if foreign:
         raise ValueError(f"{folder} holds {foreign[0].name}, so it is no feature store and is not replaced")
     # The note first: without it there is no store, should this be interrupted.
-    for path in sorted(found, key=lambda path: path.name != _NOTE):
+    for path in sorted(files, key=lambda path: path.name != _NOTE):
         path.unlink()
     folder.rmdir()

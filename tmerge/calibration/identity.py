@@ -89,20 +89,20 @@ class DatasetRecord:
         Raises:
             DatasetError: One cannot be asked, and nothing was recorded of it.
         """
-        found: dict[str, str] = {}
+        identities: dict[str, str] = {}
         for reference in dict.fromkeys(references):
             before = self.known.get(reference)
             try:
-                found[reference] = identity(reference)
+                identities[reference] = identity(reference)
             except DatasetError as error:
                 if before is None:
                     raise
                 self.note(f"{error}; what this run read of it before is kept")
-                found[reference] = before
-            if before is not None and before != found[reference]:
-                self.note(_changed_words(what, reference, before, found[reference]))
-        self.found |= found
-        return found
+                identities[reference] = before
+            if before is not None and before != identities[reference]:
+                self.note(_changed_words(what, reference, before, identities[reference]))
+        self.found |= identities
+        return identities
 
     def save(self) -> None:
         """Write down what was identified; its folder is there by now."""

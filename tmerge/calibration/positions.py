@@ -49,16 +49,17 @@ def common_ends(
     target_ends, source_ends = _ends(target, texts, limits[0]), _ends(source, texts, limits[1])
     if wanted is None:
         last = tuple(
-            tuple(sorted(set(one) & set(other))[-1:]) for one, other in zip(target_ends, source_ends, strict=True)
+            tuple(sorted(set(of_target) & set(of_source))[-1:])
+            for of_target, of_source in zip(target_ends, source_ends, strict=True)
         )
         _refuse_too_few(sum(map(len, last)), len(texts))
         return last
-    each = -(-wanted // max(1, len(texts)))
+    per_text = -(-wanted // max(1, len(texts)))
     draw = random.Random(seed)
     chosen = []
-    for one, other in zip(target_ends, source_ends, strict=True):
-        common = sorted(set(one) & set(other))
-        chosen.append(draw.sample(common, min(each, len(common))))
+    for of_target, of_source in zip(target_ends, source_ends, strict=True):
+        common = sorted(set(of_target) & set(of_source))
+        chosen.append(draw.sample(common, min(per_text, len(common))))
     positions = [(row, end) for row, of_text in enumerate(chosen) for end in of_text]
     _refuse_too_few(len(positions), len(texts))
     kept = draw.sample(positions, min(wanted, len(positions)))
@@ -91,8 +92,8 @@ def token_positions(
         ends: What it returned.
         limit: As there.
     """
-    found = _ends(tokenizer, texts, limit)
-    return [[positions[end] for end in wanted] for positions, wanted in zip(found, ends, strict=True)]
+    at_ends = _ends(tokenizer, texts, limit)
+    return [[positions[end] for end in text_ends] for positions, text_ends in zip(at_ends, ends, strict=True)]
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int) -> list[dict[int, int]]:
@@ -104,9 +105,9 @@ def _ends(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int) 
         )
     ends: list[dict[int, int]] = []
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        part = list(texts[start : start + _TEXTS_AT_ONCE])
-        found = tokenizer(part, return_offsets_mapping=True, truncation=False, padding=False, verbose=False)
-        for offsets in found["offset_mapping"]:
+        chunk = list(texts[start : start + _TEXTS_AT_ONCE])
+        encoded = tokenizer(chunk, return_offsets_mapping=True, truncation=False, padding=False, verbose=False)
+        for offsets in encoded["offset_mapping"]:
             # A special token lies nowhere: it begins where it ends.
             real = [(end, position) for position, (begin, end) in enumerate(offsets[:limit]) if end > begin]
             ends.append(dict(real[1:]))

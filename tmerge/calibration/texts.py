@@ -84,13 +84,13 @@ class TextSet:
         """The texts whose features are read."""
         return self.other or self.texts
 
-    def without(self, others: Iterable[str]) -> TextSet:
+    def without(self, apart: Iterable[str]) -> TextSet:
         """Fewer to calibrate and choose on: not those that, white space and Unicode form apart, are among others."""
-        away = {normalise(text) for text in others}
+        away = {normalise(text) for text in apart}
         choosing = tuple(text for text in self.choosing if normalise(text) not in away)
-        left = [place for place, text in enumerate(self.texts) if normalise(text) not in away]
-        texts = tuple(self.texts[place] for place in left)
-        prompts = tuple(self.prompts[place] for place in left)
+        kept = [number for number, text in enumerate(self.texts) if normalise(text) not in away]
+        texts = tuple(self.texts[number] for number in kept)
+        prompts = tuple(self.prompts[number] for number in kept)
         digest = _digest(texts, self.held_out, choosing)
         return replace(self, texts=texts, prompts=prompts, choosing=choosing, sha256=digest)
 
@@ -210,7 +210,7 @@ def read_texts(
         side = 1 if is_held_out(text, seed, settings.held_out) else 2 * is_held_out(text, ~seed, choosing)
         sides[side].append(text)
     texts, held_out, to_choose = map(tuple, sides)
-    result = TextSet(
+    text_set = TextSet(
         texts=texts,
         held_out=held_out,
         dataset=source.name,
@@ -227,8 +227,8 @@ def read_texts(
         prompts=tuple(before[text] for text in texts),
         file_sha256=source.file_sha256,
     )
-    _check_enough(result, settings, choosing, key)
-    return result
+    _check_enough(text_set, settings, choosing, key)
+    return text_set
 
 
 @dataclass(frozen=True)
@@ -272,9 +272,9 @@ def _shuffled(rows: Iterable[dict[str, Any]], seed: int, size: int) -> Iterator[
         if len(held) < size:
             held.append(row)
             continue
-        place = draw.randrange(size)
-        yield held[place]
-        held[place] = row
+        index = draw.randrange(size)
+        yield held[index]
+        held[index] = row
     draw.shuffle(held)
     yield from held
 
@@ -300,41 +300,41 @@ def other_texts(
     Raises:
         DatasetError, TooFewTextsError: As `read_texts`.
     """
-    found = read_texts(of_another(settings, str(settings.match_on)), seed=seed, chat_tokenizer=chat_tokenizer)
+    text_set = read_texts(of_another(settings, str(settings.match_on)), seed=seed, chat_tokenizer=chat_tokenizer)
     # As it was named, and a Hub dataset with the commit that was read.
     name = settings.match_on or ""
-    if found.revision is not None:
-        name = f"{name.partition('@')[0]}@{found.revision}"
+    if text_set.revision is not None:
+        name = f"{name.partition('@')[0]}@{text_set.revision}"
     kept_apart = {normalise(text) for text in apart}
-    other = tuple(text for text in found.texts + found.held_out if normalise(text) not in kept_apart)
-    if len(other) < MINIMUM_CALIBRATION:
+    matched_on = tuple(text for text in text_set.texts + text_set.held_out if normalise(text) not in kept_apart)
+    if len(matched_on) < MINIMUM_CALIBRATION:
         raise TooFewTextsError(
-            f"calibration.match_on {settings.match_on!r} has {len(other)} texts beside those that are held out or "
+            f"calibration.match_on {settings.match_on!r} has {len(matched_on)} texts beside those that are held out or "
             f"choose alpha, and {MINIMUM_CALIBRATION} are needed; name another dataset there, or null for the "
             "calibration set's own texts"
         )
-    return {"other": other, "other_dataset": name, "other_sha256": found.file_sha256}
+    return {"other": matched_on, "other_dataset": name, "other_sha256": text_set.file_sha256}
 
 
-def _digest(*parts: Iterable[str]) -> str:
+def _digest(*text_lists: Iterable[str]) -> str:
     # As JSON, so that no two lists of texts have the same bytes.
-    listed = json.dumps([list(part) for part in parts], ensure_ascii=False, separators=(",", ":"))
+    listed = json.dumps([list(text_list) for text_list in text_lists], ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(listed.encode()).hexdigest()
 
 
-def _check_enough(found: TextSet, settings: CalibrationSettings, choosing: float, key: str) -> None:
-    enough = not choosing or len(found.choosing) >= MINIMUM_HELD_OUT
-    if len(found.texts) >= MINIMUM_CALIBRATION and len(found.held_out) >= MINIMUM_HELD_OUT and enough:
+def _check_enough(text_set: TextSet, settings: CalibrationSettings, choosing: float, key: str) -> None:
+    enough = not choosing or len(text_set.choosing) >= MINIMUM_HELD_OUT
+    if len(text_set.texts) >= MINIMUM_CALIBRATION and len(text_set.held_out) >= MINIMUM_HELD_OUT and enough:
         return
     short = []
-    if len(found.texts) < MINIMUM_CALIBRATION:
-        short.append(f"{len(found.texts)} to calibrate on ({MINIMUM_CALIBRATION} needed)")
-    if len(found.held_out) < MINIMUM_HELD_OUT:
-        short.append(f"{len(found.held_out)} held out ({MINIMUM_HELD_OUT} needed)")
+    if len(text_set.texts) < MINIMUM_CALIBRATION:
+        short.append(f"{len(text_set.texts)} to calibrate on ({MINIMUM_CALIBRATION} needed)")
+    if len(text_set.held_out) < MINIMUM_HELD_OUT:
+        short.append(f"{len(text_set.held_out)} held out ({MINIMUM_HELD_OUT} needed)")
     if not enough:
-        short.append(f"{len(found.choosing)} to choose fusion.alpha or fusion.ridge on ({MINIMUM_HELD_OUT} needed)")
+        short.append(f"{len(text_set.choosing)} to choose fusion.alpha or fusion.ridge on ({MINIMUM_HELD_OUT} needed)")
     # Whether the dataset or the recipe is what ran out decides the remedy.
-    if len(found.texts) + len(found.held_out) + len(found.choosing) == settings.texts:
+    if len(text_set.texts) + len(text_set.held_out) + len(text_set.choosing) == settings.texts:
         remedy = f"raise {key} (now {settings.texts})"
     else:
         remedy = "use a dataset with more texts"
@@ -342,6 +342,6 @@ def _check_enough(found: TextSet, settings: CalibrationSettings, choosing: float
         remedy += f", raise calibration.choosing (now {settings.choosing}), give what is auto a number"
     remedy += f", or change calibration.held_out (now {settings.held_out})"
     raise TooFewTextsError(
-        f"dataset {found.dataset!r}: {found.read} rows read, {found.empty} empty, {found.duplicates} duplicates; "
-        f"that leaves {' and '.join(short)}: {remedy}"
+        f"dataset {text_set.dataset!r}: {text_set.read} rows read, {text_set.empty} empty, "
+        f"{text_set.duplicates} duplicates; that leaves {' and '.join(short)}: {remedy}"
     )

@@ -114,7 +114,7 @@ def choose_alpha(
         seed: Of the order of the texts and of the resamples.
         together: Whether all groups have one alpha.
     """
-    names = list(dict.fromkeys(group_of(item.projection) for item in transported))
+    names = list(dict.fromkeys(group_of(transported_neurons.projection) for transported_neurons in transported))
     # Not in their own order: the first of a file may be of one subject.
     order = torch.randperm(texts, generator=torch.Generator().manual_seed(seed)).tolist()
     groups = [tuple(name for name in group if name in names) for group in PROJECTION_GROUPS]
@@ -150,9 +150,9 @@ def choose_alpha(
             trials.append(Trial(members, alpha, gain, count))
         clear = [alpha for alpha in running if _clearly_wins(tried[alpha], former, chances, seed)]
         if clear:
-            found = min(clear, key=lambda alpha: tried[alpha].bits_per_byte)
-            chosen.update(dict.fromkeys(members, found))
-            best = tried[found]
+            best_alpha = min(clear, key=lambda alpha: tried[alpha].bits_per_byte)
+            chosen.update(dict.fromkeys(members, best_alpha))
+            best = tried[best_alpha]
     assert base is not None  # there is a group at least
     gain = difference(best or base, base, resamples(len(base.bits), bootstrap, seed))
     return Choice(chosen, trials, gain, seconds)

@@ -36,9 +36,9 @@ __all__ = ["Control", "Derived", "applied", "control_generator", "noise", "shrin
 Control = Literal["shrink", "noise", "permuted", "source_base", "texts"]
 
 
-def control_generator(seed: int, *place: object) -> torch.Generator:
-    """A generator of its own for every place, so that no control depends on the order of the others."""
-    digest = hashlib.sha256(repr((seed, *place)).encode()).digest()
+def control_generator(seed: int, *purpose: object) -> torch.Generator:
+    """A generator of its own for every purpose, so that no control depends on the order of the others."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
@@ -46,14 +46,14 @@ class Derived(NeuronSequence):
     """Items made of others when they are asked for, so that no more than one of them is in memory.
 
     Args:
-        items: The others.
+        transported: The others.
         make: Called with one of them each time that its counterpart is asked for.
     """
 
     def __init__(
-        self, items: Sequence[TransportedNeurons], make: Callable[[TransportedNeurons], TransportedNeurons]
+        self, transported: Sequence[TransportedNeurons], make: Callable[[TransportedNeurons], TransportedNeurons]
     ) -> None:
-        self._items, self._make = items, make
+        self._items, self._make = transported, make
 
     def __len__(self) -> int:
         return len(self._items)
@@ -72,20 +72,22 @@ def shrink(layers: Sequence[dict[str, Projection]], transported: Sequence[Transp
         transported: What the merge would fuse.
     """
 
-    def make(item: TransportedNeurons) -> TransportedNeurons:
-        if item.is_difference:
-            return _towards_zero(layers[item.layer][item.projection], item)
-        bias = None if item.bias is None else torch.zeros_like(item.bias)
-        return replace(item, weight=torch.zeros_like(item.weight), bias=bias, is_difference=False)
+    def make(transported_neurons: TransportedNeurons) -> TransportedNeurons:
+        if transported_neurons.is_difference:
+            return _towards_zero(layers[transported_neurons.layer][transported_neurons.projection], transported_neurons)
+        bias = None if transported_neurons.bias is None else torch.zeros_like(transported_neurons.bias)
+        return replace(
+            transported_neurons, weight=torch.zeros_like(transported_neurons.weight), bias=bias, is_difference=False
+        )
 
     return Derived(transported, make)
 
 
-def _towards_zero(view: Projection, item: TransportedNeurons) -> TransportedNeurons:
-    own = read_neurons(view, item.neurons).cpu()
+def _towards_zero(view: Projection, transported_neurons: TransportedNeurons) -> TransportedNeurons:
+    own = read_neurons(view, transported_neurons.neurons).cpu()
     size = torch.linalg.vector_norm(own)
-    share = torch.linalg.vector_norm(item.weight) / size if size > 0 else torch.zeros(())
-    return replace(item, weight=-share * own, bias=None)
+    share = torch.linalg.vector_norm(transported_neurons.weight) / size if size > 0 else torch.zeros(())
+    return replace(transported_neurons, weight=-share * own, bias=None)
 
 
 def noise(layers: Sequence[dict[str, Projection]], transported: Sequence[TransportedNeurons], seed: int) -> Derived:
@@ -97,18 +99,30 @@ def noise(layers: Sequence[dict[str, Projection]], transported: Sequence[Transpo
         seed: Of the run.
     """
 
-    def make(item: TransportedNeurons) -> TransportedNeurons:
-        view = layers[item.layer][item.projection]
-        generator = control_generator(seed, "noise", item.layer, item.projection)
-        own = read_neurons(view, item.neurons).cpu()
-        weight = _random_like(item.weight if item.is_difference else item.weight - own, generator)
+    def make(transported_neurons: TransportedNeurons) -> TransportedNeurons:
+        view = layers[transported_neurons.layer][transported_neurons.projection]
+        generator = control_generator(seed, "noise", transported_neurons.layer, transported_neurons.projection)
+        own = read_neurons(view, transported_neurons.neurons).cpu()
+        weight = _random_like(
+            transported_neurons.weight if transported_neurons.is_difference else transported_neurons.weight - own,
+            generator,
+        )
         bias = None
         own_bias = view.bias()
-        if item.bias is not None and own_bias is not None:
-            moved = own_bias.float().cpu()
-            moved = moved if item.projection in COLUMN_PROJECTIONS else moved[item.neurons]
-            bias = _random_like(item.bias if item.is_difference else item.bias - moved, generator)
-        return replace(item, weight=weight, bias=bias, is_difference=True)
+        if transported_neurons.bias is not None and own_bias is not None:
+            selected_bias = own_bias.float().cpu()
+            selected_bias = (
+                selected_bias
+                if transported_neurons.projection in COLUMN_PROJECTIONS
+                else selected_bias[transported_neurons.neurons]
+            )
+            bias = _random_like(
+                transported_neurons.bias
+                if transported_neurons.is_difference
+                else transported_neurons.bias - selected_bias,
+                generator,
+            )
+        return replace(transported_neurons, weight=weight, bias=bias, is_difference=True)
 
     return Derived(transported, make)
 
@@ -123,14 +137,17 @@ def applied(
     """
     stored = []
     try:
-        for item in transported:
-            if alpha_of(alpha, item.projection) == 0:
+        for transported_neurons in transported:
+            if alpha_of(alpha, transported_neurons.projection) == 0:
                 continue
-            view, neurons = layers[item.layer][item.projection], item.neurons.clone()
+            view, neurons = (
+                layers[transported_neurons.layer][transported_neurons.projection],
+                transported_neurons.neurons.clone(),
+            )
             weight, bias = view.weight(), view.bias()
             own = weight[:, neurons] if view.name in COLUMN_PROJECTIONS else weight[neurons]
             stored.append((view, neurons, own.clone(), None if bias is None else bias.clone()))
-            fuse(layers, [item], alpha)
+            fuse(layers, [transported_neurons], alpha)
         yield
     finally:
         for view, neurons, own, bias in stored:

@@ -98,20 +98,25 @@ def descent_cosines(
         NotEnoughMemoryError: The backward pass did not fit.
     """
     gradients = _gradients(loaded, layers, transported, texts, max_tokens, batch_tokens, progress)
-    result: dict[str, Descent] = {}
-    for item, gradient in zip(transported, gradients, strict=True):
-        found = result.setdefault(item.projection, Descent([], [], [], [], draws))
-        weight = item.weight
-        if not item.is_difference:
-            weight = weight - read_neurons(layers[item.layer][item.projection], item.neurons).cpu()
+    descents: dict[str, Descent] = {}
+    for transported_neurons, gradient in zip(transported, gradients, strict=True):
+        descent = descents.setdefault(transported_neurons.projection, Descent([], [], [], [], draws))
+        weight = transported_neurons.weight
+        if not transported_neurons.is_difference:
+            weight = (
+                weight
+                - read_neurons(
+                    layers[transported_neurons.layer][transported_neurons.projection], transported_neurons.neurons
+                ).cpu()
+            )
         down = -gradient.flatten()
-        generator = control_generator(seed, "descent", item.layer, item.projection)
+        generator = control_generator(seed, "descent", transported_neurons.layer, transported_neurons.projection)
         random = torch.stack([_cosine(torch.randn(down.shape, generator=generator), down) for _ in range(draws)])
-        found.layers.append(item.layer)
-        found.transported.append(float(_cosine(weight.flatten(), down)))
-        found.noise.append(float(random.mean()))
-        found.noise_error.append(float(random.std()))
-    return result
+        descent.layers.append(transported_neurons.layer)
+        descent.transported.append(float(_cosine(weight.flatten(), down)))
+        descent.noise.append(float(random.mean()))
+        descent.noise_error.append(float(random.std()))
+    return descents
 
 
 def _gradients(
@@ -125,12 +130,12 @@ def _gradients(
 ) -> list[Tensor]:
     """Gradient of the summed loss for each item's neurons, float32 on the CPU, in the items' order."""
     model = loaded.model
-    views = [layers[item.layer][item.projection] for item in transported]
+    views = [layers[transported_neurons.layer][transported_neurons.projection] for transported_neurons in transported]
     wanted = {id(view.module.get_parameter("weight")) for view in views}
     encoded = [ids for ids in encode(loaded, texts, max_tokens).ids if len(ids) > 1]
     vocabulary = model.get_output_embeddings().weight.shape[0]
     limit = max(1, min(batch_tokens, _LOGITS_AT_ONCE // vocabulary))
-    sums = [torch.zeros(item.weight.shape) for item in transported]
+    sums = [torch.zeros(transported_neurons.weight.shape) for transported_neurons in transported]
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = model.training
     model.eval()
@@ -142,11 +147,11 @@ def _gradients(
             model.zero_grad(set_to_none=True)
             _loss(model, [encoded[text] for text in batch], loaded.device).backward()
             # Read after every batch and summed in float32: in bfloat16 many small gradients would be lost in the sum.
-            for item, view, total in zip(transported, views, sums, strict=True):
+            for transported_neurons, view, total in zip(transported, views, sums, strict=True):
                 gradient = view.gradient()
                 assert gradient is not None  # its parameter was asked for, and every projection runs
-                columns = item.projection in COLUMN_PROJECTIONS
-                chosen = gradient[:, item.neurons] if columns else gradient[item.neurons]
+                columns = transported_neurons.projection in COLUMN_PROJECTIONS
+                chosen = gradient[:, transported_neurons.neurons] if columns else gradient[transported_neurons.neurons]
                 total += chosen.float().cpu()
             done += len(batch)
             if progress is not None:

@@ -58,13 +58,13 @@ class Scores:
         """On the first of the texts alone; tokens and seconds stay those of all."""
         return replace(self, bits=self.bits[:texts], bytes=self.bytes[:texts])
 
-    def followed_by(self, other: Scores) -> Scores:
+    def followed_by(self, following: Scores) -> Scores:
         """The same model on these texts and then on others."""
         return Scores(
-            torch.cat([self.bits, other.bits]),
-            torch.cat([self.bytes, other.bytes]),
-            self.tokens + other.tokens,
-            self.seconds + other.seconds,
+            torch.cat([self.bits, following.bits]),
+            torch.cat([self.bytes, following.bytes]),
+            self.tokens + following.tokens,
+            self.seconds + following.seconds,
         )
 
 
@@ -106,7 +106,7 @@ def score_texts(
         encoded += windows
         owners += [owner] * len(windows)
     of_text = torch.tensor(owners)
-    left = Counter(owners)
+    windows_left = Counter(owners)
     bits = torch.zeros(len(texts), dtype=torch.float64)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     limit = max(1, min(batch_tokens, _LOGITS_AT_ONCE // vocabulary))
@@ -116,20 +116,20 @@ def score_texts(
     try:
         batches = length_batches([len(ids) for ids in encoded], limit)
 
-        found: list[Tensor] = []
+        batch_bits: list[Tensor] = []
 
         def score(batch: list[int]) -> None:
-            found.append(_bits_of(model, [encoded[index] for index in batch], loaded.device))
+            batch_bits.append(_bits_of(model, [encoded[index] for index in batch], loaded.device))
 
         def after(number: int) -> None:
-            left.subtract(owners[index] for index in batches[number])
+            windows_left.subtract(owners[index] for index in batches[number])
             if progress is not None:
-                progress(sum(not windows for windows in left.values()), len(texts))
+                progress(sum(not windows for windows in windows_left.values()), len(texts))
 
         works = [partial(score, batch) for batch in batches]
         read = [len(batch) * len(encoded[batch[-1]]) for batch in batches]
         run_passes(loaded, works, read, after=after, progress=progress)
-        for batch, of_batch in zip(batches, found, strict=True):
+        for batch, of_batch in zip(batches, batch_bits, strict=True):
             bits.index_add_(0, of_text[batch], of_batch)
     except torch.OutOfMemoryError:
         raise NotEnoughMemoryError(
@@ -172,8 +172,8 @@ def _bits_of(model: torch.nn.Module, sequences: list[list[int]], device: torch.d
     mask = torch.ones_like(ids) if attention is None else attention
     rows, positions = mask[:, 1:].nonzero(as_tuple=True)
     total = torch.zeros(len(sequences), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
-    for part in range(0, len(rows), _ROWS_AT_ONCE):
-        row, position = rows[part : part + _ROWS_AT_ONCE], positions[part : part + _ROWS_AT_ONCE]
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        row, position = rows[start : start + _ROWS_AT_ONCE], positions[start : start + _ROWS_AT_ONCE]
         loss = functional.cross_entropy(logits[row, position].float(), ids[row, position + 1], reduction="none")
         total.index_add_(0, row.to(total.device), loss.to(total.device, torch.float64))
     return total.cpu() / torch.log(torch.tensor(2.0, dtype=torch.float64))

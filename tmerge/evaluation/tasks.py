@@ -162,13 +162,13 @@ def run_tasks(
             judged = ", ".join(samples[0].get("metrics", []))
             raise RecipeError(f"task {name!r} judges no single question by a known metric ({judged}); leave it out")
         # Tasks with several filters list every question once for each; the first filter is the harness's own choice.
-        first = samples[0].get("filter")
-        chosen = [sample for sample in samples if sample.get("filter") == first]
+        first_filter = samples[0].get("filter")
+        chosen = [sample for sample in samples if sample.get("filter") == first_filter]
         parts = {name: chosen}
         # As MalayMMLU is reported: its categories beside the whole.
         column = of_tmerge.get(name, {}).get("metadata", {}).get("category_column")
         for category in sorted({str(sample["doc"].get(column)) for sample in chosen}) if column else ():
-            parts[f"{name}: {category}"] = [one for one in chosen if str(one["doc"].get(column)) == category]
+            parts[f"{name}: {category}"] = [sample for sample in chosen if str(sample["doc"].get(column)) == category]
         for part, judged_samples in parts.items():
             values = [float(sample[metric]) for sample in judged_samples]
             scores[part] = TaskScore(metric, torch.tensor(values, dtype=torch.float64), seconds)

@@ -29,9 +29,11 @@ def unchanged_layers(transported: Sequence[TransportedNeurons]) -> int:
     Args:
         transported: Everything that may be fused. Embeddings and norms (a task vector's) leave no layer as it is.
     """
-    if not transported or any(group_of(item.projection) == STREAM for item in transported):
+    if not transported or any(
+        group_of(transported_neurons.projection) == STREAM for transported_neurons in transported
+    ):
         return 0
-    return min(item.layer for item in transported)
+    return min(transported_neurons.layer for transported_neurons in transported)
 
 
 @contextmanager
@@ -52,14 +54,14 @@ def without_unchanged_layers(model: PreTrainedModel, layers: int) -> Iterator[No
     kept = _Kept()
     entering = model.register_forward_pre_hook(kept.enter, with_kwargs=True)
     # An attribute of the instance hides the class's method; there may be one already, of a library's hooks.
-    own = [vars(block).get("forward") for block in blocks]
+    own_forwards = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         block.forward = kept.around(block.forward, last=block is blocks[-1])  # type: ignore[method-assign]
     try:
         yield
     finally:
         entering.remove()
-        for block, forward in zip(blocks, own, strict=True):
+        for block, forward in zip(blocks, own_forwards, strict=True):
             del block.forward
             if forward is not None:
                 block.forward = forward  # type: ignore[method-assign]

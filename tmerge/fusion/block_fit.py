@@ -84,7 +84,7 @@ class BlockFit:
 
     def fitted(self) -> FittedBlock:
         """Fit group after group, each written into the target before the next is read."""
-        items: list[TransportedNeurons] = []
+        changes: list[TransportedNeurons] = []
         errors: Errors = {}
         norms: dict[str, float | None] = {}
         ridges: dict[str, float] = {}
@@ -96,18 +96,20 @@ class BlockFit:
             if not names:
                 continue
             for name, fit in self._fits(names).items():
-                items.append(self._item(name, fit))
+                changes.append(self._item(name, fit))
                 errors[name], ridges[name] = (fit.before, fit.after), fit.ridge
-                own = float(torch.linalg.vector_norm(self.wanted[name].view.weight().cpu().double()))
-                norms[name] = float(torch.linalg.vector_norm(fit.weight.cpu().double())) / own if own else None
-            fuse(self.passage.views.layers, items[-len(names) :], 1.0)
+                own_norm = float(torch.linalg.vector_norm(self.wanted[name].view.weight().cpu().double()))
+                norms[name] = (
+                    float(torch.linalg.vector_norm(fit.weight.cpu().double())) / own_norm if own_norm else None
+                )
+            fuse(self.passage.views.layers, changes[-len(names) :], 1.0)
         note = BlockNote(errors=errors, ridges=ridges, norms=norms, rows=self.rows.fitted, goal=self.goal)
-        return FittedBlock(items, note)
+        return FittedBlock(changes, note)
 
     def _fits(self, names: Sequence[str]) -> dict[str, Fit]:
         layers = [self._now(name) for name in names]
         sums, chooses = self._sums(names, layers), self.rows.count > self.rows.fitted
-        kept_away = self._sums(names, layers) if chooses else None
+        choosing_sums = self._sums(names, layers) if chooses else None
         taps = taps_of(self.passage.views, self.layer, names, "pre")
         if names == ["down"]:
             taps += taps_of(self.passage.views, self.layer, ["o"], "post")
@@ -115,20 +117,20 @@ class BlockFit:
             caught = caught_in(call, taps, whole=False)[1]
             rows = self.reading.places[batch][1]
             inputs = self.reading.rows_of(batch, caught[feature_key(names[0], "pre")])
-            found = [self._goal(name, batch, call, caught, rows) for name in names]
+            goals = [self._goal(name, batch, call, caught, rows) for name in names]
             # Only o and down have one of their own, and those are alone.
-            weights = [by for by in (found[0][1], self.rows.weights(rows)) if by is not None]
+            weights = [by for by in (goals[0][1], self.rows.weights(rows)) if by is not None]
             weighting = torch.stack(weights).prod(0) if weights else None
-            apart = rows >= self.rows.fitted
-            for part, chosen in ((sums, ~apart), (kept_away, apart)):
-                if part is None or not bool(chosen.any()):
+            is_choosing = rows >= self.rows.fitted
+            for regression, chosen in ((sums, ~is_choosing), (choosing_sums, is_choosing)):
+                if regression is None or not bool(chosen.any()):
                     continue
-                part.add(
+                regression.add(
                     inputs[chosen.to(inputs.device)],
-                    [goal[chosen].to(inputs.device) for goal, _ in found],
+                    [goal[chosen].to(inputs.device) for goal, _ in goals],
                     None if weighting is None else weighting[chosen].to(inputs.device),
                 )
-        fits = sums.solve(layers, self.passage.ridges, self.passage.rank, kept_away=kept_away)
+        fits = sums.solve(layers, self.passage.ridges, self.passage.rank, kept_away=choosing_sums)
         return dict(zip(names, fits, strict=True))
 
     def _sums(self, names: Sequence[str], layers: Sequence[Linear]) -> Regression:
@@ -174,8 +176,8 @@ class BlockFit:
 
 def taps_of(views: Architecture, layer: int, projections: Sequence[str], side: str) -> list[Tap]:
     """Where a block's features are caught: those before (``pre``) or after (``post``) some of its projections."""
-    wanted = {feature_key(name, side) for name in projections}
-    return [tap for tap in views.taps(list(dict.fromkeys(projections))) if tap.layer == layer and tap.key in wanted]
+    keys = {feature_key(name, side) for name in projections}
+    return [tap for tap in views.taps(list(dict.fromkeys(projections))) if tap.layer == layer and tap.key in keys]
 
 
 def caught_in(call: BlockCall, taps: Sequence[Tap], *, whole: bool = True) -> tuple[Any, dict[str, Tensor]]:
@@ -235,15 +237,15 @@ def refuse_unless_it_adds(
         for name in names
     ]
     result, caught = caught_in(call, taps)
-    made = hidden_of(result).float() - call.hidden.float()
-    given = sum((caught[tap.key].float() for tap in taps), torch.zeros_like(made))
+    added = hidden_of(result).float() - call.hidden.float()
+    attention_and_mlp = sum((caught[tap.key].float() for tap in taps), torch.zeros_like(added))
     # Token by token, as the first has activations that drown all others; the stream is rounded at each addition.
     rounding = torch.finfo(call.hidden.dtype).eps * hidden_of(result).float().norm(dim=-1)
-    off = (made - given).norm(dim=-1) / (_ADDS * made.norm(dim=-1) + 2 * rounding).clamp_min(1e-30)
+    off = (added - attention_and_mlp).norm(dim=-1) / (_ADDS * added.norm(dim=-1) + 2 * rounding).clamp_min(1e-30)
     if not float(off.median()) <= 1:
-        others = [name for name in PROJECTIONS if name not in fits]
+        other_projections = [name for name in PROJECTIONS if name not in fits]
         raise UnsupportedModelError(
             f"{loaded.reference}: block {layer} of {loaded.model.config.model_type} does more to the residual stream "
             f"than adding what its attention and its MLP give, so {' and '.join(fits)} cannot be reconstructed; set "
-            f"fusion.projections: [{', '.join(others)}], or fusion.what: task-vector"
+            f"fusion.projections: [{', '.join(other_projections)}], or fusion.what: task-vector"
         )

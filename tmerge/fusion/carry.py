@@ -116,12 +116,12 @@ def carry(
             permuted = [carrier.carried(layer, projection, shuffled) for projection in projections]
         return _CarriedLayer(transported, permuted, recorder.part(maps.values()))
 
-    def take(layer: int, found: _CarriedLayer) -> None:
-        for item in found.transported:
-            _note(carried, carrier, item, is_first=not selected[item.projection])
-            selected[item.projection].append(item.neurons.to(torch.int32))
-        hand_over(found.transported, found.permuted)
-        recorder.add(found.recorded)
+    def take(layer: int, carried_layer: _CarriedLayer) -> None:
+        for transported_neurons in carried_layer.transported:
+            _note(carried, carrier, transported_neurons, is_first=not selected[transported_neurons.projection])
+            selected[transported_neurons.projection].append(transported_neurons.neurons.to(torch.int32))
+        hand_over(carried_layer.transported, carried_layer.permuted)
+        recorder.add(carried_layer.recorded)
         if progress is not None:
             progress(layers.index(layer) + 1, len(layers))
 
@@ -133,24 +133,24 @@ def carry(
     if fusion.carries_stream:
         assert source_base is not None  # the recipe sees to it
         models = target, source, source_base
-        for item in _carried_stream(models, transport, fusion, vocabulary, None):
-            carried.stream.add(item.projection)
-            hand_over([item], [])
+        for transported_neurons in _carried_stream(models, transport, fusion, vocabulary, None):
+            carried.stream.add(transported_neurons.projection)
+            hand_over([transported_neurons], [])
         if shuffle is not None:
-            for item in _carried_stream(models, transport, fusion, vocabulary, shuffle):
-                hand_over([], [item])
+            for transported_neurons in _carried_stream(models, transport, fusion, vocabulary, shuffle):
+                hand_over([], [transported_neurons])
     return carried
 
 
-def _note(carried: Carried, carrier: Carrier, item: TransportedNeurons, *, is_first: bool) -> None:
+def _note(carried: Carried, carrier: Carrier, transported_neurons: TransportedNeurons, *, is_first: bool) -> None:
     """An item's norm ratio; and what becomes of its projection's bias, told of the first layer that has it."""
-    view = carrier.target.layers[item.layer][item.projection]
-    own = torch.linalg.vector_norm(read_neurons(view, item.neurons))
-    ratio = torch.linalg.vector_norm(item.weight.double()) / own.double().cpu()
+    view = carrier.target.layers[transported_neurons.layer][transported_neurons.projection]
+    own = torch.linalg.vector_norm(read_neurons(view, transported_neurons.neurons))
+    ratio = torch.linalg.vector_norm(transported_neurons.weight.double()) / own.double().cpu()
     # Blocks that were added to a model begin with zeros, and over nothing there is no ratio.
-    carried.norm_ratios[item.projection].append(float(ratio) if own else None)
+    carried.norm_ratios[transported_neurons.projection].append(float(ratio) if own else None)
     if is_first:
-        carried.biases[item.projection] = carrier.bias_fate(view, item.neurons)
+        carried.biases[transported_neurons.projection] = carrier.bias_fate(view, transported_neurons.neurons)
 
 
 def _carried_stream(
@@ -161,16 +161,16 @@ def _carried_stream(
     shuffle: Shuffle | None,
 ) -> Iterator[TransportedNeurons]:
     """The task vector of what else lies on the residual stream, which one correspondence carries everywhere."""
-    others: dict[int, int] = {}
-    for found in transport.layer_maps.values():
-        for layer in found.target_layers:
-            others.setdefault(layer, found.sources(layer)[0])
-    projection, found = next(iter(transport.layer_maps.items()))
-    first = found.target_layers[0]
+    pairs: dict[int, int] = {}
+    for layer_map in transport.layer_maps.values():
+        for layer in layer_map.target_layers:
+            pairs.setdefault(layer, layer_map.sources(layer)[0])
+    projection, first_map = next(iter(transport.layer_maps.items()))
+    first_layer = first_map.target_layers[0]
     key = feature_key(projection, "post" if projection in COLUMN_PROJECTIONS else "pre")
-    read = transport.feature_map(first, key, others[first])
-    out_map, in_map = read.phi_out(fusion.scale), read.phi_in(fusion.scale)
+    feature_map = transport.feature_map(first_layer, key, pairs[first_layer])
+    out_map, in_map = feature_map.phi_out(fusion.scale), feature_map.phi_in(fusion.scale)
     if shuffle is not None:
         order = shuffle(-1, STREAM, out_map.shape[0])
         out_map, in_map = out_map.index_select(0, order), in_map.index_select(1, order)
-    return carry_stream(*models, others, (out_map, in_map), vocabulary)
+    return carry_stream(*models, pairs, (out_map, in_map), vocabulary)

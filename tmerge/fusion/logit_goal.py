@@ -75,10 +75,10 @@ class LogitGoal:
             counts: (V,) how often each of the target's tokens was read.
         """
         known = (vocabulary[0] < len(target.head)) & (vocabulary[1] < len(source.head))
-        own, others = vocabulary[:, known]
-        weights = counts[own].double() + _UNREAD
+        target_ids, source_ids = vocabulary[:, known]
+        weights = counts[target_ids].double() + _UNREAD
         weights = weights / weights.sum()
-        gram, cross, constant = (each.cpu() for each in _sums(target, source, own, others, weights))
+        gram, cross, constant = (total.cpu() for total in _sums(target, source, target_ids, source_ids, weights))
         held = _HELD * float(gram.diagonal().mean())
         values, vectors = torch.linalg.eigh(gram)
         return cls(target.norm, source.norm, values.clamp_min(0) + held, vectors, held, cross.float(), constant.float())
@@ -98,8 +98,8 @@ class LogitGoal:
         now = self.target.centred(carried) / size
         right = self.toward + (self.source.centred(hidden) / size) @ self.from_source.T + self.held * now
         spread = right.double() @ self.vectors
-        found = (spread / (self.values + self._multipliers(spread))) @ self.vectors.T
-        return found.float() * size
+        goals = (spread / (self.values + self._multipliers(spread))) @ self.vectors.T
+        return goals.float() * size
 
     def _multipliers(self, spread: Tensor) -> Tensor:
         """(r, 1) mu, of right sides (r, n) in the eigenvectors' basis: by bisection, as the size falls with mu."""
@@ -114,7 +114,7 @@ class LogitGoal:
 
 
 def _sums(
-    target: Readout, source: Readout, own: Tensor, others: Tensor, weights: Tensor
+    target: Readout, source: Readout, target_ids: Tensor, source_ids: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(n, n) ``F^T D F``, (n, n') ``F^T D`` of the source's and (n,) of the constants, means taken off; float64, there.
 
@@ -123,22 +123,29 @@ def _sums(
     device = target.head.device
     there = torch.device("cpu") if device.type == "mps" else device  # it has no float64
     # One column of ones before each side: the weighted means come with the products.
-    width, other_width = target.head.shape[1], source.head.shape[1]
-    sums = torch.zeros(width + 1, width + other_width + 2, dtype=torch.float64, device=there)
-    for start in range(0, len(own), _TOKENS):
-        mine, theirs = own[start : start + _TOKENS].to(device), others[start : start + _TOKENS]
-        ours = target.scale * target.head[mine].float()
-        its = source.scale * source.head[theirs.to(source.head.device)].float()
-        constant = its @ source.norm.shift.to(its) - (ours @ target.norm.shift.to(ours)).to(its.device)
+    width, source_width = target.head.shape[1], source.head.shape[1]
+    sums = torch.zeros(width + 1, width + source_width + 2, dtype=torch.float64, device=there)
+    for start in range(0, len(target_ids), _TOKENS):
+        target_tokens, source_tokens = (
+            target_ids[start : start + _TOKENS].to(device),
+            source_ids[start : start + _TOKENS],
+        )
+        target_rows = target.scale * target.head[target_tokens].float()
+        source_rows = source.scale * source.head[source_tokens.to(source.head.device)].float()
+        constant = source_rows @ source.norm.shift.to(source_rows) - (
+            target_rows @ target.norm.shift.to(target_rows)
+        ).to(source_rows.device)
         if source.head_bias is not None:
-            constant = constant + source.scale * source.head_bias[theirs.to(its.device)].float()
+            constant = constant + source.scale * source.head_bias[source_tokens.to(source_rows.device)].float()
         if target.head_bias is not None:
-            constant = constant - (target.scale * target.head_bias[mine].float()).to(its.device)
-        ones = torch.ones(len(mine), 1, device=device)
-        left = torch.cat([target.norm.centred(ours * target.norm.gain.to(ours)), ones], 1)
-        right = torch.cat([(its * source.norm.gain.to(its)).to(device), constant.to(device)[:, None]], 1)
+            constant = constant - (target.scale * target.head_bias[target_tokens].float()).to(source_rows.device)
+        ones = torch.ones(len(target_tokens), 1, device=device)
+        left = torch.cat([target.norm.centred(target_rows * target.norm.gain.to(target_rows)), ones], 1)
+        right = torch.cat(
+            [(source_rows * source.norm.gain.to(source_rows)).to(device), constant.to(device)[:, None]], 1
+        )
         by = weights[start : start + _TOKENS].float().to(device)[:, None]
         sums += ((left * by).T @ torch.cat([left, right], 1)).to(there).double()
     means = sums[-1]
     centred = sums[:-1] - torch.outer(sums[:-1, width], means)
-    return centred[:, :width], centred[:, width + 1 : width + 1 + other_width], centred[:, -1]
+    return centred[:, :width], centred[:, width + 1 : width + 1 + source_width], centred[:, -1]

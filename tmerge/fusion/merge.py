@@ -76,7 +76,7 @@ class NeuronSequence(Sequence[TransportedNeurons]):
     def __getitem__(self, index: slice) -> list[TransportedNeurons]: ...
     def __getitem__(self, index: int | slice) -> TransportedNeurons | list[TransportedNeurons]:
         if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
+            return [self[number] for number in range(*index.indices(len(self)))]
         return self._item(index)
 
     @abstractmethod
@@ -151,23 +151,28 @@ def fuse(
         alpha: Fusion strength, or one for each projection.
         progress: Called with (done, all).
     """
-    for done, item in enumerate(transported, start=1):
-        strength = alpha_of(alpha, item.projection)
+    for done, transported_neurons in enumerate(transported, start=1):
+        strength = alpha_of(alpha, transported_neurons.projection)
         if strength == 0:
             continue
-        view = layers[item.layer][item.projection]
-        neurons = item.neurons
+        view = layers[transported_neurons.layer][transported_neurons.projection]
+        neurons = transported_neurons.neurons
         own = read_neurons(view, neurons)
         # What was transported stays on the CPU; the target may not.
-        carried = item.weight.to(own.device)
-        fused = fused_neurons(own, carried, strength, is_difference=item.is_difference)
-        by_columns = item.projection in COLUMN_PROJECTIONS
+        carried = transported_neurons.weight.to(own.device)
+        fused = fused_neurons(own, carried, strength, is_difference=transported_neurons.is_difference)
+        by_columns = transported_neurons.projection in COLUMN_PROJECTIONS
         own_bias = view.bias()
         bias = None
-        if item.bias is not None and own_bias is not None:
-            own = own_bias.to(torch.float32)
-            own = own if by_columns else own[neurons]
-            bias = fused_neurons(own, item.bias.to(own.device), strength, is_difference=item.is_difference)
+        if transported_neurons.bias is not None and own_bias is not None:
+            selected_bias = own_bias.to(torch.float32)
+            selected_bias = selected_bias if by_columns else selected_bias[neurons]
+            bias = fused_neurons(
+                selected_bias,
+                transported_neurons.bias.to(selected_bias.device),
+                strength,
+                is_difference=transported_neurons.is_difference,
+            )
         if by_columns:
             view.write(fused, columns=neurons)
             if bias is not None:

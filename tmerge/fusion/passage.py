@@ -53,15 +53,15 @@ class Reading:
     ) -> Reading:
         """Batches of like length, of the texts that have rows."""
         encoded = encode(loaded, texts, max_tokens)
-        wanted = [text for text, found in enumerate(positions) if found]
-        batches, places = [], []
-        for members in reversed(length_batches([encoded.lengths[text] for text in wanted], batch_tokens)):
-            chosen = [wanted[member] for member in members]
+        used_texts = [text for text, text_positions in enumerate(positions) if text_positions]
+        batches, token_rows = [], []
+        for members in reversed(length_batches([encoded.lengths[text] for text in used_texts], batch_tokens)):
+            chosen = [used_texts[member] for member in members]
             batches.append(padded([encoded.ids[text] for text in chosen], loaded.pad_id))
-            read = [(place, position) for place, text in enumerate(chosen) for position in positions[text]]
+            read = [(number, position) for number, text in enumerate(chosen) for position in positions[text]]
             index = torch.tensor(read, dtype=torch.int64).reshape(-1, 2)
-            places.append((index, torch.tensor([row for text in chosen for row in rows[text]], dtype=torch.int64)))
-        return cls(batches, places)
+            token_rows.append((index, torch.tensor([row for text in chosen for row in rows[text]], dtype=torch.int64)))
+        return cls(batches, token_rows)
 
     def token_counts(self, tokens: int, rows: int) -> Tensor:
         """(V,) how often each token of a vocabulary is one of the first rows."""
@@ -221,36 +221,40 @@ class Passage:
     @cached_property
     def pairs(self) -> dict[int, int]:
         """Target block -> source block, where the source advances: of blocks with one source block the first."""
-        found = {layer: of.sources(layer)[0] for of in self.transport.layer_maps.values() for layer in of.target_layers}
-        pairs, last = {}, -1
-        for layer, other in sorted(found.items()):
-            if other > last:
-                pairs[layer], last = other, other
+        first_sources = {
+            layer: layer_map.sources(layer)[0]
+            for layer_map in self.transport.layer_maps.values()
+            for layer in layer_map.target_layers
+        }
+        pairs, last_source = {}, -1
+        for layer, source_layer in sorted(first_sources.items()):
+            if source_layer > last_source:
+                pairs[layer], last_source = source_layer, source_layer
         return pairs
 
     def next_paired(self, layer: int) -> int:
         """The source block before which the goal of a target block's end is read."""
-        later = [other for paired, other in self.pairs.items() if paired > layer]
+        later = [source_layer for paired, source_layer in self.pairs.items() if paired > layer]
         return min(later, default=len(self.source_views.layers))
 
     def wanted(self, layer: int) -> dict[str, Wanted]:
         """What is fitted of a target block; empty where it has no counterpart."""
         if layer not in self.pairs:
             return {}
-        other, found = self.pairs[layer], {}
+        source_layer, wanted = self.pairs[layer], {}
         maps = self.transport.feature_maps(layer)
         for projection in self.transport.projections_of(layer):
             key = feature_key(projection, "post")
-            if projection not in self.projections or (key, other) not in maps:
+            if projection not in self.projections or (key, source_layer) not in maps:
                 continue
-            out_map = maps[key, other].phi_out("barycentric")
+            out_map = maps[key, source_layer].phi_out("barycentric")
             if self.shuffle is not None:
                 out_map = out_map.index_select(0, self.shuffle(layer, key, out_map.shape[0]))
             matched = (~unmatched(out_map, 0)).nonzero().flatten()
-            found[projection] = Wanted(
-                self.views.layers[layer][projection], out_map * self.factor(projection, layer, other), matched
+            wanted[projection] = Wanted(
+                self.views.layers[layer][projection], out_map * self.factor(projection, layer, source_layer), matched
             )
-        return found
+        return wanted
 
 
 def readings(
@@ -270,29 +274,31 @@ def readings(
     target, source, most = passage.target, passage.source, passage.max_tokens
     limits = encode(target, [], most).limit, encode(source, [], most).limit
 
-    def ends_of(found: Sequence[str], other: LoadedModel, limit: int) -> tuple[tuple[int, ...], ...]:
-        if not found:
+    def ends_of(some_texts: Sequence[str], model: LoadedModel, limit: int) -> tuple[tuple[int, ...], ...]:
+        if not some_texts:
             return ()
-        both, everything = (limits[0], limit), len(found) * most
-        return common_ends(target.tokenizer, other.tokenizer, found, limits=both, wanted=everything, seed=0)
+        both_limits, all_positions = (limits[0], limit), len(some_texts) * most
+        return common_ends(
+            target.tokenizer, model.tokenizer, some_texts, limits=both_limits, wanted=all_positions, seed=0
+        )
 
     drawn, own = [*texts, *choosing[0]], [*keep, *choosing[1]]
     drawn_ends, own_ends = ends_of(drawn, source, limits[1]), ends_of(own, target, limits[0])
-    mine, kept = len(texts), len(keep)
+    drawn_count, kept_count = len(texts), len(keep)
     # In the order in which rows are numbered.
-    ordered = [*drawn_ends[:mine], *own_ends[:kept], *drawn_ends[mine:], *own_ends[kept:]]
+    ordered = [*drawn_ends[:drawn_count], *own_ends[:kept_count], *drawn_ends[drawn_count:], *own_ends[kept_count:]]
     listed = [*texts, *keep, *choosing[0], *choosing[1]]
     rows, count = [], 0
-    for found in ordered:
-        rows.append(list(range(count, count + len(found))))
-        count += len(found)
-    first, second, third = itertools.accumulate((mine, kept, len(choosing[0])))
+    for text_ends in ordered:
+        rows.append(list(range(count, count + len(text_ends))))
+        count += len(text_ends)
+    first, second, third = itertools.accumulate((drawn_count, kept_count, len(choosing[0])))
     fit, keeping, chosen, chosen_kept = rows[:first], rows[first:second], rows[second:third], rows[third:]
     here = token_positions(target.tokenizer, listed, ordered, limits[0])
     there = token_positions(source.tokenizer, drawn, drawn_ends, limits[1])
     size = most, passage.batch_tokens
     source_rows = [*_source_rows(fit, passage.other_rows), *_source_rows(chosen, passage.other_rows)]
-    counts = [sum(map(len, each)) for each in (fit, keeping, chosen, chosen_kept)]
+    counts = [sum(map(len, group)) for group in (fit, keeping, chosen, chosen_kept)]
     return (
         Reading.of(target, listed, here, rows, *size),
         Reading.of(target, own, [*here[first:second], *here[third:]], [*keeping, *chosen_kept], *size),
@@ -305,6 +311,6 @@ def _source_rows(rows: list[list[int]], seed: int | None) -> list[list[int]]:
     """Whose goals the source's tokens are: their own, or, with a seed, those of any others."""
     if seed is None:
         return rows
-    numbers = [row for found in rows for row in found]
+    numbers = [row for text_rows in rows for row in text_rows]
     order = iter(torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed)).tolist())
-    return [[numbers[next(order)] for _ in found] for found in rows]
+    return [[numbers[next(order)] for _ in text_rows] for text_rows in rows]

@@ -17,11 +17,11 @@ __all__ = ["LayerPhis", "Phis", "ShuffledPhis"]
 class Phis(Protocol):
     """Where the maps of a target layer come from."""
 
-    def out(self, key: str, other: int) -> Tensor:
+    def out(self, key: str, source_layer: int) -> Tensor:
         """(n, n') Phi_out of a feature, from a source layer."""
         ...
 
-    def into(self, key: str, other: int) -> Tensor:
+    def into(self, key: str, source_layer: int) -> Tensor:
         """(n', n) Phi_in of a feature, to a source layer."""
         ...
 
@@ -43,23 +43,27 @@ class LayerPhis:
         self._out: dict[tuple[str, int], Tensor] = {}
         self._into: dict[tuple[str, int], Tensor] = {}
 
-    def out(self, key: str, other: int) -> Tensor:
+    def out(self, key: str, source_layer: int) -> Tensor:
         """As `Phis.out`."""
-        if (key, other) not in self._out:
-            target, source = self._of(key, other)
-            self._out[key, other] = self._in_units(self._maps[key, other].phi_out(self._scale), target, source)
-        return self._out[key, other]
+        if (key, source_layer) not in self._out:
+            target, source = self._of(key, source_layer)
+            self._out[key, source_layer] = self._in_units(
+                self._maps[key, source_layer].phi_out(self._scale), target, source
+            )
+        return self._out[key, source_layer]
 
-    def into(self, key: str, other: int) -> Tensor:
+    def into(self, key: str, source_layer: int) -> Tensor:
         """As `Phis.into`."""
-        if (key, other) not in self._into:
-            target, source = self._of(key, other)
-            self._into[key, other] = self._in_units(self._maps[key, other].phi_in(self._scale), source, target)
-        return self._into[key, other]
+        if (key, source_layer) not in self._into:
+            target, source = self._of(key, source_layer)
+            self._into[key, source_layer] = self._in_units(
+                self._maps[key, source_layer].phi_in(self._scale), source, target
+            )
+        return self._into[key, source_layer]
 
-    def _of(self, key: str, other: int) -> tuple[FeatureStatistics, FeatureStatistics]:
-        layer = self._maps[key, other].target_layer
-        return self._statistics.target[layer, key], self._statistics.source[other, key]
+    def _of(self, key: str, source_layer: int) -> tuple[FeatureStatistics, FeatureStatistics]:
+        layer = self._maps[key, source_layer].target_layer
+        return self._statistics.target[layer, key], self._statistics.source[source_layer, key]
 
     def _in_units(self, phi: Tensor, to: FeatureStatistics, of: FeatureStatistics) -> Tensor:
         return phi if self._units == "none" else scaled(phi, *unit_factors(to, of, self._units))
@@ -76,12 +80,12 @@ class ShuffledPhis:
     def __init__(self, phis: Phis, order: Callable[[str, int], Tensor]) -> None:
         self._phis, self._order = phis, order
 
-    def out(self, key: str, other: int) -> Tensor:
+    def out(self, key: str, source_layer: int) -> Tensor:
         """As `Phis.out`."""
-        phi = self._phis.out(key, other)
+        phi = self._phis.out(key, source_layer)
         return phi.index_select(0, self._order(key, phi.shape[0]))
 
-    def into(self, key: str, other: int) -> Tensor:
+    def into(self, key: str, source_layer: int) -> Tensor:
         """As `Phis.into`."""
-        phi = self._phis.into(key, other)
+        phi = self._phis.into(key, source_layer)
         return phi.index_select(1, self._order(key, phi.shape[1]))

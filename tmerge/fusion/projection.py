@@ -104,19 +104,19 @@ class Carrier:
         They do where the structure is shared.
         """
         scores, unit = self.transport.statistics.target, (layer, feature_key("down", "pre"))
-        place = layer, feature_key(projection, neuron_side(projection))
+        feature = layer, feature_key(projection, neuron_side(projection))
         if self.transport.structure == "shared" and projection in ("gate", "up") and unit in scores:
-            place = unit
-        return select_neurons(scores[place].magnitude, self.fusion.top_k)
+            feature = unit
+        return select_neurons(scores[feature].magnitude, self.fusion.top_k)
 
     def _feeds(self, layer: int, projection: str, phis: Phis) -> list[_Feed]:
         """The maps from every source layer that feeds the projection."""
-        found = self.transport.layer_maps[projection]
-        shares = layer_weights(found.weights_of(layer), len(found.target_layers), self.fusion.scale).tolist()
+        layer_map = self.transport.layer_maps[projection]
+        shares = layer_weights(layer_map.weights_of(layer), len(layer_map.target_layers), self.fusion.scale).tolist()
         pre, post = feature_key(projection, "pre"), feature_key(projection, "post")
         return [
-            _Feed(other, share, phis.out(post, other), phis.into(pre, other))
-            for other, share in zip(found.sources(layer), shares, strict=True)
+            _Feed(source_layer, share, phis.out(post, source_layer), phis.into(pre, source_layer))
+            for source_layer, share in zip(layer_map.sources(layer), shares, strict=True)
         ]
 
     def _transported(self, layer: int, projection: str, neurons: Tensor, feeds: list[_Feed]) -> WeightAndBias:
@@ -128,8 +128,8 @@ class Carrier:
             carried, carried_bias = transport_neurons(read, read_bias, feed.out_map, feed.in_map, projection, neurons)
             factor = 1.0
             if self.transport.matched:
-                own, other = self.target.attention[layer], self.source.attention[feed.layer]
-                factor = score_factor(projection, own, other)
+                target_heads, source_heads = self.target.attention[layer], self.source.attention[feed.layer]
+                factor = score_factor(projection, target_heads, source_heads)
             if factor != 1.0:
                 carried, carried_bias = factor * carried, None if carried_bias is None else factor * carried_bias
             weight = feed.share * carried if weight is None else weight + feed.share * carried
@@ -171,8 +171,8 @@ class Carrier:
 
     def bias_fate(self, view: Projection, neurons: Tensor) -> str:
         """What happens to a target projection's bias where these neurons are selected: ``fused``, or why not."""
-        first = self.transport.layer_maps[view.name].source_layers[0]
-        target_has, source_has = view.has_bias, self.source.layers[first][view.name].has_bias
+        first_source = self.transport.layer_maps[view.name].source_layers[0]
+        target_has, source_has = view.has_bias, self.source.layers[first_source][view.name].has_bias
         if not target_has and not source_has:
             return "none" if not self.fusion.affine else "left alone: the target has none for an affine map's"
         if not self.fusion.biases:

@@ -114,12 +114,12 @@ def _passes(loaded: LoadedModel, *readings: Reading) -> list[Callable[[], Any]]:
 
 def _final_goal(passage: Passage, reading: Reading, rows: Rows) -> LogitGoal | None:
     """What the last block's down is fitted to; None for the source's stream."""
-    last = passage.wanted(len(passage.views.layers) - 1).get("down")
-    if passage.vocabulary is None or last is None:
+    down = passage.wanted(len(passage.views.layers) - 1).get("down")
+    if passage.vocabulary is None or down is None:
         return None
     target, source = Readout.of(passage.target), Readout.of(passage.source)
     # What neurons without a counterpart say would have to be taken off.
-    if target is None or source is None or len(last.matched) < last.view.out_features:
+    if target is None or source is None or len(down.matched) < down.view.out_features:
         return None
     counts = reading.token_counts(passage.target.embedding_rows, rows.texts)
     return LogitGoal.of(target, source, passage.vocabulary, counts)
@@ -134,15 +134,15 @@ class _Source:
 
     def advance(self, layer: int, wanted: Mapping[str, Wanted], goals: Goals | None) -> None:
         """Read the goals of a target block on its paired block, and go on to the next paired one."""
-        passage, other = self._passage, self._passage.pairs[layer]
-        while self._at < other:
+        passage, source_layer = self._passage, self._passage.pairs[layer]
+        while self._at < source_layer:
             self._pass({}, None, None)
         following = passage.next_paired(layer)
         # The stream as it leaves the last block before the next paired one is what the target's block should give.
-        last = wanted.get("down") if goals is not None else None
-        self._pass(wanted, goals, last if self._at + 1 == following else None)
+        down = wanted.get("down") if goals is not None else None
+        self._pass(wanted, goals, down if self._at + 1 == following else None)
         while self._at < following:
-            self._pass({}, goals, last if self._at + 1 == following else None)
+            self._pass({}, goals, down if self._at + 1 == following else None)
 
     def _pass(self, wanted: Mapping[str, Wanted], goals: Goals | None, out: Wanted | None) -> None:
         views = self._passage.source_views.layers[self._at]
@@ -172,8 +172,8 @@ class _Source:
         for projection, of in wanted.items():
             if projection in COLUMN_PROJECTIONS:
                 continue
-            found = self._reading.rows_of(batch, caught[feature_key(projection, "post")])
-            goals.write(projection, rows, of.carried(found))
+            features = self._reading.rows_of(batch, caught[feature_key(projection, "post")])
+            goals.write(projection, rows, of.carried(features))
         if "o" in wanted:
             middle = self._reading.rows_of(batch, call.hidden) + self._reading.rows_of(batch, caught["o.post"])
             goals.write("middle", rows, wanted["o"].carried(middle))
@@ -199,8 +199,8 @@ def _own(
         rows = reading.places[batch][1]
         for projection, of in wanted.items():
             if projection not in COLUMN_PROJECTIONS:
-                found = reading.rows_of(batch, caught[feature_key(projection, "post")])
-                goals.write(projection, rows, found[:, of.matched])
+                features = reading.rows_of(batch, caught[feature_key(projection, "post")])
+                goals.write(projection, rows, features[:, of.matched])
         if "o" in wanted:
             middle = reading.rows_of(batch, call.hidden) + reading.rows_of(batch, caught["o.post"])
             goals.write("middle", rows, middle[:, wanted["o"].matched])

@@ -94,10 +94,10 @@ class Regression:
         if column is not None:
             inputs = inputs * column
         self._gram.addmm_(inputs.T, inputs)
-        for place, goal in enumerate(wanted):
+        for index, goal in enumerate(wanted):
             goal = goal.float() if column is None else goal.float() * column
-            self._crosses[place].addmm_(inputs.T, goal)
-            self._squares[place] += float(goal.square().sum())
+            self._crosses[index].addmm_(inputs.T, goal)
+            self._squares[index] += float(goal.square().sum())
         self.rows += len(inputs)
 
     def solve(
@@ -127,7 +127,7 @@ class Regression:
         chosen = kept_away if kept_away is not None and kept_away.rows else None
         for ridge in ridges if chosen is not None else [max(ridges)]:
             equations: dict[bool, _Equations | None] = {}
-            for place, layer in enumerate(given):
+            for index, layer in enumerate(given):
                 biased = layer.bias is not None
                 size = self._inputs + biased
                 if biased not in equations:
@@ -135,11 +135,11 @@ class Regression:
                 solvable = equations[biased]
                 if solvable is None:
                     continue  # another lambda may do
-                fit = solvable.fit(layer, crosses[place][:size], self._squares[place], rank)
-                left = 0.0 if chosen is None else chosen._left(place, layer, fit)
-                held = best[place]
-                if held is None or left < held[0]:
-                    best[place] = left, fit
+                fit = solvable.fit(layer, crosses[index][:size], self._squares[index], rank)
+                left = 0.0 if chosen is None else chosen._left(index, layer, fit)
+                best_so_far = best[index]
+                if best_so_far is None or left < best_so_far[0]:
+                    best[index] = left, fit
         fits = [fit for _, fit in filter(None, best)]
         if len(fits) < len(given):
             lacking = f"{self._inputs} inputs and {self.rows} rows"
@@ -149,13 +149,13 @@ class Regression:
             )
         return fits
 
-    def _left(self, place: int, layer: Linear, fit: Fit) -> float:
+    def _left(self, index: int, layer: Linear, fit: Fit) -> float:
         """``|Y - X (W + dW)^T|^2`` of these rows, less ``|Y|^2``, which is the same for every fit."""
         device = self._gram.device
         now = (layer.weight.to(device).float() + fit.weight.to(device)).T
         if layer.bias is not None and fit.bias is not None:
             now = torch.cat([now, (layer.bias.to(device).float() + fit.bias.to(device))[None]])
-        gram, cross = self._gram[: len(now), : len(now)], self._crosses[place][: len(now)]
+        gram, cross = self._gram[: len(now), : len(now)], self._crosses[index][: len(now)]
         left = float((now * (gram @ now - 2 * cross)).sum())
         if not math.isfinite(left):
             raise _not_finite()

@@ -48,43 +48,47 @@ class NeuronWriter(Generic[PartNote]):
         self._parts = 0
         self.is_finished = False
         if resume:
-            whole, part = (read_json(folder / name) for name in (_INDEX, _PART))
-            found = whole or part
-            if found is not None and found["key"] == key:
-                self._items, self._parts = found["items"], found["parts"]
+            finished, unfinished = (read_json(folder / name) for name in (_INDEX, _PART))
+            index = finished or unfinished
+            if index is not None and index["key"] == key:
+                self._items, self._parts = index["items"], index["parts"]
                 if notes is not None:
-                    self.notes = [notes.model_validate(note) for note in found["notes"]]
-                self.is_finished = whole is not None
+                    self.notes = [notes.model_validate(note) for note in index["notes"]]
+                self.is_finished = finished is not None
                 return
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
 
     def parts(self) -> list[list[TransportedNeurons]]:
         """What is there already, a list for each time that some was added."""
-        found: list[list[TransportedNeurons]] = [[] for _ in range(self._parts)]
-        for number, item in enumerate(self._items):
-            found[item["part"]].append(_read(self._folder, number, item))
-        return found
+        parts: list[list[TransportedNeurons]] = [[] for _ in range(self._parts)]
+        for number, entry in enumerate(self._items):
+            parts[entry["part"]].append(_read(self._folder, number, entry))
+        return parts
 
-    def add(self, items: Sequence[TransportedNeurons], note: PartNote | None = None) -> None:
+    def add(self, transported: Sequence[TransportedNeurons], note: PartNote | None = None) -> None:
         """Write some more, in a file of their own; they may be let go then.
 
         Args:
-            items: What to write.
+            transported: What to write.
             note: Kept with them, in `notes`.
         """
         tensors: dict[str, Tensor] = {}
         name = f"{self._parts:05}.safetensors"
-        for item in items:
-            fields = {"neurons": item.neurons, "weight": item.weight, "bias": item.bias}
+        for transported_neurons in transported:
+            fields = {
+                "neurons": transported_neurons.neurons,
+                "weight": transported_neurons.weight,
+                "bias": transported_neurons.bias,
+            }
             tensors |= {f"{len(self._items)}.{field}": value for field, value in fields.items() if value is not None}
             self._items.append(
                 {
                     "file": name,
                     "part": self._parts,
-                    "layer": item.layer,
-                    "projection": item.projection,
-                    "difference": item.is_difference,
+                    "layer": transported_neurons.layer,
+                    "projection": transported_neurons.projection,
+                    "difference": transported_neurons.is_difference,
                 }
             )
         if tensors:
@@ -130,24 +134,24 @@ class StoredNeurons(NeuronSequence):
         return _read(self._folder, *self._items[index])
 
 
-def _read(folder: Path, number: int, item: Mapping[str, Any]) -> TransportedNeurons:
+def _read(folder: Path, number: int, entry: Mapping[str, Any]) -> TransportedNeurons:
     # Opened for each item: its pages go with it.
-    with safe_open(folder / item["file"], "pt") as file:
+    with safe_open(folder / entry["file"], "pt") as file:
         tensors = {
             field: file.get_tensor(f"{number}.{field}")
             for field in ("neurons", "weight", "bias")
             if f"{number}.{field}" in file.keys()  # noqa: SIM118 - not a mapping
         }
     return TransportedNeurons(
-        item["layer"],
-        item["projection"],
+        entry["layer"],
+        entry["projection"],
         tensors["neurons"],
         tensors["weight"],
         tensors.get("bias"),
-        item["difference"],
+        entry["difference"],
     )
 
 
-def _place(item: dict[str, int | str]) -> tuple[int, int, str]:
-    layer, projection = int(item["layer"]), str(item["projection"])
+def _place(entry: dict[str, int | str]) -> tuple[int, int, str]:
+    layer, projection = int(entry["layer"]), str(entry["projection"])
     return layer, PROJECTIONS.index(projection) if projection in PROJECTIONS else len(PROJECTIONS), projection

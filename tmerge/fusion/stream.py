@@ -43,18 +43,18 @@ def carry_stream(
     """
     out_map, in_map = maps
     last = {len(target.layers): len(source.layers)}
-    for layer, other in {**pairs, **last}.items():
+    for layer, source_layer in {**pairs, **last}.items():
         for name, view in target.stream[layer].items():
-            read, base = (_view(model, other, name) for model in (source, source_base))
+            read, base = (_view(model, source_layer, name) for model in (source, source_base))
             if read is None or base is None or (name in (EMBEDDING, HEAD) and vocabulary is None):
                 continue
             if name in (EMBEDDING, HEAD):
                 assert vocabulary is not None
                 rows = min(read.out_features, base.out_features)
-                neurons, others = vocabulary[:, (vocabulary[0] < view.out_features) & (vocabulary[1] < rows)]
+                neurons, counterparts = vocabulary[:, (vocabulary[0] < view.out_features) & (vocabulary[1] < rows)]
             else:
-                neurons, others = torch.arange(view.out_features), torch.arange(read.out_features)
-            learned = read.weight()[others].float().cpu() - base.weight()[others].float().cpu()
+                neurons, counterparts = torch.arange(view.out_features), torch.arange(read.out_features)
+            learned = read.weight()[counterparts].float().cpu() - base.weight()[counterparts].float().cpu()
             if name == EMBEDDING:
                 learned *= source.embedding_scale / target.embedding_scale
             if name == HEAD:
@@ -65,9 +65,14 @@ def carry_stream(
                 # A gain: of a neuron that is matched with its negative, the gain is the same.
                 weight = out_map.abs() @ learned
             bias = None
-            own, own_bias, old = view.bias(), read.bias(), base.bias()
-            if name not in (EMBEDDING, HEAD) and own is not None and own_bias is not None and old is not None:
-                bias = out_map @ (own_bias.float().cpu() - old.float().cpu())
+            target_bias, source_bias, base_bias = view.bias(), read.bias(), base.bias()
+            if (
+                name not in (EMBEDDING, HEAD)
+                and target_bias is not None
+                and source_bias is not None
+                and base_bias is not None
+            ):
+                bias = out_map @ (source_bias.float().cpu() - base_bias.float().cpu())
             yield TransportedNeurons(layer, name, neurons, weight.contiguous(), bias, True)
 
 

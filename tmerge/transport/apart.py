@@ -117,15 +117,17 @@ def apart_transport(
     def build(layer: int, wanted: Wanted) -> dict[tuple[str, int], FeatureMap]:
         standard: dict[str, Tensor] = {}
         maps = {}
-        for key, other in wanted:
+        for key, source_layer in wanted:
             solved = plans[key]
-            place = solved.target_layers.index(layer), solved.source_layers.index(other)
-            f, g = solved.f[place], solved.g[place]
+            entry = solved.target_layers.index(layer), solved.source_layers.index(source_layer)
+            f, g = solved.f[entry], solved.g[entry]
             if key not in standard:
                 standard[key] = standardise(target(layer, key), f.dtype)
-            plan = feature_plan(standard[key], standardise(source(other, key), f.dtype), f, g, solved.epsilon).float()
+            plan = feature_plan(
+                standard[key], standardise(source(source_layer, key), f.dtype), f, g, solved.epsilon
+            ).float()
             survives = mutual_top(plan, settings.entries_kept)
-            maps[key, other] = FeatureMap(key, layer, other, plan, survives, potentials=(f, g))
+            maps[key, source_layer] = FeatureMap(key, layer, source_layer, plan, survives, potentials=(f, g))
         return maps
 
     transport = Transport(
@@ -174,13 +176,13 @@ def layer_maps(
         layers: Feature key -> its layer plan.
         kept: Source layers kept per target layer.
     """
-    result = {}
+    maps = {}
     for projection in projections:
         pre, post = feature_key(projection, "pre"), feature_key(projection, "post")
         entering = _restricted(layers[pre], plans[pre], plans[post])
         effective, indices, weights = couple_layers(entering, layers[post], kept)
-        result[projection] = LayerMap(plans[post].target_layers, plans[post].source_layers, effective, indices, weights)
-    return result
+        maps[projection] = LayerMap(plans[post].target_layers, plans[post].source_layers, effective, indices, weights)
+    return maps
 
 
 def _restricted(layer_plan: LayerPlan, pre: FeaturePlans, post: FeaturePlans) -> LayerPlan:

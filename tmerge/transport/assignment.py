@@ -50,8 +50,8 @@ def assign(similarity: Tensor, *, large: int = _LARGE) -> tuple[Tensor, Tensor]:
         wide = similarity.shape[0] > similarity.shape[1]
         partners = _by_candidates(similarity.T.contiguous() if wide else similarity)
         if partners is not None:
-            own = torch.arange(len(partners))
-            return (partners, own) if wide else (own, partners)
+            narrower = torch.arange(len(partners))
+            return (partners, narrower) if wide else (narrower, partners)
     rows, columns = linear_sum_assignment(similarity.double().numpy(), maximize=True)
     return torch.from_numpy(rows), torch.from_numpy(columns)
 
@@ -70,16 +70,18 @@ class _Candidates:
         """Each row's nearest, and a diagonal, along which there is an assignment whatever else there is."""
         n, m = similarity.shape
         near = similarity.topk(min(_CANDIDATES, m), 1).indices
-        own = torch.arange(n)
+        diagonal = torch.arange(n)
         return cls.of(
-            similarity, torch.cat([near.flatten(), own]), torch.cat([own.repeat_interleave(near.shape[1]), own])
+            similarity,
+            torch.cat([near.flatten(), diagonal]),
+            torch.cat([diagonal.repeat_interleave(near.shape[1]), diagonal]),
         )
 
     @classmethod
     def of(cls, similarity: Tensor, columns: Tensor, rows: Tensor) -> _Candidates:
         n, m = similarity.shape
-        places = torch.unique(rows * m + columns)
-        rows, columns = places // m, places % m
+        entries = torch.unique(rows * m + columns)
+        rows, columns = entries // m, entries % m
         return cls(rows, columns, similarity[rows, columns].double(), (n, m))
 
     def joined_by(self, similarity: Tensor, columns: Tensor, rows: Tensor) -> _Candidates:
@@ -96,17 +98,19 @@ class _Candidates:
 
     def potentials(self, partners: Tensor) -> Tensor | None:
         """(m,) v of the dual, for the candidates' best assignment; None where rounding keeps it from ending."""
-        own = torch.zeros(self.shape[0], dtype=torch.float64)
+        partner_similarities = torch.zeros(self.shape[0], dtype=torch.float64)
         at = self.columns == partners[self.rows]
-        own[self.rows[at]] = self.values[at]
-        lengths = own[self.rows] - self.values
+        partner_similarities[self.rows[at]] = self.values[at]
+        lengths = partner_similarities[self.rows] - self.values
         from_columns = partners[self.rows]
-        found = torch.zeros(self.shape[1], dtype=torch.float64)
+        column_potentials = torch.zeros(self.shape[1], dtype=torch.float64)
         for _ in range(self.shape[0] + 1):
-            reached = found.scatter_reduce(0, self.columns, found[from_columns] + lengths, "amin")
-            if bool((found - reached).max() <= _TOLERANCE / 10):
-                return found
-            found = reached
+            reached = column_potentials.scatter_reduce(
+                0, self.columns, column_potentials[from_columns] + lengths, "amin"
+            )
+            if bool((column_potentials - reached).max() <= _TOLERANCE / 10):
+                return column_potentials
+            column_potentials = reached
         return None
 
 
@@ -130,15 +134,15 @@ def _by_candidates(similarity: Tensor) -> Tensor | None:
 
 def _breaking(similarity: Tensor, partners: Tensor, potentials: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns of the entries by which each row could do better, at most `_JOINING` of it."""
-    found_rows, found_columns = [], []
+    breaking_rows, breaking_columns = [], []
     single = potentials.to(similarity.dtype)
     for start in range(0, len(similarity), _ROWS):
-        part = similarity[start : start + _ROWS]
-        own = partners[start : start + _ROWS, None]
-        held = part.gather(1, own).double() + potentials[own]
-        best = (part + single).topk(min(_JOINING, part.shape[1]), 1).indices
-        better = part.gather(1, best).double() + potentials[best] > held + _TOLERANCE
-        rows, places = better.nonzero(as_tuple=True)
-        found_rows.append(rows + start)
-        found_columns.append(best[rows, places])
-    return torch.cat(found_rows), torch.cat(found_columns)
+        similarities = similarity[start : start + _ROWS]
+        own_partners = partners[start : start + _ROWS, None]
+        attained = similarities.gather(1, own_partners).double() + potentials[own_partners]
+        best = (similarities + single).topk(min(_JOINING, similarities.shape[1]), 1).indices
+        better = similarities.gather(1, best).double() + potentials[best] > attained + _TOLERANCE
+        rows, ranks = better.nonzero(as_tuple=True)
+        breaking_rows.append(rows + start)
+        breaking_columns.append(best[rows, ranks])
+    return torch.cat(breaking_rows), torch.cat(breaking_columns)

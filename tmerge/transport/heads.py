@@ -60,9 +60,9 @@ class Heads:
     @property
     def free(self) -> Tensor:
         """Dimensions of q and k that nothing rotates."""
-        kept = torch.ones(self.head_dim, dtype=torch.bool)
-        kept[self.pairs.flatten()] = False
-        return kept.nonzero().flatten()
+        unrotated = torch.ones(self.head_dim, dtype=torch.bool)
+        unrotated[self.pairs.flatten()] = False
+        return unrotated.nonzero().flatten()
 
 
 def match_heads(
@@ -101,16 +101,21 @@ def match_heads(
             within = inner[a, b].dense()
             groups[a, b] = (groups[a, b] + (within * block).sum() / within.sum()) / 2
     plans = {key: torch.zeros(values.shape) for key, values in correlations.items()}
-    found = solve(groups)
-    for a, b, share in zip(found.rows.tolist(), found.columns.tolist(), found.values.tolist(), strict=True):
+    matched_groups = solve(groups)
+    for a, b, share in zip(
+        matched_groups.rows.tolist(), matched_groups.columns.tolist(), matched_groups.values.tolist(), strict=True
+    ):
         _fill(plans, blocks, turned, (a, b, share), inner[a, b], target, source, solve, signed)
-    sweeps, error = max(item.iterations for item in swept), max(item.marginal_error for item in swept)
+    sweeps, error = (
+        max(correspondence.iterations for correspondence in swept),
+        max(correspondence.marginal_error for correspondence in swept),
+    )
     return {key: Correspondence.of(plan, sweeps, error) for key, plan in plans.items()}
 
 
-def _mean(found: list[Tensor], rows: int, columns: int) -> Tensor:
+def _mean(similarities: list[Tensor], rows: int, columns: int) -> Tensor:
     """Of similarities of heads; nothing is alike where none was measured."""
-    return torch.stack(found).mean(0) if found else torch.zeros(rows, columns)
+    return torch.stack(similarities).mean(0) if similarities else torch.zeros(rows, columns)
 
 
 def _blocks(key: str, values: Tensor, target: Heads, source: Heads) -> Tensor:
@@ -143,9 +148,9 @@ def _likeness(key: str, blocks: Tensor, turned: tuple[Tensor, Tensor, Tensor], t
     total = torch.zeros(blocks.shape[:2])
     if len(target_dims):
         total = total + blocks[:, :, target_dims, source_dims].sum(2) * (len(target.pairs) * 2 / len(target_dims))
-    free, others = target.free, source.free
-    if len(free) and len(others):
-        total = total + blocks[:, :, free][:, :, :, others].amax(3).sum(2)
+    free, source_free = target.free, source.free
+    if len(free) and len(source_free):
+        total = total + blocks[:, :, free][:, :, :, source_free].amax(3).sum(2)
     return total / target.head_dim
 
 
@@ -171,24 +176,24 @@ def _fill(
 
     def together(single: str, many: str) -> Tensor:
         """Mean correlation of the group's dimensions over its key or value head and its matched query heads."""
-        found = []
+        correlations = []
         if single in blocks:
-            found.append(blocks[single][a, b])
+            correlations.append(blocks[single][a, b])
         if many in blocks:
-            found.append(sum(blocks[many][h, g] * value for h, g, value in members) / weight)
-        return torch.stack(found).mean(0)
+            correlations.append(sum(blocks[many][h, g] * value for h, g, value in members) / weight)
+        return torch.stack(correlations).mean(0)
 
     if "q.post" in blocks or "k.post" in blocks:
         dims = torch.zeros(target.head_dim, source.head_dim)
         dims[turned[0], turned[1]] = turned[2]
-        free, others = target.free, source.free
-        if len(free) and len(others):
-            dims[free.unsqueeze(1), others] = couple(together("k.post", "q.post")[free][:, others]).dense()
+        free, source_free = target.free, source.free
+        if len(free) and len(source_free):
+            dims[free.unsqueeze(1), source_free] = couple(together("k.post", "q.post")[free][:, source_free]).dense()
         _put(plans, "q.post", "k.post", (a, b, share), members, dims)
     if "v.post" in blocks or "o.pre" in blocks:
         alike = together("v.post", "o.pre")
-        found = couple(alike.abs()).signed(alike) if signed else couple(alike)
-        _put(plans, "o.pre", "v.post", (a, b, share), members, found.dense())
+        correspondence = couple(alike.abs()).signed(alike) if signed else couple(alike)
+        _put(plans, "o.pre", "v.post", (a, b, share), members, correspondence.dense())
 
 
 def _put(

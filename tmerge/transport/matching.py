@@ -82,28 +82,28 @@ def match(similarity: Tensor) -> Correspondence:
     """
     rows, columns = assign(similarity)
     n, m = similarity.shape
-    own = similarity[rows, columns].double()
+    pair_similarities = similarity[rows, columns].double()
     if n > m:
-        copies, of = _copies(similarity.T, _others(rows, n), columns, own)
+        copies, of = _copies(similarity.T, _others(rows, n), columns, pair_similarities)
         rows, columns = torch.cat([rows, copies]), torch.cat([columns, of])
     elif m > n:
-        copies, of = _copies(similarity, _others(columns, m), rows, own)
+        copies, of = _copies(similarity, _others(columns, m), rows, pair_similarities)
         rows, columns = torch.cat([rows, of]), torch.cat([columns, copies])
     order = torch.argsort(rows * m + columns)
     return Correspondence(rows[order], columns[order], torch.ones(len(rows)), (n, m))
 
 
-def _copies(similarity: Tensor, alone: Tensor, paired: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+def _copies(similarity: Tensor, alone: Tensor, paired: Tensor, pair_similarities: Tensor) -> tuple[Tensor, Tensor]:
     """Neurons that are left over and no strangers, and whose copies they are.
 
     Args:
         similarity: (a, b) with the narrower side's neurons as rows, all of which have a partner.
         alone: Columns that are left over.
-        paired: (a,) rows in the order of `own`.
-        own: (a,) similarity of each to its partner.
+        paired: (a,) rows in the order of `pair_similarities`.
+        pair_similarities: (a,) similarity of each to its partner.
     """
-    nearness = torch.empty_like(own)
-    nearness[paired] = own
+    nearness = torch.empty_like(pair_similarities)
+    nearness[paired] = pair_similarities
     best = similarity[:, alone].max(0)
     copies = (best.values > 0) & (best.values >= nearness[best.indices] * (1 - _COPY))
     return alone[copies], best.indices[copies]
@@ -111,9 +111,9 @@ def _copies(similarity: Tensor, alone: Tensor, paired: Tensor, own: Tensor) -> t
 
 def _others(indices: Tensor, size: int) -> Tensor:
     """Those below `size` that are not among `indices`, ascending."""
-    left = torch.ones(size, dtype=torch.bool)
-    left[indices] = False
-    return left.nonzero().flatten()
+    is_left_over = torch.ones(size, dtype=torch.bool)
+    is_left_over[indices] = False
+    return is_left_over.nonzero().flatten()
 
 
 def couple(

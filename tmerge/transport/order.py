@@ -63,11 +63,11 @@ def in_order(similarity: Tensor) -> Tensor:
     Returns:
         (L,) int64, strictly increasing where L <= M; else not decreasing, since some source layers must serve twice.
     """
-    layers, others = similarity.shape
+    layers, source_layers = similarity.shape
     exact = similarity.double()
-    step = 1 if layers <= others else 0
-    best = torch.full((layers, others), -math.inf, dtype=torch.float64)
-    came = torch.zeros(layers, others, dtype=torch.int64)
+    step = 1 if layers <= source_layers else 0
+    best = torch.full((layers, source_layers), -math.inf, dtype=torch.float64)
+    came = torch.zeros(layers, source_layers, dtype=torch.int64)
     best[0] = exact[0]
     for layer in range(1, layers):
         reach, where = torch.cummax(best[layer - 1], 0)

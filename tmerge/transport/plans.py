@@ -134,23 +134,23 @@ def solve_features(
     dtype = working_dtype(epsilon)
     if device.type == "mps":
         dtype = torch.float32  # the one dtype that device has
-    held: dict[int, Tensor] = {}
+    held_sources: dict[int, Tensor] = {}
 
     def standard_source(layer: int) -> Tensor:
-        if layer in held:
-            return held[layer]
+        if layer in held_sources:
+            return held_sources[layer]
         features = standardise(source(layer), dtype).to(device)
         if features.numel() * features.element_size() * len(source_layers) <= _HOLD_BYTES:
-            held[layer] = features
+            held_sources[layer] = features
         return features
 
     def solve_row(layer: int) -> list[SinkhornResult]:
         standard = standardise(target(layer), dtype).to(device)
         # A batch is for the accelerator. On a CPU one problem at a time stays in its cache.
-        groups = [list(source_layers)] if device.type == "cuda" else [[other] for other in source_layers]
+        groups = [list(source_layers)] if device.type == "cuda" else [[source_layer] for source_layer in source_layers]
         results = []
         for group in groups:
-            batch = [standard_source(other) for other in group]
+            batch = [standard_source(source_layer) for source_layer in group]
             cost = correlation_cost(standard, torch.stack(batch) if device.type == "cuda" else batch[0])
             results.append(sinkhorn(cost, epsilon, max_iterations=max_iterations, tolerance=tolerance))
         return results
@@ -339,5 +339,5 @@ def _kth_largest(rows: Tensor, kept: int) -> Tensor:
     if rows.device.type != "cpu":
         return torch.topk(rows, kept, dim=1).values[:, -1]
     # NumPy's selection is vectorised, several times as fast here as a sort of the top entries.
-    place = rows.shape[1] - kept
-    return torch.from_numpy(np.partition(np.ascontiguousarray(rows.numpy()), place, axis=1)[:, place].copy())
+    index = rows.shape[1] - kept
+    return torch.from_numpy(np.partition(np.ascontiguousarray(rows.numpy()), index, axis=1)[:, index].copy())

@@ -126,30 +126,30 @@ class PlanRecorder:
         if self._transport.recorded is not None:
             return {}
         by_key: dict[str, list[FeatureMap]] = {}
-        for found in maps:
-            by_key.setdefault(found.key, []).append(found)
+        for feature_map in maps:
+            by_key.setdefault(feature_map.key, []).append(feature_map)
         return {key: self._sparse(key, group) for key, group in by_key.items()}
 
     def _sparse(self, key: str, group: Sequence[FeatureMap]) -> dict[str, Tensor]:
         layers = self._transport.layers[key]
-        sparse = sparsify([found.plan for found in group], [found.survives for found in group])
-        places = [
-            (layers.target_layers.index(found.target_layer), layers.source_layers.index(found.source_layer))
-            for found in group
+        sparse = sparsify([feature_map.plan for feature_map in group], [feature_map.survives for feature_map in group])
+        pairs = [
+            (layers.target_layers.index(feature_map.target_layer), layers.source_layers.index(feature_map.source_layer))
+            for feature_map in group
         ]
-        part = {
-            f"pairs.{key}": torch.tensor(places, dtype=torch.int32),
-            f"mass.{key}": torch.stack([mass_of_top(found.plan) for found in group]),
+        recorded = {
+            f"pairs.{key}": torch.tensor(pairs, dtype=torch.int32),
+            f"mass.{key}": torch.stack([mass_of_top(feature_map.plan) for feature_map in group]),
             f"plan.{key}.offsets": sparse.offsets,
             f"plan.{key}.columns": sparse.columns,
             f"plan.{key}.values": sparse.values,
             f"plan.{key}.beyond": sparse.beyond,
         }
-        potentials = [found.potentials for found in group if found.potentials is not None]
+        potentials = [feature_map.potentials for feature_map in group if feature_map.potentials is not None]
         if potentials:
-            part |= {f"f.{key}": torch.stack([f for f, _ in potentials])}
-            part |= {f"g.{key}": torch.stack([g for _, g in potentials])}
-        return part
+            recorded |= {f"f.{key}": torch.stack([f for f, _ in potentials])}
+            recorded |= {f"g.{key}": torch.stack([g for _, g in potentials])}
+        return recorded
 
     def add(self, part: Part) -> None:
         """Take in the part of the next target layer; from one thread, in the layers' order."""
@@ -184,10 +184,10 @@ def _layer_tensors(transport: Transport) -> dict[str, Tensor]:
             for field in _FIELDS:
                 rows = [getattr(statistics[layer, key], field) for layer in numbers]
                 tensors[f"statistics.{role}.{key}.{field}"] = torch.stack(rows)
-    for projection, found in transport.layer_maps.items():
-        tensors[f"effective.{projection}"] = found.effective
-        tensors[f"kept.{projection}.layers"] = found.kept.to(torch.int32)
-        tensors[f"kept.{projection}.weights"] = found.weights
+    for projection, layer_map in transport.layer_maps.items():
+        tensors[f"effective.{projection}"] = layer_map.effective
+        tensors[f"kept.{projection}.layers"] = layer_map.kept.to(torch.int32)
+        tensors[f"kept.{projection}.weights"] = layer_map.weights
     return tensors
 
 
@@ -209,17 +209,17 @@ def recorded_transport(
     partial = structure != "none"
     layers = {key: _recorded_layers(record, key) for key in record.keys}
     plans = {key: record.plans(key) for key in record.keys}
-    places = {key: {pair: index for index, pair in enumerate(record.pairs(key))} for key in record.keys}
+    plan_numbers = {key: {pair: index for index, pair in enumerate(record.pairs(key))} for key in record.keys}
 
     def build(layer: int, wanted: Wanted) -> dict[tuple[str, int], FeatureMap]:
         maps = {}
         survives: Tensor | None
-        for key, other in wanted:
+        for key, source_layer in wanted:
             of = layers[key]
-            place = places[key][of.target_layers.index(layer), of.source_layers.index(other)]
-            plan, survives = (plans[key].sparse(place), None) if partial else plans[key].read(place)
+            plan_number = plan_numbers[key][of.target_layers.index(layer), of.source_layers.index(source_layer)]
+            plan, survives = (plans[key].sparse(plan_number), None) if partial else plans[key].read(plan_number)
             # As `literal` takes it, entries of n * Q are n times too large.
-            maps[key, other] = FeatureMap(key, layer, other, plan / plan.shape[0], survives, partial)
+            maps[key, source_layer] = FeatureMap(key, layer, source_layer, plan / plan.shape[0], survives, partial)
         return maps
 
     return Transport(
@@ -270,10 +270,10 @@ def _recorded_statistics(record: TransportRecord, layers: Mapping[str, FeatureLa
     target, source = (
         {
             (layer, key): FeatureStatistics(
-                *(record.tensors[f"statistics.{role}.{key}.{field}"][place] for field in _FIELDS)
+                *(record.tensors[f"statistics.{role}.{key}.{field}"][row] for field in _FIELDS)
             )
             for key, of in layers.items()
-            for place, layer in enumerate(of.target_layers if role == "target" else of.source_layers)
+            for row, layer in enumerate(of.target_layers if role == "target" else of.source_layers)
         }
         for role in ("target", "source")
     )

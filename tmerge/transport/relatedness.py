@@ -68,23 +68,23 @@ def relatedness(
         seed: Of the shuffled rows.
         progress: Called with (problems done, all); may raise to stop.
     """
-    places = torch.linspace(0, len(pairs) - 1, min(_LAYERS, len(pairs))).round().long().unique().tolist()
-    some = [list(pairs.items())[place] for place in places]
+    sampled = torch.linspace(0, len(pairs) - 1, min(_LAYERS, len(pairs))).round().long().unique().tolist()
+    sampled_pairs = [list(pairs.items())[number] for number in sampled]
     half = rows // 2
     draw = torch.Generator().manual_seed(seed)
-    found = []
+    shares = []
     for shuffled in (False, True):
         halves = []
         for start in (0, half):
             target_rows = torch.arange(start, start + half)
             source_rows = target_rows[torch.randperm(half, generator=draw)] if shuffled else target_rows
-            halves.append(solve_structure(_part(target, target_rows), _part(source, source_rows), dict(some)))
+            halves.append(solve_structure(_part(target, target_rows), _part(source, source_rows), dict(sampled_pairs)))
             if progress is not None:
                 progress(len(halves) + 2 * shuffled, 4)
-        (stream, inner), (other_stream, other_inner) = halves
-        mlp = [_agreement(inner[place], other_inner[place]) for place in inner]
-        found.append((_agreement(stream, other_stream), sum(mlp) / len(mlp) if mlp else None))
-    (stream_share, mlp_share), by_chance = found
+        (stream, inner), (second_stream, second_inner) = halves
+        mlp = [_agreement(inner[feature], second_inner[feature]) for feature in inner]
+        shares.append((_agreement(stream, second_stream), sum(mlp) / len(mlp) if mlp else None))
+    (stream_share, mlp_share), by_chance = shares
     return Relatedness(_mean(stream_share, mlp_share), _mean(*by_chance), stream_share, mlp_share, half)
 
 
@@ -94,10 +94,10 @@ def _part(side: Side, rows: Tensor) -> Side:
     return Side(lambda layer, key: side.read(layer, key)[rows], keys, {})
 
 
-def _agreement(one: Correspondence, other: Correspondence) -> float:
-    partners, other_partners = one.partner(), other.partner()
+def _agreement(first: Correspondence, second: Correspondence) -> float:
+    partners, second_partners = first.partner(), second.partner()
     # Where one has none, there is nothing to agree on.
-    return float(((partners == other_partners) & (partners >= 0)).double().mean())
+    return float(((partners == second_partners) & (partners >= 0)).double().mean())
 
 
 def _mean(stream: float, mlp: float | None) -> float:

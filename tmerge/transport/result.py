@@ -174,21 +174,21 @@ class Transport:
     @property
     def target_layers(self) -> list[int]:
         """Target layers that anything is carried to, ascending."""
-        return sorted({layer for found in self.layer_maps.values() for layer in found.target_layers})
+        return sorted({layer for layer_map in self.layer_maps.values() for layer in layer_map.target_layers})
 
     def projections_of(self, layer: int) -> list[str]:
         """The projections of a target layer that are carried."""
-        return [name for name, found in self.layer_maps.items() if layer in found.target_layers]
+        return [name for name, layer_map in self.layer_maps.items() if layer in layer_map.target_layers]
 
     def feature_maps(self, layer: int) -> dict[tuple[str, int], FeatureMap]:
         """All maps that carry to a target layer, by feature key and source layer. Dense ones are large: let them go."""
         wanted: dict[tuple[str, int], None] = {}
         for projection in self.projections_of(layer):
-            for other in self.layer_maps[projection].sources(layer):
+            for source_layer in self.layer_maps[projection].sources(layer):
                 for side in ("pre", "post"):
-                    wanted[feature_key(projection, side), other] = None
+                    wanted[feature_key(projection, side), source_layer] = None
         return self.build(layer, list(wanted))
 
-    def feature_map(self, layer: int, key: str, other: int) -> FeatureMap:
+    def feature_map(self, layer: int, key: str, source_layer: int) -> FeatureMap:
         """One feature's map from a source layer to a target layer."""
-        return self.build(layer, [(key, other)])[key, other]
+        return self.build(layer, [(key, source_layer)])[key, source_layer]

@@ -69,10 +69,10 @@ def with_fitted_maps(transport: Transport, target: Read, source: Read, settings:
 
     def build(layer: int, wanted: Wanted) -> dict[tuple[str, int], FeatureMap]:
         maps = transport.build(layer, wanted)
-        for (key, other), found in maps.items():
-            features = target(layer, key), source(other, key)
+        for (key, source_layer), feature_map in maps.items():
+            features = target(layer, key), source(source_layer, key)
             fitted = procrustes(*features) if settings.map == "procrustes" else ridge(*features, settings.ridge)
-            maps[key, other] = replace(found, fitted=fitted)
+            maps[key, source_layer] = replace(feature_map, fitted=fitted)
         return maps
 
     return replace(transport, build=build, matched=False)
@@ -83,8 +83,8 @@ def _centred(features: Tensor) -> Tensor:
     return exact - exact.mean(0)
 
 
-def _fit(given: Tensor, wanted: Tensor, penalty: float) -> Tensor:
+def _fit(inputs: Tensor, outputs: Tensor, penalty: float) -> Tensor:
     """(m, n): the map that takes (T, n) nearest to (T, m)."""
-    products = given.T @ given
+    products = inputs.T @ inputs
     products.diagonal().add_(penalty * products.diagonal().mean())
-    return torch.linalg.solve(products, given.T @ wanted).T
+    return torch.linalg.solve(products, inputs.T @ outputs).T

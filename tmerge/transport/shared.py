@@ -105,13 +105,13 @@ def shared_transport(
 
     def build(layer: int, wanted: Wanted) -> dict[tuple[str, int], FeatureMap]:
         maps = {}
-        for key, other in wanted:
-            found = structure.of(layer, key)
-            plan, survives = sparse_plan(found, settings.entries_kept), None
+        for key, source_layer in wanted:
+            correspondence = structure.of(layer, key)
+            plan, survives = sparse_plan(correspondence, settings.entries_kept), None
             if plan is None:
-                plan = found.dense() / found.shape[0]
+                plan = correspondence.dense() / correspondence.shape[0]
                 survives = (plan != 0) & mutual_top(plan.abs(), settings.entries_kept)
-            maps[key, other] = FeatureMap(key, layer, other, plan, survives, partial=True)
+            maps[key, source_layer] = FeatureMap(key, layer, source_layer, plan, survives, partial=True)
         return maps
 
     transport = Transport(
@@ -159,19 +159,19 @@ def paired_layer_maps(projections: Sequence[str], layers: Mapping[str, FeatureLa
                 f"layer {layer} of the target is paired with a source layer that has no {projection}; leave it out of "
                 "fusion.projections, or set transport.structure: none"
             )
-        kept = paired.plan.argmax(1, keepdim=True)
-        weights = paired.plan.gather(1, kept)
-        maps[projection] = LayerMap(paired.target_layers, paired.source_layers, paired.plan.clone(), kept, weights)
+        columns = paired.plan.argmax(1, keepdim=True)
+        weights = paired.plan.gather(1, columns)
+        maps[projection] = LayerMap(paired.target_layers, paired.source_layers, paired.plan.clone(), columns, weights)
     return maps
 
 
 def _problems(structure: Structure, tolerance: float) -> Problems:
-    found = structure.problems
-    sweeps = [item.iterations for item in found]
+    correspondences = structure.problems
+    sweeps = [correspondence.iterations for correspondence in correspondences]
     return Problems(
-        len(found),
+        len(correspondences),
         int(median(sweeps)),
         max(sweeps),
-        max(item.marginal_error for item in found),
-        sum(item.marginal_error <= tolerance for item in found),
+        max(correspondence.marginal_error for correspondence in correspondences),
+        sum(correspondence.marginal_error <= tolerance for correspondence in correspondences),
     )

@@ -55,8 +55,8 @@ class Side:
             store: Its features.
             heads: layer -> facts, as `tmerge.models.head_facts` noted them when the model was read.
         """
-        found = {int(layer): Heads.of(facts) for layer, facts in heads.items()}
-        return cls(store.get, {layer: store.keys(layer) for layer in store.layers}, found)
+        known_heads = {int(layer): Heads.of(facts) for layer, facts in heads.items()}
+        return cls(store.get, {layer: store.keys(layer) for layer in store.layers}, known_heads)
 
     def layers_with(self, key: str) -> tuple[int, ...]:
         """The layers that have a feature, ascending."""

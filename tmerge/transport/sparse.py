@@ -49,8 +49,8 @@ class SparsePlans:
         """Plan number `index` as (n, n') sparse float32, entries of n * Q, with what survived."""
         n, m = self.shape
         rows, columns, values, survived = self._entries(index)
-        places = torch.stack([rows[survived], columns[survived]])
-        return torch.sparse_coo_tensor(places, values[survived], (n, m), check_invariants=False).coalesce()
+        indices = torch.stack([rows[survived], columns[survived]])
+        return torch.sparse_coo_tensor(indices, values[survived], (n, m), check_invariants=False).coalesce()
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """Plan number `index` with all its stored entries, (n, n') float32 of n * Q, and which of them survived."""
@@ -78,13 +78,13 @@ def sparsify(plans: list[Tensor], masks: list[Tensor | None]) -> SparsePlans:
     counts, columns, values, survived = [], [], [], []
     for plan, mask in zip(plans, masks, strict=True):
         if mask is None:
-            (rows, places), entries = plan.indices(), plan.values()
+            (rows, plan_columns), entries = plan.indices(), plan.values()
             remaining = torch.ones(len(rows), dtype=torch.bool)
         else:
-            rows, places = (mask | _largest_of_empty(plan, mask)).nonzero(as_tuple=True)
-            entries, remaining = plan[rows, places], mask[rows, places]
+            rows, plan_columns = (mask | _largest_of_empty(plan, mask)).nonzero(as_tuple=True)
+            entries, remaining = plan[rows, plan_columns], mask[rows, plan_columns]
         counts.append(torch.bincount(rows, minlength=plan.shape[0]))
-        columns.append(places.to(torch.int16 if plan.shape[1] <= torch.iinfo(torch.int16).max else torch.int32))
+        columns.append(plan_columns.to(torch.int16 if plan.shape[1] <= torch.iinfo(torch.int16).max else torch.int32))
         values.append((entries * plan.shape[0]).to(torch.float16))
         survived.append(remaining)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(counts).cumsum(0)])
@@ -122,19 +122,22 @@ def mass_of_top(plan: Tensor) -> Tensor:
     return torch.tensor([share[:, min(k, plan.shape[1]) - 1].mean() for k in MASS_AT], dtype=torch.float32)
 
 
-def sparse_plan(found: Correspondence, kept: int) -> Tensor | None:
+def sparse_plan(correspondence: Correspondence, kept: int) -> Tensor | None:
     """A correspondence as a plan Q, (n, n') sparse, or None where `kept` would leave some of its entries out.
 
     Args:
-        found: Its values are n * Q.
+        correspondence: Its values are n * Q.
         kept: Entries that survive per row and per column (`mutual_top`).
     """
-    n, m = found.shape
-    most = max(int(torch.bincount(index, minlength=1).max()) for index in (found.rows, found.columns))
+    n, m = correspondence.shape
+    most = max(int(torch.bincount(index, minlength=1).max()) for index in (correspondence.rows, correspondence.columns))
     if most > kept:
         return None
     return torch.sparse_coo_tensor(
-        torch.stack([found.rows, found.columns]), found.values / n, (n, m), check_invariants=False
+        torch.stack([correspondence.rows, correspondence.columns]),
+        correspondence.values / n,
+        (n, m),
+        check_invariants=False,
     ).coalesce()
 
 

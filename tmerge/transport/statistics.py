@@ -38,15 +38,15 @@ class FeatureStatistics:
         rows, width = features.shape
         if buffer is None or len(buffer) < width:
             buffer = torch.empty(width * max(1, min(rows, _BUFFERED // width)), dtype=torch.float64)
-        held = len(buffer) // width
-        part = buffer[: held * width].view(held, width)
+        buffered = len(buffer) // width
+        exact_rows = buffer[: buffered * width].view(buffered, width)
         mean, squares, magnitude = (torch.zeros(width, dtype=torch.float64) for _ in range(3))
-        for some in features.split(len(part)):
-            exact = part[: len(some)].copy_(some)
+        for chunk in features.split(len(exact_rows)):
+            exact = exact_rows[: len(chunk)].copy_(chunk)
             mean += exact.sum(0) / rows
             magnitude += exact.abs_().sum(0) / rows
-        for some in features.split(len(part)):
-            squares += part[: len(some)].copy_(some).sub_(mean).square_().sum(0) / rows
+        for chunk in features.split(len(exact_rows)):
+            squares += exact_rows[: len(chunk)].copy_(chunk).sub_(mean).square_().sum(0) / rows
         return cls(mean.float(), squares.sqrt().float(), magnitude.float())
 
     @property

@@ -65,12 +65,16 @@ class Structure:
     def save(self, path: Path) -> None:
         """Write to a temporary name, then rename."""
         tensors = {f"cost/{key}": cost.contiguous() for key, cost in self.cost.items()}
-        found = {"stream": self.stream} | {f"{layer}/{key}": item for (layer, key), item in self.inner.items()}
+        correspondences = {"stream": self.stream} | {
+            f"{layer}/{key}": correspondence for (layer, key), correspondence in self.inner.items()
+        }
         facts = {}
-        for name, item in found.items():
+        for name, correspondence in correspondences.items():
             # A layer's MLP features share one: each is written by itself.
-            tensors |= {f"{name}/{field}": getattr(item, field).clone() for field in ("rows", "columns", "values")}
-            facts[name] = [*item.shape, item.iterations, item.marginal_error]
+            tensors |= {
+                f"{name}/{field}": getattr(correspondence, field).clone() for field in ("rows", "columns", "values")
+            }
+            facts[name] = [*correspondence.shape, correspondence.iterations, correspondence.marginal_error]
         noted = {"pairs": list(self.pairs.items()), "layers": self.layers, "found": facts}
         write_tensors(path, tensors, {"structure": json.dumps(noted)})
 
@@ -80,18 +84,21 @@ class Structure:
         with safe_open(path, "pt") as stored:
             noted = json.loads(stored.metadata()["structure"])
         tensors = load_file(path)
-        found = {}
+        correspondences = {}
         for name, (n, m, sweeps, error) in noted["found"].items():
             rows, columns, values = (tensors[f"{name}/{field}"] for field in ("rows", "columns", "values"))
-            found[name] = Correspondence(rows, columns, values, (n, m), sweeps, error)
-        stream = found.pop("stream")
-        places = {(int(name.partition("/")[0]), name.partition("/")[2]): item for name, item in found.items()}
+            correspondences[name] = Correspondence(rows, columns, values, (n, m), sweeps, error)
+        stream = correspondences.pop("stream")
+        inner = {
+            (int(name.partition("/")[0]), name.partition("/")[2]): correspondence
+            for name, correspondence in correspondences.items()
+        }
         return cls(
             dict(map(tuple, noted["pairs"])),
             {key: tensors[f"cost/{key}"] for key in noted["layers"]},
             {key: (tuple(rows), tuple(columns)) for key, (rows, columns) in noted["layers"].items()},
             stream,
-            places,
+            inner,
         )
 
 
@@ -117,27 +124,28 @@ def pair_layers(
     """
     target_layers, source_layers = sorted(target.keys), sorted(source.keys)
     total = torch.zeros(len(target_layers), len(source_layers))
-    seen = torch.zeros_like(total)
+    counts = torch.zeros_like(total)
     cost, layers = {}, {}
     for key in keys:
         rows = [layer for layer in target_layers if key in target.keys[layer]]
         columns = [layer for layer in source_layers if key in source.keys[layer]]
-        others = [sampled(source.read(layer, key)) for layer in columns]
-        found = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+        sampled_sources = [sampled(source.read(layer, key)) for layer in columns]
+        costs = torch.zeros(len(rows), len(columns), dtype=torch.float64)
         for row, layer in enumerate(rows):
-            own = layer_features(target.read(layer, key))
-            found[row] = torch.tensor(
-                [nearest_cost(own, other, signed=signed) for other in others], dtype=torch.float64
+            sampled_target = layer_features(target.read(layer, key))
+            costs[row] = torch.tensor(
+                [nearest_cost(sampled_target, sampled_source, signed=signed) for sampled_source in sampled_sources],
+                dtype=torch.float64,
             )
             if solved is not None:
-                solved(key, layer, found[row])
-        cost[key], layers[key] = found, (tuple(rows), tuple(columns))
-        place = (
+                solved(key, layer, costs[row])
+        cost[key], layers[key] = costs, (tuple(rows), tuple(columns))
+        entries = (
             torch.tensor([target_layers.index(layer) for layer in rows])[:, None],
             torch.tensor([source_layers.index(layer) for layer in columns]),
         )
-        total[place] += 1.0 - found.float()
-        seen[place] += 1.0
+        total[entries] += 1.0 - costs.float()
+        counts[entries] += 1.0
     # A source layer that lacks a feature of the target's layer cannot feed it: it is taken only where none is left.
     lacking = torch.tensor(
         [
@@ -145,7 +153,7 @@ def pair_layers(
             for a in target_layers
         ]
     )
-    chosen = in_order(total / seen.clamp_min(1.0) - 2.0 * lacking)
+    chosen = in_order(total / counts.clamp_min(1.0) - 2.0 * lacking)
     pairs = {layer: source_layers[column] for layer, column in zip(target_layers, chosen.tolist(), strict=True)}
     return pairs, cost, layers
 
@@ -181,9 +189,9 @@ def solve_structure(
     stream: Tensor | None = None
     inner: dict[tuple[int, str], Correspondence] = {}
     counted = 0
-    for done, (layer, other) in enumerate(pairs.items(), start=1):
-        keys = [key for key in target.keys[layer] if key in source.keys[other]]
-        alike = {key: _correlation(target.read(layer, key), source.read(other, key)) for key in keys}
+    for done, (layer, source_layer) in enumerate(pairs.items(), start=1):
+        keys = [key for key in target.keys[layer] if key in source.keys[source_layer]]
+        alike = {key: _correlation(target.read(layer, key), source.read(source_layer, key)) for key in keys}
         for key in keys:
             if key in STREAM_KEYS:
                 if stream is not None and stream.shape != alike[key].shape:
@@ -193,7 +201,8 @@ def solve_structure(
                     )
                 stream, counted = alike[key] if stream is None else stream + alike[key], counted + 1
         inner |= {
-            (layer, key): item for key, item in _layer(alike, layer, other, target, source, solve, signed).items()
+            (layer, key): correspondence
+            for key, correspondence in _layer(alike, layer, source_layer, target, source, solve, signed).items()
         }
         if progress is not None:
             progress(done, len(pairs))
@@ -208,19 +217,19 @@ def solve_structure(
 def _layer(
     alike: Mapping[str, Tensor],
     layer: int,
-    other: int,
+    source_layer: int,
     target: Side,
     source: Side,
     solve: Callable[[Tensor], Correspondence],
     signed: bool,
 ) -> dict[str, Correspondence]:
     """Everything of a pair of layers that is not the residual stream."""
-    found: dict[str, Correspondence] = {}
+    correspondences: dict[str, Correspondence] = {}
     heads = {key: alike[key] for key in _HEAD_KEYS if key in alike}
-    if heads and layer in target.heads and other in source.heads:
-        found |= match_heads(heads, target.heads[layer], source.heads[other], solve, signed=signed)
+    if heads and layer in target.heads and source_layer in source.heads:
+        correspondences |= match_heads(heads, target.heads[layer], source.heads[source_layer], solve, signed=signed)
     else:
-        found |= {key: solve(values) for key, values in heads.items()}
+        correspondences |= {key: solve(values) for key, values in heads.items()}
     neurons = {key: alike[key] for key in _MLP_KEYS if key in alike}
     if neurons:
         gate = neurons.get("gate.post")
@@ -229,11 +238,11 @@ def _layer(
             # Silu(gate) * up: up and down may both change sign, the gate may not.
             together = sum(rest[1:], rest[0])
             units = solve((gate + together.abs()) / len(neurons))
-            found |= {key: units if key == "gate.post" else units.signed(together) for key in neurons}
+            correspondences |= {key: units if key == "gate.post" else units.signed(together) for key in neurons}
         else:
             units = solve(sum(rest, torch.zeros(1) if gate is None else gate) / len(neurons))
-            found |= dict.fromkeys(neurons, units)
-    return found
+            correspondences |= dict.fromkeys(neurons, units)
+    return correspondences
 
 
 def _correlation(target: Tensor, source: Tensor) -> Tensor:
