@@ -125,6 +125,7 @@ class Regression:
         crosses = [cross.to(device).double() for cross in self._crosses]
         best: list[tuple[float, Fit] | None] = [None] * len(given)
         chosen = kept_away if kept_away is not None and kept_away.rows else None
+        lacking = [_Lack.of(gram, layer, cross) for layer, cross in zip(given, crosses, strict=True)]
         for ridge in ridges if chosen is not None else [max(ridges)]:
             equations: dict[bool, _Equations | None] = {}
             for index, layer in enumerate(given):
@@ -135,16 +136,16 @@ class Regression:
                 solvable = equations[biased]
                 if solvable is None:
                     continue  # another lambda may do
-                fit = solvable.fit(layer, crosses[index][:size], self._squares[index], rank)
+                fit = solvable.fit(layer, lacking[index], self._squares[index], rank)
                 left = 0.0 if chosen is None else chosen._left(index, layer, fit)
                 best_so_far = best[index]
                 if best_so_far is None or left < best_so_far[0]:
                     best[index] = left, fit
         fits = [fit for _, fit in filter(None, best)]
         if len(fits) < len(given):
-            lacking = f"{self._inputs} inputs and {self.rows} rows"
+            size_words = f"{self._inputs} inputs and {self.rows} rows"
             raise FusionError(
-                f"the reconstruction's equations of {lacking} have no single solution: raise fusion.ridge "
+                f"the reconstruction's equations of {size_words} have no single solution: raise fusion.ridge "
                 "(fusion.ridges, where it is auto), or give more texts"
             )
         return fits
@@ -163,6 +164,26 @@ class Regression:
 
 
 @dataclass(frozen=True)
+class _Lack:
+    """What a sublayer lacks, whatever lambda is: ``X^T (Y - X W^T)``, and ``|Y - X W^T|^2 - |Y|^2``."""
+
+    cross: Tensor
+    square: float
+
+    @classmethod
+    def of(cls, gram: Tensor, layer: Linear, cross: Tensor) -> _Lack:
+        """Of the sums ``cross = X^T Y`` (in, out)."""
+        now = layer.weight.to(cross).T
+        if layer.bias is not None:
+            now = torch.cat([now, layer.bias.to(cross)[None]])
+        cross = cross[: len(now)]
+        if not bool(torch.isfinite(cross).all()):
+            raise _not_finite()
+        lack = cross - gram[: len(now), : len(now)] @ now
+        return cls(lack, -float((now * (cross + lack)).sum()))
+
+
+@dataclass(frozen=True)
 class _Equations:
     """``G``, ``G + lambda m I`` and its Cholesky factor; G has one more row and column where a bias is fitted."""
 
@@ -171,6 +192,7 @@ class _Equations:
     factor: Tensor
     inputs: int
     ridge: float
+    held: float
 
     @classmethod
     def of(cls, gram: Tensor, inputs: int, ridge: float) -> _Equations | None:
@@ -186,23 +208,21 @@ class _Equations:
         factor, failed = torch.linalg.cholesky_ex(regular)
         if int(failed) or not bool(torch.isfinite(factor.diagonal()).all()):
             return None
-        return cls(gram, regular, factor, inputs, ridge)
+        return cls(gram, regular, factor, inputs, ridge, held)
 
-    def fit(self, layer: Linear, cross: Tensor, square: float, rank: int | None) -> Fit:
-        """Of the sums ``cross = X^T Y`` (in, out) and ``square = |Y|^2``."""
-        if not bool(torch.isfinite(cross).all()):
-            raise _not_finite()
-        now = layer.weight.to(cross).T
-        if layer.bias is not None:
-            now = torch.cat([now, layer.bias.to(cross)[None]])
-        made = self.gram @ now
-        lack = cross - made
-        change = torch.cholesky_solve(lack, self.factor)
-        if rank is not None and rank < min(self.inputs, cross.shape[1]):
+    def fit(self, layer: Linear, lack: _Lack, square: float, rank: int | None) -> Fit:
+        """What takes from a lack as much as can be taken; ``square = |Y|^2``."""
+        change = torch.cholesky_solve(lack.cross, self.factor)
+        if rank is not None and rank < min(self.inputs, change.shape[1]):
             change = self._of_rank(change, rank)
+            made = self.gram @ change
+        else:
+            # As the equations say, without a product: G dW^T is what lacks, less lambda m dW^T.
+            made = lack.cross.clone()
+            made[: self.inputs] -= self.held * change[: self.inputs]
         # |Y - X W^T|^2, and what the change takes from it.
-        before = square - float((now * (cross + lack)).sum())
-        after = before - float((change * (2 * lack - self.gram @ change)).sum())
+        before = square + lack.square
+        after = before - float((change * (2 * lack.cross - made)).sum())
         lacks, left = (None if not square else max(0.0, value) / square for value in (before, after))
         bias = None if layer.bias is None else change[self.inputs].float()
         return Fit(change[: self.inputs].T.float().contiguous(), bias, lacks, left, self.ridge)
