@@ -37,7 +37,7 @@ def test_by_blocks_it_does_not_grow_with_the_layers(deep, monkeypatch):
     assert read_bytes(twice, deeper, asked(deep, "blocks"), *words) < 1.3 * blocks
     # By itself, where it does not fit.
     assert read_bytes(facts, layout, asked(deep), *words) == whole
-    monkeypatch.setattr(holding, "fits", lambda needed, device: False)
+    monkeypatch.setattr(holding, "fits", lambda *words: False)
     assert read_bytes(facts, layout, asked(deep), *words) == blocks
     # Code of its own may read itself in ways of its own.
     trusted = asked(deep, trust_remote_code=(str(deep),))
@@ -48,5 +48,6 @@ def test_the_stream_of_all_texts_counts_up_to_a_group_of_them(deep):
     facts, layout = read_facts(str(deep)), describe(load_model(str(deep)).model)
     recipe = asked(deep, "blocks")
     none, some, many = (read_bytes(facts, layout, recipe, torch.float32, CPU, size) for size in (0, 1000, 10**12))
-    assert some == none + 1000
+    # As it entered the first block, and as it stands.
+    assert some == none + 2000
     assert many == none + holding.STREAM_BYTES

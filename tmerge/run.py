@@ -24,16 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tmerge.errors import OutputExistsError, RecipeError, RunNotFoundError
-from tmerge.recipe import Recipe, load_recipe
+from tmerge.recipe import DECIDE_NOTHING, Recipe, load_recipe
 from tmerge.store import locked, read_json, write_json
 
 if TYPE_CHECKING:
     from tmerge.report import Report
 
 __all__ = ["Run", "stage_key"]
-
-# Keys of a recipe that may be changed in the middle of a run.
-_DECIDE_NOTHING = {"memory"}
 
 
 def stage_key(stage: str, **facts: Any) -> str:
@@ -212,7 +209,7 @@ class Run:
 
 def _deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's keys, but for those that decide nothing."""
-    return {key: value for key, value in recipe.items() if key not in _DECIDE_NOTHING}
+    return {key: value for key, value in recipe.items() if key not in DECIDE_NOTHING}
 
 
 def _as_written_now(asked: Mapping[str, Any]) -> Mapping[str, Any]:

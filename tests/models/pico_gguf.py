@@ -25,8 +25,12 @@ def save_pico_gguf(
     architecture: str = "llama",
     keys: dict[str, Any] | None = None,
     seed: int = 0,
+    beyond: bool = False,
 ) -> Path:
-    """Write a two-layer llama whose matrices are packed as `kind`; `keys` are added to the metadata."""
+    """Write a two-layer llama whose matrices are packed as `kind`; `keys` are added to the metadata.
+
+    With `beyond`, a third block lies in the file, as of models that predict several tokens.
+    """
     model = pico_model("llama-tied" if tied else "llama", seed=seed, head_dim=16)
     config = model.config
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -55,6 +59,8 @@ def save_pico_gguf(
             tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
         stem, suffix = name.rsplit(".", 1)
         _add_tensor(writer, f"{names.get_name(stem)}.{suffix}", tensor, kind)
+    if beyond:
+        _add_tensor(writer, "blk.2.attn_norm.weight", torch.ones(config.hidden_size), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

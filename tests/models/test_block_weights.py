@@ -14,6 +14,7 @@ from tmerge.errors import CheckpointError, UnsupportedModelError
 from tmerge.evaluation import score_texts
 from tmerge.models import describe, find_block_list, load_model, loading
 from tmerge.models.blocks import base_pass, stepped
+from tmerge.models.gguf import read_header
 from tmerge.models.loading import open_by_blocks
 
 TEXTS = ["the cat sat on the mat", "a dog", "hello there, all of you who read", "one two three", "mat cat", "x"]
@@ -142,6 +143,21 @@ def test_files_that_change_while_they_are_read_are_refused(tmp_path):
     os.replace(folder / "new.safetensors", folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="changed while it was read"):
         score_texts(loaded, TEXTS)
+
+
+def test_a_packed_file_that_changes_is_refused_too(tmp_path):
+    path = save_pico_gguf(tmp_path / "m.gguf")
+    loaded = open_by_blocks(str(path))
+    os.replace(save_pico_gguf(tmp_path / "other.gguf", seed=1), path)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        score_texts(loaded, TEXTS)
+
+
+def test_a_packed_block_that_is_beyond_the_model_is_passed_over(tmp_path):
+    path = save_pico_gguf(tmp_path / "m.gguf", beyond=True)
+    assert "blk.2.attn_norm.weight" in {tensor.name for tensor in read_header(path).tensors}
+    wanted, scores = (score_texts(read(str(path)), TEXTS) for read in (load_model, open_by_blocks))
+    assert torch.equal(scores.bits, wanted.bits)
 
 
 def test_a_weight_that_is_missing_is_refused_at_once(tmp_path):

@@ -116,3 +116,7 @@ def test_a_model_that_cannot_be_read_in_parts_says_so_or_is_loaded(models, tmp_p
         Model(str(models / "source"), device="cpu", memory="blocks").open()
     monkeypatch.setattr(handles, "fits", lambda needed, there: False)
     assert Model(str(models / "source"), device="cpu").open().block_weights is None
+
+
+def test_it_decides_nothing_that_is_kept(models):
+    assert recipe(models, "blocks").digest() == recipe(models, "resident").digest()

@@ -264,7 +264,7 @@ def _divergence(student: Tensor, ids: Tensor, chances: Tensor, kind: str) -> Ten
 def _top(
     model: LoadedModel, sequences: Sequence[list[int]], positions: Sequence[list[tuple[int, int]]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """The likeliest tokens (ids, probabilities) at each asked position of each sequence; the head runs there alone."""
+    """The likeliest tokens (ids, probabilities) at each asked position of each sequence."""
     ids, mask = padded(sequences, model.pad_id)
     device = model.device
     mask = None if mask is None else mask.to(device)

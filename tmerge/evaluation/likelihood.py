@@ -149,7 +149,7 @@ def _check_finite(loaded: LoadedModel, bits: Tensor) -> None:
     if bool(torch.isfinite(bits).all()):
         return
     spoilt = (~torch.isfinite(bits)).nonzero().flatten().tolist()
-    computed = str(loaded.model.dtype).removeprefix("torch.")
+    computed = str(loaded.computed_dtype).removeprefix("torch.")
     remedy = "lower fusion.alpha, or use another model" if computed == "float32" else "set dtype: float32"
     raise DeviceError(
         f"{loaded.reference}: the score of text {spoilt[0]} ({len(spoilt)} of {len(bits)}) is not finite, in "

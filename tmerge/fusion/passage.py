@@ -184,7 +184,7 @@ class Passage:
     """What is reconstructed from what, over which texts.
 
     Attributes:
-        target: In memory; each block's weights are changed as it is passed.
+        target: In memory, or read by blocks; each block's weights are changed as it is passed.
         views: Its projections.
         source: Of which the target's activations are drawn.
         source_views: Its projections.

@@ -1,7 +1,7 @@
 """A model's weights that come and go: read from its files part by part, when a part's turn has come.
 
 The modules are built once, without values: parameters on the meta device, buffers that no file holds for real. A part
-is a block, the input embedding or the head; ``transformers`` loads it into these modules as it loads a whole model,
+is a block, an embedding or the head; ``transformers`` loads it into these modules as it loads a whole model,
 renaming, stacking, unpacking and rounding as it does, so that there is no code per architecture. When the part's work
 is done, its parameters are empty again. While one block is at work the next is being read. What is neither (norms
 outside the blocks, learned positions) is small, and stays.
@@ -27,9 +27,12 @@ from tmerge.models.reference import ModelReference
 __all__ = ["BlockWeights", "StoredParts"]
 
 Part = int | str
-"""A block's number, or `_EMBEDDING`, `_HEAD`, `_REST`."""
+"""A block's number; `_EMBEDDING`, `_HEAD` or the name of another embedding; `_REST`."""
 
 _EMBEDDING, _HEAD, _REST = "embedding", "head", "rest"
+
+# One part of any model is read at a time: transformers' switches are the process's.
+_READING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,14 @@ class BlockWeights:
         stored: Where they are read from.
         device: Where they go.
         dtype: In which floating-point values are held there; None as they are loaded.
+        reading: What is open around each read: it says in our words what goes wrong there.
         check: Called with the (name, parameter) pairs of each part when it is first read; refuses what is not finite.
 
+    Attributes:
+        dtype: As given.
+
     Raises:
-        CheckpointError: A parameter of what stays is not stored.
+        TmergeError: As `enter_block`, of what stays.
     """
 
     def __init__(
@@ -89,16 +96,15 @@ class BlockWeights:
         *,
         device: torch.device,
         dtype: torch.dtype | None,
+        reading: Callable[[], AbstractContextManager[None]],
         check: Callable[[list[tuple[str, Tensor]]], None],
     ) -> None:
         self._reference, self._model, self._stored = reference, model, stored
-        self._device, self._dtype, self._check = device, dtype, check
+        self._device, self.dtype, self._check, self._open_reading = device, dtype, check, reading
         self._parts = self._divided()
         self._part_of = {place.name: part for part, contents in self._parts.items() for place in contents.places}
         self._present: set[Part] = set()
         self._checked: set[Part] = set()
-        # One part is read at a time, whoever asks: transformers' switches are the process's.
-        self._reading = threading.Lock()
         self._ahead: dict[Part, Future[None]] = {}
         self._reader: ThreadPoolExecutor | None = None
         self._enter(_REST)
@@ -106,7 +112,11 @@ class BlockWeights:
             module.register_forward_pre_hook(lambda module, inputs, part=part: self._called(part, inputs))
 
     def enter_block(self, block: int) -> None:
-        """Have a block's weights in memory, and begin to read the next one's."""
+        """Have a block's weights in memory, and begin to read the next one's.
+
+        Raises:
+            TmergeError: A file is damaged, another by now, or gone; a weight is not finite; it does not fit.
+        """
         ahead = self._ahead.pop(block, None)
         if ahead is not None:
             ahead.result()
@@ -122,19 +132,25 @@ class BlockWeights:
         self._leave(block)
 
     def read(self, name: str) -> Tensor:
-        """A parameter by its name, in memory until one of another part is read, or `close`."""
+        """A parameter by its name, in memory until one of another part is read, or `close`.
+
+        Raises:
+            TmergeError: As `enter_block`.
+        """
         part = self._part_of[name]
         for other in self._present - {part, _REST}:
             self._leave(other)
         self._enter(part)
         return self._model.get_parameter(name)
 
-    def enter_embedding(self) -> None:
-        """Have the input embedding in memory: models ask where it is before they call it."""
-        self._enter(_EMBEDDING)
+    def enter_embeddings(self) -> None:
+        """Have what comes before the blocks in memory: models ask where it is before they call it."""
+        for part in self._ends:
+            if part != _HEAD:
+                self._enter(part)
 
     def leave_ends(self) -> None:
-        """Let the embedding and the head go; either comes back by itself when it is called."""
+        """Let embeddings and head go; each comes back by itself when it is called."""
         for part in self._ends:
             self._leave(part)
 
@@ -147,11 +163,6 @@ class BlockWeights:
         self._ahead, self._reader = {}, None
         for part in [part for part in self._present if part != _REST]:
             self._leave(part)
-
-    def bytes_of(self, part: Part) -> int:
-        """Of a part's values as they are held."""
-        size = None if self._dtype is None else self._dtype.itemsize
-        return sum(place.empty.numel() * (size or place.empty.element_size()) for place in self._parts[part].places)
 
     def _called(self, part: Part, inputs: tuple[Any, ...]) -> None:
         self._enter(part)
@@ -194,8 +205,15 @@ class BlockWeights:
         return parts
 
     def _end_modules(self) -> dict[Part, nn.Module]:
-        found = {_EMBEDDING: self._model.get_input_embeddings(), _HEAD: self._model.get_output_embeddings()}
-        return {part: module for part, module in found.items() if isinstance(module, nn.Module)}
+        """Embeddings (one of all layers together may be the largest matrix of a model) and the head."""
+        named = {_EMBEDDING: self._model.get_input_embeddings(), _HEAD: self._model.get_output_embeddings()}
+        ends: dict[Part, nn.Module] = {part: module for part, module in named.items() if isinstance(module, nn.Module)}
+        inside = {id(module) for module in find_block_list(self._model)[1].modules()}
+        for name, module in self._model.named_modules():
+            known = id(module) in inside or any(module is end for end in ends.values())
+            if isinstance(module, nn.Embedding) and not known:
+                ends[name] = module
+        return ends
 
     def _is_tied(self, parts: Mapping[Part, _Contents]) -> bool:
         if not {_EMBEDDING, _HEAD} <= parts.keys():
@@ -209,17 +227,18 @@ class BlockWeights:
         return False
 
     def _enter(self, part: Part) -> None:
-        with self._reading:
+        with _READING:
             if part in self._present:
                 return
             contents = self._parts[part]
             try:
-                with self._stored.open(contents.stored) as tensors, torch.no_grad():
+                with self._open_reading(), self._stored.open(contents.stored) as tensors, torch.no_grad():
                     self._stored.load(self._model, tensors)
+                    if part not in self._checked:
+                        parameters = [(place.name, getattr(place.module, place.own_name)) for place in contents.places]
+                        self._check([(name, read) for name, read in parameters if read.device.type != "meta"])
+                        self._checked.add(part)
                     self._take(contents)
-                if part not in self._checked:
-                    self._check([(place.name, getattr(place.module, place.own_name)) for place in contents.places])
-                    self._checked.add(part)
             except BaseException:
                 self._empty(contents)
                 raise
@@ -237,22 +256,28 @@ class BlockWeights:
             if getattr(place.module, place.own_name).device.type != "meta":
                 continue
             if id(place.empty) not in taken:
-                raise CheckpointError(
-                    f"{self._reference.text!r} lacks {place.name}, a weight of {type(self._model).__name__}; download "
-                    "the model again"
-                )
+                raise self._lacks(place.name)
             place.module._parameters[place.own_name] = taken[id(place.empty)]
         for module in contents.modules:
             for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(self._device, self._dtype if buffer.is_floating_point() else None)
+                if buffer is None:
+                    continue
+                if buffer.device.type == "meta":
+                    raise self._lacks(name)
+                module._buffers[name] = buffer.to(self._device, self.dtype if buffer.is_floating_point() else None)
+
+    def _lacks(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._reference.text!r} lacks {name} of {type(self._model).__name__}; download the model again, or use "
+            "another file of it"
+        )
 
     def _held(self, read: nn.Parameter) -> nn.Parameter:
-        dtype = self._dtype if read.is_floating_point() else None
+        dtype = self.dtype if read.is_floating_point() else None
         return nn.Parameter(read.detach().to(self._device, dtype), requires_grad=False)
 
     def _leave(self, part: Part) -> None:
-        with self._reading:
+        with _READING:
             contents = self._parts[part]
             # A head that is tied goes with the embedding.
             gone = [name for name in self._present if self._parts[name] is contents]

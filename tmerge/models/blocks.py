@@ -2,8 +2,8 @@
 
 Every batch runs the model's own ``forward`` in a thread of its own, and at each block's door hands over what it was
 about to give it. So there is no code per architecture: masks, positions and whatever else travels between the blocks is
-what the model's own loop makes, and between two blocks nothing of a batch is in memory but that. One thread runs at a
-time; the others wait. So a model need not be in memory either: where it is read by blocks
+what the model's own loop makes, and between two blocks nothing of a batch is in memory but what that loop keeps. One
+thread runs at a time; the others wait. So a model need not be in memory either: where it is read by blocks
 (`tmerge.models.block_weights`), each block's weights are read once for all batches.
 """
 
@@ -34,6 +34,8 @@ __all__ = [
     "stepped",
 ]
 
+# Passes that wait together, at most: each is a thread, and has threads of its own where it computes.
+_PASSES = 64
 STREAM_BYTES = 1 << 30
 """Of streams that are in memory together where a model is read by blocks; each further group reads it once more."""
 
@@ -212,7 +214,7 @@ def stepped(loaded: LoadedModel, works: Sequence[Callable[[], Any]]) -> Iterator
     begun: list[threading.Thread] = []
     try:
         if loaded.block_weights is not None:
-            loaded.block_weights.enter_embedding()
+            loaded.block_weights.enter_embeddings()
         for thread in threads:
             thread.start()
             begun.append(thread)
@@ -301,11 +303,13 @@ def in_groups(loaded: LoadedModel, tokens: Sequence[int]) -> list[slice]:
     Returns:
         Stretches of the passes, in their order.
     """
-    each = loaded.model.config.get_text_config().hidden_size * 4
+    # The stream as it entered the first block, which models keep, and as it stands.
+    token_bytes = 2 * 4 * loaded.model.config.get_text_config().hidden_size
     groups, start, held = [], 0, 0
     for number, count in enumerate(tokens):
-        if number > start and held + count * each > STREAM_BYTES:
+        full = number - start == _PASSES or held + count * token_bytes > STREAM_BYTES
+        if number > start and full:
             groups.append(slice(start, number))
             start, held = number, 0
-        held += count * each
+        held += count * token_bytes
     return [*groups, slice(start, len(tokens))] if tokens else []

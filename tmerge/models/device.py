@@ -148,9 +148,15 @@ def _groups() -> list[Path]:
     return list(dict.fromkeys([*tops, *inside, *around]))
 
 
-def fits(needed: int, device: torch.device) -> bool:
-    """Whether a model of so many bytes leaves room on a device for what is computed with it."""
-    return needed <= _OF_WHAT_IS_FREE * available_memory(device)
+def fits(needed: int, device: torch.device, beside: int = 0) -> bool:
+    """Whether a model leaves room on a device for what is computed with it.
+
+    Args:
+        needed: Its bytes.
+        device: Where.
+        beside: Bytes that will have been taken by then.
+    """
+    return needed <= _OF_WHAT_IS_FREE * (available_memory(device) - beside)
 
 
 def check_memory(what: str, needed: int, device: torch.device) -> None:

@@ -303,6 +303,12 @@ def fast_reading(path: Path, only: Collection[str] | None = None) -> Iterator[st
     from transformers import modeling_gguf_pytorch_utils as loader
 
     wanted = os.path.realpath(path)
+    with _LOCK:
+        yield from _substituted(path, wanted, only, loader)
+
+
+def _substituted(path: Path, wanted: str, only: Collection[str] | None, loader: Any) -> Iterator[str]:
+    """What is global to the process is looked at and replaced by one thread at a time."""
     originals = {name: getattr(gguf, name) for name in ("GGUFReader", "dequantize", "get_tensor_name_map")}
     original_reader, bar = gguf.GGUFReader, loader.tqdm
 
@@ -318,7 +324,7 @@ def fast_reading(path: Path, only: Collection[str] | None = None) -> Iterator[st
         return part
 
     mapped = _mapping()
-    with _LOCK, tempfile.TemporaryDirectory(prefix="tmerge-") as alone:
+    with tempfile.TemporaryDirectory(prefix="tmerge-") as alone:
         try:
             Path(alone, path.name).symlink_to(wanted)
             folder = alone

@@ -75,6 +75,13 @@ class LoadedModel:
         return cast(PreTrainedModel, self.model.base_model)
 
     @property
+    def computed_dtype(self) -> torch.dtype:
+        """In which its weights are held while it computes."""
+        if self.block_weights is not None:
+            return self.block_weights.dtype or self.dtype
+        return self.model.dtype
+
+    @property
     def pad_id(self) -> int:
         """A token id to fill batches with, at positions that the attention mask leaves out.
 
@@ -187,6 +194,8 @@ def open_by_blocks(
     where = place.reference
     if isinstance(place, GgufPlace):
         number_format = pick_dtype(dtype, torch.bfloat16)
+    elif place.trust_remote_code:
+        return None
     else:
         number_format = pick_dtype(dtype, stored_dtype(place.stored_config, place.headers))
     model = empty_model(place.config, number_format)
@@ -208,7 +217,13 @@ def open_by_blocks(
     held = torch.float32 if widen and dtype == "auto" and not multiplies_fast(number_format, there) else None
     with _loading(where, there):
         weights = BlockWeights(
-            where, model, parts, device=there, dtype=held, check=lambda found: check_finite(where, found, stored)
+            where,
+            model,
+            parts,
+            device=there,
+            dtype=held,
+            reading=partial(_loading, where, there),
+            check=lambda parameters: check_finite(where, parameters, stored),
         )
     loaded = _finish(where, place.commit, model, tokenizer, place.licence, there)
     loaded.dtype, loaded.block_weights = number_format, weights

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -82,11 +83,12 @@ def safetensors_parts(model: PreTrainedModel, place: Place, dtype: torch.dtype) 
         with ExitStack() as stack:
             paths = dict.fromkeys(files[name] for name in names)
             for path in paths:
-                if file_state(path) != states[path]:
-                    raise CheckpointError(f"{str(path)!r} changed while it was read; start again when it is written")
+                refuse_changed(path, states[path])
             # Opened each time: a file that stays open would keep every page that was read of it.
             readers = {path: stack.enter_context(safe_open(path, "pt")) for path in paths}
             yield {name: readers[files[name]].get_slice(name) for name in names}
+            for path in paths:
+                refuse_changed(path, states[path])
 
     own = model.state_dict().keys()
     return StoredParts({stored: name for stored, (name, _) in found.items() if name in own}, opened, load)
@@ -104,7 +106,8 @@ def gguf_parts(model: PreTrainedModel, place: GgufPlace, dtype: torch.dtype) -> 
     load = _loader(model, dtype, quantizer)
     if load is None:
         return None
-    list_name, _ = find_block_list(model)
+    list_name, blocks = find_block_list(model)
+    state = file_state(place.path)
     ends = {"token_embd": model.get_input_embeddings(), "output": model.get_output_embeddings()}
     names = {id(module): name for name, module in model.named_modules()}
 
@@ -116,17 +119,40 @@ def gguf_parts(model: PreTrainedModel, place: GgufPlace, dtype: torch.dtype) -> 
 
     @contextmanager
     def opened(wanted: Collection[str]) -> Iterator[dict[str, Any]]:
+        refuse_changed(place.path, state)
         with fast_reading(place.path, only=wanted):
             if quantizer is not None and quantizer.supported:
-                state = quantizer.get_state_dict(str(place.path), model)
-                yield {name: state[name] for name in wanted}
+                tensors = quantizer.get_state_dict(str(place.path), model)
+                yield {name: tensors[name] for name in wanted}
             else:
                 found = load_gguf_checkpoint(
                     str(place.path), return_tensors=True, model_to_load=model, torch_dtype=dtype
                 )
                 yield found["tensors"]
+        refuse_changed(place.path, state)
 
-    return StoredParts({tensor.name: parameter(tensor.name) for tensor in place.header.tensors}, opened, load)
+    # Blocks beyond the model's predict further tokens, and have no place in it.
+    beyond = {
+        tensor.name
+        for tensor in place.header.tensors
+        if (block := _GGUF_BLOCK.match(tensor.name)) and int(block[1]) >= len(blocks)
+    }
+    names_of = {tensor.name: parameter(tensor.name) for tensor in place.header.tensors if tensor.name not in beyond}
+    return StoredParts(names_of, opened, load)
+
+
+def refuse_changed(path: Path, state: tuple[int, ...]) -> None:
+    """Refuse a file that is another than it was.
+
+    Raises:
+        CheckpointError: It is, or it is gone.
+    """
+    try:
+        changed = file_state(path) != state
+    except OSError:
+        changed = True
+    if changed:
+        raise CheckpointError(f"{str(path)!r} changed while it was read; start again when it is written")
 
 
 def renamed(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict[str, tuple[str, bool]] | None:
@@ -182,6 +208,11 @@ def _loader(
     def load(model: PreTrainedModel, tensors: Mapping[str, Any]) -> None:
         with quiet():
             report, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings)
+        if report.mismatched_keys:
+            name, stored, wanted = sorted(report.mismatched_keys, key=str)[0]
+            raise CheckpointError(
+                f"{name} is stored as {tuple(stored)}, and the model wants {tuple(wanted)}; download the model again"
+            )
         if spoilt := [*report.conversion_errors.values(), *report.error_msgs]:
             raise CheckpointError(f"weights cannot be put together: {spoilt[0]}; download the model again")
 

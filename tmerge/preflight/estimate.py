@@ -213,6 +213,7 @@ def estimate_run(
     carried = each * (1 + len(set(FITTED_CONTROLS) & set(recipe.evaluation.controls)))
     packed = [facts for facts in models[1:] if facts is not None and facts.reference.kind == "gguf"]
     streamed = texts * tokens_per_text * source_layout.hidden_size * 4
+    own = held_bytes(target, recipe, dtype)
     reading_source = read_bytes(source, source_layout, recipe, dtype, device, streamed)
     # Beside the target. A source is there while it is read; the source before its fine-tuning never is,
     # but for a GGUF file, which is unpacked once for the fusion to read.
@@ -222,14 +223,14 @@ def estimate_run(
         "transport": problem + min(feature_bytes, 1 << 30),
         # The record exists twice while its parts are joined.
         "fuse": problem + 2 * record,
-        "reconstruct": reading_source + fitting_bytes(recipe, layouts, texts * tokens_per_text),
+        "reconstruct": read_bytes(source, source_layout, recipe, dtype, device, streamed, own)
+        + fitting_bytes(recipe, layouts, texts * tokens_per_text),
         "base": sum(read_bytes(facts, source_layout, recipe, dtype, device, 0) for facts in packed[-1:]),
         # The neurons that a control took the place of, and what leaves the layers that nothing changes.
         "evaluate": logits + each + MOST_KEPT_BYTES * set(target_layout.layers[0]).isdisjoint(projections),
         # The checkpoint is loaded again to be compared.
         "save": checkpoint + logits,
     }
-    own = held_bytes(target, recipe, dtype)
     together = recipe.memory == "resident" or fits(own + held_bytes(source, recipe, dtype), device)
     # Where the two do not fit beside each other the target is let go while the source is read and transported.
     away = set() if together and recipe.memory != "blocks" else {"source", "transport"}

@@ -52,7 +52,8 @@ def fitting_bytes(recipe: Recipe, layouts: tuple[Architecture, Architecture], to
     target, source = layouts
     kept = recipe.fusion.keep_texts * recipe.calibration.max_tokens if recipe.fusion.keep is not None else 0
     # The texts to be kept pass twice: as they are, and as they become.
-    streams = 4 * ((tokens + 2 * kept) * target.hidden_size + tokens * source.hidden_size)
+    # Each as it entered the first block, which models keep, and as it stands.
+    streams = 2 * 4 * ((tokens + 2 * kept) * target.hidden_size + tokens * source.hidden_size)
     widest = max(view.in_features * (view.in_features + view.out_features) for view in target.projections())
     # Summed in float32, those of the texts that choose lambda too; solved in float64.
     summed = 2 if recipe.fusion.ridge == "auto" else 1

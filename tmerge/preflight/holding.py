@@ -30,7 +30,13 @@ def unpacked_bytes(facts: ModelFacts) -> int:
 
 
 def read_bytes(
-    facts: ModelFacts, layout: Architecture, recipe: Recipe, dtype: torch.dtype, device: torch.device, streamed: int
+    facts: ModelFacts,
+    layout: Architecture,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device,
+    streamed: int,
+    beside: int = 0,
 ) -> int:
     """Of a model that is only read: all of it, or, as `Model.open` decides, its blocks one after the other.
 
@@ -41,19 +47,20 @@ def read_bytes(
         dtype: That it is computed in.
         device: Where.
         streamed: Bytes of the residual stream of all texts that it reads.
+        beside: Bytes of a model that is in memory at the time.
     """
     whole = held_bytes(facts, recipe, dtype)
     own_code = trusts(recipe.trust_remote_code, facts.reference.text)
-    if recipe.memory == "resident" or own_code or (recipe.memory == "auto" and fits(whole, device)):
+    if recipe.memory == "resident" or own_code or (recipe.memory == "auto" and fits(whole, device, beside)):
         return whole + unpacked_bytes(facts)
-    text = facts.config.get_text_config()
-    end = layout.hidden_size * int(text.vocab_size)
-    ends = end if getattr(facts.config, "tie_word_embeddings", False) else 2 * end
+    head = layout.hidden_size * int(facts.config.get_text_config().vocab_size)
+    ends = head if getattr(facts.config, "tie_word_embeddings", False) else 2 * head
     block = max(facts.parameters - ends, 0) // max(layout.num_layers, 1)
-    # The block at work and the next one, or the embedding, or the head, as read and as held.
-    values = max(2 * block, end)
-    unpacked = 4 * max(block, end) if facts.reference.kind == "gguf" else 0
-    return values * itemsize(facts, recipe, dtype) + 2 * max(block, end) + unpacked + min(streamed, STREAM_BYTES)
+    # The block at work and the next one, or the last and the head, as they are held; and one of them as it is read.
+    held = max(2 * block, block + head) * itemsize(facts, recipe, dtype)
+    unpacked = 4 * max(block, head) if facts.reference.kind == "gguf" else 0
+    # Models keep the stream as it entered the first block.
+    return held + 2 * max(block, head) + unpacked + min(2 * streamed, STREAM_BYTES)
 
 
 def kept_bytes(recipe: Recipe, layout: Architecture, projections: list[str]) -> int:

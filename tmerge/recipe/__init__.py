@@ -7,7 +7,7 @@ from tmerge.recipe.evaluation import FITTED_CONTROLS, EvaluationSettings
 from tmerge.recipe.fusion import CarriedSettings, FusionSettings, Reconstruction, TaskVector, Weights
 from tmerge.recipe.loading import RECIPE_VARIABLE, load_recipe, parse_setting, preset_names
 from tmerge.recipe.page import recipe_page
-from tmerge.recipe.recipe import Recipe
+from tmerge.recipe.recipe import DECIDE_NOTHING, Recipe
 from tmerge.recipe.save import SaveSettings
 from tmerge.recipe.section import ProjectionName
 from tmerge.recipe.strict_yaml import load_yaml
@@ -25,6 +25,7 @@ __all__ = [
     "FusionSettings",
     "ProjectionName",
     "PublishedScores",
+    "DECIDE_NOTHING",
     "Recipe",
     "Reconstruction",
     "SaveSettings",

@@ -26,7 +26,10 @@ from tmerge.recipe.section import Section
 from tmerge.recipe.transport import Apart, Shared, TransportSettings
 from tmerge.recipe.unsaid import with_unsaid
 
-__all__ = ["Recipe"]
+__all__ = ["DECIDE_NOTHING", "Recipe"]
+
+DECIDE_NOTHING = frozenset({"memory"})
+"""Keys that change no number, and may be changed in the middle of a run."""
 
 
 class Recipe(Section):
@@ -139,7 +142,7 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def digest(self, *sections: str) -> str:
-        """SHA-256 (hex) of the named top-level sections, or of all; stages are recognised by it."""
+        """SHA-256 (hex) of the named top-level sections, or of all that decides; stages are recognised by it."""
         data = self.model_dump(mode="json")
-        chosen = {name: data[name] for name in sections} if sections else data
+        chosen = {name: data[name] for name in sections or data.keys() - DECIDE_NOTHING}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()

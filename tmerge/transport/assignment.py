@@ -30,6 +30,8 @@ _LARGE = 1 << 22
 _CANDIDATES, _JOINING = 16, 32
 # Rounds after which the candidates are no fewer than all that matters.
 _ROUNDS = 16
+# Sweeps after which potentials take longer than the dense solver does.
+_SWEEPS = 500
 # Rows whose entries are held against the potentials at a time.
 _ROWS = 256
 # Of similarities, which are at most about 1: what float32 cannot tell from nothing.
@@ -97,14 +99,14 @@ class _Candidates:
         return torch.from_numpy(columns[np.argsort(rows)].astype(np.int64))
 
     def potentials(self, partners: Tensor) -> Tensor | None:
-        """(m,) v of the dual, for the candidates' best assignment; None where rounding keeps it from ending."""
+        """(m,) v of the dual, for the candidates' best assignment; None where it takes too long to find."""
         partner_similarities = torch.zeros(self.shape[0], dtype=torch.float64)
         at = self.columns == partners[self.rows]
         partner_similarities[self.rows[at]] = self.values[at]
         lengths = partner_similarities[self.rows] - self.values
         from_columns = partners[self.rows]
         column_potentials = torch.zeros(self.shape[1], dtype=torch.float64)
-        for _ in range(self.shape[0] + 1):
+        for _ in range(_SWEEPS):
             reached = column_potentials.scatter_reduce(
                 0, self.columns, column_potentials[from_columns] + lengths, "amin"
             )
@@ -135,14 +137,14 @@ def _by_candidates(similarity: Tensor) -> Tensor | None:
 def _breaking(similarity: Tensor, partners: Tensor, potentials: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns of the entries by which each row could do better, at most `_JOINING` of it."""
     breaking_rows, breaking_columns = [], []
-    single = potentials.to(similarity.dtype)
     for start in range(0, len(similarity), _ROWS):
-        similarities = similarity[start : start + _ROWS]
+        similarities = similarity[start : start + _ROWS].double()
         own_partners = partners[start : start + _ROWS, None]
-        attained = similarities.gather(1, own_partners).double() + potentials[own_partners]
-        best = (similarities + single).topk(min(_JOINING, similarities.shape[1]), 1).indices
-        better = similarities.gather(1, best).double() + potentials[best] > attained + _TOLERANCE
-        rows, ranks = better.nonzero(as_tuple=True)
-        breaking_rows.append(rows + start)
-        breaking_columns.append(best[rows, ranks])
+        attained = similarities.gather(1, own_partners) + potentials[own_partners] + _TOLERANCE
+        reached = similarities + potentials
+        rows = (reached.amax(1, keepdim=True) > attained).flatten().nonzero().flatten()
+        best = reached[rows].topk(min(_JOINING, reached.shape[1]), 1)
+        which, ranks = (best.values > attained[rows]).nonzero(as_tuple=True)
+        breaking_rows.append(rows[which] + start)
+        breaking_columns.append(best.indices[which, ranks])
     return torch.cat(breaking_rows), torch.cat(breaking_columns)
