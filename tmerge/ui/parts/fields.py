@@ -29,10 +29,19 @@ class Setting:
     Attributes:
         key: In the recipe, dotted.
         label: Shown.
+        names: Choice -> what is shown for it, where that is not the choice itself: some words are ids of Gradio's own
+            messages, and would be shown as those.
     """
 
     key: str
     label: str
+    names: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def named_choices(self) -> list[tuple[str, str]]:
+        """What is shown for each choice, and the choice."""
+        names = dict(self.names)
+        return [(names.get(choice, choice), choice) for choice in self.choices]
 
     @property
     def kind(self) -> Kind:
@@ -142,7 +151,11 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("evaluation.descent", "Texts of the descent control"),
         Setting("dtype", "Number format"),
         Setting("device", "Device"),
-        Setting("memory", "Models that are only read"),
+        Setting(
+            "memory",
+            "Models that are only read",
+            (("auto", "in memory where they fit"), ("resident", "in memory"), ("blocks", "block by block")),
+        ),
         Setting("seed", "Seed"),
         Setting("save.max_shard_size", "Largest weights file"),
     ),

@@ -328,7 +328,7 @@ def _field(setting: Setting, begin: Mapping[str, Any]) -> Any:
         "min_width": 220,
     }
     if setting.kind == "choice":
-        return gr.Dropdown(list(setting.choices), value=value, **shared)
+        return gr.Dropdown(setting.named_choices, value=value, **shared)
     if setting.kind == "several":
         return gr.CheckboxGroup(list(setting.choices), value=value, **shared)
     if setting.kind == "switch":
