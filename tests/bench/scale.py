@@ -172,7 +172,7 @@ def _write(folder: Path, shape: Shape, layers: Iterator[dict[str, Tensor]], embe
 
 @contextmanager
 def memory_group(limit: int) -> Iterator[Path]:
-    """A control group of so many bytes, swap included; it ends with the block."""
+    """A control group of so many bytes; it ends with the ``with``."""
     top = Path("/sys/fs/cgroup")
     old = (top / "memory").is_dir()
     group = (top / "memory" if old else top) / f"tmerge-scale-{os.getpid()}"

@@ -16,7 +16,7 @@ from tmerge.stages.merge import merge
 
 @pytest.fixture
 def slow(monkeypatch):
-    monkeypatch.setattr("tmerge.models.loading.multiplies_fast", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr("tmerge.models.device.multiplies_fast", lambda dtype, device: dtype == torch.float32)
     monkeypatch.setattr("tmerge.preflight.estimate.multiplies_fast", lambda dtype, device: dtype == torch.float32)
 
 

@@ -150,64 +150,68 @@ def read_batches(
         [filled[index] for index in batch]
         for batch in reversed(length_batches([len(encoded.ids[text]) for text in filled], batch_tokens))
     ]
-    before = before or (lambda texts: None)
-    read = _through_all if loaded.block_weights is None else _through_blocks
+    reading = _Reading(loaded, encoded, batches, batch_tokens, before or (lambda texts: None))
     try:
-        yield from read(loaded, encoded, batches, batch_tokens, before)
+        yield from reading.whole() if loaded.block_weights is None else reading.by_blocks()
     finally:
         base.train(was_training)
 
 
-def _through_all(
-    loaded: LoadedModel,
-    encoded: EncodedTexts,
-    batches: list[list[int]],
-    batch_tokens: int,
-    before: Callable[[list[int]], None],
-) -> Iterator[ReadStep]:
-    done = 0
-    for texts in batches:
-        run = _pass(loaded, encoded, texts)
-        before(texts)
-        began = time.perf_counter()
-        with torch.inference_mode(), _memory_errors(loaded, batch_tokens):
-            run()
-            _wait_for(loaded)
-        done += len(texts)
-        yield ReadStep(texts, time.perf_counter() - began, None, done, sum(map(len, batches)))
+@dataclass(frozen=True)
+class _Reading:
+    """What `read_batches` was asked for, the texts in batches."""
 
+    loaded: LoadedModel
+    encoded: EncodedTexts
+    batches: list[list[int]]
+    batch_tokens: int
+    before: Callable[[list[int]], None]
 
-def _through_blocks(
-    loaded: LoadedModel,
-    encoded: EncodedTexts,
-    batches: list[list[int]],
-    batch_tokens: int,
-    before: Callable[[list[int]], None],
-) -> Iterator[ReadStep]:
-    groups = in_groups(loaded, [len(texts) * max(len(encoded.ids[text]) for text in texts) for texts in batches])
-    for number, group in enumerate(groups):
-        works = [_pass(loaded, encoded, texts) for texts in batches[group]]
-        with stepped(loaded, works) as steps:
-            for block in range(len(steps)):
-                began = time.perf_counter()  # reading the block's weights is part of the first batch's time
-                for batch, call in enumerate(steps.calls(block)):
-                    texts = batches[group][batch]
-                    before(texts)
-                    with torch.inference_mode(), _memory_errors(loaded, batch_tokens):
-                        steps.go_on(batch, call.run())
-                        _wait_for(loaded)
-                    done = number * len(steps) + block + (batch + 1 == len(works))
-                    yield ReadStep(texts, time.perf_counter() - began, block, done, len(groups) * len(steps))
-                    began = time.perf_counter()
+    def whole(self) -> Iterator[ReadStep]:
+        """A batch after the other."""
+        done, of = 0, sum(map(len, self.batches))
+        for texts in self.batches:
+            run = self._pass(texts)
+            began = self._begin(texts)
+            with self._running():
+                run()
+            done += len(texts)
+            yield ReadStep(texts, time.perf_counter() - began, None, done, of)
 
+    def by_blocks(self) -> Iterator[ReadStep]:
+        """All batches of a group through a block, then through the next."""
+        lengths = self.encoded.lengths
+        groups = in_groups(self.loaded, [len(texts) * max(lengths[text] for text in texts) for texts in self.batches])
+        for number, group in enumerate(groups):
+            batches = self.batches[group]
+            with stepped(self.loaded, [self._pass(texts) for texts in batches]) as steps:
+                for block in range(len(steps)):
+                    before_weights = time.perf_counter()
+                    calls = steps.calls(block)
+                    reading_weights = time.perf_counter() - before_weights
+                    for batch, texts in enumerate(batches):
+                        began = self._begin(texts)
+                        with self._running():
+                            # What it was given goes with it, as it has been through.
+                            steps.go_on(batch, calls.pop(0).run())
+                        # Reading the block's weights is part of the first batch's time.
+                        seconds = time.perf_counter() - began + (0.0 if batch else reading_weights)
+                        done = number * len(steps) + block + (batch + 1 == len(batches))
+                        yield ReadStep(texts, seconds, block, done, len(groups) * len(steps))
 
-def _pass(loaded: LoadedModel, encoded: EncodedTexts, texts: list[int]) -> Callable[[], Any]:
-    return base_pass(loaded, padded([encoded.ids[text] for text in texts], loaded.pad_id))
+    def _pass(self, texts: list[int]) -> Callable[[], Any]:
+        return base_pass(self.loaded, padded([self.encoded.ids[text] for text in texts], self.loaded.pad_id))
 
+    def _begin(self, texts: list[int]) -> float:
+        self.before(texts)
+        return time.perf_counter()
 
-def _wait_for(loaded: LoadedModel) -> None:
-    if loaded.device.type == "cuda":
-        torch.cuda.synchronize(loaded.device)
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with torch.inference_mode(), _memory_errors(self.loaded, self.batch_tokens):
+            yield
+            if self.loaded.device.type == "cuda":
+                torch.cuda.synchronize(self.loaded.device)
 
 
 def padded(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor | None]:

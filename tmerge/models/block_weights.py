@@ -4,7 +4,7 @@ The modules are built once, without values: parameters on the meta device, buffe
 is a block, an embedding or the head; ``transformers`` loads it into these modules as it loads a whole model,
 renaming, stacking, unpacking and rounding as it does, so that there is no code per architecture. When the part's work
 is done, its parameters are empty again. While one block is at work the next is being read. What is neither (norms
-outside the blocks, learned positions) is small, and stays.
+outside the blocks) is small, and stays.
 """
 
 from __future__ import annotations

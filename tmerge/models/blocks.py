@@ -29,7 +29,6 @@ __all__ = [
     "base_pass",
     "hidden_of",
     "in_groups",
-    "read_in_step",
     "run_passes",
     "stepped",
 ]
@@ -65,9 +64,9 @@ class BlockCall:
     @property
     def hidden(self) -> Tensor:
         """(B, S, n) the residual stream as it enters the block."""
-        found = self.arguments[0] if self.arguments else self.named["hidden_states"]
-        assert isinstance(found, Tensor)
-        return found
+        stream = self.arguments[0] if self.arguments else self.named["hidden_states"]
+        assert isinstance(stream, Tensor)
+        return stream
 
     def run(self) -> Any:
         """What the block makes of it, with its weights as they are now."""
@@ -76,9 +75,9 @@ class BlockCall:
 
 def hidden_of(result: Any) -> Tensor:
     """(B, S, n) the residual stream as it leaves a block, from what the block returned."""
-    found = result if isinstance(result, Tensor) else result[0]
-    assert isinstance(found, Tensor)
-    return found
+    stream = result if isinstance(result, Tensor) else result[0]
+    assert isinstance(stream, Tensor)
+    return stream
 
 
 @dataclass
@@ -87,7 +86,7 @@ class _Pass:
 
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     waits: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    place: int = -1
+    block: int = -1
     call: BlockCall | None = None
     result: Any = None
     error: BaseException | None = None
@@ -118,28 +117,28 @@ class Steps:
             if block:
                 self._weights.leave_block(block - 1)
             self._weights.enter_block(block)
-        found = []
-        for one in self._passes:
-            if one.error is not None:
-                raise one.error
-            if one.call is None or one.place != block:
+        calls = []
+        for waiting in self._passes:
+            if waiting.error is not None:
+                raise waiting.error
+            if waiting.call is None or waiting.block != block:
                 remedy = "choose another model" if self._weights is None else "set memory: resident"
                 raise UnsupportedModelError(
                     f"{self._name} does not run its blocks in order, each once, so it cannot be read block by block; "
                     f"{remedy}"
                 )
-            found.append(one.call)
-        return found
+            calls.append(waiting.call)
+        return calls
 
     def go_on(self, batch: int, result: Any) -> None:
         """Give a batch's pass what the block made, and let it come to the next door, or to its end."""
-        one = self._passes[batch]
-        one.call, one.result = None, result
-        one.turn.release()
-        one.waits.acquire()
-        one.result = None
-        if one.error is not None:
-            raise one.error
+        waiting = self._passes[batch]
+        waiting.call, waiting.result = None, result
+        waiting.turn.release()
+        waiting.waits.acquire()
+        waiting.result = None
+        if waiting.error is not None:
+            raise waiting.error
 
 
 def base_pass(loaded: LoadedModel, batch: Batch) -> Callable[[], Any]:
@@ -171,37 +170,37 @@ def stepped(loaded: LoadedModel, works: Sequence[Callable[[], Any]]) -> Iterator
     originals = [block.forward for block in listed]
     had_own = ["forward" in vars(block) for block in listed]
 
-    def door(place: int) -> Callable[..., Any]:
+    def door(block: int) -> Callable[..., Any]:
         def wait(*arguments: Any, **named: Any) -> Any:
-            one: _Pass = current.one
-            one.place = place
-            one.call = BlockCall(listed[place], arguments, named, originals[place])
+            waiting: _Pass = current.waiting
+            waiting.block = block
+            waiting.call = BlockCall(listed[block], arguments, named, originals[block])
             # What the pass itself holds of it goes: between two doors the call is all there is.
             del arguments, named
-            one.waits.release()
-            one.turn.acquire()
-            if one.left:
+            waiting.waits.release()
+            waiting.turn.acquire()
+            if waiting.left:
                 raise _Left
-            result, one.result = one.result, None
+            result, waiting.result = waiting.result, None
             return result
 
         return wait
 
-    def passing(one: _Pass, work: Callable[[], Any]) -> None:
-        current.one = one
-        one.turn.acquire()
+    def passing(waiting: _Pass, work: Callable[[], Any]) -> None:
+        current.waiting = waiting
+        waiting.turn.acquire()
         try:
-            if one.left:
+            if waiting.left:
                 return
             with torch.no_grad():
                 work()
         except _Left:
             pass
         except BaseException as error:  # noqa: BLE001 - raised again by who waits for the pass
-            one.error = error
+            waiting.error = error
         finally:
-            one.ended = True
-            one.waits.release()
+            waiting.ended = True
+            waiting.waits.release()
 
     threads = [
         threading.Thread(target=passing, args=pair, daemon=True, name="tmerge-pass")
@@ -209,8 +208,8 @@ def stepped(loaded: LoadedModel, works: Sequence[Callable[[], Any]]) -> Iterator
     ]
     was_training = loaded.base.training
     loaded.base.eval()
-    for place, block in enumerate(listed):
-        block.forward = door(place)
+    for number, module in enumerate(listed):
+        module.forward = door(number)
     begun: list[threading.Thread] = []
     try:
         if loaded.block_weights is not None:
@@ -218,18 +217,18 @@ def stepped(loaded: LoadedModel, works: Sequence[Callable[[], Any]]) -> Iterator
         for thread in threads:
             thread.start()
             begun.append(thread)
-        for one in passes:
-            one.turn.release()
-            one.waits.acquire()
-            if one.error is not None:
-                raise one.error
+        for waiting in passes:
+            waiting.turn.release()
+            waiting.waits.acquire()
+            if waiting.error is not None:
+                raise waiting.error
         if loaded.block_weights is not None:
             loaded.block_weights.leave_ends()
         yield Steps(listed, passes, loaded)
     finally:
-        for one in passes:
-            one.left, one.call, one.result = True, None, None
-            one.turn.release()
+        for waiting in passes:
+            waiting.left, waiting.call, waiting.result = True, None, None
+            waiting.turn.release()
         for thread in begun:
             thread.join()
         for block, original, own in zip(listed, originals, had_own, strict=True):
@@ -240,24 +239,6 @@ def stepped(loaded: LoadedModel, works: Sequence[Callable[[], Any]]) -> Iterator
         loaded.base.train(was_training)
         if loaded.block_weights is not None:
             loaded.block_weights.close()
-
-
-def read_in_step(
-    loaded: LoadedModel, works: Sequence[Callable[[], None]], progress: Callable[[int, int], None] | None = None
-) -> None:
-    """Run some passes to their end, all of them block by block.
-
-    Args:
-        loaded: The model.
-        works: As for `stepped`; each does with what its pass gives whatever is to be done, one after the other.
-        progress: Called with (blocks done, all).
-    """
-    with stepped(loaded, works) as steps, torch.no_grad():
-        for block in range(len(steps)):
-            for number, call in enumerate(steps.calls(block)):
-                steps.go_on(number, call.run())
-            if progress is not None:
-                progress(block + 1, len(steps))
 
 
 def run_passes(
@@ -272,7 +253,7 @@ def run_passes(
 
     Args:
         loaded: The model.
-        works: As for `read_in_step`.
+        works: As for `stepped`; each does with what its pass gives whatever is to be done.
         tokens: Of each pass, padding included.
         after: Called with each pass's number when it has been run by itself.
         progress: Called with (blocks done, all) of a model that is read by blocks.
@@ -285,12 +266,14 @@ def run_passes(
         return
     groups = in_groups(loaded, tokens)
     for number, group in enumerate(groups):
-
-        def counted(done: int, of: int, before: int = number) -> None:
-            if progress is not None:
-                progress(before * of + done, len(groups) * of)
-
-        read_in_step(loaded, works[group], counted)
+        with stepped(loaded, works[group]) as steps, torch.no_grad():
+            for block in range(len(steps)):
+                calls = steps.calls(block)
+                for batch in range(len(calls)):
+                    # What it was given goes with it, as it has been through.
+                    steps.go_on(batch, calls.pop(0).run())
+                if progress is not None:
+                    progress(number * len(steps) + block + 1, len(groups) * len(steps))
 
 
 def in_groups(loaded: LoadedModel, tokens: Sequence[int]) -> list[slice]:

@@ -20,6 +20,7 @@ __all__ = [
     "available_memory",
     "check_memory",
     "fits",
+    "held_dtype",
     "memory_errors",
     "multiplies_fast",
     "pick_device",
@@ -101,6 +102,17 @@ def pick_dtype(dtype: str | torch.dtype, stored: torch.dtype) -> torch.dtype:
     if dtype not in DTYPES:
         raise DeviceError(f"dtype {dtype!r} is none that tmerge computes in; use auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def held_dtype(asked: str | torch.dtype, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which weights of a dtype are held: float32 where none was asked for and the device is slow in theirs.
+
+    Args:
+        asked: As the recipe says it.
+        dtype: What `pick_dtype` makes of it.
+        device: Where they are.
+    """
+    return torch.float32 if asked == "auto" and not multiplies_fast(dtype, device) else dtype
 
 
 def multiplies_fast(dtype: torch.dtype, device: torch.device) -> bool:

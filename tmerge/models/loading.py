@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from tmerge.errors import CheckpointError, MissingExtraError, UnsupportedModelError
 from tmerge.models.block_weights import BlockWeights
-from tmerge.models.configs import stored_dtype, tidy_gguf_config
-from tmerge.models.device import check_memory, memory_errors, multiplies_fast, pick_device, pick_dtype
+from tmerge.models.configs import tidy_gguf_config
+from tmerge.models.device import check_memory, held_dtype, memory_errors, pick_device, pick_dtype
 from tmerge.models.finite import check_finite, gguf_tensors, safetensors_tensors
 from tmerge.models.gguf import GgufHeader, fast_reading, read_header
 from tmerge.models.place import GgufPlace, Place, find_place
@@ -137,10 +137,10 @@ def load_model(
     there = pick_device(device)
     place = place or find_place(reference, trust_remote_code=trust_remote_code)
     if isinstance(place, GgufPlace):
-        return _widened(_load_gguf(place, dtype, there, tokenizer), widen and dtype == "auto")
+        return _widened(_load_gguf(place, dtype, there, tokenizer), dtype if widen else None)
     where, config, headers = place.reference, copy.deepcopy(place.config), place.headers
     side_parts(where, place.empty, headers)
-    number_format = pick_dtype(dtype, stored_dtype(place.stored_config, headers))
+    number_format = pick_dtype(dtype, place.dtype)
     values = sum(tensor.nbytes // _width(tensor.dtype) for tensor in headers.values())
     check_memory(where.text, values * number_format.itemsize, there)
     if tokenizer is None:
@@ -161,7 +161,7 @@ def load_model(
     left_out = partial(without_a_place, model, headers, report)
     check_finite(where, model.named_parameters(), lambda: safetensors_tensors(place.weights, left_out()))
     loaded = _finish(where, place.commit, model, tokenizer, place.licence, there)
-    return _widened(loaded, widen and dtype == "auto")
+    return _widened(loaded, dtype if widen else None)
 
 
 def open_by_blocks(
@@ -192,36 +192,32 @@ def open_by_blocks(
     there = pick_device(device)
     place = place or find_place(reference)
     where = place.reference
-    if isinstance(place, GgufPlace):
-        number_format = pick_dtype(dtype, torch.bfloat16)
-    elif place.trust_remote_code:
+    if isinstance(place, Place) and place.trust_remote_code:
         return None
-    else:
-        number_format = pick_dtype(dtype, stored_dtype(place.stored_config, place.headers))
+    number_format = pick_dtype(dtype, place.dtype)
     model = empty_model(place.config, number_format)
     if model is None:
         return None
     stored: Callable[[], Iterator[tuple[str, torch.Tensor]]]
     if isinstance(place, GgufPlace):
-        path, parts = place.path, gguf_parts(model, place, number_format)
-        stored = lambda: gguf_tensors(path)  # noqa: E731 - one of two
+        parts, stored = gguf_parts(model, place, number_format), partial(gguf_tensors, place.path)
         _forget_packing(model)
     else:
-        files, headers, parts = place.weights, place.headers, safetensors_parts(model, place, number_format)
-        announce_what_is_there(model, side_parts(where, place.empty, headers))
-        without = headers.keys() - (set() if parts is None else parts.parameters.keys())
-        stored = lambda: safetensors_tensors(files, without)  # noqa: E731
+        announce_what_is_there(model, side_parts(where, place.empty, place.headers))
+        parts = safetensors_parts(model, place, number_format)
+        without = place.headers.keys() - (set() if parts is None else parts.parameters.keys())
+        stored = partial(safetensors_tensors, place.weights, without)
     if parts is None:
         return None
     tokenizer = tokenizer or load_tokenizer(where, place=place)
-    held = torch.float32 if widen and dtype == "auto" and not multiplies_fast(number_format, there) else None
+    held = held_dtype(dtype, number_format, there) if widen else number_format
     with _loading(where, there):
         weights = BlockWeights(
             where,
             model,
             parts,
             device=there,
-            dtype=held,
+            dtype=None if held == number_format else held,
             reading=partial(_loading, where, there),
             check=lambda parameters: check_finite(where, parameters, stored),
         )
@@ -269,7 +265,7 @@ def _load_gguf(
 ) -> LoadedModel:
     reference, path, header = place.reference, place.path, place.header
     config = copy.deepcopy(place.config)
-    number_format = pick_dtype(dtype, torch.bfloat16)
+    number_format = pick_dtype(dtype, place.dtype)
     check_memory(reference.text, _unpacking_bytes(header, number_format), torch.device("cpu"))
     if device.type != "cpu":
         check_memory(reference.text, sum(tensor.values for tensor in header.tensors) * number_format.itemsize, device)
@@ -311,8 +307,8 @@ def _unpacking_bytes(header: GgufHeader, dtype: torch.dtype) -> int:
     return 4 * (sum(values) + max(values, default=0)) + shorter
 
 
-def _widened(loaded: LoadedModel, wanted: bool) -> LoadedModel:
-    if wanted and not multiplies_fast(loaded.dtype, loaded.device):
+def _widened(loaded: LoadedModel, asked: str | torch.dtype | None) -> LoadedModel:
+    if asked is not None and held_dtype(asked, loaded.dtype, loaded.device) != loaded.dtype:
         with memory_errors(loaded.reference.text, loaded.device):
             loaded.model.float()
     return loaded

@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tmerge.errors import UnsupportedModelError
-from tmerge.models.configs import stored_dtype
-from tmerge.models.device import fits, multiplies_fast, pick_device, pick_dtype
+from tmerge.models.device import fits, held_dtype, pick_device, pick_dtype
 from tmerge.models.facts import ModelFacts, read_facts
 from tmerge.models.loading import LoadedModel, load_model, load_tokenizer, open_by_blocks
 from tmerge.models.place import GgufPlace, Place, find_place
@@ -135,18 +134,8 @@ class Model:
     @property
     def held_bytes(self) -> int:
         """What all its weights take in memory."""
-        return self.facts.parameters * self._number_format.itemsize
-
-    @property
-    def _number_format(self) -> torch.dtype:
-        """In which its weights are held."""
-        device = pick_device(self.device)
-        if isinstance(self.place, GgufPlace):
-            stored = torch.bfloat16
-        else:
-            stored = stored_dtype(self.place.stored_config, self.place.headers)
-        dtype = pick_dtype(self.dtype, stored)
-        return torch.float32 if self.dtype == "auto" and not multiplies_fast(dtype, device) else dtype
+        dtype = held_dtype(self.dtype, pick_dtype(self.dtype, self.place.dtype), pick_device(self.device))
+        return self.facts.parameters * dtype.itemsize
 
     def open(self) -> LoadedModel:
         """The model to be read, kept until it is released: in memory, or by blocks where it does not fit or is said to.

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tmerge.errors import CheckpointError
@@ -24,7 +25,7 @@ from tmerge.models.checkpoint import (
     read_headers,
     weight_files,
 )
-from tmerge.models.configs import check_config, load_config, meta_model, tidy_gguf_config
+from tmerge.models.configs import check_config, load_config, meta_model, stored_dtype, tidy_gguf_config
 from tmerge.models.demo import demo_model, demo_path
 from tmerge.models.gguf import GgufHeader, fast_reading, read_header
 from tmerge.models.reference import ModelReference
@@ -105,6 +106,11 @@ class Place:
         """What these files hold."""
         return read_headers(self.weights)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which its weights are stored."""
+        return stored_dtype(self.stored_config, self.headers)
+
     @cached_property
     def licence(self) -> str | None:
         """The licence that its card states."""
@@ -178,6 +184,11 @@ class GgufPlace:
         config = copy.deepcopy(self.config)
         tidy_gguf_config(config)
         return meta_model(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which its weights are taken: packed, they have none of their own."""
+        return torch.bfloat16
 
     @cached_property
     def licence(self) -> str | None:

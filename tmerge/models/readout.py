@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tmerge.models.blocks import read_in_step
+from tmerge.models.blocks import run_passes
 from tmerge.models.discovery import find_block_list, unwrap
 from tmerge.models.loading import LoadedModel
 
@@ -142,7 +142,7 @@ def _hear(loaded: LoadedModel, head: nn.Linear, ids: Tensor) -> _Heard:
     outside = [module for module in loaded.base.modules() if id(module) not in inside and module is not loaded.base]
     handles = [module.register_forward_hook(hear) for module in outside]
     try:
-        read_in_step(loaded, [through_base, through_all])
+        run_passes(loaded, [through_base, through_all], [ids.numel()] * 2)
     finally:
         for handle in handles:
             handle.remove()

@@ -165,7 +165,8 @@ def refuse_unfit(result: Check, recipe: Recipe, out: Path) -> None:
     if needed > free:
         raise NotEnoughMemoryError(
             f"this merge needs about {bytes_words(needed)} on {device}, where {bytes_words(free)} are free; "
-            "set dtype: bfloat16, choose a smaller source, or lower calibration.batch_tokens"
+            f"{'set memory: auto, ' if recipe.memory == 'resident' else ''}set dtype: bfloat16, choose a smaller "
+            "source, or lower calibration.batch_tokens"
         )
     folder = _existing(out)
     free = shutil.disk_usage(folder).free

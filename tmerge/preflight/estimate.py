@@ -17,9 +17,17 @@ from torch.nn import functional
 
 from tmerge.calibration import SAMPLES_PREFIX, sample_texts
 from tmerge.evaluation import MOST_KEPT_BYTES, PROJECTION_GROUPS, most_scorings
-from tmerge.models import STREAM, Architecture, ModelFacts, fits, multiplies_fast, pick_device
+from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pick_device
 from tmerge.preflight.fitting import fitting_bytes, fitting_operations, goal_bytes
-from tmerge.preflight.holding import carried_bytes, held_bytes, itemsize, kept_bytes, read_bytes, unpacked_bytes
+from tmerge.preflight.holding import (
+    carried_bytes,
+    fit_together,
+    held_bytes,
+    itemsize,
+    kept_bytes,
+    read_bytes,
+    unpacked_bytes,
+)
 from tmerge.preflight.speed import SPEED_FILE, Timing, timing_of
 from tmerge.recipe import FITTED_CONTROLS, Recipe, Shared
 from tmerge.transport import correlation_cost, match, sinkhorn, standardise, working_dtype
@@ -231,9 +239,9 @@ def estimate_run(
         # The checkpoint is loaded again to be compared.
         "save": checkpoint + logits,
     }
-    together = recipe.memory == "resident" or fits(own + held_bytes(source, recipe, dtype), device)
     # Where the two do not fit beside each other the target is let go while the source is read and transported.
-    away = set() if together and recipe.memory != "blocks" else {"source", "transport"}
+    together = fit_together(recipe.memory, own + held_bytes(source, recipe, dtype), device)
+    away = set() if together else {"source", "transport"}
     needed = max(size + (0 if stage in away else own) for stage, size in beside.items())
     memory = psutil.Process().memory_info().rss + _ALLOCATOR_SLACK * needed
     unpacked = len(packed) * kept_bytes(recipe, source_layout, projections)

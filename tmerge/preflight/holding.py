@@ -9,7 +9,7 @@ from tmerge.models import Architecture, ModelFacts, fits, trusts
 from tmerge.models.blocks import STREAM_BYTES
 from tmerge.recipe import Recipe
 
-__all__ = ["carried_bytes", "held_bytes", "itemsize", "kept_bytes", "read_bytes", "unpacked_bytes"]
+__all__ = ["carried_bytes", "fit_together", "held_bytes", "itemsize", "kept_bytes", "read_bytes", "unpacked_bytes"]
 
 
 def itemsize(facts: ModelFacts, recipe: Recipe, dtype: torch.dtype) -> int:
@@ -22,6 +22,17 @@ def itemsize(facts: ModelFacts, recipe: Recipe, dtype: torch.dtype) -> int:
 def held_bytes(facts: ModelFacts, recipe: Recipe, dtype: torch.dtype) -> int:
     """Of a model that is all in memory."""
     return facts.parameters * itemsize(facts, recipe, dtype)
+
+
+def fit_together(memory: str, both: int, device: torch.device) -> bool:
+    """Whether target and source are to be in memory beside each other.
+
+    Args:
+        memory: As the recipe says it.
+        both: Bytes of the two.
+        device: Where.
+    """
+    return fits(both, device) if memory == "auto" else memory == "resident"
 
 
 def unpacked_bytes(facts: ModelFacts) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from tmerge.models import Model, fits, pick_device, trusts
+from tmerge.models import Model, pick_device, trusts
+from tmerge.preflight.holding import fit_together
 from tmerge.recipe import Recipe
 
 __all__ = ["Models"]
@@ -50,9 +51,8 @@ class Models:
     @property
     def fit_together(self) -> bool:
         """Whether target and source are to be in memory beside each other."""
-        if self.target.memory != "auto":
-            return self.target.memory == "resident"
-        return fits(self.target.held_bytes + self.source.held_bytes, pick_device(self.target.device))
+        both = self.target.held_bytes + self.source.held_bytes
+        return fit_together(self.target.memory, both, pick_device(self.target.device))
 
     def pinned(self) -> dict[str, str]:
         """Role -> the reference, a Hub repo's at its commit; what is local stays as it was written."""
