@@ -1,5 +1,6 @@
 """Writing: all of a file or none of it; and one process at work in a run's folder."""
 
+import os
 import stat
 
 import pytest
@@ -34,12 +35,16 @@ def test_files_can_be_read_by_others(tmp_path):
     assert load_file(tmp_path / "t.safetensors")["a"].equal(torch.arange(6).reshape(2, 3).T)
 
 
+# The first is named: its process, where, and since when.
+_BUSY = rf"another tmerge \(process {os.getpid()} on .+, since \d\d:\d\d:\d\d\) is at work in .*fused; wait"
+
+
 def test_a_run_that_another_process_works_in_is_refused_and_stays(pair, tmp_path):  # noqa: F811
     recipe, out = recipe_for(pair), tmp_path / "fused"
     run = Run.open(out, recipe)
     before = sorted(out.rglob("*"))
     with locked(run.cache, out):
-        with pytest.raises(RunBusyError, match="another tmerge is at work in .*fused; wait") as caught:
+        with pytest.raises(RunBusyError, match=_BUSY) as caught:
             merge(recipe, out)
         assert "\n" not in str(caught.value) and caught.value.exit_code == 2
         assert set(before) <= set(out.rglob("*"))

@@ -24,6 +24,7 @@ __all__ = [
     "PlanError",
     "PortTakenError",
     "PushError",
+    "ReadOnlyError",
     "RemoteError",
     "ReproductionError",
     "RecipeError",
@@ -83,6 +84,10 @@ class AdaptationError(TmergeError):
 
 class OutputExistsError(TmergeError):
     """The output folder exists and is not a run of this recipe."""
+
+
+class ReadOnlyError(TmergeError):
+    """The folder cannot be written: a read-only disk, or another user's."""
 
 
 class RunBusyError(TmergeError):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tmerge.errors import OutputExistsError, RecipeError, RunNotFoundError
-from tmerge.recipe import DECIDE_NOTHING, Recipe, load_recipe
+from tmerge.recipe import DECIDE_NOTHING, DECIDE_WRITING, Recipe, load_recipe
 from tmerge.store import locked, read_json, write_json
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path, recipe: Recipe) -> Run:
-        """Begin a run in a new folder, or take up the one of this very recipe.
+        """Begin a run in a new folder, or take up the one of this very recipe; how it is saved may be another by now.
 
         Args:
             folder: May be missing or empty.
@@ -105,13 +105,15 @@ class Run:
                 raise OutputExistsError(
                     f"{folder} holds a run without its cache, which cannot be continued; choose another --out"
                 )
-            before, now = (_deciding(written) for written in (_as_written_now(asked), recipe.model_dump(mode="json")))
-            other = _differences(before, now)
+            before, now = _as_written_now(asked), recipe.model_dump(mode="json")
+            other = _differences(_deciding(before), _deciding(now))
             if other:
                 raise OutputExistsError(
                     f"{folder} is a run of another recipe ({', '.join(other[:3])}); choose another --out, "
                     "or delete the folder"
                 )
+            if any(before.get(key) != now[key] for key in DECIDE_WRITING):
+                write_json(request, now)
         else:
             try:
                 run.cache.mkdir(parents=True, exist_ok=True)
@@ -208,8 +210,8 @@ class Run:
 
 
 def _deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's keys, but for those that decide nothing."""
-    return {key: value for key, value in recipe.items() if key not in DECIDE_NOTHING}
+    """A recipe's keys, but for those that decide nothing of what is measured."""
+    return {key: value for key, value in recipe.items() if key not in DECIDE_NOTHING | DECIDE_WRITING}
 
 
 def _as_written_now(asked: Mapping[str, Any]) -> Mapping[str, Any]:

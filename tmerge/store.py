@@ -6,11 +6,14 @@ for, whatever the machine does.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from tmerge.documents import json_text, restored
-from tmerge.errors import RunBusyError
+from tmerge.errors import ReadOnlyError, RunBusyError
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -129,13 +132,24 @@ def write_tensors_in_turn(
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            found = tensor(name)
-            assert (found.dtype, tuple(found.shape)) == layout[name]
-            file.write(found.contiguous().flatten().view(torch.uint8).numpy().data)
+            values = tensor(name)
+            assert (values.dtype, tuple(values.shape)) == layout[name]
+            file.write(values.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-# As the format names the dtypes that weights are held in.
-_SAFETENSORS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64"}
+# As the format names the dtypes that weights and buffers are held in.
+_SAFETENSORS = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}
 
 
 @contextmanager
@@ -147,16 +161,38 @@ def locked(folder: Path, what: Path) -> Iterator[None]:
         what: Named in the error: the run's folder.
 
     Raises:
-        RunBusyError: Another one is at work.
+        RunBusyError: Another one is at work; it is named.
+        ReadOnlyError: Nothing can be written there.
     """
-    lock = FileLock(folder / LOCK, timeout=0, is_singleton=False)
+    lock, holder = FileLock(folder / LOCK, timeout=0, is_singleton=False), folder / _HOLDER
     try:
         lock.acquire()
     except Timeout:
         raise RunBusyError(
-            f"another tmerge is at work in {what}; wait until it has ended, or choose another --out"
+            f"another tmerge{_named(holder)} is at work in {what}; wait until it has ended, or choose another --out"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NOT_TO_BE_WRITTEN:
+            raise
+        raise ReadOnlyError(
+            f"{what} cannot be written ({error.strerror}); choose another --out, or see to it that it can"
         ) from None
     try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%H:%M:%S')}")
         yield
     finally:
+        holder.unlink(missing_ok=True)
         lock.release()
+
+
+_HOLDER = "held-by"
+_NOT_TO_BE_WRITTEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _named(holder: Path) -> str:
+    """In brackets, who holds the lock; nothing where it has not said so yet."""
+    try:
+        said = holder.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    return f" ({said})" if said else ""

@@ -109,23 +109,28 @@ def test_tokenizers_are_saved_as_they_were(tmp_path, bos, pad):
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "<|user|>\nHi</s>\n"
 
 
-def test_the_generation_config_is_kept(loaded, tmp_path):
-    loaded.model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, eos_token_id=[1, 2])
-    save_checkpoint(loaded, tmp_path / "out")
+def test_the_generation_config_is_kept(tmp_path):
+    folder = save_pico("llama", tmp_path / "in")
+    GenerationConfig(do_sample=True, temperature=0.6, top_k=20, eos_token_id=[1, 2]).save_pretrained(folder)
+    save_checkpoint(load_model(str(folder), device="cpu"), tmp_path / "out")
     kept = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (kept.temperature, kept.top_k, kept.eos_token_id, kept.do_sample) == (0.6, 20, [1, 2], True)
 
 
-def test_a_generation_config_that_transformers_refuses_to_write_is_kept(loaded, tmp_path):
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_a_generation_config_that_transformers_refuses_to_write_is_kept(tmp_path, unpacked):
     """Llama 2's repos have a temperature and no sampling; refusing it would lose the whole merge."""
-    odd = GenerationConfig()
-    odd.temperature, odd.do_sample = 0.6, False
-    loaded.model.generation_config = odd
+    folder = save_pico("llama", tmp_path / "in")
+    _edit(folder / "generation_config.json", temperature=0.6, do_sample=False)
+    loaded = load_model(str(folder), device="cpu")
     with pytest.raises(ValueError, match="temperature"):
         loaded.model.save_pretrained(tmp_path / "refused")
+    if unpacked:
+        loaded.place = None
+    read = loaded.model.generation_config
     save_checkpoint(loaded, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.6
-    assert loaded.model.generation_config is odd
+    assert loaded.model.generation_config is read
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])

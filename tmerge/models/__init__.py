@@ -27,11 +27,14 @@ from tmerge.models.readout import LastNorm, Readout
 from tmerge.models.reference import ModelReference, trusts
 from tmerge.models.remote import Snapshot, fetch, hub_errors, open_repo
 from tmerge.models.rotary import head_facts
-from tmerge.models.saving import save_checkpoint, verify_checkpoint
+from tmerge.models.saving import save_checkpoint
+from tmerge.models.settings import CONFIG, least_release
 from tmerge.models.stream import EMBEDDING, HEAD, STREAM, group_of
+from tmerge.models.verifying import verify_checkpoint
 from tmerge.models.weights import MappedWeights, read_weights_file, write_weights
 
 __all__ = [
+    "CONFIG",
     "DEMO_MODELS",
     "EMBEDDING",
     "HEAD",
@@ -64,6 +67,7 @@ __all__ = [
     "group_of",
     "head_facts",
     "hub_errors",
+    "least_release",
     "load_model",
     "load_tokenizer",
     "match",

@@ -18,7 +18,7 @@ from tmerge.models.checkpoint import StoredTensor
 from tmerge.models.reference import ModelReference, first_line
 from tmerge.models.remote import hub_errors
 
-__all__ = ["check_config", "load_config", "meta_model", "stored_dtype", "tidy_gguf_config"]
+__all__ = ["check_config", "load_config", "meta_model", "said_dtype", "stored_dtype", "tidy_gguf_config"]
 
 _STORED_DTYPES = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -113,17 +113,27 @@ def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pre
 
 
 def stored_dtype(config: dict[str, Any], headers: dict[str, StoredTensor]) -> torch.dtype:
-    """The dtype that a checkpoint is stored in: as its config says, else as most of its bytes; float32 if neither."""
+    """The dtype that a checkpoint is stored in: that of most of its bytes, whatever its config says.
+
+    Where nothing is known of the files it is the config's; float32 if that says nothing either.
+    """
+    sizes: Counter[str] = Counter()
+    for tensor in headers.values():
+        sizes[tensor.dtype] += tensor.nbytes
+    for name, _ in sizes.most_common():
+        if name in _STORED_DTYPES:
+            return _STORED_DTYPES[name]
+    return said_dtype(config) or torch.float32
+
+
+def said_dtype(config: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that a config names; None where it names none."""
     text = config.get("text_config") or {}
     for said in (config.get("dtype"), config.get("torch_dtype"), text.get("dtype"), text.get("torch_dtype")):
         dtype = getattr(torch, str(said).removeprefix("torch."), None) if said else None
         if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
             return torch.float32 if dtype == torch.float64 else dtype
-    sizes: Counter[str] = Counter()
-    for tensor in headers.values():
-        sizes[tensor.dtype] += tensor.nbytes
-    floats = [name for name, _ in sizes.most_common() if name in _STORED_DTYPES]
-    return _STORED_DTYPES[floats[0]] if floats else torch.float32
+    return None
 
 
 def tidy_gguf_config(config: PreTrainedConfig) -> None:

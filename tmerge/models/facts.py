@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tmerge.errors import ModelNotFoundError
 from tmerge.models.checkpoint import StoredTensor
-from tmerge.models.configs import check_config, stored_dtype
+from tmerge.models.configs import check_config, said_dtype, stored_dtype
 from tmerge.models.place import GgufPlace, Place, find_place
 from tmerge.models.reference import ModelReference
 from tmerge.models.remote import download_bytes, remote_headers, weight_bytes
@@ -41,6 +42,7 @@ class ModelFacts:
             nor its cache has them, and for what is no repo.
         download_bytes: What loading it would still fetch from the Hub; 0 for what is here.
         side: Parts of the checkpoint beside the language model, which are left out.
+        remarks: Where config and files do not agree, and what is done then; to follow the model's role.
     """
 
     reference: ModelReference
@@ -58,6 +60,7 @@ class ModelFacts:
     stored: dict[str, int] | None = None
     download_bytes: int | None = 0
     side: tuple[SidePart, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def read_facts(
@@ -92,7 +95,7 @@ def read_facts(
     side = () if headers is None else side_parts(place.reference, model, headers)
     dtype = stored_dtype(place.stored_config, headers or {})
     facts = _facts(place.reference, place.config, model, dtype, size, place.licence)
-    facts = replace(facts, side=side)
+    facts = replace(facts, side=side, remarks=tuple(_remarks(place, headers)))
     if snapshot is None:
         return facts
     counts: Counter[str] = Counter()
@@ -106,6 +109,18 @@ def read_facts(
         stored=None if headers is None else dict(counts.most_common()),
         download_bytes=download_bytes(snapshot),
     )
+
+
+def _remarks(place: Place, headers: dict[str, StoredTensor] | None) -> Iterator[str]:
+    said, stored = said_dtype(place.stored_config), stored_dtype(place.stored_config, headers or {})
+    if said not in (None, stored):
+        config, files = (str(dtype).removeprefix("torch.") for dtype in (said, stored))
+        yield f"files are {files} and its config says {config}: {files} is what is read, and what is written"
+    # A repo's are looked into when they are fetched.
+    if place.snapshot is None and place.apart is not None:
+        yield "files hold {} with other values than {}, and its config says that they are one: they stay two".format(
+            *place.apart
+        )
 
 
 def _cached_headers(place: Place) -> dict[str, StoredTensor] | None:

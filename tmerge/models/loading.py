@@ -58,6 +58,7 @@ class LoadedModel:
             them: the same values, as long as what is written to them is rounded to this dtype (`describe` sees to it).
         block_weights: What brings each block's weights when its turn comes, of a model that is read by blocks
             (`open_by_blocks`; run it with `tmerge.models.blocks`). None of one that is all in memory.
+        place: The files that it came from.
     """
 
     reference: ModelReference
@@ -68,6 +69,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     block_weights: BlockWeights | None = None
+    place: Place | GgufPlace | None = None
 
     @property
     def base(self) -> PreTrainedModel:
@@ -138,7 +140,7 @@ def load_model(
     place = place or find_place(reference, trust_remote_code=trust_remote_code)
     if isinstance(place, GgufPlace):
         return _widened(_load_gguf(place, dtype, there, tokenizer), dtype if widen else None)
-    where, config, headers = place.reference, copy.deepcopy(place.config), place.headers
+    where, config, headers = place.reference, copy.deepcopy(place.settled_config), place.headers
     side_parts(where, place.empty, headers)
     number_format = pick_dtype(dtype, place.dtype)
     values = sum(tensor.nbytes // _width(tensor.dtype) for tensor in headers.values())
@@ -160,7 +162,7 @@ def load_model(
     announce_what_is_there(model, side_parts(where, model, headers, report))
     left_out = partial(without_a_place, model, headers, report)
     check_finite(where, model.named_parameters(), lambda: safetensors_tensors(place.weights, left_out()))
-    loaded = _finish(where, place.commit, model, tokenizer, place.licence, there)
+    loaded = _finish(place, model, tokenizer, there)
     return _widened(loaded, dtype if widen else None)
 
 
@@ -195,7 +197,8 @@ def open_by_blocks(
     if isinstance(place, Place) and place.trust_remote_code:
         return None
     number_format = pick_dtype(dtype, place.dtype)
-    model = empty_model(place.config, number_format)
+    config = place.config if isinstance(place, GgufPlace) else place.settled_config
+    model = empty_model(config, number_format)
     if model is None:
         return None
     stored: Callable[[], Iterator[tuple[str, torch.Tensor]]]
@@ -221,7 +224,7 @@ def open_by_blocks(
             reading=partial(_loading, where, there),
             check=lambda parameters: check_finite(where, parameters, stored),
         )
-    loaded = _finish(where, place.commit, model, tokenizer, place.licence, there)
+    loaded = _finish(place, model, tokenizer, there)
     loaded.dtype, loaded.block_weights = number_format, weights
     return loaded
 
@@ -285,7 +288,7 @@ def _load_gguf(
         )
     check_finite(reference, model.named_parameters(), lambda: gguf_tensors(path))
     _forget_packing(model)
-    return _finish(reference, place.commit, model, tokenizer, place.licence, device)
+    return _finish(place, model, tokenizer, device)
 
 
 def _forget_packing(model: PreTrainedModel) -> None:
@@ -315,13 +318,9 @@ def _widened(loaded: LoadedModel, asked: str | torch.dtype | None) -> LoadedMode
 
 
 def _finish(
-    reference: ModelReference,
-    commit: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    licence: str | None,
-    device: torch.device,
+    place: Place | GgufPlace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> LoadedModel:
+    reference = place.reference
     model.eval().requires_grad_(False)
     model.config.architectures = [type(model).__name__]
     # By default the folder that the files were read from: a path of this machine.
@@ -331,7 +330,7 @@ def _finish(
         del model.config.auto_map
     if not runs_own_code(tokenizer):
         tokenizer.init_kwargs.pop("auto_map", None)
-    loaded = LoadedModel(reference, commit, model, tokenizer, licence, device, model.dtype)
+    loaded = LoadedModel(reference, place.commit, model, tokenizer, place.licence, device, model.dtype, place=place)
     check_tokenizer(reference, tokenizer, loaded.embedding_rows)
     return loaded
 

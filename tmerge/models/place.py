@@ -30,6 +30,7 @@ from tmerge.models.demo import demo_model, demo_path
 from tmerge.models.gguf import GgufHeader, fast_reading, read_header
 from tmerge.models.reference import ModelReference
 from tmerge.models.remote import Snapshot, fetch, fetch_weights, open_repo
+from tmerge.models.ties import stored_apart, untie
 
 __all__ = ["GgufPlace", "Place", "find_place"]
 
@@ -88,13 +89,32 @@ class Place:
         return load_config(self.reference, self.pretrained, self.options, self.trust_remote_code)
 
     @cached_property
+    def apart(self) -> tuple[str, str] | None:
+        """Two tensors of its files that its config has as one; see `stored_apart`. The files are fetched if need be."""
+        if not self.config.get_text_config(decoder=True).tie_word_embeddings:
+            return None
+        return stored_apart(meta_model(self.config, self.trust_remote_code), self.weights)
+
+    @cached_property
+    def settled_config(self) -> PreTrainedConfig:
+        """The config as the files have it, which are fetched if need be; to be copied by who changes it.
+
+        Raises:
+            UnsupportedModelError: As `config`.
+        """
+        config = copy.deepcopy(self.config)
+        if self.apart is not None:
+            untie(config)
+        return config
+
+    @cached_property
     def empty(self) -> PreTrainedModel:
-        """The model without weights; to be left as it is.
+        """The model without weights; to be left as it is. Of a repo, as its config alone has it.
 
         Raises:
             UnsupportedModelError: As `config`, and `meta_model`.
         """
-        return meta_model(self.config, self.trust_remote_code)
+        return meta_model(self.config if self.snapshot is not None else self.settled_config, self.trust_remote_code)
 
     @cached_property
     def weights(self) -> list[Path]:

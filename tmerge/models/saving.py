@@ -1,55 +1,47 @@
-"""Writing a model as a plain checkpoint, and proving that the checkpoint is the model.
+"""Writing a model as a plain checkpoint: `AutoModelForCausalLM.from_pretrained(folder)` reads it, and the like.
 
-What is written needs nothing of tmerge to be read: ``AutoModelForCausalLM.from_pretrained(folder)`` and
-``AutoTokenizer.from_pretrained(folder)``. Then it is read again and compared; a difference is an error, because
-weights that are published and do not compute what was measured are worse than none.
+What is written needs nothing of tmerge to be read, and nothing that the target's own files do not need: they are copied
+but for the weights that were changed (`copying`, `settings`). `verifying` proves that it is the model.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import shutil
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from tmerge.errors import NotEnoughDiskError, SavedModelMismatchError
-from tmerge.models.checkpoint import read_safetensors_header, weight_files
-from tmerge.models.device import memory_errors
-from tmerge.models.loading import LoadedModel, read_weights, runs_own_code
+from tmerge.errors import NotEnoughDiskError
+from tmerge.models.copying import WrittenTensor, stored_again, write_shards
+from tmerge.models.loading import LoadedModel
 from tmerge.models.quiet import quiet
-from tmerge.models.reference import first_line
-from tmerge.models.tokenizers import restore_limits, unusable_ids
+from tmerge.models.settings import own_place, write_config, write_generation_config, write_tokenizer
 from tmerge.quantities import bytes_words
 
-__all__ = ["save_checkpoint", "verify_checkpoint"]
+__all__ = ["save_checkpoint"]
 
 # Tokenizer files, config and file system blocks on top of the weights; Gemma's tokenizer.json alone has 33 MB.
 _ROOM = 64 << 20
-
-# Of each text that the logits are compared on.
-_TOKENS = 32
 
 
 def save_checkpoint(
     loaded: LoadedModel, folder: Path, *, max_shard_size: int | str = "5GB", dtype: torch.dtype | None = None
 ) -> list[Path]:
-    """Write a model, its tokenizer, chat template and generation config into a folder.
+    """Write a model, its tokenizer, chat templates and generation config into a folder.
 
-    A model that came from GGUF is written like any other: its weights were unpacked at load, and `load_model` took
-    off the marks of the packing that ``transformers`` refuses to save. No second copy of the weights is made, except
-    for another `dtype`. The same model gives the same bytes.
+    Of a model that came from a checkpoint, the tensors that were not changed keep their bytes, and those that were, and
+    all its settings, what they are called and stored as. One that came from a GGUF file is written as ``transformers``
+    writes any other: its weights were unpacked at load, and `load_model` took off the marks of the packing. No second
+    copy of the weights is made, except for another `dtype`. The same model gives the same bytes.
 
     Args:
         loaded: What to write; it is left as it is.
         folder: Made if it is not there. The caller renames it into place when all is well.
         max_shard_size: Above it the weights go into several files with an index: "5GB", "200MB", or bytes.
-        dtype: Of the weights in the file; by default as in memory.
+        dtype: Of all weights in the files; by default each is stored as it was, or, of a model that was loaded in
+            another dtype than it is stored in, in that one.
 
     Returns:
         Every file written, sorted.
@@ -57,28 +49,52 @@ def save_checkpoint(
     Raises:
         NotEnoughDiskError: The checkpoint does not fit; nothing has been written.
     """
-    model, target = loaded.model, dtype or loaded.dtype
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.rglob("*"))
-    floats = sum(parameter.numel() for parameter in model.parameters())
-    needed, free = floats * target.itemsize + _ROOM, shutil.disk_usage(folder).free
+    place = own_place(loaded)
+    tensors = None if place is None else stored_again(loaded, place)
+    written = dtype or loaded.dtype
+    if place is not None and tensors is not None and written != place.dtype:
+        tensors = {name: _converted(tensor, written) for name, tensor in tensors.items()}
+    if tensors is None:
+        weights = sum(parameter.numel() for parameter in loaded.model.parameters()) * written.itemsize
+    else:
+        weights = sum(tensor.nbytes for tensor in tensors.values())
+    needed, free = weights + _ROOM, shutil.disk_usage(folder).free
     if needed > free:
         raise NotEnoughDiskError(
             f"saving {loaded.reference.name} needs {bytes_words(needed)} in {str(folder)!r}, where {bytes_words(free)} "
             "are free; make room, or choose another --out"
         )
-    with quiet(), _settings_kept(model), _valid_generation(model) as generation:
-        model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=_in_dtype(model, target))
-    if generation is not None:
-        generation.to_json_file(folder / "generation_config.json")
-    if target != model.dtype:
-        # save_pretrained writes the dtype of the model, which is not that of the file here.
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["dtype"] = str(target).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    restore_limits(loaded.tokenizer)
-    loaded.tokenizer.save_pretrained(folder)
+    if tensors is None:
+        place = None
+        _save_anew(loaded.model, folder, max_shard_size, written)
+    else:
+        write_shards(folder, tensors, max_shard_size)
+    write_config(loaded, folder, written, place)
+    write_generation_config(loaded, folder)
+    write_tokenizer(loaded, folder)
     return sorted(path for path in set(folder.rglob("*")) - before if path.is_file())
+
+
+def _converted(tensor: WrittenTensor, dtype: torch.dtype) -> WrittenTensor:
+    if not tensor.dtype.is_floating_point:
+        return tensor
+    return replace(tensor, dtype=dtype, read=lambda: tensor.read().to(dtype))
+
+
+def _save_anew(model: PreTrainedModel, folder: Path, max_shard_size: int | str, dtype: torch.dtype) -> None:
+    """As ``transformers`` writes a model; the one in memory stays as it is."""
+    kept, generation = model.config.dtype, model.generation_config
+    # A generation config may be one that transformers reads but refuses to write; it is written apart.
+    model.generation_config = GenerationConfig()
+    try:
+        with quiet():
+            model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=_in_dtype(model, dtype))
+    finally:
+        # save_pretrained writes into the config of the model in memory.
+        model.config.dtype, model.generation_config = kept, generation
+    (folder / "generation_config.json").unlink(missing_ok=True)
 
 
 def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
@@ -92,173 +108,3 @@ def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Ten
             tensor = seen.setdefault(tensor.data_ptr(), tensor.to(dtype)) if tensor.numel() else tensor.to(dtype)
         state[name] = tensor
     return state
-
-
-@contextlib.contextmanager
-def _settings_kept(model: PreTrainedModel) -> Iterator[None]:
-    """Undo what save_pretrained writes into the config of the model in memory."""
-    dtype = model.config.dtype
-    try:
-        yield
-    finally:
-        model.config.dtype = dtype
-
-
-@contextlib.contextmanager
-def _valid_generation(model: PreTrainedModel) -> Iterator[GenerationConfig | None]:
-    """Set aside a generation config that ``transformers`` reads but refuses to write, such as Llama 2's.
-
-    It says how the model likes to be sampled, and the merged model should be sampled the same way, so it is written
-    as it is.
-    """
-    generation = model.generation_config
-    try:
-        if generation is not None:
-            generation.validate(strict=True)
-    except ValueError:
-        model.generation_config = GenerationConfig()
-        try:
-            yield generation
-        finally:
-            model.generation_config = generation
-    else:
-        yield None
-
-
-def verify_checkpoint(folder: Path, loaded: LoadedModel, texts: list[str]) -> None:
-    """Read a saved checkpoint the plain way, and compare it with the model in memory.
-
-    Checked: the files are whole; embeddings tied in memory are tied in the file, and stored once; the tokenizer gives
-    the same ids, each with a row in the embedding; the logits of every text are the same. On the CPU in the same dtype
-    the same is bit for bit. On an accelerator the order of sums may differ between two runs of one kernel, and in
-    another dtype the weights are rounded: there the logits may differ by a few units of the coarser dtype.
-
-    For a moment there are two copies of the weights; the second is gone on return.
-
-    Args:
-        folder: As `save_checkpoint` wrote it.
-        loaded: The model in memory.
-        texts: A few; the first 32 tokens of each are run.
-
-    Raises:
-        SavedModelMismatchError: They differ; the message says in what.
-        NotEnoughMemoryError: The second copy does not fit.
-    """
-    where = folder.name
-    stored = {name for path in weight_files(folder) for name in read_safetensors_header(path)}
-    sequences = _compare_tokenizers(folder, loaded, texts)
-    expected = _logits(loaded.model, sequences, loaded)
-    if not torch.isfinite(expected).all():
-        raise SavedModelMismatchError(f"the model in memory gives logits that are not finite, so {where} was not kept")
-    options: dict[str, Any] = {} if loaded.device.type == "cpu" else {"device_map": {"": loaded.device}}
-    with quiet(), memory_errors(f"reading {where} again", loaded.device):
-        model, report = read_weights(
-            str(folder),
-            dtype="auto",
-            use_safetensors=True,
-            # Eager and fused attention round differently; the comparison is of weights, not of those.
-            attn_implementation=loaded.model.config._attn_implementation,
-            trust_remote_code=runs_own_code(loaded.model),
-            **options,
-        )
-    for kind in ("missing_keys", "unexpected_keys"):
-        if names := sorted(report[kind]):
-            raise SavedModelMismatchError(f"{where}: {len(names)} {kind.replace('_', ' ')} in its weights: {names[0]}")
-    _compare_ties(where, loaded.model, model, stored)
-    same = model.dtype == loaded.dtype
-    if same and loaded.model.dtype != loaded.dtype:
-        # The model was widened when it was loaded: the same values in the same number of digits. Of any other model
-        # this would round the buffers that it holds in float32, such as the frequencies of rotary positions.
-        model.to(dtype=loaded.model.dtype)  # type: ignore[call-arg]
-    logits = _logits(model, sequences, loaded)
-    if torch.equal(logits, expected):
-        return
-    difference = (logits.float() - expected.float()).abs().max().item()
-    # Not "greater than": a NaN is not close to anything.
-    if not difference <= _tolerance(loaded, model, same) * expected.abs().max().item():
-        raise SavedModelMismatchError(
-            f"{where}: read again, its logits differ from those of the model in memory by up to {difference:.3g}"
-            f"{_first_changed(loaded.model, model)}"
-        )
-
-
-def _compare_tokenizers(folder: Path, loaded: LoadedModel, texts: list[str]) -> list[list[int]]:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=runs_own_code(loaded.tokenizer))
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise SavedModelMismatchError(f"{folder.name}: its tokenizer cannot be read: {first_line(error)}") from error
-    rows = loaded.embedding_rows
-    if unusable_ids(tokenizer, rows) != unusable_ids(loaded.tokenizer, rows):
-        raise SavedModelMismatchError(f"{folder.name}: its tokenizer has ids beyond the {rows} rows of the embedding")
-    if tokenizer.chat_template != loaded.tokenizer.chat_template:
-        raise SavedModelMismatchError(f"{folder.name}: its chat template is not that of the model in memory")
-    sequences = []
-    for number, text in enumerate(texts):
-        ids, expected = (t(text, truncation=False)["input_ids"] for t in (tokenizer, loaded.tokenizer))
-        if ids != expected:
-            raise SavedModelMismatchError(
-                f"{folder.name}: its tokenizer reads text {number + 1} as other tokens than before"
-            )
-        if ids and max(ids) >= rows:
-            raise SavedModelMismatchError(
-                f"{folder.name}: text {number + 1} has the token id {max(ids)}, and the embedding {rows} rows"
-            )
-        if ids:
-            sequences.append(ids[:_TOKENS])
-    # Without a text that gives a token, the first ids of the vocabulary are as good as any.
-    return sequences or [list(range(min(rows, _TOKENS)))]
-
-
-def _logits(model: PreTrainedModel, sequences: list[list[int]], loaded: LoadedModel) -> torch.Tensor:
-    """Logits at every token of all sequences, `(tokens, vocabulary)`, on the CPU; one batch, padded on the right."""
-    longest = max(map(len, sequences))
-    ids = torch.full((len(sequences), longest), loaded.pad_id)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            logits = model(ids.to(loaded.device), attention_mask=mask.to(loaded.device), use_cache=False).logits
-            return logits[mask.bool().to(loaded.device)].cpu()
-    finally:
-        model.train(training)
-
-
-def _tied(model: PreTrainedModel) -> bool:
-    head = model.get_output_embeddings()
-    body = model.get_input_embeddings()
-    return head is not None and cast(Tensor, head.weight).data_ptr() == cast(Tensor, body.weight).data_ptr()
-
-
-def _compare_ties(where: str, expected: PreTrainedModel, saved: PreTrainedModel, stored: set[str]) -> None:
-    if _tied(expected) != _tied(saved):
-        states = ("tied", "not tied") if _tied(expected) else ("not tied", "tied")
-        raise SavedModelMismatchError(
-            f"{where}: embeddings are {states[0]} in memory and {states[1]} in the checkpoint"
-        )
-    shared: dict[int, list[str]] = {}
-    for name, parameter in saved.named_parameters(remove_duplicate=False):
-        shared.setdefault(id(parameter), []).append(name)
-    for names in shared.values():
-        if len(twice := sorted(set(names) & stored)) > 1:
-            raise SavedModelMismatchError(f"{where}: one tied tensor is stored under several names: {', '.join(twice)}")
-
-
-def _tolerance(loaded: LoadedModel, model: PreTrainedModel, same: bool) -> float:
-    """How far logits may be apart, relative to the largest; `same` says that the checkpoint is in the model's dtype."""
-    if same and loaded.device.type == "cpu":
-        return 0.0
-    # Rounding errors of the coarser dtype, grown through the layers; a wrong tensor is off by the order of 1.
-    return 16 * max(torch.finfo(model.dtype).eps, torch.finfo(loaded.dtype).eps)
-
-
-def _first_changed(expected: PreTrainedModel, saved: PreTrainedModel) -> str:
-    state = expected.state_dict()
-    for name, tensor in saved.state_dict().items():
-        other = state.get(name)
-        if other is None or other.shape != tensor.shape or not torch.equal(other.to(tensor.dtype), tensor):
-            return f"; the first tensor that differs is {name}"
-    return "; no tensor differs, so what is lost is a setting of the config"

@@ -26,6 +26,7 @@ __all__ = [
     "Sorting",
     "announce_what_is_there",
     "find_places",
+    "is_announcement",
     "side_parts",
     "sort_stored",
     "without_a_place",
@@ -378,6 +379,12 @@ def _among(name: str, own: frozenset[str]) -> bool:
     return name in own or any(other.endswith(f".{name}") or name.endswith(f".{other}") for other in own)
 
 
+def is_announcement(key: str, value: Any) -> bool:
+    """Whether a config counts prediction layers under this key."""
+    # A flag is an int too, but counts nothing.
+    return bool(_ANNOUNCED.search(key)) and isinstance(value, int) and not isinstance(value, bool)
+
+
 def announce_what_is_there(model: PreTrainedModel, side: Iterable[SidePart] = ()) -> None:
     """Take out of a model's config what its checkpoint announced and the model does not have.
 
@@ -390,8 +397,7 @@ def announce_what_is_there(model: PreTrainedModel, side: Iterable[SidePart] = ()
     if not any(_is_prediction(name) for name in model.state_dict()):
         for part in {id(config): config, id(decoder): decoder}.values():
             for key, value in list(vars(part).items()):
-                # A flag is an int too, but counts nothing.
-                if _ANNOUNCED.search(key) and isinstance(value, int) and not isinstance(value, bool):
+                if is_announcement(key, value):
                     setattr(part, key, 0)
     if any(part.kind == _CLASSIFIER for part in side):
         config.id2label = config.label2id = config.problem_type = None

@@ -20,18 +20,17 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tmerge.errors import CheckpointError
 from tmerge.models.block_weights import StoredParts
-from tmerge.models.checkpoint import StoredTensor, file_state, read_safetensors_header
+from tmerge.models.checkpoint import file_state, read_safetensors_header
 from tmerge.models.discovery import find_block_list
 from tmerge.models.gguf import fast_reading
 from tmerge.models.place import GgufPlace, Place
 from tmerge.models.quiet import quiet
+from tmerge.models.renaming import GOES_ANOTHER_WAY, renamed
 
-__all__ = ["empty_model", "gguf_parts", "renamed", "safetensors_parts"]
+__all__ = ["empty_model", "gguf_parts", "safetensors_parts"]
 
 log = logging.getLogger(__name__)
 
-# What a release of transformers that goes another way answers to its functions being called as they are here.
-_GOES_ANOTHER_WAY = (ImportError, TypeError, AttributeError)
 # GGUF's names of the tensors of a block.
 _GGUF_BLOCK = re.compile(r"blk\.(\d+)\.")
 
@@ -54,7 +53,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         model._move_missing_keys_from_meta_to_device(cast(Any, set()), None, None, None)
         with torch.no_grad():
             model.initialize_weights()
-    except _GOES_ANOTHER_WAY as error:
+    except GOES_ANOTHER_WAY as error:
         log.debug("no empty model: %s", error)
         return None
     return model
@@ -100,7 +99,7 @@ def gguf_parts(model: PreTrainedModel, place: GgufPlace, dtype: torch.dtype) -> 
         from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
         quantizer = _gguf_quantizer(model, place, dtype)
-    except _GOES_ANOTHER_WAY as error:
+    except GOES_ANOTHER_WAY as error:
         log.debug("no parts of a GGUF file: %s", error)
         return None
     load = _loader(model, dtype, quantizer)
@@ -155,37 +154,6 @@ def refuse_changed(path: Path, state: tuple[int, ...]) -> None:
         raise CheckpointError(f"{str(path)!r} changed while it was read; start again when it is written")
 
 
-def renamed(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict[str, tuple[str, bool]] | None:
-    """Stored tensor -> the name that ``transformers`` gives it, and whether it then makes something else of it.
-
-    Args:
-        model: On the meta device.
-        stored: By name.
-
-    Returns:
-        None where this cannot be asked.
-    """
-    if type(model).__module__.partition(".")[0] == "transformers_modules":
-        return None  # code of its own may load itself in ways of its own
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        transforms = get_model_conversion_mapping(model)
-        renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
-        converters = [item for item in transforms if isinstance(item, WeightConverter)]
-        # Subclasses may look at more than one name to rename another.
-        known = all(type(item).__name__ in ("WeightRenaming", "PrefixChange") for item in renamings)
-        if not known or len(renamings) + len(converters) < len(transforms):
-            return None
-        meta = model.state_dict()
-        found = {name: rename_source_key(name, renamings, converters, model.base_model_prefix, meta) for name in stored}
-    except _GOES_ANOTHER_WAY as error:
-        log.debug("names cannot be told: %s", error)
-        return None
-    return {name: (given, converter is not None) for name, (given, converter) in found.items()}
-
-
 def _loader(
     model: PreTrainedModel, dtype: torch.dtype, quantizer: Any
 ) -> Callable[[PreTrainedModel, Mapping[str, Any]], None] | None:
@@ -201,7 +169,7 @@ def _loader(
             hf_quantizer=quantizer,
             weight_mapping=cast(Any, get_model_conversion_mapping(model, None, quantizer)),
         )
-    except _GOES_ANOTHER_WAY as error:
+    except GOES_ANOTHER_WAY as error:
         log.debug("no loading in parts: %s", error)
         return None
 

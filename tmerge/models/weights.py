@@ -24,7 +24,7 @@ from tmerge.models.configs import stored_dtype
 from tmerge.models.device import pick_dtype
 from tmerge.models.loading import LoadedModel
 from tmerge.models.place import Place
-from tmerge.models.stored_parts import renamed
+from tmerge.models.renaming import renamed
 from tmerge.store import write_tensors_in_turn
 
 __all__ = ["MappedWeights", "mapped_weights", "read_weights_file", "write_weights"]

@@ -187,13 +187,13 @@ def task_scores(result: Comparison) -> go.Figure | None:
 def descent_bars(descent: Descent) -> go.Figure:
     """Mean cosine of the merge with the descent direction, beside that of random directions, by projection."""
     figure = go.Figure()
-    found = descent.projections.values()
+    projections = descent.projections.values()
     for name, means, errors, colour in (
-        ("merge", [item.mean for item in found], [item.standard_error for item in found], GOOD),
+        ("merge", [item.mean for item in projections], [item.standard_error for item in projections], GOOD),
         (
             "random directions",
-            [item.noise_mean for item in found],
-            [item.noise_standard_error for item in found],
+            [item.noise_mean for item in projections],
+            [item.noise_standard_error for item in projections],
             NEUTRAL,
         ),
     ):

@@ -115,7 +115,7 @@ def layer_flow(record: TransportRecord, projection: str) -> go.Figure:
     widths = fused[rows, columns] / 100
     given = np.bincount(columns, weights=widths, minlength=len(source))
     used = np.nonzero(given)[0]
-    place = {int(column): index for index, column in enumerate(used)}
+    position = {int(column): index for index, column in enumerate(used)}
     hues = [_hue(index / max(len(source) - 1, 1)) for index in range(len(source))]
     figure = go.Figure(
         go.Sankey(
@@ -136,7 +136,7 @@ def layer_flow(record: TransportRecord, projection: str) -> go.Figure:
                 "line": {"width": 0},
             },
             link={
-                "source": [place[int(column)] for column in columns],
+                "source": [position[int(column)] for column in columns],
                 "target": [len(used) + int(row) for row in rows],
                 "value": widths,
                 "color": [f"rgba({hues[column]},0.45)" for column in columns],
@@ -149,7 +149,7 @@ def layer_flow(record: TransportRecord, projection: str) -> go.Figure:
             },
         )
     )
-    unused = [source[column] for column in range(len(source)) if column not in place]
+    unused = [source[column] for column in range(len(source)) if column not in position]
     idle = f"source {'layer' if len(unused) == 1 else 'layers'} {numbers(unused, 12)} unused" if unused else "all used"
     return finish(
         figure,

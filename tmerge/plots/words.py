@@ -65,7 +65,7 @@ def findings(report: Report) -> list[str]:
     """The verdict and what it rests on, a sentence each: verdict, numbers, controls, how much arrived."""
     evaluation = report.evaluation
     change = evaluation.difference
-    found = [
+    notes = [
         f"{verdict_sentence(report.verdict)}.",
         f"On {evaluation.texts} held-out texts it needs {evaluation.fused.value:.4f} bits per byte, where the "
         f"unchanged target needs {evaluation.base.value:.4f}: a difference of {change.value:+.4f} "
@@ -73,13 +73,13 @@ def findings(report: Report) -> list[str]:
         f"The source alone needs {evaluation.source.value:.4f}.",
     ]
     if evaluation.controls:
-        found.append(_controls(evaluation))
-    found.append(_arrived(report))
+        notes.append(_controls(evaluation))
+    notes.append(_arrived(report))
     if following := next_words(report):
-        found.append(f"{following}.")
+        notes.append(f"{following}.")
     if report.same_model:
-        found.append("Target and source are the same model: this is a check of the road, not a merge.")
-    return found
+        notes.append("Target and source are the same model: this is a check of the road, not a merge.")
+    return notes
 
 
 def score_cells(report: Report) -> Iterable[Sequence[str]]:
@@ -189,5 +189,5 @@ def _solved(solved: Transport) -> Iterable[Sequence[str]]:
     if solved.map != "plan":
         yield "map", f"{solved.map}, fitted to the features"
     if solved.relatedness:
-        found = solved.relatedness
-        yield "relatedness", f"{found.value:.2f}, by chance {found.permuted:.2f}"
+        relatedness = solved.relatedness
+        yield "relatedness", f"{relatedness.value:.2f}, by chance {relatedness.permuted:.2f}"

@@ -155,9 +155,9 @@ def neurons_view(
     groups = np.array_split(np.arange(*columns), min(size, columns[1] - columns[0]))
     edges = _edges(groups, columns[0])
     chosen = record.tensors[f"neurons.{projection}"].long().numpy()
-    found = np.stack([np.histogram(line, edges - 0.5)[0] for line in chosen])
+    counts = np.stack([np.histogram(line, edges - 0.5)[0] for line in chosen])
     return View(
-        (found / np.diff(edges)).astype(np.float32),
+        (counts / np.diff(edges)).astype(np.float32),
         np.arange(len(layers) + 1),
         edges,
         [str(layer) for layer in layers],

@@ -139,6 +139,7 @@ def check(recipe: Recipe, models: Models | None = None) -> Check:
         if facts.gated:
             notes.append(f"the {role}'s repo is gated: its terms must have been accepted by your account")
         notes += [f"the {role}'s files hold {part}, which a merge leaves out" for part in facts.side]
+        notes += [f"the {role}'s {remark}" for remark in facts.remarks]
     licence = output_licence(
         target.licence,
         source.licence,

@@ -7,7 +7,7 @@ from tmerge.recipe.evaluation import FITTED_CONTROLS, EvaluationSettings
 from tmerge.recipe.fusion import CarriedSettings, FusionSettings, Reconstruction, TaskVector, Weights
 from tmerge.recipe.loading import RECIPE_VARIABLE, load_recipe, parse_setting, preset_names
 from tmerge.recipe.page import recipe_page
-from tmerge.recipe.recipe import DECIDE_NOTHING, Recipe
+from tmerge.recipe.recipe import DECIDE_NOTHING, DECIDE_WRITING, Recipe
 from tmerge.recipe.save import SaveSettings
 from tmerge.recipe.section import ProjectionName
 from tmerge.recipe.strict_yaml import load_yaml
@@ -26,6 +26,7 @@ __all__ = [
     "ProjectionName",
     "PublishedScores",
     "DECIDE_NOTHING",
+    "DECIDE_WRITING",
     "Recipe",
     "Reconstruction",
     "SaveSettings",

@@ -26,10 +26,13 @@ from tmerge.recipe.section import Section
 from tmerge.recipe.transport import Apart, Shared, TransportSettings
 from tmerge.recipe.unsaid import with_unsaid
 
-__all__ = ["DECIDE_NOTHING", "Recipe"]
+__all__ = ["DECIDE_NOTHING", "DECIDE_WRITING", "Recipe"]
 
 DECIDE_NOTHING = frozenset({"memory"})
 """Keys that change no number, and may be changed in the middle of a run."""
+
+DECIDE_WRITING = frozenset({"save"})
+"""Keys that change how the result is written and nothing before it: what is finished stays so when they change."""
 
 
 class Recipe(Section):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tmerge.calibration import DatasetRecord, TextSet
+from tmerge.errors import ReadOnlyError
 from tmerge.fusion import Alpha
 from tmerge.hub import write_card
 from tmerge.models import Model, pick_device
@@ -52,15 +53,22 @@ def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) 
         listener: Hears every `Step`; may raise `Cancelled`.
 
     Returns:
-        The report; ``to_dict()`` is what report.json holds.
+        The report; ``to_dict()`` is what report.json holds. Of a finished run that cannot be written any more, the one
+        that is there.
 
     Raises:
         TmergeError: Bad input, one line; nothing is left behind if no stage had finished.
     """
     run = Run.open(Path(out), recipe)
-    with run.at_work():
-        road = _Road(recipe, run, listener or (lambda step: None))
-        return road.report(list(road.stages()))
+    try:
+        with run.at_work():
+            road = _Road(recipe, run, listener or (lambda step: None))
+            return road.report(list(road.stages()))
+    except ReadOnlyError:
+        # What was finished before it was put where nothing is written any more.
+        if not run.reported:
+            raise
+        return run.report()
 
 
 def advance(recipe: Recipe, out: str | Path, *, until: str, listener: Listener | None = None) -> Note:

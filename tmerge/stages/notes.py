@@ -192,8 +192,10 @@ class SaveNote(Note):
         dtype: It is stored in.
         computed_in: The dtype that the model ran in.
         weights: File name -> SHA-256 (hex).
+        least_release: The first ``transformers`` that reads it; None where the target's own files do not tell.
     """
 
     dtype: str
     computed_in: str
     weights: Mapping[str, str]
+    least_release: str | None = None

@@ -170,6 +170,11 @@ def _remarks(measured: Measurements) -> list[str]:
             f"fusion.alpha auto found no alpha that clearly gains on {measured.chosen.choice.texts} texts kept for "
             "choosing: the checkpoint is the target, unchanged"
         )
+    if (release := measured.saved.least_release) is not None:
+        remarks.append(
+            f"reads with transformers {release} or later: earlier releases do not know this architecture, or read a "
+            "config that today's wrote in another way"
+        )
     return remarks
 
 

@@ -6,11 +6,12 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tmerge.calibration import TextSet
 from tmerge.fusion import Alpha, fuse
-from tmerge.models import LoadedModel, Model, file_digest, save_checkpoint, verify_checkpoint
+from tmerge.models import CONFIG, LoadedModel, Model, file_digest, least_release, save_checkpoint, verify_checkpoint
 from tmerge.recipe import Recipe
 from tmerge.run import Run
 from tmerge.stages.neurons import Neurons
@@ -22,6 +23,8 @@ __all__ = ["Save", "publish"]
 
 # Compared before and after writing.
 _COMPARED_TEXTS = 4
+# What a checkpoint that is written over may leave behind, and would be read with the new one's files.
+_OF_A_CHECKPOINT = ("model*.safetensors", "model.safetensors.index.json", "additional_chat_templates/*.jinja")
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,9 @@ class Save:
         fuse(self.target.views.views, self.neurons.transported, self.alpha)
         weights = publish(loaded, self.run, self.recipe, held_out(self.recipe, self.texts), progress)
         stored, computed = (str(dtype).removeprefix("torch.") for dtype in (loaded.dtype, loaded.model.dtype))
+        release = least_release(loaded)
         self.target.release()
-        return SaveNote(dtype=stored, computed_in=computed, weights=weights)
+        return SaveNote(dtype=stored, computed_in=computed, weights=weights, least_release=release)
 
 
 def publish(loaded: LoadedModel, run: Run, recipe: Recipe, texts: Sequence[str], progress: Progress) -> dict[str, str]:
@@ -87,10 +91,22 @@ def publish(loaded: LoadedModel, run: Run, recipe: Recipe, texts: Sequence[str],
     progress.step("comparing the saved checkpoint with the model in memory", 1, 2, "steps")
     verify_checkpoint(fresh, loaded, list(texts[:_COMPARED_TEXTS]))
     weights = {path.name: file_digest(path) for path in sorted(fresh.glob("*.safetensors"))}
-    # The config goes last: a folder without it is not mistaken for a whole checkpoint.
-    for path in sorted(fresh.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
-        path.chmod(0o644)  # safetensors makes files for their owner alone
-        os.replace(path, run.folder / path.name)
-    fresh.rmdir()
+    _move(fresh, run.folder)
     progress.step("comparing the saved checkpoint with the model in memory", 2, 2, "steps")
     return weights
+
+
+def _move(fresh: Path, folder: Path) -> None:
+    """Put a checkpoint's files in the place of those that were there before; begun again, it ends the same."""
+    # The config goes first and comes last: a folder without it is not mistaken for a whole checkpoint.
+    (folder / CONFIG).unlink(missing_ok=True)
+    files = {path.relative_to(fresh) for path in fresh.rglob("*") if path.is_file()}
+    for pattern in _OF_A_CHECKPOINT:
+        for path in folder.glob(pattern):
+            if path.relative_to(folder) not in files:
+                path.unlink()
+    for name in sorted(files, key=lambda name: (name == Path(CONFIG), name)):
+        (fresh / name).chmod(0o644)  # safetensors makes files for their owner alone
+        (folder / name).parent.mkdir(exist_ok=True)
+        os.replace(fresh / name, folder / name)
+    shutil.rmtree(fresh)

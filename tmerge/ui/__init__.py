@@ -132,8 +132,8 @@ def close(app: gr.Blocks) -> None:
 
 def _run_of_the_link(request: gr.Request) -> tuple[str, Any]:
     """A page that is opened with ``?run=ID`` looks at that run."""
-    found = str(request.query_params.get("run") or "")[:64]
-    return found, gr.Tabs(selected="run") if found else gr.skip()
+    run_id = str(request.query_params.get("run") or "")[:64]
+    return run_id, gr.Tabs(selected="run") if run_id else gr.skip()
 
 
 def _use_no_token_of_our_own() -> None:

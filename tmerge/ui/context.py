@@ -52,5 +52,5 @@ class AppContext:
 
     def finished(self, run_id: str | None) -> Run | None:
         """The folder of a run that is done; None while it runs, and where it failed or is gone."""
-        found = self.seen(run_id)
-        return Run(found.folder) if found is not None and found.state == "done" else None
+        seen_run = self.seen(run_id)
+        return Run(seen_run.folder) if seen_run is not None and seen_run.state == "done" else None

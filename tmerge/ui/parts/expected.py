@@ -46,13 +46,13 @@ _kept: OrderedDict[str, tuple[float, Here]] = OrderedDict()
 _lock = threading.Lock()
 
 
-def expected_cards(app: AppContext, data: Mapping[str, Any], upload: str | None) -> str:
+def expected_cards(app: AppContext, draft: Mapping[str, Any], upload: str | None) -> str:
     """The check's cards for the form's mapping, or a card that says why there are none."""
-    roles = [role for role in ("target", "source") if not data.get(role)]
+    roles = [role for role in ("target", "source") if not draft.get(role)]
     if roles:
         return empty_card("What this merge would be", f"Name a {' and a '.join(roles)} model to see it.")
     try:
-        here = _checked(app, vetted(_readable(recipe_of(data)), app.settings))
+        here = _checked(app, vetted(_readable(recipe_of(draft)), app.settings))
     except TmergeError as error:
         return error_card("This cannot be merged yet", str(error))
     except RuntimeError:
@@ -122,14 +122,14 @@ def _checked(app: AppContext, recipe: Recipe) -> Here:
 
 def _check(recipe: Recipe, settings: AppSettings) -> Here:
     """In the side process."""
-    found = check(recipe)
+    checked = check(recipe)
     gpu = refused = None
     try:
         if settings.zero_gpu:
             from tmerge.ui.server.zero import as_on_zero
 
-            found, gpu = as_on_zero(found, recipe, settings)
-        refuse_large(found, settings)
+            checked, gpu = as_on_zero(checked, recipe, settings)
+        refuse_large(checked, settings)
     except TmergeError as error:
         refused = str(error)
-    return Here(found.document(), refused, gpu)
+    return Here(checked.document(), refused, gpu)

@@ -61,11 +61,11 @@ class Setting:
     @property
     def choices(self) -> tuple[str, ...]:
         """What there is to choose, with whatever else is chosen; of free text, what is proposed."""
-        found: list[str] = []
+        names: list[str] = []
         for schema in self._schemas:
             schema = schema["items"] if self.listed else schema
-            found += schema.get("enum", [schema["const"]] if "const" in schema else schema.get("examples", []))
-        return tuple(dict.fromkeys(found))
+            names += schema.get("enum", [schema["const"]] if "const" in schema else schema.get("examples", []))
+        return tuple(dict.fromkeys(names))
 
     @property
     def listed(self) -> bool:

@@ -48,21 +48,21 @@ def read_yaml(text: str) -> dict[str, Any]:
     if "&" in text or "*" in text:
         # Anchors let a short text unfold into gigabytes, and no recipe needs them.
         _refuse_anchors(text)
-    data = load_yaml(text, "recipe")
-    if data is None:
+    settings = load_yaml(text, "recipe")
+    if settings is None:
         return {}
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise RecipeError("a recipe is a mapping of keys to values, starting with target: and source:")
-    return data
+    return settings
 
 
-def recipe_of(data: Mapping[str, Any]) -> Recipe:
+def recipe_of(draft: Mapping[str, Any]) -> Recipe:
     """The recipe of a mapping.
 
     Raises:
         RecipeError: One line that names the key, its value and what is allowed.
     """
-    kept = {key: value for key, value in data.items() if value not in ("", None) or key not in ("target", "source")}
+    kept = {key: value for key, value in draft.items() if value not in ("", None) or key not in ("target", "source")}
     for role in ("target", "source"):
         if role not in kept:
             raise RecipeError(f"name a {role} model first")
@@ -73,25 +73,25 @@ def from_preset(name: str) -> dict[str, Any]:
     """A preset as the form's mapping, without the sections that a merge does not read."""
     if name not in preset_names():
         raise RecipeError(f"there is no preset {name!r}; there are {', '.join(preset_names())}")
-    data = load_recipe(name).model_dump(mode="json")
-    return _short({key: value for key, value in data.items() if key not in _LEFT_OUT})
+    settings = load_recipe(name).model_dump(mode="json")
+    return _short({key: value for key, value in settings.items() if key not in _LEFT_OUT})
 
 
-def with_value(data: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+def with_value(draft: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     """The mapping with one dotted key set, or without it where the value says nothing."""
-    changed = {name: dict(inner) if isinstance(inner, dict) else inner for name, inner in data.items()}
+    changed = {name: dict(inner) if isinstance(inner, dict) else inner for name, inner in draft.items()}
     section, dot, name = key.partition(".")
     if dot:
         if not isinstance(changed.get(section), dict):
             changed[section] = {}
-        place = changed[section]
+        holder = changed[section]
     else:
-        place, name = changed, section
+        holder, name = changed, section
     if value is None or value == "":
-        place.pop(name, None)
+        holder.pop(name, None)
     else:
-        place[name] = value
-    return _follow(data, changed, key) if key in _DECIDING else changed
+        holder[name] = value
+    return _follow(draft, changed, key) if key in _DECIDING else changed
 
 
 def _follow(before: Mapping[str, Any], changed: dict[str, Any], key: str) -> dict[str, Any]:
@@ -118,9 +118,9 @@ def _follow(before: Mapping[str, Any], changed: dict[str, Any], key: str) -> dic
     return changed
 
 
-def write_yaml(data: Mapping[str, Any]) -> str:
+def write_yaml(draft: Mapping[str, Any]) -> str:
     """A mapping as YAML, without what equals the default; unknown keys stay, to be complained about."""
-    return yaml.dump(_short(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(_short(draft), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -132,21 +132,21 @@ _Dumper.add_representer(
 )
 
 
-def form_values(data: Mapping[str, Any]) -> list[Any]:
+def form_values(draft: Mapping[str, Any]) -> list[Any]:
     """What the form shows for a mapping, setting by setting in the order of `SETTINGS`."""
-    return [_shown(setting, _value_of(data, setting.key)) for setting in SETTINGS]
+    return [_shown(setting, _value_of(draft, setting.key)) for setting in SETTINGS]
 
 
-def holds_value(setting: Setting, data: Mapping[str, Any], value: Any) -> bool:
+def holds_value(setting: Setting, draft: Mapping[str, Any], value: Any) -> bool:
     """Whether what a component gave is what a mapping holds.
 
     Raises:
         RecipeError: As `typed_value`.
     """
-    if value == _shown(setting, _value_of(data, setting.key)):
+    if value == _shown(setting, _value_of(draft, setting.key)):
         return True
     # Written otherwise, as 0.10 is.
-    return _short(with_value(data, setting.key, typed_value(setting, value))) == _short(data)
+    return _short(with_value(draft, setting.key, typed_value(setting, value))) == _short(draft)
 
 
 def typed_value(setting: Setting, value: Any) -> Any:
@@ -182,21 +182,21 @@ def _is_number(text: str) -> bool:
 
 def _refuse_anchors(text: str) -> None:
     try:
-        found = any(
+        anchored = any(
             isinstance(token, (yaml.AnchorToken, yaml.AliasToken)) for token in yaml.scan(text, yaml.SafeLoader)
         )
     except yaml.YAMLError:
         return
-    if found:
+    if anchored:
         raise RecipeError("the recipe uses YAML anchors (& and *), which are not read here; write the values out")
 
 
-def _value_of(data: Mapping[str, Any], key: str) -> Any:
+def _value_of(draft: Mapping[str, Any], key: str) -> Any:
     section, dot, name = key.partition(".")
     if not dot:
-        return data[section] if section in data else _default(key, data)
-    inner = data.get(section)
-    return inner[name] if isinstance(inner, dict) and name in inner else _default(key, data)
+        return draft[section] if section in draft else _default(key, draft)
+    inner = draft.get(section)
+    return inner[name] if isinstance(inner, dict) and name in inner else _default(key, draft)
 
 
 def _shown(setting: Setting, value: Any) -> Any:
@@ -213,27 +213,27 @@ def _shown(setting: Setting, value: Any) -> Any:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _default(key: str, data: Mapping[str, Any]) -> Any:
-    """What a recipe that says `data` holds under a key that it does not name; None where it has no such key."""
+def _default(key: str, draft: Mapping[str, Any]) -> Any:
+    """What a recipe that says `draft` holds under a key that it does not name; None where it has no such key."""
     section, dot, name = key.partition(".")
     if not dot:
         return top_level(Recipe)[section].get("default") if section in top_level(Recipe) else None
-    inner = data.get(section)
+    inner = draft.get(section)
     rest = {key: value for key, value in inner.items() if key != name} if isinstance(inner, dict) else inner
-    filled = with_unsaid({**data, section: rest}).get(section)
+    filled = with_unsaid({**draft, section: rest}).get(section)
     if isinstance(filled, dict) and name in filled:
         return filled[name]
     facts = _SECTIONS[section]
     return facts.kinds[facts.chosen(filled)].keys.get(name, {}).get("default")
 
 
-def _short(data: Mapping[str, Any]) -> dict[str, Any]:
+def _short(draft: Mapping[str, Any]) -> dict[str, Any]:
     """Keys in the recipe's own order, and without what equals the default, but for `_ALWAYS`."""
     result: dict[str, Any] = {}
-    filled = with_unsaid(data)
-    known = [name for name in Recipe.model_fields if name in data]
-    for name in [*known, *(name for name in data if name not in known)]:
-        value, facts = data[name], _SECTIONS.get(name)
+    filled = with_unsaid(draft)
+    known = [name for name in Recipe.model_fields if name in draft]
+    for name in [*known, *(name for name in draft if name not in known)]:
+        value, facts = draft[name], _SECTIONS.get(name)
         if facts is not None and isinstance(value, dict):
             keys = facts.kinds[facts.chosen(filled[name])].keys
             order = [key for key in keys if key in value] + [key for key in value if key not in keys]
@@ -242,17 +242,17 @@ def _short(data: Mapping[str, Any]) -> dict[str, Any]:
                 for key in order
                 if f"{name}.{key}" in _ALWAYS
                 or key in filled[name]
-                and not _is_default(f"{name}.{key}", value[key], data)
+                and not _is_default(f"{name}.{key}", value[key], draft)
             }
             if value:
                 result[name] = value
-        elif name in _ALWAYS or name not in known or not _is_default(name, value, data):
+        elif name in _ALWAYS or name not in known or not _is_default(name, value, draft):
             result[name] = value
     return result
 
 
-def _is_default(key: str, value: Any, data: Mapping[str, Any]) -> bool:
-    default = _default(key, data)
+def _is_default(key: str, value: Any, draft: Mapping[str, Any]) -> bool:
+    default = _default(key, draft)
     return (
         type(value) is type(default)
         and value == default

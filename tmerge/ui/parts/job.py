@@ -74,14 +74,14 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
         go = gr.Button("Start the job", elem_id="job-go")
         result = markup(note("", keep=True), elem_id="job-result")
 
-    def offered(data: dict[str, Any], uploaded: str | None) -> list[Any]:
-        refused, card = job_offer(app, data)
+    def offered(draft: dict[str, Any], uploaded: str | None) -> list[Any]:
+        refused, card = job_offer(app, draft)
         return [gr.Accordion(open=True) if refused else gr.skip(), card]
 
     gr.on([good.change, upload.change], offered, [good, upload], [fold, offer], trigger_mode="always_last", **_QUIET)
     app.load(offered, [good, upload], [fold, offer])
 
-    def begin(data: dict[str, Any], flavor: str, name: str, token: gr.OAuthToken | None) -> str:
+    def begin(draft: dict[str, Any], flavor: str, name: str, token: gr.OAuthToken | None) -> str:
         try:
             signed_in = own_token(app.settings, None if token is None else token.token)
             if signed_in is None:
@@ -91,7 +91,7 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
                     else "this app does not offer to sign in; run `tmerge merge --remote` on your own machine"
                 )
             ends = None if token is None else token.expires_at
-            return _started(start_as_job(app, data, flavor, name, signed_in, ends))
+            return _started(start_as_job(app, draft, flavor, name, signed_in, ends))
         except TmergeError as error:
             return error_card("No job was started", str(error))
         except Exception:  # noqa: BLE001 - a fault of ours: the log has it, and the visitor a card
@@ -101,17 +101,17 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
     go.click(begin, [good, hardware, repo], result, trigger_mode="once", **{**_QUIET, "show_progress": "minimal"})
 
 
-def job_offer(app: AppContext, data: Mapping[str, Any]) -> tuple[bool, str]:
+def job_offer(app: AppContext, draft: Mapping[str, Any]) -> tuple[bool, str]:
     """Whether this app refuses the form's recipe as too large or too long, and the card that says what a job would do.
 
     Args:
         app: What the tabs share.
-        data: The form's recipe.
+        draft: The form's recipe.
     """
-    if not data.get("target") or not data.get("source"):
+    if not draft.get("target") or not draft.get("source"):
         return False, empty_card("A job on your account", _WHAT)
     try:
-        recipe = recipe_of(data)
+        recipe = recipe_of(draft)
         refused = refused_here(app, recipe)
         _refuse_unreachable(app, recipe)
     except TmergeError as error:
@@ -125,13 +125,13 @@ def job_offer(app: AppContext, data: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def start_as_job(
-    app: AppContext, data: Mapping[str, Any], flavor: str, repo: str, token: str, ends: float | None
+    app: AppContext, draft: Mapping[str, Any], flavor: str, repo: str, token: str, ends: float | None
 ) -> RemoteRun:
     """Start the form's recipe as a job.
 
     Args:
         app: What the tabs share.
-        data: The form's recipe.
+        draft: The form's recipe.
         flavor: One of ``JobHardware``.
         repo: ``user/name``, or ``name`` for the visitor's own.
         token: Of who signed in.
@@ -140,7 +140,7 @@ def start_as_job(
     Raises:
         TmergeError: The recipe cannot be merged or read elsewhere, the sign-in ends too soon, or the Hub refused.
     """
-    recipe = recipe_of(data)
+    recipe = recipe_of(draft)
     refused_here(app, recipe)
     _refuse_unreachable(app, recipe)
     name = (repo or "").strip().strip("/")

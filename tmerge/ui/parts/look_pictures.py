@@ -103,11 +103,11 @@ def zoomed(looked: Looked, ref: Mapping[str, Any]) -> dict[str, Any]:
     if ref["figure"] == "neurons":
         whole = neurons_view(looked.record, choice.projection, size=1)
         return neurons_view(looked.record, choice.projection, stretch(left, right, int(whole.x[-1]))).to_dict()
-    entries, place = _entries(looked, choice)
-    if ref["figure"] != "map" or entries is None or place is None:
+    entries, pair = _entries(looked, choice)
+    if ref["figure"] != "map" or entries is None or pair is None:
         raise ValueError("no such map")
     n, m = entries.shape
-    orders = orders_of(looked.folder, choice.key, *place, choice.order)
+    orders = orders_of(looked.folder, choice.key, *pair, choice.order)
     return plan_view(entries, orders, stretch(top, bottom, n), stretch(left, right, m)).to_dict()
 
 
@@ -140,12 +140,12 @@ def _flow(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> 
 
 
 def _map(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
-    entries, place = _entries(looked, choice)
+    entries, pair = _entries(looked, choice)
     title = f"{feature_name(choice.key).capitalize()}: target layer {choice.target} and source layer {choice.source}"
-    if entries is None or place is None:
+    if entries is None or pair is None:
         return figure_message(title, _not_stored(looked, choice))
     n, m = entries.shape
-    view = plan_view(entries, orders_of(looked.folder, choice.key, *place, choice.order))
+    view = plan_view(entries, orders_of(looked.folder, choice.key, *pair, choice.order))
     figure = map_figure(
         choice.order,
         entries.shape,
@@ -244,8 +244,8 @@ _DATA: Mapping[str, Callable[[Looked, Choice], str]] = {
 
 
 def _entries(looked: Looked, choice: Choice) -> tuple[Entries | None, tuple[int, int] | None]:
-    place = pair_place(looked.record, choice.key, choice.target, choice.source)
-    return (None, None) if place is None else (entries_of(looked.folder, choice.key, *place), place)
+    pair = pair_place(looked.record, choice.key, choice.target, choice.source)
+    return (None, None) if pair is None else (entries_of(looked.folder, choice.key, *pair), pair)
 
 
 def _not_stored(looked: Looked, choice: Choice) -> str:

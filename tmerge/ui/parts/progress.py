@@ -226,5 +226,5 @@ def files_list(run: VisitorRun) -> str:
     if run.state != "done":
         return ""
     cache = run.folder / "tmerge" / "cache"
-    found = sorted(path for path in run.folder.rglob("*") if path.is_file() and cache not in path.parents)
-    return render(_FILE, "files", folder=run.folder, paths=found)
+    files = sorted(path for path in run.folder.rglob("*") if path.is_file() and cache not in path.parents)
+    return render(_FILE, "files", folder=run.folder, paths=files)

@@ -39,8 +39,8 @@ def card_preview(text: str, folder: Path | None) -> tuple[str, str]:
         text: Of the card.
         folder: The run's, whose pictures are shown; None shows none.
     """
-    found = _FRONT.match(text)
-    front, body = (found[1], found[2]) if found else ("", text)
+    front_matter = _FRONT.match(text)
+    front, body = (front_matter[1], front_matter[2]) if front_matter else ("", text)
 
     def within(match: re.Match[str]) -> str:
         path = None if folder is None else folder / "tmerge" / "figures" / match[2]

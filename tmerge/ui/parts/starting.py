@@ -88,17 +88,17 @@ def wire_start(
         return gr.Button(interactive=True)
 
     async def look(
-        before: _Waiting | None, data: dict[str, Any], uploaded: str | None, text: str, shown: str | None, *values: Any
+        before: _Waiting | None, draft: dict[str, Any], uploaded: str | None, text: str, shown: str | None, *values: Any
     ) -> list[Any]:
         if before is None:
             return [gr.skip() for _ in range(4)]
         patience, why = _PATIENCE, "the recipe and the form do not agree; mend the recipe, and press Start again"
         try:
-            if _agree(data, text, values, holders) and _holds_upload(data, uploaded, shown):
-                return [None, (data, uploaded, time.monotonic()), note("", keep=True), gr.skip()]
+            if _agree(draft, text, values, holders) and _holds_upload(draft, uploaded, shown):
+                return [None, (draft, uploaded, time.monotonic()), note("", keep=True), gr.skip()]
         except TmergeError as error:
             patience, why = _PATIENCE_UNREADABLE, str(error)
-        now = (data, uploaded, text, shown, values)
+        now = (draft, uploaded, text, shown, values)
         since = before.since if now == before.seen else time.monotonic()
         if time.monotonic() - since > patience:
             return [None, gr.skip(), note(why, bad=True), gr.Button(interactive=True)]
@@ -109,9 +109,9 @@ def wire_start(
     def begin(found: tuple[Any, ...] | None, request: gr.Request) -> list[Any]:
         if found is None:
             return [gr.skip() for _ in range(3)]
-        data, uploaded, _ = found
+        draft, uploaded, _ = found
         try:
-            recipe = ready_recipe(app, data, uploaded)
+            recipe = ready_recipe(app, draft, uploaded)
             gpu = fit_to_run(app, recipe)
             run_id = app.store.start(recipe, visitor_of(request), Path(uploaded) if uploaded else None, gpu)
         except TmergeError as error:
@@ -136,22 +136,22 @@ def wire_start(
     begun.then(released, None, start, **quiet)
 
 
-def ready_recipe(app: AppContext, data: Mapping[str, Any], upload: str | None) -> Recipe:
+def ready_recipe(app: AppContext, draft: Mapping[str, Any], upload: str | None) -> Recipe:
     """The recipe of the form's mapping, if it may run here.
 
     Args:
         app: What the tabs share.
-        data: The form's recipe.
+        draft: The form's recipe.
         upload: Path of the uploaded file.
 
     Raises:
         TmergeError: Why not.
     """
-    section = data.get("calibration")
+    section = draft.get("calibration")
     dataset = section.get("dataset") if isinstance(section, dict) else None
     if dataset == "":
         raise RecipeError("name a Hub dataset, or choose the built-in samples")
-    recipe = vetted(recipe_of(data), app.settings)
+    recipe = vetted(recipe_of(draft), app.settings)
     if isinstance(dataset, str) and dataset.startswith(UPLOAD_PREFIX):
         name = dataset.removeprefix(UPLOAD_PREFIX)
         if not name:
@@ -161,7 +161,7 @@ def ready_recipe(app: AppContext, data: Mapping[str, Any], upload: str | None) -
     return recipe
 
 
-def _holds_upload(data: Mapping[str, Any], uploaded: str | None, shown: str | None) -> bool:
+def _holds_upload(draft: Mapping[str, Any], uploaded: str | None, shown: str | None) -> bool:
     """Whether the file that its field shows is the one that a run would read.
 
     The paths are compared: a file that was uploaded after another may have the same name, and other contents.
@@ -169,7 +169,7 @@ def _holds_upload(data: Mapping[str, Any], uploaded: str | None, shown: str | No
     Raises:
         DatasetError: The field shows what is no file of texts, and no event will take it in.
     """
-    section = data.get("calibration")
+    section = draft.get("calibration")
     dataset = section.get("dataset") if isinstance(section, dict) else None
     if not isinstance(dataset, str) or not dataset.startswith(UPLOAD_PREFIX) or (shown or None) == (uploaded or None):
         return True
@@ -178,13 +178,13 @@ def _holds_upload(data: Mapping[str, Any], uploaded: str | None, shown: str | No
     return False
 
 
-def _agree(data: Mapping[str, Any], text: str | None, values: Sequence[Any], holders: Sequence[Holds]) -> bool:
+def _agree(draft: Mapping[str, Any], text: str | None, values: Sequence[Any], holders: Sequence[Holds]) -> bool:
     """Whether neither the editor nor any field holds what the recipe does not.
 
     Raises:
         RecipeError: One of them cannot be read.
     """
     # As YAML: what equals the default is said or not.
-    if write_yaml(read_yaml(text or "")) != write_yaml(data):
+    if write_yaml(read_yaml(text or "")) != write_yaml(draft):
         return False
-    return all(holds(data, value) for holds, value in zip(holders, values, strict=True))
+    return all(holds(draft, value) for holds, value in zip(holders, values, strict=True))

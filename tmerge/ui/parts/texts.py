@@ -122,9 +122,9 @@ def kind_of(dataset: str) -> str:
     return _UPLOAD if dataset.startswith(UPLOAD_PREFIX) else _HUB
 
 
-def shown(data: Mapping[str, Any]) -> list[Any]:
+def shown(draft: Mapping[str, Any]) -> list[Any]:
     """What the part's `fields` show for a recipe's mapping."""
-    section, dataset = _section(data)
+    section, dataset = _section(draft)
     kind = kind_of(dataset)
     language = dataset.removeprefix(SAMPLES_PREFIX) if kind == _SAMPLES else None
     known = language in sample_languages()
@@ -145,17 +145,17 @@ def holds_texts(part: TextsPart) -> list[tuple[Any, Callable[[Mapping[str, Any],
     """The part's components that write into the recipe, each with whether a value of it is what a mapping holds."""
 
     def word(key: str, default: str = "") -> Callable[[Mapping[str, Any], Any], bool]:
-        def holds(data: Mapping[str, Any], value: Any) -> bool:
-            section, dataset = _section(data)
+        def holds(draft: Mapping[str, Any], value: Any) -> bool:
+            section, dataset = _section(draft)
             return kind_of(dataset) != _HUB or str(value or default).strip() == str(section.get(key) or default).strip()
 
         return holds
 
-    def kind(data: Mapping[str, Any], value: Any) -> bool:
-        return value == kind_of(_section(data)[1])
+    def kind(draft: Mapping[str, Any], value: Any) -> bool:
+        return value == kind_of(_section(draft)[1])
 
-    def language(data: Mapping[str, Any], value: Any) -> bool:
-        name = _section(data)[1].removeprefix(SAMPLES_PREFIX)
+    def language(draft: Mapping[str, Any], value: Any) -> bool:
+        name = _section(draft)[1].removeprefix(SAMPLES_PREFIX)
         return name not in sample_languages() or value == name
 
     return [
@@ -168,9 +168,9 @@ def holds_texts(part: TextsPart) -> list[tuple[Any, Callable[[Mapping[str, Any],
     ]
 
 
-def _section(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+def _section(draft: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     """The calibration section, and its dataset; "" is one that is still to be named."""
-    section = data.get("calibration")
+    section = draft.get("calibration")
     section = section if isinstance(section, dict) else {}
     dataset = section.get("dataset", "samples:english")
     return section, dataset if isinstance(dataset, str) else ""
@@ -190,18 +190,18 @@ def upload_name(path: str) -> str:
 
 
 def look_into(
-    aside: Aside, settings: AppSettings, data: Mapping[str, Any], upload: str | None
+    aside: Aside, settings: AppSettings, draft: Mapping[str, Any], upload: str | None
 ) -> tuple[str, list[Any]]:
     """What the texts hold, as a line, and updates of configuration, split and column.
 
     Args:
         aside: Where the rows are read.
         settings: Whether paths are refused.
-        data: The recipe's mapping.
+        draft: The recipe's mapping.
         upload: Path of the uploaded file.
     """
     same = [gr.skip(), gr.skip(), gr.skip()]
-    section, dataset = _section(data)
+    section, dataset = _section(draft)
     words = {key: str(section[key]) if section.get(key) else None for key in ("config", "split", "column")}
     kind = kind_of(dataset)
     if kind == _SAMPLES or dataset in ("", UPLOAD_PREFIX):

@@ -237,7 +237,7 @@ def _refuse_path(key: str, reference: str, settings: AppSettings, *, demo: bool)
         f"{key} {reference!r} is a path, and the browser reads none; name a Hub id such as HuggingFaceTB/SmolLM2-135M"
     )
     try:
-        found = ModelReference.parse(reference)
+        model = ModelReference.parse(reference)
     except TmergeError:
         # Its own words tell whether a path exists, which is nobody's business.
         if "/" in reference.strip("/") and reference[:1] not in "./~\\":
@@ -245,7 +245,7 @@ def _refuse_path(key: str, reference: str, settings: AppSettings, *, demo: bool)
                 f"{key} {reference!r} is not a Hub id; write user/name or user/name@revision"
             ) from None
         raise ModelNotFoundError(refusal) from None
-    if found.path is not None or (found.demo is not None and not demo):
+    if model.path is not None or (model.demo is not None and not demo):
         raise ModelNotFoundError(refusal)
 
 

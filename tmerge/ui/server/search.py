@@ -64,16 +64,16 @@ class HubSearch:
         try:
             # Asked once and shortly: the client itself tries for half a minute before it says that there is no network.
             get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-            found = self._search(kind, typed)
+            choices = self._search(kind, typed)
         except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, _TransportError, OSError):
             with self._lock:
                 self._unreachable_until = time.monotonic() + _PAUSE_SECONDS
             return [], _UNREACHABLE
         with self._lock:
-            self._kept[key] = (now, found)
+            self._kept[key] = (now, choices)
             while len(self._kept) > 500:
                 self._kept.popitem(last=False)
-        return found, ""
+        return choices, ""
 
     def settled(self, page: str | None, typed: str) -> bool:
         """Wait a moment, and say whether nothing more has been typed on this page meanwhile."""
@@ -110,8 +110,8 @@ def offered(
     if len(typed.strip()) < _SHORTEST:
         return None
     names, line = search.find(kind, typed)
-    found: list[Choice] = [(name, name) for name in names]
-    merged = [*found, *(choice for choice in before if tuple(choice) not in found)]
+    choices: list[Choice] = [(name, name) for name in names]
+    merged = [*choices, *(choice for choice in before if tuple(choice) not in choices)]
     return merged[: max(_OFFERED, len(before))], line
 
 
@@ -180,8 +180,8 @@ def dataset_facts(repo: str, config: str | None, split: str, wanted: str | None)
     if not rows:
         raise DatasetError(f"dataset {repo!r} has no rows in this split; choose another")
     columns = remote.columns or tuple(dict.fromkeys(key for row in rows for key in row))
-    found = _facts(rows, columns, repo, wanted)
-    return DatasetFacts(found.columns, found.column, found.why, found.example, configs, splits)
+    facts = _facts(rows, columns, repo, wanted)
+    return DatasetFacts(facts.columns, facts.column, facts.why, facts.example, configs, splits)
 
 
 def _facts(rows: list[dict[str, Any]], columns: tuple[str, ...], name: str, wanted: str | None) -> DatasetFacts:

@@ -108,9 +108,9 @@ def as_on_zero(found: Check, recipe: Recipe, settings: AppSettings) -> tuple[Che
 def fetch_weights_of(recipe: Recipe, listener: Callable[[Step], None]) -> None:
     """Fetch what the lent calls will load: their time is too dear for downloads."""
     for reference in (recipe.target, recipe.source, recipe.source_base):
-        if reference is not None and (found := ModelReference.parse(reference)).kind == "hub":
+        if reference is not None and (model := ModelReference.parse(reference)).kind == "hub":
             listener(Step("texts", f"fetching {reference}", 0, 1, "models"))
-            fetch_weights(open_repo(found))
+            fetch_weights(open_repo(model))
 
 
 def on_gpu(
@@ -140,8 +140,8 @@ def on_gpu(
     """
     import gradio as gr
 
-    data = recipe.model_dump(mode="json")
-    call = _lent()(data, folder, until, seconds)
+    settings = recipe.model_dump(mode="json")
+    call = _lent()(settings, folder, until, seconds)
     try:
         while True:
             # The package reads the request, and all else that it knows of the visitor, from the context of each step.
@@ -215,14 +215,14 @@ def forward_passes(
     try:
         while True:
             try:
-                item = said.get(timeout=_PULSE)
+                message = said.get(timeout=_PULSE)
             except queue.Empty:
                 yield None
                 continue
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            if item[0] != "step":
+            if isinstance(message, BaseException):
+                raise message
+            yield message
+            if message[0] != "step":
                 return
     finally:
         stop.set()
@@ -258,6 +258,6 @@ def prepare() -> None:
 
 def _error(name: str, message: str) -> TmergeError:
     """An error of the lent call, again."""
-    found = getattr(tmerge.errors, name, None)
-    kind = found if isinstance(found, type) and issubclass(found, TmergeError) else TmergeError
+    kind = getattr(tmerge.errors, name, None)
+    kind = kind if isinstance(kind, type) and issubclass(kind, TmergeError) else TmergeError
     return kind(message)

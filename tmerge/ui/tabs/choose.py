@@ -104,37 +104,37 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     # Everything that a change of the recipe writes into.
     written: list[Any] = [target, source, *texts.fields, *fields]
 
-    def fill(data: Mapping[str, Any]) -> list[Any]:
-        return [str(data.get("target") or ""), str(data.get("source") or ""), *shown(data), *form_values(data)]
+    def fill(draft: Mapping[str, Any]) -> list[Any]:
+        return [str(draft.get("target") or ""), str(draft.get("source") or ""), *shown(draft), *form_values(draft)]
 
-    def complaint(data: Mapping[str, Any], uploaded: str | None) -> str:
+    def complaint(draft: Mapping[str, Any], uploaded: str | None) -> str:
         try:
-            ready_recipe(app, data, uploaded)
+            ready_recipe(app, draft, uploaded)
         except TmergeError as error:
             return note(str(error), bad=True)
         return note("", keep=True)
 
-    def replaced(data: dict[str, Any], uploaded: str | None) -> list[Any]:
-        return [write_yaml(data), data, complaint(data, uploaded), *fill(data)]
+    def replaced(draft: dict[str, Any], uploaded: str | None) -> list[Any]:
+        return [write_yaml(draft), draft, complaint(draft, uploaded), *fill(draft)]
 
     def edited(text: str, before: dict[str, Any], uploaded: str | None) -> list[Any]:
         try:
-            data = read_yaml(text or "")
+            draft = read_yaml(text or "")
         except TmergeError as error:
             return [gr.skip(), note(str(error), bad=True), *(gr.skip() for _ in written)]
-        return [data, complaint(data, uploaded), *(fill(data) if data != before else (gr.skip() for _ in written))]
+        return [draft, complaint(draft, uploaded), *(fill(draft) if draft != before else (gr.skip() for _ in written))]
 
     def writer(key: str, read: Callable[[Any], Any], *, decides: bool = False) -> Callable[..., list[Any]]:
         """A field's change, written into the recipe, and into what the other fields show where it `decides` that."""
         others = len(fields) if decides else 0
 
-        def write(value: Any, data: dict[str, Any], uploaded: str | None) -> list[Any]:
+        def write(value: Any, draft: dict[str, Any], uploaded: str | None) -> list[Any]:
             try:
-                changed = with_value(data, key, read(value))
+                changed = with_value(draft, key, read(value))
             except TmergeError as error:
                 return [gr.skip(), gr.skip(), note(str(error), bad=True), *(gr.skip() for _ in range(others))]
-            if changed == data:
-                return [gr.skip(), gr.skip(), complaint(data, uploaded), *(gr.skip() for _ in range(others))]
+            if changed == draft:
+                return [gr.skip(), gr.skip(), complaint(draft, uploaded), *(gr.skip() for _ in range(others))]
             shown = form_values(changed) if decides else []
             return [write_yaml(changed), changed, complaint(changed, uploaded), *shown]
 
@@ -177,18 +177,18 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     def taken(path: str, uploaded: str | None) -> list[Any]:
         try:
             with Path(path).open(encoding="utf-8") as file:
-                data = read_yaml(file.read(50_000))
+                draft = read_yaml(file.read(50_000))
         except (TmergeError, OSError, UnicodeDecodeError) as error:
             line = str(error) if isinstance(error, TmergeError) else "the file is not UTF-8 text"
             return [gr.skip(), gr.skip(), note(line, bad=True), *(gr.skip() for _ in written)]
-        return replaced(data, uploaded)
+        return replaced(draft, uploaded)
 
     take.upload(taken, [take, upload], everything, **_in_turn())
 
     # What is expected follows the recipe, whoever changed it; while it is asked for, the old answer stays.
     gr.on(
         [good.change],
-        lambda data, uploaded: expected_cards(app, data, uploaded),
+        lambda draft, uploaded: expected_cards(app, draft, uploaded),
         [good, upload],
         expected,
         trigger_mode="always_last",
@@ -197,7 +197,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     )
     gr.on(
         [good.change, upload.change],
-        lambda data, uploaded: _looked(app, data, uploaded),
+        lambda draft, uploaded: _looked(app, draft, uploaded),
         [good, upload],
         [texts.found, texts.config, texts.split, texts.column],
         trigger_mode="always_last",
@@ -207,59 +207,61 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     held: list[tuple[Any, Holds]] = [(target, _holds_model("target")), (source, _holds_model("source"))]
     held += [*holds_texts(texts), *zip(fields, map(_holds_setting, SETTINGS), strict=True)]
     wire_start(app, start, problem, good, upload, code, texts.file, held)
-    app.load(lambda data, uploaded: expected_cards(app, data, uploaded), [good, upload], expected)
+    app.load(lambda draft, uploaded: expected_cards(app, draft, uploaded), [good, upload], expected)
     good.change(write_yaml, good, kept, trigger_mode="always_last", **_quiet())
 
-    def restored(text: Any, data: dict[str, Any], uploaded: str | None) -> list[Any]:
+    def restored(text: Any, draft: dict[str, Any], uploaded: str | None) -> list[Any]:
         """The recipe that this browser had before the page was loaded anew."""
         try:
-            before = read_yaml(text) if isinstance(text, str) and text else data
+            before = read_yaml(text) if isinstance(text, str) and text else draft
         except TmergeError:
-            before = data
-        return replaced(before, uploaded) if before != data else [gr.skip() for _ in everything]
+            before = draft
+        return replaced(before, uploaded) if before != draft else [gr.skip() for _ in everything]
 
     app.load(restored, [kept, good, upload], everything)
 
 
-def _looked(app: AppContext, data: Mapping[str, Any], upload: str | None) -> list[Any]:
-    line, offered = look_into(app.aside, app.settings, data, upload)
+def _looked(app: AppContext, draft: Mapping[str, Any], upload: str | None) -> list[Any]:
+    line, offered = look_into(app.aside, app.settings, draft, upload)
     return [line, *offered]
 
 
 def _wire_kinds(texts: TextsPart, upload: gr.State, good: gr.State, into: list[Any], complaint: Any) -> None:
     """Samples, Hub dataset or upload: each choice writes the recipe's dataset."""
 
-    def changed(data: dict[str, Any], dataset: str, uploaded: str | None) -> list[Any]:
-        section = data.get("calibration")
+    def changed(draft: dict[str, Any], dataset: str, uploaded: str | None) -> list[Any]:
+        section = draft.get("calibration")
         kept = {k: v for k, v in (section if isinstance(section, dict) else {}).items() if k not in _OF_A_DATASET}
-        data = {**data, "calibration": {"dataset": dataset, **kept}}
-        return [write_yaml(data), data, complaint(data, uploaded)]
+        draft = {**draft, "calibration": {"dataset": dataset, **kept}}
+        return [write_yaml(draft), draft, complaint(draft, uploaded)]
 
-    def chosen(kind: str, language: str | None, dataset: str | None, data: dict[str, Any], uploaded: str | None) -> Any:
+    def chosen(
+        kind: str, language: str | None, dataset: str | None, draft: dict[str, Any], uploaded: str | None
+    ) -> Any:
         named = {
             KINDS[0]: f"samples:{language or 'english'}",
             KINDS[1]: dataset or "",
             KINDS[2]: UPLOAD_PREFIX + (upload_name(uploaded) if uploaded else ""),
         }[kind]
-        written = changed(data, named, uploaded)
+        written = changed(draft, named, uploaded)
         return [*written, *shown(written[1])]
 
     texts.kind.input(
         chosen, [texts.kind, texts.language, texts.dataset, good, upload], [*into, *texts.fields], **_in_turn()
     )
     texts.language.input(
-        lambda language, data, uploaded: changed(data, f"samples:{language}", uploaded),
+        lambda language, draft, uploaded: changed(draft, f"samples:{language}", uploaded),
         [texts.language, good, upload],
         into,
         **_in_turn(),
     )
 
-    def uploaded_file(path: str | None, data: dict[str, Any]) -> list[Any]:
+    def uploaded_file(path: str | None, draft: dict[str, Any]) -> list[Any]:
         try:
             name = upload_name(path) if path else ""
         except TmergeError as error:
             return [None, gr.skip(), gr.skip(), note(str(error), bad=True)]
-        return [path, *changed(data, UPLOAD_PREFIX + name, path)]
+        return [path, *changed(draft, UPLOAD_PREFIX + name, path)]
 
     gr.on([texts.file.upload, texts.file.clear], uploaded_file, [texts.file, good], [upload, *into], **_in_turn())
 
@@ -288,11 +290,11 @@ def _reader(setting: Setting) -> Callable[[Any], Any]:
 
 
 def _holds_setting(setting: Setting) -> Holds:
-    return lambda data, value: holds_value(setting, data, value)
+    return lambda draft, value: holds_value(setting, draft, value)
 
 
 def _holds_model(role: str) -> Holds:
-    return lambda data, value: _stripped(value) == _stripped(data.get(role))
+    return lambda draft, value: _stripped(value) == _stripped(draft.get(role))
 
 
 def _finder(search: HubSearch) -> Callable[..., Any]:

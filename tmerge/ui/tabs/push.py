@@ -212,11 +212,11 @@ def build_push(app: AppContext) -> None:
 
 def _account(app: AppContext, token: gr.OAuthToken | None) -> tuple[str, str | None]:
     """Who pushes, in a line, and the account's name."""
-    found = own_token(app.settings, None if token is None else token.token)
-    if found is None:
+    token_here = own_token(app.settings, None if token is None else token.token)
+    if token_here is None:
         return note(_how_to_sign_in(app), bad=False), None
     try:
-        user = account_name(found)
+        user = account_name(token_here)
     except TmergeError as error:
         return note(str(error), bad=True), None
     if user is None:

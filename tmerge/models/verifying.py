@@ -1,0 +1,167 @@
+"""Proving that a checkpoint is the model in memory: read again the plain way, and compared.
+
+A difference is an error, because weights that are published and do not compute what was measured are worse than none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from tmerge.errors import SavedModelMismatchError
+from tmerge.models.checkpoint import read_config, read_headers, weight_files
+from tmerge.models.configs import stored_dtype
+from tmerge.models.device import memory_errors
+from tmerge.models.loading import LoadedModel, read_weights, runs_own_code
+from tmerge.models.quiet import quiet
+from tmerge.models.reference import first_line
+from tmerge.models.tokenizers import unusable_ids
+
+__all__ = ["verify_checkpoint"]
+
+# Of each text that the logits are compared on.
+_TOKENS = 32
+
+
+def verify_checkpoint(folder: Path, loaded: LoadedModel, texts: list[str]) -> None:
+    """Read a saved checkpoint the plain way, and compare it with the model in memory.
+
+    Checked: the files are whole; embeddings tied in memory are tied in the file, and stored once; the tokenizer gives
+    the same ids, each with a row in the embedding; the logits of every text are the same. On the CPU in the same dtype
+    the same is bit for bit. On an accelerator the order of sums may differ between two runs of one kernel, and in
+    another dtype the weights are rounded: there the logits may differ by a few units of the coarser dtype.
+
+    For a moment there are two copies of the weights; the second is gone on return.
+
+    Args:
+        folder: As `save_checkpoint` wrote it.
+        loaded: The model in memory.
+        texts: A few; the first 32 tokens of each are run.
+
+    Raises:
+        SavedModelMismatchError: They differ; the message says in what.
+        NotEnoughMemoryError: The second copy does not fit.
+    """
+    where = folder.name
+    headers = read_headers(weight_files(folder))
+    sequences = _compare_tokenizers(folder, loaded, texts)
+    expected = _logits(loaded.model, sequences, loaded)
+    if not torch.isfinite(expected).all():
+        raise SavedModelMismatchError(f"the model in memory gives logits that are not finite, so {where} was not kept")
+    options: dict[str, Any] = {} if loaded.device.type == "cpu" else {"device_map": {"": loaded.device}}
+    with quiet(), memory_errors(f"reading {where} again", loaded.device):
+        model, report = read_weights(
+            str(folder),
+            # What the files hold, whatever the config says: that of the target may be wrong about them.
+            dtype=stored_dtype(read_config(folder / "config.json"), headers),
+            use_safetensors=True,
+            # Eager and fused attention round differently; the comparison is of weights, not of those.
+            attn_implementation=loaded.model.config._attn_implementation,
+            trust_remote_code=runs_own_code(loaded.model),
+            **options,
+        )
+    for kind in ("missing_keys", "unexpected_keys"):
+        if names := sorted(report[kind]):
+            raise SavedModelMismatchError(f"{where}: {len(names)} {kind.replace('_', ' ')} in its weights: {names[0]}")
+    _compare_ties(where, loaded.model, model, set(headers))
+    same = model.dtype == loaded.dtype
+    if same and loaded.model.dtype != loaded.dtype:
+        # The model was widened when it was loaded: the same values in the same number of digits. Of any other model
+        # this would round the buffers that it holds in float32, such as the frequencies of rotary positions.
+        model.to(dtype=loaded.model.dtype)  # type: ignore[call-arg]
+    logits = _logits(model, sequences, loaded)
+    if torch.equal(logits, expected):
+        return
+    difference = (logits.float() - expected.float()).abs().max().item()
+    # Not "greater than": a NaN is not close to anything.
+    if not difference <= _tolerance(loaded, model, same) * expected.abs().max().item():
+        raise SavedModelMismatchError(
+            f"{where}: read again, its logits differ from those of the model in memory by up to {difference:.3g}"
+            f"{_first_changed(loaded.model, model)}"
+        )
+
+
+def _compare_tokenizers(folder: Path, loaded: LoadedModel, texts: list[str]) -> list[list[int]]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=runs_own_code(loaded.tokenizer))
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise SavedModelMismatchError(f"{folder.name}: its tokenizer cannot be read: {first_line(error)}") from error
+    rows = loaded.embedding_rows
+    if unusable_ids(tokenizer, rows) != unusable_ids(loaded.tokenizer, rows):
+        raise SavedModelMismatchError(f"{folder.name}: its tokenizer has ids beyond the {rows} rows of the embedding")
+    if tokenizer.chat_template != loaded.tokenizer.chat_template:
+        raise SavedModelMismatchError(f"{folder.name}: its chat template is not that of the model in memory")
+    sequences = []
+    for number, text in enumerate(texts):
+        ids, expected = (t(text, truncation=False)["input_ids"] for t in (tokenizer, loaded.tokenizer))
+        if ids != expected:
+            raise SavedModelMismatchError(
+                f"{folder.name}: its tokenizer reads text {number + 1} as other tokens than before"
+            )
+        if ids and max(ids) >= rows:
+            raise SavedModelMismatchError(
+                f"{folder.name}: text {number + 1} has the token id {max(ids)}, and the embedding {rows} rows"
+            )
+        if ids:
+            sequences.append(ids[:_TOKENS])
+    # Without a text that gives a token, the first ids of the vocabulary are as good as any.
+    return sequences or [list(range(min(rows, _TOKENS)))]
+
+
+def _logits(model: PreTrainedModel, sequences: list[list[int]], loaded: LoadedModel) -> torch.Tensor:
+    """Logits at every token of all sequences, `(tokens, vocabulary)`, on the CPU; one batch, padded on the right."""
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), loaded.pad_id)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            logits = model(ids.to(loaded.device), attention_mask=mask.to(loaded.device), use_cache=False).logits
+            return logits[mask.bool().to(loaded.device)].cpu()
+    finally:
+        model.train(training)
+
+
+def _tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    body = model.get_input_embeddings()
+    return head is not None and cast(Tensor, head.weight).data_ptr() == cast(Tensor, body.weight).data_ptr()
+
+
+def _compare_ties(where: str, expected: PreTrainedModel, saved: PreTrainedModel, stored: set[str]) -> None:
+    if _tied(expected) != _tied(saved):
+        states = ("tied", "not tied") if _tied(expected) else ("not tied", "tied")
+        raise SavedModelMismatchError(
+            f"{where}: embeddings are {states[0]} in memory and {states[1]} in the checkpoint"
+        )
+    shared: dict[int, list[str]] = {}
+    for name, parameter in saved.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
+    for names in shared.values():
+        if len(twice := sorted(set(names) & stored)) > 1:
+            raise SavedModelMismatchError(f"{where}: one tied tensor is stored under several names: {', '.join(twice)}")
+
+
+def _tolerance(loaded: LoadedModel, model: PreTrainedModel, same: bool) -> float:
+    """How far logits may be apart, relative to the largest; `same` says that the checkpoint is in the model's dtype."""
+    if same and loaded.device.type == "cpu":
+        return 0.0
+    # Rounding errors of the coarser dtype, grown through the layers; a wrong tensor is off by the order of 1.
+    return 16 * max(torch.finfo(model.dtype).eps, torch.finfo(loaded.dtype).eps)
+
+
+def _first_changed(expected: PreTrainedModel, saved: PreTrainedModel) -> str:
+    state = expected.state_dict()
+    for name, tensor in saved.state_dict().items():
+        other = state.get(name)
+        if other is None or other.shape != tensor.shape or not torch.equal(other.to(tensor.dtype), tensor):
+            return f"; the first tensor that differs is {name}"
+    return "; no tensor differs, so what is lost is a setting of the config"
