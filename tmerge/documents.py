@@ -11,11 +11,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["UNDEFINED", "json_text", "place_in", "restored"]
+__all__ = ["UNDEFINED", "json_text", "parse_json", "place_in", "restored"]
 
 UNDEFINED = "undefined"
 """Key of a document under which the places that are null are listed, where there are any."""
 _KINDS = ("nan", "inf", "-inf")
+# Objects and lists within each other; what reads a document may recurse, and nobody has written one beyond this.
+_DEEPEST = 100
 
 
 def json_text(document: Mapping[str, Any], **options: Any) -> str:
@@ -31,6 +33,31 @@ def json_text(document: Mapping[str, Any], **options: Any) -> str:
     if undefined:
         strict[UNDEFINED] = undefined
     return json.dumps(strict, **options, allow_nan=False)
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON document of others holds.
+
+    Raises:
+        json.JSONDecodeError: It is none, or nested beyond all use.
+    """
+    try:
+        value = json.loads(text)
+        too_deep = text.count("[") + text.count("{") > _DEEPEST and _depth(value) > _DEEPEST
+    except RecursionError:
+        too_deep = True
+    if too_deep:
+        raise json.JSONDecodeError("nested too deeply", text, 0)
+    return value
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        containers = (item for item in level if isinstance(item, dict | list))
+        level = [inner for item in containers for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def restored(document: Mapping[str, Any]) -> dict[str, Any]:

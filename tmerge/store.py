@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from tmerge.documents import json_text, restored
+from tmerge.documents import json_text, parse_json, restored
 from tmerge.errors import ReadOnlyError, RunBusyError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A file's JSON object as `write_json` was given it; None where there is no file, or something else in it."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return restored(data) if isinstance(data, dict) else None

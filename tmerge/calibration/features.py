@@ -20,6 +20,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
+from tmerge.documents import parse_json
 from tmerge.errors import NotEnoughDiskError, RunNotFoundError
 from tmerge.quantities import bytes_words
 
@@ -168,7 +169,7 @@ class FeatureStore:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         try:
-            note = json.loads((self.folder / _NOTE).read_text(encoding="utf-8"))
+            note = parse_json((self.folder / _NOTE).read_text(encoding="utf-8"))
             self.key, self.texts = str(note["key"]), int(note["texts"])
             self.facts: dict[str, str] = dict(note["facts"])
             self._layers = {int(layer): tuple(keys) for layer, keys in note["layers"].items()}

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from tmerge.documents import parse_json
 from tmerge.errors import DatasetError
 
 __all__ = ["FILE_SUFFIXES", "local_file", "read_file", "refuse_unreadable"]
@@ -80,22 +81,20 @@ def _json_lines(path: Path) -> Iterator[Row]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    row = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    reason = getattr(error, "msg", "nested too deeply")
+                    row = parse_json(line)
+                except json.JSONDecodeError as error:
                     raise DatasetError(
-                        f"dataset {path.name!r}, line {number}: not valid JSON ({reason}); one object a line"
+                        f"dataset {path.name!r}, line {number}: not valid JSON ({error.msg}); one object a line"
                     ) from None
                 yield _as_object(row, path, f"line {number}")
 
 
 def _json(path: Path) -> Iterator[Row]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        line, reason = getattr(error, "lineno", 1), getattr(error, "msg", "nested too deeply")
+        rows = parse_json(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
         raise DatasetError(
-            f"dataset {path.name!r}, line {line}: not valid JSON ({reason}); "
+            f"dataset {path.name!r}, line {error.lineno}: not valid JSON ({error.msg}); "
             "one list of objects is expected, and one object per line in a .jsonl file"
         ) from None
     if not isinstance(rows, list):

@@ -16,6 +16,7 @@ from tmerge.calibration.columns import Renderer, choose_column
 from tmerge.calibration.files import local_file, read_file, refuse_unreadable
 from tmerge.calibration.identity import file_identity
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_texts
+from tmerge.documents import parse_json
 from tmerge.errors import DatasetError, TooFewTextsError
 from tmerge.recipe import CalibrationSettings
 from tmerge.store import write_text
@@ -114,7 +115,7 @@ class TextSet:
             DatasetError: The file is missing, or its texts are not those that its digest is of.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse_json(path.read_text(encoding="utf-8"))
             tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
             tuples["ends"] = tuple(map(tuple, tuples.get("ends", ())))
             loaded = cls(**tuples)

@@ -7,7 +7,6 @@ anew for the repo's name. The run's own folder is only read, so that a push that
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from tmerge.documents import parse_json
 from tmerge.errors import PushError, RunNotFoundError
 from tmerge.evaluation import Verdict
 from tmerge.hub.card import card_text, merge_licence
@@ -51,6 +51,10 @@ _CHECKPOINT = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
+    "tekken.json",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "*.jinja",
     "LICENSE*",
     "NOTICE*",
@@ -267,7 +271,7 @@ def _files(run: Run) -> dict[str, Path]:
     """Path in the repo -> file, of all that goes: the checkpoint at the top, and of tmerge/ what is to be seen."""
     patterns: tuple[str, ...] = _CHECKPOINT
     config = run.folder / "config.json"
-    if config.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8")):
+    if config.is_file() and "auto_map" in parse_json(config.read_text(encoding="utf-8")):
         patterns += ("*.py",)  # the model's own code, which transformers saves beside it
     paths = [
         path

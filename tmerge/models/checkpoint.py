@@ -7,7 +7,6 @@ any memory is taken for its weights.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,12 @@ from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 from huggingface_hub.utils import TensorInfo
 
+from tmerge.documents import parse_json
 from tmerge.errors import CheckpointError
 
 __all__ = [
     "INDEX_FILE",
+    "SETTINGS_FILES",
     "TOKENIZER_FILES",
     "WEIGHTS_FILE",
     "StoredTensor",
@@ -54,6 +55,17 @@ TOKENIZER_FILES = (
     "tekken.json",
     "tiktoken.model",
 )
+SETTINGS_FILES = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""Small JSON files beside config.json, each an object."""
+
 # Files beside these that change what the tokenizer does.
 _TOKENIZER_SETTINGS = (
     "added_tokens.json",
@@ -93,7 +105,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{str(path)!r} is missing, so its folder is not a transformers model")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
         config = None
     if not isinstance(config, dict):
@@ -129,7 +141,7 @@ def read_index(path: Path) -> list[str]:
         CheckpointError: It is not an index, or points out of its folder.
     """
     try:
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(parse_json(path.read_text(encoding="utf-8"))["weight_map"].values()))
         inside = all(".." not in Path(name).parts and not Path(name).is_absolute() for name in names)
     except (ValueError, KeyError, AttributeError, TypeError):
         inside = False
@@ -257,7 +269,7 @@ def folder_licence(readme: Path) -> str | None:
         return None
     try:
         card = yaml.safe_load("\n".join(lines[1:closing]))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return None
     return card_licence(card) if isinstance(card, dict) else None
 

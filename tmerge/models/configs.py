@@ -15,11 +15,23 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from tmerge.errors import MissingExtraError, UnsupportedModelError
 from tmerge.models.checkpoint import StoredTensor
-from tmerge.models.reference import ModelReference, first_line
+from tmerge.models.door import check_stored_config
+from tmerge.models.reference import ModelReference, one_line
 from tmerge.models.remote import hub_errors
 
 __all__ = ["check_config", "load_config", "meta_model", "said_dtype", "stored_dtype", "tidy_gguf_config"]
 
+# What transformers and torch raise of a config that is none: by far not all of it is theirs to foresee.
+_NOT_TO_BE_USED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    StrictDataclassError,
+)
 _STORED_DTYPES = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -29,6 +41,7 @@ def check_config(reference: ModelReference, config: dict[str, Any], trust_remote
     Raises:
         UnsupportedModelError: Its code would have to run and may not; not a causal LM; or stored quantised.
     """
+    check_stored_config(reference, config)
     kind = config.get("model_type")
     own_code = config.get("auto_map") or {}
     known = kind in CONFIG_MAPPING_NAMES and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -82,12 +95,12 @@ def load_config(
             config = AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code, **options)
     except ImportError as error:
         raise MissingExtraError(
-            f"{reference.text!r} needs a package that is not installed: {first_line(error)}"
+            f"{reference.text!r} needs a package that is not installed: {one_line(error)}"
         ) from None
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+    except _NOT_TO_BE_USED as error:
         what = "its GGUF metadata" if "gguf_file" in options else "its config.json"
         raise UnsupportedModelError(
-            f"{reference.text!r}: transformers {transformers.__version__} cannot use {what}: {first_line(error)}"
+            f"{reference.text!r}: transformers {transformers.__version__} cannot use {what}: {one_line(error)}"
         ) from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
         raise UnsupportedModelError(
@@ -97,8 +110,13 @@ def load_config(
     return config
 
 
-def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False, where: str = "") -> PreTrainedModel:
     """The model of a config without weights: on the meta device, for its modules, names and shapes.
+
+    Args:
+        config: Of the model.
+        trust_remote_code: Whether the repo's own code may run.
+        where: Begins the error's message.
 
     Raises:
         UnsupportedModelError: ``transformers`` cannot build it from this config.
@@ -106,9 +124,9 @@ def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pre
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+    except (ImportError, *_NOT_TO_BE_USED) as error:
         raise UnsupportedModelError(
-            f"a {config.model_type} model cannot be built from its config: {first_line(error)}"
+            f"{where}a {config.model_type} model cannot be built from its config: {one_line(error)}"
         ) from None
 
 

@@ -85,6 +85,7 @@ def read_facts(
     headers: dict[str, StoredTensor] | None
     if snapshot is None:
         headers = place.headers
+        place.check_settings()
         size: int | None = sum(path.stat().st_size for path in place.weights)
     else:
         size, headers = weight_bytes(snapshot), remote_headers(snapshot)

@@ -26,7 +26,7 @@ from tmerge.models.finite import check_finite, gguf_tensors, safetensors_tensors
 from tmerge.models.gguf import GgufHeader, fast_reading, read_header
 from tmerge.models.place import GgufPlace, Place, find_place
 from tmerge.models.quiet import quiet
-from tmerge.models.reference import ModelReference, first_line
+from tmerge.models.reference import ModelReference, one_line
 from tmerge.models.remote import hub_errors
 from tmerge.models.stored import announce_what_is_there, side_parts, without_a_place
 from tmerge.models.stored_parts import empty_model, gguf_parts, safetensors_parts
@@ -142,6 +142,7 @@ def load_model(
         return _widened(_load_gguf(place, dtype, there, tokenizer), dtype if widen else None)
     where, config, headers = place.reference, copy.deepcopy(place.settled_config), place.headers
     side_parts(where, place.empty, headers)
+    place.check_settings()
     number_format = pick_dtype(dtype, place.dtype)
     values = sum(tensor.nbytes // _width(tensor.dtype) for tensor in headers.values())
     check_memory(where.text, values * number_format.itemsize, there)
@@ -196,6 +197,7 @@ def open_by_blocks(
     where = place.reference
     if isinstance(place, Place) and place.trust_remote_code:
         return None
+    assert place.empty is not None  # which says what is wrong with a config
     number_format = pick_dtype(dtype, place.dtype)
     config = place.config if isinstance(place, GgufPlace) else place.settled_config
     model = empty_model(config, number_format)
@@ -247,6 +249,7 @@ def load_tokenizer(
         read_header(place.path)
         with fast_reading(place.path) as folder:
             return read_tokenizer(place.reference, place.path, folder, {"gguf_file": place.path.name})
+    place.check_settings()
     with hub_errors(place.reference):
         return read_tokenizer(place.reference, place.folder, place.pretrained, place.options, trust_remote_code)
 
@@ -359,10 +362,10 @@ def _loading(reference: ModelReference, device: torch.device) -> Iterator[None]:
         ) from None
     except ImportError as error:
         raise MissingExtraError(
-            f"{reference.text!r} needs a package that is not installed: {first_line(error)}"
+            f"{reference.text!r} needs a package that is not installed: {one_line(error)}"
         ) from None
     except NotImplementedError as error:
-        raise UnsupportedModelError(f"{reference.text!r} cannot be unpacked: {first_line(error)}") from None
+        raise UnsupportedModelError(f"{reference.text!r} cannot be unpacked: {one_line(error)}") from None
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tmerge.errors import CheckpointError
 from tmerge.models.checkpoint import (
+    SETTINGS_FILES,
     StoredTensor,
     file_digest,
     folder_digest,
@@ -27,6 +28,7 @@ from tmerge.models.checkpoint import (
 )
 from tmerge.models.configs import check_config, load_config, meta_model, stored_dtype, tidy_gguf_config
 from tmerge.models.demo import demo_model, demo_path
+from tmerge.models.door import check_settings
 from tmerge.models.gguf import GgufHeader, fast_reading, read_header
 from tmerge.models.reference import ModelReference
 from tmerge.models.remote import Snapshot, fetch, fetch_weights, open_repo
@@ -93,7 +95,8 @@ class Place:
         """Two tensors of its files that its config has as one; see `stored_apart`. The files are fetched if need be."""
         if not self.config.get_text_config(decoder=True).tie_word_embeddings:
             return None
-        return stored_apart(meta_model(self.config, self.trust_remote_code), self.weights)
+        where = f"{self.reference.text!r}: "
+        return stored_apart(meta_model(self.config, self.trust_remote_code, where), self.weights)
 
     @cached_property
     def settled_config(self) -> PreTrainedConfig:
@@ -114,7 +117,22 @@ class Place:
         Raises:
             UnsupportedModelError: As `config`, and `meta_model`.
         """
-        return meta_model(self.config if self.snapshot is not None else self.settled_config, self.trust_remote_code)
+        return meta_model(
+            self.config if self.snapshot is not None else self.settled_config,
+            self.trust_remote_code,
+            f"{self.reference.text!r}: ",
+        )
+
+    def check_settings(self) -> None:
+        """Refuse small JSON files beside the config that are none; a repo's are fetched.
+
+        Raises:
+            TmergeError: As `check_settings`.
+        """
+        if self.snapshot is not None:
+            for name in SETTINGS_FILES:
+                fetch(self.snapshot, name)
+        check_settings(self.reference, self.folder)
 
     @cached_property
     def weights(self) -> list[Path]:
@@ -203,7 +221,7 @@ class GgufPlace:
         """
         config = copy.deepcopy(self.config)
         tidy_gguf_config(config)
-        return meta_model(config)
+        return meta_model(config, where=f"{self.reference.text!r}: ")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,11 +13,12 @@ from typing import Literal
 
 from tmerge.errors import CheckpointError, ModelNotFoundError
 
-__all__ = ["DEMO_PREFIX", "ModelReference", "first_line", "trusts"]
+__all__ = ["DEMO_PREFIX", "ModelReference", "one_line", "trusts"]
 
 DEMO_PREFIX = "demo:"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+_QUOTED = 300
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -128,6 +129,13 @@ def _hub_repo(text: str) -> str | None:
         return None
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of another library's error, to be quoted within one of ours; its class if it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def one_line(error: BaseException) -> str:
+    """Another library's error on one line, to be quoted within one of ours.
+
+    A lone key (KeyError) and an error without words are named by their class too; of more than 300 letters the first
+    are quoted.
+    """
+    said = " ".join(str(error).split())
+    if not said or isinstance(error, LookupError):
+        said = f"{type(error).__name__}: {said}".rstrip(": ")
+    return said if len(said) <= _QUOTED else f"{said[:_QUOTED]}…"

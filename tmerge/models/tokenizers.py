@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tmerge.documents import parse_json
 from tmerge.errors import MissingExtraError, TokenizerError, UnsupportedModelError
 from tmerge.models.checkpoint import tokenizer_files
 from tmerge.models.gguf import read_header
-from tmerge.models.reference import ModelReference, first_line
+from tmerge.models.reference import ModelReference, one_line
 
 __all__ = ["check_tokenizer", "read_tokenizer", "restore_limits", "unusable_ids"]
 
+# What tokenizers and transformers raise of files that are amiss; of a class of their own only where it is a plain one.
+_OF_ITS_FILES = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
 # Written by transformers into tokenizer_config.json about how this process read the files.
 _READING_NOTES = ("is_local", "local_files_only", "name_or_path")
 
@@ -49,7 +51,7 @@ def read_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=trust_remote_code, **options)
     except ImportError as error:
-        raise MissingExtraError(f"{reference.text!r}: its tokenizer needs a package: {first_line(error)}") from None
+        raise MissingExtraError(f"{reference.text!r}: its tokenizer needs a package: {one_line(error)}") from None
     except HfHubHTTPError:
         raise  # said by the caller's hub_errors
     except Exception as error:
@@ -59,11 +61,11 @@ def read_tokenizer(
                 f"{reference.text!r}: its tokenizer runs Python code from its own repo; read that code, and if you "
                 f"trust it, set trust_remote_code: [{reference.text}] in the recipe"
             ) from None
-        if type(error) is not Exception and not isinstance(error, (ValueError, OSError, KeyError, TypeError)):
+        if type(error) is not Exception and not isinstance(error, _OF_ITS_FILES):
             raise
         if reference.kind == "hub":
             _check_files(reference, place)
-        raise TokenizerError(f"{reference.text!r}: its tokenizer cannot be read: {first_line(error)}") from error
+        raise TokenizerError(f"{reference.text!r}: its tokenizer cannot be read: {one_line(error)}") from error
     if reference.kind == "hub":
         _check_files(reference, place)
     for note in _READING_NOTES:
@@ -77,7 +79,7 @@ def _check_files(reference: ModelReference, folder: Path) -> None:
     if tokenizer_files(folder):
         return
     settings = folder / "tokenizer_config.json"
-    if settings.is_file() and "auto_map" in json.loads(settings.read_text(encoding="utf-8")):
+    if settings.is_file() and "auto_map" in parse_json(settings.read_text(encoding="utf-8")):
         return  # the repo's own code knows its own files
     raise TokenizerError(
         f"{reference.text!r} has no tokenizer files (tokenizer.json or the like); copy those of the model that it was "

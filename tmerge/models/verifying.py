@@ -18,7 +18,7 @@ from tmerge.models.configs import stored_dtype
 from tmerge.models.device import memory_errors
 from tmerge.models.loading import LoadedModel, read_weights, runs_own_code
 from tmerge.models.quiet import quiet
-from tmerge.models.reference import first_line
+from tmerge.models.reference import one_line
 from tmerge.models.tokenizers import unusable_ids
 
 __all__ = ["verify_checkpoint"]
@@ -89,7 +89,7 @@ def _compare_tokenizers(folder: Path, loaded: LoadedModel, texts: list[str]) -> 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=runs_own_code(loaded.tokenizer))
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise SavedModelMismatchError(f"{folder.name}: its tokenizer cannot be read: {first_line(error)}") from error
+        raise SavedModelMismatchError(f"{folder.name}: its tokenizer cannot be read: {one_line(error)}") from error
     rows = loaded.embedding_rows
     if unusable_ids(tokenizer, rows) != unusable_ids(loaded.tokenizer, rows):
         raise SavedModelMismatchError(f"{folder.name}: its tokenizer has ids beyond the {rows} rows of the embedding")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from tmerge.documents import place_in, restored
+from tmerge.documents import parse_json, place_in, restored
 from tmerge.errors import ReportError, TmergeError
 from tmerge.report.parts import Part
 from tmerge.report.report import SCHEMA, Report
@@ -47,10 +46,10 @@ class DocumentKind(Generic[_Document]):
             TmergeError: `error`: it cannot be read, is no JSON, or is not a document of this kind and schema.
         """
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = parse_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise self.error(f"{path} cannot be read: {error.strerror}; {self.remedy}") from None
-        except (ValueError, RecursionError):
+        except ValueError:
             raise self.error(f"{path} is damaged, it is no JSON; {self.remedy}") from None
         return self.of(document, str(path))
 

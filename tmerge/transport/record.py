@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open
 from torch import Tensor
 
-from tmerge.documents import json_text
+from tmerge.documents import json_text, parse_json
 from tmerge.errors import PlanError, RunNotFoundError
 from tmerge.models import feature_key
 from tmerge.store import write_tensors
@@ -72,7 +72,7 @@ class TransportRecord:
         """
         try:
             with safe_open(path, "pt") as stored:
-                facts = json.loads((stored.metadata() or {})["tmerge"])
+                facts = parse_json((stored.metadata() or {})["tmerge"])
             return cls(facts, load_file(path))
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError):
             raise RunNotFoundError(f"{path}: no transport plans to read; run `tmerge merge` there first") from None

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, safe_open
 from torch import Tensor
 
+from tmerge.documents import parse_json
 from tmerge.errors import NoSharedStructureError
 from tmerge.store import write_tensors
 from tmerge.transport.cost import standardise
@@ -82,7 +83,7 @@ class Structure:
     def load(cls, path: Path) -> Structure:
         """Read what `save` wrote."""
         with safe_open(path, "pt") as stored:
-            noted = json.loads(stored.metadata()["structure"])
+            noted = parse_json(stored.metadata()["structure"])
         tensors = load_file(path)
         correspondences = {}
         for name, (n, m, sweeps, error) in noted["found"].items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from safetensors import safe_open
 from torch import Tensor
 
+from tmerge.documents import parse_json
 from tmerge.errors import RunNotFoundError
 from tmerge.plots import Entries, Order, plan_entries, plan_orders
 from tmerge.report import Report
@@ -67,7 +67,7 @@ def looked_at(folder: Path) -> Looked:
     report = run.report()
     try:
         with safe_open(run.transport_path, "pt") as stored:
-            facts = json.loads((stored.metadata() or {})["tmerge"])
+            facts = parse_json((stored.metadata() or {})["tmerge"])
     except (OSError, KeyError, ValueError):
         raise RunNotFoundError("this run has no transport plans to look at; run the merge again") from None
     return Looked(folder, report, TransportRecord(facts, _StoredTensors(run.transport_path)))
