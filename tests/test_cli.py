@@ -214,6 +214,13 @@ def test_bad_datasets_are_one_line_and_leave_nothing(run, pair, tmp_path, lines,
         (["merge", "--nope"], "No such option"),
         (["frobnicate"], "No such command"),
         (["merge", "--target", "demo:nothing", "--source", "demo:gemma-3-270m"], "demo:nothing"),
+        (["merge", "--target", "a" * 300, "--source", "b"], "is no model: File name too long; give a Hub id"),
+        (["merge", "--target", "~nobody-of-this-name/a", "--source", "b"], "is no model: Could not determine home"),
+        (["merge", "--target", "a\0b", "--source", "b"], "neither a folder or .gguf file here nor a Hub id"),
+        (["merge", "--target", "a", "--source", "b", "--seed", str(2**64)], "seed"),
+        (["merge", "--target", "a", "--source", "b", "--out", "o" * 300], "File name too long; give another path"),
+        (["merge", "r" * 300], "File name too long"),
+        (["inspect", "r" * 300], "File name too long"),
     ],
 )
 def test_bad_words_exit_2(run, tmp_path, monkeypatch, words, said):

@@ -7,6 +7,9 @@ exception; it keeps its traceback and exits with 1.
 
 from __future__ import annotations
 
+import errno
+import os
+
 __all__ = [
     "AdaptationError",
     "Cancelled",
@@ -37,6 +40,7 @@ __all__ = [
     "TooFewTextsError",
     "TransportError",
     "UnsupportedModelError",
+    "of_the_system",
 ]
 
 
@@ -160,6 +164,35 @@ class SavedModelMismatchError(TmergeError):
     """The checkpoint on disk does not compute what the model in memory computed. A fault, not bad input."""
 
     exit_code = 1
+
+
+def of_the_system(error: BaseException) -> TmergeError | None:
+    """What another's error says of this machine that its user can mend; None where it is none of that.
+
+    Args:
+        error: As it was raised; safetensors says what the system did in words alone.
+    """
+    if not isinstance(error, OSError):
+        full = os.strerror(errno.ENOSPC) in str(error)
+        return NotEnoughDiskError(_DISK_FULL) if full else None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NotEnoughDiskError(_DISK_FULL)
+    name = "a file" if error.filename is None else repr(str(error.filename))
+    shown = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"
+    said = error.strerror or type(error).__name__
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ReadOnlyError(f"{shown}: {said}; see to it that you may read and write there, or choose another place")
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR):
+        return OutputExistsError(f"{shown}: {said}; give another path")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return NotEnoughMemoryError(f"{shown}: {said}; raise the limit (ulimit -n), or stop other programs")
+    if error.errno == errno.EIO:
+        return CheckpointError(f"{shown}: {said}; the disk cannot be read: copy the file from elsewhere")
+    return None
+
+
+_DISK_FULL = "the disk is full; make room, and the same command continues"
+_LONGEST_NAME = 120
 
 
 class Cancelled(TmergeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -41,13 +42,25 @@ def test_a_column_is_found_where_there_is_one(row: dict[str, Any], expected: str
 
 @pytest.mark.parametrize(
     "row",
-    [{"premise": "a", "choice1": "b"}, {"id": 1}, {"messages": [1, 2]}, {"a": CHAT, "b": CHAT}, {"text": 3, "n": 1}],
+    [
+        {"premise": "a", "choice1": "b"},
+        {"a": CHAT, "b": CHAT},
+        # Neither nothing nor an object can be named: only what would do is.
+        {"premise": "a", "choice1": "b", "meta": {"x": 1}, "none": None, "n": 3},
+    ],
 )
 def test_a_column_is_not_guessed(row: dict[str, Any]) -> None:
     with pytest.raises(
-        DatasetError, match=f"set calibration.column to one of {', '.join(row)}, or to several as a\\+b"
+        DatasetError, match=f"set calibration.column to one of {', '.join(list(row)[:2])}, or to several as a\\+b"
     ):
         choose(row)
+
+
+@pytest.mark.parametrize("row", [{"id": 1}, {"messages": [1, 2]}, {"text": 3, "n": {"a": 1}}, {"text": None}])
+def test_where_no_column_holds_text_each_is_named_with_what_it_holds(row: dict[str, Any]) -> None:
+    kinds = ", ".join(f"{name} ({'empty' if held is None else type(held).__name__})" for name, held in row.items())
+    with pytest.raises(DatasetError, match=re.escape(f"no column holds text: {kinds}; use another dataset")):
+        choose_column(None, tuple(row), [row], "'d'")
 
 
 def test_a_column_that_is_named_is_taken() -> None:
@@ -85,17 +98,17 @@ def test_conversations_go_through_the_chat_template(value: Any) -> None:
     column = choose({"messages": value})
     assert column.kind == "chat"
     render = Renderer(column, "'d'", pico_tokenizer(chat=True))
-    assert render({"messages": value}, 1) == WRITTEN
+    assert render({"messages": value}, "line 1") == WRITTEN
     assert render.notes() == ["conversations were written with the target's chat template"]
-    assert render({"messages": []}, 2) == render({"messages": None}, 3) == ""
-    with pytest.raises(DatasetError, match="row 4: column 'messages' holds str, not a list of messages"):
-        render({"messages": "no"}, 4)
+    assert render({"messages": []}, 2) == render({"messages": None}, "line 3") == ""
+    with pytest.raises(DatasetError, match="line 4: column 'messages' holds str, not a list of messages"):
+        render({"messages": "no"}, "line 4")
 
 
 @pytest.mark.parametrize("tokenizer", [None, pico_tokenizer()])
 def test_without_a_template_messages_are_joined(tokenizer: Any) -> None:
     render = Renderer(Column(("messages",), "chat"), "'d'", tokenizer)
-    assert render({"messages": SHARE}, 1) == JOINED
+    assert render({"messages": SHARE}, "line 1") == JOINED
     assert "no chat template" in render.notes()[0]
 
 
@@ -107,15 +120,15 @@ def test_a_conversation_that_the_template_refuses_is_joined_and_counted() -> Non
     )
     render = Renderer(Column(("messages",), "chat"), "'d'", tokenizer)
     # Each model's tokenizer adds its own BOS, so the template's is left out.
-    assert render({"messages": CHAT}, 1) == "Hello"
-    assert render({"messages": CHAT[::-1]}, 2) == "assistant: Hi.\nuser: Hello"
+    assert render({"messages": CHAT}, "line 1") == "Hello"
+    assert render({"messages": CHAT[::-1]}, "line 2") == "assistant: Hi.\nuser: Hello"
     assert render.notes()[1].startswith("1 conversations that the target's chat template refuses")
 
 
 def test_texts_of_several_columns_are_lines() -> None:
     render = Renderer(Column(("instruction", "input", "output")), "'d'")
-    assert render({"instruction": " do ", "input": "", "output": "done"}, 1) == "do\ndone"
-    assert render({"instruction": None}, 2) == ""
+    assert render({"instruction": " do ", "input": "", "output": "done"}, "line 1") == "do\ndone"
+    assert render({"instruction": None}, "line 2") == ""
     assert render.notes() == []
-    with pytest.raises(DatasetError, match=r"dataset 'd', row 3: column 'output' holds int, not text"):
-        render({"instruction": "a", "output": 3}, 3)
+    with pytest.raises(DatasetError, match=r"dataset 'd', line 3: column 'output' holds int, not text"):
+        render({"instruction": "a", "output": 3}, "line 3")

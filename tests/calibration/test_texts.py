@@ -25,6 +25,7 @@ from tmerge.calibration import (
     sample_languages,
     sample_texts,
 )
+from tmerge.calibration.files import read_file
 from tmerge.calibration.texts import normalise
 from tmerge.errors import DatasetError, TooFewTextsError
 from tmerge.recipe import CalibrationSettings
@@ -269,3 +270,22 @@ def test_neurons_are_never_matched_on_what_is_held_out_or_chooses():
         TooFewTextsError, match=r"match_on 'samples:english' has 3 texts beside those that are held out"
     ):
         other_texts(settings, [f" {text}  " for text in sample_texts("english")[3:]], seed=0)
+
+
+def test_the_number_of_a_bad_row_is_the_files(tmp_path: Path) -> None:
+    """Rows are read in an order of their own; the number is where an editor goes, blank lines counted."""
+    lines = [line for n in range(40) for line in (json.dumps({"text": f"text {n}"}), *[""] * (n % 3))]
+    lines.insert(25, '{"text": 7}')
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DatasetError, match="'a.jsonl', line 26: column 'text' holds int, not text"):
+        read_texts(CalibrationSettings(dataset=str(tmp_path / "a.jsonl"), texts=1000, column="text"), seed=3)
+    rows = [{"text": f"text {n}"} for n in range(40)] + [{"text": 7}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(DatasetError, match="'a.json', entry 41: column 'text' holds int, not text"):
+        read_texts(CalibrationSettings(dataset=str(tmp_path / "a.json"), texts=1000, column="text"), seed=3)
+
+
+def test_the_number_of_a_bad_row_of_a_table(tmp_path: Path) -> None:
+    rows = "".join(f'{n},"over\ntwo lines {n}"\n' for n in range(3))
+    (tmp_path / "a.csv").write_text(f"id,text\n{rows}\n9,last\n")
+    assert [row.where for row in read_file(tmp_path / "a.csv")] == ["line 2", "line 4", "line 6", "line 9"]

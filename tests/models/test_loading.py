@@ -338,3 +338,27 @@ def test_a_folder_that_went_away(stored, tmp_path):
     assert load_model(reference, device="cpu").reference is reference
     with pytest.raises(ModelNotFoundError):
         load_model(str(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            {"adapter_config.json": '{"base_model_name_or_path": "user/base"}'},
+            "adapter of 'user/base', not a model",
+        ),
+        (
+            {"adapter_config.json": "{}", "adapter_model.safetensors": ""},
+            "is an adapter, not a model; merge it",
+        ),
+        ({"adapter_config.json": "[]"}, "is an adapter, not a model; merge it into its base"),
+        ({"adapter_config.json": "nonsense"}, "is an adapter, not a model; merge it into its base"),
+        ({"adapter_model.safetensors": "", "config.json": '{"model_type": "llama"}'}, "is an adapter, not a model"),
+    ],
+)
+def test_an_adapter_in_a_folder_is_told_from_a_model(tmp_path, files, words):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        read_facts(str(tmp_path))
+    assert "merge_and_unload" in str(caught.value) and "\n" not in str(caught.value)

@@ -35,7 +35,7 @@ from torch.nn import functional
 
 from tmerge.calibration import length_batches, padded
 from tmerge.errors import TokenizerError
-from tmerge.models import LoadedModel
+from tmerge.models import LoadedModel, refuse_without_rows
 from tmerge.models.blocks import run_passes
 from tmerge.recipe import AdaptationSettings
 from tmerge.store import write_tensors
@@ -181,6 +181,7 @@ def _predictions(
         )
     carried = settings.distill_loss == "first-piece"
     pieces = first_pieces(tokenizer, target_tokenizer) if carried else None
+    refuse_without_rows(model.reference.text, tokenizer, model.embedding_rows, texts)
     found = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
     # Its tokens are often fewer than the target's, so the same limit reaches at least as far.
     source_ids = [list(ids[: settings.max_tokens]) for ids in found["input_ids"]]

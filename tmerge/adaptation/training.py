@@ -24,7 +24,7 @@ from tmerge.adaptation.goals import FeatureGoals, FeatureWatch
 from tmerge.adaptation.residual import attach_residual, fold_residual
 from tmerge.errors import AdaptationError, MissingExtraError, TokenizerError
 from tmerge.fusion import Alpha, TransportedNeurons, fuse
-from tmerge.models import STREAM, Architecture, LoadedModel, describe, group_of
+from tmerge.models import STREAM, Architecture, LoadedModel, describe, group_of, refuse_without_rows
 from tmerge.recipe import AdaptationSettings
 from tmerge.version import DISTRIBUTION
 
@@ -198,6 +198,7 @@ def _encode(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids with an end-of-text token, and where in the text each token ends (-1: a special token)."""
     tokenizer = loaded.tokenizer
+    refuse_without_rows(loaded.reference.text, tokenizer, loaded.embedding_rows, texts)
     found = tokenizer(list(texts), return_offsets_mapping=tokenizer.is_fast, verbose=False)
     encoded, ends = [], []
     for row, ids in enumerate(found["input_ids"]):

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from tmerge.errors import NotEnoughMemoryError
-from tmerge.models import LoadedModel
+from tmerge.models import LoadedModel, refuse_without_rows
 from tmerge.models.blocks import base_pass, in_groups, stepped
 
 __all__ = ["EncodedTexts", "ReadStep", "encode", "length_batches", "padded", "read_batches", "token_limit"]
@@ -78,7 +78,11 @@ def encode(loaded: LoadedModel, texts: Sequence[str], max_tokens: int) -> Encode
         loaded: The model and its tokenizer.
         texts: T texts.
         max_tokens: Most tokens of a text.
+
+    Raises:
+        TokenizerError: A text gives a token that the model has no row for.
     """
+    refuse_without_rows(loaded.reference.text, loaded.tokenizer, loaded.embedding_rows, texts)
     limit = token_limit(loaded.model.config, max_tokens)
     characters = limit * _CHARACTERS_PER_TOKEN
     ids: list[list[int]] = []

@@ -93,8 +93,13 @@ def choose_column(
         candidates = [name for name, held in kinds_of.items() if held == kind]
         if len(candidates) == 1:
             return Column((candidates[0],), "chat" if kind == "chat" else "text")
+    usable = [str(name) for name, held in kinds_of.items() if held in ("text", "chat")]
+    if not usable:
+        held = ", ".join(f"{name} ({held})" for name, held in kinds_of.items()) or "none"
+        raise DatasetError(f"dataset {where}: no column holds text: {held}; use another dataset, or write one of text")
     raise DatasetError(
-        f"dataset {where}: no one column is the text; set calibration.column to one of {listed}, or to several as a+b"
+        f"dataset {where}: no one column is the text; set calibration.column to one of {', '.join(usable)}, or to "
+        "several as a+b"
     )
 
 
@@ -160,20 +165,20 @@ class Renderer:
         self.tokenizer = tokenizer if getattr(tokenizer, "chat_template", None) else None
         self.joined = 0
 
-    def __call__(self, row: Mapping[str, Any], number: int) -> str:
+    def __call__(self, row: Mapping[str, Any], where: str) -> str:
         """The row's text, stripped; empty where the row has none.
 
         Args:
             row: Column names to values.
-            number: Of the row, from 1, for the error.
+            where: The row is, for the error.
 
         Raises:
             DatasetError: The column holds something else than text in this row.
         """
         if self.column.kind == "chat":
-            text = self._conversation(row.get(self.column.names[0]), number)
+            text = self._conversation(row.get(self.column.names[0]), where)
         else:
-            parts = [self._string(row.get(name), name, number) for name in self.column.names]
+            parts = [self._string(row.get(name), name, where) for name in self.column.names]
             text = "\n".join(part for part in parts if part)
         # A lone surrogate, as JSON can carry, is no character and no tokenizer takes it.
         return text.encode("utf-8", "replace").decode("utf-8").strip()
@@ -199,23 +204,23 @@ class Renderer:
         refused = f"{self.joined} conversations that the target's chat template refuses were joined as role: content"
         return ["conversations were written with the target's chat template", *([refused] if self.joined else [])]
 
-    def _string(self, value: Any, name: str, number: int) -> str:
+    def _string(self, value: Any, name: str, where: str) -> str:
         if value is None:
             return ""
         if not isinstance(value, str):
-            raise self._wrong(name, value, number, "text")
+            raise self._wrong(name, value, where, "text")
         return value.strip()
 
-    def _wrong(self, name: str, value: Any, number: int, expected: str) -> DatasetError:
+    def _wrong(self, name: str, value: Any, where: str, expected: str) -> DatasetError:
         return DatasetError(
-            f"dataset {self.where}, row {number}: column {name!r} holds {type(value).__name__}, not {expected}; "
+            f"dataset {self.where}, {where}: column {name!r} holds {type(value).__name__}, not {expected}; "
             "name another column, or mend the row"
         )
 
-    def _conversation(self, value: Any, number: int) -> str:
+    def _conversation(self, value: Any, where: str) -> str:
         messages = [] if value is None else _messages(value)
         if messages is None:
-            raise self._wrong(self.column.names[0], value, number, "a list of messages")
+            raise self._wrong(self.column.names[0], value, where, "a list of messages")
         if not any(content.strip() for _, content in messages):
             return ""
         if self.tokenizer is not None:

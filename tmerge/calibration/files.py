@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,37 @@ import pyarrow.parquet
 from tmerge.documents import parse_json
 from tmerge.errors import DatasetError
 
-__all__ = ["FILE_SUFFIXES", "local_file", "read_file", "refuse_unreadable"]
+__all__ = ["FILE_SUFFIXES", "Row", "local_file", "read_file", "refuse_unreadable"]
 
-Row = dict[str, Any]
+
+class Row(dict[str, Any]):
+    """A row's values by column.
+
+    Attributes:
+        where: It is in its file: ``line 4``.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where = where
+
 
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 """Kinds of file that are read, by the end of their name."""
 
 
 def local_file(reference: str) -> Path | None:
-    """The file that a dataset's reference names, there or not; None of a Hub dataset. Not to be asked of samples."""
-    path = Path(reference.strip()).expanduser()
-    is_file = path.exists() or path.suffix.lower() in FILE_SUFFIXES or path.is_absolute()
+    """The file that a dataset's reference names, there or not; None of a Hub dataset. Not to be asked of samples.
+
+    Raises:
+        DatasetError: No file can have such a name.
+    """
+    try:
+        path = Path(reference.strip()).expanduser()
+        is_file = path.exists() or path.suffix.lower() in FILE_SUFFIXES or path.is_absolute()
+    except (OSError, RuntimeError) as error:  # a name of over 255 letters; ~ of a user that is not there
+        said = getattr(error, "strerror", None) or error
+        raise DatasetError(f"dataset {reference[:80]!r}: {said}; name a file or a Hub dataset") from None
     return path if is_file else None
 
 
@@ -72,8 +91,8 @@ def read_file(path: Path) -> Iterator[Row]:
 def _text(path: Path) -> Iterator[Row]:
     # utf-8-sig: a byte order mark, as some editors write, is not part of the first text.
     with path.open(encoding="utf-8-sig") as lines:
-        for line in lines:
-            yield {"text": line}
+        for number, line in enumerate(lines, 1):
+            yield Row({"text": line}, f"line {number}")
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -108,7 +127,7 @@ def _as_object(row: Any, path: Path, where: str) -> Row:
         raise DatasetError(
             f'dataset {path.name!r}, {where}: an object such as {{"text": "..."}} is expected, not {type(row).__name__}'
         )
-    return row
+    return Row(row, where)
 
 
 def _csv(path: Path) -> Iterator[Row]:
@@ -123,7 +142,9 @@ def _csv(path: Path) -> Iterator[Row]:
                 return
             if len(set(header)) != len(header):
                 raise DatasetError(f"dataset {path.name!r}, line 1: a column name appears twice; rename one")
+            begins = reader.line_num + 1
             for fields in reader:
+                where, begins = f"line {begins}", reader.line_num + 1
                 if not fields:
                     continue
                 if len(fields) != len(header):
@@ -131,7 +152,7 @@ def _csv(path: Path) -> Iterator[Row]:
                         f"dataset {path.name!r}, line {reader.line_num}: {len(fields)} fields where the header has "
                         f"{len(header)}; put fields with a delimiter or a line break in double quotes"
                     )
-                yield dict(zip(header, fields, strict=True))
+                yield Row(dict(zip(header, fields, strict=True)), where)
         except csv.Error as error:
             raise DatasetError(
                 f"dataset {path.name!r}, line {reader.line_num}: bad CSV ({error}); check its quotes"
@@ -141,8 +162,11 @@ def _csv(path: Path) -> Iterator[Row]:
 def _parquet(path: Path) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
             for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(values, f"row {number}")
     except pyarrow.ArrowException as error:
         raise DatasetError(
             f"dataset {path.name!r} is not a readable Parquet file ({str(error).splitlines()[0]}); write it again"

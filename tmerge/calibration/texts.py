@@ -10,16 +10,18 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tmerge.calibration.columns import Renderer, choose_column
-from tmerge.calibration.files import local_file, read_file, refuse_unreadable
+from tmerge.calibration.files import Row, local_file, read_file, refuse_unreadable
 from tmerge.calibration.identity import file_identity
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_texts
 from tmerge.documents import parse_json
 from tmerge.errors import DatasetError, TooFewTextsError
 from tmerge.recipe import CalibrationSettings
 from tmerge.store import write_text
+
+AnyRow = TypeVar("AnyRow", bound=dict[str, Any])
 
 __all__ = ["MINIMUM_CALIBRATION", "MINIMUM_HELD_OUT", "TextSet", "is_held_out", "normalise", "of_another", "read_texts"]
 
@@ -189,7 +191,8 @@ def read_texts(
     read = empty = 0
     for row in itertools.chain(examples, itertools.islice(rows, _ROWS_PER_TEXT * settings.texts)):
         read += 1
-        text = render(row, read)
+        # A Hub dataset's rows come in an order of their own, and have no numbers.
+        text = render(row, row.where if isinstance(row, Row) else f"the {read}. row read")
         compared = hashlib.sha256(normalise(text).encode()).digest()
         if not text:
             empty += 1
@@ -265,10 +268,10 @@ def _open(settings: CalibrationSettings, seed: int, buffer: int) -> _Source:
     return _Source(path.name, _shuffled(read_file(path), seed, buffer), path=path, file_sha256=digest)
 
 
-def _shuffled(rows: Iterable[dict[str, Any]], seed: int, size: int) -> Iterator[dict[str, Any]]:
+def _shuffled(rows: Iterable[AnyRow], seed: int, size: int) -> Iterator[AnyRow]:
     """The rows in an order drawn with the seed, holding at most `size` of them at a time."""
     draw = random.Random(seed)
-    held: list[dict[str, Any]] = []
+    held: list[AnyRow] = []
     for row in rows:
         if len(held) < size:
             held.append(row)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import os
-
 import typer
 
 # Each module adds its commands to the app, in the order in which help lists them.
 from tmerge.cli import extending, merging, publishing, serving, training  # noqa: F401
 from tmerge.cli.shared import app
 from tmerge.cli.stopping import raise_if_stopped
-from tmerge.errors import Cancelled, NotEnoughDiskError, TmergeError
+from tmerge.errors import Cancelled, TmergeError, of_the_system
 
 __all__ = ["run"]
 
@@ -52,13 +49,8 @@ def _told(error: Exception) -> int:
         else:
             show()
         return error.exit_code
-    # Room was looked for before; somebody else has taken it since.
-    if _disk_is_full(error):
-        typer.echo("error: the disk is full; make room, and the same command continues", err=True)
-        return NotEnoughDiskError.exit_code
+    # Room and rights were looked for before; somebody has taken them since, or nobody could look.
+    if (told := of_the_system(error)) is not None:
+        typer.echo(f"error: {told}", err=True)
+        return told.exit_code
     raise error
-
-
-def _disk_is_full(error: Exception) -> bool:
-    # safetensors says it in words alone.
-    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from tmerge.calibration import length_batches, padded, token_limit
 from tmerge.errors import DeviceError, NotEnoughMemoryError, TokenizerError
-from tmerge.models import LoadedModel
+from tmerge.models import LoadedModel, refuse_without_rows
 from tmerge.models.blocks import run_passes
 
 __all__ = ["Scores", "score_texts"]
@@ -88,7 +88,8 @@ def score_texts(
             may raise to stop.
 
     Raises:
-        TokenizerError: The tokenizer has neither a begin- nor an end-of-text token to start from.
+        TokenizerError: The tokenizer has neither a begin- nor an end-of-text token to start from, or a text gives a
+            token that the model has no row for.
         NotEnoughMemoryError: A batch did not fit.
         DeviceError: With `finite`, a score that is not finite in the dtype that the model computes in.
     """
@@ -99,6 +100,7 @@ def score_texts(
             f"{loaded.reference}: the tokenizer has neither a BOS nor an EOS token, so the first token of a text "
             "cannot be scored; set one of them in its tokenizer_config.json"
         )
+    refuse_without_rows(loaded.reference.text, tokenizer, loaded.embedding_rows, texts)
     reach = token_limit(model.config.get_text_config(), sys.maxsize)
     encoded, owners = [], []
     for owner, ids in enumerate(tokenizer(list(texts), add_special_tokens=False)["input_ids"]):

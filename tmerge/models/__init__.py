@@ -30,6 +30,7 @@ from tmerge.models.rotary import head_facts
 from tmerge.models.saving import save_checkpoint
 from tmerge.models.settings import CONFIG, least_release
 from tmerge.models.stream import EMBEDDING, HEAD, STREAM, group_of
+from tmerge.models.tokenizers import refuse_without_rows
 from tmerge.models.verifying import verify_checkpoint
 from tmerge.models.weights import MappedWeights, read_weights_file, write_weights
 
@@ -80,6 +81,7 @@ __all__ = [
     "pick_dtype",
     "read_facts",
     "read_weights_file",
+    "refuse_without_rows",
     "save_checkpoint",
     "shared_vocabulary",
     "trusts",

@@ -28,6 +28,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "StoredTensor",
     "card_licence",
+    "explain_adapter",
     "explain_no_safetensors",
     "file_digest",
     "folder_digest",
@@ -158,13 +159,30 @@ def explain_no_safetensors(where: str, names: Iterable[str]) -> CheckpointError:
             f"{where!r} has its weights as pickles only ({pickles[0]}), which may run any code and are not opened; "
             "convert it to safetensors"
         )
-    if any(name == "adapter_model.safetensors" for name in names):
-        return CheckpointError(
-            f"{where!r} is an adapter, not a model; merge it into its base (peft: merge_and_unload) and save that"
-        )
+    if "adapter_model.safetensors" in names or "adapter_config.json" in names:
+        return explain_adapter(where, None)
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         return CheckpointError(f"{where!r} holds GGUF files; give the path of one: {ggufs[0]}")
     return CheckpointError(f"{where!r} has no {WEIGHTS_FILE} nor {INDEX_FILE}; save the model as safetensors")
+
+
+def explain_adapter(where: str, config: Path | None) -> CheckpointError:
+    """The error for an adapter where a model is asked for.
+
+    Args:
+        where: As it was named.
+        config: Its ``adapter_config.json``, which names its base; None where it is not here.
+    """
+    try:
+        settings = {} if config is None else parse_json(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = {}
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    named = f" of {base!r}" if isinstance(base, str) and base else ""
+    return CheckpointError(
+        f"{where!r} is an adapter{named}, not a model; merge it into {named[4:] or 'its base'} (peft: "
+        "merge_and_unload), save that, and give its folder"
+    )
 
 
 def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:

@@ -19,6 +19,7 @@ from tmerge.errors import CheckpointError
 from tmerge.models.checkpoint import (
     SETTINGS_FILES,
     StoredTensor,
+    explain_adapter,
     file_digest,
     folder_digest,
     folder_licence,
@@ -63,6 +64,8 @@ class Place:
             config = read_config(snapshot.folder / "config.json")
             return cls(reference, snapshot.folder, snapshot, config, trust_remote_code)
         assert reference.path is not None
+        if (reference.path / "adapter_config.json").is_file() and not (reference.path / "config.json").is_file():
+            raise explain_adapter(reference.text, reference.path / "adapter_config.json")
         path = reference.path / "config.json"
         if not path.is_file() and (ggufs := sorted(reference.path.glob("*.gguf"))):
             raise CheckpointError(

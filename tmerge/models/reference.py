@@ -58,11 +58,17 @@ class ModelReference:
             raise ModelNotFoundError("the model reference is empty: give a Hub id, a folder or a .gguf file")
         if text.startswith(DEMO_PREFIX):
             return cls(text, "gguf")
-        path = Path(text).expanduser()
-        if path.is_dir():
-            return cls(text, "folder", path=path)
-        if path.is_file():
-            return cls._file(text, path)
+        try:
+            path = Path(text).expanduser()
+            if path.is_dir():
+                return cls(text, "folder", path=path)
+            if path.is_file():
+                return cls._file(text, path)
+        except (OSError, RuntimeError) as error:  # a name of over 255 letters; ~ of a user that is not there
+            raise ModelNotFoundError(
+                f"{text[:80]!r} is no model: {getattr(error, 'strerror', None) or error}; give a Hub id (user/name), a "
+                "folder or a .gguf file"
+            ) from None
         if text[0] in "./~\\" or "\\" in text or text.endswith((".gguf", "/")) or path.is_absolute():
             raise ModelNotFoundError(f"{text!r}: no such file or folder; check the path, or give a Hub id (user/name)")
         repo, at, revision = text.partition("@")

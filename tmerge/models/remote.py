@@ -33,6 +33,7 @@ from tmerge.models.checkpoint import (
     WEIGHTS_FILE,
     StoredTensor,
     card_licence,
+    explain_adapter,
     explain_no_safetensors,
     is_tokenizer_file,
     read_index,
@@ -206,10 +207,11 @@ def open_repo(reference: ModelReference, revision: str | None = None) -> Snapsho
 
 def _no_config(reference: ModelReference, names: list[str]) -> CheckpointError:
     if "adapter_config.json" in names:
-        return CheckpointError(
-            f"{reference.text!r} is an adapter, not a model; merge it into its base (peft: merge_and_unload) "
-            "and save that"
-        )
+        try:
+            config = Path(hf_hub_download(str(reference.repo), "adapter_config.json", revision=reference.revision))
+        except (HfHubHTTPError, OSError):
+            config = None
+        return explain_adapter(reference.text, config)
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         return CheckpointError(
             f"{reference.text!r} holds GGUF files; download one and give its path: "

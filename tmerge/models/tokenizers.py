@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tmerge.models.checkpoint import tokenizer_files
 from tmerge.models.gguf import read_header
 from tmerge.models.reference import ModelReference, one_line
 
-__all__ = ["check_tokenizer", "read_tokenizer", "restore_limits", "unusable_ids"]
+__all__ = ["check_tokenizer", "read_tokenizer", "refuse_without_rows", "restore_limits", "unusable_ids"]
 
 # What tokenizers and transformers raise of files that are amiss; of a class of their own only where it is a plain one.
 _OF_ITS_FILES = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
@@ -111,6 +112,39 @@ def check_tokenizer(reference: ModelReference, tokenizer: PreTrainedTokenizerBas
         )
     if not tokenizer("tmerge", add_special_tokens=False)["input_ids"]:
         raise TokenizerError(f"{reference.text!r}: its tokenizer turns a word into nothing; replace its files")
+    around = [*tokenizer("tmerge")["input_ids"], tokenizer.bos_token_id, tokenizer.eos_token_id]
+    if (last := max(index for index in around if index is not None)) >= rows:
+        raise TokenizerError(
+            f"{reference.text!r}: its tokenizer puts token {last:,} ({tokenizer.convert_ids_to_tokens(last)!r}) around "
+            f"texts, and its embedding has {rows:,} rows; use the model's own tokenizer files"
+        )
+
+
+def refuse_without_rows(name: str, tokenizer: PreTrainedTokenizerBase, rows: int, texts: Sequence[str]) -> None:
+    """Refuse texts that give a token for which the embedding has no row.
+
+    Args:
+        name: Of the model, for errors.
+        tokenizer: The model's, whose vocabulary is not larger than the embedding (`check_tokenizer`).
+        rows: Of the embedding.
+        texts: To be read.
+
+    Raises:
+        TokenizerError: One of them holds such a token.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    without = {token.content: index for index, token in added if index >= rows}
+    for number, text in enumerate(texts if without else (), 1):
+        for token, index in without.items():
+            if token not in text:
+                continue
+            by_template = token in str(tokenizer.chat_template or "")
+            remedy = "name a column of plain text" if by_template else "take it out of the texts"
+            raise TokenizerError(
+                f"{name!r}: text {number} ({text[:40]!r}…) holds {token!r}, token {index:,} of its tokenizer, and its "
+                f"embedding has {rows:,} rows: it was never trained on that token"
+                f"{', which its chat template writes' if by_template else ''}; {remedy}, or use a model that was"
+            )
 
 
 def restore_limits(tokenizer: PreTrainedTokenizerBase) -> None:

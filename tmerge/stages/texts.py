@@ -9,7 +9,7 @@ from typing import Any
 
 from tmerge.calibration import TextSet, common_ends, of_another, other_texts, pinned, read_texts, token_limit
 from tmerge.errors import DatasetError
-from tmerge.models import Model
+from tmerge.models import Model, refuse_without_rows
 from tmerge.recipe import CalibrationSettings, Recipe, Reconstruction
 from tmerge.report import TrainingTexts
 from tmerge.run import Run
@@ -90,6 +90,7 @@ class Texts:
             texts = replace(texts, **other_texts(settings, kept_away, seed=seed, chat_tokenizer=tokenizer))
         self._refuse_changed({settings.dataset: texts.file_sha256, settings.match_on: texts.other_sha256})
         kept = self._kept(texts)
+        self._refuse_unreadable(texts, kept)
         if settings.rows != "texts" and not self.recorded:
             texts = replace(texts, ends=self._common_ends(texts))
         texts.save(self.path)
@@ -136,6 +137,13 @@ class Texts:
         for name, digest in read.items():
             if digest is not None and self.data[str(name)] != f"sha256:{digest}":
                 raise DatasetError(f"dataset {name!r} changed while it was read; start again when it is written")
+
+    def _refuse_unreadable(self, texts: TextSet, kept: TextSet | None) -> None:
+        """Refuse texts that one of the models has no row of its embedding for, before its weights are read."""
+        read = [*texts.texts, *texts.held_out, *texts.choosing, *texts.other]
+        read += [] if kept is None else [*kept.texts, *kept.held_out, *kept.choosing]
+        for model in (self.target, self.source):
+            refuse_without_rows(model.reference, model.tokenizer, model.vocabulary_rows, read)
 
     def _common_ends(self, texts: TextSet) -> tuple[tuple[int, ...], ...]:
         """Where in each text both models are read, where features are of single tokens."""

@@ -184,7 +184,7 @@ def dataset_facts(repo: str, config: str | None, split: str, wanted: str | None)
     return DatasetFacts(facts.columns, facts.column, facts.why, facts.example, configs, splits)
 
 
-def _facts(rows: list[dict[str, Any]], columns: tuple[str, ...], name: str, wanted: str | None) -> DatasetFacts:
+def _facts(rows: Sequence[dict[str, Any]], columns: tuple[str, ...], name: str, wanted: str | None) -> DatasetFacts:
     try:
         column: Column | None = choose_column(wanted or None, columns, rows, repr(name))
         why = ""

@@ -280,11 +280,19 @@ def _prompt_ids(loaded: LoadedModel, question: Question) -> tuple[torch.Tensor, 
             )
         except Exception as error:  # noqa: BLE001 - a template is its authors' program, and fails as it likes
             raise PromptError(f"its chat template does not take this prompt ({type(error).__name__})") from None
-        return encoded["input_ids"].to(loaded.device), "chat template"
-    ids = tokenizer(question.prompt, return_tensors="pt")["input_ids"].to(loaded.device)
+        return _with_rows(encoded["input_ids"], loaded), "chat template"
+    ids = tokenizer(question.prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise PromptError("its tokenizer makes nothing of this prompt; write another")
-    return ids, "plain text, it has no chat template" if question.chat else "plain text"
+    return _with_rows(ids, loaded), "plain text, it has no chat template" if question.chat else "plain text"
+
+
+def _with_rows(ids: torch.Tensor, loaded: LoadedModel) -> torch.Tensor:
+    """The ids, where the model has a row of its embedding for each."""
+    if int(ids.max()) >= loaded.embedding_rows:
+        token = loaded.tokenizer.convert_ids_to_tokens(int(ids.max()))
+        raise PromptError(f"it was never trained on the token {token!r}, which this prompt becomes; write another")
+    return ids.to(loaded.device)
 
 
 class _Heard(BaseStreamer):
