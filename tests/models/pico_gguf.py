@@ -26,12 +26,15 @@ def save_pico_gguf(
     keys: dict[str, Any] | None = None,
     seed: int = 0,
     beyond: bool = False,
+    extra: dict[str, torch.Tensor] | None = None,
+    **config_keys: Any,
 ) -> Path:
     """Write a two-layer llama whose matrices are packed as `kind`; `keys` are added to the metadata.
 
-    With `beyond`, a third block lies in the file, as of models that predict several tokens.
+    With `beyond`, a third block lies in the file, as of models that predict several tokens; `extra` are tensors by
+    their names in the file, and `config_keys` the model's own.
     """
-    model = pico_model("llama-tied" if tied else "llama", seed=seed, head_dim=16)
+    model = pico_model("llama-tied" if tied else "llama", seed=seed, **{"head_dim": 16, **config_keys})
     config = model.config
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_name("Pico")
@@ -43,12 +46,13 @@ def save_pico_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base((config.rope_parameters or {}).get("rope_theta", 10000.0))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if tokenizer:
         _add_tokenizer(writer, pad)
     for key, value in (keys or {}).items():
-        writer.add_uint32(key, value) if isinstance(value, int) else writer.add_string(key, value)
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kinds[type(value)](key, value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if tied and name == "lm_head.weight":
@@ -61,6 +65,8 @@ def save_pico_gguf(
         _add_tensor(writer, f"{names.get_name(stem)}.{suffix}", tensor, kind)
     if beyond:
         _add_tensor(writer, "blk.2.attn_norm.weight", torch.ones(config.hidden_size), kind)
+    for name, tensor in (extra or {}).items():
+        _add_tensor(writer, name, tensor, GGMLQuantizationType.F32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

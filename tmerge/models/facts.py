@@ -134,7 +134,8 @@ def _cached_headers(place: Place) -> dict[str, StoredTensor] | None:
 
 def _gguf_facts(place: GgufPlace) -> ModelFacts:
     model, size = place.empty, place.header.weight_bytes
-    return _facts(place.reference, model.config, model, torch.bfloat16, size, place.licence)
+    facts = _facts(place.reference, model.config, model, torch.bfloat16, size, place.licence)
+    return replace(facts, remarks=place.remarks)
 
 
 def _facts(

@@ -197,7 +197,8 @@ def open_by_blocks(
     where = place.reference
     if isinstance(place, Place) and place.trust_remote_code:
         return None
-    assert place.empty is not None  # which says what is wrong with a config
+    # Which say what is wrong with a config, or with a file that would be another model.
+    assert place.empty is not None and (isinstance(place, Place) or place.remarks is not None)
     number_format = pick_dtype(dtype, place.dtype)
     config = place.config if isinstance(place, GgufPlace) else place.settled_config
     model = empty_model(config, number_format)
@@ -270,6 +271,7 @@ def _load_gguf(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> LoadedModel:
     reference, path, header = place.reference, place.path, place.header
+    assert place.remarks is not None  # which refuses what would be another model
     config = copy.deepcopy(place.config)
     number_format = pick_dtype(dtype, place.dtype)
     check_memory(reference.text, _unpacking_bytes(header, number_format), torch.device("cpu"))

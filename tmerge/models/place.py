@@ -31,6 +31,7 @@ from tmerge.models.configs import check_config, load_config, meta_model, stored_
 from tmerge.models.demo import demo_model, demo_path
 from tmerge.models.door import check_settings
 from tmerge.models.gguf import GgufHeader, fast_reading, read_header
+from tmerge.models.gguf_held import hold_gguf, stretch_rotary
 from tmerge.models.reference import ModelReference
 from tmerge.models.remote import Snapshot, fetch, fetch_weights, open_repo
 from tmerge.models.ties import stored_apart, untie
@@ -213,7 +214,18 @@ class GgufPlace:
         """
         read_header(self.path)  # which says better what is wrong with a file
         with fast_reading(self.path) as folder:
-            return load_config(self.reference, folder, {"gguf_file": self.path.name})
+            config = load_config(self.reference, folder, {"gguf_file": self.path.name})
+        stretch_rotary(self.reference, self.header, config)
+        return config
+
+    @cached_property
+    def remarks(self) -> tuple[str, ...]:
+        """What of the file is not read and may matter.
+
+        Raises:
+            CheckpointError: Something is not read without which it is another model.
+        """
+        return hold_gguf(self.reference, self.header, self.empty)
 
     @cached_property
     def empty(self) -> PreTrainedModel:

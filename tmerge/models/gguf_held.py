@@ -1,0 +1,307 @@
+"""What a GGUF file says and holds, held against the model that ``transformers`` makes of it.
+
+Its loader takes what it knows and passes over the rest without a word: a tensor that it has no name for, a scale of the
+logits, a stretched rotary table. Without them it is another model. What changes nothing is let pass; what is known to
+change the model is refused; keys that nobody here knows are named.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+import numpy as np
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tmerge.errors import CheckpointError
+from tmerge.models.gguf import GgufHeader
+from tmerge.models.reference import ModelReference
+
+__all__ = ["hold_gguf", "stretch_rotary"]
+
+_REMEDY = "so it would be another model; use its safetensors"
+# llama.cpp's name of the tensor of Llama 3's rotary factors, and of those that are another architecture's.
+_FACTORS = "rope_freqs.weight"
+# As all of Llama 3.1, 3.2 and 3.3 are stretched, but for the factor: no GGUF file says it.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A key of the metadata that decides what the model computes.
+
+    Attributes:
+        names: Of a config, under any of which it may be.
+        neutral: Values that change nothing.
+    """
+
+    names: tuple[str, ...] = ()
+    neutral: tuple[Any, ...] = ()
+
+
+_DECIDING = {
+    "attention.key_length": _Key(("head_dim",)),
+    "attention.value_length": _Key(("v_head_dim", "head_dim")),
+    "attention.clamp_kqv": _Key(("clip_qkv",), (0.0,)),
+    "attention.max_alibi_bias": _Key((), (0.0,)),
+    "attention.causal": _Key((), (True,)),
+    "attention.scale": _Key(("attention_multiplier",), (0.0,)),
+    "attention.output_scale": _Key((), (0.0, 1.0)),
+    "attention.temperature_scale": _Key((), (0.0,)),
+    "attention.shared_kv_layers": _Key(("num_kv_shared_layers",), (0,)),
+    "attn_logit_softcapping": _Key(("attn_logit_softcapping",), (0.0,)),
+    "final_logit_softcapping": _Key(("final_logit_softcapping", "logits_soft_cap"), (0.0,)),
+    "logit_scale": _Key(("logit_scale", "logits_scaling"), (0.0, 1.0)),
+    "residual_scale": _Key(("residual_multiplier",), (0.0, 1.0)),
+    "embedding_scale": _Key(("embedding_multiplier",), (0.0, 1.0)),
+    "use_parallel_residual": _Key(("use_parallel_residual",)),
+    "expert_count": _Key(("num_experts", "num_local_experts"), (0,)),
+    "expert_used_count": _Key(("num_experts_per_tok",), (0,)),
+    "expert_feed_forward_length": _Key(("moe_intermediate_size", "intermediate_size")),
+    "expert_shared_feed_forward_length": _Key(("shared_expert_intermediate_size",)),
+    "expert_weights_scale": _Key(("routed_scaling_factor",), (0.0, 1.0)),
+    "expert_weights_norm": _Key(("norm_topk_prob",)),
+    "rope.scaling.attn_factor": _Key((), (0.0, 1.0)),
+}
+# Of what is read, of what is held by its own function below, and of what says nothing of the language model.
+_SAID_ELSEWHERE = {
+    "context_length",
+    "vocab_size",
+    "tensor_data_layout",
+    "nextn_predict_layers",
+    "attention.sliding_window_pattern",
+    "rope.dimension_sections",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "rope.scaling.yarn_log_multiplier",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+}
+
+
+def hold_gguf(reference: ModelReference, header: GgufHeader, model: PreTrainedModel) -> tuple[str, ...]:
+    """Hold a file against the model that is made of it.
+
+    Args:
+        reference: Named in errors.
+        header: Of the file.
+        model: On the meta device.
+
+    Returns:
+        Remarks on what is not read and may matter.
+
+    Raises:
+        CheckpointError: Something is not read without which it is another model; one line.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if unread := _unread_tensors(header, model):
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        raise CheckpointError(
+            f"{reference.text!r} holds tensors that {type(model).__name__} has no place for ({unread[0]}{more}), "
+            f"{_REMEDY}"
+        )
+    prefix = f"{header.architecture}."
+    said = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
+    for key, value in said.items():
+        if (made := _otherwise(key, value, said, config)) is not None:
+            raise CheckpointError(
+                f"{reference.text!r}: its metadata say {prefix}{key} {_shown(value)}, and transformers makes a model "
+                f"with {made} of it, {_REMEDY}"
+            )
+    read = _keys_read(header.architecture)
+    unknown = [key for key in said if key not in read and key not in _DECIDING and key not in _HELD_ALONE]
+    unknown = [key for key in unknown if key not in _SAID_ELSEWHERE]
+    return tuple(
+        f"metadata say {prefix}{key} {_shown(said[key])}, which is not read: whether it matters is not known here"
+        for key in unknown
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)[:40]
+
+
+def _otherwise(key: str, value: Any, said: Mapping[str, Any], config: Any) -> str | None:
+    """What the config has in the place of what the file says; None where it has that."""
+    if key in _HELD_ALONE:
+        return _HELD_ALONE[key](value, said, config)
+    if (deciding := _DECIDING.get(key)) is None or isinstance(value, str):
+        return None
+    if any(_same(value, neutral) for neutral in deciding.neutral):
+        return None
+    held = {name: getattr(config, name) for name in deciding.names if getattr(config, name, None) is not None}
+    if any(_same(value, there) for there in held.values()):
+        return None
+    return ", ".join(f"{name} {there}" for name, there in held.items()) or "none"
+
+
+def _same(value: Any, other: Any) -> bool:
+    try:
+        return math.isclose(float(value), float(other), rel_tol=1e-5)
+    except (TypeError, ValueError):
+        return bool(value == other)
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _tables(config: Any) -> dict[str, Mapping[str, Any]]:
+    """Kind of layer -> its rotary positions; one under "" where all layers have the same."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kinds = {name: value for name, value in rotary.items() if isinstance(value, Mapping)}
+    return kinds or ({"": rotary} if rotary else {})
+
+
+def _main_table(config: Any) -> Mapping[str, Any]:
+    tables = _tables(config)
+    return tables.get("full_attention") or next(iter(tables.values()), {})
+
+
+def _key_length(value: Any, said: Mapping[str, Any], config: Any) -> str | None:
+    return None if _same(value, _head_dim(config)) else f"heads of {_head_dim(config)}"
+
+
+def _rotary_width(value: Any, said: Mapping[str, Any], config: Any) -> str | None:
+    table = _main_table(config)
+    share = table.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    width = int(_head_dim(config) * share)
+    return None if not table or _same(value, width) else f"{width} rotary dimensions"
+
+
+def _rotary_base(value: Any, said: Mapping[str, Any], config: Any) -> str | None:
+    theta = _main_table(config).get("rope_theta")
+    return None if theta is None or _same(value, theta) else f"rope_theta {theta:g}"
+
+
+def _window(value: Any, said: Mapping[str, Any], config: Any) -> str | None:
+    # A window as wide as the texts may be, or none, lets everything in.
+    if isinstance(value, int) and (value <= 0 or value >= said.get("context_length", math.inf)):
+        return None
+    window = getattr(config, "sliding_window", None)
+    return None if _same(value, window) else f"sliding_window {window}"
+
+
+def _scaling(value: Any, said: Mapping[str, Any], config: Any) -> str | None:
+    if value in ("none", "") or _same(said.get("rope.scaling.factor", 0.0), 1.0):
+        return None
+    table = _main_table(config)
+    kind = table.get("rope_type", "default")
+    same = kind == value and _same(said.get("rope.scaling.factor", 0.0), table.get("factor"))
+    return None if same else f"rope_type {kind}, factor {table.get('factor', 1)}"
+
+
+_HELD_ALONE = {
+    "attention.key_length": _key_length,
+    "attention.key_length_swa": _key_length,
+    "attention.value_length_swa": _key_length,
+    "attention.sliding_window": _window,
+    "rope.dimension_count": _rotary_width,
+    "rope.freq_base": _rotary_base,
+    "rope.scaling.type": _scaling,
+}
+
+
+def _keys_read(architecture: str) -> set[str]:
+    """Keys that ``transformers`` takes into the config, or knows as ones that it need not."""
+    from transformers.integrations import GGUF_CONFIG_MAPPING
+
+    names = {architecture, architecture.replace("-", "_"), architecture.replace("moe", "_moe")}
+    read: set[str] = set()
+    for name in names:
+        keys: Mapping[str, Any] = GGUF_CONFIG_MAPPING.get(name, {})  # type: ignore[assignment]
+        read |= keys.keys()
+    return read
+
+
+def _unread_tensors(header: GgufHeader, model: PreTrainedModel) -> list[str]:
+    placed = _placed(header, model)
+    blocks = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    unread = []
+    for tensor in header.tensors:
+        # Blocks beyond the model's predict further tokens.
+        part = tensor.name.split(".")
+        beyond = part[0] == "blk" and part[1].isdigit() and int(part[1]) >= blocks
+        if tensor.name not in placed and not beyond and tensor.name != _FACTORS:
+            unread.append(tensor.name)
+    return unread
+
+
+def _placed(header: GgufHeader, model: PreTrainedModel) -> set[str]:
+    """Names of the tensors that ``transformers`` has a place for in this model."""
+    names = {tensor.name for tensor in header.tensors}
+    try:
+        from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, is_gguf_arch_supported
+    except ImportError:
+        pass
+    else:
+        if is_gguf_arch_supported(header.architecture):
+            return _renamed_into(model, names, get_gguf_conversion_mapping(header.architecture, model.config))
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=model.config.to_dict())
+    placed = set(get_gguf_hf_weights_map(model, processor))
+    # Experts are taken apart by the processor; a head is stored beside the embedding that it is tied to.
+    return placed | {name for name in names if "_exps." in name or name == "output.weight"}
+
+
+def _renamed_into(model: PreTrainedModel, names: set[str], mapping: Any) -> set[str]:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    entries = copy.deepcopy(mapping)  # asking marks an entry as used
+    renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in entries if isinstance(entry, WeightConverter)]
+    own = model.state_dict().keys()
+    return {
+        name
+        for name in names
+        if (into := rename_source_key(name, renamings, converters)[0]) in own or into.startswith("mtp.")
+    }
+
+
+def stretch_rotary(reference: ModelReference, header: GgufHeader, config: PreTrainedConfig) -> None:
+    """Give a config the stretched rotary positions of Llama 3.1 and later, which a file holds as a tensor of factors.
+
+    ``transformers`` passes over that tensor. The factors are those by which each frequency is divided; they are held
+    against what the models' own settings give.
+
+    Raises:
+        CheckpointError: They are of no kind that is known.
+    """
+    if all(tensor.name != _FACTORS for tensor in header.tensors):
+        return
+    tensor = next(tensor for tensor in gguf.GGUFReader(header.path).tensors if tensor.name == _FACTORS)
+    factors = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float64).ravel()
+    table = getattr(config, "rope_parameters", None)
+    if np.allclose(factors, 1.0):
+        return
+    if isinstance(table, dict) and "rope_theta" in table:
+        stretch = round(float(factors.max()), 4)
+        expected = _llama3_factors(table["rope_theta"], 2 * len(factors), stretch)
+        if np.allclose(factors, expected, rtol=1e-4):
+            table |= {"rope_type": "llama3", "factor": stretch} | _LLAMA3
+            return
+    raise CheckpointError(
+        f"{reference.text!r} holds rotary factors ({_FACTORS}, up to {factors.max():.4g}) that transformers does not "
+        f"read, {_REMEDY}"
+    )
+
+
+def _llama3_factors(theta: float, width: int, stretch: float) -> np.ndarray:
+    """By what each rotary frequency is divided: 1 for short wavelengths, `stretch` for long, smooth in between."""
+    wavelength = 2 * math.pi * theta ** (np.arange(0, width, 2) / width)
+    low, high, length = (
+        _LLAMA3["low_freq_factor"],
+        _LLAMA3["high_freq_factor"],
+        _LLAMA3["original_max_position_embeddings"],
+    )
+    smooth = np.clip((length / wavelength - low) / (high - low), 0.0, 1.0)
+    return np.asarray(1.0 / ((1.0 - smooth) / stretch + smooth))
