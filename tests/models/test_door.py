@@ -46,6 +46,9 @@ def _line(call, error):
         ({"head_dim": 0}, "head_dim 0"),
         ({"num_hidden_layers": 10**7}, "num_hidden_layers 10,000,000, and it is a count from 1 to 1,000"),
         ({"num_hidden_layers": 0}, "num_hidden_layers 0"),
+        ({"intermediate_size": 0}, "intermediate_size 0"),
+        ({"text_config": {}}, "has a text_config, and a llama model has no such part; take it out"),
+        ({"quantization_config": {}}, "is stored quantised"),
         ({"hidden_size": 10**12}, "hidden_size 1,000,000,000,000"),
         ({"vocab_size": 10**30}, "vocab_size a number of over 15 digits"),
         ({"vocab_size": 0}, "vocab_size 0"),
@@ -87,6 +90,12 @@ def test_a_small_file_that_is_no_object(folder, name, content):
     for call in (lambda: read_facts(str(folder)), lambda: load_model(str(folder), device="cpu")):
         line = _line(call, error)
         assert f"its {name} " in line and "download it again" in line and len(line) < 500
+
+
+def test_a_generation_config_that_transformers_cannot_use(folder):
+    _edit(folder / "generation_config.json", pad_token_id=[])
+    for call in (lambda: read_facts(str(folder)), lambda: load_model(str(folder), device="cpu")):
+        assert "transformers cannot use its generation_config.json: '<' not supported" in _line(call, CheckpointError)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])

@@ -63,8 +63,9 @@ def check_config(reference: ModelReference, config: dict[str, Any], trust_remote
             f"{reference.text!r}: model_type {kind!r} is not a causal language model; tmerge merges decoders such as "
             "llama, qwen3, gemma3 or gpt2"
         )
-    packed = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if packed:
+    held = (part.get("quantization_config") for part in (config, config.get("text_config") or {}))
+    packed = next((settings for settings in held if settings is not None), None)
+    if packed is not None:
         method = packed.get("quant_method", "an unknown method") if isinstance(packed, dict) else "an unknown method"
         raise UnsupportedModelError(
             f"{reference.text!r} is stored quantised ({method}), and packed weights cannot be merged; "
@@ -102,6 +103,11 @@ def load_config(
         raise UnsupportedModelError(
             f"{reference.text!r}: transformers {transformers.__version__} cannot use {what}: {one_line(error)}"
         ) from None
+    if not isinstance(config.get_text_config(decoder=True), PreTrainedConfig):
+        raise UnsupportedModelError(
+            f"{reference.text!r}: its config.json has a text_config, and a {config.model_type} model has no such part; "
+            "take it out"
+        )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
         raise UnsupportedModelError(
             f"{reference.text!r}: model_type {config.model_type!r} is not a causal language model; "

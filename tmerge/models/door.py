@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
+from transformers import GenerationConfig
 
 from tmerge.documents import parse_json
 from tmerge.errors import CheckpointError, TmergeError, TokenizerError, UnsupportedModelError
 from tmerge.models.checkpoint import SETTINGS_FILES
-from tmerge.models.reference import ModelReference
+from tmerge.models.reference import ModelReference, one_line
 
 if TYPE_CHECKING:
     from typing import Self  # of Python 3.11; 3.10 does not ask for it
 
-__all__ = ["check_settings", "check_stored_config"]
+__all__ = ["check_generation", "check_settings", "check_stored_config"]
 
 # No published model has a tenth of either; a vocabulary beyond the second would not fit in any memory.
 _MOST_LAYERS, _LARGEST_SIZE = 1000, 1 << 24
@@ -64,6 +65,9 @@ class _Config(BaseModel):
     hidden_size: _Size = None
     n_embd: _Size = None
     d_model: _Size = None
+    intermediate_size: _Size = None
+    ffn_dim: _Size = None
+    n_inner: _Size = None
     num_attention_heads: _Size = None
     num_key_value_heads: _Size = None
     n_head: _Size = None
@@ -171,3 +175,20 @@ def check_settings(reference: ModelReference, folder: Path) -> None:
                     f"{reference.text!r}: its {name} has {'.'.join(map(str, first['loc'][:1]))} "
                     f"{_value(first['input'])}, and {_expected(first['msg'])}; download it again, or mend the file"
                 ) from None
+
+
+def check_generation(reference: ModelReference, folder: Path) -> None:
+    """Refuse a ``generation_config.json`` that ``transformers`` cannot make one of, where there is one.
+
+    Raises:
+        CheckpointError: With what it says of it.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        GenerationConfig.from_dict(parse_json(path.read_text(encoding="utf-8")))
+    except Exception as error:  # noqa: BLE001 - its checks fail in their own ways at values of the wrong kind
+        raise CheckpointError(
+            f"{reference.text!r}: transformers cannot use its {path.name}: {one_line(error)}; mend it, or take it out"
+        ) from None

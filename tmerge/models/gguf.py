@@ -122,7 +122,7 @@ def _header_of(path: Path, size: int, changed: int) -> GgufHeader:
     with blob:
         try:
             return _header(path, blob)
-        except (struct.error, UnicodeDecodeError, EOFError):
+        except (struct.error, UnicodeDecodeError, EOFError, OverflowError):
             raise CheckpointError(
                 f"{str(path)!r} is truncated or damaged ({size:,} bytes); download it again"
             ) from None
@@ -280,9 +280,11 @@ def _dequantize(data: np.ndarray, qtype: GGMLQuantizationType, original: Any = g
     elements, size = gguf.GGML_QUANT_SIZES[qtype]
     shape = gguf.quants.quant_shape_from_byte_shape(data.shape, qtype)
     blocks = math.gcd(data.size // size, max(1, _ROW // elements))
-    if blocks * elements <= shape[-1]:
-        return original(data, qtype)
-    return original(data.reshape(-1, blocks * size), qtype).reshape(shape)
+    # Of damaged blocks numpy would warn; what comes of them is refused as not finite, by the tensor's name.
+    with np.errstate(all="ignore"):
+        if blocks * elements <= shape[-1]:
+            return original(data, qtype)
+        return original(data.reshape(-1, blocks * size), qtype).reshape(shape)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from tmerge.models.checkpoint import (
 )
 from tmerge.models.configs import check_config, load_config, meta_model, stored_dtype, tidy_gguf_config
 from tmerge.models.demo import demo_model, demo_path
-from tmerge.models.door import check_settings
+from tmerge.models.door import check_generation, check_settings
 from tmerge.models.gguf import GgufHeader, fast_reading, read_header
 from tmerge.models.gguf_held import hold_gguf, stretch_rotary
 from tmerge.models.reference import ModelReference
@@ -137,6 +137,7 @@ class Place:
             for name in SETTINGS_FILES:
                 fetch(self.snapshot, name)
         check_settings(self.reference, self.folder)
+        check_generation(self.reference, self.folder)
 
     @cached_property
     def weights(self) -> list[Path]:

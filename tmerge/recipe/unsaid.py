@@ -31,7 +31,7 @@ _WRITTEN_OUT: dict[str, dict[str, Any]] = {
     },
 }
 
-_KINDS: dict[Any, type[Weights] | type[TaskVector] | type[Reconstruction]] = {
+_KINDS: dict[str, type[Weights] | type[TaskVector] | type[Reconstruction]] = {
     "task-vector": TaskVector,
     "reconstruct": Reconstruction,
 }
@@ -45,7 +45,8 @@ def with_unsaid(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     filled = dict(data)
     fusion = filled["fusion"] = _with({"what": "weights"}, data.get("fusion"))
-    kind = _KINDS.get(_said(fusion, "what"), Weights)
+    what = _said(fusion, "what")
+    kind = _KINDS.get(what, Weights) if isinstance(what, str) else Weights
     for name, values in kind.beside.items():
         filled[name] = _with(values, data.get(name))
     if kind is Reconstruction and data.get("source_base") is not None:
