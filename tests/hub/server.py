@@ -56,13 +56,16 @@ class Repo:
 class LoopbackHub:
     """Use as a context manager; `endpoint` is what ``HF_ENDPOINT`` should be.
 
-    `states_digests`: whether a repo's listing has its weights in large-file storage, with their SHA-256.
+    `states_digests`: whether a repo's listing has its weights in large-file storage, with their SHA-256. `hold`: part
+    of an address at which a body is sent or taken by half, until `released`; `reached` says that it has come to that.
     """
 
     def __init__(self, repos: dict[str, Repo], token: str = "hf_loopback") -> None:
         self.repos = repos
         self.token = token
         self.states_digests = True
+        self.hold = ""
+        self.reached, self.released = threading.Event(), threading.Event()
         self.requests: list[str] = []
         self.connections: set[socket.socket] = set()
         hub = self
@@ -230,8 +233,22 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
+        if body and self._is_held():
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            self._wait()
+            data = data[len(data) // 2 :]
         if body:
-            self.wfile.write(data)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.wfile.write(data)
+
+    def _is_held(self) -> bool:
+        hub = self.server_hub
+        return bool(hub.hold) and hub.hold in self.path and not hub.released.is_set()
+
+    def _wait(self) -> None:
+        self.server_hub.reached.set()
+        self.server_hub.released.wait(120)
 
 
 def _blob(path: str, data: bytes, stored_apart: bool) -> dict[str, Any]:

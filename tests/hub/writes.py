@@ -103,6 +103,8 @@ def _writing(handler: Any) -> Any:
         server_hub: WritableHub
 
         def do_PUT(self) -> None:
+            if self._is_held():
+                self._wait()
             self._write()
 
         def do_POST(self) -> None:
