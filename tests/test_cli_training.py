@@ -7,7 +7,7 @@ import pytest
 
 from tests.test_cli import pair, run, small  # noqa: F401 (fixtures)
 from tmerge.errors import RecipeError
-from tmerge.store import LOCK, locked
+from tmerge.store import LOCK_FILES, locked
 
 pytest.importorskip("trl")
 TRAIN = ["--set", "adaptation.batch_size=2", "--set", "adaptation.max_tokens=32"]
@@ -74,8 +74,9 @@ def test_a_comparison_that_another_process_works_at_is_refused_and_stays(run, pa
     with locked(folder, folder):
         code, printed, err = run("compare", *small(pair, folder))
         assert (code, printed) == (2, "")
-        assert err.splitlines()[-1].startswith(f"error: another tmerge is at work in {folder}; wait until")
-        assert [path.name for path in folder.iterdir()] == [LOCK]
+        busy = rf"error: another tmerge \(process .*\) is at work in {folder}; wait until"
+        assert re.match(busy, err.splitlines()[-1])
+        assert {path.name for path in folder.iterdir()} == LOCK_FILES
     # What fails with nothing done leaves nothing, the lock neither.
     code, _, err = run("compare", *small(pair, folder), "--set", "compare.domains={Malay: nowhere.txt}")
     assert code == 2 and "nowhere.txt" in err and not folder.exists()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype
 
 __all__ = [
-    "LOCK",
+    "LOCK_FILES",
     "locked",
     "read_json",
     "replacing",
@@ -38,8 +38,9 @@ __all__ = [
     "write_text",
 ]
 
-LOCK = "lock"
-"""Name of the file that a folder is locked by."""
+_LOCK, _HOLDER = "lock", "held-by"
+LOCK_FILES = frozenset({_LOCK, _HOLDER})
+"""Names of the files that a folder is locked by, and that say who holds it."""
 
 
 @contextmanager
@@ -164,7 +165,7 @@ def locked(folder: Path, what: Path) -> Iterator[None]:
         RunBusyError: Another one is at work; it is named.
         ReadOnlyError: Nothing can be written there.
     """
-    lock, holder = FileLock(folder / LOCK, timeout=0, is_singleton=False), folder / _HOLDER
+    lock, holder = FileLock(folder / _LOCK, timeout=0, is_singleton=False), folder / _HOLDER
     try:
         lock.acquire()
     except Timeout:
@@ -185,7 +186,6 @@ def locked(folder: Path, what: Path) -> Iterator[None]:
         lock.release()
 
 
-_HOLDER = "held-by"
 _NOT_TO_BE_WRITTEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 

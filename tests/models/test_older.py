@@ -12,7 +12,7 @@ import torch
 
 from tests.pico import PICO_FAMILIES, PICO_RARE, pico_config, save_pico
 from tmerge.models import least_release, load_model, save_checkpoint
-from tmerge.models.settings import _READ_BY_BOTH
+from tmerge.models.settings import READ_BY_BOTH
 
 TEXT = "Saya membaca buku. The cat sat on the mat, naïve café."
 _RELEASE = ["transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2"]
@@ -78,7 +78,7 @@ def _types():
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [True, False], ids=["copied", "written"])
 def test_all_that_are_said_to_are_read_alike(older, tmp_path, place):
-    families = [family for family, kind in _types().items() if kind in _READ_BY_BOTH]
+    families = [family for family, kind in _types().items() if kind in READ_BY_BOTH]
     for family in families:
         assert least_release(_saved(save_pico(family, tmp_path / "in" / family, chat=True), tmp_path / family)) is None
     read = older([tmp_path / family for family in families])
@@ -89,7 +89,7 @@ def test_all_that_are_said_to_are_read_alike(older, tmp_path, place):
 @pytest.mark.slow
 def test_of_others_the_least_release_is_said(tmp_path):
     for family, kind in _types().items():
-        if kind not in _READ_BY_BOTH:
+        if kind not in READ_BY_BOTH:
             loaded = load_model(str(save_pico(family, tmp_path / family)), device="cpu")
             assert least_release(loaded) == "5.0", family
 

@@ -41,7 +41,7 @@ from tmerge.stages.neurons import Neurons
 from tmerge.stages.scoring import cut, held_out
 from tmerge.stages.step import Listener, Step, fusing_stage
 from tmerge.stages.texts import kept_texts, training_texts
-from tmerge.store import LOCK, locked, write_json, write_text
+from tmerge.store import LOCK_FILES, locked, write_json, write_text
 from tmerge.transport import TransportRecord
 
 __all__ = ["compare"]
@@ -114,7 +114,7 @@ def _at_work(folder: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if all(path.name == LOCK for path in folder.iterdir()):
+            if all(path.name in LOCK_FILES for path in folder.iterdir()):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 

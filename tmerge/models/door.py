@@ -22,10 +22,10 @@ from tmerge.models.reference import ModelReference, one_line
 if TYPE_CHECKING:
     from typing import Self  # of Python 3.11; 3.10 does not ask for it
 
-__all__ = ["check_generation", "check_settings", "check_stored_config"]
+__all__ = ["LARGEST_SIZE", "MOST_LAYERS", "check_generation", "check_settings", "check_stored_config"]
 
 # No published model has a tenth of either; a vocabulary beyond the second would not fit in any memory.
-_MOST_LAYERS, _LARGEST_SIZE = 1000, 1 << 24
+MOST_LAYERS, LARGEST_SIZE = 1000, 1 << 24
 
 
 def _counted(most: int) -> Callable[[Any], Any]:
@@ -44,8 +44,8 @@ def _shown(count: int, most: int) -> dict[str, Any]:
     return {"count": f"{count:,}" if abs(count) < 10**15 else "a number of over 15 digits", "most": f"{most:,}"}
 
 
-_Layers = Annotated[Any, AfterValidator(_counted(_MOST_LAYERS))]
-_Size = Annotated[Any, AfterValidator(_counted(_LARGEST_SIZE))]
+_Layers = Annotated[Any, AfterValidator(_counted(MOST_LAYERS))]
+_Size = Annotated[Any, AfterValidator(_counted(LARGEST_SIZE))]
 
 
 class _Config(BaseModel):

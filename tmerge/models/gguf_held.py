@@ -21,7 +21,7 @@ from tmerge.errors import CheckpointError
 from tmerge.models.gguf import GgufHeader
 from tmerge.models.reference import ModelReference
 
-__all__ = ["hold_gguf", "stretch_rotary"]
+__all__ = ["DECIDING_KEYS", "HELD_ALONE", "hold_gguf", "stretch_rotary"]
 
 _REMEDY = "so it would be another model; use its safetensors"
 # llama.cpp's name of the tensor of Llama 3's rotary factors, and of those that are another architecture's.
@@ -43,7 +43,7 @@ class _Key:
     neutral: tuple[Any, ...] = ()
 
 
-_DECIDING = {
+DECIDING_KEYS = {
     "attention.key_length": _Key(("head_dim",)),
     "attention.value_length": _Key(("v_head_dim", "head_dim")),
     "attention.clamp_kqv": _Key(("clip_qkv",), (0.0,)),
@@ -117,7 +117,7 @@ def hold_gguf(reference: ModelReference, header: GgufHeader, model: PreTrainedMo
                 f"with {made} of it, {_REMEDY}"
             )
     read = _keys_read(header.architecture)
-    unknown = [key for key in said if key not in read and key not in _DECIDING and key not in _HELD_ALONE]
+    unknown = [key for key in said if key not in read and key not in DECIDING_KEYS and key not in HELD_ALONE]
     unknown = [key for key in unknown if key not in _SAID_ELSEWHERE]
     return tuple(
         f"metadata say {prefix}{key} {_shown(said[key])}, which is not read: whether it matters is not known here"
@@ -131,9 +131,9 @@ def _shown(value: Any) -> str:
 
 def _otherwise(key: str, value: Any, said: Mapping[str, Any], config: Any) -> str | None:
     """What the config has in the place of what the file says; None where it has that."""
-    if key in _HELD_ALONE:
-        return _HELD_ALONE[key](value, said, config)
-    if (deciding := _DECIDING.get(key)) is None or isinstance(value, str):
+    if key in HELD_ALONE:
+        return HELD_ALONE[key](value, said, config)
+    if (deciding := DECIDING_KEYS.get(key)) is None or isinstance(value, str):
         return None
     if any(_same(value, neutral) for neutral in deciding.neutral):
         return None
@@ -199,7 +199,7 @@ def _scaling(value: Any, said: Mapping[str, Any], config: Any) -> str | None:
     return None if same else f"rope_type {kind}, factor {table.get('factor', 1)}"
 
 
-_HELD_ALONE = {
+HELD_ALONE = {
     "attention.key_length": _key_length,
     "attention.key_length_swa": _key_length,
     "attention.value_length_swa": _key_length,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Licence", "known_licence"]
+__all__ = ["Licence", "known_licence", "known_licences"]
 
 Kind = Literal["permissive", "attribution", "nc", "sa", "nc-sa", "nd", "gnu", "rail", "custom"]
 
@@ -340,3 +340,8 @@ _ALIASES = {_key(text): licence for licence in _KNOWN.values() for text in (lice
 def known_licence(identifier: str | None) -> Licence | None:
     """The licence that a repo's ``license`` or ``license_name`` means, or None where that is not known."""
     return None if identifier is None else _ALIASES.get(_key(identifier))
+
+
+def known_licences() -> tuple[Licence, ...]:
+    """All that are known, by kind."""
+    return tuple(_KNOWN.values())

@@ -23,7 +23,15 @@ from tmerge.models.remote import fetch
 from tmerge.models.stored import is_announcement
 from tmerge.models.tokenizers import restore_limits
 
-__all__ = ["CONFIG", "least_release", "own_place", "write_config", "write_generation_config", "write_tokenizer"]
+__all__ = [
+    "CONFIG",
+    "READ_BY_BOTH",
+    "least_release",
+    "own_place",
+    "write_config",
+    "write_generation_config",
+    "write_tokenizer",
+]
 
 CONFIG = "config.json"
 """Name of the file without which a folder is no checkpoint."""
@@ -35,7 +43,7 @@ _BESIDE = ("chat_template.json", "preprocessor_config.json", "processor_config.j
 # Kinds of rotary positions that releases before 5 compute.
 _OLDER_ROTARY = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 # Types of models whose files, written by today's releases, those before 5 read in the same way (test_older.py).
-_READ_BY_BOTH = frozenset(
+READ_BY_BOTH = frozenset(
     """
     arcee biogpt bloom cohere cohere2 ernie4_5 exaone4 falcon falcon_h1 gemma gemma2 gemma3_text gemma3n_text glm glm4
     gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj granite granitemoeshared helium hunyuan_v1_dense lfm2 llama
@@ -66,7 +74,7 @@ def least_release(loaded: LoadedModel) -> str | None:
     place = own_place(loaded)
     own = str((place.stored_config if place is not None else {}).get("transformers_version", ""))
     written_before = place is not None and not own.startswith("5.")
-    return None if written_before or loaded.model.config.model_type in _READ_BY_BOTH else "5.0"
+    return None if written_before or loaded.model.config.model_type in READ_BY_BOTH else "5.0"
 
 
 def write_config(loaded: LoadedModel, folder: Path, dtype: torch.dtype, place: Place | None) -> None:

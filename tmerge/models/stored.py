@@ -21,6 +21,9 @@ from tmerge.models.checkpoint import StoredTensor
 from tmerge.models.reference import ModelReference
 
 __all__ = [
+    "COMPUTED",
+    "PREDICTION_LAYERS",
+    "SIDE_PARTS",
     "Places",
     "SidePart",
     "Sorting",
@@ -35,7 +38,7 @@ __all__ = [
 _PLAIN = {"F64", "F32", "BF16", "F16"}
 
 # Names of which older releases of transformers stored what they now compute.
-_COMPUTED = {"inv_freq", "original_inv_freq", "masked_bias", "position_ids", "cos_cached", "sin_cached", "version"}
+COMPUTED = {"inv_freq", "original_inv_freq", "masked_bias", "position_ids", "cos_cached", "sin_cached", "version"}
 _COMPUTED_ENDS = ("embed_positions._float_tensor", "embed_positions.weights")
 _MASK = re.compile(r"(^|\.)(self_|cross)?(attn|attention)\.bias$")
 
@@ -47,7 +50,7 @@ _SCALE = re.compile(
 
 # Parts beside the language model, by a component of the tensors' names.
 _PREDICTION = re.compile(r"(^|_)(mtp|nextn)(_|$)|^(eh_proj|enorm|hnorm|shared_head|medusa\w*|eagle\w*|multi_token\w*)$")
-_SIDE_PARTS = (
+SIDE_PARTS = (
     ("a value head", re.compile(r"^(v_head|value_(head|model|net)|critic(_\w+)?)$")),
     (
         "a reward or classifier head",
@@ -60,8 +63,8 @@ _SIDE_PARTS = (
         re.compile(r"^(visual|(vision|audio|image)_\w+|embed_(vision|audio)|mm_projector|multi_modal_projector)$"),
     ),
 )
-_PREDICTION_LAYERS = "layers that predict further tokens (MTP)"
-_CLASSIFIER = _SIDE_PARTS[1][0]
+PREDICTION_LAYERS = "layers that predict further tokens (MTP)"
+_CLASSIFIER = SIDE_PARTS[1][0]
 
 # How a config counts prediction layers: num_nextn_predict_layers, mtp_num_hidden_layers, num_mtp_modules. What else it
 # says of them (mtp_use_dedicated_embeddings, mtp_loss_weight) says nothing where there are none.
@@ -247,7 +250,7 @@ def sort_stored(stored: Mapping[str, StoredTensor], places: Places) -> Sorting:
         stem, number = _block(name)
         outside = number is not None and number >= places.layers and _decoder(stem) in blocks
         if _is_prediction(name) or (outside and (stem, number) in predicting):
-            side.setdefault(_PREDICTION_LAYERS, []).append(name)
+            side.setdefault(PREDICTION_LAYERS, []).append(name)
         elif kind := _side_kind(name):
             side.setdefault(kind, []).append(name)
         elif outside:
@@ -360,14 +363,14 @@ def _is_prediction(name: str) -> bool:
 def _side_kind(name: str) -> str | None:
     """What a tensor outside the blocks is part of, by the modules it lies in: the model's own, or one beneath it."""
     for part in name.split(".")[:2]:
-        for kind, pattern in _SIDE_PARTS:
+        for kind, pattern in SIDE_PARTS:
             if pattern.match(part):
                 return kind
     return None
 
 
 def _was_computed(name: str, entry: StoredTensor | None) -> bool:
-    if name.rpartition(".")[2] in _COMPUTED or name.endswith(_COMPUTED_ENDS):
+    if name.rpartition(".")[2] in COMPUTED or name.endswith(_COMPUTED_ENDS):
         return True
     # A causal mask, (..., n, n); a bias that is added has one axis.
     shape = () if entry is None else entry.shape

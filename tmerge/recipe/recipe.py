@@ -58,7 +58,9 @@ class Recipe(Section):
         description="whether a model that is only read is all in memory (resident), or read from its files block by "
         "block (blocks); auto takes the first where it fits. It changes no number",
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the split, the controls and the bootstrap")
+    seed: Annotated[int, Field(ge=0, le=4294967295)] = Field(
+        0, description="of the split, the controls and the bootstrap"
+    )
     trust_remote_code: tuple[str, ...] = Field(
         (), description="the references, and no others, whose repos may run their own code"
     )

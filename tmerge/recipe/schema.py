@@ -116,7 +116,7 @@ def _bounds(key: Mapping[str, Any]) -> list[str]:
     low, high = key.get("minimum", key.get("exclusiveMinimum")), key.get("maximum", key.get("exclusiveMaximum"))
     if low is not None and high is not None:
         opened, closed = "[" if "minimum" in key else "(", "]" if "maximum" in key else ")"
-        return [f"in {opened}{low:g}, {high:g}{closed}"]
+        return [f"in {opened}{low:.10g}, {high:.10g}{closed}"]
     if low is not None:
         return [f"of {low:g} or more" if "minimum" in key else f"above {low:g}"]
     return [] if high is None else [f"of {high:g} or less" if "maximum" in key else f"below {high:g}"]
