@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.planted import planted_case, side_of
 from tmerge.errors import Cancelled
-from tmerge.transport import Side, one_thread_each, relatedness
+from tmerge.transport import ASKED_NEURONS, Side, one_thread_each, relatedness
+from tmerge.transport.relatedness import _wilson
 
 _ROWS = 400
 _KEYS = ("qkv.pre", "o.post", "gate.post", "up.post", "down.pre")
@@ -95,7 +98,46 @@ def test_without_an_mlp_the_stream_says_it_all():
     source = _copied(target, 40, 60, noise=0.5)
     found = relatedness(_side(target, _STREAM), _side(source, _STREAM), {0: 0, 1: 1}, _ROWS, seed=0)
     assert found.mlp is None and found.value == found.stream == 1.0
-    assert found.to_dict() == {"value": 1.0, "permuted": found.permuted, "stream": 1.0, "mlp": None, "rows": _ROWS // 2}
+    assert found.to_dict() == {
+        "value": 1.0,
+        "ci95": (1.0, 1.0),
+        "permuted": found.permuted,
+        "stream": 1.0,
+        "mlp": None,
+        "rows": _ROWS // 2,
+        "neurons": 40,
+    }
+
+
+def test_of_wide_layers_some_neurons_are_asked_and_the_interval_says_what_that_costs():
+    """Half of the neurons are copies and half are strangers: about half agree, whichever are drawn."""
+    width = 3 * ASKED_NEURONS
+    target = _features(1, 60, width, 0)
+    noise = torch.randn(_ROWS, width // 2, generator=torch.Generator().manual_seed(3))
+    source = {
+        (layer, key): values if key in _STREAM else torch.cat([values[:, : width // 2], noise], 1)
+        for (layer, key), values in target.items()
+    }
+    sides, covered = (_side(target), _side(source)), 0
+    with one_thread_each():
+        for seed in range(20):
+            found = relatedness(*sides, {0: 0}, _ROWS, seed=seed)
+            assert found.neurons == 60 + ASKED_NEURONS and found.stream == 1.0
+            low, high = found.ci95
+            assert low < found.value < high and 0.01 < high - low < 0.06
+            covered += low <= 0.75 + 0.002 <= high  # strangers agree by chance too
+    assert covered >= 17
+
+
+@given(st.integers(1, 400), st.integers(0, 400), st.floats(0, 1))
+def test_limits_of_a_share(asked, more, share):
+    """Wider for fewer that were asked, nothing where all were, and never beyond 0 and 1."""
+    share = round(share * asked) / asked
+    low, high = _wilson(share, asked, asked + more)
+    assert 0 <= low <= share <= high <= 1 + 1e-12
+    assert (low, high) == (share, share) if not more else high > low
+    wider = _wilson(share, asked, asked + more + 1)
+    assert wider[0] <= low + 1e-12 and wider[1] >= high - 1e-12
 
 
 def test_the_same_seed_gives_the_same_figures_and_a_listener_may_stop():

@@ -36,7 +36,7 @@ from tmerge.errors import TmergeError
 from tmerge.version import DISTRIBUTION, VERSION, installs_tmerge
 
 if TYPE_CHECKING:
-    from tmerge.report import Report
+    from tmerge.report import Relatedness, Report
 
 __all__ = ["check", "demo", "inspect", "merge", "recipe"]
 
@@ -154,15 +154,16 @@ def check(
 
     when_stopped(nothing_changed)
     result = check_models(loaded)
-    relatedness_values = _relatedness(loaded, named=dataset) if relatedness else None
+    measured = _relatedness(loaded, named=dataset) if relatedness else None
     if json_output:
-        print_json(result.to_dict() | ({} if relatedness_values is None else {"relatedness": relatedness_values}))
+        more = {} if measured is None else {"relatedness": measured.model_dump(mode="json")}
+        print_json(result.to_dict() | more)
         return
     show_check(result)
-    if relatedness_values is not None:
+    if measured is not None:
         from tmerge.report import relatedness_words
 
-        typer.echo(relatedness_words(relatedness_values["value"], relatedness_values["permuted"]))
+        typer.echo(relatedness_words(measured))
 
 
 @app.command()
@@ -173,7 +174,7 @@ def recipe() -> None:
     typer.echo(recipe_page(), nl=False)
 
 
-def _relatedness(recipe: Any, named: str | None) -> dict[str, Any]:
+def _relatedness(recipe: Any, named: str | None) -> Relatedness:
     """Both models read, and their neurons matched twice; nothing is kept. On the dataset, where one was named."""
     from tmerge.models import PROJECTIONS
     from tmerge.recipe import Shared, TaskVector
@@ -200,7 +201,7 @@ def _relatedness(recipe: Any, named: str | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, progress() as listener:
         note = advance(asked, Path(folder) / "pair", until="transport", listener=listener)
     assert isinstance(note, TransportNote) and note.relatedness is not None  # asked of a shared structure
-    return dict(note.relatedness)
+    return note.relatedness
 
 
 @app.command()

@@ -15,6 +15,7 @@ from tmerge.report import (
     moved_words,
     next_words,
     ratio_words,
+    relatedness_numbers,
     score_rows,
     verdict_sentence,
 )
@@ -189,5 +190,4 @@ def _solved(solved: Transport) -> Iterable[Sequence[str]]:
     if solved.map != "plan":
         yield "map", f"{solved.map}, fitted to the features"
     if solved.relatedness:
-        relatedness = solved.relatedness
-        yield "relatedness", f"{relatedness.value:.2f}, by chance {relatedness.permuted:.2f}"
+        yield "relatedness", relatedness_numbers(solved.relatedness)

@@ -30,7 +30,15 @@ from tmerge.preflight.holding import (
 )
 from tmerge.preflight.speed import SPEED_FILE, Timing, timing_of
 from tmerge.recipe import FITTED_CONTROLS, Recipe, Shared
-from tmerge.transport import correlation_cost, match, sinkhorn, standardise, working_dtype
+from tmerge.transport import (
+    ASKED_LAYERS,
+    ASKED_NEURONS,
+    correlation_cost,
+    match,
+    sinkhorn,
+    standardise,
+    working_dtype,
+)
 
 __all__ = ["TOKENS_PER_TEXT", "Estimate", "estimate_run", "scorings", "widths_of"]
 
@@ -306,10 +314,12 @@ def _threads(device: torch.device) -> int:
 def _entries_of(recipe: Recipe, target_widths: _Widths, source_widths: _Widths) -> float:
     """Entries of all problems' cost matrices."""
     if isinstance(recipe.transport, Shared):
-        # Pairs of layers alone, and of an eighth of them as much again for each half that relatedness looks at.
-        return 1.5 * sum(
-            sum(target_widths[key]) * max(source_widths[key]) for key in target_widths if key in source_widths
+        # Pairs of layers; and, of some of their neurons, four times what relatedness asks: of two halves, and shuffled.
+        both = [(target_widths[key], max(source_widths[key])) for key in target_widths if key in source_widths]
+        asked = sum(
+            min(ASKED_LAYERS, len(widths)) * min(ASKED_NEURONS, max(widths)) * width for widths, width in both if widths
         )
+        return float(sum(sum(widths) * width for widths, width in both) + 4 * asked)
     return float(
         sum(sum(target_widths[key]) * sum(source_widths[key]) for key in target_widths if key in source_widths)
     )

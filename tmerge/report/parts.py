@@ -170,13 +170,15 @@ class Iterations(Part):
 
 
 class Relatedness(Part):
-    """Shares of the target's neurons, 0 to 1, as `tmerge.transport.Relatedness`."""
+    """Shares of the target's neurons, 0 to 1, as `tmerge.transport.Relatedness`; earlier reports asked all neurons."""
 
     value: float
+    ci95: Items[float] | None = None
     permuted: float
     stream: float
     mlp: float | None
     rows: int
+    neurons: int | None = None
 
 
 class Transport(Part):

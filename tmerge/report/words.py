@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from tmerge.evaluation import Verdict
-from tmerge.report.parts import Fusion, Measured, ReconstructionFit, Transport
+from tmerge.report.parts import Fusion, Measured, ReconstructionFit, Relatedness, Transport
 from tmerge.report.report import Kept, Report
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ratio_heading",
     "moved_words",
     "ratio_words",
+    "relatedness_numbers",
     "relatedness_words",
     "score_words",
     "solved_words",
@@ -41,14 +42,15 @@ were measured lie at 0.98 and above on texts that both read (at 0.87 on means ov
 strangers at 0.14 to 0.18 on single tokens and at 0.01 on means over texts (docs/experiments.md)."""
 
 
-def relatedness_words(value: float, permuted: float) -> str:
-    """Whether the two models' neurons correspond, in a sentence.
+def relatedness_numbers(measured: Relatedness) -> str:
+    """Its value with its interval, and what chance gives."""
+    interval = "" if measured.ci95 is None else " [{:.2f}, {:.2f}]".format(*measured.ci95)
+    return f"{measured.value:.2f}{interval} (by chance {measured.permuted:.2f})"
 
-    Args:
-        value: Of `tmerge.transport.relatedness`.
-        permuted: What chance gives.
-    """
-    numbers = f"Relatedness {value:.2f} (by chance {permuted:.2f})"
+
+def relatedness_words(measured: Relatedness) -> str:
+    """Whether the two models' neurons correspond, in a sentence."""
+    numbers, value = f"Relatedness {relatedness_numbers(measured)}", measured.value
     if value >= RELATED:
         sentence = f"{numbers}: these models' neurons correspond, as those of models with a common ancestor do"
         if value < _CLEAR:

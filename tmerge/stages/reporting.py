@@ -164,7 +164,7 @@ def _remarks(measured: Measurements) -> list[str]:
                 "was transported has no norm to be held against there (norm_ratio null)"
             )
     if solved.relatedness is not None:
-        remarks.append(relatedness_words(solved.relatedness.value, solved.relatedness.permuted))
+        remarks.append(relatedness_words(solved.relatedness))
     if measured.chosen is not None and not any(measured.chosen.alpha.values()):
         remarks.append(
             f"fusion.alpha auto found no alpha that clearly gains on {measured.chosen.choice.texts} texts kept for "

@@ -103,7 +103,7 @@ class SolveTransport:
         assert transport.problems is not None  # it was solved here
         noted_relatedness = self._relatedness(transport, progress)
         if noted_relatedness is not None:
-            progress.note(relatedness_words(noted_relatedness.value, noted_relatedness.permuted))
+            progress.note(relatedness_words(noted_relatedness))
         return TransportNote.model_validate({**transport.problems.to_dict(), "relatedness": noted_relatedness})
 
     def _solve(self, progress: Progress) -> Transport:

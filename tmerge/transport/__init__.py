@@ -23,7 +23,7 @@ from tmerge.transport.plans import (
     working_dtype,
 )
 from tmerge.transport.record import PlanRecorder, TransportRecord, recorded_layer_maps, recorded_transport
-from tmerge.transport.relatedness import Relatedness, relatedness
+from tmerge.transport.relatedness import ASKED_LAYERS, ASKED_NEURONS, Relatedness, relatedness
 from tmerge.transport.result import FeatureLayers, FeatureMap, LayerMap, Problems, Transport
 from tmerge.transport.shared import paired_layer_maps, paired_layers, read_shared, shared_transport, solve_shared
 from tmerge.transport.sides import Heard, Side, feature_keys
@@ -34,6 +34,8 @@ from tmerge.transport.structure import STREAM_KEYS, Structure, pair_layers, solv
 from tmerge.transport.workers import in_turn, one_thread_each
 
 __all__ = [
+    "ASKED_LAYERS",
+    "ASKED_NEURONS",
     "MASS_AT",
     "STREAM_KEYS",
     "Correspondence",
