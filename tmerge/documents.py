@@ -43,10 +43,13 @@ def parse_json(text: str) -> Any:
     """
     try:
         value = json.loads(text)
-        too_deep = text.count("[") + text.count("{") > _DEEPEST and _depth(value) > _DEEPEST
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # a number of more digits than Python reads
+        raise json.JSONDecodeError("a number without end", text, 0) from None
     except RecursionError:
-        too_deep = True
-    if too_deep:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from None
+    if text.count("[") + text.count("{") > _DEEPEST and _depth(value) > _DEEPEST:
         raise json.JSONDecodeError("nested too deeply", text, 0)
     return value
 

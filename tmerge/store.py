@@ -128,8 +128,9 @@ def write_tensors_in_turn(
         kind, shape = layout[name]
         begin, end = end, end + kind.itemsize * math.prod(shape)
         header[name] = {"dtype": _SAFETENSORS[str(kind)], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # Where values begin decides how they are multiplied: mapped, at a multiple of what processors read at once.
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
@@ -137,6 +138,8 @@ def write_tensors_in_turn(
             assert (values.dtype, tuple(values.shape)) == layout[name]
             file.write(values.contiguous().flatten().view(torch.uint8).numpy().data)
 
+
+_ALIGNMENT = 64
 
 # As the format names the dtypes that weights and buffers are held in.
 _SAFETENSORS = {

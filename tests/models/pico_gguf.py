@@ -64,6 +64,7 @@ def save_pico_gguf(
         stem, suffix = name.rsplit(".", 1)
         _add_tensor(writer, f"{names.get_name(stem)}.{suffix}", tensor, kind)
     if beyond:
+        writer.add_nextn_predict_layers(1)
         _add_tensor(writer, "blk.2.attn_norm.weight", torch.ones(config.hidden_size), kind)
     for name, tensor in (extra or {}).items():
         _add_tensor(writer, name, tensor, GGMLQuantizationType.F32)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tracemalloc
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.pico import PICO_FAMILIES, PICO_RARE, save_pico
+from tmerge.errors import CheckpointError
 from tmerge.models import Model, load_model, read_facts, save_checkpoint, verify_checkpoint
 from tmerge.models.copying import stored_again
 from tmerge.models.settings import own_place
@@ -92,6 +96,45 @@ def test_each_tensor_keeps_its_own_precision(tmp_path):
     assert after["model.norm.weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_what_its_own_precision_cannot_hold_is_written_in_the_models(tmp_path, narrow):
+    """One tensor of fewer digits among float32: fused it has more, and what was measured is what is written."""
+    folder, name = save_pico("llama", tmp_path / "in"), "model.layers.1.mlp.down_proj.weight"
+    _rewrite(folder, lambda stored, tensor: tensor.to(narrow) if stored == name else tensor)
+    loaded = load_model(str(folder), device="cpu")
+    save_checkpoint(loaded, tmp_path / "same")
+    assert load_file(tmp_path / "same" / "model.safetensors")[name].dtype == narrow
+    with torch.no_grad():
+        loaded.model.get_parameter(name).add_(1e-4 * torch.randn(64, 96))
+    save_checkpoint(loaded, tmp_path / "out")
+    verify_checkpoint(tmp_path / "out", loaded, TEXTS)
+    assert load_file(tmp_path / "out" / "model.safetensors")[name].dtype == torch.float32
+
+
+def test_of_experts_one_tensor_is_taken_apart_at_a_time(tmp_path):
+    loaded = load_model(str(save_pico("mixtral", tmp_path / "in", layers=4)), device="cpu")
+    tensors = stored_again(loaded, own_place(loaded))
+    tracemalloc.start()
+    try:
+        held = [weakref.ref(tensor.read()) for name, tensor in tensors.items() if ".experts." in name]
+    finally:
+        tracemalloc.stop()
+    # The last that was taken apart is kept, for its other parts; what was read before is gone.
+    assert len(held) > 12 and sum(ref() is not None for ref in held) == 0
+
+
+def test_files_that_went_away_or_changed_are_one_line(tmp_path):
+    folder = save_pico("llama", tmp_path / "in")
+    loaded = load_model(str(folder), device="cpu")
+    _rewrite(folder, lambda name, tensor: tensor.bfloat16())
+    with pytest.raises(CheckpointError, match="changed while it was being used"):
+        save_checkpoint(loaded, tmp_path / "out")
+    shutil.rmtree(folder)
+    with pytest.raises(CheckpointError) as caught:
+        save_checkpoint(loaded, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
 def test_in_another_dtype_all_of_it_is(tmp_path):
     """Asked for by the user, or by a save in another one."""
     folder = save_pico("llama", tmp_path / "in")
@@ -132,9 +175,15 @@ def test_a_head_that_is_stored_beside_the_embedding_that_it_is_tied_to(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
 
 
-def test_a_head_of_other_values_than_the_embedding_is_not_tied_to_it(tmp_path):
+@pytest.mark.parametrize("said", [True, False], ids=["said", "by default"])
+@pytest.mark.parametrize("family", ["llama-tied", "gemma2"])
+def test_a_head_of_other_values_than_the_embedding_is_not_tied_to_it(tmp_path, family, said):
     """The config says that they are one: what the files hold counts, and the written config says so."""
-    folder = save_pico("llama-tied", tmp_path / "in")
+    folder = save_pico(family, tmp_path / "in")
+    config = json.loads((folder / "config.json").read_text())
+    if not said and family == "gemma2":
+        del config["tie_word_embeddings"]
+        (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "model.safetensors")
     save_file(
         tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] * 2},

@@ -39,7 +39,7 @@ def _line(call, error):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"pad_token_id": 384}, "pad_token_id 384, and its 384 tokens have ids from 0 to 383: set it to one of them"),
+        ({"pad_token_id": 384}, r"pad_token_id 384, and ids go up to 383 \(vocab_size\); set it to one of them"),
         ({"num_attention_heads": 0}, "num_attention_heads 0, and it is a count from 1"),
         ({"num_attention_heads": -4}, "num_attention_heads -4"),
         ({"num_key_value_heads": 0}, "num_key_value_heads 0"),

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.models.pico_gguf import save_pico_gguf
 from tests.pico import pico_model
 from tmerge.errors import CheckpointError
-from tmerge.models import Model, load_model, read_facts, save_checkpoint
+from tmerge.models import Model, ModelReference, load_model, read_facts, save_checkpoint
+from tmerge.models.gguf import GgufHeader
+from tmerge.models.gguf_completed import complete
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -58,6 +61,7 @@ def _refusals(path):
         ("rope_factors_long.weight", (8,)),
         ("blk.0.ffn_down.scale", (1,)),
         ("position_embd.weight", (8, 64)),
+        ("blk", (4,)),
     ],
 )
 def test_tensors_without_a_place_are_refused(tmp_path, name, shape):
@@ -80,6 +84,7 @@ def test_tensors_without_a_place_are_refused(tmp_path, name, shape):
         ("residual_scale", 0.22, "none"),
         ("expert_count", 8, "none"),
         ("rope.scaling.type", "yarn", "rope_type default, factor 1"),
+        ("rope.scaling.attn_factor", 1.5, "none"),
     ],
 )
 def test_metadata_that_make_it_another_model_are_refused(tmp_path, key, value, words):
@@ -112,8 +117,14 @@ def test_metadata_that_nobody_here_knows_are_named(tmp_path):
     load_model(str(path), device="cpu")
 
 
-def test_a_block_beyond_the_models_is_one_that_predicts(tmp_path):
-    assert read_facts(str(save_pico_gguf(tmp_path / "a.gguf", beyond=True))).remarks == ()
+def test_as_many_blocks_beyond_the_models_as_are_said_to_predict_are_left_out_and_said(tmp_path):
+    path = save_pico_gguf(tmp_path / "a.gguf", beyond=True)
+    assert read_facts(str(path)).remarks == ("files hold 1 layers that predict further tokens (MTP), left out",)
+    load_model(str(path), device="cpu")
+    further = save_pico_gguf(tmp_path / "b.gguf", beyond=True, extra={"blk.3.attn_norm.weight": torch.ones(64)})
+    assert "(blk.3.attn_norm.weight)" in _refusals(further)
+    unsaid = save_pico_gguf(tmp_path / "c.gguf", extra={"blk.2.attn_norm.weight": torch.ones(64)})
+    assert "(blk.2.attn_norm.weight)" in _refusals(unsaid)
 
 
 def test_the_rotary_factors_of_llama_3_are_taken(tmp_path):
@@ -146,6 +157,47 @@ def test_the_rotary_factors_of_llama_3_are_taken(tmp_path):
 def test_rotary_factors_of_one_change_nothing(tmp_path):
     path = save_pico_gguf(tmp_path / "a.gguf", extra={"rope_freqs.weight": torch.ones(8)})
     assert load_model(str(path), device="cpu").model.config.rope_parameters["rope_type"] == "default"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+        {"rope.scaling.factor": 4.0},  # llama.cpp takes it as linear
+        {"rope.scale_linear": 4.0},
+    ],
+)
+def test_linearly_scaled_positions_are_taken(tmp_path, keys):
+    path = save_pico_gguf(
+        tmp_path / "a.gguf",
+        kind=GGMLQuantizationType.F32,
+        keys={f"llama.{key}": value for key, value in keys.items()},
+    )
+    scaled = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    model = pico_model("llama-tied", head_dim=16, rope_parameters=dict(scaled))
+    loaded = load_model(str(path), device="cpu", dtype="float32")
+    assert loaded.model.config.rope_parameters == scaled and read_facts(str(path)).remarks == ()
+    ids = torch.arange(100)[None]
+    with torch.inference_mode():
+        assert torch.allclose(loaded.model(ids).logits, model(ids).logits, atol=1e-5)
+
+
+def _completed(architecture, model_type, said, **keys):
+    """The config of a file of another architecture, as its metadata alone make it."""
+    header = GgufHeader(Path("a.gguf"), architecture, {f"{architecture}.{key}": v for key, v in said.items()}, ())
+    config = AutoConfig.for_model(model_type, **keys)
+    complete(ModelReference.parse("user/name"), header, config)
+    return config
+
+
+def test_windows_scales_and_tables_that_transformers_leaves_out():
+    assert _completed("phi3", "phi3", {"attention.sliding_window": 2047}, sliding_window=None).sliding_window == 2047
+    scaled = _completed("gemma3", "gemma3_text", {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0})
+    assert scaled.rope_parameters["full_attention"]["factor"] == 8.0
+    assert scaled.rope_parameters["sliding_attention"]["rope_type"] == "default"
+    large = {"hidden_size": 4608, "num_attention_heads": 32}
+    assert _completed("gemma2", "gemma2", {"block_count": 46}, **large).query_pre_attn_scalar == 144
+    assert _completed("gemma2", "gemma2", {"block_count": 42}, **large).query_pre_attn_scalar == 256
 
 
 def test_other_rotary_factors_are_refused(tmp_path):

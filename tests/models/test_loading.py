@@ -354,6 +354,10 @@ def test_a_folder_that_went_away(stored, tmp_path):
         ({"adapter_config.json": "[]"}, "is an adapter, not a model; merge it into its base"),
         ({"adapter_config.json": "nonsense"}, "is an adapter, not a model; merge it into its base"),
         ({"adapter_model.safetensors": "", "config.json": '{"model_type": "llama"}'}, "is an adapter, not a model"),
+        (
+            {"adapter_config.json": "{}", "config.json": '{"model_type": "llama"}'},
+            r"an adapter \(adapter_config.json\) beside a model \(config.json\), and which of the two is meant",
+        ),
     ],
 )
 def test_an_adapter_in_a_folder_is_told_from_a_model(tmp_path, files, words):

@@ -131,6 +131,12 @@ def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False, where:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ImportError, *_NOT_TO_BE_USED) as error:
+        if isinstance(error, AssertionError) and "adding_idx" in str(error):
+            decoder = config.get_text_config(decoder=True)
+            raise UnsupportedModelError(
+                f"{where}its config has pad_token_id {decoder.pad_token_id}, and ids go up to "
+                f"{decoder.vocab_size - 1} (vocab_size); set it to one of them in config.json, or to null"
+            ) from None
         raise UnsupportedModelError(
             f"{where}a {config.model_type} model cannot be built from its config: {one_line(error)}"
         ) from None

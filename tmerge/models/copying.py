@@ -2,7 +2,7 @@
 
 A tensor of the files is what it was as long as loading it gives the values that the model has. Its bytes are copied
 then, more digits than the model computes with included; any other is written anew, in the dtype and under the name that
-it is stored in. One tensor is in memory at a time beside the model.
+it is stored in (in the model's, where that one would lose digits). One tensor is in memory at a time beside the model.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tmerge.errors import CheckpointError
 from tmerge.models.checkpoint import INDEX_FILE, read_safetensors_header
 from tmerge.models.loading import LoadedModel
 from tmerge.models.place import Place
@@ -72,6 +73,9 @@ def stored_again(loaded: LoadedModel, place: Place) -> dict[str, WrittenTensor] 
 
     Returns:
         None where ``transformers`` does not tell which stored tensor became which of the model's.
+
+    Raises:
+        CheckpointError: The files are no longer there.
     """
     names = renamed(place.empty, place.headers)
     if names is None:
@@ -79,31 +83,24 @@ def stored_again(loaded: LoadedModel, place: Place) -> dict[str, WrittenTensor] 
     own = loaded.model.state_dict(keep_vars=True)
     twice = _stored_twice(loaded.model, own, {name for name, _ in names.values()})
     kept = {stored: (name, converted) for stored, (name, converted) in names.items() if name in own}
-    values: dict[str, Tensor] = {
-        stored: own[name] for stored, (name, converted) in kept.items() if not converted and name not in twice
-    }
-    converted = {stored for stored, (_, whether) in kept.items() if whether}
-    if converted:
-        taken_apart = _taken_apart(loaded.model, {name: own[name] for name, whether in kept.values() if whether})
-        if taken_apart.keys() != converted:
-            return None
-        values |= taken_apart
     # All that the model has is in the files, or is one with what is.
     written = {id(own[name]) for name, _ in kept.values()}
     if any(id(tensor) not in written for name, tensor in own.items() if name not in _unsaved(loaded.model)):
         return None
-    stored = {name: entry for name, entry in place.headers.items() if name in values}
-    if any(entry.dtype not in _DTYPES or entry.shape != values[name].shape for name, entry in stored.items()):
-        return None
+    apart = _Apart(loaded.model, own)
     files = {name: path for path in place.weights for name in read_safetensors_header(path)}
-    return {
-        name: WrittenTensor(
-            _DTYPES[entry.dtype],
-            entry.shape,
-            partial(_unchanged_or_anew, files[name], name, values[name], loaded.dtype),
-        )
-        for name, entry in stored.items()
-    }
+    tensors = {}
+    for stored, (name, converted) in kept.items():
+        entry = place.headers[stored]
+        shape = apart.shape(name, stored) if converted else tuple(own[name].shape)
+        if entry.dtype not in _DTYPES or entry.shape != shape:
+            return None
+        if not converted and name in twice:
+            continue
+        now = partial(apart.read, name, stored) if converted else own[name].detach
+        reading = _Stored(files[stored], stored, now, loaded.dtype)
+        tensors[stored] = WrittenTensor(reading.dtype(_DTYPES[entry.dtype]), entry.shape, reading.read)
+    return tensors
 
 
 def _stored_twice(model: PreTrainedModel, own: Mapping[str, Tensor], stored: set[str]) -> set[str]:
@@ -118,24 +115,71 @@ def _unsaved(model: PreTrainedModel) -> set[str]:
     return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
-def _taken_apart(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What loading put together from several tensors, as it was stored."""
-    from transformers.core_model_loading import revert_weight_conversion
+class _Apart:
+    """What loading put together from several tensors, as it was stored: one of the model's taken apart at a time."""
 
-    return dict(revert_weight_conversion(model, tensors))
+    def __init__(self, model: PreTrainedModel, own: Mapping[str, Tensor]) -> None:
+        self._model, self._own = model, own
+        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def shape(self, name: str, stored: str) -> tuple[int, ...] | None:
+        """Of one of the parts; None where the model's tensor has no such part."""
+        if name not in self._shapes:
+            parts = self._parts(name, torch.empty_like(self._own[name], device="meta"))
+            self._shapes[name] = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+        return self._shapes[name].get(stored)
+
+    def read(self, name: str, stored: str) -> Tensor:
+        """One of the parts."""
+        if self._last[0] != name:
+            self._last = ("", {})  # let go before the next is taken apart
+            self._last = (name, self._parts(name, self._own[name].detach()))
+        return self._last[1][stored]
+
+    def _parts(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return dict(revert_weight_conversion(self._model, {name: tensor}))
 
 
-def _unchanged_or_anew(path: Path, name: str, values: Tensor, loaded_as: torch.dtype) -> Tensor:
-    """A stored tensor as it is, where loading it gives these values; else these values in its dtype."""
-    with safe_open(path, "pt") as file:
-        stored: Tensor = file.get_tensor(name)
-    now = values.detach().to("cpu")
-    if not stored.is_floating_point():
-        return stored if torch.equal(stored, now) else now.to(stored.dtype)
-    # Some modules are held in float32 whatever the rest is loaded as.
-    if any(torch.equal(stored.to(dtype).to(now.dtype), now) for dtype in dict.fromkeys((loaded_as, now.dtype))):
-        return stored
-    return now.to(stored.dtype)
+@dataclass(frozen=True)
+class _Stored:
+    """A stored tensor and what the model has of it.
+
+    Attributes:
+        path: The file.
+        name: In it.
+        now: Gives the model's values.
+        loaded_as: The dtype that the model was loaded in; some modules are held in float32 all the same.
+    """
+
+    path: Path
+    name: str
+    now: Callable[[], Tensor]
+    loaded_as: torch.dtype
+
+    def dtype(self, stored: torch.dtype) -> torch.dtype:
+        """What it is to be written in: as it is stored, or as the model has it where it has values of more digits."""
+        if not stored.is_floating_point or torch.promote_types(stored, self.loaded_as) == stored:
+            return stored
+        now = self.now().to("cpu")
+        return stored if torch.equal(now.to(stored).to(now.dtype), now) else self.loaded_as
+
+    def read(self) -> Tensor:
+        """The stored values where loading them gives the model's, else the model's."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                stored: Tensor = file.get_tensor(self.name)
+        except (OSError, SafetensorError):
+            raise CheckpointError(
+                f"{str(self.path)!r} is no longer there, or not what it was; bring it back, and run the same command"
+            ) from None
+        now = self.now().to("cpu")
+        loaded = (stored.to(dtype).to(now.dtype) for dtype in dict.fromkeys((self.loaded_as, now.dtype)))
+        if torch.equal(stored, now) if not stored.is_floating_point() else any(torch.equal(v, now) for v in loaded):
+            return stored
+        return now.to(self.dtype(stored.dtype))
 
 
 def write_shards(folder: Path, tensors: Mapping[str, WrittenTensor], max_shard_size: int | str) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 from transformers import GenerationConfig
 
@@ -18,9 +18,6 @@ from tmerge.documents import parse_json
 from tmerge.errors import CheckpointError, TmergeError, TokenizerError, UnsupportedModelError
 from tmerge.models.checkpoint import SETTINGS_FILES
 from tmerge.models.reference import ModelReference, one_line
-
-if TYPE_CHECKING:
-    from typing import Self  # of Python 3.11; 3.10 does not ask for it
 
 __all__ = ["LARGEST_SIZE", "MOST_LAYERS", "check_generation", "check_settings", "check_stored_config"]
 
@@ -74,19 +71,7 @@ class _Config(BaseModel):
     n_heads: _Size = None
     head_dim: _Size = None
     vocab_size: _Size = None
-    pad_token_id: Any = None
     text_config: dict[str, Any] | None = None
-
-    @model_validator(mode="after")
-    def _padding_is_a_token(self) -> Self:
-        pad, size = self.pad_token_id, self.vocab_size
-        if isinstance(pad, int) and isinstance(size, int) and pad >= size:
-            raise PydanticCustomError(
-                "padding",
-                "pad_token_id {pad}, and its {size} tokens have ids from 0 to {last}: set it to one of them, or null",
-                {"pad": f"{pad}", "size": f"{size:,}", "last": f"{size - 1:,}"},
-            )
-        return self
 
 
 def check_stored_config(reference: ModelReference, config: Mapping[str, Any]) -> None:
@@ -103,8 +88,8 @@ def check_stored_config(reference: ModelReference, config: Mapping[str, Any]) ->
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
-        if first["type"] in ("count", "padding"):
-            said = f"{key} {first['msg']}".strip()
+        if first["type"] == "count":
+            said = f"{key} {first['msg']}"
         else:
             said = f"{key} {_value(first['input'])}, and {_expected(first['msg'])}"
         raise UnsupportedModelError(

@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import gguf
-import numpy as np
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tmerge.errors import CheckpointError
 from tmerge.models.gguf import GgufHeader
+from tmerge.models.gguf_completed import ROTARY_FACTORS, rotary_scaling, rotary_tables
 from tmerge.models.reference import ModelReference
 
-__all__ = ["DECIDING_KEYS", "HELD_ALONE", "hold_gguf", "stretch_rotary"]
+__all__ = ["DECIDING_KEYS", "HELD_ALONE", "hold_gguf"]
 
 _REMEDY = "so it would be another model; use its safetensors"
-# llama.cpp's name of the tensor of Llama 3's rotary factors, and of those that are another architecture's.
-_FACTORS = "rope_freqs.weight"
-# As all of Llama 3.1, 3.2 and 3.3 are stretched, but for the factor: no GGUF file says it.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)
@@ -75,8 +71,6 @@ _SAID_ELSEWHERE = {
     "nextn_predict_layers",
     "attention.sliding_window_pattern",
     "rope.dimension_sections",
-    "rope.scaling.type",
-    "rope.scaling.factor",
     "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
     "rope.scaling.yarn_log_multiplier",
@@ -110,16 +104,18 @@ def hold_gguf(reference: ModelReference, header: GgufHeader, model: PreTrainedMo
         )
     prefix = f"{header.architecture}."
     said = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
+    read = _keys_read(header.architecture)
     for key, value in said.items():
-        if (made := _otherwise(key, value, said, config)) is not None:
+        if key not in read and (made := _otherwise(key, value, said, config)) is not None:
             raise CheckpointError(
                 f"{reference.text!r}: its metadata say {prefix}{key} {_shown(value)}, and transformers makes a model "
                 f"with {made} of it, {_REMEDY}"
             )
-    read = _keys_read(header.architecture)
-    unknown = [key for key in said if key not in read and key not in DECIDING_KEYS and key not in HELD_ALONE]
-    unknown = [key for key in unknown if key not in _SAID_ELSEWHERE]
-    return tuple(
+    known = {*read, *_keys_known(header.architecture), *DECIDING_KEYS, *HELD_ALONE, *_SAID_ELSEWHERE}
+    unknown = [key for key in said if key not in known]
+    predicting = int(said.get("nextn_predict_layers", 0) or 0)
+    left_out = [] if not predicting else [f"files hold {predicting} layers that predict further tokens (MTP), left out"]
+    return tuple(left_out) + tuple(
         f"metadata say {prefix}{key} {_shown(said[key])}, which is not read: whether it matters is not known here"
         for key in unknown
     )
@@ -137,7 +133,7 @@ def _otherwise(key: str, value: Any, said: Mapping[str, Any], config: Any) -> st
         return None
     if any(_same(value, neutral) for neutral in deciding.neutral):
         return None
-    held = {name: getattr(config, name) for name in deciding.names if getattr(config, name, None) is not None}
+    held = {name: there for name in deciding.names if (there := _of(config, name)) is not None}
     if any(_same(value, there) for there in held.values()):
         return None
     return ", ".join(f"{name} {there}" for name, there in held.items()) or "none"
@@ -150,31 +146,37 @@ def _same(value: Any, other: Any) -> bool:
         return bool(value == other)
 
 
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def _of(config: Any, name: str) -> Any:
+    """A value of a config; None where it has none, or another for each kind of layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # noqa: BLE001 - transformers has an error of its own for that
+        return None
 
 
-def _tables(config: Any) -> dict[str, Mapping[str, Any]]:
-    """Kind of layer -> its rotary positions; one under "" where all layers have the same."""
-    rotary = getattr(config, "rope_parameters", None) or {}
-    kinds = {name: value for name, value in rotary.items() if isinstance(value, Mapping)}
-    return kinds or ({"": rotary} if rotary else {})
+def _head_dim(config: Any) -> int | None:
+    """Of all its layers; None where they differ."""
+    if _of(config, "global_head_dim") is not None:
+        return None
+    return int(_of(config, "head_dim") or config.hidden_size // config.num_attention_heads)
 
 
 def _main_table(config: Any) -> Mapping[str, Any]:
-    tables = _tables(config)
+    tables = rotary_tables(config)
     return tables.get("full_attention") or next(iter(tables.values()), {})
 
 
 def _key_length(value: Any, said: Mapping[str, Any], config: Any) -> str | None:
-    return None if _same(value, _head_dim(config)) else f"heads of {_head_dim(config)}"
+    width = _head_dim(config)
+    return None if width is None or _same(value, width) else f"heads of {width}"
 
 
 def _rotary_width(value: Any, said: Mapping[str, Any], config: Any) -> str | None:
-    table = _main_table(config)
-    share = table.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
-    width = int(_head_dim(config) * share)
-    return None if not table or _same(value, width) else f"{width} rotary dimensions"
+    table, head = _main_table(config), _head_dim(config)
+    if not table or head is None:
+        return None
+    width = int(head * (table.get("partial_rotary_factor") or _of(config, "partial_rotary_factor") or 1.0))
+    return None if _same(value, width) else f"{width} rotary dimensions"
 
 
 def _rotary_base(value: Any, said: Mapping[str, Any], config: Any) -> str | None:
@@ -186,17 +188,17 @@ def _window(value: Any, said: Mapping[str, Any], config: Any) -> str | None:
     # A window as wide as the texts may be, or none, lets everything in.
     if isinstance(value, int) and (value <= 0 or value >= said.get("context_length", math.inf)):
         return None
-    window = getattr(config, "sliding_window", None)
+    window = _of(config, "sliding_window")
     return None if _same(value, window) else f"sliding_window {window}"
 
 
 def _scaling(value: Any, said: Mapping[str, Any], config: Any) -> str | None:
-    if value in ("none", "") or _same(said.get("rope.scaling.factor", 0.0), 1.0):
-        return None
+    kind, factor = rotary_scaling(said)
     table = _main_table(config)
-    kind = table.get("rope_type", "default")
-    same = kind == value and _same(said.get("rope.scaling.factor", 0.0), table.get("factor"))
-    return None if same else f"rope_type {kind}, factor {table.get('factor', 1)}"
+    made = table.get("rope_type", "default"), table.get("factor", 1.0)
+    if kind == "none" or (kind == made[0] and _same(factor, made[1])):
+        return None
+    return f"rope_type {made[0]}, factor {made[1]:g}"
 
 
 HELD_ALONE = {
@@ -207,30 +209,43 @@ HELD_ALONE = {
     "rope.dimension_count": _rotary_width,
     "rope.freq_base": _rotary_base,
     "rope.scaling.type": _scaling,
+    "rope.scaling.factor": _scaling,
+    "rope.scale_linear": _scaling,
 }
 
 
 def _keys_read(architecture: str) -> set[str]:
-    """Keys that ``transformers`` takes into the config, or knows as ones that it need not."""
+    """Keys that ``transformers`` takes into the config."""
+    return {key for key, name in _mapping(architecture).items() if name is not None}
+
+
+def _keys_known(architecture: str) -> set[str]:
+    """Keys that it has looked at, and need not be read."""
+    return set(_mapping(architecture))
+
+
+def _mapping(architecture: str) -> dict[str, Any]:
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
-    names = {architecture, architecture.replace("-", "_"), architecture.replace("moe", "_moe")}
-    read: set[str] = set()
-    for name in names:
-        keys: Mapping[str, Any] = GGUF_CONFIG_MAPPING.get(name, {})  # type: ignore[assignment]
-        read |= keys.keys()
-    return read
+    mapping: dict[str, Any] = {}
+    for name in (architecture, architecture.replace("-", "_"), architecture.replace("moe", "_moe")):
+        mapping |= dict(GGUF_CONFIG_MAPPING.get(name, {}))  # type: ignore[call-overload]
+    return mapping
+
+
+_BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 def _unread_tensors(header: GgufHeader, model: PreTrainedModel) -> list[str]:
     placed = _placed(header, model)
     blocks = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    predicting = int(header.metadata.get(f"{header.architecture}.nextn_predict_layers", 0) or 0)
     unread = []
     for tensor in header.tensors:
-        # Blocks beyond the model's predict further tokens.
-        part = tensor.name.split(".")
-        beyond = part[0] == "blk" and part[1].isdigit() and int(part[1]) >= blocks
-        if tensor.name not in placed and not beyond and tensor.name != _FACTORS:
+        block = _BLOCK.match(tensor.name)
+        # As many blocks beyond the model's as are said to predict further tokens, and no more.
+        predicts = block is not None and blocks <= int(block[1]) < blocks + predicting
+        if tensor.name not in placed and not predicts and tensor.name != ROTARY_FACTORS:
             unread.append(tensor.name)
     return unread
 
@@ -265,43 +280,3 @@ def _renamed_into(model: PreTrainedModel, names: set[str], mapping: Any) -> set[
         for name in names
         if (into := rename_source_key(name, renamings, converters)[0]) in own or into.startswith("mtp.")
     }
-
-
-def stretch_rotary(reference: ModelReference, header: GgufHeader, config: PreTrainedConfig) -> None:
-    """Give a config the stretched rotary positions of Llama 3.1 and later, which a file holds as a tensor of factors.
-
-    ``transformers`` passes over that tensor. The factors are those by which each frequency is divided; they are held
-    against what the models' own settings give.
-
-    Raises:
-        CheckpointError: They are of no kind that is known.
-    """
-    if all(tensor.name != _FACTORS for tensor in header.tensors):
-        return
-    tensor = next(tensor for tensor in gguf.GGUFReader(header.path).tensors if tensor.name == _FACTORS)
-    factors = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float64).ravel()
-    table = getattr(config, "rope_parameters", None)
-    if np.allclose(factors, 1.0):
-        return
-    if isinstance(table, dict) and "rope_theta" in table:
-        stretch = round(float(factors.max()), 4)
-        expected = _llama3_factors(table["rope_theta"], 2 * len(factors), stretch)
-        if np.allclose(factors, expected, rtol=1e-4):
-            table |= {"rope_type": "llama3", "factor": stretch} | _LLAMA3
-            return
-    raise CheckpointError(
-        f"{reference.text!r} holds rotary factors ({_FACTORS}, up to {factors.max():.4g}) that transformers does not "
-        f"read, {_REMEDY}"
-    )
-
-
-def _llama3_factors(theta: float, width: int, stretch: float) -> np.ndarray:
-    """By what each rotary frequency is divided: 1 for short wavelengths, `stretch` for long, smooth in between."""
-    wavelength = 2 * math.pi * theta ** (np.arange(0, width, 2) / width)
-    low, high, length = (
-        _LLAMA3["low_freq_factor"],
-        _LLAMA3["high_freq_factor"],
-        _LLAMA3["original_max_position_embeddings"],
-    )
-    smooth = np.clip((length / wavelength - low) / (high - low), 0.0, 1.0)
-    return np.asarray(1.0 / ((1.0 - smooth) / stretch + smooth))

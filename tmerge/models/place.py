@@ -7,6 +7,7 @@ are asked for.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from tmerge.models.checkpoint import (
     file_digest,
     folder_digest,
     folder_licence,
+    is_tokenizer_file,
     read_config,
     read_headers,
     weight_files,
@@ -31,7 +33,8 @@ from tmerge.models.configs import check_config, load_config, meta_model, stored_
 from tmerge.models.demo import demo_model, demo_path
 from tmerge.models.door import check_generation, check_settings
 from tmerge.models.gguf import GgufHeader, fast_reading, read_header
-from tmerge.models.gguf_held import hold_gguf, stretch_rotary
+from tmerge.models.gguf_completed import complete
+from tmerge.models.gguf_held import hold_gguf
 from tmerge.models.reference import ModelReference
 from tmerge.models.remote import Snapshot, fetch, fetch_weights, open_repo
 from tmerge.models.ties import stored_apart, untie
@@ -63,11 +66,13 @@ class Place:
         if reference.kind == "hub":
             snapshot = open_repo(reference, revision)
             config = read_config(snapshot.folder / "config.json")
+            if _ADAPTER in (snapshot.files or ()):
+                raise _beside_an_adapter(reference)
             return cls(reference, snapshot.folder, snapshot, config, trust_remote_code)
         assert reference.path is not None
-        if (reference.path / "adapter_config.json").is_file() and not (reference.path / "config.json").is_file():
-            raise explain_adapter(reference.text, reference.path / "adapter_config.json")
-        path = reference.path / "config.json"
+        path, adapter = reference.path / "config.json", reference.path / _ADAPTER
+        if adapter.is_file():
+            raise _beside_an_adapter(reference) if path.is_file() else explain_adapter(reference.text, adapter)
         if not path.is_file() and (ggufs := sorted(reference.path.glob("*.gguf"))):
             raise CheckpointError(
                 f"{reference.text!r} has no config.json but GGUF files; give the path of one: {ggufs[0].name}"
@@ -127,15 +132,33 @@ class Place:
             f"{self.reference.text!r}: ",
         )
 
-    def check_settings(self) -> None:
-        """Refuse small JSON files beside the config that are none; a repo's are fetched.
+    def beside(self, named: Sequence[str] = ()) -> dict[str, Path]:
+        """Name -> path of each file that goes with the weights: tokenizer, templates, settings; fetched if need be.
+
+        Args:
+            named: Further files of the tokenizer's kind.
 
         Raises:
-            TmergeError: As `check_settings`.
+            TmergeError: As `fetch`.
         """
-        if self.snapshot is not None:
-            for name in SETTINGS_FILES:
-                fetch(self.snapshot, name)
+        snapshot = self.snapshot
+        if snapshot is None or snapshot.files is None:
+            here = [*self.folder.iterdir(), *(self.folder / _TEMPLATES).glob("*")]
+            names = [path.relative_to(self.folder).as_posix() for path in here if path.is_file()]
+        else:
+            names = list(snapshot.files)
+        going = [name for name in sorted(names) if _goes_with_the_weights(name) or name in named]
+        if snapshot is None:
+            return {name: self.folder / name for name in going}
+        return {name: path for name in going if (path := fetch(snapshot, name)) is not None}
+
+    def check_settings(self) -> None:
+        """Refuse small JSON files beside the config that are none; a repo's are fetched, and all else that is kept.
+
+        Raises:
+            TmergeError: As `check_settings`, and `beside`.
+        """
+        self.beside()
         check_settings(self.reference, self.folder)
         check_generation(self.reference, self.folder)
 
@@ -174,13 +197,38 @@ class Place:
         Raises:
             CheckpointError: They are.
         """
-        if self.snapshot is None and self._digest() != self.commit:
+        try:
+            changed = self.snapshot is None and self._digest() != self.commit
+        except OSError:
+            changed = True
+        if changed:
             raise CheckpointError(
                 f"{self.reference.text!r} changed while it was being used; start again when it is written"
             )
 
     def _digest(self) -> str:
         return f"sha256:{folder_digest(self.folder, self.weights)}"
+
+
+_ADAPTER = "adapter_config.json"
+
+
+def _beside_an_adapter(reference: ModelReference) -> CheckpointError:
+    return CheckpointError(
+        f"{reference.text!r} holds an adapter ({_ADAPTER}) beside a model (config.json), and which of the two is meant "
+        "is not said; take one of them out, or merge the adapter into the model (peft: merge_and_unload) and save that"
+    )
+
+
+# Of a model with several chat templates.
+_TEMPLATES = "additional_chat_templates"
+
+
+def _goes_with_the_weights(name: str) -> bool:
+    folder, _, file = name.rpartition("/")
+    if folder:
+        return folder == _TEMPLATES and file.endswith(".jinja")
+    return is_tokenizer_file(file) or file.endswith(".tiktoken") or file in SETTINGS_FILES
 
 
 @dataclass(frozen=True)
@@ -216,7 +264,7 @@ class GgufPlace:
         read_header(self.path)  # which says better what is wrong with a file
         with fast_reading(self.path) as folder:
             config = load_config(self.reference, folder, {"gguf_file": self.path.name})
-        stretch_rotary(self.reference, self.header, config)
+        complete(self.reference, self.header, config)
         return config
 
     @cached_property

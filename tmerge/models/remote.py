@@ -228,6 +228,11 @@ def fetch(snapshot: Snapshot, name: str) -> Path | None:
     with hub_errors(snapshot.reference):
         try:
             return Path(hf_hub_download(snapshot.reference.repo, name, **snapshot.options))
+        except LocalEntryNotFoundError:
+            # The Hub has listed it, and cannot be reached now: going on without it would lose it unseen.
+            if snapshot.files is not None:
+                raise
+            return None
         except EntryNotFoundError:
             return None
 

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from tmerge.errors import NotEnoughDiskError
 from tmerge.models.copying import WrittenTensor, stored_again, write_shards
 from tmerge.models.loading import LoadedModel
+from tmerge.models.place import Place
 from tmerge.models.quiet import quiet
 from tmerge.models.settings import own_place, write_config, write_generation_config, write_tokenizer
 from tmerge.quantities import bytes_words
@@ -48,9 +49,12 @@ def save_checkpoint(
 
     Raises:
         NotEnoughDiskError: The checkpoint does not fit; nothing has been written.
+        CheckpointError: The files that the model came from are others by now.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.rglob("*"))
+    if isinstance(loaded.place, Place):
+        loaded.place.refuse_changed()
     place = own_place(loaded)
     tensors = None if place is None else stored_again(loaded, place)
     written = dtype or loaded.dtype

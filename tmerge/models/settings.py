@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tmerge.models.checkpoint import is_tokenizer_file
 from tmerge.models.loading import LoadedModel, runs_own_code
 from tmerge.models.place import Place
-from tmerge.models.remote import fetch
 from tmerge.models.stored import is_announcement
 from tmerge.models.tokenizers import restore_limits
 
@@ -37,9 +35,6 @@ CONFIG = "config.json"
 """Name of the file without which a folder is no checkpoint."""
 
 _GENERATION, _TOKENIZER = "generation_config.json", "tokenizer_config.json"
-# Of a model with several chat templates; and what makes images and sound into tokens, of one that reads them.
-_TEMPLATES = "additional_chat_templates"
-_BESIDE = ("chat_template.json", "preprocessor_config.json", "processor_config.json")
 # Kinds of rotary positions that releases before 5 compute.
 _OLDER_ROTARY = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 # Types of models whose files, written by today's releases, those before 5 read in the same way (test_older.py).
@@ -93,6 +88,8 @@ def write_config(loaded: LoadedModel, folder: Path, dtype: torch.dtype, place: P
         path.write_text(_json(_read_by_both(_with_dtype(made, dtype, always=True))), encoding="utf-8")
         return
     kept = _as_it_is(place.stored_config, loaded.model.config)
+    if place.apart is not None:
+        kept["tie_word_embeddings"] = False  # said by no key, most kinds of models are tied
     kept = _read_by_both(kept) | {"architectures": [type(loaded.model).__name__]}
     if dtype != place.dtype:
         kept = _with_dtype(kept, dtype, always=True)
@@ -108,7 +105,7 @@ def _as_it_is(stored: Mapping[str, Any], config: Any) -> dict[str, Any]:
     for name, value in kept.items():
         if isinstance(value, dict) and name == "text_config":
             kept[name] = _as_it_is(value, config.get_text_config(decoder=True))
-        elif is_announcement(name, value) or name == "tie_word_embeddings":
+        elif is_announcement(name, value) or (name == "tie_word_embeddings" and value):
             kept[name] = getattr(config, name, value)
     if getattr(config, "id2label", None) is None:
         for name in ("id2label", "label2id", "problem_type"):
@@ -132,7 +129,7 @@ def _read_by_both(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
         config = {"num_experts": config["num_local_experts"]} | config
     rotary = config.get("rope_parameters")
-    if not isinstance(rotary, dict):
+    if not isinstance(rotary, dict) or config.get("model_type") not in READ_BY_BOTH:
         return config
     kinds = {name: value for name, value in rotary.items() if isinstance(value, dict)}
     if any(kind.get("rope_type", "default") not in _OLDER_ROTARY for kind in (kinds.values() or [rotary])):
@@ -156,7 +153,7 @@ def write_generation_config(loaded: LoadedModel, folder: Path) -> None:
     sampled as the target is.
     """
     if isinstance(loaded.place, Place):
-        stored = dict(_beside(loaded.place)).get(_GENERATION)
+        stored = loaded.place.beside().get(_GENERATION)
         if stored is not None:
             shutil.copyfile(stored, folder / _GENERATION)
     elif loaded.model.generation_config is not None:
@@ -166,7 +163,8 @@ def write_generation_config(loaded: LoadedModel, folder: Path) -> None:
 def write_tokenizer(loaded: LoadedModel, folder: Path) -> None:
     """Write the tokenizer and its chat templates: the files that it was read from, where it is a checkpoint's."""
     if isinstance(loaded.place, Place) and not runs_own_code(loaded.tokenizer):
-        for name, path in _beside(loaded.place):
+        named = type(loaded.tokenizer).vocab_files_names.values()
+        for name, path in loaded.place.beside(tuple(named)).items():
             if name != _GENERATION:
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, folder / name)
@@ -190,27 +188,6 @@ def _tokenizer_read_by_both(said: dict[str, Any], own_code: bool) -> dict[str, A
     if isinstance(written.get("extra_special_tokens"), list):
         written["additional_special_tokens"] = written.pop("extra_special_tokens")
     return written
-
-
-def _beside(place: Place) -> Iterator[tuple[str, Path]]:
-    """Name and path of each file of a checkpoint that is copied with the weights; a repo's are fetched."""
-    snapshot = place.snapshot
-    if snapshot is None or snapshot.files is None:
-        here = [*place.folder.iterdir(), *(place.folder / _TEMPLATES).glob("*")]
-        names = [path.relative_to(place.folder).as_posix() for path in here if path.is_file()]
-    else:
-        names = list(snapshot.files)
-    for name in sorted(names):
-        folder, _, file = name.rpartition("/")
-        if not (folder == _TEMPLATES and file.endswith(".jinja")) and not (not folder and _is_copied(file)):
-            continue
-        path = place.folder / name if snapshot is None else fetch(snapshot, name)
-        if path is not None:
-            yield name, path
-
-
-def _is_copied(name: str) -> bool:
-    return is_tokenizer_file(name) or name.endswith(".tiktoken") or name in (_GENERATION, *_BESIDE)
 
 
 def _json(document: Mapping[str, Any]) -> str:

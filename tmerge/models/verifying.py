@@ -32,8 +32,9 @@ def verify_checkpoint(folder: Path, loaded: LoadedModel, texts: list[str]) -> No
 
     Checked: the files are whole; embeddings tied in memory are tied in the file, and stored once; the tokenizer gives
     the same ids, each with a row in the embedding; the logits of every text are the same. On the CPU in the same dtype
-    the same is bit for bit. On an accelerator the order of sums may differ between two runs of one kernel, and in
-    another dtype the weights are rounded: there the logits may differ by a few units of the coarser dtype.
+    the same is bit for bit, or every tensor is, and the logits differ by no more than sums in another order do. On an
+    accelerator the order may differ between two runs of one kernel, and in another dtype the weights are rounded: there
+    the logits may differ by a few units of the coarser dtype.
 
     For a moment there are two copies of the weights; the second is gone on return.
 
@@ -77,11 +78,15 @@ def verify_checkpoint(folder: Path, loaded: LoadedModel, texts: list[str]) -> No
     if torch.equal(logits, expected):
         return
     difference = (logits.float() - expected.float()).abs().max().item()
+    changed = _first_changed(loaded.model, model)
     # Not "greater than": a NaN is not close to anything.
-    if not difference <= _tolerance(loaded, model, same) * expected.abs().max().item():
+    if not difference <= _tolerance(loaded, model, same and changed is not None) * expected.abs().max().item():
+        what = "no tensor differs, so what is lost is a setting of the config"
+        if changed is not None:
+            what = f"the first tensor that differs is {changed}"
         raise SavedModelMismatchError(
-            f"{where}: read again, its logits differ from those of the model in memory by up to {difference:.3g}"
-            f"{_first_changed(loaded.model, model)}"
+            f"{where}: read again, its logits differ from those of the model in memory by up to {difference:.3g}; "
+            f"{what}"
         )
 
 
@@ -150,18 +155,30 @@ def _compare_ties(where: str, expected: PreTrainedModel, saved: PreTrainedModel,
             raise SavedModelMismatchError(f"{where}: one tied tensor is stored under several names: {', '.join(twice)}")
 
 
-def _tolerance(loaded: LoadedModel, model: PreTrainedModel, same: bool) -> float:
-    """How far logits may be apart, relative to the largest; `same` says that the checkpoint is in the model's dtype."""
-    if same and loaded.device.type == "cpu":
+def _tolerance(loaded: LoadedModel, model: PreTrainedModel, exact: bool) -> float:
+    """How far logits may be apart, relative to the largest; `exact` where a tensor differs that should not.
+
+    The same values give sums in another order where they lie otherwise in memory, or on an accelerator.
+    """
+    if exact and loaded.device.type == "cpu":
         return 0.0
     # Rounding errors of the coarser dtype, grown through the layers; a wrong tensor is off by the order of 1.
     return 16 * max(torch.finfo(model.dtype).eps, torch.finfo(loaded.dtype).eps)
 
 
-def _first_changed(expected: PreTrainedModel, saved: PreTrainedModel) -> str:
-    state = expected.state_dict()
-    for name, tensor in saved.state_dict().items():
-        other = state.get(name)
+def _first_changed(expected: PreTrainedModel, saved: PreTrainedModel) -> str | None:
+    """The first tensor, buffers that no file holds among them, that is not what it was; None where all are."""
+    for name, tensor in [*saved.named_parameters(), *saved.named_buffers()]:
+        other = _tensor(expected, name)
         if other is None or other.shape != tensor.shape or not torch.equal(other.to(tensor.dtype), tensor):
-            return f"; the first tensor that differs is {name}"
-    return "; no tensor differs, so what is lost is a setting of the config"
+            return name
+    return None
+
+
+def _tensor(model: PreTrainedModel, name: str) -> Tensor | None:
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(model.get_submodule(module), attribute)
+    except AttributeError:
+        return None
+    return found if isinstance(found, Tensor) else None
