@@ -47,6 +47,8 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
+        # Folders that were made to begin it, from itself upwards: they go with it, should nothing come of it.
+        self._made: list[Path] = []
 
     @property
     def work(self) -> Path:
@@ -94,6 +96,12 @@ class Run:
             OutputExistsError: The folder holds something else, or a run of another recipe.
         """
         run = cls(folder)
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError:
+            raise OutputExistsError(
+                f"{str(folder)!r} is no name in UTF-8, which files need; choose another --out"
+            ) from None
         request = run.cache / "request.json"
         if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
             if not run.work.is_dir():
@@ -115,6 +123,8 @@ class Run:
             if any(before.get(key) != now[key] for key in DECIDE_WRITING):
                 write_json(request, now)
         else:
+            above = [run.folder, *run.folder.parents]
+            run._made = [path for path in above if not path.exists() and not path.is_symlink()]
             try:
                 run.cache.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -130,7 +140,8 @@ class Run:
     def note(path: Path, key: str) -> dict[str, Any] | None:
         """What a file notes under this key; None where there is none, or it is of another key."""
         note = read_json(path)
-        return note["facts"] if note and note.get("key") == key else None
+        facts = note.get("facts") if note and note.get("key") == key else None
+        return facts if isinstance(facts, dict) else None
 
     def noted(self, stage: str) -> dict[str, Any]:
         """What a stage of a finished run noted.
@@ -180,7 +191,11 @@ class Run:
             return
         finished = any("key" in (read_json(path) or {}) for path in self.cache.glob("*.json"))
         if not finished and not (self.folder / "config.json").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            # Not through a link, which would go in the folder's place.
+            shutil.rmtree(self.work if self.folder.is_symlink() else self.folder, ignore_errors=True)
+            for path in self._made:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
 
     def report(self) -> Report:
         """report.json, validated.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow
 import pyarrow.parquet
@@ -30,6 +29,9 @@ class Row(dict[str, Any]):
         self.where = where
 
 
+# Of a text file: a book has a million letters.
+_LONGEST_LINE = 1 << 26
+
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 """Kinds of file that are read, by the end of their name."""
 
@@ -41,9 +43,10 @@ def local_file(reference: str) -> Path | None:
         DatasetError: No file can have such a name.
     """
     try:
+        reference.encode()
         path = Path(reference.strip()).expanduser()
         is_file = path.exists() or path.suffix.lower() in FILE_SUFFIXES or path.is_absolute()
-    except (OSError, RuntimeError) as error:  # a name of over 255 letters; ~ of a user that is not there
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:  # over 255 letters; ~ of nobody; no text
         said = getattr(error, "strerror", None) or error
         raise DatasetError(f"dataset {reference[:80]!r}: {said}; name a file or a Hub dataset") from None
     return path if is_file else None
@@ -91,13 +94,25 @@ def read_file(path: Path) -> Iterator[Row]:
 def _text(path: Path) -> Iterator[Row]:
     # utf-8-sig: a byte order mark, as some editors write, is not part of the first text.
     with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in _lines(path, lines):
             yield Row({"text": line}, f"line {number}")
+
+
+def _lines(path: Path, file: TextIO) -> Iterator[tuple[int, str]]:
+    """Number and text of each line, which is no longer than can be held."""
+    number = 0
+    while line := file.readline(_LONGEST_LINE + 1):
+        number += 1
+        if len(line) > _LONGEST_LINE:
+            raise DatasetError(
+                f"dataset {path.name!r}, line {number} is longer than {_LONGEST_LINE:,} letters; cut it into texts"
+            )
+        yield number, line
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in _lines(path, lines):
             if line.strip():
                 try:
                     row = parse_json(line)
@@ -127,12 +142,16 @@ def _as_object(row: Any, path: Path, where: str) -> Row:
         raise DatasetError(
             f'dataset {path.name!r}, {where}: an object such as {{"text": "..."}} is expected, not {type(row).__name__}'
         )
+    try:
+        "".join(row).encode()
+    except UnicodeEncodeError:
+        raise DatasetError(f"dataset {path.name!r}, {where}: the name of a column is no text; rename it") from None
     return Row(row, where)
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    # The library's own limit is 128 KiB per field, less than a long document; the largest that every platform takes.
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    # The library's own limit is 128 KiB per field, less than a long document.
+    csv.field_size_limit(_LONGEST_LINE)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -167,6 +186,10 @@ def _parquet(path: Path) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(values, f"row {number}")
+    except OverflowError as error:  # a date or a duration beyond what Python has
+        raise DatasetError(
+            f"dataset {path.name!r}: a value cannot be read ({error}); leave its column out of the file"
+        ) from None
     except pyarrow.ArrowException as error:
         raise DatasetError(
             f"dataset {path.name!r} is not a readable Parquet file ({str(error).splitlines()[0]}); write it again"

@@ -24,7 +24,8 @@ def file_identity(path: Path) -> str:
         DatasetError: No such file, or it cannot be read.
     """
     if not path.is_file():
-        raise DatasetError(f"data file {str(path)!r}: no such file; check the path")
+        what = "is no regular file; name one" if path.exists() else "no such file; check the path"
+        raise DatasetError(f"data file {str(path)!r}: {what}")
     try:
         return _LOCAL + file_digest(path)
     except OSError as error:

@@ -301,6 +301,8 @@ def _write_report_page(path: Path, report: Report, record: Any) -> None:
 def _write_page(path: Path, page: str) -> None:
     from tmerge.store import write_text
 
+    if not path.name:
+        raise TmergeError("--html names no file; give one")
     try:
         write_text(path, page)
     except OSError as error:

@@ -36,7 +36,7 @@ def run() -> int:
 def _told(error: Exception) -> int:
     """Say what a user can mend, and give its exit code; raise anything else again."""
     if isinstance(error, TmergeError):
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {' '.join(str(error).split(chr(10)))}", err=True)  # a file's name may hold a line break
         return error.exit_code
     if isinstance(error, typer.Abort):
         typer.echo("stopped", err=True)

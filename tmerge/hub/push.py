@@ -22,12 +22,12 @@ from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from tmerge.documents import parse_json
 from tmerge.errors import PushError, RunNotFoundError
 from tmerge.evaluation import Verdict
 from tmerge.hub.card import card_text, merge_licence
 from tmerge.hub.failures import no_token, pushing
 from tmerge.models import file_digest
+from tmerge.models.checkpoint import read_config
 from tmerge.quantities import bytes_words, count_words
 from tmerge.recipe import Recipe
 from tmerge.report import Report, interval_words, summary, training_summary
@@ -276,7 +276,7 @@ def _files(run: Run) -> dict[str, Path]:
     """Path in the repo -> file, of all that goes: the checkpoint at the top, and of tmerge/ what is to be seen."""
     patterns: tuple[str, ...] = _CHECKPOINT
     config = run.folder / "config.json"
-    if config.is_file() and "auto_map" in parse_json(config.read_text(encoding="utf-8")):
+    if config.is_file() and "auto_map" in read_config(config):
         patterns += ("*.py",)  # the model's own code, which transformers saves beside it
     paths = [
         path

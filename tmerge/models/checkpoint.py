@@ -7,6 +7,7 @@ any memory is taken for its weights.
 from __future__ import annotations
 
 import hashlib
+import stat
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -142,8 +143,10 @@ def read_index(path: Path) -> list[str]:
         CheckpointError: It is not an index, or points out of its folder.
     """
     try:
-        names = sorted(set(parse_json(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        inside = all(".." not in Path(name).parts and not Path(name).is_absolute() for name in names)
+        index = parse_json(path.read_text(encoding="utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+        plain = isinstance(index.get("metadata", {}), dict)
+        inside = plain and all(".." not in Path(name).parts and not Path(name).is_absolute() for name in names)
     except (ValueError, KeyError, AttributeError, TypeError):
         inside = False
     if not inside:
@@ -261,6 +264,8 @@ def _state(path: Path) -> tuple[int, ...]:
 def file_state(path: Path) -> tuple[int, ...]:
     """What tells a file from one that has taken its place."""
     status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{str(path)!r} is no regular file, and is not read; put the file itself there")
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

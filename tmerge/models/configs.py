@@ -19,7 +19,15 @@ from tmerge.models.door import check_stored_config
 from tmerge.models.reference import ModelReference, one_line
 from tmerge.models.remote import hub_errors
 
-__all__ = ["check_config", "load_config", "meta_model", "said_dtype", "stored_dtype", "tidy_gguf_config"]
+__all__ = [
+    "check_config",
+    "load_config",
+    "meta_model",
+    "said_dtype",
+    "set_to_compute",
+    "stored_dtype",
+    "tidy_gguf_config",
+]
 
 # What transformers and torch raise of a config that is none: by far not all of it is theirs to foresee.
 _NOT_TO_BE_USED = (
@@ -113,6 +121,17 @@ def load_config(
             f"{reference.text!r}: model_type {config.model_type!r} is not a causal language model; "
             "tmerge merges decoders such as llama, qwen3, gemma3 or gpt2"
         )
+    return config
+
+
+def set_to_compute(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Have a model give what is read of it here, in a form that all have: hidden states as an object, no attentions.
+
+    Args:
+        config: It is changed.
+    """
+    for part in (config, config.get_text_config(decoder=True)):
+        part.return_dict, part.output_attentions, part.output_hidden_states = True, False, False
     return config
 
 

@@ -25,13 +25,14 @@ __all__ = ["LARGEST_SIZE", "MOST_LAYERS", "check_generation", "check_settings", 
 MOST_LAYERS, LARGEST_SIZE = 1000, 1 << 24
 
 
-def _counted(most: int) -> Callable[[Any], Any]:
+def _counted(most: int, least: int = 1) -> Callable[[Any], Any]:
     """A count, or one for each layer; what else it is, transformers says."""
 
     def check(value: Any) -> Any:
         for count in value if isinstance(value, list) else [value]:
-            if isinstance(count, int) and not isinstance(count, bool) and not 1 <= count <= most:
-                raise PydanticCustomError("count", "{count}, and it is a count from 1 to {most}", _shown(count, most))
+            if isinstance(count, int) and not isinstance(count, bool) and not least <= count <= most:
+                shown = _shown(count, most) | {"least": least}
+                raise PydanticCustomError("count", "{count}, and it is a count from {least} to {most}", shown)
         return value
 
     return check
@@ -42,6 +43,8 @@ def _shown(count: int, most: int) -> dict[str, Any]:
 
 
 _Layers = Annotated[Any, AfterValidator(_counted(MOST_LAYERS))]
+# A text is scored in windows of so many tokens, which overlap.
+_Length = Annotated[Any, AfterValidator(_counted(1 << 32, 8))]
 _Size = Annotated[Any, AfterValidator(_counted(LARGEST_SIZE))]
 
 
@@ -71,6 +74,8 @@ class _Config(BaseModel):
     n_heads: _Size = None
     head_dim: _Size = None
     vocab_size: _Size = None
+    max_position_embeddings: _Length = None
+    n_positions: _Length = None
     text_config: dict[str, Any] | None = None
 
 

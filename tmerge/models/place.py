@@ -29,7 +29,14 @@ from tmerge.models.checkpoint import (
     read_headers,
     weight_files,
 )
-from tmerge.models.configs import check_config, load_config, meta_model, stored_dtype, tidy_gguf_config
+from tmerge.models.configs import (
+    check_config,
+    load_config,
+    meta_model,
+    set_to_compute,
+    stored_dtype,
+    tidy_gguf_config,
+)
 from tmerge.models.demo import demo_model, demo_path
 from tmerge.models.door import check_generation, check_settings
 from tmerge.models.gguf import GgufHeader, fast_reading, read_header
@@ -114,7 +121,7 @@ class Place:
         Raises:
             UnsupportedModelError: As `config`.
         """
-        config = copy.deepcopy(self.config)
+        config = set_to_compute(copy.deepcopy(self.config))
         if self.apart is not None:
             untie(config)
         return config

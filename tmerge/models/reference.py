@@ -59,12 +59,13 @@ class ModelReference:
         if text.startswith(DEMO_PREFIX):
             return cls(text, "gguf")
         try:
+            text.encode()
             path = Path(text).expanduser()
             if path.is_dir():
                 return cls(text, "folder", path=path)
             if path.is_file():
                 return cls._file(text, path)
-        except (OSError, RuntimeError) as error:  # a name of over 255 letters; ~ of a user that is not there
+        except (OSError, RuntimeError, UnicodeEncodeError) as error:  # over 255 letters; ~ of nobody; no text
             raise ModelNotFoundError(
                 f"{text[:80]!r} is no model: {getattr(error, 'strerror', None) or error}; give a Hub id (user/name), a "
                 "folder or a .gguf file"

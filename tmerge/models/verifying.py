@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from tmerge.errors import SavedModelMismatchError
 from tmerge.models.checkpoint import read_config, read_headers, weight_files
-from tmerge.models.configs import stored_dtype
+from tmerge.models.configs import set_to_compute, stored_dtype
 from tmerge.models.device import memory_errors
 from tmerge.models.loading import LoadedModel, read_weights, runs_own_code
 from tmerge.models.quiet import quiet
@@ -57,6 +57,7 @@ def verify_checkpoint(folder: Path, loaded: LoadedModel, texts: list[str]) -> No
     with quiet(), memory_errors(f"reading {where} again", loaded.device):
         model, report = read_weights(
             str(folder),
+            config=set_to_compute(AutoConfig.from_pretrained(folder, trust_remote_code=runs_own_code(loaded.model))),
             # What the files hold, whatever the config says: that of the target may be wrong about them.
             dtype=stored_dtype(read_config(folder / "config.json"), headers),
             use_safetensors=True,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tmerge.recipe.section import Section
+from tmerge.recipe.section import Section, counted
 
 __all__ = ["CalibrationSettings"]
 
@@ -21,9 +21,9 @@ class CalibrationSettings(Section):
     config: str | None = Field(None, description="configuration of a Hub dataset")
     split: str = Field("train", description="split of a Hub dataset")
     column: str | None = Field(None, description="column that holds the text; found by itself when there is only one")
-    texts: Annotated[int, Field(ge=16)] = Field(2000, description="most texts to read, held-out ones included")
-    max_tokens: Annotated[int, Field(ge=8)] = Field(256, description="longer texts are cut here, per model")
-    batch_tokens: Annotated[int, Field(ge=64)] = Field(2048, description="padded tokens of one forward batch")
+    texts: Annotated[int, counted(16)] = Field(2000, description="most texts to read, held-out ones included")
+    max_tokens: Annotated[int, counted(8, 1_000_000)] = Field(256, description="longer texts are cut here, per model")
+    batch_tokens: Annotated[int, counted(64)] = Field(2048, description="padded tokens of one forward batch")
     held_out: Annotated[float, Field(gt=0, lt=0.9)] = Field(
         0.2, description="share of the texts kept away from calibration, chosen by hash, for the verdict"
     )
@@ -37,7 +37,7 @@ class CalibrationSettings(Section):
         description="features are means over whole texts (the paper's), single tokens where both tokenizers agree, or "
         "the last of these in each text",
     )
-    token_rows: Annotated[int, Field(ge=64)] = Field(
+    token_rows: Annotated[int, counted(64)] = Field(
         2000, description="with rows: tokens, how many in all, spread evenly over the texts"
     )
     choosing: Annotated[float, Field(gt=0, lt=0.9)] = Field(

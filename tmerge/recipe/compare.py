@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from tmerge.recipe.section import Section
+from tmerge.recipe.section import Section, counted
 
 __all__ = ["CompareSettings", "PublishedScores"]
 
@@ -21,7 +21,9 @@ class CompareSettings(Section):
         description="what is trained, all on the same texts and for the same steps; fused+... keeps the transported "
         "residual frozen; sft+time is SFT alone for as long as the merge and sft take together",
     )
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="of the trained rows")
+    seeds: tuple[Annotated[int, counted(0, 4294967295)], ...] = Field(
+        (0,), min_length=1, description="of the trained rows"
+    )
     alphas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.01, 0.03, 0.1, 0.3, 1.0), description="sweep without training (Figure 5), beside shrink and noise"
     )
@@ -31,7 +33,7 @@ class CompareSettings(Section):
     )
     tasks: tuple[str, ...] = Field((), description="benchmark tasks or groups of lm-evaluation-harness for every row")
     task_data: dict[str, str] = Field({}, description="task -> local file in place of its Hub dataset")
-    task_limit: Annotated[int, Field(ge=1)] | None = Field(None, description="questions of each task at most")
+    task_limit: Annotated[int, counted(1)] | None = Field(None, description="questions of each task at most")
 
     @field_validator("rows")
     @classmethod

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, Tag, field_validator, model_validator
 
-from tmerge.recipe.section import ProjectionName, Section, chosen_by
+from tmerge.recipe.section import ProjectionName, Section, chosen_by, counted
 
 __all__ = ["CarriedSettings", "FusionSettings", "Reconstruction", "TaskVector", "Weights"]
 
@@ -156,7 +156,9 @@ class Reconstruction(_Fused):
     ridges: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.01, 0.1, 1.0), min_length=1, description="what ridge: auto tries"
     )
-    rank: Annotated[int, Field(ge=1)] | None = Field(None, description="most of each fitted change; full if left out")
+    rank: Annotated[int, counted(1, 1_000_000)] | None = Field(
+        None, description="most of each fitted change; full if left out"
+    )
     final_goal: Literal["logits", "stream"] = Field(
         "logits",
         description="what the last block is fitted to: the source's logits through the target's own head, where the "
@@ -165,7 +167,7 @@ class Reconstruction(_Fused):
     keep: str | None = Field(
         "samples:english", description="texts on which the target goes on doing what it does: as calibration.dataset"
     )
-    keep_texts: Annotated[int, Field(ge=1)] = Field(
+    keep_texts: Annotated[int, counted(1)] = Field(
         200, description="of them, at most; the held-out share of them is scored, the others are fitted on"
     )
     keep_share: Annotated[float, Field(gt=0, lt=1)] = Field(

@@ -82,7 +82,8 @@ def _read(name: str | None) -> tuple[dict[str, Any], str]:
         text, where = os.environ.get(RECIPE_VARIABLE, ""), f"the variable {RECIPE_VARIABLE}"
     elif path.suffix in {".yaml", ".yml"} or path.exists():
         if not path.is_file():
-            raise RecipeError(f"recipe {name!r}: no such file; presets are {', '.join(preset_names())}")
+            what = "is no file" if path.exists() else "no such file"
+            raise RecipeError(f"recipe {name!r}: {what}; presets are {', '.join(preset_names())}")
         text, where = path.read_text(encoding="utf-8", errors="replace"), name
     elif name in preset_names():
         text, where = (_PRESETS / f"{name}.yaml").read_text("utf-8"), f"preset {name}"

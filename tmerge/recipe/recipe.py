@@ -22,7 +22,7 @@ from tmerge.recipe.evaluation import EvaluationSettings
 from tmerge.recipe.fusion import FusionSettings, Reconstruction, TaskVector, Weights
 from tmerge.recipe.mistakes import one_line
 from tmerge.recipe.save import SaveSettings
-from tmerge.recipe.section import Section
+from tmerge.recipe.section import Section, counted
 from tmerge.recipe.transport import Apart, Shared, TransportSettings
 from tmerge.recipe.unsaid import with_unsaid
 
@@ -58,9 +58,7 @@ class Recipe(Section):
         description="whether a model that is only read is all in memory (resident), or read from its files block by "
         "block (blocks); auto takes the first where it fits. It changes no number",
     )
-    seed: Annotated[int, Field(ge=0, le=4294967295)] = Field(
-        0, description="of the split, the controls and the bootstrap"
-    )
+    seed: Annotated[int, counted(0, 4294967295)] = Field(0, description="of the split, the controls and the bootstrap")
     trust_remote_code: tuple[str, ...] = Field(
         (), description="the references, and no others, whose repos may run their own code"
     )
@@ -138,9 +136,15 @@ class Recipe(Section):
             RecipeError: One line that names the key, its value and what is allowed.
         """
         try:
-            return cls.model_validate(data)
+            recipe = cls.model_validate(data)
+            # As a shell passes on a file's name in another encoding: no file could be written with it in.
+            json.dumps(recipe.model_dump(mode="json"), ensure_ascii=False).encode()
+            return recipe
         except ValidationError as error:
             raise RecipeError(one_line(error, where, cls)) from None
+        except UnicodeEncodeError as error:
+            amiss = error.object[max(0, error.start - 20) : error.end]
+            raise RecipeError(f"{where}: {amiss!r} is not UTF-8; write it so") from None
 
     def to_yaml(self) -> str:
         """The recipe with every default of what it chose written out; reading it back gives an equal recipe."""

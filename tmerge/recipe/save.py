@@ -18,7 +18,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 class SaveSettings(Section):
     """How the checkpoint is written."""
 
-    max_shard_size: Annotated[int, Field(ge=1)] | str = Field(
+    max_shard_size: Annotated[int, Field(ge=1, le=10**15)] | str = Field(
         "5GB", description="largest weights file of the checkpoint: 5GB, 500MB, or a number of bytes"
     )
     language: tuple[Annotated[str, Field(pattern=r"^([a-z]{2,3}|multilingual|code)$")], ...] = Field(

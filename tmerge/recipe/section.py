@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Discriminator, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationInfo, field_validator
 
-__all__ = ["ProjectionName", "Section", "chosen_by"]
+__all__ = ["ProjectionName", "Section", "chosen_by", "counted"]
 
 ProjectionName = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+def counted(least: int, most: int = 10_000_000) -> Any:
+    """The bounds of a count: beyond what any machine has time or room for it is a slip."""
+    return Field(ge=least, le=most)
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable
 from typing import Any
@@ -51,13 +52,19 @@ def load_yaml(text: str, where: str) -> Any:
             number.
     """
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        json.dumps(value, default=str)  # which finds what holds itself
+        return value
     except _KeyTwiceError as error:
         raise RecipeError(f"{where}{_line(error)}: {error.problem}") from None
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or "unreadable"
         raise RecipeError(f"{where}{_line(error)}: not YAML ({problem})") from None
-    except (ValueError, RecursionError):  # a date that is none, brackets without end
+    except (
+        ValueError,
+        TypeError,
+        RecursionError,
+    ):  # no date, no end, an anchor within itself
         raise RecipeError(f"{where}: a value in it cannot be read; quote it") from None
 
 

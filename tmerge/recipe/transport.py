@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
-from tmerge.recipe.section import Section, chosen_by
+from tmerge.recipe.section import Section, chosen_by, counted
 
 __all__ = ["Apart", "Shared", "TransportSettings"]
 
@@ -24,11 +24,11 @@ class _Carried(Section):
         0.1, description="with map: ridge, the penalty, relative to the mean variance of the features mapped from"
     )
     epsilon: Annotated[float, Field(gt=0)] = Field(0.1, description="entropic regularisation of the feature plans")
-    max_iterations: Annotated[int, Field(ge=1)] = Field(200, description="most Sinkhorn sweeps of a feature plan")
+    max_iterations: Annotated[int, counted(1)] = Field(200, description="most Sinkhorn sweeps of a feature plan")
     tolerance: Annotated[float, Field(gt=0)] = Field(
         1e-6, description="largest marginal violation, relative to the marginal's own entry 1/n"
     )
-    entries_kept: Annotated[int, Field(ge=1)] = Field(
+    entries_kept: Annotated[int, counted(1, 1_000_000)] = Field(
         128, description="a plan's entry stays if it is among this many of its row and of its column"
     )
 
@@ -38,7 +38,7 @@ class Apart(_Carried):
 
     structure: Literal["none"] = Field("none", description=_STRUCTURE)
     eta: Annotated[float, Field(gt=0)] = Field(0.1, description="entropic regularisation of the layer plans")
-    layer_max_iterations: Annotated[int, Field(ge=1)] = Field(1000, description="most sweeps of a layer plan")
+    layer_max_iterations: Annotated[int, counted(1)] = Field(1000, description="most sweeps of a layer plan")
     layer_tolerance: Annotated[float, Field(gt=0)] = Field(1e-9, description="as tolerance, of the layer plans")
     layer_cost: Literal["median-scaled", "plain"] = Field(
         "median-scaled", description="divide the shifted layer cost by its median (official code) or take it as it is"
@@ -46,7 +46,7 @@ class Apart(_Carried):
     layer_marginals: Literal["balanced", "semi-relaxed"] = Field(
         "balanced", description="semi-relaxed: a source layer may stay unused (only the target marginal is fixed)"
     )
-    layers_kept: Annotated[int, Field(ge=1)] = Field(3, description="source layers kept per target layer")
+    layers_kept: Annotated[int, counted(1, 10_000)] = Field(3, description="source layers kept per target layer")
 
 
 class Shared(_Carried):

@@ -68,6 +68,8 @@ def adapt_run(
         recipe.model_dump(mode="json") | {"adaptation": {**recipe.adaptation.model_dump(mode="json"), **words}}
     )
     transported = Neurons(run.cache).transported
+    if run.transport_path.is_file():
+        TransportRecord.load(run.transport_path)  # it goes with the result: damaged, it is said before the training
     commits = {"target": merged.target.commit, "source": merged.source.commit}
     models, progress = Models.of(recipe, commits), Progress("adapt", listener)
     calibrated = TextSet.load(run.texts_path)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+
+from pydantic import ValidationError
 
 from tmerge.report import library_versions, peak_memory
 from tmerge.run import Run, stage_key
@@ -81,16 +83,36 @@ class Runner:
     def __call__(self, stage: Stage[N_co]) -> Finished[N_co]:
         """Do a stage, unless it was done under the same key before."""
         key = stage_key(stage.name, versions=library_versions(), **stage.inputs())
-        facts = self.run.finished(stage.name, key)
-        if facts is None:
+        done = self._before(stage, key)
+        if done is None:
             # What another key noted is void from here on: its files are about to be written over.
             self.run.forget(stage.name)
             began = time.perf_counter()
             note = stage.do(key, Progress(stage.name, self.listener))
             done = Finished(stage.name, key, note, time.perf_counter() - began, peak_memory(), self.device)
             self.run.finish(stage.name, key, done.facts())
-        else:
-            cost = {name: facts.pop(name) for name in ("seconds", "peak_rss_bytes", "device")}
-            done = Finished(stage.name, key, stage.note.model_validate(facts), **cost)
         self.finished.append(done)
         return done
+
+    def _before(self, stage: Stage[N_co], key: str) -> Finished[N_co] | None:
+        """What was done under this key before; None where nothing was, or its note or its files are damaged."""
+        facts = self.run.finished(stage.name, key)
+        if facts is None:
+            return None
+        try:
+            cost = {name: facts.pop(name) for name in ("seconds", "peak_rss_bytes", "device")}
+            note = stage.note.model_validate(facts)
+        except (KeyError, ValidationError):
+            return None
+        if isinstance(stage, KeepsFiles) and not stage.has_files(note):
+            return None
+        return Finished(stage.name, key, note, **cost)
+
+
+@runtime_checkable
+class KeepsFiles(Protocol):
+    """A stage whose files others may have touched: they lie in the run's folder, and not in its cache."""
+
+    def has_files(self, note: Any) -> bool:
+        """Whether they are all there, as its note has them."""
+        ...

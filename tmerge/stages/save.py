@@ -56,6 +56,13 @@ class Save:
         """What decides the checkpoint."""
         return {"fuse": self.fused, "alpha": self.alpha, "save": self.recipe.digest("save")}
 
+    def has_files(self, note: SaveNote) -> bool:
+        """Whether the checkpoint is still what was written."""
+        paths = {self.run.folder / name: digest for name, digest in note.weights.items()}
+        if not (self.run.folder / CONFIG).is_file() or not all(path.is_file() for path in paths):
+            return False
+        return all(file_digest(path) == digest for path, digest in paths.items())
+
     def do(self, key: str, progress: Progress) -> SaveNote:
         """Fuse, write, compare, move."""
         loaded = load(self.target, progress)

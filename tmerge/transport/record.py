@@ -99,15 +99,22 @@ class TransportRecord:
         return [(int(row), int(column)) for row, column in self.tensors[f"pairs.{key}"].tolist()]
 
     def plans(self, key: str) -> SparsePlans:
-        """The sparse plans of a feature key's kept pairs, in the order of `pairs`."""
+        """The sparse plans of a feature key's kept pairs, in the order of `pairs`.
+
+        Raises:
+            RunNotFoundError: They are damaged.
+        """
         shape = self.widths(key)
-        return SparsePlans(
+        plans = SparsePlans(
             self.tensors[f"plan.{key}.offsets"],
             self.tensors[f"plan.{key}.columns"],
             self.tensors[f"plan.{key}.values"],
             self.tensors[f"plan.{key}.beyond"],
             shape,
         )
+        if not plans.is_sound(len(self.tensors[f"pairs.{key}"])):
+            raise RunNotFoundError(f"the recorded plans of {key} are damaged; run the merge again, or fetch them again")
+        return plans
 
 
 class PlanRecorder:

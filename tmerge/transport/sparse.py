@@ -40,6 +40,17 @@ class SparsePlans:
     beyond: Tensor
     shape: tuple[int, int]
 
+    def is_sound(self, count: int) -> bool:
+        """Whether it holds `count` plans whose entries all lie within them: what was stored may be damaged."""
+        n, m = self.shape
+        entries = len(self.values)
+        offsets, beyond, columns = self.offsets, self.beyond, self.columns
+        if len(offsets) != count * n + 1 or len(columns) != entries or int(offsets[0]) != 0:
+            return False
+        within = int(offsets[-1]) == entries and bool((offsets.diff() >= 0).all()) and bool((beyond.diff() > 0).all())
+        inside = [(columns, m), (beyond, entries)]
+        return within and all(not len(t) or (int(t.min()) >= 0 and int(t.max()) < end) for t, end in inside)
+
     def dense(self, index: int) -> Tensor:
         """Plan number `index` as (n, n') float32, entries of n * Q, zeros where nothing survived."""
         plan, mask = self.read(index)
