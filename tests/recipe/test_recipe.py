@@ -223,3 +223,9 @@ def test_bad_settings(word):
 def test_recipe_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         Recipe.from_mapping(PAIR).seed = 3
+
+
+@pytest.mark.parametrize("name", ["\x85", "a\u2028b", "x\r\ny", "a\nb", " a ", "é日本", "'", '"', "null", "1e3"])
+def test_any_name_is_read_back_as_it_was_written(name):
+    recipe = Recipe.from_mapping({"target": "a", "source": name})
+    assert Recipe.from_mapping(load_yaml(recipe.to_yaml(), "recipe")) == recipe

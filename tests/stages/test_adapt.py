@@ -89,8 +89,8 @@ def test_a_folder_that_another_process_trains_in_is_refused_and_stays(run, tmp_p
     out = tmp_path / "out"
     with pytest.raises(Cancelled):
         adapt_run(run, out, WORDS, listener=stop)
-    before = sorted(out.rglob("*"))
     with locked(Run(out).cache, out):
+        before = sorted(out.rglob("*"))
         with pytest.raises(RunBusyError, match=r"another tmerge \(process .*\) is at work in .*out; wait") as caught:
             adapt_run(run, out, WORDS)
         assert "\n" not in str(caught.value) and caught.value.exit_code == 2

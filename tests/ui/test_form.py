@@ -48,7 +48,7 @@ def test_a_field_is_what_the_schema_says(key, kind, choices):
 
 def test_every_field_has_help_and_numbers_name_their_bounds():
     assert all(setting.description for setting in SETTINGS)
-    assert OF["calibration.texts"].description.endswith("16 or more")
+    assert OF["calibration.texts"].description.endswith("in [16, 10000000]")
     assert {setting.key for setting in SETTINGS if setting.decides} == {"fusion.what", "transport.structure"}
 
 

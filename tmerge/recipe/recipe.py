@@ -23,6 +23,7 @@ from tmerge.recipe.fusion import FusionSettings, Reconstruction, TaskVector, Wei
 from tmerge.recipe.mistakes import one_line
 from tmerge.recipe.save import SaveSettings
 from tmerge.recipe.section import Section, counted
+from tmerge.recipe.strict_yaml import StrictDumper
 from tmerge.recipe.transport import Apart, Shared, TransportSettings
 from tmerge.recipe.unsaid import with_unsaid
 
@@ -148,7 +149,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe with every default of what it chose written out; reading it back gives an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
 
     def digest(self, *sections: str) -> str:
         """SHA-256 (hex) of the named top-level sections, or of all that decides; stages are recognised by it."""

@@ -11,7 +11,7 @@ import yaml
 
 from tmerge.errors import RecipeError
 
-__all__ = ["load_yaml"]
+__all__ = ["StrictDumper", "load_yaml"]
 
 
 class _KeyTwiceError(yaml.MarkedYAMLError):
@@ -35,9 +35,21 @@ class _Loader(yaml.SafeLoader):
 
 
 # YAML 1.1 has no number without a point before its exponent: 1e-6 would be a word. YAML 1.2 has.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_NUMBER = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+_Loader.add_implicit_resolver(*_NUMBER)
+
+
+class StrictDumper(yaml.SafeDumper):
+    """Writes what is read back as it was: texts like numbers, and what YAML takes for the end of a line, in quotes."""
+
+
+def _written(dumper: StrictDumper, text: str) -> yaml.ScalarNode:
+    quoted = any(ending in text for ending in "\x85\u2028\u2029\r\n")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
+
+
+StrictDumper.add_implicit_resolver(*_NUMBER)
+StrictDumper.add_representer(str, _written)
 
 
 def load_yaml(text: str, where: str) -> Any:

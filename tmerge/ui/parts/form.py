@@ -13,6 +13,7 @@ import yaml
 from tmerge.errors import RecipeError, TmergeError
 from tmerge.recipe import Recipe, Reconstruction, TaskVector, load_recipe, load_yaml, preset_names
 from tmerge.recipe.schema import sections_of, top_level
+from tmerge.recipe.strict_yaml import StrictDumper
 from tmerge.recipe.unsaid import with_unsaid
 from tmerge.ui.parts.fields import SETTINGS, Setting
 
@@ -123,7 +124,7 @@ def write_yaml(draft: Mapping[str, Any]) -> str:
     return yaml.dump(_short(draft), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(StrictDumper):
     """Lists on one line, mappings one key a line."""
 
 
