@@ -72,6 +72,13 @@ def interrupted(*args, **kwargs):
 signal.signal(signal.SIGINT, signal.default_int_handler)
 follow, HfApi.fetch_job_logs = HfApi.fetch_job_logs, interrupted
 case("stopped", *WORDS, *REMOTE, "--push", "user/stopped")
+def terminated(*args, **kwargs):
+    yield "merging"
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+HfApi.fetch_job_logs = terminated
+case("terminated", *WORDS, *REMOTE, "--push", "user/terminated")
 HfApi.fetch_job_logs = follow
 ask, HfApi.run_job = HfApi.run_job, lambda *args, **kwargs: next(item for item in interrupted() if item != "merging")
 case("stopped early", *WORDS, *REMOTE, "--push", "user/early")
@@ -193,7 +200,7 @@ def test_only_what_the_push_would_take_costs_a_job(hub, results):
     assert results["on a card alone"]["code"] == 0, results["on a card alone"]["err"]
     # None of the refused ones, whose repos are as they were.
     names = ["fused", "fused", "fused", "fused.sh", "fused.py", "fused.yaml", "fused.toml", "fused.sh", "begun"]
-    assert hub.jobs.repos == [f"user/{name}" for name in [*names, "fused", "stopped", "fused", "fused"]]
+    assert hub.jobs.repos == [f"user/{name}" for name in [*names, "fused", "stopped", "terminated", "fused", "fused"]]
     assert not {"user/large", "user/dry", "stranger/fused"} & set(hub.repos)
     assert len(hub.repos["user/target"].commits) == len(hub.repos["user/other"].commits) == 1
 
@@ -220,6 +227,7 @@ def test_who_stops_following_is_told_that_the_job_goes_on(hub, results):
     number = next(number for number, job in hub.jobs.items() if "user/stopped" in job.spec["command"])
     lines = results["stopped"]["err"].strip().splitlines()
     assert results["stopped"]["code"] == 130 and "merging" in lines
+    assert results["terminated"]["code"] == 143 and "stopped; the job goes on: " in results["terminated"]["err"]
     assert lines[-1] == (
         f"stopped; the job goes on: {hub.endpoint}/jobs/user/{number}; its log: `hf jobs logs {number}`; "
         f"to stop it: `hf jobs cancel {number}`"

@@ -18,6 +18,7 @@ from tests import forked
 from tests.hub import Repo, WritableHub
 from tests.pico import save_pico
 from tests.stages.test_merge import digest, recipe_for
+from tmerge.recipe import Recipe
 from tmerge.stages.merge import STAGES, merge
 
 pytestmark = pytest.mark.slow
@@ -52,7 +53,7 @@ main()
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: Any) -> Path:
     folder: Path = tmp_path_factory.mktemp("models")
-    for name, family, seed in (("target", "llama", 0), ("source", "gpt2", 1)):
+    for name, family, seed in (("target", "llama", 0), ("source", "gpt2", 1), ("other", "llama", 2)):
         save_pico(family, folder / name, layers=2, seed=seed)
         (folder / name / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     return folder
@@ -129,8 +130,34 @@ def _until(process: forked.Forked, true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+# Stages that not every merge has.
+_ALONE = {
+    "choose": {"fusion": {"alpha": "auto"}},
+    "reconstruct": {"fusion": {"what": "reconstruct", "keep": None, "alpha": 1.0}},
+}
+
+
 @both
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ("choose", "reconstruct")])
+@pytest.mark.parametrize("stage", _ALONE)
+def test_stages_that_not_every_merge_has(
+    pair: Path, tmp_path: Path, begin: Callable[..., forked.Forked], stage: str, number: int
+) -> None:
+    recipe, ready, out = tmp_path / "recipe.yaml", tmp_path / "ready", tmp_path / "fused"
+    calibration = {"dataset": "samples:english", "texts": 90, "held_out": 0.3, "choosing": 0.3, "token_rows": 200}
+    both_models = {"target": str(pair / "target"), "source": str(pair / "other"), "dtype": "float32"}
+    whole = {**both_models, "calibration": calibration, **_ALONE[stage], "evaluation": {"texts": 12, "bootstrap": 200}}
+    recipe.write_text(Recipe.from_mapping(whole).to_yaml())
+    words = ["merge", recipe, "--out", out]
+    process = begin(words, IN_A_STAGE.format(stage=stage, ready=str(ready)))
+    _until(process, ready.exists)
+    stopped = Stopped(process, number, tmp_path / "temporary")
+    assert stopped.line.startswith("stopped; the finished stages (texts, target, source, transport")
+    again = begin(words)
+    assert again.communicate(120) and again.returncode == 0 and (out / "config.json").is_file()
+
+
+@both
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in _ALONE])
 def test_every_stage_of_a_merge(
     pair: Path, finished: Path, tmp_path: Path, begin: Callable[..., forked.Forked], stage: str, number: int
 ) -> None:

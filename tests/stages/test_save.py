@@ -43,6 +43,16 @@ def test_several_chat_templates_are_written_and_can_be_read(templates, tmp_path,
     assert stat.S_IMODE((written / "tool_use.jinja").stat().st_mode) == 0o644
 
 
+def test_from_which_release_on_it_is_read_is_said(pair, tmp_path):  # noqa: F811
+    save_pico("apertus", tmp_path / "models" / "target", layers=2)
+    shutil.copytree(pair / "source", tmp_path / "models" / "source")
+    report = merge(recipe_for(tmp_path / "models"), tmp_path / "fused")
+    said = "reads with transformers 5.0 or later"
+    assert any(note.startswith(said) for note in report.notes)
+    assert said in (tmp_path / "fused" / "README.md").read_text()
+    assert not any(said in note for note in merge(recipe_for(pair), tmp_path / "other").notes)
+
+
 class Killed(BaseException):
     pass
 
