@@ -44,7 +44,7 @@ class StrictDumper(yaml.SafeDumper):
 
 
 def _written(dumper: StrictDumper, text: str) -> yaml.ScalarNode:
-    quoted = any(ending in text for ending in "\x85\u2028\u2029\r\n")
+    quoted = len(f"{text}.".splitlines()) > 1
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
 
 
