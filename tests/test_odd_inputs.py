@@ -139,7 +139,7 @@ def _rows(path, rows):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda p: _rows(p / "a.jsonl", ['{"text": "a", "n": ' + "1" * 5000 + "}"]), "a number without end"),
+        (lambda p: _rows(p / "a.jsonl", ['{"text": "a", "n": ' + "1" * 5000 + "}"]), "a number of too many digits"),
         (lambda p: _rows(p / "a.jsonl", ['{"\\ud800": "a text"}'] * 40), "the name of a column is no text"),
         (lambda p: _rows(p / "a.txt", ["x" * (1 << 26) + "yz"]), "line 1 is longer than 67,108,864 letters"),
     ],

@@ -46,7 +46,7 @@ def parse_json(text: str) -> Any:
     except json.JSONDecodeError:
         raise
     except ValueError:  # a number of more digits than Python reads
-        raise json.JSONDecodeError("a number without end", text, 0) from None
+        raise json.JSONDecodeError("a number of too many digits", text, 0) from None
     except RecursionError:
         raise json.JSONDecodeError("nested too deeply", text, 0) from None
     if text.count("[") + text.count("{") > _DEEPEST and _depth(value) > _DEEPEST:

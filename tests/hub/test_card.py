@@ -58,7 +58,7 @@ def test_metadata_is_what_the_hub_reads(run, report):
     assert isinstance(data, ModelCardData)
     assert data.base_model == ["user/target", "user/source"] and data.get("base_model_relation") == "merge"
     assert data.pipeline_tag == "text-generation"
-    assert data.library_name == "transformers"
+    assert data.to_dict()["library_name"] == "transformers"
     assert {"merge", "tmerge", "transport-and-merge"} <= set(data.tags)
     assert data.language == ["th"] and data.license == "apache-2.0" and data.get("license_name") is None
     score, change = data.eval_results

@@ -119,7 +119,7 @@ def test_metadata_that_nobody_here_knows_are_named(tmp_path):
 
 def test_as_many_blocks_beyond_the_models_as_are_said_to_predict_are_left_out_and_said(tmp_path):
     path = save_pico_gguf(tmp_path / "a.gguf", beyond=True)
-    assert read_facts(str(path)).remarks == ("files hold 1 layers that predict further tokens (MTP), left out",)
+    assert read_facts(str(path)).remarks == ("metadata count 1 layer of prediction (MTP), left out",)
     load_model(str(path), device="cpu")
     further = save_pico_gguf(tmp_path / "b.gguf", beyond=True, extra={"blk.3.attn_norm.weight": torch.ones(64)})
     assert "(blk.3.attn_norm.weight)" in _refusals(further)

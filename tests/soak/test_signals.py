@@ -26,9 +26,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 both = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 
-# In the midst of a stage, with a helper process and a thread of its own under way, as a library may have.
+# A merge that says when a stage begins.
 IN_A_STAGE = """
-import subprocess, sys, time
+import time
 from pathlib import Path
 from tmerge.stages.runner import Runner
 

@@ -22,6 +22,7 @@ import importlib.util
 import math
 import mmap
 import os
+import re
 import struct
 import tempfile
 import threading
@@ -37,11 +38,14 @@ from gguf.gguf_reader import ReaderField
 
 from tmerge.errors import CheckpointError
 
-__all__ = ["GgufHeader", "GgufTensor", "fast_reading", "read_header"]
+__all__ = ["BLOCK", "GgufHeader", "GgufTensor", "fast_reading", "read_header"]
 
 # Value types of the format's specification: struct letters of the fixed-size ones, then string and array.
 _LETTERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+
+BLOCK = re.compile(r"blk\.(\d+)\.")
+"""How the names of a block's tensors begin, and its number."""
 
 # Elements per row when blocks are unpacked; gguf takes 16 rows at a time, and half a megabyte stays in the cache.
 _ROW = 8192

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tmerge.errors import CheckpointError
-from tmerge.models.gguf import GgufHeader
+from tmerge.models.gguf import BLOCK, GgufHeader
 from tmerge.models.gguf_completed import ROTARY_FACTORS, rotary_scaling, rotary_tables
 from tmerge.models.reference import ModelReference
+from tmerge.quantities import count_words
 
 __all__ = ["DECIDING_KEYS", "HELD_ALONE", "hold_gguf"]
 
@@ -40,7 +40,6 @@ class _Key:
 
 
 DECIDING_KEYS = {
-    "attention.key_length": _Key(("head_dim",)),
     "attention.value_length": _Key(("v_head_dim", "head_dim")),
     "attention.clamp_kqv": _Key(("clip_qkv",), (0.0,)),
     "attention.max_alibi_bias": _Key((), (0.0,)),
@@ -114,7 +113,9 @@ def hold_gguf(reference: ModelReference, header: GgufHeader, model: PreTrainedMo
     known = {*read, *_keys_known(header.architecture), *DECIDING_KEYS, *HELD_ALONE, *_SAID_ELSEWHERE}
     unknown = [key for key in said if key not in known]
     predicting = int(said.get("nextn_predict_layers", 0) or 0)
-    left_out = [] if not predicting else [f"files hold {predicting} layers that predict further tokens (MTP), left out"]
+    left_out = (
+        [] if not predicting else [f"metadata count {count_words(predicting, 'layer')} of prediction (MTP), left out"]
+    )
     return tuple(left_out) + tuple(
         f"metadata say {prefix}{key} {_shown(said[key])}, which is not read: whether it matters is not known here"
         for key in unknown
@@ -233,16 +234,13 @@ def _mapping(architecture: str) -> dict[str, Any]:
     return mapping
 
 
-_BLOCK = re.compile(r"blk\.(\d+)\.")
-
-
 def _unread_tensors(header: GgufHeader, model: PreTrainedModel) -> list[str]:
     placed = _placed(header, model)
     blocks = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     predicting = int(header.metadata.get(f"{header.architecture}.nextn_predict_layers", 0) or 0)
     unread = []
     for tensor in header.tensors:
-        block = _BLOCK.match(tensor.name)
+        block = BLOCK.match(tensor.name)
         # As many blocks beyond the model's as are said to predict further tokens, and no more.
         predicts = block is not None and blocks <= int(block[1]) < blocks + predicting
         if tensor.name not in placed and not predicts and tensor.name != ROTARY_FACTORS:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from tmerge.errors import CheckpointError, MissingExtraError, UnsupportedModelError
+from tmerge.models.announced import announce_what_is_there
 from tmerge.models.block_weights import BlockWeights
 from tmerge.models.configs import tidy_gguf_config
 from tmerge.models.device import check_memory, held_dtype, memory_errors, pick_device, pick_dtype
@@ -28,7 +29,7 @@ from tmerge.models.place import GgufPlace, Place, find_place
 from tmerge.models.quiet import quiet
 from tmerge.models.reference import ModelReference, one_line
 from tmerge.models.remote import hub_errors
-from tmerge.models.stored import announce_what_is_there, side_parts, without_a_place
+from tmerge.models.stored import side_parts, without_a_place
 from tmerge.models.stored_parts import empty_model, gguf_parts, safetensors_parts
 from tmerge.models.tokenizers import check_tokenizer, read_tokenizer
 

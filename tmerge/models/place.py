@@ -109,7 +109,7 @@ class Place:
     @cached_property
     def apart(self) -> tuple[str, str] | None:
         """Two tensors of its files that its config has as one; see `stored_apart`. The files are fetched if need be."""
-        if not self.config.get_text_config(decoder=True).tie_word_embeddings:
+        if not getattr(self.config.get_text_config(decoder=True), "tie_word_embeddings", False):
             return None
         where = f"{self.reference.text!r}: "
         return stored_apart(meta_model(self.config, self.trust_remote_code, where), self.weights)

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from tmerge.models.announced import is_announcement
 from tmerge.models.loading import LoadedModel, runs_own_code
 from tmerge.models.place import Place
-from tmerge.models.stored import is_announcement
 from tmerge.models.tokenizers import restore_limits
 
 __all__ = [

@@ -21,15 +21,15 @@ from tmerge.models.checkpoint import StoredTensor
 from tmerge.models.reference import ModelReference
 
 __all__ = [
+    "CLASSIFIER",
     "COMPUTED",
     "PREDICTION_LAYERS",
     "SIDE_PARTS",
     "Places",
     "SidePart",
     "Sorting",
-    "announce_what_is_there",
     "find_places",
-    "is_announcement",
+    "is_prediction",
     "side_parts",
     "sort_stored",
     "without_a_place",
@@ -64,11 +64,7 @@ SIDE_PARTS = (
     ),
 )
 PREDICTION_LAYERS = "layers that predict further tokens (MTP)"
-_CLASSIFIER = SIDE_PARTS[1][0]
-
-# How a config counts prediction layers: num_nextn_predict_layers, mtp_num_hidden_layers, num_mtp_modules. What else it
-# says of them (mtp_use_dedicated_embeddings, mtp_loss_weight) says nothing where there are none.
-_ANNOUNCED = re.compile(r"^(?=\w*(layers|depths?|modules)$)(\w*_)?(mtp|nextn)(_\w*)?$")
+CLASSIFIER = SIDE_PARTS[1][0]
 
 
 @dataclass(frozen=True)
@@ -166,7 +162,7 @@ def without_a_place(
     known = {
         name
         for name, entry in stored.items()
-        if (_is_prediction(name) or _side_kind(name) or _was_computed(name, entry)) and not _among(name, places.own)
+        if (is_prediction(name) or _side_kind(name) or _was_computed(name, entry)) and not _among(name, places.own)
     }
     return places.unplaced | known
 
@@ -245,11 +241,11 @@ def sort_stored(stored: Mapping[str, StoredTensor], places: Places) -> Sorting:
     side: dict[str, list[str]] = {}
     # Of the model's own names alone: an encoder beside it has a list of blocks too, and counts them by itself.
     blocks = _block_lists(places.own)
-    predicting = {_block(name) for name in places.unplaced if _is_prediction(name)}
+    predicting = {_block(name) for name in places.unplaced if is_prediction(name)}
     for name in sorted(places.unplaced):
         stem, number = _block(name)
         outside = number is not None and number >= places.layers and _decoder(stem) in blocks
-        if _is_prediction(name) or (outside and (stem, number) in predicting):
+        if is_prediction(name) or (outside and (stem, number) in predicting):
             side.setdefault(PREDICTION_LAYERS, []).append(name)
         elif kind := _side_kind(name):
             side.setdefault(kind, []).append(name)
@@ -276,7 +272,7 @@ def sort_stored(stored: Mapping[str, StoredTensor], places: Places) -> Sorting:
 def _packed(stored: Mapping[str, StoredTensor], integers: frozenset[str]) -> Iterable[str]:
     odd = {name for name, entry in stored.items() if entry.dtype not in _PLAIN}
     # Under another name than in the file, a side part is not known as left out.
-    odd = {name for name in odd if not (_is_prediction(name) or _side_kind(name) or _among(name, integers))}
+    odd = {name for name in odd if not (is_prediction(name) or _side_kind(name) or _among(name, integers))}
     if packed := sorted(odd):
         dtypes = ", ".join(sorted({stored[name].dtype for name in packed}))
         yield (
@@ -356,7 +352,8 @@ def _decoder(stem: str) -> str:
     return stem.replace("language_model.", "")
 
 
-def _is_prediction(name: str) -> bool:
+def is_prediction(name: str) -> bool:
+    """Whether a tensor is one of the layers that predict further tokens."""
     return any(_PREDICTION.search(part) for part in name.split("."))
 
 
@@ -380,27 +377,3 @@ def _was_computed(name: str, entry: StoredTensor | None) -> bool:
 def _among(name: str, own: frozenset[str]) -> bool:
     """Whether a stored name is one of the model's own, with or without its base model's prefix."""
     return name in own or any(other.endswith(f".{name}") or name.endswith(f".{other}") for other in own)
-
-
-def is_announcement(key: str, value: Any) -> bool:
-    """Whether a config counts prediction layers under this key."""
-    # A flag is an int too, but counts nothing.
-    return bool(_ANNOUNCED.search(key)) and isinstance(value, int) and not isinstance(value, bool)
-
-
-def announce_what_is_there(model: PreTrainedModel, side: Iterable[SidePart] = ()) -> None:
-    """Take out of a model's config what its checkpoint announced and the model does not have.
-
-    Args:
-        model: Its config is changed.
-        side: What was left out.
-    """
-    config = model.config
-    decoder = config.get_text_config(decoder=True)
-    if not any(_is_prediction(name) for name in model.state_dict()):
-        for part in {id(config): config, id(decoder): decoder}.values():
-            for key, value in list(vars(part).items()):
-                if is_announcement(key, value):
-                    setattr(part, key, 0)
-    if any(part.kind == _CLASSIFIER for part in side):
-        config.id2label = config.label2id = config.problem_type = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from tmerge.errors import CheckpointError
 from tmerge.models.block_weights import StoredParts
 from tmerge.models.checkpoint import file_state, read_safetensors_header
 from tmerge.models.discovery import find_block_list
-from tmerge.models.gguf import fast_reading
+from tmerge.models.gguf import BLOCK, fast_reading
 from tmerge.models.place import GgufPlace, Place
 from tmerge.models.quiet import quiet
 from tmerge.models.renaming import GOES_ANOTHER_WAY, renamed
@@ -30,9 +29,6 @@ from tmerge.models.renaming import GOES_ANOTHER_WAY, renamed
 __all__ = ["empty_model", "gguf_parts", "safetensors_parts"]
 
 log = logging.getLogger(__name__)
-
-# GGUF's names of the tensors of a block.
-_GGUF_BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel | None:
@@ -111,7 +107,7 @@ def gguf_parts(model: PreTrainedModel, place: GgufPlace, dtype: torch.dtype) -> 
     names = {id(module): name for name, module in model.named_modules()}
 
     def parameter(name: str) -> str:
-        if block := _GGUF_BLOCK.match(name):
+        if block := BLOCK.match(name):
             return f"{list_name}.{block[1]}.{name[block.end() :]}"
         end = ends.get(name.partition(".")[0])
         return name if end is None else f"{names[id(end)]}.weight"
@@ -134,7 +130,7 @@ def gguf_parts(model: PreTrainedModel, place: GgufPlace, dtype: torch.dtype) -> 
     beyond = {
         tensor.name
         for tensor in place.header.tensors
-        if (block := _GGUF_BLOCK.match(tensor.name)) and int(block[1]) >= len(blocks)
+        if (block := BLOCK.match(tensor.name)) and int(block[1]) >= len(blocks)
     }
     names_of = {tensor.name: parameter(tensor.name) for tensor in place.header.tensors if tensor.name not in beyond}
     return StoredParts(names_of, opened, load)
