@@ -38,7 +38,7 @@ from gguf.gguf_reader import ReaderField
 
 from tmerge.errors import CheckpointError
 
-__all__ = ["BLOCK", "GgufHeader", "GgufTensor", "fast_reading", "read_header"]
+__all__ = ["BLOCK", "GgufHeader", "GgufTensor", "fast_reading", "one_name_map", "read_header"]
 
 # Value types of the format's specification: struct letters of the fixed-size ones, then string and array.
 _LETTERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -315,7 +315,7 @@ def fast_reading(path: Path, only: Collection[str] | None = None) -> Iterator[st
 
 def _substituted(path: Path, wanted: str, only: Collection[str] | None, loader: Any) -> Iterator[str]:
     """What is global to the process is looked at and replaced by one thread at a time."""
-    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "dequantize", "get_tensor_name_map")}
+    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "dequantize")}
     original_reader, bar = gguf.GGUFReader, loader.tqdm
 
     def reader(file: str | os.PathLike[str], mode: Any = "r") -> gguf.GGUFReader:
@@ -337,20 +337,31 @@ def _substituted(path: Path, wanted: str, only: Collection[str] | None, loader: 
         except OSError:  # a system without links for its users
             folder = str(path.parent)
         gguf.GGUFReader, gguf.dequantize = reader, _dequantize  # type: ignore[assignment, misc]
-        # Asked for once per submodule of the model, and the same each time.
-        gguf.get_tensor_name_map = functools.lru_cache(maxsize=1)(gguf.get_tensor_name_map)  # type: ignore[assignment]
         loader.tqdm = lambda tensors, **_: tensors
         if mapped is not None:
             own_reader, original_mapped = mapped
             own_reader._mapped = lambda file: original_mapped(file).view(np.ndarray)
         try:
-            yield folder
+            with one_name_map():
+                yield folder
         finally:
             for name, value in originals.items():
                 setattr(gguf, name, value)
             loader.tqdm = bar
             if mapped is not None:
                 own_reader._mapped = original_mapped
+
+
+@contextlib.contextmanager
+def one_name_map() -> Iterator[None]:
+    """While open, ``gguf`` builds its table of tensor names once: it is asked for by every submodule of a model."""
+    with _LOCK:
+        original = gguf.get_tensor_name_map
+        gguf.get_tensor_name_map = functools.lru_cache(maxsize=1)(original)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            gguf.get_tensor_name_map = original
 
 
 @functools.lru_cache(maxsize=2)

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tmerge.errors import CheckpointError
-from tmerge.models.gguf import BLOCK, GgufHeader
+from tmerge.models.gguf import BLOCK, GgufHeader, one_name_map
 from tmerge.models.gguf_completed import ROTARY_FACTORS, rotary_scaling, rotary_tables
 from tmerge.models.reference import ModelReference
 from tmerge.quantities import count_words
@@ -261,7 +261,8 @@ def _placed(header: GgufHeader, model: PreTrainedModel) -> set[str]:
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=model.config.to_dict())
-    placed = set(get_gguf_hf_weights_map(model, processor))
+    with one_name_map():
+        placed = set(get_gguf_hf_weights_map(model, processor))
     # Experts are taken apart by the processor; a head is stored beside the embedding that it is tied to.
     return placed | {name for name in names if "_exps." in name or name == "output.weight"}
 
