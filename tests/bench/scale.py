@@ -1,9 +1,12 @@
 """A merge at published sizes, within the memory of a laptop: what it takes, and whether it ends.
 
     python -m tests.bench.scale --out FOLDER --target 1b --source 8b --what reconstruct --limit 16
+    python -m tests.bench.scale --out FOLDER --target 1b --source 3b --what weights --limit 6
+    python -m tests.bench.scale --out FOLDER --target 1b --source 8b --what task-vector --limit 8
 
 Weights are random, in the shapes of Llama 3.2 1B and 3B and of Llama 3.1 8B, in bfloat16, written a layer at a time;
-the target's are cut out of the source's, so that there is something to be found. The merge runs as a process of its own
+the target's are cut out of the source's, so that there is something to be found; what a source learned is noise of a
+tenth of the weights' size on all that is between its ends. The merge runs as a process of its own
 in a control group (version 1 or 2; needs root) of so many gigabytes, which count the pages of files too. Room on the
 disk is asked for first; models that are there are kept. What was measured goes to ``FOLDER/results.jsonl``.
 """
@@ -18,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,7 +93,30 @@ def write_source(folder: Path, shape: Shape, seed: int) -> None:
                 for name in ("input_layernorm", "post_attention_layernorm")
             }
 
-    _write(folder, shape, layers(), lambda: normal(shape.vocab_size, n))
+    _write(folder, shape, layers(), lambda _: normal(shape.vocab_size, n))
+
+
+def write_tuned(folder: Path, shape: Shape, base: Path, seed: int) -> None:
+    """The base with something learned: noise on every projection."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def layers() -> Iterator[dict[str, Tensor]]:
+        for path in sorted(base.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys() if ".layers." in name}  # noqa: SIM118
+            if tensors:
+                yield {name: _learned(tensor, draw) for name, tensor in tensors.items()}
+
+    def end(name: str) -> Tensor:
+        weights = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+        with safe_open(base / weights[name], "pt") as file:
+            return file.get_tensor(name)
+
+    _write(folder, shape, layers(), end)
+
+
+def _learned(tensor: Tensor, draw: torch.Generator) -> Tensor:
+    return tensor if tensor.dim() < 2 else (tensor + 0.002 * torch.randn(tensor.shape, generator=draw)).bfloat16()
 
 
 def write_target(folder: Path, shape: Shape, source: Path, of: Shape, seed: int) -> None:
@@ -143,10 +169,10 @@ def write_target(folder: Path, shape: Shape, source: Path, of: Shape, seed: int)
                 for name, index in rows_columns.items()
             }
 
-    _write(folder, shape, layers(), lambda: read("model.embed_tokens.weight", torch.arange(shape.vocab_size), stream))
+    _write(folder, shape, layers(), lambda name: read(name, torch.arange(shape.vocab_size), stream))
 
 
-def _write(folder: Path, shape: Shape, layers: Iterator[dict[str, Tensor]], embedding: Any) -> None:
+def _write(folder: Path, shape: Shape, layers: Iterator[dict[str, Tensor]], end: Callable[[str], Tensor]) -> None:
     work = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -159,9 +185,14 @@ def _write(folder: Path, shape: Shape, layers: Iterator[dict[str, Tensor]], embe
 
     for tensors in layers:
         keep(tensors)
-    keep({"model.embed_tokens.weight": embedding(), "model.norm.weight": torch.ones(shape.hidden_size).bfloat16()})
+    keep(
+        {
+            "model.embed_tokens.weight": end("model.embed_tokens.weight"),
+            "model.norm.weight": torch.ones(shape.hidden_size).bfloat16(),
+        }
+    )
     if not shape.tie_word_embeddings:
-        keep({"lm_head.weight": embedding()})
+        keep({"lm_head.weight": end("lm_head.weight")})
     (work / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     settings: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "rope_theta": 500000.0}
     config = LlamaConfig(**asdict(shape), **settings, dtype="bfloat16", architectures=["LlamaForCausalLM"])
@@ -202,33 +233,40 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--target", choices=SHAPES, default="1b")
     parser.add_argument("--source", choices=SHAPES, default="8b")
-    parser.add_argument("--what", choices=("weights", "reconstruct"), default="reconstruct")
+    parser.add_argument("--what", choices=("weights", "task-vector", "reconstruct"), default="reconstruct")
     parser.add_argument("--limit", type=float, default=16, help="gigabytes of the control group")
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--set", dest="settings", action="append", default=[], help="further settings of the merge")
     asked = parser.parse_args()
     out, source, target = asked.out.resolve(), SHAPES[asked.source], SHAPES[asked.target]
-    folders = {"source": out / asked.source, "target": out / f"{asked.target}-of-{asked.source}"}
-    needed = 2 * sum(
-        shape.parameters for shape, path in ((source, "source"), (target, "target")) if not folders[path].exists()
-    )
+    # What the target was cut out of; and what that became, where it is what it learned that is carried.
+    base, cut, tuned = out / asked.source, out / f"{asked.target}-of-{asked.source}", out / f"{asked.source}-tuned"
+    shapes = {base: source, cut: target}
+    if asked.what == "task-vector":
+        shapes[tuned] = source
+    needed = 2 * sum(shape.parameters for folder, shape in shapes.items() if not folder.exists())
     out.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(out).free) < needed + 8 * target.parameters + 4 * GIGABYTE:
         parser.error(f"{out} has {bytes_words(free)} free, too little for the models and the run")
-    if not folders["source"].exists():
-        write_source(folders["source"], source, 0)
-    if not folders["target"].exists():
-        write_target(folders["target"], target, folders["source"], source, 1)
+    if not base.exists():
+        write_source(base, source, 0)
+    if not cut.exists():
+        write_target(cut, target, base, source, 1)
+    if tuned in shapes and not tuned.exists():
+        write_tuned(tuned, source, base, 2)
     fused = out / f"fused-{asked.what}"
     shutil.rmtree(fused, ignore_errors=True)
     settings = ["calibration.max_tokens=48", f"calibration.texts={asked.texts}", "calibration.held_out=0.25"]
     settings += ["evaluation.controls=[]", "evaluation.texts=16", *asked.settings]
     if asked.what == "reconstruct":
         settings += ["fusion.keep_texts=48", "fusion.alpha=1"]
-    else:
+    elif asked.what == "weights":
         settings += ["fusion.projections=[q, k, v, o]"]
-    command = [str(Path(sys.executable).with_name("tmerge")), "merge", "--what", asked.what, "--out", str(fused)]
-    command += ["--target", str(folders["target"]), "--source", str(folders["source"])]
+    command = [str(Path(sys.executable).with_name("tmerge")), "merge", "--out", str(fused), "--target", str(cut)]
+    if asked.what == "task-vector":
+        command += ["--source", str(tuned), "--source-base", str(base)]
+    else:
+        command += ["--source", str(base), "--what", asked.what]
     command += [word for setting in settings for word in ("--set", setting)]
     with memory_group(int(asked.limit * GIGABYTE)) as group:
         code, seconds = run(command, group, out / f"{asked.what}.log")
