@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import socket
 import struct
 import threading
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LOCK_FILES",
+    "Pieces",
     "locked",
     "read_json",
     "replacing",
+    "scratch",
     "write_json",
     "write_tensors",
     "write_tensors_in_turn",
@@ -68,6 +71,17 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A folder that is empty when the block begins, whatever an earlier run left there, and gone when it ends."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:
     """Write a file of text; see `replacing`."""
     with replacing(path, shared=shared) as temporary:
@@ -93,15 +107,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     Args:
         path: The file.
-        tensors: Name -> tensor, of any layout.
+        tensors: Name -> tensor, of any layout and on any device; mapped ones never are in memory as a whole.
         metadata: Of its header.
     """
-    from safetensors.torch import save_file
-
-    with replacing(path) as temporary:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata or {}) or None
-        )
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_tensors_in_turn(path, layout, lambda name: tensors[name].detach().cpu(), metadata or {})
 
 
 def write_tensors_in_turn(
@@ -122,7 +132,7 @@ def write_tensors_in_turn(
 
     # Wider values first: so each begins at a multiple of its own size.
     names = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
         kind, shape = layout[name]
@@ -137,6 +147,43 @@ def write_tensors_in_turn(
             values = tensor(name)
             assert (values.dtype, tuple(values.shape)) == layout[name]
             file.write(values.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+class Pieces:
+    """Tensors that come in pieces, to be joined along their first axis.
+
+    Args:
+        folder: Where the pieces are gathered, so that memory does not grow with their number: one that is there and
+            holds nothing of these names. In memory if None.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._held: dict[str, list[Tensor]] = {}
+        self._written: dict[str, tuple[dtype, tuple[int, ...], int]] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """One more piece of a tensor: of the same dtype, and of the same shape but for the first axis."""
+        if self._folder is None:
+            self._held.setdefault(name, []).append(tensor)
+            return
+        import torch
+
+        tail, rows = tuple(tensor.shape[1:]), self._written[name][2] if name in self._written else 0
+        self._written[name] = tensor.dtype, tail, rows + tensor.shape[0]
+        with (self._folder / f"{name}.pieces").open("ab") as file:
+            file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def joined(self) -> dict[str, Tensor]:
+        """All of them; those of a folder are mapped."""
+        import torch
+
+        joined = {name: torch.cat(pieces) for name, pieces in self._held.items()}
+        for name, (kind, tail, rows) in self._written.items():
+            size, path = rows * math.prod(tail), f"{self._folder}/{name}.pieces"
+            flat = torch.from_file(path, size=size, dtype=kind) if size else torch.empty(0, dtype=kind)
+            joined[name] = flat.reshape(rows, *tail)
+        return joined
 
 
 _ALIGNMENT = 64

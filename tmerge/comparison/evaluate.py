@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from tmerge.calibration import dataset_identity, file_identity, pinned, read_tex
 from tmerge.comparison.scores import Compared, TaskResult, compared, task_results
 from tmerge.evaluation import Scores, resamples, score_texts
 from tmerge.evaluation.tasks import TaskScore, run_tasks
-from tmerge.models import load_model, load_tokenizer
+from tmerge.models import give_back_memory, load_model, load_tokenizer
 from tmerge.recipe import CalibrationSettings
 from tmerge.report import Items, Part
 from tmerge.stages.step import Listener, Step
@@ -116,7 +115,7 @@ def evaluate_models(
             scored["tasks"] = task_results(benchmarks[-1], before, seed=seed, bootstrap=_BOOTSTRAP)
         models.append(ModelScores(**scored))
         del model
-        gc.collect()
+        give_back_memory()
     return Evaluation(texts=len(read), dataset=dataset, data=identities, seed=seed, models=tuple(models))
 
 

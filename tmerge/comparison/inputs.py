@@ -6,7 +6,6 @@ commit that was merged, and what has become another by then is refused, and neve
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from tmerge.calibration import DatasetRecord, file_identity, pinned, read_texts
 from tmerge.comparison.rows import Answers
 from tmerge.errors import CheckpointError, DatasetError
 from tmerge.evaluation.tasks import run_tasks
-from tmerge.models import LoadedModel, Model, Projection
+from tmerge.models import LoadedModel, Model, Projection, give_back_memory
 from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe
 from tmerge.stages.scoring import load
@@ -57,7 +56,7 @@ class MergedModels:
     def release(self, role: str) -> None:
         """Let a model's weights go."""
         self._handle(role).release()
-        gc.collect()
+        give_back_memory()
 
     def _handle(self, role: str) -> Model:
         return self._handles.target if role == "target" else self._handles.source

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -74,12 +75,13 @@ def carry(
     shuffle: Shuffle | None = None,
     vocabulary: Tensor | None = None,
     keep: Keep | None = None,
+    scratch: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Carried:
     """Transport every fused projection of every target layer (Eq. 13-14 up to alpha).
 
-    At most one target layer a worker is worked on, and one more is waiting: with `keep`, memory does not grow with the
-    number of layers but by the record's sparse plans.
+    At most one target layer a worker is worked on, and one more is waiting: with `keep` and `scratch`, memory does not
+    grow with the number of layers.
 
     Args:
         target: Read for norms and shapes; nothing is written here.
@@ -90,10 +92,11 @@ def carry(
         shuffle: For the `permuted` control.
         vocabulary: With ``fusion.stream``: (2, V) ids in the target and in the source of tokens that both have.
         keep: Is handed each layer's neurons, which are let go then; None keeps all of them in the result.
+        scratch: A folder to gather the record's tensors in; to be removed once they are written elsewhere.
         progress: Called with (layers done, all); may raise to stop.
     """
     carrier = Carrier(target, source, source_base, transport, fusion)
-    recorder, layers = PlanRecorder(transport), transport.target_layers
+    recorder, layers = PlanRecorder(transport, scratch), transport.target_layers
     carried = Carried(norm_ratios={projection: [] for projection in transport.layer_maps})
     selected: dict[str, list[Tensor]] = {projection: [] for projection in transport.layer_maps}
     statistics = transport.statistics  # read once, here, and not by every worker

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tmerge.models.checkpoint import file_digest
 from tmerge.models.configs import meta_model
 from tmerge.models.demo import DEMO_MODELS, DemoModel, demo_path
-from tmerge.models.device import available_memory, fits, multiplies_fast, pick_device, pick_dtype
+from tmerge.models.device import available_memory, fits, give_back_memory, multiplies_fast, pick_device, pick_dtype
 from tmerge.models.discovery import find_block_list
 from tmerge.models.facts import ModelFacts, read_facts
 from tmerge.models.licences import OutputLicence, output_licence
@@ -64,6 +64,7 @@ __all__ = [
     "fetch",
     "find_block_list",
     "fits",
+    "give_back_memory",
     "file_digest",
     "group_of",
     "head_facts",

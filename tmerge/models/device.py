@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ __all__ = [
     "available_memory",
     "check_memory",
     "fits",
+    "give_back_memory",
     "held_dtype",
     "memory_errors",
     "multiplies_fast",
@@ -169,6 +172,18 @@ def fits(needed: int, device: torch.device, beside: int = 0) -> bool:
         beside: Bytes that will have been taken by then.
     """
     return needed <= _OF_WHAT_IS_FREE * (available_memory(device) - beside)
+
+
+def give_back_memory() -> None:
+    """Give back what is not in use any more: the garbage, the accelerator's blocks, and the C library's."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    trim: Callable[[int], int] | None = None
+    with contextlib.suppress(OSError, AttributeError):
+        trim = ctypes.CDLL("libc.so.6").malloc_trim
+    if trim is not None:
+        trim(0)
 
 
 def check_memory(what: str, needed: int, device: torch.device) -> None:

@@ -21,6 +21,7 @@ from tmerge.stages.scoring import load
 from tmerge.stages.source_weights import SourceWeights
 from tmerge.stages.step import Progress
 from tmerge.stages.transport import Features, record_of, transport_of
+from tmerge.store import scratch
 
 __all__ = ["Fuse"]
 
@@ -85,21 +86,23 @@ class Fuse:
             transported.add(matched)
             permuted.add(shuffled)
 
-        carried = carry(
-            self.target.views,
-            self.source.read(progress),
-            transport,
-            fusion,
-            source_base=None if self.source_base is None else self.source_base.read(progress),
-            shuffle=shuffle if "permuted" in self.recipe.evaluation.controls else None,
-            vocabulary=vocabulary,
-            keep=keep,
-            progress=progress.counting("transporting weights", "layers"),
-        )
-        transported.finish()
-        permuted.finish()
-        commits = self.target.commit, self.source.model.commit
-        record_of(self.recipe, transport, self.features, commits, carried.tensors).save(self.run.transport_path)
+        with scratch(self.run.cache / "record") as folder:
+            carried = carry(
+                self.target.views,
+                self.source.read(progress),
+                transport,
+                fusion,
+                source_base=None if self.source_base is None else self.source_base.read(progress),
+                shuffle=shuffle if "permuted" in self.recipe.evaluation.controls else None,
+                vocabulary=vocabulary,
+                keep=keep,
+                scratch=folder,
+                progress=progress.counting("transporting weights", "layers"),
+            )
+            transported.finish()
+            permuted.finish()
+            commits = self.target.commit, self.source.model.commit
+            record_of(self.recipe, transport, self.features, commits, carried.tensors).save(self.run.transport_path)
         return FuseNote.model_validate(
             {
                 "norm_ratios": carried.norm_ratios,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tmerge.calibration import TextSet, capture
 from tmerge.evaluation import Scores
-from tmerge.models import Model, head_facts
+from tmerge.models import Model, give_back_memory, head_facts
 from tmerge.recipe import Recipe
 from tmerge.recorded import RecordedRun
 from tmerge.stages.notes import ReadNote, ScoreNote
@@ -73,7 +72,7 @@ class Read:
             self.kept.keep(progress)
         if self.kept is not None or self.let_go:
             self.model.release()
-            gc.collect()
+            give_back_memory()
         return note
 
     def _read(self, key: str, progress: Progress) -> ReadNote:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor
 from tmerge.calibration import TextSet
 from tmerge.evaluation import control_generator
 from tmerge.fusion import COLUMN_PROJECTIONS, BlockNote, NeuronWriter, Passage, reconstruct, score_factor
-from tmerge.models import Model, Projection, shared_vocabulary
+from tmerge.models import Model, Projection, give_back_memory, shared_vocabulary
 from tmerge.models.device import memory_errors
 from tmerge.recipe import FITTED_CONTROLS, Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
@@ -25,6 +24,7 @@ from tmerge.stages.notes import ReconstructNote
 from tmerge.stages.scoring import opened
 from tmerge.stages.step import Progress
 from tmerge.stages.transport import Features, record_of, transport_of
+from tmerge.store import scratch
 from tmerge.transport import PlanRecorder, Transport
 
 __all__ = ["Reconstruct"]
@@ -130,7 +130,7 @@ class Reconstruct:
             assert self.source_base is not None  # the recipe sees to it
             drawn_to = self.source_base
         self.target.release()  # an earlier pass has changed it
-        gc.collect()
+        give_back_memory()
         target, source = opened(self.target, progress), opened(drawn_to, progress)
         calibration, settings = self.recipe.calibration, self._settings
         views, source_views = self.target.views, drawn_to.views
@@ -168,7 +168,7 @@ class Reconstruct:
         shutil.rmtree(self._folder, ignore_errors=True)
         self.target.release()
         drawn_to.release()
-        gc.collect()
+        give_back_memory()
 
     def _noted(self, blocks: Sequence[BlockNote]) -> ReconstructNote:
         """What was changed, and by how much."""
@@ -208,16 +208,17 @@ class Reconstruct:
 
     def _record(self, transport: Transport) -> None:
         """The transport that was used, for pictures and later runs."""
-        recorder = PlanRecorder(transport)
-        for layer in transport.target_layers:
-            recorder.add(recorder.part(transport.feature_maps(layer).values()))
-        tensors = recorder.tensors()
-        for name, layer_map in transport.layer_maps.items():
-            views = [self.target.layout.layers[layer][name] for layer in layer_map.target_layers]
-            width = views[0].in_features if name in COLUMN_PROJECTIONS else views[0].out_features
-            tensors[f"neurons.{name}"] = torch.arange(width, dtype=torch.int32).expand(len(views), width).contiguous()
-        commits = self.target.commit, self.source.commit
-        record_of(self.recipe, transport, self.features, commits, tensors).save(self.run.transport_path)
+        with scratch(self.run.cache / "record") as folder:
+            recorder = PlanRecorder(transport, folder)
+            for layer in transport.target_layers:
+                recorder.add(recorder.part(transport.feature_maps(layer).values()))
+            tensors = recorder.tensors()
+            for name, layer_map in transport.layer_maps.items():
+                views = [self.target.layout.layers[layer][name] for layer in layer_map.target_layers]
+                width = views[0].in_features if name in COLUMN_PROJECTIONS else views[0].out_features
+                tensors[f"neurons.{name}"] = torch.arange(width, dtype=torch.int32).expand(len(views), width)
+            commits = self.target.commit, self.source.commit
+            record_of(self.recipe, transport, self.features, commits, tensors).save(self.run.transport_path)
 
 
 def _bias_words(layers: Sequence[Mapping[str, Projection]], name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from pydantic import ValidationError
 
+from tmerge.models import give_back_memory
 from tmerge.report import library_versions, peak_memory
 from tmerge.run import Run, stage_key
 from tmerge.stages.notes import Note
@@ -89,6 +90,7 @@ class Runner:
             self.run.forget(stage.name)
             began = time.perf_counter()
             note = stage.do(key, Progress(stage.name, self.listener))
+            give_back_memory()  # between small things that stay the C library keeps what large ones held
             done = Finished(stage.name, key, note, time.perf_counter() - began, peak_memory(), self.device)
             self.run.finish(stage.name, key, done.facts())
         self.finished.append(done)

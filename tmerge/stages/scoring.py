@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tmerge.calibration import TextSet
 from tmerge.evaluation import Scores, score_texts
-from tmerge.models import LoadedModel, Model
+from tmerge.models import LoadedModel, Model, give_back_memory
 from tmerge.recipe import Recipe
 from tmerge.stages.step import Progress
 
@@ -41,7 +40,7 @@ def reading(model: Model, progress: Progress) -> Iterator[LoadedModel]:
         yield opened(model, progress)
     finally:
         model.release()
-        gc.collect()
+        give_back_memory()
 
 
 def unit(loaded: LoadedModel) -> str:

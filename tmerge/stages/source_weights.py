@@ -7,11 +7,10 @@ cache, when the model has been loaded: for its features, or else for this alone.
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 
-from tmerge.models import Architecture, Model, read_weights_file, write_weights
+from tmerge.models import Architecture, Model, give_back_memory, read_weights_file, write_weights
 from tmerge.report import library_versions
 from tmerge.run import stage_key
 from tmerge.stages.scoring import opened
@@ -53,7 +52,7 @@ class SourceWeights:
         self.keep(progress)
         if not was_open:
             self.model.release()
-            gc.collect()
+            give_back_memory()
         weights = read_weights_file(self.path, self._key)
         assert weights is not None  # it has just been seen to
         return self.model.layout.reading(weights)

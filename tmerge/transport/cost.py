@@ -43,12 +43,13 @@ def standardise(features: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return exact.mul_(scale).to(dtype).contiguous()
 
 
-def correlation_cost(target: Tensor, source: Tensor) -> Tensor:
+def correlation_cost(target: Tensor, source: Tensor, *, out: Tensor | None = None) -> Tensor:
     """1 - correlation of every target neuron with every source neuron.
 
     Args:
         target: (T, n) from `standardise`.
         source: (T, m) or a batch (M, T, m) from `standardise`, same dtype and device.
+        out: Where the costs are written; new memory if None.
 
     Returns:
         (n, m) or (M, n, m) costs in [0, 2], in the inputs' dtype.
@@ -58,6 +59,6 @@ def correlation_cost(target: Tensor, source: Tensor) -> Tensor:
             f"target features have {target.shape[-2]} texts and source features {source.shape[-2]}: "
             "both models must read the same texts in the same order"
         )
-    correlation = torch.matmul(target.mT, source)
+    correlation = torch.matmul(target.mT, source, out=out)
     # Rounding leaves duplicates a hair outside [-1, 1].
     return correlation.neg_().add_(1.0).clamp_(0.0, 2.0)

@@ -34,7 +34,7 @@ from torch import Tensor
 from tmerge.documents import json_text, parse_json
 from tmerge.errors import PlanError, RunNotFoundError
 from tmerge.models import feature_key
-from tmerge.store import write_tensors
+from tmerge.store import Pieces, write_tensors
 from tmerge.transport.result import FeatureLayers, FeatureMap, LayerMap, Transport, Wanted
 from tmerge.transport.sparse import SparsePlans, mass_of_top, sparsify
 from tmerge.transport.statistics import FeatureStatistics, Statistics
@@ -122,11 +122,14 @@ class PlanRecorder:
 
     Args:
         transport: What is recorded; of one that was recorded before, its tensors are kept as they are.
+        folder: Where it is gathered, for who has many layers: one that is there, and stays until the record is
+            written. In memory if None.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, folder: Path | None = None) -> None:
         self._transport = transport
-        self._pieces: dict[str, list[Tensor]] = {}
+        self._pieces = Pieces(folder)
+        self._entries: dict[str, Tensor] = {}
 
     def part(self, maps: Iterable[FeatureMap]) -> Part:
         """What is kept of a target layer's maps; may be called from threads."""
@@ -162,19 +165,19 @@ class PlanRecorder:
         """Take in the part of the next target layer; from one thread, in the layers' order."""
         for key, tensors in part.items():
             offsets, beyond = f"plan.{key}.offsets", f"plan.{key}.beyond"
-            before = self._pieces.get(offsets)
             moved = dict(tensors)
-            if before is not None:
-                entries = before[-1][-1]
+            if key in self._entries:
+                entries = self._entries[key]
                 moved |= {offsets: tensors[offsets][1:] + entries, beyond: tensors[beyond] + entries}
+            self._entries[key] = moved[offsets][-1]
             for name, tensor in moved.items():
-                self._pieces.setdefault(name, []).append(tensor)
+                self._pieces.add(name, tensor)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, by the record's names."""
         if self._transport.recorded is not None:
             return dict(self._transport.recorded)
-        return _layer_tensors(self._transport) | {name: torch.cat(pieces) for name, pieces in self._pieces.items()}
+        return _layer_tensors(self._transport) | self._pieces.joined()
 
 
 def _layer_tensors(transport: Transport) -> dict[str, Tensor]:

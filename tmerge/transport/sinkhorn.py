@@ -69,7 +69,7 @@ class SinkhornResult:
         return f"worst marginal error {worst:.1e}: raise transport.max_iterations or transport.epsilon"
 
 
-def plan_from_potentials(cost: Tensor, f: Tensor, g: Tensor, epsilon: float) -> Tensor:
+def plan_from_potentials(cost: Tensor, f: Tensor, g: Tensor, epsilon: float, *, out: Tensor | None = None) -> Tensor:
     """Q = exp((f + g - C) / eps), or any block of it when given blocks of f, g and C.
 
     Args:
@@ -77,11 +77,12 @@ def plan_from_potentials(cost: Tensor, f: Tensor, g: Tensor, epsilon: float) -> 
         f: (..., n).
         g: (..., m).
         epsilon: The regularisation that f and g were solved for.
+        out: Where the entries are written; new memory if None.
 
     Returns:
         (..., n, m) entries of the plan; they sum to 1 over the whole problem.
     """
-    return torch.sub(f.unsqueeze(-1) + g.unsqueeze(-2), cost).div_(epsilon).exp_()
+    return torch.add(f.unsqueeze(-1), g.unsqueeze(-2), out=out).sub_(cost).div_(epsilon).exp_()
 
 
 def sinkhorn(
@@ -92,6 +93,7 @@ def sinkhorn(
     b: Tensor | None = None,
     max_iterations: int = 200,
     tolerance: float = 1e-6,
+    kernel: Tensor | None = None,
 ) -> SinkhornResult:
     """Solve one entropic transport problem, or a batch of them.
 
@@ -104,6 +106,7 @@ def sinkhorn(
         max_iterations: Most sweeps.
         tolerance: Stop when the largest marginal violation *relative to the marginal's entry* is below it.
             After a sweep the rows hold exactly (to rounding), so the columns are the ones looked at.
+        kernel: Memory of the cost's shape, dtype and device to work in, for whoever solves many; new if None.
 
     Returns:
         A result whose ``converged`` says whether the tolerance was met; a problem that did not converge still
@@ -117,7 +120,7 @@ def sinkhorn(
     row_marginal = _marginal(a, n, cost, "a")
     column_marginal = _marginal(b, m, cost, "b")
     f, g = _start(cost, epsilon)
-    kernel = plan_from_potentials(cost, f, g, epsilon)
+    kernel = plan_from_potentials(cost, f, g, epsilon, out=kernel)
     batch = cost.shape[:-2]
     u = row_marginal.expand(*batch, n)
     v = torch.ones(*batch, m, dtype=cost.dtype, device=cost.device)
@@ -140,7 +143,7 @@ def sinkhorn(
             break
         if max(_log_size(u), _log_size(v)) > limit:
             f, g = f + epsilon * u.log(), g + epsilon * v.log()
-            kernel = plan_from_potentials(cost, f, g, epsilon)
+            kernel = plan_from_potentials(cost, f, g, epsilon, out=kernel)
             u, v = torch.ones_like(u), torch.ones_like(v)
             columns = _times(u, kernel)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import ctypes
-import gc
 import logging
 import secrets
 import shutil
@@ -17,12 +16,11 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from tmerge.errors import Cancelled, TmergeError
+from tmerge.models import give_back_memory
 from tmerge.recipe import Recipe
 from tmerge.report import Report
 from tmerge.stages.merge import advance, merge
@@ -205,7 +203,7 @@ class RunStore:
                     run.say("started: holding the two models' configs against each other")
                     self._run(run)
                     self._current = None
-                    _free_memory()
+                    give_back_memory()
 
     def _run(self, run: VisitorRun) -> None:
         try:
@@ -308,15 +306,3 @@ class RunStore:
     @staticmethod
     def _without_paths(run: VisitorRun, line: str) -> str:
         return line.replace(str(run.folder), "the run's folder").replace(str(run.folder.parent), "the run's folder")
-
-
-def _free_memory() -> None:
-    """Give back what a run held: the garbage, the accelerator's blocks, and the C library's."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    trim: Callable[[int], int] | None = None
-    with contextlib.suppress(OSError, AttributeError):
-        trim = ctypes.CDLL("libc.so.6").malloc_trim
-    if trim is not None:
-        trim(0)

@@ -6,7 +6,6 @@ that speaks holds the locks, not the page that listens, and stops by itself when
 
 from __future__ import annotations
 
-import gc
 import logging
 import secrets
 import threading
@@ -21,7 +20,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from tmerge.errors import TmergeError
-from tmerge.models import LoadedModel, load_model
+from tmerge.models import LoadedModel, give_back_memory, load_model
 from tmerge.recipe import Recipe
 from tmerge.ui.server.runs import RunStore
 
@@ -222,9 +221,7 @@ def _speak(talk: _Talk, role: str) -> None:
             _answer(talk, role, loaded)
         finally:
             del loaded
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            give_back_memory()
     except TmergeError as error:
         talk.tell(role, state="failed", note=str(error).replace(str(talk.folder), "the fused model"))
     except Exception:  # noqa: BLE001 - any model may fail in its own way: the log has it, the visitor its number

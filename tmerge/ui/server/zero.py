@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import functools
-import gc
 import math
 import multiprocessing
 import os
@@ -20,11 +19,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
-
 import tmerge.errors
 from tmerge.errors import Cancelled, DeviceError, TmergeError
-from tmerge.models import ModelReference, open_repo
+from tmerge.models import ModelReference, give_back_memory, open_repo
 from tmerge.models.device import DEVICE_VARIABLE
 from tmerge.models.remote import fetch_weights
 from tmerge.preflight.check import TOKENS_PER_TEXT, Check
@@ -230,9 +227,7 @@ def forward_passes(
         if worker.is_alive() and multiprocessing.parent_process() is not None:
             # It does not come to its next step, within a large file perhaps; this process is of no other use.
             os._exit(1)
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        give_back_memory()
 
 
 def _seconds(recipe: Mapping[str, Any], folder: str, until: str, seconds: float) -> float:
