@@ -69,6 +69,20 @@ def _same(one, other):
 
 
 @roads
+def test_gathered_in_a_folder_the_record_is_the_same(solved, road, tmp_path):
+    transport, _ = solved[road]
+    found = []
+    for recorder in (PlanRecorder(transport), PlanRecorder(transport, tmp_path)):
+        for layer in transport.target_layers:
+            recorder.add(recorder.part(transport.feature_maps(layer).values()))
+        found.append(recorder.tensors())
+    held, gathered = found
+    assert held.keys() == gathered.keys() and any(tmp_path.iterdir())
+    for name, tensor in held.items():
+        assert tensor.dtype == gathered[name].dtype and tensor.equal(gathered[name]), name
+
+
+@roads
 def test_it_is_read_back_as_the_same_type(solved, road):
     transport, again = solved[road]
     assert type(transport) is type(again) is Transport

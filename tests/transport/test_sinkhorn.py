@@ -385,3 +385,13 @@ def test_costs_of_any_finite_size_are_taken():
     assert result.converged
     plan = plan_from_potentials(cost, result.f, result.g, 1e38)
     assert_same_plan(plan, pot_plan((cost.double() / 1e38).numpy(), 1.0))
+
+
+def test_memory_that_is_lent_is_worked_in_and_changes_nothing():
+    target, source = (standardise(features) for features in feature_pair("factors", 70, 90))
+    cost, lent = torch.empty(70, 90), torch.full((70, 90), -1.0)
+    assert correlation_cost(target, source, out=cost) is cost
+    assert cost.equal(correlation_cost(target, source))
+    mine, theirs = sinkhorn(cost, 0.1), sinkhorn(cost, 0.1, kernel=lent)
+    assert mine.f.equal(theirs.f) and mine.g.equal(theirs.g) and mine.transport_cost == theirs.transport_cost
+    assert (lent >= 0).all()

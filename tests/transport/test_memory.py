@@ -1,0 +1,54 @@
+"""What solving takes, as the system counts it: what the C library keeps of what was let go is taken too."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests import forked
+
+_SOLVING = """
+import sys
+from pathlib import Path
+
+import torch
+
+from tmerge.transport import solve_features
+
+layers, wide, wider, rows = int(sys.argv[1]), 768, 1280, 24
+
+
+def features(width):
+    drawn = torch.Generator().manual_seed(width)
+    return lambda layer: torch.randn(rows, width, generator=drawn)
+
+
+def status(name):
+    words = Path("/proc/self/status").read_text().split()
+    return int(words[words.index(f"{name}:") + 1]) * 1024
+
+
+def solve(layers):
+    solve_features("q.post", features(wide), features(wider), range(layers), range(12), epsilon=0.1)
+
+
+torch.set_num_threads(2)
+solve(2)  # what is made once
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = status("VmHWM")
+solve(layers)
+print((status("VmHWM") - before) / (4 * wide * wider))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak of a process")
+def test_solving_takes_a_problem_a_worker_whatever_the_number_of_layers():
+    problems = []
+    for layers in (4, 24):
+        process = forked.run([layers], _SOLVING)
+        assert process.returncode == 0, process.stderr
+        problems.append(float(process.stdout))
+    # A cost and a kernel for each of two workers, and what sums and starts take beside them.
+    assert max(problems) < 8
+    assert abs(problems[1] - problems[0]) < 2
