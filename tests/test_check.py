@@ -85,7 +85,7 @@ def test_a_source_base_is_counted_and_its_gate_said(models, tmp_path, monkeypatc
         return replace(read_facts(reference, **options), **its)
 
     monkeypatch.setattr("tmerge.models.model.read_facts", facts_of)
-    monkeypatch.setattr("tmerge.preflight.estimate.timing_of", lambda *words: Timing(1e-3, "2026-01-01", True))
+    monkeypatch.setattr("tmerge.preflight.pieces.timing_of", lambda *words: Timing(1e-3, "2026-01-01", True))
     monkeypatch.setattr(
         "tmerge.preflight.estimate.psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
     )
@@ -109,7 +109,7 @@ def test_a_source_base_is_counted_and_its_gate_said(models, tmp_path, monkeypatc
 
 
 def test_a_packed_source_takes_disk_for_what_is_fused_and_memory_while_it_is_read(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("tmerge.preflight.estimate.timing_of", lambda *words: Timing(1e-3, "2026-01-01", True))
+    monkeypatch.setattr("tmerge.preflight.pieces.timing_of", lambda *words: Timing(1e-3, "2026-01-01", True))
     monkeypatch.setattr(
         "tmerge.preflight.estimate.psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
     )
@@ -201,7 +201,7 @@ def test_feature_keys_are_shared():
 
 def test_choosing_alpha_is_part_of_the_estimate(models, monkeypatch):
     # A machine of one known speed: what is left are the operations counted.
-    monkeypatch.setattr("tmerge.preflight.estimate.timing_of", lambda *words: Timing(1e-3, "2026-01-01", True))
+    monkeypatch.setattr("tmerge.preflight.pieces.timing_of", lambda *words: Timing(1e-3, "2026-01-01", True))
 
     def seconds(**fusion):
         sections = {"fusion": fusion, "evaluation": {"controls": []}}

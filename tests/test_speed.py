@@ -171,14 +171,14 @@ def test_operations_are_those_of_the_recipe_and_not_of_the_machine(machine, monk
     ("seconds", "words"),
     [
         (1, "under 10 s"),
-        (40, "about 30 to 70 s"),
-        (120, "about 1.5 to 3.5 min"),
-        (476, "about 5.5 to 14 min"),
-        (3600, "about 45 to 110 min"),
-        (36000, "about 7.5 to 18 h"),
+        (40, "about 25 to 60 s"),
+        (120, "about 1 to 3 min"),
+        (476, "about 5.5 to 12 min"),
+        (3600, "about 40 to 90 min"),
+        (36000, "about 7 to 15 h"),
     ],
 )
 def test_the_range_is_rounded_to_what_it_is_worth(seconds, words):
-    estimate = Estimate(seconds, 1, 1, 1, "", 0.0, 0.0, 0.0, 0.0, 0.0, ("", ""))
+    estimate = Estimate({"read": seconds}, 1, 1, 1, "", 0.0, 0.0, 0.0, 0.0, 0.0, ("", ""))
     assert estimate.time_words == words
     assert estimate.range_seconds[1] == _MOST * seconds

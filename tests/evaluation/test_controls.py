@@ -1,14 +1,17 @@
 """Controls: each changes the merge's own neurons, by what it says, and leaves no trace."""
 
+from functools import partial
 from typing import get_args
 
+import pytest
 import torch
 
-from tests.pico import pico_model
-from tmerge.evaluation import applied, control_generator, noise, shrink
+from tests.models.pico_gguf import save_pico_gguf
+from tests.pico import pico_model, save_pico
+from tmerge.evaluation import applied, control_generator, controls, noise, shrink
 from tmerge.evaluation.controls import Control
-from tmerge.fusion import TransportedNeurons, fuse, read_neurons
-from tmerge.models import describe
+from tmerge.fusion import COLUMN_PROJECTIONS, TransportedNeurons, fuse, read_neurons
+from tmerge.models import Model, describe
 
 
 def some(layers, seed=0):
@@ -72,6 +75,37 @@ def test_every_byte_comes_back_even_after_an_error():
     except KeyError:
         pass
     for name, tensor in model.state_dict().items():
+        assert torch.equal(before[name], tensor), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "mpt", "gguf"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_what_the_files_hold_is_not_kept_beside_and_every_byte_comes_back(family, dtype, tmp_path, monkeypatch):
+    """Fused modules, transposed weights, biases; and a GGUF file, whose weights are not in it as they are."""
+    path = tmp_path / "model.gguf" if family == "gguf" else tmp_path / "model"
+    (save_pico_gguf if family == "gguf" else partial(save_pico, family))(path)
+    model = Model(str(path), dtype=dtype, device="cpu")
+    loaded, layers, unfused = model.load(), model.views.views, model.unfused
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    items = []
+    for layer in layers:
+        for name, view in layer.items():
+            neurons = torch.arange(view.in_features if name in COLUMN_PROJECTIONS else view.out_features)
+            bias = torch.randn(view.out_features) if view.has_bias else None
+            weight = torch.randn(view.out_features, view.in_features)
+            items.append(TransportedNeurons(view.layer, name, neurons, weight, bias))
+    values, copied = controls._values, []
+
+    def counted(view, neurons):
+        copied.append(view.stored is None)
+        return values(view, neurons)
+
+    monkeypatch.setattr(controls, "_values", counted)
+    with applied(layers, items, 0.7, unfused):
+        assert copied == ([True] * len(items) if family == "gguf" else [])
+        assert any(not torch.equal(before[name], tensor) for name, tensor in loaded.model.state_dict().items())
+    assert copied == [family == "gguf"] * len(items)
+    for name, tensor in loaded.model.state_dict().items():
         assert torch.equal(before[name], tensor), name
 
 

@@ -73,7 +73,7 @@ def test_who_is_refused_hangs_on_the_work_and_not_on_the_machines_speed(models):
     found = check(Recipe(target=str(models / "target"), source=str(models / "source"), dtype="float32"))
     within, beyond = (AppSettings(max_operations=share * found.estimate.operations) for share in (1.1, 0.9))
     for seconds in (1e-3, 1e9):
-        timed = replace(found, estimate=replace(found.estimate, seconds=seconds))
+        timed = replace(found, estimate=replace(found.estimate, stages={"source": seconds}))
         refuse_large(timed, within)
         with pytest.raises(RecipeError, match="trillion operations, where this app takes"):
             refuse_large(timed, beyond)

@@ -84,8 +84,10 @@ def show_check(result: Check) -> None:
     for what, url in licence.links:
         console.print(f"  terms: {what}, {url}", markup=False)
     estimate = facts.estimate
+    longest = sorted(estimate.stages.items(), key=lambda stage: -stage[1])[:3]
+    share = ", ".join(f"{name} {seconds / max(estimate.seconds, 1e-9):.0%}" for name, seconds in longest)
     console.print(
-        f"expected: {estimate.time}, {bytes_words(estimate.memory_bytes)} of memory, "
+        f"expected: {estimate.time} ({share}), {bytes_words(estimate.memory_bytes)} of memory, "
         f"{bytes_words(estimate.disk_bytes)} of disk, {bytes_words(estimate.download_bytes)} to download "
         f"({estimate.assumes})",
         markup=False,

@@ -251,7 +251,7 @@ class _Comparison:
         """The target with something fused into it, nothing trained."""
         layers = self.models.target_layers()
         neurons = self.neurons.of(change, layers, self.recipe.seed) if change else []
-        with applied(layers, neurons, alpha) if neurons else nullcontext():
+        with applied(layers, neurons, alpha, self.models.unfused_target()) if neurons else nullcontext():
             return self._scores(self.models.load("target"), name)
 
     def _source(self) -> RowScores:

@@ -53,6 +53,10 @@ class MergedModels:
         self.load("target")
         return self._handle("target").views.views
 
+    def unfused_target(self) -> list[dict[str, Projection]]:
+        """Those of them that are read from its files."""
+        return self._handle("target").unfused
+
     def release(self, role: str) -> None:
         """Let a model's weights go."""
         self._handle(role).release()

@@ -15,7 +15,7 @@ chosen may look a little better on them than it is; the verdict is on others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -101,6 +101,7 @@ def choose_alpha(
     bootstrap: int,
     seed: int,
     together: bool = False,
+    unfused: Sequence[Mapping[str, Projection]] = (),
 ) -> Choice:
     """Choose alpha for every group of projections that was transported.
 
@@ -113,6 +114,7 @@ def choose_alpha(
         bootstrap: Resamples of the intervals that are told; the one that decides takes what its level needs.
         seed: Of the order of the texts and of the resamples.
         together: Whether all groups have one alpha.
+        unfused: As for `applied`.
     """
     names = list(dict.fromkeys(group_of(transported_neurons.projection) for transported_neurons in transported))
     # Not in their own order: the first of a file may be of one subject.
@@ -135,7 +137,7 @@ def choose_alpha(
                 seconds += scores.seconds
                 base = scores if base is None else base.followed_by(scores)
             for alpha in running:
-                with applied(layers, transported, {**chosen, **dict.fromkeys(members, alpha)}):
+                with applied(layers, transported, {**chosen, **dict.fromkeys(members, alpha)}, unfused):
                     scores = score(f"{' '.join(members)} at alpha {alpha:g}", order[begin:end])
                 seconds += scores.seconds
                 tried[alpha] = tried[alpha].followed_by(scores) if begin else scores

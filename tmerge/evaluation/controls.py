@@ -12,7 +12,7 @@ Each takes the same selected neurons as the merge, and asks one question of its 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
@@ -129,34 +129,51 @@ def noise(layers: Sequence[dict[str, Projection]], transported: Sequence[Transpo
 
 @contextmanager
 def applied(
-    layers: Sequence[dict[str, Projection]], transported: Sequence[TransportedNeurons], alpha: Alpha
+    layers: Sequence[dict[str, Projection]],
+    transported: Sequence[TransportedNeurons],
+    alpha: Alpha,
+    unfused: Sequence[Mapping[str, Projection]] = (),
 ) -> Iterator[None]:
     """The target with something fused into it, for the length of a ``with``; its bytes come back afterwards.
 
-    One item is in memory at a time, and what the target's neurons were before.
+    One item is in memory at a time, and what the target's neurons were before, but for those that are read again.
+
+    Args:
+        layers: The target's, `Architecture.views`.
+        transported: What is fused.
+        alpha: Of each projection.
+        unfused: By layer, views of the same values in the model's files (`Model.unfused`), where there are any.
     """
-    stored = []
+    changed: list[tuple[Projection, Tensor, _Values | None]] = []
     try:
         for transported_neurons in transported:
             if alpha_of(alpha, transported_neurons.projection) == 0:
                 continue
-            view, neurons = (
-                layers[transported_neurons.layer][transported_neurons.projection],
-                transported_neurons.neurons.clone(),
-            )
-            weight, bias = view.weight(), view.bias()
-            own = weight[:, neurons] if view.name in COLUMN_PROJECTIONS else weight[neurons]
-            stored.append((view, neurons, own.clone(), None if bias is None else bias.clone()))
+            layer, name = transported_neurons.layer, transported_neurons.projection
+            view, neurons = layers[layer][name], transported_neurons.neurons.clone()
+            in_files = layer < len(unfused) and name in unfused[layer]
+            changed.append((view, neurons, None if in_files else _values(view, neurons)))
             fuse(layers, [transported_neurons], alpha)
         yield
     finally:
-        for view, neurons, own, bias in stored:
+        for view, neurons, values in changed:
+            weight, bias = values or _values(unfused[view.layer][view.name], neurons)
             if view.name in COLUMN_PROJECTIONS:
-                view.write(own, columns=neurons)
+                view.write(weight, columns=neurons)
             else:
-                view.write(own, rows=neurons)
+                view.write(weight, rows=neurons)
             if bias is not None:
                 view.write(bias=bias)
+
+
+_Values = tuple[Tensor, Tensor | None]
+
+
+def _values(view: Projection, neurons: Tensor) -> _Values:
+    """A copy of some neurons' weights, and of the whole bias."""
+    weight, bias = view.weight(), view.bias()
+    own = weight[:, neurons] if view.name in COLUMN_PROJECTIONS else weight[neurons]
+    return own.clone(), None if bias is None else bias.clone()
 
 
 def _random_like(change: Tensor, generator: torch.Generator) -> Tensor:

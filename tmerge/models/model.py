@@ -20,6 +20,7 @@ from tmerge.models.facts import ModelFacts, read_facts
 from tmerge.models.loading import LoadedModel, load_model, load_tokenizer, open_by_blocks
 from tmerge.models.place import GgufPlace, Place, find_place
 from tmerge.models.projections import Architecture, describe
+from tmerge.models.views import Projection
 from tmerge.models.weights import MappedWeights, mapped_weights
 
 __all__ = ["Model", "shared_vocabulary"]
@@ -201,6 +202,19 @@ class Model:
             loaded = self._loaded or self.load()
             self._views = describe(loaded.model, rounded_to=loaded.dtype)
         return self._views
+
+    @property
+    def unfused(self) -> list[dict[str, Projection]]:
+        """Of each of the views, by layer, those whose weights can be read from the files as they were loaded.
+
+        Raises:
+            TmergeError: As `weights`.
+        """
+        stored = self.weights
+        return [
+            {name: view for name, view in layer.items() if set(view.parameters) <= stored.keys()}
+            for layer in self.layout.reading(stored).views
+        ]
 
     def release(self) -> LoadedModel | None:
         """Let the weights go; what else is known of the model stays.

@@ -80,6 +80,7 @@ class Check:
             estimate=Expected(
                 seconds=round(estimate.seconds, 3),
                 range_seconds=(round(estimate.range_seconds[0], 3), round(estimate.range_seconds[1], 3)),
+                stages={name: round(seconds, 3) for name, seconds in estimate.stages.items()},
                 time=estimate.time_words,
                 operations=estimate.operations,
                 memory_bytes=estimate.memory_bytes,

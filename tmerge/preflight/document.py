@@ -68,6 +68,7 @@ class Expected(_Frozen):
 
     seconds: float
     range_seconds: tuple[float, float]
+    stages: dict[str, float]
     time: str
     operations: float
     memory_bytes: int

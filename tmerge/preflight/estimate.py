@@ -1,8 +1,8 @@
 """What a run is expected to take on this machine, from two configs and the machine's speed.
 
-The operations are counted, and are the same everywhere: who may run what is decided by them. Seconds are operations
-over this machine's speed, as `tmerge.preflight.speed` has measured it; they are an estimate, shown as a range, and say
-what they assume.
+The operations are counted, and are the same everywhere: who may run what is decided by them. Seconds are made of pieces
+that are timed on this machine (`tmerge.preflight.seconds`); they are an estimate, shown as a range, and say what they
+assume.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from torch.nn import functional
 
 from tmerge.calibration import SAMPLES_PREFIX, sample_texts
 from tmerge.evaluation import MOST_KEPT_BYTES, PROJECTION_GROUPS, most_scorings
 from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pick_device
-from tmerge.preflight.fitting import fitting_bytes, fitting_operations, goal_bytes
+from tmerge.preflight.fitting import fitting_bytes, fitting_work, goal_bytes
 from tmerge.preflight.holding import (
     carried_bytes,
     fit_together,
@@ -28,17 +27,20 @@ from tmerge.preflight.holding import (
     read_bytes,
     unpacked_bytes,
 )
-from tmerge.preflight.speed import SPEED_FILE, Timing, timing_of
-from tmerge.recipe import FITTED_CONTROLS, Recipe, Shared
-from tmerge.transport import (
-    ASKED_LAYERS,
-    ASKED_NEURONS,
-    correlation_cost,
-    match,
-    sinkhorn,
-    standardise,
-    working_dtype,
+from tmerge.preflight.pieces import Pieces
+from tmerge.preflight.seconds import (
+    Pace,
+    Passes,
+    carrying_seconds,
+    fitting_seconds,
+    loading_seconds,
+    saving_seconds,
+    solving_seconds,
+    tokenizer_seconds,
 )
+from tmerge.preflight.speed import SPEED_FILE, Timing
+from tmerge.recipe import FITTED_CONTROLS, Recipe, Shared
+from tmerge.transport import ASKED_LAYERS, ASKED_NEURONS, working_dtype
 
 __all__ = ["TOKENS_PER_TEXT", "Estimate", "estimate_run", "scorings", "widths_of"]
 
@@ -46,9 +48,9 @@ __all__ = ["TOKENS_PER_TEXT", "Estimate", "estimate_run", "scorings", "widths_of
 TOKENS_PER_TEXT = 64
 # Freed blocks that the C library keeps for itself; measured on the demo, where the peak was a tenth above the sum.
 _ALLOCATOR_SLACK = 1.1
-# A run takes so many times the seconds that are counted: small products reach less of the measured speed than large
-# ones, texts are shorter or longer than is assumed, and the machine has other things to do.
-_LEAST, _MOST = 0.75, 1.75
+# A run takes so many times the seconds that are counted: texts are shorter or longer than is assumed, and pieces run
+# beside each other otherwise than alone.
+_LEAST, _MOST = 0.7, 1.5
 # What is no product, counted as the operations of a product that takes as long, per entry of a problem's cost matrix:
 # one Sinkhorn sweep, which waits for memory, and an assignment's search.
 _SWEEP_OPERATIONS = 32
@@ -63,12 +65,12 @@ class Estimate:
     """What a run is expected to take here.
 
     Attributes:
-        seconds: Of the whole run on the idle machine, without download; `range_seconds` is what is shown.
+        stages: Stage -> its seconds on the idle machine, without download.
         memory_bytes: Peak of this process.
         disk_bytes: In the output folder.
         download_bytes: Still to be fetched from the Hub into its cache.
         assumes: In words.
-        forward_seconds: Of `seconds`, those of the models' forward passes.
+        forward_seconds: Of all, those of the models' forward passes.
         read_operations: Floating-point operations until both models have read their texts.
         score_operations: Of all forward passes after that, the descent control's backward passes included.
         solve_operations: Of the transport problems.
@@ -76,7 +78,7 @@ class Estimate:
         measured: The dates (ISO 8601), earliest and latest, at which this machine's speed was measured.
     """
 
-    seconds: float
+    stages: dict[str, float]
     memory_bytes: int
     disk_bytes: int
     download_bytes: int
@@ -87,6 +89,11 @@ class Estimate:
     solve_operations: float
     fit_operations: float
     measured: tuple[str, str]
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run; `range_seconds` is what is shown."""
+        return sum(self.stages.values())
 
     @property
     def operations(self) -> float:
@@ -146,6 +153,13 @@ def scorings(recipe: Recipe, projections: list[str], held_out: int, choosing: in
     return scored
 
 
+def _held_dtype(facts: ModelFacts, recipe: Recipe, device: torch.device) -> torch.dtype:
+    """That a model is computed in here."""
+    dtype = {"float32": torch.float32, "float16": torch.float16}.get(recipe.dtype, torch.bfloat16)
+    slow = not multiplies_fast(dtype, device) or itemsize(facts, recipe, dtype) == 4
+    return torch.float32 if recipe.dtype == "auto" and slow else dtype
+
+
 def estimate_run(
     recipe: Recipe,
     models: tuple[ModelFacts, ModelFacts, ModelFacts | None],
@@ -163,9 +177,7 @@ def estimate_run(
     target, source, _ = models
     target_layout, source_layout = layouts
     device = pick_device(recipe.device)
-    dtype = {"float32": torch.float32, "float16": torch.float16}.get(recipe.dtype, torch.bfloat16)
-    if recipe.dtype == "auto" and (not multiplies_fast(dtype, device) or itemsize(target, recipe, dtype) == 4):
-        dtype = torch.float32  # as they are held here
+    dtype, source_dtype = (_held_dtype(facts, recipe, device) for facts in (target, source))
     texts = _most_texts(recipe.calibration.dataset, recipe.calibration.texts)
     held_out = min(recipe.evaluation.texts, round(texts * recipe.calibration.held_out))
     # With another run's plan nothing is calibrated: the models only read what is held out.
@@ -179,9 +191,6 @@ def estimate_run(
         read = 0
     tokens_per_text = min(recipe.calibration.max_tokens, TOKENS_PER_TEXT)
 
-    # float16 products are emulated on most CPUs; the measured rate shows it.
-    product = _product(device, dtype)
-    flops = 2 * _SIDE**3 / product.seconds * _threads(device)
     scored = scorings(recipe, projections, held_out, min(recipe.evaluation.texts, apart))
 
     def forward(facts: ModelFacts, layout: Architecture, texts: int, scorings: float) -> float:
@@ -194,19 +203,36 @@ def estimate_run(
     scoring = forward(target, target_layout, 0, scored - 1)
     # Of seconds, the descent control has no part: it is off unless asked for. A backward pass is two forward ones.
     slopes = 3 * min(recipe.evaluation.descent, read) / max(held_out, 1)
-    fitting = tokens_per_text * fitting_operations(recipe, layouts, fitted)
-    forward_seconds = (reading + scoring) / flops
-    seconds = forward_seconds + fitting / flops
+    fitting = fitting_work(recipe, layouts, fitted)
 
     target_widths, source_widths = widths_of(target_layout, projections), widths_of(source_layout, projections)
     by_token = recipe.calibration.rows == "tokens"
     rows = min(recipe.calibration.token_rows, read * tokens_per_text) if by_token else read
-    timings, solving = [product], 0.0
-    if recipe.plan is None:
-        solving = _solving_operations(recipe, target_widths, source_widths, rows)
-        more, used = _solving_seconds(recipe, target_widths, source_widths, rows, device)
-        seconds += more
-        timings += used
+    entries = 0.0 if recipe.plan is not None else _entries_of(recipe, target_widths, source_widths)
+
+    pieces, threads = Pieces(device), _threads(device)
+    paces = (
+        Pace(pieces, target, target_layout, dtype, threads),
+        Pace(pieces, source, source_layout, source_dtype, threads),
+    )
+    passes = Passes(tokens_per_text * (read + held_out), tokens_per_text * held_out)
+    reads = [pace.seconds(passes, tokens_per_text) for pace in paces]
+    tokens = (scored - 1) * tokens_per_text * held_out
+    rescored = paces[0].seconds(Passes(tokens, tokens), tokens_per_text)
+    checkpoint = target.parameters * torch.finfo(dtype).bits // 8  # at most: what was widened is saved as it was
+    stages = {
+        "texts": sum(tokenizer_seconds(pieces, facts) for facts in (target, source)),
+        "target": loading_seconds(pieces, target, dtype) + reads[0],
+        "source": loading_seconds(pieces, source, source_dtype) + reads[1],
+        "transport": solving_seconds(pieces, recipe, entries, rows, threads) if entries else 0.0,
+        "fuse": carrying_seconds(pieces, recipe, layouts, projections, rows),
+        "evaluate": rescored,
+        "save": saving_seconds(pieces, checkpoint),
+    }
+    if fitting.passes:
+        stages["reconstruct"] = fitting_seconds(pieces, fitting, paces[0], tokens_per_text, threads)
+        del stages["fuse"]
+    solving = _solving_operations(recipe, entries, rows)
 
     held = [facts for facts in models if facts is not None]
     vocabulary = max(int(facts.config.get_text_config().vocab_size) for facts in (target, source))
@@ -218,7 +244,6 @@ def estimate_run(
         problem = 3 * max(sizes) * working_dtype(recipe.transport.epsilon).itemsize * torch.get_num_threads()
     pooled = sum(map(sum, target_widths.values())) + sum(map(sum, source_widths.values()))
     feature_bytes = 0 if recipe.plan is not None else 4 * rows * pooled
-    checkpoint = target.parameters * torch.finfo(dtype).bits // 8  # at most: what was widened is saved as it was
     kept = 1 if isinstance(recipe.transport, Shared) else min(recipe.transport.layers_kept, source_layout.num_layers)
     record = sum(
         sum(target_widths[key]) * min(_entries(recipe), max(source_widths[key])) * 4 * kept
@@ -256,19 +281,19 @@ def estimate_run(
     goals = goal_bytes(recipe, target_layout, fitted * tokens_per_text)
     disk = checkpoint + feature_bytes + record + carried + unpacked + goals
     return Estimate(
-        seconds,
+        stages,
         int(memory),
         int(disk),
         # One commit is fetched once.
         sum({facts.commit: facts.download_bytes or 0 for facts in held}.values()),
-        f"{read + apart + held_out} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device} at "
-        f"{flops / 1e9:.0f} GFLOP/s, {_measured_words(timings)}; downloading and loading not counted",
-        forward_seconds,
+        f"{read + apart + held_out} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device}, "
+        f"{_measured_words(pieces.timings)}; downloading, and what precedes the first stage, not counted",
+        sum(reads) + rescored,
         reading,
         scoring + forward(target, target_layout, 0, slopes),
         solving,
-        fitting,
-        (min(timing.measured for timing in timings), max(timing.measured for timing in timings)),
+        fitting.operations(tokens_per_text),
+        (min(timing.measured for timing in pieces.timings), max(timing.measured for timing in pieces.timings)),
     )
 
 
@@ -284,26 +309,6 @@ def _most_texts(dataset: str, wanted: int) -> int:
     if not dataset.startswith(SAMPLES_PREFIX):
         return wanted
     return min(wanted, len(sample_texts(dataset.removeprefix(SAMPLES_PREFIX))))
-
-
-# Of the products that are timed, and of the transport problem.
-_SIDE, _WIDTH, _ROWS = 512, 512, 512
-# Of the features of that problem: what both models' neurons have in common, and what each adds. Sinkhorn's sweeps
-# depend on it: features that have nothing in common are done after three, a problem of features with themselves is not
-# done after a hundred, and neither is what a run meets.
-_SHARED, _OWN = 8, 0.3
-
-
-def _product(device: torch.device, dtype: torch.dtype) -> Timing:
-    """Of one product of two square matrices, 2 * _SIDE**3 operations."""
-
-    def prepare() -> Callable[[], object]:
-        generator = torch.Generator().manual_seed(0)
-        left = torch.randn(_SIDE, _SIDE, generator=generator).to(device, dtype)
-        # Read back, as an accelerator would else be asked for the next one before it has done this.
-        return lambda: functional.linear(left, left)[0, 0].item()
-
-    return timing_of(f"product {_SIDE}", prepare, device, dtype)
 
 
 def _threads(device: torch.device) -> int:
@@ -330,56 +335,10 @@ def _is_matched(recipe: Recipe) -> bool:
     return isinstance(recipe.transport, Shared) and recipe.transport.matching == "one-to-one"
 
 
-def _solving_operations(recipe: Recipe, target_widths: _Widths, source_widths: _Widths, rows: int) -> float:
+def _solving_operations(recipe: Recipe, entries: float, rows: int) -> float:
     """Of the transport stage."""
     solved = _SEARCH_OPERATIONS if _is_matched(recipe) else _SWEEP_OPERATIONS * recipe.transport.max_iterations
-    return _entries_of(recipe, target_widths, source_widths) * (2 * rows + solved)
-
-
-def _features(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(_ROWS, _WIDTH) standardised features of two models that have something in common; the same at every call."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator)
-
-    common = normal(_ROWS, _SHARED) / _SHARED**0.5
-    left, right = (
-        standardise(common @ normal(_SHARED, _WIDTH) + _OWN * normal(_ROWS, _WIDTH), dtype) for _ in range(2)
-    )
-    return left.to(device), right.to(device)
-
-
-def _solving_seconds(
-    recipe: Recipe,
-    target_widths: _Widths,
-    source_widths: _Widths,
-    rows: int,
-    device: torch.device,
-) -> tuple[float, list[Timing]]:
-    """Of the transport stage: the time of a small problem, by the sizes of those that there are; and what was timed."""
-    working = working_dtype(recipe.transport.epsilon)
-
-    def costs() -> Callable[[], object]:
-        left, right = _features(working, device)
-        return lambda: correlation_cost(left, right)[0, 0].item()
-
-    def matching() -> Callable[[], object]:
-        similarity = 1 - correlation_cost(*_features(torch.float32, torch.device("cpu")))
-        return lambda: match(similarity)
-
-    def sweeps() -> Callable[[], object]:
-        cost = correlation_cost(*_features(working, device))
-        return lambda: sinkhorn(cost, recipe.transport.epsilon)
-
-    compared = timing_of(f"costs {_ROWS} by {_WIDTH}", costs, device, working)
-    if isinstance(recipe.transport, Shared):
-        solved = timing_of(f"matching {_WIDTH}", matching, torch.device("cpu"), torch.float32)
-    else:
-        solved = timing_of(f"sinkhorn {_WIDTH}, epsilon {recipe.transport.epsilon:g}", sweeps, device, working)
-    # A problem a thread.
-    each = compared.seconds * rows / _ROWS / _threads(device) + solved.seconds / torch.get_num_threads()
-    return _entries_of(recipe, target_widths, source_widths) * each / _WIDTH**2, [compared, solved]
+    return entries * (2 * rows + solved)
 
 
 def _entries(recipe: Recipe) -> int:

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tmerge.fusion.block_fit import GROUPS
 from tmerge.models import Architecture
 from tmerge.recipe import FITTED_CONTROLS, Recipe, Reconstruction
 
-__all__ = ["fitting_bytes", "fitting_operations", "goal_bytes"]
+__all__ = ["FittingWork", "fitting_bytes", "fitting_work", "goal_bytes"]
 
 
-def fitting_operations(recipe: Recipe, layouts: tuple[Architecture, Architecture], texts: int) -> float:
-    """Of the passes of both models and the sums of the fits, for each token of a text; 0 where nothing is fitted.
+@dataclass(frozen=True)
+class FittingWork:
+    """Floating-point operations of a reconstruction, for each token of a text and beside them.
+
+    Attributes:
+        passes: Of both models' forward passes.
+        sums: In float32, of the fits' equations.
+        solved: In float64, of solving them; whatever the texts.
+    """
+
+    passes: float = 0.0
+    sums: float = 0.0
+    solved: float = 0.0
+
+    def operations(self, tokens_per_text: int) -> float:
+        """All of them, of texts of so many tokens."""
+        return tokens_per_text * (self.passes + self.sums) + self.solved
+
+
+def fitting_work(recipe: Recipe, layouts: tuple[Architecture, Architecture], texts: int) -> FittingWork:
+    """What a reconstruction computes; nothing where nothing is fitted.
 
     Args:
         recipe: Of the run.
@@ -18,10 +39,12 @@ def fitting_operations(recipe: Recipe, layouts: tuple[Architecture, Architecture
         texts: That are fitted on.
     """
     if not isinstance(recipe.fusion, Reconstruction):
-        return 0.0
+        return FittingWork()
     target, source = layouts
     kept = recipe.fusion.keep_texts if recipe.fusion.keep is not None else 0
+    ridges = len(recipe.fusion.tried_ridges)
     passes = sums = 0
+    solved = 0.0
     for layer in target.layers:
         before = 0
         for names in GROUPS:
@@ -29,14 +52,17 @@ def fitting_operations(recipe: Recipe, layouts: tuple[Architecture, Architecture
             if not views:
                 continue
             # The block is run up to the group; those of a group share the sums over what they read.
-            own = sum(view.in_features * view.out_features for view in views)
-            passes, before = passes + before, before + own
-            sums += views[0].in_features ** 2 + own
+            inputs, outputs = views[0].in_features, sum(view.out_features for view in views)
+            passes, before = passes + before, before + inputs * outputs
+            sums += inputs**2 + inputs * outputs
+            # A Cholesky factor for each lambda, and what it makes of the other side; and what is lacking before.
+            solved += ridges * (inputs**3 / 3 + 2 * inputs**2 * outputs) + 2 * inputs**2 * outputs
         passes += before
     body, other = (sum(view.in_features * view.out_features for view in layout.projections()) for layout in layouts)
+    fits = 1 + sum(name in FITTED_CONTROLS for name in recipe.evaluation.controls)
     # Texts to be kept are also read once as they are.
-    each = 2.0 * ((texts + kept) * (passes + sums) + kept * body + texts * other)
-    return each * (1 + sum(name in FITTED_CONTROLS for name in recipe.evaluation.controls))
+    read = (texts + kept) * passes + kept * body + texts * other
+    return FittingWork(fits * 2.0 * read, fits * 2.0 * (texts + kept) * sums, fits * solved)
 
 
 def fitting_bytes(recipe: Recipe, layouts: tuple[Architecture, Architecture], tokens: int) -> int:

@@ -69,6 +69,7 @@ class Choose:
                 seed=self.recipe.seed,
                 # A block was fitted to what those before it give once they are changed: a step of all, or of none.
                 together=isinstance(self.recipe.fusion, Reconstruction),
+                unfused=self.target.unfused,
             )
         noted_choice = Choice.model_validate(choice.to_dict() | {"texts": len(texts)})
         return ChooseNote(choice=noted_choice, forward_seconds=choice.seconds)

@@ -83,10 +83,10 @@ class Evaluate:
     ) -> tuple[dict[str, ScoreNote], float]:
         """Name -> scores; and the seconds of the forward passes."""
         loaded, layers = load(self.target, progress), self.target.views.views
-        texts, scores, seconds = held_out(self.recipe, self.texts), {}, 0.0
+        unfused, texts, scores, seconds = self.target.unfused, held_out(self.recipe, self.texts), {}, 0.0
         with without_unchanged_layers(loaded.model, unchanged_layers(transported)):
             for name in names:
-                with applied(layers, self.neurons.of(name, layers, self.recipe.seed), self.alpha):
+                with applied(layers, self.neurons.of(name, layers, self.recipe.seed), self.alpha, unfused):
                     model_scores = score(self.recipe, loaded, texts, progress, f"{name}: held-out texts")
                 scores[name] = ScoreNote.of(model_scores)
                 seconds += model_scores.seconds
@@ -98,7 +98,7 @@ class Evaluate:
         """The target and the fused model on texts of the kept dataset, none of which was fitted on."""
         loaded, texts = load(self.target, progress), cut(self.recipe, kept.held_out)
         by_model = {"base": score(self.recipe, loaded, texts, progress, f"target: texts of {kept.dataset}")}
-        with applied(self.target.views.views, transported, self.alpha):
+        with applied(self.target.views.views, transported, self.alpha, self.target.unfused):
             by_model["fused"] = score(self.recipe, loaded, texts, progress, f"fused: texts of {kept.dataset}")
         return {name: ScoreNote.of(scores) for name, scores in by_model.items()}
 

@@ -92,7 +92,7 @@ def as_on_zero(found: Check, recipe: Recipe, settings: AppSettings) -> tuple[Che
         )
     estimate = dataclasses.replace(
         found.estimate,
-        seconds=found.estimate.seconds - found.estimate.forward_seconds + total,
+        stages={"here": found.estimate.seconds - found.estimate.forward_seconds, "on ZeroGPU": total},
         # Forward passes have a limit of their own there: the seconds of a GPU.
         read_operations=0.0,
         score_operations=0.0,
