@@ -191,19 +191,22 @@ def solve_structure(
     inner: dict[tuple[int, str], Correspondence] = {}
     counted = 0
     for done, (layer, source_layer) in enumerate(pairs.items(), start=1):
+
+        def alike(key: str, layer: int = layer, source_layer: int = source_layer) -> Tensor:
+            return _correlation(target.read(layer, key), source.read(source_layer, key))
+
         keys = [key for key in target.keys[layer] if key in source.keys[source_layer]]
-        alike = {key: _correlation(target.read(layer, key), source.read(source_layer, key)) for key in keys}
-        for key in keys:
-            if key in STREAM_KEYS:
-                if stream is not None and stream.shape != alike[key].shape:
-                    raise NoSharedStructureError(
-                        f"{key} of layer {layer} has {tuple(alike[key].shape)} neurons, other features of the residual "
-                        f"stream {tuple(stream.shape)}: set transport.structure: none"
-                    )
-                stream, counted = alike[key] if stream is None else stream + alike[key], counted + 1
+        for key in filter(STREAM_KEYS.__contains__, keys):
+            similarity = alike(key)
+            if stream is not None and stream.shape != similarity.shape:
+                raise NoSharedStructureError(
+                    f"{key} of layer {layer} has {tuple(similarity.shape)} neurons, other features of the residual "
+                    f"stream {tuple(stream.shape)}: set transport.structure: none"
+                )
+            stream, counted = similarity if stream is None else stream.add_(similarity), counted + 1
         inner |= {
             (layer, key): correspondence
-            for key, correspondence in _layer(alike, layer, source_layer, target, source, solve, signed).items()
+            for key, correspondence in _layer(alike, keys, layer, source_layer, target, source, solve, signed).items()
         }
         if progress is not None:
             progress(done, len(pairs))
@@ -216,7 +219,8 @@ def solve_structure(
 
 
 def _layer(
-    alike: Mapping[str, Tensor],
+    alike: Callable[[str], Tensor],
+    keys: Sequence[str],
     layer: int,
     source_layer: int,
     target: Side,
@@ -224,26 +228,35 @@ def _layer(
     solve: Callable[[Tensor], Correspondence],
     signed: bool,
 ) -> dict[str, Correspondence]:
-    """Everything of a pair of layers that is not the residual stream."""
+    """Everything of a pair of layers that is not the residual stream.
+
+    An MLP's similarities, the widest by far, are made one after the other and summed where they are.
+    """
     correspondences: dict[str, Correspondence] = {}
-    heads = {key: alike[key] for key in _HEAD_KEYS if key in alike}
+    heads = {key: alike(key) for key in _HEAD_KEYS if key in keys}
     if heads and layer in target.heads and source_layer in source.heads:
         correspondences |= match_heads(heads, target.heads[layer], source.heads[source_layer], solve, signed=signed)
     else:
         correspondences |= {key: solve(values) for key, values in heads.items()}
-    neurons = {key: alike[key] for key in _MLP_KEYS if key in alike}
-    if neurons:
-        gate = neurons.get("gate.post")
-        rest = [values for key, values in neurons.items() if key != "gate.post"]
-        if gate is not None and signed and rest:
-            # Silu(gate) * up: up and down may both change sign, the gate may not.
-            together = sum(rest[1:], rest[0])
-            units = solve((gate + together.abs()) / len(neurons))
-            correspondences |= {key: units if key == "gate.post" else units.signed(together) for key in neurons}
-        else:
-            units = solve(sum(rest, torch.zeros(1) if gate is None else gate) / len(neurons))
-            correspondences |= dict.fromkeys(neurons, units)
+    neurons = [key for key in keys if key in _MLP_KEYS]
+    rest = [key for key in neurons if key != "gate.post"]
+    if len(rest) < len(neurons) and signed and rest:
+        # Silu(gate) * up: up and down may both change sign, the gate may not.
+        together = _summed(alike, rest)
+        units = solve(alike("gate.post").add_(together.abs()).div_(len(neurons)))
+        correspondences |= {key: units if key == "gate.post" else units.signed(together) for key in neurons}
+    elif neurons:
+        units = solve(_summed(alike, sorted(neurons, key="gate.post".__ne__)).div_(len(neurons)))
+        correspondences |= dict.fromkeys(neurons, units)
     return correspondences
+
+
+def _summed(alike: Callable[[str], Tensor], keys: Sequence[str]) -> Tensor:
+    """The sum of some features' similarities, two of them in memory at a time."""
+    summed = alike(keys[0])
+    for key in keys[1:]:
+        summed.add_(alike(key))
+    return summed
 
 
 def _correlation(target: Tensor, source: Tensor) -> Tensor:
