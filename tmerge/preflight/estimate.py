@@ -20,11 +20,15 @@ from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pic
 from tmerge.preflight.fitting import fitting_bytes, fitting_work, goal_bytes
 from tmerge.preflight.holding import (
     carried_bytes,
+    carrying_bytes,
+    comparing_bytes,
     fit_together,
     held_bytes,
     itemsize,
     kept_bytes,
     read_bytes,
+    replaced_bytes,
+    solving_bytes,
     unpacked_bytes,
 )
 from tmerge.preflight.pieces import Pieces
@@ -40,7 +44,7 @@ from tmerge.preflight.seconds import (
 )
 from tmerge.preflight.speed import SPEED_FILE, Timing
 from tmerge.recipe import FITTED_CONTROLS, Recipe, Shared
-from tmerge.transport import ASKED_LAYERS, ASKED_NEURONS, working_dtype
+from tmerge.transport import ASKED_LAYERS, ASKED_NEURONS
 
 __all__ = ["TOKENS_PER_TEXT", "Estimate", "estimate_run", "scorings", "widths_of"]
 
@@ -238,10 +242,6 @@ def estimate_run(
     vocabulary = max(int(facts.config.get_text_config().vocab_size) for facts in (target, source))
     logits = min(1 << 26, recipe.calibration.batch_tokens * vocabulary) * (torch.finfo(dtype).bits // 8 + 1)
     sizes = [max(target_widths[key]) * max(source_widths[key]) for key in target_widths if key in source_widths]
-    if isinstance(recipe.transport, Shared):
-        problem = sum(sizes) * 8 + max(sizes) * 16  # one pair of layers at a time, all features of it
-    else:
-        problem = 3 * max(sizes) * working_dtype(recipe.transport.epsilon).itemsize * torch.get_num_threads()
     pooled = sum(map(sum, target_widths.values())) + sum(map(sum, source_widths.values()))
     feature_bytes = 0 if recipe.plan is not None else 4 * rows * pooled
     kept = 1 if isinstance(recipe.transport, Shared) else min(recipe.transport.layers_kept, source_layout.num_layers)
@@ -261,16 +261,16 @@ def estimate_run(
     beside = {
         "target": unpacked_bytes(target) + logits + min(feature_bytes, 1 << 30),
         "source": reading_source + logits + min(feature_bytes, 1 << 30),
-        "transport": problem + min(feature_bytes, 1 << 30),
-        # The record exists twice while its parts are joined.
-        "fuse": problem + 2 * record,
+        "transport": solving_bytes(recipe, sizes, rows) + min(feature_bytes, 1 << 30),
+        "fuse": carrying_bytes(recipe, layouts, sizes),
         "reconstruct": read_bytes(source, source_layout, recipe, dtype, device, streamed, own)
         + fitting_bytes(recipe, layouts, texts * tokens_per_text),
         "base": sum(read_bytes(facts, source_layout, recipe, dtype, device, 0) for facts in packed[-1:]),
-        # The neurons that a control took the place of, and what leaves the layers that nothing changes.
-        "evaluate": logits + each + MOST_KEPT_BYTES * set(target_layout.layers[0]).isdisjoint(projections),
-        # The checkpoint is loaded again to be compared.
-        "save": checkpoint + logits,
+        # And what leaves the layers that nothing changes.
+        "evaluate": logits
+        + replaced_bytes(recipe, target, target_layout, projections)
+        + MOST_KEPT_BYTES * set(target_layout.layers[0]).isdisjoint(projections),
+        "save": comparing_bytes(target, target_layout, recipe, dtype, device) + logits,
     }
     # Where the two do not fit beside each other the target is let go while the source is read and transported.
     together = fit_together(recipe.memory, own + held_bytes(source, recipe, dtype), device)

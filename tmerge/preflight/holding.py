@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from tmerge.fusion import COLUMN_PROJECTIONS, neuron_count
 from tmerge.models import Architecture, ModelFacts, fits, trusts
 from tmerge.models.blocks import STREAM_BYTES
-from tmerge.recipe import Recipe
+from tmerge.recipe import Recipe, Shared
+from tmerge.transport import working_dtype
 
-__all__ = ["carried_bytes", "fit_together", "held_bytes", "itemsize", "kept_bytes", "read_bytes", "unpacked_bytes"]
+__all__ = [
+    "carried_bytes",
+    "carrying_bytes",
+    "comparing_bytes",
+    "fit_together",
+    "held_bytes",
+    "itemsize",
+    "kept_bytes",
+    "read_bytes",
+    "replaced_bytes",
+    "solving_bytes",
+    "unpacked_bytes",
+]
 
 
 def itemsize(facts: ModelFacts, recipe: Recipe, dtype: torch.dtype) -> int:
@@ -72,6 +87,58 @@ def read_bytes(
     unpacked = 4 * max(block, head) if facts.reference.kind == "gguf" else 0
     # Models keep the stream as it entered the first block.
     return held + 2 * max(block, head) + unpacked + min(2 * streamed, STREAM_BYTES)
+
+
+def solving_bytes(recipe: Recipe, sizes: list[int], rows: int) -> int:
+    """Of the transport stage.
+
+    Args:
+        recipe: Says which problems there are.
+        sizes: Entries of the widest problem of each feature.
+        rows: Of the features.
+    """
+    if isinstance(recipe.transport, Shared):
+        # Two similarities of the widest feature, and what its matching copies; the stream's sum and one more.
+        return 4 * (3 * max(sizes) + 2 * sorted(sizes)[-2:][0]) + 16 * rows * math.isqrt(4 * max(sizes))
+    # A cost and a kernel a worker, and what starts and sums take beside them.
+    return 3 * max(sizes) * working_dtype(recipe.transport.epsilon).itemsize * torch.get_num_threads()
+
+
+def carrying_bytes(recipe: Recipe, layouts: tuple[Architecture, Architecture], sizes: list[int]) -> int:
+    """Of the fuse stage: each worker's maps of a target layer, and the source's weights that meet them.
+
+    Args:
+        recipe: Of the run.
+        layouts: The target's projections and the source's.
+        sizes: Entries of the widest problem of each feature.
+    """
+    target, source = layouts
+    widest = max(view.in_features * view.out_features for view in source.projections())
+    layer = max(sum(view.in_features * view.out_features for view in views.values()) for views in target.layers)
+    # In float32: the weight, its base's and what lies between, and what becomes of a layer.
+    worker = 4 * (3 * widest + 2 * layer)
+    if not isinstance(recipe.transport, Shared):
+        # Plans, and what leads through them out and in.
+        worker += 10 * sum(sizes) * min(recipe.transport.layers_kept, source.num_layers)
+    return worker * torch.get_num_threads()
+
+
+def replaced_bytes(recipe: Recipe, target: ModelFacts, layout: Architecture, projections: list[str]) -> int:
+    """Of what the target's neurons were while others are in their place: of a GGUF file, which is not read again."""
+    if target.reference.kind != "gguf":
+        return 0
+    return carried_bytes(recipe, target, layout, projections) // 4 * itemsize(target, recipe, torch.float32)
+
+
+def comparing_bytes(
+    target: ModelFacts, layout: Architecture, recipe: Recipe, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Of the saved checkpoint beside the model: mapped, whole, or, where that does not fit, by blocks."""
+    if device.type == "cpu" and target.reference.kind != "gguf" and target.dtype == dtype:
+        return 0
+    own = held_bytes(target, recipe, dtype)
+    plain = recipe.model_copy(update={"memory": "auto"})
+    return min(own, read_bytes(target, layout, plain, dtype, device, 0, own))
 
 
 def kept_bytes(recipe: Recipe, layout: Architecture, projections: list[str]) -> int:
