@@ -37,6 +37,7 @@ from tmerge.preflight.seconds import (
     Passes,
     carrying_seconds,
     fitting_seconds,
+    fusing_seconds,
     loading_seconds,
     saving_seconds,
     solving_seconds,
@@ -149,12 +150,26 @@ def scorings(recipe: Recipe, projections: list[str], held_out: int, choosing: in
     scored = 1.0 + 1 + len(recipe.evaluation.controls)
     if recipe.fusion.alpha == "auto":
         # The base once, and the alphas for all groups of projections together and for each that has one here.
-        named = {*projections, STREAM} if recipe.fusion.carries_stream else set(projections)
-        groups = sum(not named.isdisjoint(group) for group in PROJECTION_GROUPS)
-        groups += groups > 1
-        tried = 1 + groups * most_scorings(len(recipe.fusion.alphas), choosing)
+        tried = 1 + _groups(recipe, projections) * most_scorings(len(recipe.fusion.alphas), choosing)
         scored += tried * choosing / max(held_out, 1)
     return scored
+
+
+def _groups(recipe: Recipe, projections: list[str]) -> int:
+    """Of projections, whose alphas are chosen one after the other; and all of them together."""
+    named = {*projections, STREAM} if recipe.fusion.carries_stream else set(projections)
+    groups = sum(not named.isdisjoint(group) for group in PROJECTION_GROUPS)
+    return groups + (groups > 1)
+
+
+def _fusings(recipe: Recipe, projections: list[str]) -> float:
+    """How often the target is changed, all of it counted as one: of a race half of the alphas come to each round."""
+    fused = 2.0 + len(recipe.evaluation.controls)
+    if recipe.fusion.alpha == "auto":
+        groups = _groups(recipe, projections)
+        # A group alone is a part of all.
+        fused += 2 * len(recipe.fusion.alphas) * (2 if groups > 1 else 1)
+    return fused
 
 
 def _held_dtype(facts: ModelFacts, recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -223,6 +238,7 @@ def estimate_run(
     reads = [pace.seconds(passes, tokens_per_text) for pace in paces]
     tokens = (scored - 1) * tokens_per_text * held_out
     rescored = paces[0].seconds(Passes(tokens, tokens), tokens_per_text)
+    carried = carried_bytes(recipe, target, target_layout, projections)
     checkpoint = target.parameters * torch.finfo(dtype).bits // 8  # at most: what was widened is saved as it was
     stages = {
         "texts": sum(tokenizer_seconds(pieces, facts) for facts in (target, source)),
@@ -230,7 +246,7 @@ def estimate_run(
         "source": loading_seconds(pieces, source, source_dtype) + reads[1],
         "transport": solving_seconds(pieces, recipe, entries, rows, threads) if entries else 0.0,
         "fuse": carrying_seconds(pieces, recipe, layouts, projections, rows),
-        "evaluate": rescored,
+        "evaluate": rescored + fusing_seconds(pieces, carried / 4, _fusings(recipe, projections), threads),
         "save": saving_seconds(pieces, checkpoint),
     }
     if fitting.passes:
@@ -250,8 +266,7 @@ def estimate_run(
         for key in target_widths
         if key in source_widths
     )
-    each = carried_bytes(recipe, target, target_layout, projections)
-    carried = each * (1 + len(set(FITTED_CONTROLS) & set(recipe.evaluation.controls)))
+    kinds = 1 + len(set(FITTED_CONTROLS) & set(recipe.evaluation.controls))
     packed = [facts for facts in models[1:] if facts is not None and facts.reference.kind == "gguf"]
     streamed = texts * tokens_per_text * source_layout.hidden_size * 4
     own = held_bytes(target, recipe, dtype)
@@ -279,7 +294,7 @@ def estimate_run(
     memory = psutil.Process().memory_info().rss + _ALLOCATOR_SLACK * needed
     unpacked = len(packed) * kept_bytes(recipe, source_layout, projections)
     goals = goal_bytes(recipe, target_layout, fitted * tokens_per_text)
-    disk = checkpoint + feature_bytes + record + carried + unpacked + goals
+    disk = checkpoint + feature_bytes + record + kinds * carried + unpacked + goals
     return Estimate(
         stages,
         int(memory),

@@ -19,6 +19,7 @@ __all__ = [
     "Passes",
     "carrying_seconds",
     "fitting_seconds",
+    "fusing_seconds",
     "loading_seconds",
     "saving_seconds",
     "solving_seconds",
@@ -28,6 +29,8 @@ __all__ = [
 # What is done around a tokenizer's building, in units of it: from its own file, and from a GGUF file, whose merges are
 # made again. And how often unpacked weights are passed over until they are a model's: turned, checked, copied.
 _TOKENIZER, _GGUF_TOKENIZER, _UNPACKED = 3, 8, 6
+# How often a value is passed over when it is fused: read, added, written, and what was there before read and written.
+_REPLACED = 8
 # How often a block's elementwise parts pass over the stream (two norms, two sums), over what leaves q and k (rotary
 # embeddings) and over an MLP's neurons (the activation and the product with the gate); and over the logits of a token,
 # of which a softmax is taken in float32.
@@ -99,6 +102,11 @@ def tokenizer_seconds(pieces: Pieces, facts: ModelFacts) -> float:
     """Of building a model's tokenizer."""
     around = _GGUF_TOKENIZER if facts.reference.kind == "gguf" else _TOKENIZER
     return around * int(facts.config.get_text_config().vocab_size) * pieces.vocabulary()
+
+
+def fusing_seconds(pieces: Pieces, values: float, times: float, threads: int) -> float:
+    """Of writing so many values into the target, so often, and what was there before in their place again."""
+    return _REPLACED * values * times * pieces.passing(torch.float32) / threads
 
 
 def saving_seconds(pieces: Pieces, checkpoint: int) -> float:
