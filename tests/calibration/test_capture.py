@@ -276,6 +276,26 @@ def test_running_out_of_memory_names_the_batch(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_batch_that_does_not_fit_is_read_by_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, notes, sizes = loaded_pico("llama"), list[str](), list[int]()
+    forward = loaded.base.forward
+
+    def small(input_ids: Tensor, **named: Any) -> Any:
+        sizes.append(len(input_ids))
+        result = forward(input_ids=input_ids, **named)
+        if len(input_ids) > 1:  # what was read of it by then counts for nothing
+            raise torch.OutOfMemoryError
+        return result
+
+    wanted = everything(run(loaded, tmp_path / "whole", batch_tokens=10))
+    monkeypatch.setattr(loaded.base, "forward", small)
+    found = everything(run(loaded, tmp_path / "halves", batch_tokens=1024, note=notes.append))
+    assert max(sizes) > 2 and sizes.count(1) == len(TEXTS)
+    assert len(notes) == 1 and notes[0].endswith("texts: read by halves")
+    for feature, rows in wanted.items():
+        torch.testing.assert_close(found[feature], rows)
+
+
 def test_another_fault_of_a_model_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(**_: Any) -> None:
         raise RuntimeError("shapes do not match")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.pico import pico_model, pico_tokenizer
-from tmerge.errors import DeviceError, TokenizerError
+from tmerge.errors import DeviceError, NotEnoughMemoryError, TokenizerError
 from tmerge.evaluation import score_texts
 from tmerge.models import LoadedModel, ModelReference
 
@@ -101,3 +101,27 @@ def test_a_score_that_is_not_finite_is_named_with_its_text(dtype, remedy):
     name = str(dtype).removeprefix("torch.")
     assert str(caught.value).startswith(f"user/pico: the score of text 1 (1 of 2) is not finite, in {name}; ")
     assert str(caught.value).endswith(remedy)
+
+
+def test_a_batch_that_does_not_fit_is_scored_by_halves(monkeypatch):
+    one, notes, sizes, texts = loaded(), [], [], TEXTS * 3
+    wanted, forward = score_texts(one, texts, batch_tokens=8), one.model.forward
+
+    def small(input_ids, **named):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 1:
+            raise torch.OutOfMemoryError
+        return forward(input_ids=input_ids, **named)
+
+    monkeypatch.setattr(one.model, "forward", small)
+    found = score_texts(one, texts, batch_tokens=4096, note=notes.append)
+    assert max(sizes) > 2 and sizes.count(1) == len(texts)
+    assert len(notes) == 1 and notes[0].endswith("texts: scored by halves")
+    torch.testing.assert_close(found.bits, wanted.bits)
+
+    def full(**_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(one.model, "forward", full)
+    with pytest.raises(NotEnoughMemoryError, match="out of memory on cpu while scoring"):
+        score_texts(one, TEXTS)

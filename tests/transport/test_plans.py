@@ -19,6 +19,7 @@ from tmerge.transport import (
     keep_layers,
     load_plans,
     mutual_top,
+    plans,
     save_plans,
     solve_features,
     solve_layers,
@@ -70,6 +71,46 @@ def test_every_layer_pair_is_pots_plan_and_cost(features, epsilon):
             assert_same_plan(_plan(features, solved, row, column), wanted)
             cost = (reference_cost(features[0][layer], features[1][other]) * wanted).sum()
             assert float(solved.cost[row, column]) == pytest.approx(cost, rel=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 4, 9])
+@pytest.mark.parametrize("epsilon", [0.1, 0.03])
+def test_problems_solved_together_are_those_solved_alone(features, epsilon, at_once):
+    alone, together = _solve(features, epsilon), _solve(features, epsilon, at_once=at_once)
+    assert together.f.shape == alone.f.shape and together.converged.all()
+    torch.testing.assert_close(together.cost, alone.cost, rtol=1e-5, atol=0)
+    for row in range(len(_TARGET_LAYERS)):
+        for column in range(len(_SOURCE_LAYERS)):
+            mine, theirs = (_plan(features, solved, row, column) for solved in (together, alone))
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-7)
+
+
+def test_where_there_is_no_room_for_so_many_at_once_half_of_them_are(features, monkeypatch):
+    sizes, notes, solve = [], [], plans.sinkhorn
+
+    def solved(cost, epsilon, **options):
+        sizes.append(len(cost) if cost.dim() == 3 else 1)
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError
+        return solve(cost, epsilon, **options)
+
+    wanted = _solve(features)
+    monkeypatch.setattr(plans, "sinkhorn", solved)
+    with monkeypatch.context() as threads:
+        threads.setattr(torch, "get_num_threads", lambda: 1)
+        found = _solve(features, at_once=4, note=notes.append)
+    assert sizes == [4, 2] + [1] * len(_TARGET_LAYERS) * len(_SOURCE_LAYERS)
+    assert found.f.equal(wanted.f) and found.cost.equal(wanted.cost)
+    assert [note.partition("; ")[2] for note in notes] == ["2 at a time from here on", "1 at a time from here on"]
+
+
+def test_one_problem_that_does_not_fit_is_the_end(features, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(plans, "sinkhorn", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        _solve(features)
 
 
 def test_shapes_and_dtypes(features):

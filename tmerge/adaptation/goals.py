@@ -104,6 +104,7 @@ class FeatureWatch:
         self.goals = goals
         self._taps = [tap for tap in architecture.taps(goals.projections) if (tap.layer, tap.key) in goals.goals]
         self._caught: dict[tuple[int, str], Tensor] = {}
+        self._deviations: dict[tuple[int, str], Tensor] = {}  # where the model is
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -126,8 +127,10 @@ class FeatureWatch:
         total, caught = torch.zeros((), device=mask.device), self._caught
         for at, feature in caught.items():
             mean = (feature.float() * share).sum(1)
-            goal, deviation = (part.to(mean.device) for part in (self.goals.goals[at], self.goals.deviations[at]))
-            total = total + ((mean - goal[list(texts)]) / deviation).square().mean()
+            goal = self.goals.goals[at][list(texts)].to(mean.device)
+            if at not in self._deviations:
+                self._deviations[at] = self.goals.deviations[at].to(mean.device)
+            total = total + ((mean - goal) / self._deviations[at]).square().mean()
         self._caught = {}
         return total / max(len(caught), 1)
 

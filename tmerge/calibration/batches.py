@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from transformers import PreTrainedConfig
 from tmerge.errors import NotEnoughMemoryError
 from tmerge.models import LoadedModel, refuse_without_rows
 from tmerge.models.blocks import base_pass, in_groups, stepped
+from tmerge.models.device import give_back_memory, wait_for
 
 __all__ = ["EncodedTexts", "ReadStep", "encode", "length_batches", "padded", "read_batches", "token_limit"]
 
@@ -129,6 +131,7 @@ def read_batches(
     encoded: EncodedTexts,
     batch_tokens: int,
     before: Callable[[list[int]], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Iterator[ReadStep]:
     """Run the base model, without its head and without a cache, over all texts that have tokens.
 
@@ -140,12 +143,13 @@ def read_batches(
         encoded: Its token ids.
         batch_tokens: Most padded tokens of a forward pass.
         before: Called with the texts of a batch just before its forward pass, or its pass through a block.
+        note: Told that a batch did not fit and was read by halves.
 
     Yields:
         What was just read.
 
     Raises:
-        NotEnoughMemoryError: A batch did not fit.
+        NotEnoughMemoryError: A text did not fit, or, of a model that is read by blocks, a batch.
     """
     filled = [text for text, ids in enumerate(encoded.ids) if ids]
     base, was_training = loaded.base, loaded.base.training
@@ -154,7 +158,7 @@ def read_batches(
         [filled[index] for index in batch]
         for batch in reversed(length_batches([len(encoded.ids[text]) for text in filled], batch_tokens))
     ]
-    reading = _Reading(loaded, encoded, batches, batch_tokens, before or (lambda texts: None))
+    reading = _Reading(loaded, encoded, batches, batch_tokens, before or (lambda texts: None), note)
     try:
         yield from reading.whole() if loaded.block_weights is None else reading.by_blocks()
     finally:
@@ -170,15 +174,28 @@ class _Reading:
     batches: list[list[int]]
     batch_tokens: int
     before: Callable[[list[int]], None]
+    note: Callable[[str], None] | None
 
     def whole(self) -> Iterator[ReadStep]:
-        """A batch after the other."""
-        done, of = 0, sum(map(len, self.batches))
-        for texts in self.batches:
+        """A batch after the other; one that does not fit in two halves."""
+        done, of, halved = 0, sum(map(len, self.batches)), False
+        waiting = deque(self.batches)
+        while waiting:
+            texts = waiting.popleft()
             run = self._pass(texts)
             began = self._begin(texts)
-            with self._running():
-                run()
+            try:
+                with self._running():
+                    run()
+            except NotEnoughMemoryError:
+                if len(texts) == 1:
+                    raise
+                waiting.extendleft((texts[len(texts) // 2 :], texts[: len(texts) // 2]))
+                give_back_memory()
+                if self.note is not None and not halved:
+                    self.note(f"{self.loaded.device} has no room for a batch of {len(texts)} texts: read by halves")
+                halved = True
+                continue
             done += len(texts)
             yield ReadStep(texts, time.perf_counter() - began, None, done, of)
 
@@ -214,8 +231,7 @@ class _Reading:
     def _running(self) -> Iterator[None]:
         with torch.inference_mode(), _memory_errors(self.loaded, self.batch_tokens):
             yield
-            if self.loaded.device.type == "cuda":
-                torch.cuda.synchronize(self.loaded.device)
+            wait_for(self.loaded.device)
 
 
 def padded(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -80,6 +80,7 @@ def capture(
     ends: Sequence[Sequence[int]] | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> CaptureReport:
     """Read the pre and post features of some projections over all texts, into a `FeatureStore`.
 
@@ -98,13 +99,14 @@ def capture(
         progress: Called after each batch with (texts done, all that have tokens), or, of a model that is read by
             blocks, with (blocks done, all); may raise to stop, and then there is no store.
         cancelled: Asked before each batch whether to stop.
+        note: As for `read_batches`.
 
     Raises:
         Cancelled: `cancelled` said so.
         CheckpointError: A feature is not finite though the model computes in float32.
         DeviceError: A feature is not finite in a shorter dtype.
         NotEnoughDiskError: The features do not fit.
-        NotEnoughMemoryError: A batch did not fit.
+        NotEnoughMemoryError: As `read_batches`.
         TokenizerError: The tokenizer gives no token for any text.
         UnsupportedModelError: A projection did not run exactly once in a forward pass.
     """
@@ -129,7 +131,7 @@ def capture(
     with FeatureWriter(folder, rows, widths, key=key, facts=facts) as writer:
         pool = _Pool(loaded, taps, lengths, writer, positions)
         with pool.hooked():
-            for step in read_batches(loaded, encoded, batch_tokens, pool.begin):
+            for step in read_batches(loaded, encoded, batch_tokens, pool.begin, note):
                 pool.end(step.block)
                 forward_seconds += step.seconds
                 if step.is_first:

@@ -22,13 +22,15 @@ from torch.nn import functional
 
 from tmerge.calibration import length_batches, padded, token_limit
 from tmerge.errors import DeviceError, NotEnoughMemoryError, TokenizerError
-from tmerge.models import LoadedModel, refuse_without_rows
+from tmerge.models import LoadedModel, available_memory, give_back_memory, refuse_without_rows
 from tmerge.models.blocks import run_passes
 
 __all__ = ["Scores", "score_texts"]
 
-# Logits of one batch: tokens x vocabulary. A 262k vocabulary would otherwise ask for gigabytes.
+# Logits of one batch on a processor: tokens x vocabulary. A 262k vocabulary would otherwise ask for gigabytes.
 _LOGITS_AT_ONCE = 1 << 26
+# On an accelerator, which small batches keep waiting, this share of what is free.
+_SHARE_OF_LOGITS = 0.25
 # Rows of logits that are turned into float32 log-probabilities together.
 _ROWS_AT_ONCE = 128
 
@@ -76,6 +78,7 @@ def score_texts(
     batch_tokens: int = 2048,
     finite: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Scores:
     """Score every text under a causal model.
 
@@ -86,11 +89,12 @@ def score_texts(
         finite: Whether a score that is not finite is refused; a candidate that overflows may simply lose.
         progress: Called with (texts done, N), or, of a model that is read by blocks, with (blocks done, all of them);
             may raise to stop.
+        note: Told that a batch did not fit and was scored by halves.
 
     Raises:
         TokenizerError: The tokenizer has neither a begin- nor an end-of-text token to start from, or a text gives a
             token that the model has no row for.
-        NotEnoughMemoryError: A batch did not fit.
+        NotEnoughMemoryError: A text did not fit, or, of a model that is read by blocks, a batch.
         DeviceError: With `finite`, a score that is not finite in the dtype that the model computes in.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -111,7 +115,7 @@ def score_texts(
     windows_left = Counter(owners)
     bits = torch.zeros(len(texts), dtype=torch.float64)
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    limit = max(1, min(batch_tokens, _LOGITS_AT_ONCE // vocabulary))
+    limit = max(1, min(batch_tokens, _logits_at_once(loaded) // vocabulary))
     began = time.perf_counter()
     was_training = model.training
     model.eval()
@@ -119,9 +123,23 @@ def score_texts(
         batches = length_batches([len(ids) for ids in encoded], limit)
 
         batch_bits: list[Tensor] = []
+        halved: list[int] = []
 
         def score(batch: list[int]) -> None:
-            batch_bits.append(_bits_of(model, [encoded[index] for index in batch], loaded.device))
+            batch_bits.append(bits_of(batch))
+
+        def bits_of(batch: list[int]) -> Tensor:
+            try:
+                return _bits_of(model, [encoded[index] for index in batch], loaded.device)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1 or loaded.block_weights is not None:
+                    raise
+            # Here the error no longer keeps the batch's tensors alive.
+            give_back_memory()
+            if note is not None and not halved:
+                note(f"{loaded.device} has no room for a batch of {len(batch)} texts: scored by halves")
+            halved.append(len(batch))
+            return torch.cat([bits_of(half) for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :])])
 
         def after(number: int) -> None:
             windows_left.subtract(owners[index] for index in batches[number])
@@ -144,6 +162,14 @@ def score_texts(
         _check_finite(loaded, bits)
     sizes = torch.tensor([len(text.encode()) for text in texts], dtype=torch.float64)
     return Scores(bits, sizes, sum(map(len, encoded)) - len(encoded), time.perf_counter() - began)
+
+
+def _logits_at_once(loaded: LoadedModel) -> int:
+    if loaded.device.type == "cpu":
+        return _LOGITS_AT_ONCE
+    # As they are made, and as a model may pass over them once more (a soft cap).
+    a_logit = 2 * loaded.computed_dtype.itemsize
+    return max(_LOGITS_AT_ONCE, int(_SHARE_OF_LOGITS * available_memory(loaded.device)) // a_logit)
 
 
 def _check_finite(loaded: LoadedModel, bits: Tensor) -> None:
@@ -169,10 +195,11 @@ def _bits_of(model: torch.nn.Module, sequences: list[list[int]], device: torch.d
     """-log2 probability of each sequence given its first token: (B,) float64 on the CPU."""
     # Padding is on the right and causal attention never looks there, so what it holds does not matter.
     ids, attention = padded(sequences, 0)
+    # Listed here: how many of a mask's entries are set a device would have to be waited for.
+    read = [(row, position) for row, sequence in enumerate(sequences) for position in range(len(sequence) - 1)]
+    rows, positions = torch.tensor(read, dtype=torch.int64).reshape(-1, 2).T.contiguous().to(device)
     ids, attention = ids.to(device), None if attention is None else attention.to(device)
     logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
-    mask = torch.ones_like(ids) if attention is None else attention
-    rows, positions = mask[:, 1:].nonzero(as_tuple=True)
     total = torch.zeros(len(sequences), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         row, position = rows[start : start + _ROWS_AT_ONCE], positions[start : start + _ROWS_AT_ONCE]

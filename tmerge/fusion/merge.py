@@ -124,8 +124,9 @@ def transport_neurons(
 
 def read_neurons(projection: Projection, neurons: Tensor) -> Tensor:
     """The target's own selected rows (k, in) or columns (out, k), float32."""
-    weight = projection.weight().to(torch.float32)
-    return weight[:, neurons] if projection.name in COLUMN_PROJECTIONS else weight[neurons]
+    weight = projection.weight()
+    own = weight[:, neurons] if projection.name in COLUMN_PROJECTIONS else weight[neurons]
+    return own.to(torch.float32)
 
 
 def fused_neurons(own: Tensor, transported: Tensor, alpha: float, *, is_difference: bool = False) -> Tensor:

@@ -28,6 +28,7 @@ __all__ = [
     "multiplies_fast",
     "pick_device",
     "pick_dtype",
+    "wait_for",
 ]
 
 DEVICE_VARIABLE = "TMERGE_DEVICE"
@@ -137,7 +138,9 @@ def multiplies_fast(dtype: torch.dtype, device: torch.device) -> bool:
 def available_memory(device: torch.device) -> int:
     """Bytes that can still be taken on a device: a container's limit counts, swap does not."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch has freed it keeps for the next tensor, and the system counts it as taken.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     free = int(psutil.virtual_memory().available)
     for folder in _groups():
         for limit, used, stat in _LIMIT_FILES:
@@ -184,6 +187,14 @@ def give_back_memory() -> None:
         trim = ctypes.CDLL("libc.so.6").malloc_trim
     if trim is not None:
         trim(0)
+
+
+def wait_for(device: torch.device) -> None:
+    """Let a device do all that it was given, so that what follows can be timed."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def check_memory(what: str, needed: int, device: torch.device) -> None:

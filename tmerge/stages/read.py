@@ -91,6 +91,7 @@ class Read:
             key=key,
             ends=self.texts.ends or None,
             progress=progress.counting(f"{self.name}: reading features", unit(loaded)),
+            note=progress.note,
         )
         scores = self._score(progress)
         return ReadNote(

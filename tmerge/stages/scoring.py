@@ -78,4 +78,5 @@ def score(
         batch_tokens=recipe.calibration.batch_tokens,
         finite=finite,
         progress=progress.counting(what, unit(model)),
+        note=progress.note,
     )

@@ -115,7 +115,14 @@ class SolveTransport:
             return solve_shared(target, source, features.projections, settings, path, heard=progress.step)
         path = features.cache / _APART
         return solve_apart(
-            target, source, features.projections, settings, path, device=self.device, heard=progress.step
+            target,
+            source,
+            features.projections,
+            settings,
+            path,
+            device=self.device,
+            heard=progress.step,
+            note=progress.note,
         )
 
     def _relatedness(self, transport: Transport, progress: Progress) -> Relatedness | None:

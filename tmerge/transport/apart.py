@@ -44,6 +44,7 @@ def solve_apart(
     *,
     device: torch.device | None = None,
     heard: Heard | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Transport:
     """Solve every feature plan of every pair of layers, and keep the potentials and the layer plans.
 
@@ -55,6 +56,7 @@ def solve_apart(
         path: Where they are written, for `read_apart`.
         device: Where to solve; the CPU if None.
         heard: Hears of every target layer.
+        note: Told that a device solves fewer problems at once than were asked of it.
     """
     keys = feature_keys(projections)
     total, done = sum(len(target.layers_with(key)) for key in keys), 0
@@ -78,6 +80,7 @@ def solve_apart(
             tolerance=settings.tolerance,
             device=device,
             solved=solved,
+            note=note,
         )
     layers = layer_plans(plans, settings)
     save_plans(plans, layers, path)

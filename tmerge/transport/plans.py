@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tmerge.models import available_memory
 from tmerge.store import write_tensors
 from tmerge.transport.cost import correlation_cost, standardise
 from tmerge.transport.sinkhorn import SinkhornResult, plan_from_potentials, sinkhorn
@@ -111,7 +112,9 @@ def solve_features(
     max_iterations: int = 200,
     tolerance: float = 1e-6,
     device: torch.device | None = None,
+    at_once: int | None = None,
     solved: Callable[[int, Tensor], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> FeaturePlans:
     """Solve the feature transport of every layer pair for one feature key (Eq. 7-10).
 
@@ -124,8 +127,11 @@ def solve_features(
         epsilon: Regularisation.
         max_iterations: Per problem.
         tolerance: Relative marginal violation to stop at.
-        device: Where to solve; the CPU if None. On an accelerator one target layer meets all source layers at once.
+        device: Where to solve; the CPU if None.
+        at_once: Source layers that a target layer meets together. If None one on a CPU, where a problem stays in its
+            cache, and on an accelerator as many as there is room for; halved where there is none after all.
         solved: Called with a target layer and its (M,) transport costs as they come in; may raise to stop.
+        note: Told that fewer problems are solved at once.
 
     Returns:
         Potentials and costs of all L x M problems.
@@ -144,21 +150,35 @@ def solve_features(
             held_sources[layer] = features
         return features
 
+    size = at_once or (1 if device.type == "cpu" else 0)  # 0: not known before the first problem is seen
+
     def solve_row(layer: int) -> list[SinkhornResult]:
+        nonlocal size
         standard = standardise(target(layer), dtype).to(device)
-        # A batch is for the accelerator. On a CPU one problem at a time stays in its cache.
-        groups = [list(source_layers)] if device.type == "cuda" else [[source_layer] for source_layer in source_layers]
-        results = []
-        # One problem's memory serves all of a row's: what is small and stays would else lie between the large pieces
+        size = size or _room(device, standard, standard_source(source_layers[0]))
+        results: list[SinkhornResult] = []
+        # One group's memory serves all of a row's: what is small and stays would else lie between the large pieces
         # that go, and the C library keeps those (3 GB more between 16 layers of 2048 neurons and 28 of 3072).
-        cost = kernel = None
-        for group in groups:
-            batch = [standard_source(source_layer) for source_layer in group]
-            features = torch.stack(batch) if device.type == "cuda" else batch[0]
-            cost = correlation_cost(standard, features, out=cost)
-            kernel = torch.empty_like(cost) if kernel is None else kernel
-            result = sinkhorn(cost, epsilon, max_iterations=max_iterations, tolerance=tolerance, kernel=kernel)
-            results.append(result)
+        memory: Tensor | None = None
+        while (done := sum(result.converged.numel() for result in results)) < len(source_layers):
+            group = source_layers[done : done + size]
+            try:
+                features = [standard_source(source_layer) for source_layer in group]
+                # A problem by itself is two matrices, for which torch has quicker products.
+                batch = torch.stack(features) if size > 1 else features[0]
+                if memory is None:
+                    memory = batch.new_empty(2, *batch.shape[:-2], standard.shape[1], batch.shape[-1])
+                cost, kernel = (part[: len(group)] if size > 1 else part for part in memory)
+                correlation_cost(standard, batch, out=cost)
+                results.append(
+                    sinkhorn(cost, epsilon, max_iterations=max_iterations, tolerance=tolerance, kernel=kernel)
+                )
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size, memory = size // 2, None
+                if note is not None:
+                    note(f"{device} has no room for so many problems at once; {size} at a time from here on")
         return results
 
     rows: list[list[SinkhornResult]] = []
@@ -188,6 +208,13 @@ def solve_features(
         marginal_error=gather("marginal_error", torch.float64),
         converged=gather("converged", torch.bool),
     )
+
+
+def _room(device: torch.device, target: Tensor, source: Tensor) -> int:
+    """How many problems a device has room for at once."""
+    # A cost, a kernel, and what sums and starts take beside them.
+    problem = 4 * target.shape[1] * source.shape[1] * target.element_size()
+    return max(1, available_memory(device) // 2 // problem)
 
 
 def feature_plan(target: Tensor, source: Tensor, f: Tensor, g: Tensor, epsilon: float) -> Tensor:

@@ -35,6 +35,8 @@ __all__ = ["SinkhornResult", "plan_from_potentials", "sinkhorn"]
 _LOG_RANGE = {torch.float32: 25.0, torch.float64: 150.0}
 # Rows and columns of exp(-C/eps) keep full precision without the c-transforms while C/eps spans less than this.
 _SAFE_SPAN = {torch.float32: 30.0, torch.float64: 300.0}
+# Sweeps between two looks at a device.
+_LOOK = 8
 # Entries summed in one go in float32: down a column (one running sum), and along a row (several side by side).
 _BLOCK = 64
 _LONG = 2048
@@ -119,7 +121,7 @@ def sinkhorn(
     n, m = cost.shape[-2:]
     row_marginal = _marginal(a, n, cost, "a")
     column_marginal = _marginal(b, m, cost, "b")
-    f, g = _start(cost, epsilon)
+    f, g, is_safe = _start(cost, epsilon)
     kernel = plan_from_potentials(cost, f, g, epsilon, out=kernel)
     batch = cost.shape[:-2]
     u = row_marginal.expand(*batch, n)
@@ -129,9 +131,12 @@ def sinkhorn(
     done = torch.zeros(batch, dtype=torch.bool, device=cost.device)
     iterations = torch.zeros(batch, dtype=torch.int64, device=cost.device)
     limit = _LOG_RANGE[cost.dtype]
+    # To look is to wait for the device. Between two looks u and v must not leave their range: they cannot where the
+    # kernel needed no c-transforms, as then they span no more than it does.
+    looks_every = _LOOK if cost.device.type != "cpu" and is_safe else 1
 
     columns = _times(u, kernel)
-    for _ in range(max_iterations):
+    for sweep in range(1, max_iterations + 1):
         v = column_marginal / columns
         u = row_marginal / _rows(kernel, v)
         # K^T u serves twice: it measures this sweep's column violation and starts the next sweep.
@@ -139,9 +144,12 @@ def sinkhorn(
         iterations = iterations + (~done).to(torch.int64)
         error = ((v * columns).sub_(column_marginal).abs_() / column_marginal).amax(-1)
         done = done | (error < tolerance)
-        if bool(done.all()):
+        if sweep % looks_every:
+            continue
+        all_done, is_out_of_range = _look(done, u, v, limit)
+        if all_done:
             break
-        if max(_log_size(u), _log_size(v)) > limit:
+        if is_out_of_range:
             f, g = f + epsilon * u.log(), g + epsilon * v.log()
             kernel = plan_from_potentials(cost, f, g, epsilon, out=kernel)
             u, v = torch.ones_like(u), torch.ones_like(v)
@@ -178,8 +186,8 @@ def _marginal(weights: Tensor | None, size: int, cost: Tensor, name: str) -> Ten
     return weights
 
 
-def _start(cost: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Potentials whose kernel has an entry 1 in every row and column, or constants where none are needed.
+def _start(cost: Tensor, epsilon: float) -> tuple[Tensor, Tensor, bool]:
+    """Potentials whose kernel has an entry 1 in every row and column, or constants where none are needed; and that.
 
     With f_i = min_j C_ij and g_j = min_i (C_ij - f_i) >= 0, every entry of K is at most 1, every column has one
     equal to 1 by g, and so has every row: at its own minimum 0 <= g_j = f_i + g_j - C_ij <= 0.
@@ -187,9 +195,9 @@ def _start(cost: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     low, high = torch.aminmax(cost)
     if float(high - low) / epsilon < _SAFE_SPAN[cost.dtype]:
         f = low.expand(cost.shape[:-1]).clone()
-        return f, torch.zeros_like(cost[..., 0, :])
+        return f, torch.zeros_like(cost[..., 0, :]), True
     f = cost.amin(-1)
-    return f, (cost - f.unsqueeze(-1)).amin(-2)
+    return f, (cost - f.unsqueeze(-1)).amin(-2), False
 
 
 def _rows(kernel: Tensor, v: Tensor) -> Tensor:
@@ -217,7 +225,9 @@ def _times(u: Tensor, kernel: Tensor) -> Tensor:
     return columns
 
 
-def _log_size(scaling: Tensor) -> float:
-    """Largest |log| of a scaling vector."""
-    low, high = torch.aminmax(scaling)
-    return max(abs(math.log(max(float(low), 1e-300))), abs(math.log(max(float(high), 1e-300))))
+def _look(done: Tensor, u: Tensor, v: Tensor, limit: float) -> tuple[bool, bool]:
+    """Whether all problems are done, and whether a scaling vector's log leaves its range: read at once."""
+    ends = torch.stack([end for scaling in (u, v) for end in torch.aminmax(scaling)])
+    logs = ends.clamp_min(torch.finfo(ends.dtype).tiny).log_()
+    *sizes, all_done = torch.cat([logs, done.all().to(logs.dtype).reshape(1)]).cpu().tolist()
+    return bool(all_done), max(map(abs, sizes)) > limit

@@ -1,0 +1,122 @@
+"""What can be told of an accelerator without one: no tensors of two devices meet, and it is hardly ever waited for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.device.fake import DEVICE, fake_device
+from tests.pico import pico_model, pico_tokenizer
+from tmerge.calibration.capture import _Pool
+from tmerge.evaluation.likelihood import _bits_of
+from tmerge.models import LoadedModel, ModelReference, describe
+from tmerge.transport import correlation_cost, plans, sinkhorn, solve_features, standardise
+
+FAMILIES = ["llama", "gpt2", "gemma3", "phi3", "falcon"]
+
+
+def test_a_fake_device_is_one():
+    with fake_device() as waits:
+        there, here = torch.randn(3, 4, device=DEVICE), torch.randn(3, 4)
+        with pytest.raises(RuntimeError, match="device"):
+            there + here
+        assert waits.reads == 0 and bool((there > 0).all()) and waits.reads == 1
+        assert there.cpu().device.type == "cpu" and waits.moves == 1
+        assert bool((here > 0).all()) and waits.reads == 1
+
+
+@pytest.mark.parametrize("epsilon", [0.3, 0.01])
+def test_a_batch_of_problems_waits_for_the_device_a_few_times(epsilon):
+    with fake_device() as waits:
+        target = standardise(torch.randn(20, 70)).to(DEVICE)
+        sources = torch.stack([standardise(torch.randn(20, 90)).to(DEVICE)] * 3)
+        result = sinkhorn(correlation_cost(target, sources), epsilon)
+        assert result.f.device == DEVICE and result.f.shape == (3, 70)
+    # Is the cost finite, how far does it reach, is everything done, is the end finite.
+    assert waits.reads + waits.moves == 4
+
+
+def test_a_row_of_problems_is_solved_there_and_comes_back(monkeypatch):
+    heard = []
+
+    def here(work, items, workers, take):
+        for item in items:
+            take(item, work(item))
+
+    monkeypatch.setattr(plans, "in_turn", here)  # fake tensors are a thread's own
+    with fake_device() as waits:
+        solved = solve_features(
+            "q.post",
+            lambda layer: torch.randn(20, 70),
+            lambda layer: torch.randn(20, 90),
+            range(2),
+            range(5),
+            epsilon=0.3,
+            device=DEVICE,
+            at_once=2,
+            solved=lambda layer, costs: heard.append((layer, costs.shape, costs.device.type)),
+        )
+        assert solved.f.shape == (2, 5, 70) and solved.f.device.type == "cpu"
+    assert heard == [(0, (5,), "cpu"), (1, (5,), "cpu")]
+    # For each of three groups a row: four times in the solver, and its costs; six fields of each at the end.
+    assert waits.reads + waits.moves == 2 * 3 * (4 + 1 + 6)
+
+
+class _Writer:
+    """Takes rows as a `FeatureWriter` does."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[tuple[int, str], tuple[int, ...]] = {}
+
+    def write(self, rows, features):
+        self.shapes |= {feature: tuple(values.shape) for feature, values in features.items()}
+
+
+def _loaded(family: str) -> LoadedModel:
+    """A pico on the fake device."""
+    with DEVICE:
+        model = pico_model(family)
+    return LoadedModel(
+        ModelReference.parse("user/pico"), "sha256:0", model, pico_tokenizer(), None, DEVICE, torch.float32
+    )
+
+
+@pytest.mark.parametrize("positions", [None, [[0, 2], [1], [3]]], ids=["texts", "tokens"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reading_features_moves_each_batch_once(family, positions, monkeypatch):
+    # The rows are written in the texts' order, which fake tensors do not have.
+    monkeypatch.setattr(_Pool, "write", lambda self: None)
+    real = pico_model(family)
+    names = {module: name for name, module in real.named_modules()}
+    described = describe(real).taps(["q", "k", "v", "o", "up", "down"])
+    with fake_device() as waits:
+        loaded = _loaded(family)
+        taps = [replace(tap, module=loaded.model.get_submodule(names[tap.module])) for tap in described]
+        pool = _Pool(loaded, taps, [5, 5, 4], _Writer(), positions)
+        pool.begin([0, 1, 2])
+        waits.reads = waits.moves = 0
+        mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).to(DEVICE)
+        with pool.hooked(), torch.no_grad():
+            loaded.base(input_ids=torch.zeros(3, 5, dtype=torch.int64).to(DEVICE), attention_mask=mask, use_cache=False)
+        read_by_the_model = waits.reads
+        pool.end(None)
+        rows = 3 if positions is None else 4
+        found = {feature: rows_of for feature, [(_, rows_of)] in pool._waiting.items()}
+        assert len(found) == len({(tap.layer, tap.key) for tap in taps})
+        assert all(values.shape[0] == rows and values.device.type == "cpu" for values in found.values())
+    assert waits.moves == 1 and waits.reads == read_by_the_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scoring_a_batch_moves_its_sums_alone(family):
+    with fake_device() as waits:
+        loaded = _loaded(family)
+        waits.reads = waits.moves = 0
+        loaded.model(input_ids=torch.zeros(2, 4, dtype=torch.int64).to(DEVICE), use_cache=False)
+        read_by_the_model, waits.reads = waits.reads, 0
+        with torch.no_grad():
+            bits = _bits_of(loaded.model, [[1, 2, 3, 4], [5, 6, 7, 8]], DEVICE)
+        assert bits.shape == (2,) and bits.device.type == "cpu"
+    assert waits.moves == 1 and waits.reads <= read_by_the_model
