@@ -5,7 +5,7 @@ SETUP := .venv/.installed
 # The browser tests drive Debian's Chromium; elsewhere install it by hand, or they skip, saying so.
 CHROMIUM := $(shell command -v chromium)
 
-.PHONY: demo test test-app test-slow bench lint app dist browser clean
+.PHONY: demo test test-app test-slow device bench lint app dist browser clean
 
 ## Merge two real models of different architecture and draw the report (minutes on two cores).
 demo: $(SETUP)
@@ -24,6 +24,11 @@ test-app: $(SETUP) browser
 test-slow: $(SETUP) browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile --ignore tests/ui
 	$(BIN)/python -m pytest -m slow tests/ui
+
+## On an accelerator: everything against float64 on the CPU, and what it takes there. Skips in a line without one.
+device: $(SETUP)
+	$(BIN)/python -m pytest -rs tests/device/test_accelerator.py
+	$(BIN)/python -m tests.bench.device
 
 ## Speed of calibration and of transport, measured here.
 bench: $(SETUP)
