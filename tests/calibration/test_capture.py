@@ -290,7 +290,7 @@ def test_a_batch_that_does_not_fit_is_read_by_halves(tmp_path: Path, monkeypatch
     wanted = everything(run(loaded, tmp_path / "whole", batch_tokens=10))
     monkeypatch.setattr(loaded.base, "forward", small)
     found = everything(run(loaded, tmp_path / "halves", batch_tokens=1024, note=notes.append))
-    assert max(sizes) > 2 and sizes.count(1) == len(TEXTS)
+    assert max(sizes) > 1 and sizes.count(1) == len(TEXTS)
     assert len(notes) == 1 and notes[0].endswith("texts: read by halves")
     for feature, rows in wanted.items():
         torch.testing.assert_close(found[feature], rows)

@@ -159,3 +159,20 @@ def test_a_disk_that_fills_up_later_is_an_error_too(tmp_path: Path, monkeypatch:
     with pytest.raises(NotEnoughDiskError, match=r"lower calibration\.texts"):
         filled(tmp_path / "s")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_has_16_bits_is_stored_in_them(tmp_path, dtype):
+    rows = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype).float()
+    rows[0, 0] = 1e4
+    rows = rows.to(dtype).float()
+    widths, features = {(0, "a"): 7, (0, "b"): 7}, {(0, "a"): rows, (0, "b"): rows}
+    with FeatureWriter(tmp_path / "s", 5, widths, key="", dtypes={(0, "a"): dtype}) as writer:
+        writer.write([3, 4, 1], {name: values[[3, 4, 1]] for name, values in features.items()})
+        writer.write([0, 2], {name: values[[0, 2]] for name, values in features.items()})
+        writer.finish()
+    store = FeatureStore(tmp_path / "s")
+    for key in ("a", "b"):
+        assert store.get(0, key).dtype == torch.float32 and store.get(0, key).equal(rows)
+    sizes = [(tmp_path / "s" / f"layer-0000.{key}.npy").stat().st_size - 128 for key in ("a", "b")]
+    assert sizes == [2 * 35, 4 * 35]

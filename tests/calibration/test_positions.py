@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,23 @@ def test_rows_are_the_features_of_those_tokens(family: str, tmp_path: Path) -> N
             for (layer, key), wanted in expected.items():
                 # float32 forward passes of other batch shapes differ in their last bits, and layers carry that on.
                 assert_close(store.get(layer, key), wanted, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon-new", "gemma3"])
+def test_a_short_models_tokens_are_stored_as_they_are(family: str, tmp_path: Path, monkeypatch: Any) -> None:
+    loaded, chosen = loaded_pico(family, pico_tokenizer()), ends(80)
+    loaded.model.to(torch.bfloat16)
+    words: dict[str, Any] = {"max_tokens": LIMITS[0], "batch_tokens": 128, "key": "k", "ends": chosen}
+    capture(loaded, describe(loaded.model), TEXTS, PROJECTIONS, tmp_path / "short", **words)
+    module = sys.modules[capture.__module__]
+    monkeypatch.setattr(module, "_stored_dtype", lambda loaded, tap: torch.float32)
+    capture(loaded, describe(loaded.model), TEXTS, PROJECTIONS, tmp_path / "long", **words)
+    short, long = FeatureStore(tmp_path / "short"), FeatureStore(tmp_path / "long")
+    for layer in long.layers:
+        for key in long.keys(layer):
+            assert short.get(layer, key).equal(long.get(layer, key))
+    sizes = [sum(path.stat().st_size - 128 for path in (tmp_path / name).glob("*.npy")) for name in ("short", "long")]
+    assert sizes[1] == 2 * sizes[0]
 
 
 def test_both_models_rows_are_of_the_same_characters(tmp_path: Path) -> None:

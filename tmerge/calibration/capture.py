@@ -128,7 +128,9 @@ def capture(
     widths = {(tap.layer, tap.key): tap.features for tap in taps}
     positions = None if ends is None else token_positions(loaded.tokenizer, texts, ends, encoded.limit)
     rows = len(texts) if positions is None else sum(map(len, positions))
-    with FeatureWriter(folder, rows, widths, key=key, facts=facts) as writer:
+    # A token's activations are stored as they are; means over texts have more digits.
+    dtypes = {} if positions is None else {_feature(tap): _stored_dtype(loaded, tap) for tap in taps}
+    with FeatureWriter(folder, rows, widths, key=key, facts=facts, dtypes=dtypes) as writer:
         pool = _Pool(loaded, taps, lengths, writer, positions)
         with pool.hooked():
             for step in read_batches(loaded, encoded, batch_tokens, pool.begin, note):
@@ -332,6 +334,13 @@ class _Pool:
             f"{self._loaded.reference}: {tap.key} of layer {tap.layer} {what} in a forward pass, so it has no features "
             "of its own; leave this projection out of fusion.projections, or choose another model"
         )
+
+
+def _stored_dtype(loaded: LoadedModel, tap: Tap) -> torch.dtype:
+    """What holds every value of a feature: a plain linear's inputs and outputs are in the dtype of its weight."""
+    computed = loaded.computed_dtype
+    is_short = computed in (torch.bfloat16, torch.float16) and tap.module.get_parameter("weight").dtype == computed
+    return computed if is_short else torch.float32
 
 
 def _feature(tap: Tap) -> tuple[int, str]:

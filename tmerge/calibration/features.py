@@ -1,6 +1,7 @@
 """The features of one model over the calibration texts, on disk: one NumPy file each, mapped on reading.
 
-``layer-0007.qkv.pre.npy`` holds that layer's ``qkv.pre`` ``(T, n)`` in float32, rows in the texts' order.
+``layer-0007.qkv.pre.npy`` holds that layer's ``qkv.pre`` ``(T, n)``, rows in the texts' order: in float32, or, where
+all of them came in 16 bits, in those (bfloat16, which NumPy does not have, as int16).
 ``store.json`` names the layers, their keys and what was captured. All are written in a folder of another name, which
 takes the store's place when it is whole.
 """
@@ -12,8 +13,9 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,17 +29,30 @@ from tmerge.quantities import bytes_words
 __all__ = ["FeatureStore", "FeatureWriter"]
 
 _NOTE = "store.json"
-_FLOAT = 4  # bytes of a float32
+# What features are stored in, and NumPy's dtype of the same bits.
+_STORED: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype("<f4"),
+    torch.float16: np.dtype("<f2"),
+    torch.bfloat16: np.dtype("<i2"),
+}
+# As what torch hands those bits to NumPy.
+_BITS = {torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.int16}
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # the second: not on Windows
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a feature's rows lie: its file, at which byte they begin, and n."""
+    """Where a feature's rows lie: its file, at which byte they begin, n, and in which dtype."""
 
     path: Path
     offset: int
     width: int
+    dtype: torch.dtype
+
+    @property
+    def row(self) -> int:
+        """Bytes of one."""
+        return self.width * self.dtype.itemsize
 
 
 class FeatureWriter:
@@ -51,6 +66,7 @@ class FeatureWriter:
         folder: The store's; a store that is there is removed first.
         texts: T.
         widths: (layer, feature key) -> n.
+        dtypes: Likewise -> float32, or the 16 bits that all its values have; float32 for those that are left out.
         key: What decides the contents; `FeatureStore.key` gives it back.
         facts: Kept with the store, for people.
 
@@ -67,6 +83,7 @@ class FeatureWriter:
         *,
         key: str,
         facts: Mapping[str, str] | None = None,
+        dtypes: Mapping[tuple[int, str], torch.dtype] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.texts = texts
@@ -76,11 +93,15 @@ class FeatureWriter:
         for old in (self.folder, self._scratch):
             _remove_store(old)
         self._scratch.mkdir(parents=True)
+        self._places = {
+            feature: _Place(_path(self._scratch, *feature), 0, width, (dtypes or {}).get(feature, torch.float32))
+            for feature, width in sorted(widths.items())
+        }
         free = shutil.disk_usage(self._scratch).free
-        if sum(widths.values()) * texts * _FLOAT > free:
+        if self._size > free:
             self._scratch.rmdir()
-            raise self._no_room(sum(widths.values()), free)
-        self._places = {feature: self._laid_out(feature, width) for feature, width in sorted(widths.items())}
+            raise self._no_room(free)
+        self._places = {feature: self._laid_out(place) for feature, place in self._places.items()}
 
     def __enter__(self) -> FeatureWriter:
         return self
@@ -99,12 +120,13 @@ class FeatureWriter:
         runs = list(zip([0, *breaks], [*breaks, len(texts)], strict=True))
         try:
             for name, values in rows.items():
-                place, stored = self._places[name], values.contiguous().numpy()
+                place = self._places[name]
+                stored = values.to(place.dtype).contiguous().view(_BITS[place.dtype]).numpy()
                 # Written and not mapped: that is quicker, and a full disk is an error and not a crash.
                 with place.path.open("r+b", buffering=0) as file:
                     for start, stop in runs:
-                        file.seek(place.offset + texts[start] * place.width * _FLOAT)
-                        if file.write(stored[start:stop].data) != (stop - start) * place.width * _FLOAT:
+                        file.seek(place.offset + texts[start] * place.row)
+                        if file.write(stored[start:stop].data) != (stop - start) * place.row:
                             raise OSError(errno.ENOSPC, "short write")
         except OSError as error:
             raise self._explained(error) from None
@@ -113,7 +135,7 @@ class FeatureWriter:
         """Give texts that have no features the mean of all others, which changes no covariance of any feature."""
         with_features = np.setdiff1d(np.arange(self.texts), np.asarray(texts, dtype=np.int64))
         for name, place in self._places.items():
-            mean = _mapped(place.path)[with_features].mean(0, dtype=torch.float64).float()
+            mean = _values(place.path)[with_features].mean(0, dtype=torch.float64).float()
             self.write(texts, {name: mean.expand(len(texts), -1)})
 
     def finish(self) -> None:
@@ -130,24 +152,26 @@ class FeatureWriter:
         (self._scratch / _NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
         os.replace(self._scratch, self.folder)
 
-    def _laid_out(self, feature: tuple[int, str], width: int) -> _Place:
+    def _laid_out(self, place: _Place) -> _Place:
         """A file of the right size, whose rows are yet to come."""
-        path = _path(self._scratch, *feature)
-        stored = open_memmap(path, mode="w+", dtype=np.float32, shape=(self.texts, width))
-        return _Place(path, stored.offset, width)
+        stored = open_memmap(place.path, mode="w+", dtype=_STORED[place.dtype], shape=(self.texts, place.width))
+        return replace(place, offset=stored.offset)
+
+    @property
+    def _size(self) -> int:
+        """Bytes of all rows."""
+        return self.texts * sum(place.row for place in self._places.values())
 
     def _explained(self, error: OSError) -> Exception:
         """A full disk in our words; other errors as they are."""
         if error.errno not in _FULL:
             return error
-        widths = sum(place.width for place in self._places.values())
-        return self._no_room(widths, shutil.disk_usage(self._scratch).free)
+        return self._no_room(shutil.disk_usage(self._scratch).free)
 
-    def _no_room(self, widths: int, free: int) -> NotEnoughDiskError:
-        size = widths * self.texts * _FLOAT
+    def _no_room(self, free: int) -> NotEnoughDiskError:
         return NotEnoughDiskError(
-            f"the features of {self.texts} texts need {bytes_words(size)} of disk, where {bytes_words(free)} are free; "
-            "make room, lower calibration.texts, or choose fewer fusion.projections"
+            f"the features of {self.texts} texts need {bytes_words(self._size)} of disk, where {bytes_words(free)} are "
+            "free; make room, lower calibration.texts, or choose fewer fusion.projections"
         )
 
 
@@ -196,7 +220,7 @@ class FeatureStore:
         return self._layers.get(layer, ())
 
     def get(self, layer: int, key: str) -> Tensor:
-        """One feature: ``(T, n)`` float32, mapped from the file, so that only what is used is read.
+        """One feature: ``(T, n)`` float32; of one that is stored so mapped, so that only what is used is read.
 
         Raises:
             KeyError: That layer has no such feature.
@@ -206,7 +230,7 @@ class FeatureStore:
             raise KeyError(f"no feature {key!r} of layer {layer}; there are {', '.join(self.keys(layer)) or 'none'}")
         path = _path(self.folder, layer, key)
         try:
-            return _mapped(path)
+            return _values(path)
         except (OSError, ValueError, EOFError):
             raise RunNotFoundError(
                 f"the captured features in {path.name} are damaged; delete the run's cache folder and run it again"
@@ -217,9 +241,10 @@ def _path(folder: Path, layer: int, key: str) -> Path:
     return folder / f"layer-{layer:04d}.{key}.npy"
 
 
-def _mapped(path: Path) -> Tensor:
+def _values(path: Path) -> Tensor:
     # "c": what is read is the file's, and nothing is written back; torch takes no read-only arrays.
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    stored = torch.from_numpy(np.load(path, mmap_mode="c"))
+    return stored.view(torch.bfloat16).float() if stored.dtype == torch.int16 else stored.float()
 
 
 def _remove_store(folder: Path) -> None:

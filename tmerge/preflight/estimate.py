@@ -258,8 +258,12 @@ def estimate_run(
     vocabulary = max(int(facts.config.get_text_config().vocab_size) for facts in (target, source))
     logits = min(1 << 26, recipe.calibration.batch_tokens * vocabulary) * (torch.finfo(dtype).bits // 8 + 1)
     sizes = [max(target_widths[key]) * max(source_widths[key]) for key in target_widths if key in source_widths]
-    pooled = sum(map(sum, target_widths.values())) + sum(map(sum, source_widths.values()))
-    feature_bytes = 0 if recipe.plan is not None else 4 * rows * pooled
+    # Single tokens are stored as they come, means in float32.
+    pooled = sum(
+        sum(map(sum, widths.values())) * (kind.itemsize if by_token else 4)
+        for widths, kind in ((target_widths, dtype), (source_widths, source_dtype))
+    )
+    feature_bytes = 0 if recipe.plan is not None else rows * pooled
     kept = 1 if isinstance(recipe.transport, Shared) else min(recipe.transport.layers_kept, source_layout.num_layers)
     record = sum(
         sum(target_widths[key]) * min(_entries(recipe), max(source_widths[key])) * 4 * kept
