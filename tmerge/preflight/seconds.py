@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 # What is done around a tokenizer's building, in units of it: from its own file, and from a GGUF file, whose merges are
-# made again. And how often unpacked weights are passed over until they are a model's: turned, checked, copied.
-_TOKENIZER, _GGUF_TOKENIZER, _UNPACKED = 3, 8, 6
+# made again. And around the unpacking of weights, until they are a model's: parsed, turned, checked, copied.
+_TOKENIZER, _GGUF_TOKENIZER, _UNPACKED = 3, 8, 8
 # How often a value is passed over when it is fused: read, added, written, and what was there before read and written.
 _REPLACED = 8
 # How often a block's elementwise parts pass over the stream (two norms, two sums), over what leaves q and k (rotary
@@ -94,7 +94,7 @@ def loading_seconds(pieces: Pieces, facts: ModelFacts, dtype: torch.dtype) -> fl
     """Of bringing a model's weights from its files, which are in memory, into the dtype that they are held in."""
     seconds = pieces.conversion(dtype)
     if facts.reference.kind == "gguf":
-        seconds += pieces.unpacking() + _UNPACKED * pieces.passing(torch.float32)
+        seconds += _UNPACKED * pieces.unpacking()
     return facts.parameters * seconds
 
 
