@@ -281,7 +281,7 @@ def estimate_run(
         "target": unpacked_bytes(target) + logits + min(feature_bytes, 1 << 30),
         "source": reading_source + logits + min(feature_bytes, 1 << 30),
         "transport": solving_bytes(recipe, sizes, rows) + min(feature_bytes, 1 << 30),
-        "fuse": carrying_bytes(recipe, layouts, sizes),
+        "fuse": carrying_bytes(recipe, source_layout, projections, sizes, carried // target_layout.num_layers),
         "reconstruct": read_bytes(source, source_layout, recipe, dtype, device, streamed, own)
         + fitting_bytes(recipe, layouts, texts * tokens_per_text),
         "base": sum(read_bytes(facts, source_layout, recipe, dtype, device, 0) for facts in packed[-1:]),

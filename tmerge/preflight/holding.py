@@ -104,22 +104,22 @@ def solving_bytes(recipe: Recipe, sizes: list[int], rows: int) -> int:
     return 3 * max(sizes) * working_dtype(recipe.transport.epsilon).itemsize * torch.get_num_threads()
 
 
-def carrying_bytes(recipe: Recipe, layouts: tuple[Architecture, Architecture], sizes: list[int]) -> int:
+def carrying_bytes(recipe: Recipe, source: Architecture, projections: list[str], sizes: list[int], layer: int) -> int:
     """Of the fuse stage: each worker's maps of a target layer, and the source's weights that meet them.
 
     Args:
         recipe: Of the run.
-        layouts: The target's projections and the source's.
+        source: The source's projections.
+        projections: That are fused.
         sizes: Entries of the widest problem of each feature.
+        layer: Bytes of what is carried to a target layer.
     """
-    target, source = layouts
-    widest = max(view.in_features * view.out_features for view in source.projections())
-    layer = max(sum(view.in_features * view.out_features for view in views.values()) for views in target.layers)
-    # In float32: the weight, its base's and what lies between, and what becomes of a layer.
-    worker = 4 * (3 * widest + 2 * layer)
+    widest = max(view.in_features * view.out_features for view in source.projections(projections))
+    # In float32: the weight, its base's and what lies between; what becomes of a layer, and of the one before.
+    worker = 4 * 3 * widest + 2 * layer
     if not isinstance(recipe.transport, Shared):
         # Plans, and what leads through them out and in.
-        worker += 10 * sum(sizes) * min(recipe.transport.layers_kept, source.num_layers)
+        worker += 8 * sum(sizes) * min(recipe.transport.layers_kept, source.num_layers)
     return worker * torch.get_num_threads()
 
 
