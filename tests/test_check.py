@@ -216,7 +216,7 @@ def test_choosing_alpha_is_part_of_the_estimate(models, monkeypatch):
     choosing = round((texts - round(0.2 * texts)) * 0.2)
     raced = [most_scorings(count, choosing) for count in (1, 2, 5)]
     assert raced[0] == 1 and raced[2] < 3.2  # of five alphas, half drop out after each round
-    one, two, five = (estimate.forward_seconds for estimate in (one, two, five))
+    one, two, five = (estimate.score_operations for estimate in (one, two, five))
     assert (five - one) / (two - one) == pytest.approx((raced[2] - raced[0]) / (raced[1] - raced[0]))
 
 

@@ -25,10 +25,11 @@ from tmerge.errors import DeviceError, NotEnoughMemoryError, TokenizerError
 from tmerge.models import LoadedModel, available_memory, give_back_memory, refuse_without_rows
 from tmerge.models.blocks import run_passes
 
-__all__ = ["Scores", "score_texts"]
+__all__ = ["LOGITS_AT_ONCE", "Scores", "score_texts"]
 
-# Logits of one batch on a processor: tokens x vocabulary. A 262k vocabulary would otherwise ask for gigabytes.
-_LOGITS_AT_ONCE = 1 << 26
+# A 262k vocabulary would otherwise ask for gigabytes.
+LOGITS_AT_ONCE = 1 << 26
+"""Logits of one batch on a processor: tokens x vocabulary."""
 # On an accelerator, which small batches keep waiting, this share of what is free.
 _SHARE_OF_LOGITS = 0.25
 # Rows of logits that are turned into float32 log-probabilities together.
@@ -166,10 +167,10 @@ def score_texts(
 
 def _logits_at_once(loaded: LoadedModel) -> int:
     if loaded.device.type == "cpu":
-        return _LOGITS_AT_ONCE
+        return LOGITS_AT_ONCE
     # As they are made, and as a model may pass over them once more (a soft cap).
     a_logit = 2 * loaded.computed_dtype.itemsize
-    return max(_LOGITS_AT_ONCE, int(_SHARE_OF_LOGITS * available_memory(loaded.device)) // a_logit)
+    return max(LOGITS_AT_ONCE, int(_SHARE_OF_LOGITS * available_memory(loaded.device)) // a_logit)
 
 
 def _check_finite(loaded: LoadedModel, bits: Tensor) -> None:

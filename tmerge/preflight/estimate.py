@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from tmerge.calibration import SAMPLES_PREFIX, sample_texts
-from tmerge.evaluation import MOST_KEPT_BYTES, PROJECTION_GROUPS, most_scorings
+from tmerge.evaluation import LOGITS_AT_ONCE, MOST_KEPT_BYTES, PROJECTION_GROUPS, most_scorings
 from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pick_device
 from tmerge.preflight.fitting import fitting_bytes, fitting_work, goal_bytes
 from tmerge.preflight.holding import (
@@ -53,8 +53,9 @@ __all__ = ["TOKENS_PER_TEXT", "Estimate", "estimate_run", "scorings", "widths_of
 TOKENS_PER_TEXT = 64
 # Freed blocks that the C library keeps for itself; measured on the demo, where the peak was a tenth above the sum.
 _ALLOCATOR_SLACK = 1.1
-# A run takes so many times the seconds that are counted: texts are shorter or longer than is assumed, and pieces run
-# beside each other otherwise than alone.
+# Beside its pieces a run does what is not counted, and they meet caches that others have emptied (docs/performance.md).
+_BETWEEN = 1.2
+# A run takes so many times the seconds that are expected: texts are shorter or longer than is assumed.
 _LEAST, _MOST = 0.7, 1.5
 # What is no product, counted as the operations of a product that takes as long, per entry of a problem's cost matrix:
 # one Sinkhorn sweep, which waits for memory, and an assignment's search.
@@ -162,6 +163,18 @@ def _groups(recipe: Recipe, projections: list[str]) -> int:
     return groups + (groups > 1)
 
 
+def _trials(recipe: Recipe, projections: list[str]) -> float:
+    """How often something is scored: of a race half of the alphas come to each round."""
+    raced = 2 * len(recipe.fusion.alphas) * _groups(recipe, projections) if recipe.fusion.alpha == "auto" else 0
+    return 1.0 + len(recipe.evaluation.controls) + raced
+
+
+def _scored_at_once(recipe: Recipe, facts: ModelFacts) -> int:
+    """Tokens of a batch, at most."""
+    vocabulary = int(facts.config.get_text_config().vocab_size)
+    return max(1, min(recipe.calibration.batch_tokens, LOGITS_AT_ONCE // vocabulary))
+
+
 def _fusings(recipe: Recipe, projections: list[str]) -> float:
     """How often the target is changed, all of it counted as one: of a race half of the alphas come to each round."""
     fused = 2.0 + len(recipe.evaluation.controls)
@@ -234,10 +247,12 @@ def estimate_run(
         Pace(pieces, target, target_layout, dtype, threads),
         Pace(pieces, source, source_layout, source_dtype, threads),
     )
-    passes = Passes(tokens_per_text * (read + held_out), tokens_per_text * held_out)
+    scoring_passes = math.ceil(tokens_per_text * held_out / _scored_at_once(recipe, target))
+    reading_passes = math.ceil(tokens_per_text * read / recipe.calibration.batch_tokens)
+    passes = Passes(tokens_per_text * (read + held_out), tokens_per_text * held_out, scoring_passes + reading_passes)
     reads = [pace.seconds(passes, tokens_per_text) for pace in paces]
-    tokens = (scored - 1) * tokens_per_text * held_out
-    rescored = paces[0].seconds(Passes(tokens, tokens), tokens_per_text)
+    tokens, trials = (scored - 1) * tokens_per_text * held_out, _trials(recipe, projections)
+    rescored = paces[0].seconds(Passes(tokens, tokens, max((scored - 1) * scoring_passes, trials)), tokens_per_text)
     carried = carried_bytes(recipe, target, target_layout, projections)
     checkpoint = target.parameters * torch.finfo(dtype).bits // 8  # at most: what was widened is saved as it was
     stages = {
@@ -256,7 +271,7 @@ def estimate_run(
 
     held = [facts for facts in models if facts is not None]
     vocabulary = max(int(facts.config.get_text_config().vocab_size) for facts in (target, source))
-    logits = min(1 << 26, recipe.calibration.batch_tokens * vocabulary) * (torch.finfo(dtype).bits // 8 + 1)
+    logits = min(LOGITS_AT_ONCE, recipe.calibration.batch_tokens * vocabulary) * (torch.finfo(dtype).bits // 8 + 1)
     sizes = [max(target_widths[key]) * max(source_widths[key]) for key in target_widths if key in source_widths]
     # Single tokens are stored as they come, means in float32.
     pooled = sum(
@@ -300,14 +315,14 @@ def estimate_run(
     goals = goal_bytes(recipe, target_layout, fitted * tokens_per_text)
     disk = checkpoint + feature_bytes + record + kinds * carried + unpacked + goals
     return Estimate(
-        stages,
+        {name: _BETWEEN * seconds for name, seconds in stages.items()},
         int(memory),
         int(disk),
         # One commit is fetched once.
         sum({facts.commit: facts.download_bytes or 0 for facts in held}.values()),
         f"{read + apart + held_out} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device}, "
         f"{_measured_words(pieces.timings)}; downloading, and what precedes the first stage, not counted",
-        sum(reads) + rescored,
+        _BETWEEN * (sum(reads) + rescored),
         reading,
         scoring + forward(target, target_layout, 0, slopes),
         solving,

@@ -6,6 +6,7 @@ about a head of 262,144 rows, and nothing about the attention beside it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -43,6 +44,8 @@ WIDTH = 512
 _CPU = torch.device("cpu")
 # Rows of what a product is timed on, and values of its weight at most: a wider one takes as long for each of them.
 _TOKENS, _VALUES = 256, 1 << 23
+# Weights that are read one after the other, so that no cache holds them.
+_UNCACHED = 8
 # Of the attention that is timed: texts, their tokens, heads and their width.
 _ATTENTION = (4, 64, 8, 64)
 # Values that are passed over, converted, unpacked and written.
@@ -82,6 +85,24 @@ class Pieces:
 
         seconds = self._timed(f"product {_TOKENS} by {inputs} by {timed}", prepare, where, dtype)
         return seconds * outputs / timed / _TOKENS
+
+    def streaming(self, dtype: torch.dtype) -> float:
+        """Seconds for each weight of a product with so few rows that reading the weight is all there is to it."""
+        side = int(_VALUES**0.5)
+
+        def prepare() -> Callable[[], object]:
+            draw = torch.Generator().manual_seed(0)
+            rows, weights = (
+                torch.randn(1, side, generator=draw).to(self.device, dtype),
+                [torch.randn(side, side, generator=draw).to(self.device, dtype) for _ in range(_UNCACHED)],
+            )
+            return lambda: [functional.linear(rows, weight) for weight in weights][-1][0, 0].item()
+
+        return self._timed(f"streaming {_UNCACHED} of {side}", prepare, self.device, dtype) / _UNCACHED / side**2
+
+    def hashing(self) -> float:
+        """Seconds for each byte of a file that is hashed."""
+        return self._timed(f"sha256 {16 * _PASSED}", _hashed, _CPU, torch.uint8) / (16 * _PASSED)
 
     def attention(self, dtype: torch.dtype) -> float:
         """Seconds for each token, each value of its queries and each token of its text."""
@@ -212,6 +233,11 @@ class Pieces:
         if timing not in self.timings:
             self.timings.append(timing)
         return timing.seconds
+
+
+def _hashed() -> Callable[[], object]:
+    data = bytes(16 * _PASSED)
+    return lambda: hashlib.sha256(data).digest()
 
 
 def _features(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -44,10 +44,12 @@ class Passes:
     Attributes:
         body: Tokens that pass its blocks.
         head: Tokens whose logits are made, too.
+        count: Forward passes, each of which reads all weights.
     """
 
     body: float
     head: float
+    count: float = 0.0
 
 
 class Pace:
@@ -83,11 +85,12 @@ class Pace:
         vocabulary = int(facts.config.get_text_config().vocab_size)
         head = pieces.product(layout.hidden_size, vocabulary, dtype)
         self._head = (head + _LOGITS * vocabulary * pieces.passing(torch.float32)) / threads
+        self._pass = facts.parameters * pieces.streaming(dtype) / threads
 
     def seconds(self, passes: Passes, tokens_per_text: int) -> float:
         """Of reading so much, in texts of so many tokens."""
         token = self.block_values * self._of_products + self._beside + self._attention * tokens_per_text
-        return passes.body * token + passes.head * self._head
+        return passes.count * self._pass + passes.body * token + passes.head * self._head
 
 
 def loading_seconds(pieces: Pieces, facts: ModelFacts, dtype: torch.dtype) -> float:
@@ -110,8 +113,8 @@ def fusing_seconds(pieces: Pieces, values: float, times: float, threads: int) ->
 
 
 def saving_seconds(pieces: Pieces, checkpoint: int) -> float:
-    """Of writing a checkpoint of so many bytes and reading it again."""
-    return checkpoint * (pieces.writing() + pieces.conversion(torch.bfloat16) / 2)
+    """Of writing a checkpoint of so many bytes, hashing it and reading it again."""
+    return checkpoint * (pieces.writing() + pieces.hashing() + pieces.conversion(torch.bfloat16) / 2)
 
 
 def solving_seconds(pieces: Pieces, recipe: Recipe, entries: float, rows: int, threads: int) -> float:
