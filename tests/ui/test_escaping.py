@@ -54,6 +54,7 @@ def test_what_others_wrote_is_escaped_on_every_card():
         "estimate": {
             "seconds": 1,
             "range_seconds": [1, 2],
+            "stages": {ATTACK: 1},
             "time": ATTACK,
             "operations": 1,
             "memory_bytes": 1,
