@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tmerge.models import available_memory
+from tmerge.models import available_memory, give_back_memory
 from tmerge.store import write_tensors
 from tmerge.transport.cost import correlation_cost, standardise
 from tmerge.transport.sinkhorn import SinkhornResult, plan_from_potentials, sinkhorn
@@ -152,33 +152,37 @@ def solve_features(
 
     size = at_once or (1 if device.type == "cpu" else 0)  # 0: not known before the first problem is seen
 
+    def solve_group(standard: Tensor, group: Sequence[int], most: int, memory: list[Tensor]) -> SinkhornResult:
+        features = [standard_source(source_layer) for source_layer in group]
+        # A problem by itself is two matrices, for which torch has quicker products.
+        batch = torch.stack(features) if most > 1 else features[0]
+        if not memory:
+            memory += batch.new_empty(2, *batch.shape[:-2], standard.shape[1], batch.shape[-1]).unbind()
+        cost, kernel = (part[: len(group)] if most > 1 else part for part in memory)
+        correlation_cost(standard, batch, out=cost)
+        return sinkhorn(cost, epsilon, max_iterations=max_iterations, tolerance=tolerance, kernel=kernel)
+
     def solve_row(layer: int) -> list[SinkhornResult]:
         nonlocal size
         standard = standardise(target(layer), dtype).to(device)
-        size = size or _room(device, standard, standard_source(source_layers[0]))
+        most = size = size or _room(device, standard, standard_source(source_layers[0]))
         results: list[SinkhornResult] = []
         # One group's memory serves all of a row's: what is small and stays would else lie between the large pieces
         # that go, and the C library keeps those (3 GB more between 16 layers of 2048 neurons and 28 of 3072).
-        memory: Tensor | None = None
+        memory: list[Tensor] = []
         while (done := sum(result.converged.numel() for result in results)) < len(source_layers):
-            group = source_layers[done : done + size]
             try:
-                features = [standard_source(source_layer) for source_layer in group]
-                # A problem by itself is two matrices, for which torch has quicker products.
-                batch = torch.stack(features) if size > 1 else features[0]
-                if memory is None:
-                    memory = batch.new_empty(2, *batch.shape[:-2], standard.shape[1], batch.shape[-1])
-                cost, kernel = (part[: len(group)] if size > 1 else part for part in memory)
-                correlation_cost(standard, batch, out=cost)
-                results.append(
-                    sinkhorn(cost, epsilon, max_iterations=max_iterations, tolerance=tolerance, kernel=kernel)
-                )
+                results.append(solve_group(standard, source_layers[done : done + most], most, memory))
+                continue
             except torch.OutOfMemoryError:
-                if size == 1:
+                if most == 1:
                     raise
-                size, memory = size // 2, None
-                if note is not None:
-                    note(f"{device} has no room for so many problems at once; {size} at a time from here on")
+            # Here the error no longer keeps what the group held.
+            most = size = most // 2
+            memory.clear()
+            give_back_memory()
+            if note is not None:
+                note(f"{device} has no room for so many problems at once; {most} at a time from here on")
         return results
 
     rows: list[list[SinkhornResult]] = []
