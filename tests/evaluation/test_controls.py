@@ -8,6 +8,7 @@ import torch
 
 from tests.models.pico_gguf import save_pico_gguf
 from tests.pico import pico_model, save_pico
+from tmerge.errors import CheckpointError
 from tmerge.evaluation import applied, control_generator, controls, noise, shrink
 from tmerge.evaluation.controls import Control
 from tmerge.fusion import COLUMN_PROJECTIONS, TransportedNeurons, fuse, read_neurons
@@ -107,6 +108,22 @@ def test_what_the_files_hold_is_not_kept_beside_and_every_byte_comes_back(family
     assert copied == [family == "gguf"] * len(items)
     for name, tensor in loaded.model.state_dict().items():
         assert torch.equal(before[name], tensor), name
+
+
+def test_what_went_wrong_inside_is_told_and_not_what_cannot_be_read_again(tmp_path):
+    model = Model(str(save_pico("llama", tmp_path / "model")), dtype="float32", device="cpu")
+    layers, unfused = (model.load(), model.views.views)[1], model.unfused
+    weights = tmp_path / "model" / "model.safetensors"
+    for inside, told in ((KeyboardInterrupt, KeyboardInterrupt), (None, CheckpointError)):
+        with pytest.raises(told), applied(layers, some_of(layers), 0.5, unfused):
+            weights.write_bytes(weights.read_bytes())
+            if inside is not None:
+                raise inside
+
+
+def some_of(layers):
+    view = layers[0]["q"]
+    return [TransportedNeurons(0, "q", torch.arange(4), torch.randn(4, view.in_features), None)]
 
 
 def test_applied_is_the_fused_model():

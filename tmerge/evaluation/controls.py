@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tmerge.errors import TmergeError
 from tmerge.fusion import (
     COLUMN_PROJECTIONS,
     Alpha,
@@ -155,15 +156,33 @@ def applied(
             changed.append((view, neurons, None if in_files else _values(view, neurons)))
             fuse(layers, [transported_neurons], alpha)
         yield
-    finally:
-        for view, neurons, values in changed:
+    except BaseException:
+        # What went wrong inside is what is told, whatever cannot be read again.
+        _restore(changed, unfused)
+        raise
+    failed = _restore(changed, unfused)
+    if failed is not None:
+        raise failed
+
+
+def _restore(
+    changed: Sequence[tuple[Projection, Tensor, _Values | None]], unfused: Sequence[Mapping[str, Projection]]
+) -> TmergeError | None:
+    """Write what was there before; of what the files do not give again, the first error."""
+    failed: TmergeError | None = None
+    for view, neurons, values in changed:
+        try:
             weight, bias = values or _values(unfused[view.layer][view.name], neurons)
-            if view.name in COLUMN_PROJECTIONS:
-                view.write(weight, columns=neurons)
-            else:
-                view.write(weight, rows=neurons)
-            if bias is not None:
-                view.write(bias=bias)
+        except TmergeError as error:
+            failed = failed or error
+            continue
+        if view.name in COLUMN_PROJECTIONS:
+            view.write(weight, columns=neurons)
+        else:
+            view.write(weight, rows=neurons)
+        if bias is not None:
+            view.write(bias=bias)
+    return failed
 
 
 _Values = tuple[Tensor, Tensor | None]

@@ -24,6 +24,7 @@ from tmerge.calibration import length_batches, padded, token_limit
 from tmerge.errors import DeviceError, NotEnoughMemoryError, TokenizerError
 from tmerge.models import LoadedModel, available_memory, give_back_memory, refuse_without_rows
 from tmerge.models.blocks import run_passes
+from tmerge.models.device import is_out_of_memory
 
 __all__ = ["LOGITS_AT_ONCE", "Scores", "score_texts"]
 
@@ -132,8 +133,8 @@ def score_texts(
         def bits_of(batch: list[int]) -> Tensor:
             try:
                 return _bits_of(model, [encoded[index] for index in batch], loaded.device)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1 or loaded.block_weights is not None:
+            except (MemoryError, RuntimeError) as error:
+                if len(batch) == 1 or loaded.block_weights is not None or not is_out_of_memory(error):
                     raise
             # Here the error no longer keeps the batch's tensors alive.
             give_back_memory()
@@ -152,7 +153,9 @@ def score_texts(
         run_passes(loaded, works, read, after=after, progress=progress)
         for batch, of_batch in zip(batches, batch_bits, strict=True):
             bits.index_add_(0, of_text[batch], of_batch)
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise NotEnoughMemoryError(
             f"{loaded.reference}: out of memory on {loaded.device} while scoring; lower calibration.batch_tokens "
             f"(now {batch_tokens}) or use --device cpu"

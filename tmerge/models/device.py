@@ -24,6 +24,7 @@ __all__ = [
     "fits",
     "give_back_memory",
     "held_dtype",
+    "is_out_of_memory",
     "memory_errors",
     "multiplies_fast",
     "pick_device",
@@ -182,6 +183,8 @@ def give_back_memory() -> None:
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
     trim: Callable[[int], int] | None = None
     with contextlib.suppress(OSError, AttributeError):
         trim = ctypes.CDLL("libc.so.6").malloc_trim
@@ -216,6 +219,12 @@ def check_memory(what: str, needed: int, device: torch.device) -> None:
         )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, ran out of memory: the CPU's allocator and Apple's have no class of their own."""
+    said = "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and said)
+
+
 @contextlib.contextmanager
 def memory_errors(what: str, device: torch.device) -> Iterator[None]:
     """Turn running out of memory into one line.
@@ -225,10 +234,8 @@ def memory_errors(what: str, device: torch.device) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # The CPU's allocator and Apple's have no class of their own.
-        said = "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
-        if not said and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise NotEnoughMemoryError(
             f"{what} does not fit in memory on {device} ({bytes_words(available_memory(device))} free); "

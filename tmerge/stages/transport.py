@@ -14,6 +14,7 @@ import torch
 
 from tmerge.calibration import FeatureStore
 from tmerge.errors import NoSharedStructureError
+from tmerge.models.device import memory_errors
 from tmerge.recipe import Recipe, Shared
 from tmerge.recorded import RecordedRun
 from tmerge.report import Relatedness, relatedness_words
@@ -99,7 +100,8 @@ class SolveTransport:
             solved = self.recorded.report.transport.to_dict()
             names = ("problems", "iterations", "worst_marginal_violation", "converged", "relatedness")
             return TransportNote.model_validate({name: solved.get(name) for name in names})
-        transport = self._solve(progress)
+        with memory_errors("transport", self.device):
+            transport = self._solve(progress)
         assert transport.problems is not None  # it was solved here
         noted_relatedness = self._relatedness(transport, progress)
         if noted_relatedness is not None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tmerge.models import available_memory, give_back_memory
+from tmerge.models.device import is_out_of_memory
 from tmerge.store import write_tensors
 from tmerge.transport.cost import correlation_cost, standardise
 from tmerge.transport.sinkhorn import SinkhornResult, plan_from_potentials, sinkhorn
@@ -174,8 +175,8 @@ def solve_features(
             try:
                 results.append(solve_group(standard, source_layers[done : done + most], most, memory))
                 continue
-            except torch.OutOfMemoryError:
-                if most == 1:
+            except (MemoryError, RuntimeError) as error:
+                if most == 1 or not is_out_of_memory(error):
                     raise
             # Here the error no longer keeps what the group held.
             most = size = most // 2
