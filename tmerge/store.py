@@ -74,7 +74,8 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
     """A folder that is empty when the block begins, whatever an earlier run left there, and gone when it ends."""
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True)
     try:
         yield folder

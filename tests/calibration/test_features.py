@@ -176,3 +176,10 @@ def test_what_has_16_bits_is_stored_in_them(tmp_path, dtype):
         assert store.get(0, key).dtype == torch.float32 and store.get(0, key).equal(rows)
     sizes = [(tmp_path / "s" / f"layer-0000.{key}.npy").stat().st_size - 128 for key in ("a", "b")]
     assert sizes == [2 * 35, 4 * 35]
+
+
+def test_what_16_bits_do_not_hold_is_not_rounded_in_silence(tmp_path):
+    with FeatureWriter(tmp_path / "s", 1, {(0, "a"): 1}, key="", dtypes={(0, "a"): torch.float16}) as writer:
+        for value in (1.0001, 7e4):
+            with pytest.raises(ValueError, match="float16 does not hold"):
+                writer.write([0], {(0, "a"): torch.tensor([[value]])})

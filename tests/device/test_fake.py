@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from tmerge.evaluation.likelihood import _bits_of
 from tmerge.models import LoadedModel, ModelReference, describe
 from tmerge.transport import correlation_cost, plans, sinkhorn, solve_features, standardise
 
+solver = sys.modules[sinkhorn.__module__]
 FAMILIES = ["llama", "gpt2", "gemma3", "phi3", "falcon"]
 
 
@@ -25,6 +27,17 @@ def test_a_fake_device_is_one():
         assert waits.reads == 0 and bool((there > 0).all()) and waits.reads == 1
         assert there.cpu().device.type == "cpu" and waits.moves == 1
         assert bool((here > 0).all()) and waits.reads == 1
+
+
+def test_the_solver_looks_at_the_device_once_in_eight_sweeps(monkeypatch):
+    looks, sweeps, times = [], [], solver._times
+    monkeypatch.setattr(solver, "_look", lambda *_: looks.append(len(sweeps)) or (False, False))
+    monkeypatch.setattr(solver, "_times", lambda u, kernel: sweeps.append(1) or times(u, kernel))
+    with fake_device():
+        target, source = (standardise(torch.randn(20, width)).to(DEVICE) for width in (70, 90))
+        sinkhorn(correlation_cost(target, source), 0.3, max_iterations=40)
+    # One product before the first sweep, and one in each.
+    assert len(sweeps) == 41 and looks == [9, 17, 25, 33, 41]
 
 
 @pytest.mark.parametrize("epsilon", [0.3, 0.01])

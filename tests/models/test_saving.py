@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.pico import pico_tokenizer, save_pico
-from tmerge.errors import NotEnoughDiskError, NotEnoughMemoryError, SavedModelMismatchError
+from tmerge.errors import NotEnoughDiskError, NotEnoughMemoryError, SavedModelMismatchError, UnsupportedModelError
 from tmerge.models import load_model, save_checkpoint, saving, verify_checkpoint, verifying
 
 TEXTS = ["The cat sat on the mat.", "Saya membaca buku.", "a"]
@@ -33,11 +33,25 @@ def saved(loaded, tmp_path):
     return tmp_path / "out"
 
 
+def _without_room(monkeypatch):
+    """No second copy fits; of each comparison, whether the checkpoint was read by blocks."""
+    taken, by_blocks = [], verifying._by_blocks
+
+    def opened(*words):
+        again = by_blocks(*words)
+        taken.append(again is not None and again.block_weights is not None)
+        return again
+
+    monkeypatch.setattr(verifying, "_fits_beside", lambda *_: False)
+    monkeypatch.setattr(verifying, "_by_blocks", opened)
+    return taken
+
+
 @pytest.mark.parametrize("room", ["room for a second copy", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gemma3", "phi3", "mixtral", "qwen3_moe", "falcon"])
 def test_it_comes_back_bit_for_bit(tmp_path, family, dtype, room, monkeypatch):
-    monkeypatch.setattr(verifying, "_fits_beside", lambda *_: room != "none")
+    by_blocks = _without_room(monkeypatch) if room == "none" else None
     loaded = _loaded(tmp_path, family, dtype=dtype)
     with torch.no_grad():
         # Not what it was loaded as: as after a merge.
@@ -45,6 +59,7 @@ def test_it_comes_back_bit_for_bit(tmp_path, family, dtype, room, monkeypatch):
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     written = save_checkpoint(loaded, tmp_path / "out")
     verify_checkpoint(tmp_path / "out", loaded, TEXTS)
+    assert by_blocks in (None, [True])
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.dtype == dtype
     torch.testing.assert_close(again.state_dict(), before, rtol=0, atol=0)
@@ -227,8 +242,9 @@ def _more_tokens(folder):
 )
 @pytest.mark.parametrize("room", ["room for a second copy", "none"])
 def test_a_difference_fails_and_is_named(loaded, saved, spoil, words, room, monkeypatch):
-    monkeypatch.setattr(verifying, "_fits_beside", lambda *_: room != "none")
+    by_blocks = _without_room(monkeypatch) if room == "none" else None
     verify_checkpoint(saved, loaded, TEXTS)
+    assert by_blocks in (None, [True])
     spoil(saved)
     with pytest.raises(SavedModelMismatchError, match=words) as caught:
         verify_checkpoint(saved, loaded, TEXTS)
@@ -303,3 +319,16 @@ def test_own_code_that_was_trusted_travels_along(tmp_path, monkeypatch):
     shutil.rmtree(folder)
     verify_checkpoint(tmp_path / "out", loaded, TEXTS)
     assert (tmp_path / "out" / "modeling_own.py").is_file()
+
+
+def test_a_model_that_cannot_be_run_by_blocks_is_read_whole(loaded, saved, monkeypatch):
+    by_blocks, run = _without_room(monkeypatch), verifying.run_passes
+
+    def refuse(read, *words):
+        if read.block_weights is not None:
+            raise UnsupportedModelError("it does not run its blocks in order")
+        run(read, *words)
+
+    monkeypatch.setattr(verifying, "run_passes", refuse)
+    verify_checkpoint(saved, loaded, TEXTS)
+    assert by_blocks == [True]

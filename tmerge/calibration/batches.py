@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from tmerge.errors import NotEnoughMemoryError
 from tmerge.models import LoadedModel, refuse_without_rows
 from tmerge.models.blocks import base_pass, in_groups, stepped
-from tmerge.models.device import give_back_memory, wait_for
+from tmerge.models.device import give_back_memory, is_out_of_memory, wait_for
 
 __all__ = ["EncodedTexts", "ReadStep", "encode", "length_batches", "padded", "read_batches", "token_limit"]
 
@@ -250,12 +250,10 @@ def _memory_errors(loaded: LoadedModel, batch_tokens: int) -> Iterator[None]:
     try:
         yield
         return
-    except (torch.cuda.OutOfMemoryError, MemoryError):
-        pass  # raised below, where the error's traceback no longer keeps the batch's tensors alive
-    except RuntimeError as error:
-        # The allocators of the CPU and of Apple's GPUs have no class of their own.
-        if "can't allocate memory" not in str(error) and "out of memory" not in str(error).lower():
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
+    # Raised here, where the error's traceback no longer keeps the batch's tensors alive.
     raise NotEnoughMemoryError(
         f"{loaded.reference}: out of memory on {loaded.device}; lower calibration.batch_tokens (now {batch_tokens}) or "
         "use --device cpu"

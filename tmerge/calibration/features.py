@@ -115,13 +115,20 @@ class FeatureWriter:
         Args:
             texts: Which texts, by their place; neighbours that follow one another are written together.
             rows: (layer, feature key) -> ``(len(texts), n)`` float32 on the CPU.
+
+        Raises:
+            NotEnoughDiskError: The disk is full.
+            ValueError: A feature has values that its 16 bits do not hold.
         """
         breaks = np.flatnonzero(np.diff(np.asarray(texts)) != 1) + 1
         runs = list(zip([0, *breaks], [*breaks, len(texts)], strict=True))
         try:
             for name, values in rows.items():
                 place = self._places[name]
-                stored = values.to(place.dtype).contiguous().view(_BITS[place.dtype]).numpy()
+                kept = values.to(place.dtype).contiguous()
+                if place.dtype != torch.float32 and not torch.equal(kept.float(), values):
+                    raise ValueError(f"{name} has values that {place.dtype} does not hold")
+                stored = kept.view(_BITS[place.dtype]).numpy()
                 # Written and not mapped: that is quicker, and a full disk is an error and not a crash.
                 with place.path.open("r+b", buffering=0) as file:
                     for start, stop in runs:

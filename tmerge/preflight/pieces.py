@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -22,6 +23,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 from torch.nn import functional
 
+from tmerge.models.demo import cache_folder
 from tmerge.preflight.speed import Timing, timing_of
 from tmerge.transport import (
     correlation_cost,
@@ -162,9 +164,14 @@ class Pieces:
 
         def prepare() -> Callable[[], object]:
             data = bytes(16 * _PASSED)
+            folder: Path | None = cache_folder()  # the system's temporary folder may be memory
+            try:
+                cache_folder().mkdir(parents=True, exist_ok=True)
+            except OSError:
+                folder = None
 
             def write() -> None:
-                with tempfile.TemporaryFile() as file:
+                with tempfile.TemporaryFile(dir=folder) as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())

@@ -127,7 +127,7 @@ def solving_seconds(pieces: Pieces, recipe: Recipe, entries: float, rows: int, t
         rows: Of the features.
         threads: That share the work.
     """
-    working = working_dtype(recipe.transport.epsilon)
+    working = working_dtype(recipe.transport.epsilon, pieces.device)
     if isinstance(recipe.transport, Shared):
         solved = pieces.matching()
     else:

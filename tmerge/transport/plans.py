@@ -47,9 +47,12 @@ _LARGE_COST = 1000.0
 Read = Callable[[int], Tensor]
 
 
-def working_dtype(epsilon: float) -> torch.dtype:
-    """Float32 while its rounding of the cost, about 1e-7, stays below 1e-5 of the plan: 1e-7/eps; else float64."""
-    return torch.float32 if epsilon >= 0.05 else torch.float64
+def working_dtype(epsilon: float, device: torch.device | None = None) -> torch.dtype:
+    """Float32 while its rounding of the cost, about 1e-7, stays below 1e-5 of the plan: 1e-7/eps; else float64.
+
+    On Apple's GPUs float32, as they have no other.
+    """
+    return torch.float32 if epsilon >= 0.05 or (device is not None and device.type == "mps") else torch.float64
 
 
 @dataclass(frozen=True)
@@ -138,9 +141,7 @@ def solve_features(
         Potentials and costs of all L x M problems.
     """
     device = device or torch.device("cpu")
-    dtype = working_dtype(epsilon)
-    if device.type == "mps":
-        dtype = torch.float32  # the one dtype that device has
+    dtype = working_dtype(epsilon, device)
     held_sources: dict[int, Tensor] = {}
 
     def standard_source(layer: int) -> Tensor:
