@@ -2,10 +2,12 @@
 
     python -m tests.bench.relatives --out FOLDER [--language indonesian] [--seed 0]
     python -m tests.bench.relatives --out FOLDER --width 384 --layers-gone 10 --neurons 1024 --healing-rate 1e-3
+    python -m tests.bench.relatives --out FOLDER --base demo:gemma-3-270m --layers-gone 4 --neurons 1536
 
-``base/`` is SmolLM2-135M-Instruct; ``source/`` is the base adapted to a language; ``target/`` is the base with fewer
-layers, heads and MLP neurons, what is left in shuffled order, healed on English. ``truth.json`` says which base
-neuron every target neuron was. For a projection W and its ``rows, columns`` (see `slices`), before the healing
+``base/`` is SmolLM2-135M-Instruct, or another llama-like model; ``source/`` is the base adapted to a language;
+``target/`` is the base with fewer layers, heads and MLP neurons, what is left in shuffled order, healed on English.
+``truth.json`` says which base neuron every target neuron was. For a projection W and its ``rows, columns`` (see
+`slices`), before the healing
 
     W_target = W_base[rows][:, columns]
 
@@ -60,6 +62,7 @@ class Settings:
     """What decides a pair.
 
     Attributes:
+        base: What source and target are made of.
         language: Of the source.
         seed: Of surgery and trainings.
         sft_steps: The source's optimiser steps.
@@ -70,6 +73,7 @@ class Settings:
         width: How many neurons of the residual stream; None for all.
     """
 
+    base: str = BASE
     language: str = "indonesian"
     seed: int = 0
     sft_steps: int = 103
@@ -154,7 +158,8 @@ def plan(
         model: The base.
         seed: Of every choice.
         layers: How many layers go, never the first two or the last.
-        groups: How many key-value heads of each layer go, with their query heads.
+        groups: How many key-value heads of each layer go, with their query heads; of a model that has one, so many
+            query heads.
         neurons: How many MLP neurons of each layer stay; None for all.
         width: How many neurons of the residual stream stay; None for all.
         texts: Token ids of texts, on which the most active neurons are found; needed with `neurons` and `width`.
@@ -173,15 +178,18 @@ def plan(
         )
     activity = None if neurons is None else mlp_activity(model, texts)
     dim, heads = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    key_heads, query_heads = config.num_key_value_heads - groups, heads
+    if config.num_key_value_heads == 1:
+        key_heads, query_heads = 1, heads - groups
     indices = []
     for layer in kept:
         found: dict[str, list[int]] = {name: [] for name in ("q", "k", "v", "o")}
-        for group in draw.sample(range(config.num_key_value_heads), config.num_key_value_heads - groups):
+        for group in draw.sample(range(config.num_key_value_heads), key_heads):
             # Dimensions of q and k are tied to their rotary frequencies, those of v and o are free.
             within = draw.sample(range(dim), dim)
             found["k"] += range(group * dim, (group + 1) * dim)
             found["v"] += [group * dim + place for place in within]
-            for head in draw.sample(range(group * heads, (group + 1) * heads), heads):
+            for head in draw.sample(range(group * heads, (group + 1) * heads), query_heads):
                 found["q"] += range(head * dim, (head + 1) * dim)
                 found["o"] += [head * dim + place for place in within]
         left = list(range(config.intermediate_size))
@@ -217,6 +225,8 @@ def cut(model: nn.Module, truth: Truth) -> nn.Module:
     config.num_attention_heads = len(first["q"]) // config.head_dim
     config.num_key_value_heads = len(first["k"]) // config.head_dim
     config.intermediate_size = len(first["mlp"])
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in truth["layers"]]
     small, residual = type(model)(config).to(model.dtype), torch.tensor(truth["residual"])
     small.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:, residual])
     small.model.norm.weight.copy_(model.model.norm.weight[residual])
@@ -224,8 +234,11 @@ def cut(model: nn.Module, truth: Truth) -> nn.Module:
         small.lm_head.weight.copy_(model.lm_head.weight[:, residual])
     for place, base_layer in enumerate(truth["layers"]):
         layer, base = small.model.layers[place], model.model.layers[base_layer]
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            getattr(layer, norm).weight.copy_(getattr(base, norm).weight[residual])
+        for name, norm in base.named_modules():
+            if name.endswith("norm"):
+                # Norms of q and k are of a head, whose dimensions stay in their order.
+                of_head = name.startswith("self_attn")
+                layer.get_submodule(name).weight.copy_(norm.weight if of_head else norm.weight[residual])
         for name, (rows, columns) in slices(truth, place).items():
             assert projections(base)[name].bias is None
             projections(layer)[name].weight.copy_(projections(base)[name].weight[rows][:, columns])
@@ -296,7 +309,7 @@ def build(out: Path, settings: Settings, data: Path = DATA) -> dict[str, dict[st
     for name, kept in texts.items():
         _write(out / f"{name}.jsonl", "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in kept))
         log.info("%s: %d texts", name, len(kept))
-    _part(out, "base", lambda: load_model(BASE, dtype="float32", device="cpu"))
+    _part(out, "base", lambda: load_model(settings.base, dtype="float32", device="cpu"))
     _part(out, "source", lambda: _source(out, settings, texts["train"]))
     _part(out, "target", lambda: _target(out, settings, texts["english_train"]))
     scores = {}
@@ -360,6 +373,7 @@ def main() -> None:
     """Build a pair and say how its models do."""
     parser = argparse.ArgumentParser(description="Build a pair of relatives whose true correspondence is known.")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--base", default=Settings.base, help="a reference of the model that both are made of")
     parser.add_argument("--language", choices=LANGUAGES, default=Settings.language)
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--sft-steps", type=int, default=Settings.sft_steps)

@@ -38,9 +38,9 @@ def _shaken(model, relative, seed):
     return other
 
 
-def _deeper(model):
+def _deeper(model, family="llama"):
     """The same function with one more layer, which adds nothing to the stream, between the first two."""
-    deeper = pico_model("llama", layers=3, seed=9)
+    deeper = pico_model(family, layers=3, seed=9)
     kept = deeper.model.layers[1]
     deeper.load_state_dict(
         {

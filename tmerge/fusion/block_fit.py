@@ -10,21 +10,19 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from tmerge.errors import UnsupportedModelError
+from tmerge.fusion.addition import ADDING, Addition
 from tmerge.fusion.logit_goal import FinalGoal
 from tmerge.fusion.merge import TransportedNeurons, fuse
 from tmerge.fusion.passage import Goals, Passage, Reading, Rows, Wanted
 from tmerge.fusion.ridge import Fit, Linear, Regression
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
-from tmerge.models import PROJECTIONS, Architecture, LoadedModel, Projection, Tap, feature_key
-from tmerge.models.blocks import BlockCall, hidden_of
+from tmerge.models import Architecture, Tap, feature_key
+from tmerge.models.blocks import BlockCall
 
-__all__ = ["GROUPS", "BlockFit", "BlockNote", "FittedBlock", "caught_in", "refuse_unless_it_adds", "taps_of"]
+__all__ = ["GROUPS", "BlockFit", "BlockNote", "FittedBlock", "caught_in", "taps_of"]
 
 # In the order of a block's own computation; those of one group read the same input.
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-# A block that adds what o and down give, and nothing else, does so to this part of what it gives, beside rounding.
-_ADDS = 0.02
 
 Errors = dict[str, tuple[float | None, float | None]]
 """Projection -> |Y - X W^T|^2 / |Y|^2 before and after its fit."""
@@ -71,11 +69,24 @@ class _Enough(Exception):
 
 @dataclass(frozen=True)
 class BlockFit:
-    """The fits of one target block."""
+    """The fits of one target block.
+
+    Attributes:
+        passage: The models, and how.
+        layer: The block's number.
+        wanted: What is fitted.
+        additions: How the block adds what o and down give; needed where either is fitted.
+        calls: The batches at its door.
+        reading: Of which they are.
+        goals: What each feature should be.
+        rows: The tokens that are fitted on.
+        goal: Of what down is fitted to.
+    """
 
     passage: Passage
     layer: int
     wanted: Mapping[str, Wanted]
+    additions: Mapping[str, Addition]
     calls: Sequence[BlockCall]
     reading: Reading
     goals: Goals
@@ -88,9 +99,6 @@ class BlockFit:
         errors: Errors = {}
         norms: dict[str, float | None] = {}
         ridges: dict[str, float] = {}
-        if {"o", "down"} & self.wanted.keys():
-            views, without = self.passage.views.layers[self.layer], ["o", "down"]
-            refuse_unless_it_adds(self.passage.target, self.layer, self.calls[0], views, without)
         for group in GROUPS:
             names = [name for name in group if name in self.wanted]
             if not names:
@@ -111,8 +119,10 @@ class BlockFit:
         sums, chooses = self._sums(names, layers), self.rows.count > self.rows.fitted
         choosing_sums = self._sums(names, layers) if chooses else None
         taps = taps_of(self.passage.views, self.layer, names, "pre")
-        if names == ["down"]:
-            taps += taps_of(self.passage.views, self.layer, ["o"], "post")
+        if names == ["down"] and "o" in self.additions:
+            taps.append(self.additions["o"].tap)
+        if names[0] in ADDING and self.additions[names[0]].gain is not None:
+            taps += taps_of(self.passage.views, self.layer, names, "post")
         for batch, call in enumerate(self.calls):
             caught = caught_in(call, taps, whole=False)[1]
             rows = self.reading.places[batch][1]
@@ -152,11 +162,14 @@ class BlockFit:
         if name not in COLUMN_PROJECTIONS:
             return self.goals.read(name, rows), None
         stream = self.reading.rows_of(batch, call.hidden)
-        if name == "down" and "o.post" in caught:
-            stream = stream + self.reading.rows_of(batch, caught["o.post"])
+        if name == "down" and "o" in self.additions:
+            stream = stream + self.reading.rows_of(batch, self.additions["o"].added(caught))
         goal = self.goals.read("middle" if name == "o" else "out", rows)
         weighting = goal.square().mean(1).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-        return goal - stream[:, self.wanted[name].matched].cpu(), weighting
+        outputs, addition = self.wanted[name].matched, self.additions[name]
+        now = None if addition.gain is None else self.reading.rows_of(batch, caught[feature_key(name, "post")])
+        output, factor = addition.output_for(goal - stream[:, outputs].cpu(), outputs, now)
+        return output, weighting if factor is None else weighting * factor
 
     def _item(self, name: str, fit: Fit) -> TransportedNeurons:
         """A fit as what fusing adds: rows of the outputs with a counterpart, or all columns."""
@@ -212,40 +225,3 @@ def caught_in(call: BlockCall, taps: Sequence[Tap], *, whole: bool = True) -> tu
     finally:
         for handle in handles:
             handle.remove()
-
-
-def refuse_unless_it_adds(
-    loaded: LoadedModel, layer: int, call: BlockCall, views: Mapping[str, Projection], fits: Sequence[str]
-) -> None:
-    """Check on one batch that the block's stream is what came in and what o and down give, unscaled and un-normed.
-
-    Args:
-        loaded: The model.
-        layer: The block's number.
-        call: The batch.
-        views: The block's projections.
-        fits: The projections whose fits rest on it.
-
-    Raises:
-        UnsupportedModelError: It is not.
-    """
-    names = [name for name in ("o", "down") if name in views]
-    if len(names) < 2:
-        return  # what else the block adds, of experts say, is not known
-    taps = [
-        Tap(feature_key(name, "post"), layer, views[name].module, "post", views[name].out_features, views[name].rows)
-        for name in names
-    ]
-    result, caught = caught_in(call, taps)
-    added = hidden_of(result).float() - call.hidden.float()
-    attention_and_mlp = sum((caught[tap.key].float() for tap in taps), torch.zeros_like(added))
-    # Token by token, as the first has activations that drown all others; the stream is rounded at each addition.
-    rounding = torch.finfo(call.hidden.dtype).eps * hidden_of(result).float().norm(dim=-1)
-    off = (added - attention_and_mlp).norm(dim=-1) / (_ADDS * added.norm(dim=-1) + 2 * rounding).clamp_min(1e-30)
-    if not float(off.median()) <= 1:
-        other_projections = [name for name in PROJECTIONS if name not in fits]
-        raise UnsupportedModelError(
-            f"{loaded.reference}: block {layer} of {loaded.model.config.model_type} does more to the residual stream "
-            f"than adding what its attention and its MLP give, so {' and '.join(fits)} cannot be reconstructed; set "
-            f"fusion.projections: [{', '.join(other_projections)}], or fusion.what: task-vector"
-        )

@@ -12,6 +12,8 @@ place, the first of each text left out. Y (R, out) is
 * for o: the source's stream after its attention, less the target's stream before it;
 * for down: the source's stream as it enters the next paired block, less the target's stream after its attention: what
   blocks without a counterpart would add is folded into the block before them;
+* where a block scales or norms what o and down give before it adds it, the output that is then added as the above
+  (`tmerge.fusion.addition`);
 * for the last down, where both have one vocabulary: the stream that gives the source's logits through the target's own
   norm and head (`tmerge.fusion.logit_goal`), less the same.
 
@@ -31,7 +33,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tmerge.fusion.block_fit import BlockFit, FittedBlock, caught_in, refuse_unless_it_adds, taps_of
+from tmerge.fusion.addition import ADDING, Addition, additions_of
+from tmerge.fusion.block_fit import BlockFit, FittedBlock, caught_in, taps_of
 from tmerge.fusion.logit_goal import FinalGoal, LogitGoal
 from tmerge.fusion.merge import TransportedNeurons, fuse
 from tmerge.fusion.passage import Goals, Passage, Reading, Rows, Wanted, readings
@@ -89,13 +92,18 @@ def reconstruct(
             done_before = layer < len(finished)
             if wanted:
                 source.advance(layer, wanted, None if done_before else goals)
-            ends = _own(passage, layer, wanted, calls[fits:], own_reading, None if done_before else goals)
+            additions: dict[str, Addition] = {}
+            if not done_before and not wanted.keys().isdisjoint(ADDING):
+                additions = additions_of(passage.target, layer, calls[0], passage.views.layers[layer], ADDING)
+            ends = _own(passage, layer, wanted, additions, calls[fits:], own_reading, None if done_before else goals)
             block = None
             if done_before:
                 fuse(passage.views.layers, finished[layer], 1.0)
             else:
                 goal: FinalGoal = "stream" if final is None or layer + 1 < layers else "logits"
-                block = BlockFit(passage, layer, wanted, calls[:fits], target_reading, goals, rows, goal).fitted()
+                block = BlockFit(
+                    passage, layer, wanted, additions, calls[:fits], target_reading, goals, rows, goal
+                ).fitted()
             for batch, call in enumerate(calls[:fits]):
                 steps.go_on(batch, call.run())
             for batch, result in enumerate(ends):
@@ -125,6 +133,11 @@ def _final_goal(passage: Passage, reading: Reading, rows: Rows) -> LogitGoal | N
     return LogitGoal.of(target, source, passage.vocabulary, counts)
 
 
+def _rowwise(wanted: Mapping[str, Wanted]) -> list[str]:
+    """Those whose own outputs are the goals; of the others it is the stream."""
+    return [name for name in wanted if name not in COLUMN_PROJECTIONS]
+
+
 class _Source:
     """The source's passes, which stand before a block that some target block is paired with."""
 
@@ -146,16 +159,17 @@ class _Source:
 
     def _pass(self, wanted: Mapping[str, Wanted], goals: Goals | None, out: Wanted | None) -> None:
         views = self._passage.source_views.layers[self._at]
-        taps = taps_of(self._passage.source_views, self._at, [*wanted, "o"] if "o" in views else [*wanted], "post")
+        taps, attention = taps_of(self._passage.source_views, self._at, _rowwise(wanted), "post"), None
         for batch, call in enumerate(self._steps.calls(self._at)):
             if goals is None or not wanted:
                 result = call.run()
             else:
                 if batch == 0 and "o" in wanted:
                     # The goal of o is made of what attention adds; that of down is read where the next block begins.
-                    refuse_unless_it_adds(self._passage.source, self._at, call, views, ["o"])
+                    attention = additions_of(self._passage.source, self._at, call, views, ["o"])["o"]
+                    taps.append(attention.tap)
                 result, caught = caught_in(call, taps)
-                self._goals_of(batch, call, caught, wanted, goals)
+                self._goals_of(batch, call, caught, wanted, attention, goals)
             if out is not None and goals is not None:
                 ends = self._reading.rows_of(batch, hidden_of(result))
                 wanted_end = out.carried(ends)
@@ -166,16 +180,20 @@ class _Source:
         self._at += 1
 
     def _goals_of(
-        self, batch: int, call: BlockCall, caught: Mapping[str, Tensor], wanted: Mapping[str, Wanted], goals: Goals
+        self,
+        batch: int,
+        call: BlockCall,
+        caught: Mapping[str, Tensor],
+        wanted: Mapping[str, Wanted],
+        attention: Addition | None,
+        goals: Goals,
     ) -> None:
         rows = self._reading.places[batch][1]
-        for projection, of in wanted.items():
-            if projection in COLUMN_PROJECTIONS:
-                continue
+        for projection in _rowwise(wanted):
             features = self._reading.rows_of(batch, caught[feature_key(projection, "post")])
-            goals.write(projection, rows, of.carried(features))
-        if "o" in wanted:
-            middle = self._reading.rows_of(batch, call.hidden) + self._reading.rows_of(batch, caught["o.post"])
+            goals.write(projection, rows, wanted[projection].carried(features))
+        if attention is not None:
+            middle = self._reading.rows_of(batch, call.hidden) + self._reading.rows_of(batch, attention.added(caught))
             goals.write("middle", rows, wanted["o"].carried(middle))
 
 
@@ -183,26 +201,27 @@ def _own(
     passage: Passage,
     layer: int,
     wanted: Mapping[str, Wanted],
+    additions: Mapping[str, Addition],
     calls: Sequence[BlockCall],
     reading: Reading,
     goals: Goals | None,
 ) -> list[Any]:
     """What the block gives, unchanged, on the texts that are kept: their goals, and where their passes go on from."""
     results = []
-    has_attention = "o" in passage.views.layers[layer]
-    taps = taps_of(passage.views, layer, [*wanted, "o"] if has_attention else [*wanted], "post")
+    taps = taps_of(passage.views, layer, _rowwise(wanted), "post")
+    if "o" in additions and "o" in wanted:
+        taps.append(additions["o"].tap)
     for batch, call in enumerate(calls):
         if goals is None or not wanted:
             results.append(call.run())
             continue
         result, caught = caught_in(call, taps)
         rows = reading.places[batch][1]
-        for projection, of in wanted.items():
-            if projection not in COLUMN_PROJECTIONS:
-                features = reading.rows_of(batch, caught[feature_key(projection, "post")])
-                goals.write(projection, rows, features[:, of.matched])
+        for projection in _rowwise(wanted):
+            features = reading.rows_of(batch, caught[feature_key(projection, "post")])
+            goals.write(projection, rows, features[:, wanted[projection].matched])
         if "o" in wanted:
-            middle = reading.rows_of(batch, call.hidden) + reading.rows_of(batch, caught["o.post"])
+            middle = reading.rows_of(batch, call.hidden) + reading.rows_of(batch, additions["o"].added(caught))
             goals.write("middle", rows, middle[:, wanted["o"].matched])
         if "down" in wanted:
             goals.write("out", rows, reading.rows_of(batch, hidden_of(result))[:, wanted["down"].matched])

@@ -6,15 +6,20 @@ unit norm, so that the correlations of any pair of layers are one matrix product
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from tmerge.errors import TransportError
 
-__all__ = ["correlation_cost", "standardise"]
+__all__ = ["correlation_cost", "row_blocks", "standardise"]
 
 # A column whose deviations are within this many float32 roundings of its size has no variation to correlate.
 _ROUNDINGS = 8 * torch.finfo(torch.float32).eps
+# Entries of a block: on a CPU, and elsewhere, where it is memory that they save.
+_CACHED = 1 << 17
+_AT_ONCE = 1 << 24
 
 
 def standardise(features: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -60,5 +65,15 @@ def correlation_cost(target: Tensor, source: Tensor, *, out: Tensor | None = Non
             "both models must read the same texts in the same order"
         )
     correlation = torch.matmul(target.mT, source, out=out)
-    # Rounding leaves duplicates a hair outside [-1, 1].
-    return correlation.neg_().add_(1.0).clamp_(0.0, 2.0)
+    for rows in row_blocks(correlation):
+        # Rounding leaves duplicates a hair outside [-1, 1].
+        correlation[..., rows, :].neg_().add_(1.0).clamp_(0.0, 2.0)
+    return correlation
+
+
+def row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Rows of a matrix (..., n, m), some at a time: what several operations follow each other on stays in the cache."""
+    entries = _CACHED if matrix.device.type == "cpu" else _AT_ONCE
+    rows = max(1, entries * matrix.shape[-2] // max(1, matrix.numel()))
+    for start in range(0, matrix.shape[-2], rows):
+        yield slice(start, start + rows)

@@ -21,7 +21,7 @@ from tmerge.models import available_memory, give_back_memory
 from tmerge.models.device import is_out_of_memory
 from tmerge.store import write_tensors
 from tmerge.transport.cost import correlation_cost, standardise
-from tmerge.transport.sinkhorn import SinkhornResult, plan_from_potentials, sinkhorn
+from tmerge.transport.sinkhorn import SinkhornResult, kernel_dtype, plan_from_potentials, sinkhorn
 from tmerge.transport.workers import in_turn, one_thread_each
 
 __all__ = [
@@ -159,7 +159,8 @@ def solve_features(
         # A problem by itself is two matrices, for which torch has quicker products.
         batch = torch.stack(features) if most > 1 else features[0]
         if not memory:
-            memory += batch.new_empty(2, *batch.shape[:-2], standard.shape[1], batch.shape[-1]).unbind()
+            shape, kernel_kind = (*batch.shape[:-2], standard.shape[1], batch.shape[-1]), kernel_dtype(dtype, tolerance)
+            memory += (batch.new_empty(shape), batch.new_empty(shape, dtype=kernel_kind))
         cost, kernel = (part[: len(group)] if most > 1 else part for part in memory)
         correlation_cost(standard, batch, out=cost)
         return sinkhorn(cost, epsilon, max_iterations=max_iterations, tolerance=tolerance, kernel=kernel)

@@ -7,7 +7,7 @@ Given a cost C (n, m) and marginals a (n,), b (m,), find the plan Q >= 0 that mi
 Its solution is ``Q = exp((f + g - C) / eps)`` with potentials f (n,) and g (m,), unique up to a constant moved
 from one to the other. We iterate Sinkhorn's scaling on the kernel
 
-    K = exp((f + g - C) / eps),     v <- b / (K^T u),     u <- a / (K v)
+    K = exp((f + g - C) / eps),     v <- v (b / (v K^T u))^w,     u <- u (a / (u K v))^w
 
 and *absorb* u and v into f and g, rebuilding K, whenever they grow past what the dtype holds (Schmitzer 2019,
 "Stabilized sparse scaling algorithms", Alg. 2). A start from the c-transforms of C leaves an entry 1 in every
@@ -15,8 +15,18 @@ row and column of K, so no sum is ever zero and small eps cannot underflow. The 
 matrix-vector products an iteration; the log-sum-exp form, equal in exact arithmetic, would cost two exponentials
 of the whole matrix.
 
+With w = 1 that is Sinkhorn's scaling, whose rate of convergence nears 1 as eps falls. With 1 < w < 2 it is overrelaxed
+(Thibault, Chizat, Dossal and Papadakis 2021, "Overrelaxed Sinkhorn-Knopp algorithm for regularized optimal transport"):
+near the solution it is successive overrelaxation, whose best factor is w = 2 / (1 + sqrt(1 - r)) for the rate r of
+w = 1, and r is told from the rate q that is seen at any w by (q + w - 1)^2 = q w^2 r (Young 1954). So the first sweeps
+are plain, and w follows what they show.
+
+K is held in float32 while the tolerance allows: an entry is rounded by 6e-8 of itself, at random, and its sums by
+less. They are finished, and u and v are kept, in float64 (but on Apple's GPUs, which have none): so that rounding is
+the same from sweep to sweep, and what w does not amplify. The cost and the potentials have one dtype.
+
 Equals ``ot.sinkhorn(a, b, C, eps)`` of POT (``method="sinkhorn_log"`` where eps is small). This file knows nothing
-of models: it imports torch and the errors only.
+of models: beside torch and the errors it imports the blocks that a cost is worked on by.
 """
 
 from __future__ import annotations
@@ -28,8 +38,9 @@ import torch
 from torch import Tensor
 
 from tmerge.errors import TransportError
+from tmerge.transport.cost import row_blocks
 
-__all__ = ["SinkhornResult", "plan_from_potentials", "sinkhorn"]
+__all__ = ["SinkhornResult", "kernel_dtype", "plan_from_potentials", "sinkhorn"]
 
 # exp of this still squares inside the dtype's range, and what K loses to underflow meanwhile stays below rounding.
 _LOG_RANGE = {torch.float32: 25.0, torch.float64: 150.0}
@@ -39,7 +50,12 @@ _SAFE_SPAN = {torch.float32: 30.0, torch.float64: 300.0}
 _LOOK = 8
 # Entries summed in one go in float32: down a column (one running sum), and along a row (several side by side).
 _BLOCK = 64
-_LONG = 2048
+_LONG = 1024
+# A kernel in float32 tells violations from rounding down to here.
+_FLOAT32_TOLERANCE = 5e-7
+# Sweeps over which their rate is told: the first 2 x 2 are plain, and w is set anew after so many. Its bound.
+_RATED = 2
+_MOST = 1.95
 
 
 @dataclass(frozen=True)
@@ -84,7 +100,18 @@ def plan_from_potentials(cost: Tensor, f: Tensor, g: Tensor, epsilon: float, *, 
     Returns:
         (..., n, m) entries of the plan; they sum to 1 over the whole problem.
     """
-    return torch.add(f.unsqueeze(-1), g.unsqueeze(-2), out=out).sub_(cost).div_(epsilon).exp_()
+    if out is None:
+        out = torch.empty_like(cost)
+    scale = 1 / epsilon
+    for rows in row_blocks(cost):
+        part = torch.sub(f[..., rows].unsqueeze(-1), cost[..., rows, :]).add_(g.unsqueeze(-2)).mul_(scale)
+        out[..., rows, :].copy_(part).exp_()
+    return out
+
+
+def kernel_dtype(cost: torch.dtype, tolerance: float) -> torch.dtype:
+    """In which `sinkhorn` holds the kernel of a cost: float32 while that tells such a violation from rounding."""
+    return torch.float32 if tolerance >= _FLOAT32_TOLERANCE else cost
 
 
 def sinkhorn(
@@ -100,15 +127,16 @@ def sinkhorn(
     """Solve one entropic transport problem, or a batch of them.
 
     Args:
-        cost: (..., n, m), float32 or float64; the arithmetic is done in its dtype. Float32 holds plans to 1e-5
-            relative down to eps 0.02 for costs of order one; pass float64 below.
+        cost: (..., n, m), float32 or float64; so are potentials and scalings. Float32 holds plans to 1e-5 relative
+            down to eps 0.02 for costs of order one; pass float64 below.
         epsilon: Regularisation, in the cost's units.
         a: (n,) positive row marginals of sum 1; uniform 1/n if None.
         b: (m,) positive column marginals of sum 1; uniform 1/m if None.
         max_iterations: Most sweeps.
-        tolerance: Stop when the largest marginal violation *relative to the marginal's entry* is below it.
-            After a sweep the rows hold exactly (to rounding), so the columns are the ones looked at.
-        kernel: Memory of the cost's shape, dtype and device to work in, for whoever solves many; new if None.
+        tolerance: Stop when the largest marginal violation *relative to the marginal's entry* is below it. The last
+            step is one of the rows, which hold then (to rounding), so the columns are the ones that are looked at.
+        kernel: Memory of the cost's shape and device, in `kernel_dtype`, to work in, for whoever solves many; new if
+            None.
 
     Returns:
         A result whose ``converged`` says whether the tolerance was met; a problem that did not converge still
@@ -121,49 +149,94 @@ def sinkhorn(
     n, m = cost.shape[-2:]
     row_marginal = _marginal(a, n, cost, "a")
     column_marginal = _marginal(b, m, cost, "b")
-    f, g, is_safe = _start(cost, epsilon)
-    kernel = plan_from_potentials(cost, f, g, epsilon, out=kernel)
+    if kernel is None:
+        kernel = torch.empty_like(cost, dtype=kernel_dtype(cost.dtype, tolerance))
+    f, g, is_safe = _start(cost, epsilon, kernel.dtype)
+    plan_from_potentials(cost, f, g, epsilon, out=kernel)
     batch = cost.shape[:-2]
+    exact = cost.dtype if cost.device.type == "mps" else torch.float64
+    row_marginal, column_marginal = row_marginal.to(exact), column_marginal.to(exact)
     u = row_marginal.expand(*batch, n)
-    v = torch.ones(*batch, m, dtype=cost.dtype, device=cost.device)
-    # The rows are not met yet, so the first error is unknown: infinite, not zero.
-    error = torch.full(batch, math.inf, dtype=cost.dtype, device=cost.device)
+    v = torch.ones(*batch, m, dtype=exact, device=cost.device)
     done = torch.zeros(batch, dtype=torch.bool, device=cost.device)
     iterations = torch.zeros(batch, dtype=torch.int64, device=cost.device)
-    limit = _LOG_RANGE[cost.dtype]
+    limit = _LOG_RANGE[kernel.dtype]
     # To look is to wait for the device. Between two looks u and v must not leave their range: they cannot where the
-    # kernel needed no c-transforms, as then they span no more than it does.
+    # kernel needed no c-transforms, as then they span little more than it does.
     looks_every = _LOOK if cost.device.type != "cpu" and is_safe else 1
-
-    columns = _times(u, kernel)
+    relaxation = _Relaxation(u)
+    columns = _times(u, kernel, exact)
     for sweep in range(1, max_iterations + 1):
-        v = column_marginal / columns
-        u = row_marginal / _rows(kernel, v)
-        # K^T u serves twice: it measures this sweep's column violation and starts the next sweep.
-        columns = _times(u, kernel)
+        # What v should be for u, and u for v: held against what they are, each tells a marginal's violation.
+        wanted = column_marginal / columns
+        v = relaxation.moved(v, wanted)
+        lack = u * _rows(kernel, v, exact) / row_marginal
+        violation = lack.sub(1).abs_().amax(-1)
+        if relaxation.is_on:
+            violation += (v / wanted).sub_(1).abs_().amax(-1)
         iterations = iterations + (~done).to(torch.int64)
-        error = ((v * columns).sub_(column_marginal).abs_() / column_marginal).amax(-1)
-        done = done | (error < tolerance)
-        if sweep % looks_every:
-            continue
-        all_done, is_out_of_range = _look(done, u, v, limit)
-        if all_done:
-            break
-        if is_out_of_range:
-            f, g = f + epsilon * u.log(), g + epsilon * v.log()
-            kernel = plan_from_potentials(cost, f, g, epsilon, out=kernel)
-            u, v = torch.ones_like(u), torch.ones_like(v)
-            columns = _times(u, kernel)
+        done = done | (violation < tolerance)
+        is_last = sweep == max_iterations
+        if is_last or sweep % looks_every == 0:
+            all_done, is_out_of_range = _look(done, u, v, limit)
+            if all_done or is_last:
+                break
+            if is_out_of_range:
+                f, g = _absorbed(f, u, epsilon), _absorbed(g, v, epsilon)
+                plan_from_potentials(cost, f, g, epsilon, out=kernel)
+                u, v = torch.ones_like(u), torch.ones_like(v)
+        relaxation.see(sweep, lack, done)
+        u = relaxation.moved(u, u / lack)
+        columns = _times(u, kernel, exact)
 
+    # Last a plain step of the rows: they hold, to rounding, whether all converged or not.
+    u = u / lack
+    error = (v * _times(u, kernel, exact) / column_marginal).sub_(1).abs_().amax(-1)
     if not bool(torch.isfinite(error).all()):
         raise TransportError(
             f"the transport problem ({n} x {m}, eps {epsilon}) overflowed {cost.dtype}: pass the cost in float64 "
             "or raise transport.epsilon"
         )
-    # <C, Q> = u^T (K * C) v, with the kernel's memory reused for the product.
-    transport_cost = (u * _rows(kernel.mul_(cost), v)).sum(-1)
-    f, g = f + epsilon * u.log(), g + epsilon * v.log()
-    return SinkhornResult(f, g, error < tolerance, iterations, error, transport_cost)
+    # <C, Q> = u^T (K * C) v.
+    right = v.to(cost.dtype)
+    parts = [_product(cost[..., rows, :] * kernel[..., rows, :].to(cost.dtype), right) for rows in row_blocks(cost)]
+    transport_cost = (u * torch.cat(parts, -1)).sum(-1).to(cost.dtype)
+    f, g = _absorbed(f, u, epsilon), _absorbed(g, v, epsilon)
+    return SinkhornResult(f, g, error < tolerance, iterations, error.to(cost.dtype), transport_cost)
+
+
+def _absorbed(potential: Tensor, scaling: Tensor, epsilon: float) -> Tensor:
+    return (potential + epsilon * scaling.log()).to(potential.dtype)
+
+
+class _Relaxation:
+    """w of each problem of a batch, from how fast its steps shrink."""
+
+    def __init__(self, scaling: Tensor) -> None:
+        self.is_on = False
+        self._w = torch.ones_like(scaling[..., :1])
+        self._size = self._w
+
+    def moved(self, scaling: Tensor, wanted: Tensor) -> Tensor:
+        """A scaling a step of w toward what it should be."""
+        return scaling * (wanted / scaling).pow_(self._w) if self.is_on else wanted
+
+    def see(self, sweep: int, lack: Tensor, done: Tensor) -> None:
+        """Take note of (..., n) by what factor a sweep's rows are too large, and set w anew when it is time.
+
+        What is done is left at w = 1, as overrelaxing would blow up what is rounding by then.
+        """
+        if sweep % _RATED:
+            return
+        size = lack.log().square_().mean(-1, keepdim=True).sqrt_().clamp_min_(torch.finfo(lack.dtype).tiny)
+        if sweep % (2 * _RATED) == 0:
+            seen, w = (size / self._size).pow_(1 / _RATED), self._w
+            plain = (seen + w - 1).square_() / (w.square() * seen)
+            best = 2 / (1 + (1 - plain).clamp_min_(1e-9).sqrt_())
+            # Where steps grow no rate is told.
+            w = torch.where(seen < 1, best.clamp(1, _MOST), 1 + (w - 1) / 2)
+            self._w, self.is_on = torch.where(done.unsqueeze(-1), 1.0, w), True
+        self._size = size
 
 
 def _check(cost: Tensor, epsilon: float) -> None:
@@ -186,42 +259,51 @@ def _marginal(weights: Tensor | None, size: int, cost: Tensor, name: str) -> Ten
     return weights
 
 
-def _start(cost: Tensor, epsilon: float) -> tuple[Tensor, Tensor, bool]:
+def _start(cost: Tensor, epsilon: float, kernel: torch.dtype) -> tuple[Tensor, Tensor, bool]:
     """Potentials whose kernel has an entry 1 in every row and column, or constants where none are needed; and that.
 
     With f_i = min_j C_ij and g_j = min_i (C_ij - f_i) >= 0, every entry of K is at most 1, every column has one
     equal to 1 by g, and so has every row: at its own minimum 0 <= g_j = f_i + g_j - C_ij <= 0.
     """
     low, high = torch.aminmax(cost)
-    if float(high - low) / epsilon < _SAFE_SPAN[cost.dtype]:
+    if float(high - low) / epsilon < _SAFE_SPAN[kernel]:
         f = low.expand(cost.shape[:-1]).clone()
         return f, torch.zeros_like(cost[..., 0, :]), True
     f = cost.amin(-1)
-    return f, (cost - f.unsqueeze(-1)).amin(-2), False
+    least = [(cost[..., rows, :] - f[..., rows].unsqueeze(-1)).amin(-2) for rows in row_blocks(cost)]
+    return f, torch.stack(least).amin(0), False
 
 
-def _rows(kernel: Tensor, v: Tensor) -> Tensor:
+def _rows(kernel: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     """K v: (..., n); long float32 sums in pieces, see `_times`."""
+    v = v.to(kernel.dtype)
     if kernel.dtype == torch.float32 and kernel.shape[-1] > 2 * _LONG:
         starts = range(0, kernel.shape[-1], _LONG)
-        return torch.stack([_rows(kernel[..., at : at + _LONG], v[..., at : at + _LONG]) for at in starts]).sum(0)
-    return torch.mv(kernel, v) if kernel.dim() == 2 else torch.matmul(kernel, v.unsqueeze(-1)).squeeze(-1)
+        pieces = [_product(kernel[..., at : at + _LONG], v[..., at : at + _LONG]) for at in starts]
+        return torch.stack(pieces).sum(0, dtype=dtype)
+    return _product(kernel, v).to(dtype)
 
 
-def _times(u: Tensor, kernel: Tensor) -> Tensor:
+def _product(matrix: Tensor, vector: Tensor) -> Tensor:
+    return torch.mv(matrix, vector) if matrix.dim() == 2 else torch.matmul(matrix, vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _times(u: Tensor, kernel: Tensor, dtype: torch.dtype) -> Tensor:
     """K^T u: (..., m).
 
     In float32 the sums are taken over blocks of rows. One running sum over 4096 rows is good to 3e-6 only, more
     than the tolerance, so the error would never be seen to fall below it; in blocks it is good to 2e-7.
     """
+    u = u.to(kernel.dtype)
     blocks = kernel.shape[-2] // _BLOCK
     if kernel.dtype != torch.float32 or blocks < 2:
-        return torch.mv(kernel.T, u) if kernel.dim() == 2 else torch.matmul(u.unsqueeze(-2), kernel).squeeze(-2)
+        return _product(kernel.mT, u).to(dtype)
     whole = blocks * _BLOCK
     parts = u[..., :whole].unflatten(-1, (blocks, 1, _BLOCK))
-    columns = torch.matmul(parts, kernel[..., :whole, :].unflatten(-2, (blocks, _BLOCK))).sum(-3).squeeze(-2)
+    products = torch.matmul(parts, kernel[..., :whole, :].unflatten(-2, (blocks, _BLOCK)))
+    columns = products.squeeze(-2).sum(-2, dtype=dtype)
     if whole < kernel.shape[-2]:
-        columns += torch.matmul(u[..., whole:].unsqueeze(-2), kernel[..., whole:, :]).squeeze(-2)
+        columns += _product(kernel[..., whole:, :].mT, u[..., whole:])
     return columns
 
 
