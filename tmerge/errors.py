@@ -17,6 +17,7 @@ __all__ = [
     "ComparisonError",
     "DatasetError",
     "DeviceError",
+    "EndedElsewhereError",
     "GatedModelError",
     "MissingExtraError",
     "ModelNotFoundError",
@@ -26,6 +27,8 @@ __all__ = [
     "OutputExistsError",
     "PlanError",
     "PortTakenError",
+    "ProcessLostError",
+    "ProcessesError",
     "PushError",
     "ReadOnlyError",
     "RemoteError",
@@ -193,6 +196,20 @@ def of_the_system(error: BaseException) -> TmergeError | None:
 
 _DISK_FULL = "the disk is full; make room, and the same command continues"
 _LONGEST_NAME = 120
+
+
+class ProcessesError(TmergeError):
+    """Several processes were begun for what one does."""
+
+
+class ProcessLostError(TmergeError):
+    """One of the processes that work on a run together has ended before the run had."""
+
+    exit_code = 1
+
+
+class EndedElsewhereError(TmergeError):
+    """Another of the processes that work on a run together met an error, which is named with its rank."""
 
 
 class Cancelled(TmergeError):

@@ -158,8 +158,8 @@ def plan(
         model: The base.
         seed: Of every choice.
         layers: How many layers go, never the first two or the last.
-        groups: How many key-value heads of each layer go, with their query heads; of a model that has one, so many
-            query heads.
+        groups: How many key-value heads of each layer go, with their query heads; of a model that has one, half of
+            its query heads.
         neurons: How many MLP neurons of each layer stay; None for all.
         width: How many neurons of the residual stream stay; None for all.
         texts: Token ids of texts, on which the most active neurons are found; needed with `neurons` and `width`.
@@ -180,7 +180,7 @@ def plan(
     dim, heads = config.head_dim, config.num_attention_heads // config.num_key_value_heads
     key_heads, query_heads = config.num_key_value_heads - groups, heads
     if config.num_key_value_heads == 1:
-        key_heads, query_heads = 1, heads - groups
+        key_heads, query_heads = 1, heads // 2 if groups else heads
     indices = []
     for layer in kept:
         found: dict[str, list[int]] = {name: [] for name in ("q", "k", "v", "o")}

@@ -56,7 +56,7 @@ def test_what_was_not_finished_is_not_read_and_is_written_anew(tmp_path):
     with pytest.raises(RunNotFoundError, match="no transported neurons any more"):
         StoredNeurons(tmp_path / "some")
     assert len(written(tmp_path / "some", items[:1])) == 1
-    assert sorted(path.name for path in (tmp_path / "some").iterdir()) == ["00000.safetensors", "index.json"]
+    assert sorted(path.name for path in (tmp_path / "some").iterdir()) == ["000-00000.safetensors", "index.json"]
 
 
 @pytest.mark.parametrize("layers", [2, 8])

@@ -16,6 +16,7 @@ from tmerge.errors import NotEnoughMemoryError
 from tmerge.models import LoadedModel, refuse_without_rows
 from tmerge.models.blocks import base_pass, in_groups, stepped
 from tmerge.models.device import give_back_memory, is_out_of_memory, wait_for
+from tmerge.processes import ALONE, Processes
 
 __all__ = ["EncodedTexts", "ReadStep", "encode", "length_batches", "padded", "read_batches", "token_limit"]
 
@@ -132,6 +133,7 @@ def read_batches(
     batch_tokens: int,
     before: Callable[[list[int]], None] | None = None,
     note: Callable[[str], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Iterator[ReadStep]:
     """Run the base model, without its head and without a cache, over all texts that have tokens.
 
@@ -144,6 +146,7 @@ def read_batches(
         batch_tokens: Most padded tokens of a forward pass.
         before: Called with the texts of a batch just before its forward pass, or its pass through a block.
         note: Told that a batch did not fit and was read by halves.
+        processes: Among whom the batches are shared out; each reads its own.
 
     Yields:
         What was just read.
@@ -158,7 +161,7 @@ def read_batches(
         [filled[index] for index in batch]
         for batch in reversed(length_batches([len(encoded.ids[text]) for text in filled], batch_tokens))
     ]
-    reading = _Reading(loaded, encoded, batches, batch_tokens, before or (lambda texts: None), note)
+    reading = _Reading(loaded, encoded, processes.mine(batches), batch_tokens, before or (lambda texts: None), note)
     try:
         yield from reading.whole() if loaded.block_weights is None else reading.by_blocks()
     finally:

@@ -15,7 +15,7 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
@@ -31,6 +31,7 @@ from tmerge.calibration.positions import token_positions
 from tmerge.errors import Cancelled, CheckpointError, DeviceError, TmergeError, TokenizerError, UnsupportedModelError
 from tmerge.models import LoadedModel
 from tmerge.models.projections import Architecture, Tap
+from tmerge.processes import ALONE, Processes
 
 __all__ = ["CaptureReport", "bare_forward", "capture"]
 
@@ -78,6 +79,7 @@ def capture(
     batch_tokens: int,
     key: str,
     ends: Sequence[Sequence[int]] | None = None,
+    processes: Processes = ALONE,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     note: Callable[[str], None] | None = None,
@@ -96,7 +98,8 @@ def capture(
         batch_tokens: Most padded tokens of a forward pass.
         key: Kept in the store: what decides its contents.
         ends: Per text, the characters after which a token is read (`common_ends`); None for means over whole texts.
-        progress: Called after each batch with (texts done, all that have tokens), or, of a model that is read by
+        processes: Among whom the batches are shared out; each calls this and writes its rows into the one store.
+        progress: Called after each batch with (texts done, all that it reads), or, of a model that is read by
             blocks, with (blocks done, all); may raise to stop, and then there is no store.
         cancelled: Asked before each batch whether to stop.
         note: As for `read_batches`.
@@ -130,10 +133,11 @@ def capture(
     rows = len(texts) if positions is None else sum(map(len, positions))
     # A token's activations are stored as they are; means over texts have more digits.
     dtypes = {} if positions is None else {_feature(tap): _stored_dtype(loaded, tap) for tap in taps}
-    with FeatureWriter(folder, rows, widths, key=key, facts=facts, dtypes=dtypes) as writer:
+    writer = processes.from_first(lambda: FeatureWriter(folder, rows, widths, key=key, facts=facts, dtypes=dtypes))
+    with writer if processes.is_first else nullcontext(writer):
         pool = _Pool(loaded, taps, lengths, writer, positions)
         with pool.hooked():
-            for step in read_batches(loaded, encoded, batch_tokens, pool.begin, note):
+            for step in read_batches(loaded, encoded, batch_tokens, pool.begin, note, processes):
                 pool.end(step.block)
                 forward_seconds += step.seconds
                 if step.is_first:
@@ -144,9 +148,17 @@ def capture(
                 if cancelled is not None and cancelled():
                     raise Cancelled("stopped while reading features; the same command continues")
         pool.write()
-        if empty and positions is None:
-            writer.fill_with_mean(empty)
-        writer.finish()
+        processes.wait()
+
+        def finish() -> None:
+            if empty and positions is None:
+                writer.fill_with_mean(empty)
+            writer.finish()
+
+        processes.from_first(finish)
+    batches, padded, forward_seconds = (
+        sum(shares) for shares in zip(*processes.gathered((batches, padded, forward_seconds)), strict=True)
+    )
     return CaptureReport(
         texts=len(texts),
         tokens=sum(lengths),

@@ -344,11 +344,14 @@ def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool,
             show_check(result)
             typer.echo(recipe.to_yaml())
         return None
+    from tmerge.processes import joined
     from tmerge.stages.merge import merge as run_merge
 
     when_stopped(lambda: stages_kept(out))
-    with progress() as listener:
-        report = run_merge(recipe, out, listener=listener)
+    with joined() as processes, progress(heard=processes.is_first) as listener:
+        report = run_merge(recipe, out, listener=listener, processes=processes)
+    if not processes.is_first:
+        return None
     if html is not None:
         from tmerge.hub import find_run
 

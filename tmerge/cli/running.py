@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import typer
 
 # Each module adds its commands to the app, in the order in which help lists them.
 from tmerge.cli import extending, merging, publishing, serving, training  # noqa: F401
 from tmerge.cli.shared import app
 from tmerge.cli.stopping import raise_if_stopped
-from tmerge.errors import Cancelled, TmergeError, of_the_system
+from tmerge.errors import Cancelled, ProcessesError, ProcessLostError, TmergeError, of_the_system
+from tmerge.processes import are_several, rank_of_this
 
 __all__ = ["run"]
+
+_TOGETHER = {"demo", "merge"}
+"""Commands that several processes run together."""
 
 
 def run() -> int:
@@ -24,6 +31,7 @@ def run() -> int:
         Exception: A fault of ours.
     """
     try:
+        _refuse_what_is_not_shared()
         result = app(standalone_mode=False)
     except Exception as error:  # noqa: BLE001 - what is nobody's mistake is raised again by `_told`
         raise_if_stopped()
@@ -33,8 +41,19 @@ def run() -> int:
     return result if isinstance(result, int) else 0
 
 
+def _refuse_what_is_not_shared() -> None:
+    """Say which commands several processes can run together, before each of them does all of it."""
+    if are_several() and not _TOGETHER.intersection(sys.argv[1:2]):
+        raise ProcessesError(
+            f"tmerge {' '.join(sys.argv[1:2])} runs in one process, and {os.environ['WORLD_SIZE']} were begun; leave "
+            f"out torchrun or accelerate launch, which are for {' and '.join(sorted(_TOGETHER))}"
+        )
+
+
 def _told(error: Exception) -> int:
     """Say what a user can mend, and give its exit code; raise anything else again."""
+    if isinstance(error, TmergeError) and rank_of_this() and not isinstance(error, ProcessLostError):
+        return error.exit_code  # the first process says it
     if isinstance(error, TmergeError):
         typer.echo(f"error: {' '.join(str(error).split(chr(10)))}", err=True)  # a file's name may hold a line break
         return error.exit_code

@@ -88,15 +88,20 @@ RunArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
 
 
 @contextmanager
-def progress() -> Iterator[Any]:
-    """A listener that shows every step on stderr, and stops where a signal came that something has swallowed."""
+def progress(*, heard: bool = True) -> Iterator[Any]:
+    """A listener that shows every step on stderr, and stops where a signal came that something has swallowed.
+
+    Args:
+        heard: Whether anything is shown: of several processes one speaks.
+    """
     from tmerge.cli.steps import listening
 
     with listening() as listener:
 
         def hear(step: Any) -> None:
             raise_if_stopped()
-            listener(step)
+            if heard:
+                listener(step)
 
         yield hear
 

@@ -25,6 +25,7 @@ from tmerge.errors import DeviceError, NotEnoughMemoryError, TokenizerError
 from tmerge.models import LoadedModel, available_memory, give_back_memory, refuse_without_rows
 from tmerge.models.blocks import run_passes
 from tmerge.models.device import is_out_of_memory
+from tmerge.processes import ALONE, Processes
 
 __all__ = ["LOGITS_AT_ONCE", "Scores", "score_texts"]
 
@@ -79,6 +80,7 @@ def score_texts(
     *,
     batch_tokens: int = 2048,
     finite: bool = True,
+    processes: Processes = ALONE,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Scores:
@@ -89,8 +91,9 @@ def score_texts(
         texts: N texts, not empty.
         batch_tokens: Most padded tokens of one forward pass; fewer where the vocabulary is large.
         finite: Whether a score that is not finite is refused; a candidate that overflows may simply lose.
-        progress: Called with (texts done, N), or, of a model that is read by blocks, with (blocks done, all of them);
-            may raise to stop.
+        processes: Among whom the batches are shared out; each calls this and is given all scores.
+        progress: Called with (texts done, all that this process scores), or, of a model that is read by blocks, with
+            (blocks done, all of them); may raise to stop.
         note: Told that a batch did not fit and was scored by halves.
 
     Raises:
@@ -114,7 +117,6 @@ def score_texts(
         encoded += windows
         owners += [owner] * len(windows)
     of_text = torch.tensor(owners)
-    windows_left = Counter(owners)
     bits = torch.zeros(len(texts), dtype=torch.float64)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     limit = max(1, min(batch_tokens, _logits_at_once(loaded) // vocabulary))
@@ -122,7 +124,9 @@ def score_texts(
     was_training = model.training
     model.eval()
     try:
-        batches = length_batches([len(ids) for ids in encoded], limit)
+        batches = processes.mine(length_batches([len(ids) for ids in encoded], limit))
+        windows_left = Counter(owners[index] for batch in batches for index in batch)
+        scored_here = len(windows_left)
 
         batch_bits: list[Tensor] = []
         halved: list[int] = []
@@ -146,13 +150,14 @@ def score_texts(
         def after(number: int) -> None:
             windows_left.subtract(owners[index] for index in batches[number])
             if progress is not None:
-                progress(sum(not windows for windows in windows_left.values()), len(texts))
+                progress(sum(not windows for windows in windows_left.values()), scored_here)
 
         works = [partial(score, batch) for batch in batches]
         read = [len(batch) * len(encoded[batch[-1]]) for batch in batches]
         run_passes(loaded, works, read, after=after, progress=progress)
         for batch, of_batch in zip(batches, batch_bits, strict=True):
             bits.index_add_(0, of_text[batch], of_batch)
+        bits = torch.stack(processes.gathered(bits)).sum(0)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -21,9 +21,10 @@ from tmerge.fusion.projection import Carrier
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.fusion.stream import carry_stream
 from tmerge.models import STREAM, Architecture, feature_key
+from tmerge.processes import ALONE, Processes
 from tmerge.recipe import CarriedSettings
 from tmerge.transport import PlanRecorder, Transport, in_turn, one_thread_each
-from tmerge.transport.record import Part
+from tmerge.transport.record import Part, read_part, write_part
 
 __all__ = ["Carried", "carry"]
 
@@ -65,6 +66,24 @@ class _CarriedLayer:
     recorded: Part
 
 
+@dataclass(frozen=True)
+class _ProjectionNote:
+    """What is told of one layer's projection.
+
+    Attributes:
+        norm_ratio: Transported over own norm of the selected neurons.
+        bias: What became of its bias.
+        neurons: That were selected.
+    """
+
+    norm_ratio: float | None
+    bias: str
+    neurons: Tensor
+
+
+_LayerNote = dict[str, _ProjectionNote]
+
+
 def carry(
     target: Architecture,
     source: Architecture,
@@ -76,6 +95,7 @@ def carry(
     vocabulary: Tensor | None = None,
     keep: Keep | None = None,
     scratch: Path | None = None,
+    processes: Processes = ALONE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Carried:
     """Transport every fused projection of every target layer (Eq. 13-14 up to alpha).
@@ -92,13 +112,15 @@ def carry(
         shuffle: For the `permuted` control.
         vocabulary: With ``fusion.stream``: (2, V) ids in the target and in the source of tokens that both have.
         keep: Is handed each layer's neurons, which are let go then; None keeps all of them in the result.
-        scratch: A folder to gather the record's tensors in; to be removed once they are written elsewhere.
+        scratch: A folder to gather the record's tensors in; to be removed once they are written elsewhere. Several
+            processes need one.
+        processes: Among whom the target's layers are shared out; each calls this and keeps what it transported. What
+            else is told of them all have, but for the record's tensors, which the first has.
         progress: Called with (layers done, all); may raise to stop.
     """
     carrier = Carrier(target, source, source_base, transport, fusion)
-    recorder, layers = PlanRecorder(transport, scratch), transport.target_layers
-    carried = Carried(norm_ratios={projection: [] for projection in transport.layer_maps})
-    selected: dict[str, list[Tensor]] = {projection: [] for projection in transport.layer_maps}
+    recorder, layers = PlanRecorder(transport, scratch), processes.mine(transport.target_layers)
+    carried, noted = Carried(), list[_LayerNote]()
     statistics = transport.statistics  # read once, here, and not by every worker
 
     def hand_over(transported: Sequence[TransportedNeurons], permuted: Sequence[TransportedNeurons]) -> None:
@@ -120,40 +142,57 @@ def carry(
         return _CarriedLayer(transported, permuted, recorder.part(maps.values()))
 
     def take(layer: int, carried_layer: _CarriedLayer) -> None:
-        for transported_neurons in carried_layer.transported:
-            _note(carried, carrier, transported_neurons, is_first=not selected[transported_neurons.projection])
-            selected[transported_neurons.projection].append(transported_neurons.neurons.to(torch.int32))
+        noted.append({item.projection: _note(carrier, item) for item in carried_layer.transported})
         hand_over(carried_layer.transported, carried_layer.permuted)
-        recorder.add(carried_layer.recorded)
+        if processes.count == 1:
+            recorder.add(carried_layer.recorded)
+        else:
+            assert scratch is not None
+            write_part(carried_layer.recorded, scratch / f"{layer}.part")
         if progress is not None:
             progress(layers.index(layer) + 1, len(layers))
 
     with one_thread_each() as workers:
         in_turn(work, layers, workers, take)
-    carried.biases = {projection: carried.biases[projection] for projection in transport.layer_maps}
-    carried.tensors = recorder.tensors()
-    carried.tensors |= {f"neurons.{name}": torch.stack(neurons) for name, neurons in selected.items()}
+    of_layers = processes.of_all(noted)
+    if processes.is_first and processes.count > 1 and scratch is not None:
+        for layer in transport.target_layers:
+            recorder.add(read_part(scratch / f"{layer}.part"))
+    if processes.is_first:
+        carried.tensors = recorder.tensors()
+    for projection in transport.layer_maps:
+        notes = [layer_note[projection] for layer_note in of_layers if projection in layer_note]
+        carried.norm_ratios[projection] = [note.norm_ratio for note in notes]
+        carried.biases[projection] = notes[0].bias
+        carried.tensors[f"neurons.{projection}"] = torch.stack([note.neurons for note in notes])
     if fusion.carries_stream:
         assert source_base is not None  # the recipe sees to it
         models = target, source, source_base
-        for transported_neurons in _carried_stream(models, transport, fusion, vocabulary, None):
-            carried.stream.add(transported_neurons.projection)
-            hand_over([transported_neurons], [])
-        if shuffle is not None:
-            for transported_neurons in _carried_stream(models, transport, fusion, vocabulary, shuffle):
-                hand_over([], [transported_neurons])
+
+        def carry_streams() -> set[str]:
+            names = set()
+            for item in _carried_stream(models, transport, fusion, vocabulary, None):
+                names.add(item.projection)
+                hand_over([item], [])
+            if shuffle is not None:
+                for item in _carried_stream(models, transport, fusion, vocabulary, shuffle):
+                    hand_over([], [item])
+            return names
+
+        carried.stream = processes.from_first(carry_streams)
     return carried
 
 
-def _note(carried: Carried, carrier: Carrier, transported_neurons: TransportedNeurons, *, is_first: bool) -> None:
-    """An item's norm ratio; and what becomes of its projection's bias, told of the first layer that has it."""
+def _note(carrier: Carrier, transported_neurons: TransportedNeurons) -> _ProjectionNote:
     view = carrier.target.layers[transported_neurons.layer][transported_neurons.projection]
     own = torch.linalg.vector_norm(read_neurons(view, transported_neurons.neurons))
     ratio = torch.linalg.vector_norm(transported_neurons.weight.double()) / own.double().cpu()
     # Blocks that were added to a model begin with zeros, and over nothing there is no ratio.
-    carried.norm_ratios[transported_neurons.projection].append(float(ratio) if own else None)
-    if is_first:
-        carried.biases[transported_neurons.projection] = carrier.bias_fate(view, transported_neurons.neurons)
+    return _ProjectionNote(
+        float(ratio) if own else None,
+        carrier.bias_fate(view, transported_neurons.neurons),
+        transported_neurons.neurons.to(torch.int32),
+    )
 
 
 def _carried_stream(

@@ -18,6 +18,7 @@ from torch import Tensor
 from tmerge.errors import RunNotFoundError
 from tmerge.fusion.merge import NeuronSequence, TransportedNeurons
 from tmerge.models import PROJECTIONS
+from tmerge.processes import ALONE, Processes
 from tmerge.store import read_json, write_json, write_tensors
 
 __all__ = ["NeuronWriter", "StoredNeurons"]
@@ -35,14 +36,23 @@ class NeuronWriter(Generic[PartNote]):
         key: What decides them, kept in the folder.
         notes: Type of the notes; None where parts have none.
         resume: Whether parts that an earlier writer of the same key left there stay.
+        processes: That write into the folder together, each with a writer of its own; their parts are one at the end.
 
     Attributes:
         notes: One for each part that is there, where they have any.
         is_finished: Whether an earlier writer of the same key had finished.
     """
 
-    def __init__(self, folder: Path, key: str, *, notes: type[PartNote] | None = None, resume: bool = False) -> None:
-        self._folder, self._key, self._resume = folder, key, resume
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        *,
+        notes: type[PartNote] | None = None,
+        resume: bool = False,
+        processes: Processes = ALONE,
+    ) -> None:
+        self._folder, self._key, self._resume, self._processes = folder, key, resume, processes
         self._items: list[dict[str, Any]] = []
         self.notes: list[PartNote] = []
         self._parts = 0
@@ -56,14 +66,17 @@ class NeuronWriter(Generic[PartNote]):
                     self.notes = [notes.model_validate(note) for note in index["notes"]]
                 self.is_finished = finished is not None
                 return
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        processes.from_first(self._clear)
+
+    def _clear(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
 
     def parts(self) -> list[list[TransportedNeurons]]:
         """What is there already, a list for each time that some was added."""
         parts: list[list[TransportedNeurons]] = [[] for _ in range(self._parts)]
-        for number, entry in enumerate(self._items):
-            parts[entry["part"]].append(_read(self._folder, number, entry))
+        for entry in self._items:
+            parts[entry["part"]].append(_read(self._folder, entry))
         return parts
 
     def add(self, transported: Sequence[TransportedNeurons], note: PartNote | None = None) -> None:
@@ -74,17 +87,19 @@ class NeuronWriter(Generic[PartNote]):
             note: Kept with them, in `notes`.
         """
         tensors: dict[str, Tensor] = {}
-        name = f"{self._parts:05}.safetensors"
+        name = f"{self._processes.rank:03}-{self._parts:05}.safetensors"
         for transported_neurons in transported:
             fields = {
                 "neurons": transported_neurons.neurons,
                 "weight": transported_neurons.weight,
                 "bias": transported_neurons.bias,
             }
-            tensors |= {f"{len(self._items)}.{field}": value for field, value in fields.items() if value is not None}
+            number = len(self._items)
+            tensors |= {f"{number}.{field}": value for field, value in fields.items() if value is not None}
             self._items.append(
                 {
                     "file": name,
+                    "number": number,
                     "part": self._parts,
                     "layer": transported_neurons.layer,
                     "projection": transported_neurons.projection,
@@ -101,7 +116,9 @@ class NeuronWriter(Generic[PartNote]):
 
     def finish(self) -> StoredNeurons:
         """Write what there is, last: without it the folder is of no use."""
-        write_json(self._folder / _INDEX, self._index)
+        shares = self._processes.gathered((self._items, self._parts))
+        self._items, self._parts = [item for items, _ in shares for item in items], sum(parts for _, parts in shares)
+        self._processes.from_first(lambda: write_json(self._folder / _INDEX, self._index))
         return StoredNeurons(self._folder)
 
     @property
@@ -125,16 +142,17 @@ class StoredNeurons(NeuronSequence):
         if index is None:
             raise RunNotFoundError(f"{folder} holds no transported neurons any more; run the merge again")
         self._folder = folder
-        self._items = sorted(enumerate(index["items"]), key=lambda entry: _place(entry[1]))
+        self._items = sorted(index["items"], key=_place)
 
     def __len__(self) -> int:
         return len(self._items)
 
     def _item(self, index: int) -> TransportedNeurons:
-        return _read(self._folder, *self._items[index])
+        return _read(self._folder, self._items[index])
 
 
-def _read(folder: Path, number: int, entry: Mapping[str, Any]) -> TransportedNeurons:
+def _read(folder: Path, entry: Mapping[str, Any]) -> TransportedNeurons:
+    number = entry["number"]
     # Opened for each item: its pages go with it.
     with safe_open(folder / entry["file"], "pt") as file:
         tensors = {

@@ -39,6 +39,7 @@ class Choose:
 
     name = "choose"
     note = ChooseNote
+    together = True
 
     def inputs(self) -> dict[str, Any]:
         """What decides the choice."""

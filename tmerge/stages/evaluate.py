@@ -52,6 +52,7 @@ class Evaluate:
 
     name = "evaluate"
     note = EvaluateNote
+    together = True
 
     def inputs(self) -> dict[str, Any]:
         """What decides the scores."""
@@ -68,7 +69,7 @@ class Evaluate:
         descent = None
         if self.recipe.evaluation.descent:
             began = time.perf_counter()
-            descent = self._descent(transported, progress)
+            descent = progress.processes.from_first(lambda: self._descent(transported, progress))
             seconds += time.perf_counter() - began
         kept = {} if self.kept is None else self._on_kept(self.kept, transported, progress)
         return EvaluateNote(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from tmerge.evaluation import control_generator
 from tmerge.fusion import TransportedNeurons, carry
-from tmerge.models import Model, shared_vocabulary
+from tmerge.models import Architecture, Model, shared_vocabulary
+from tmerge.processes import Processes
 from tmerge.recipe import Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
 from tmerge.run import Run
@@ -54,6 +57,7 @@ class Fuse:
 
     name = "fuse"
     note = FuseNote
+    together = True
 
     def inputs(self) -> dict[str, Any]:
         """What decides the neurons."""
@@ -67,7 +71,7 @@ class Fuse:
 
     def do(self, key: str, progress: Progress) -> FuseNote:
         """Carry the weights, and keep what was carried."""
-        fusion, seed = self.recipe.fusion, self.recipe.seed
+        fusion, seed, processes = self.recipe.fusion, self.recipe.seed, progress.processes
         assert not isinstance(fusion, Reconstruction)  # it has a stage of its own
         vocabulary = None
         if fusion.carries_stream:
@@ -80,29 +84,34 @@ class Fuse:
             return torch.randperm(neurons, generator=control_generator(seed, "permuted", layer, feature))
 
         load(self.target, progress)
-        transported, permuted = self.neurons.write(key)
+        transported, permuted = self.neurons.write(key, processes)
+        source, base = self._weights(self.source, progress), None
+        if self.source_base is not None:
+            base = self._weights(self.source_base, progress)
 
         def keep(matched: Sequence[TransportedNeurons], shuffled: Sequence[TransportedNeurons]) -> None:
             transported.add(matched)
             permuted.add(shuffled)
 
-        with scratch(self.run.cache / "record") as folder:
+        with _gathering(self.run.cache / "record", processes) as folder:
             carried = carry(
                 self.target.views,
-                self.source.read(progress),
+                source,
                 transport,
                 fusion,
-                source_base=None if self.source_base is None else self.source_base.read(progress),
+                source_base=base,
                 shuffle=shuffle if "permuted" in self.recipe.evaluation.controls else None,
                 vocabulary=vocabulary,
                 keep=keep,
                 scratch=folder,
+                processes=processes,
                 progress=progress.counting("transporting weights", "layers"),
             )
             transported.finish()
             permuted.finish()
             commits = self.target.commit, self.source.model.commit
-            record_of(self.recipe, transport, self.features, commits, carried.tensors).save(self.run.transport_path)
+            record = record_of(self.recipe, transport, self.features, commits, carried.tensors)
+            processes.from_first(lambda: record.save(self.run.transport_path))
         return FuseNote.model_validate(
             {
                 "norm_ratios": carried.norm_ratios,
@@ -113,3 +122,20 @@ class Fuse:
                 "layer_plans_converged": transport.layer_plans_converged,
             }
         )
+
+    def _weights(self, of: SourceWeights, progress: Progress) -> Architecture:
+        """The weights that are fused from; what has to be written for them the first process writes."""
+        if not progress.processes.is_first:
+            progress.processes.wait()
+            return of.read(progress)
+        weights = of.read(progress)
+        progress.processes.wait()
+        return weights
+
+
+@contextmanager
+def _gathering(folder: Path, processes: Processes) -> Iterator[Path]:
+    """A folder for all processes, as `scratch` of the first."""
+    with scratch(folder) if processes.is_first else nullcontext(folder):
+        processes.wait()
+        yield folder

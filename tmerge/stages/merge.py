@@ -9,6 +9,7 @@ and keeps what is finished.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from tmerge.hub import write_card
 from tmerge.models import Model, pick_device
 from tmerge.preflight.check import Check, check, refuse_unfit
 from tmerge.preflight.models import Models
+from tmerge.processes import ALONE, Processes
 from tmerge.recipe import Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
 from tmerge.report import Report, library_versions
@@ -44,13 +46,14 @@ from tmerge.store import write_json, write_text
 __all__ = ["STAGES", "Listener", "Step", "advance", "merge"]
 
 
-def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) -> Report:
+def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None, processes: Processes = ALONE) -> Report:
     """Run a recipe, or take up its unfinished run.
 
     Args:
         recipe: What to merge, and how.
         out: The run's folder.
         listener: Hears every `Step`; may raise `Cancelled`.
+        processes: That run it together, each of which calls this (`tmerge.processes`).
 
     Returns:
         The report; ``to_dict()`` is what report.json holds. Of a finished run that cannot be written any more, the one
@@ -59,11 +62,17 @@ def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) 
     Raises:
         TmergeError: Bad input, one line; nothing is left behind if no stage had finished.
     """
-    run = Run.open(Path(out), recipe)
+    with processes.failing_together():
+        run = processes.from_first(lambda: Run.open(Path(out), recipe))
+        return _merge(recipe, run, listener or (lambda step: None), processes)
+
+
+def _merge(recipe: Recipe, run: Run, listener: Listener, processes: Processes) -> Report:
     try:
-        with run.at_work():
-            road = _Road(recipe, run, listener or (lambda step: None))
-            return road.report(list(road.stages()))
+        with run.at_work() if processes.is_first else nullcontext():
+            road = _Road(recipe, run, listener, processes)
+            finished = list(road.stages())
+            return processes.from_first(lambda: road.report(finished))
     except ReadOnlyError:
         # What was finished before it was put where nothing is written any more.
         if not run.reported:
@@ -103,6 +112,7 @@ class _Road:
     recipe: Recipe
     run: Run
     listener: Listener
+    processes: Processes = ALONE
 
     @cached_property
     def models(self) -> Models:
@@ -114,33 +124,32 @@ class _Road:
 
     @cached_property
     def check(self) -> Check:
-        return check(self.recipe, self.models)
+        return self.processes.from_first(lambda: check(self.recipe, self.models))
 
     def stages(self) -> Iterator[Finished[Any]]:
         """All stages; each is given out when it is finished."""
         recipe, run, cache, models = self.recipe, self.run, self.run.cache, self.models
-        says = Progress("texts", self.listener)
-        refuse_unfit(self.check, recipe, run.folder)
+        says, checked, first = Progress("texts", self.listener), self.check, self.processes.from_first
+        first(lambda: refuse_unfit(checked, recipe, run.folder))
         if not run.reported:
             # Said before anything is fetched: a licence that forbids the merge, a repo that is gated.
-            for line in self.check.notes:
+            for line in checked.notes:
                 says.note(line)
-        projections = self.check.projections
-        recorded = self.recorded
+        projections, recorded = checked.projections, self.recorded
         if recorded is not None:
-            commits = {"target": models.target.commit, "source": models.source.commit}
-            recorded.refuse_other_recipe(recipe, commits, projections)
+            commits, plan = {"target": models.target.commit, "source": models.source.commit}, recorded
+            first(lambda: plan.refuse_other_recipe(recipe, commits, projections))
         device = pick_device(recipe.device)
-        runner = Runner(run, self.listener, str(device))
+        runner = Runner(run, self.listener, str(device), self.processes)
 
         apart = bool(recipe.fusion.chosen or (recorded is not None and recorded.recipe.fusion.chosen))
-        data = self._data(says, recorded is not None)
+        data = first(lambda: self._data(says, recorded is not None))
         paths = run.texts_path, run.kept_texts_path
         yield runner(Texts(recipe, models.target, models.source, data, apart, recorded is not None, *paths))
         texts = TextSet.load(run.texts_path)
         kept = kept_texts(recipe, run)
         if recorded is not None:
-            recorded.refuse_other_texts(texts.sha256)
+            first(lambda: plan.refuse_other_texts(texts.sha256))
 
         folders = {role: run.features(role) for role in ("target", "source")}
         roomy, read = models.fit_together, (texts, projections)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tmerge.evaluation import noise, shrink
 from tmerge.fusion import BlockNote, NeuronWriter, StoredNeurons, TransportedNeurons
 from tmerge.models import Projection
+from tmerge.processes import Processes
 
 __all__ = ["Neurons"]
 
@@ -23,13 +24,15 @@ class Neurons:
     def __init__(self, cache: Path) -> None:
         self._cache = cache
 
-    def write(self, key: str) -> tuple[NeuronWriter[BlockNote], NeuronWriter[BlockNote]]:
+    def write(self, key: str, processes: Processes) -> tuple[NeuronWriter[BlockNote], NeuronWriter[BlockNote]]:
         """Begin anew: with what is carried through the plans, and through shuffled ones.
 
         Args:
             key: What decides them.
+            processes: That write together.
         """
-        return NeuronWriter(self._cache / "transported", key), NeuronWriter(self._cache / "permuted", key)
+        transported, permuted = self._cache / "transported", self._cache / "permuted"
+        return NeuronWriter(transported, key, processes=processes), NeuronWriter(permuted, key, processes=processes)
 
     @cached_property
     def transported(self) -> StoredNeurons:

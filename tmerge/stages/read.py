@@ -46,6 +46,7 @@ class Read:
     let_go: bool = False
 
     note = ReadNote
+    together = True
 
     def inputs(self) -> dict[str, Any]:
         """What decides the features and the scores."""
@@ -68,8 +69,8 @@ class Read:
     def do(self, key: str, progress: Progress) -> ReadNote:
         """Load, read and score it."""
         note = self._read(key, progress)
-        if self.kept is not None:
-            self.kept.keep(progress)
+        if (kept := self.kept) is not None:
+            progress.processes.from_first(lambda: kept.keep(progress))
         if self.kept is not None or self.let_go:
             self.model.release()
             give_back_memory()
@@ -90,6 +91,7 @@ class Read:
             batch_tokens=self.recipe.calibration.batch_tokens,
             key=key,
             ends=self.texts.ends or None,
+            processes=progress.processes,
             progress=progress.counting(f"{self.name}: reading features", unit(loaded)),
             note=progress.note,
         )

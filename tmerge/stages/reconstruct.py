@@ -62,6 +62,7 @@ class Reconstruct:
 
     name = "reconstruct"
     note = ReconstructNote
+    together = False
 
     @property
     def _settings(self) -> Reconstruction:

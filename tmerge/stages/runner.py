@@ -6,12 +6,13 @@ A stage is finished when the run's cache holds a note of it under its key: the h
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from pydantic import ValidationError
 
 from tmerge.models import give_back_memory
+from tmerge.processes import ALONE, Processes
 from tmerge.report import library_versions, peak_memory
 from tmerge.run import Run, stage_key
 from tmerge.stages.notes import Note
@@ -33,6 +34,11 @@ class Stage(Protocol[N_co]):
     @property
     def note(self) -> type[N_co]:
         """The class of its note."""
+        ...
+
+    @property
+    def together(self) -> bool:
+        """Whether all processes of the run do it, each its share; else the first does all of it."""
         ...
 
     def inputs(self) -> dict[str, Any]:
@@ -77,23 +83,39 @@ class Runner:
         finished: Those that are done, in their order.
     """
 
-    def __init__(self, run: Run, listener: Listener, device: str) -> None:
-        self.run, self.listener, self.device = run, listener, device
+    def __init__(self, run: Run, listener: Listener, device: str, processes: Processes = ALONE) -> None:
+        self.run, self.listener, self.device, self.processes = run, listener, device, processes
         self.finished: list[Finished[Any]] = []
 
     def __call__(self, stage: Stage[N_co]) -> Finished[N_co]:
         """Do a stage, unless it was done under the same key before."""
         key = stage_key(stage.name, versions=library_versions(), **stage.inputs())
+        done = self.processes.from_first(lambda: self._begun(stage, key))
+        if done is None:
+            if stage.together:
+                worked = self._done(stage, key, self.processes)
+                peak = max(self.processes.gathered(worked.peak_rss_bytes))
+                done = self.processes.from_first(lambda: self._kept(replace(worked, peak_rss_bytes=peak)))
+            else:
+                done = self.processes.from_first(lambda: self._kept(self._done(stage, key, ALONE)))
+        self.finished.append(done)
+        return done
+
+    def _begun(self, stage: Stage[N_co], key: str) -> Finished[N_co] | None:
+        """What was done under this key before; else what another key noted is void: its files are written over."""
         done = self._before(stage, key)
         if done is None:
-            # What another key noted is void from here on: its files are about to be written over.
             self.run.forget(stage.name)
-            began = time.perf_counter()
-            note = stage.do(key, Progress(stage.name, self.listener))
-            give_back_memory()  # between small things that stay the C library keeps what large ones held
-            done = Finished(stage.name, key, note, time.perf_counter() - began, peak_memory(), self.device)
-            self.run.finish(stage.name, key, done.facts())
-        self.finished.append(done)
+        return done
+
+    def _done(self, stage: Stage[N_co], key: str, processes: Processes) -> Finished[N_co]:
+        began = time.perf_counter()
+        note = stage.do(key, Progress(stage.name, self.listener, processes))
+        give_back_memory()  # between small things that stay the C library keeps what large ones held
+        return Finished(stage.name, key, note, time.perf_counter() - began, peak_memory(), self.device)
+
+    def _kept(self, done: Finished[N_co]) -> Finished[N_co]:
+        self.run.finish(done.name, done.key, done.facts())
         return done
 
     def _before(self, stage: Stage[N_co], key: str) -> Finished[N_co] | None:

@@ -51,6 +51,7 @@ class Save:
 
     name = "save"
     note = SaveNote
+    together = False
 
     def inputs(self) -> dict[str, Any]:
         """What decides the checkpoint."""

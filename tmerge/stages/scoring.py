@@ -77,6 +77,7 @@ def score(
         texts,
         batch_tokens=recipe.calibration.batch_tokens,
         finite=finite,
+        processes=progress.processes,
         progress=progress.counting(what, unit(model)),
         note=progress.note,
     )

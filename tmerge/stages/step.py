@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tmerge.processes import ALONE, Processes
 from tmerge.recipe import Recipe, Reconstruction
 
 __all__ = ["NOTE", "STAGES", "Listener", "Progress", "Step", "fusing_stage", "stage_names"]
@@ -57,10 +58,17 @@ Listener = Callable[[Step], None]
 
 @dataclass(frozen=True)
 class Progress:
-    """What one stage says, to one listener."""
+    """What one stage says, to one listener; and who does it.
+
+    Attributes:
+        stage: Its name.
+        listener: Hears of it.
+        processes: Those that do the stage together.
+    """
 
     stage: str
     listener: Listener
+    processes: Processes = ALONE
 
     def step(self, what: str, done: int, total: int, unit: str, row: tuple[str, int, Tensor] | None = None) -> None:
         """Tell of a step; see `Step`."""

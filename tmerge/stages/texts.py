@@ -61,6 +61,7 @@ class Texts:
 
     name = "texts"
     note = TextsNote
+    together = False
 
     def inputs(self) -> dict[str, Any]:
         """What decides the texts."""

@@ -88,6 +88,7 @@ class SolveTransport:
 
     name = "transport"
     note = TransportNote
+    together = True
 
     def inputs(self) -> dict[str, Any]:
         """What decides the transport."""
@@ -103,7 +104,7 @@ class SolveTransport:
         with memory_errors("transport", self.device):
             transport = self._solve(progress)
         assert transport.problems is not None  # it was solved here
-        noted_relatedness = self._relatedness(transport, progress)
+        noted_relatedness = progress.processes.from_first(lambda: self._relatedness(transport, progress))
         if noted_relatedness is not None:
             progress.note(relatedness_words(noted_relatedness))
         return TransportNote.model_validate({**transport.problems.to_dict(), "relatedness": noted_relatedness})
@@ -114,7 +115,9 @@ class SolveTransport:
         target, source = features.sides()
         if isinstance(settings, Shared):
             path = features.cache / _SHARED
-            return solve_shared(target, source, features.projections, settings, path, heard=progress.step)
+            return solve_shared(
+                target, source, features.projections, settings, path, heard=progress.step, processes=progress.processes
+            )
         path = features.cache / _APART
         return solve_apart(
             target,
@@ -125,6 +128,7 @@ class SolveTransport:
             device=self.device,
             heard=progress.step,
             note=progress.note,
+            processes=progress.processes,
         )
 
     def _relatedness(self, transport: Transport, progress: Progress) -> Relatedness | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tmerge.models import feature_key
+from tmerge.processes import ALONE, Processes
 from tmerge.recipe import Apart
 from tmerge.transport.cost import standardise
 from tmerge.transport.plans import (
@@ -45,6 +46,7 @@ def solve_apart(
     device: torch.device | None = None,
     heard: Heard | None = None,
     note: Callable[[str], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Transport:
     """Solve every feature plan of every pair of layers, and keep the potentials and the layer plans.
 
@@ -57,9 +59,10 @@ def solve_apart(
         device: Where to solve; the CPU if None.
         heard: Hears of every target layer.
         note: Told that a device solves fewer problems at once than were asked of it.
+        processes: Among whom the target's layers are shared out; the first writes.
     """
     keys = feature_keys(projections)
-    total, done = sum(len(target.layers_with(key)) for key in keys), 0
+    total, done = sum(len(processes.mine(target.layers_with(key))) for key in keys), 0
     plans: dict[str, FeaturePlans] = {}
     for key in keys:
 
@@ -81,9 +84,10 @@ def solve_apart(
             device=device,
             solved=solved,
             note=note,
+            processes=processes,
         )
     layers = layer_plans(plans, settings)
-    save_plans(plans, layers, path)
+    processes.from_first(lambda: save_plans(plans, layers, path))
     return apart_transport(plans, target.read, source.read, projections, settings, layers)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tmerge.models import available_memory, give_back_memory
 from tmerge.models.device import is_out_of_memory
+from tmerge.processes import ALONE, Processes
 from tmerge.store import write_tensors
 from tmerge.transport.cost import correlation_cost, standardise
 from tmerge.transport.sinkhorn import SinkhornResult, kernel_dtype, plan_from_potentials, sinkhorn
@@ -119,6 +120,7 @@ def solve_features(
     at_once: int | None = None,
     solved: Callable[[int, Tensor], None] | None = None,
     note: Callable[[str], None] | None = None,
+    processes: Processes = ALONE,
 ) -> FeaturePlans:
     """Solve the feature transport of every layer pair for one feature key (Eq. 7-10).
 
@@ -136,6 +138,7 @@ def solve_features(
             cache, and on an accelerator as many as there is room for; halved where there is none after all.
         solved: Called with a target layer and its (M,) transport costs as they come in; may raise to stop.
         note: Told that fewer problems are solved at once.
+        processes: Among whom the target's layers are shared out; each calls this and is given all plans.
 
     Returns:
         Potentials and costs of all L x M problems.
@@ -196,7 +199,9 @@ def solve_features(
             solved(layer, torch.cat([result.transport_cost.reshape(-1).cpu() for result in row]))
 
     with one_thread_each(device) as workers:
-        in_turn(solve_row, target_layers, workers, take)
+        in_turn(solve_row, processes.mine(target_layers), workers, take)
+    if processes.count > 1:
+        rows = processes.of_all([[result.to(torch.device("cpu")) for result in row] for row in rows])
 
     def gather(field: str, kind: torch.dtype, tail: tuple[int, ...] = ()) -> Tensor:
         flat = [getattr(result, field).to("cpu", kind).reshape(-1, *tail) for line in rows for result in line]

@@ -117,6 +117,20 @@ class TransportRecord:
         return plans
 
 
+def write_part(part: Part, path: Path) -> None:
+    """Keep a layer's part for another process, which reads it by `read_part`."""
+    write_tensors(path, {f"{key}/{name}": tensor for key, tensors in part.items() for name, tensor in tensors.items()})
+
+
+def read_part(path: Path) -> Part:
+    """What `write_part` kept."""
+    part: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(path).items():
+        key, _, field = name.partition("/")
+        part.setdefault(key, {})[field] = tensor
+    return part
+
+
 class PlanRecorder:
     """Gathers what a run's record keeps of a transport, layer by layer, so that no dense plan has to outlive its layer.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tmerge.errors import UnsupportedModelError
 from tmerge.models import feature_key
+from tmerge.processes import ALONE, Processes
 from tmerge.recipe import Shared
 from tmerge.transport.plans import mutual_top
 from tmerge.transport.result import FeatureLayers, FeatureMap, LayerMap, Problems, Transport, Wanted
@@ -35,6 +36,7 @@ def solve_shared(
     path: Path,
     *,
     heard: Heard | None = None,
+    processes: Processes = ALONE,
 ) -> Transport:
     """Pair the layers, solve the structure, and keep it.
 
@@ -45,13 +47,15 @@ def solve_shared(
         settings: The recipe's section.
         path: Where the structure is written, for `read_shared`.
         heard: Hears of every target layer.
+        processes: Among whom the target's layers are shared out; the first writes.
 
     Raises:
         NoSharedStructureError: As `solve_structure`.
         UnsupportedModelError: As `paired_layer_maps`.
     """
     keys = feature_keys(projections)
-    total, done = sum(key in of for key in keys for of in target.keys.values()), 0
+    total = sum(len(processes.mine([layer for layer in target.keys if key in target.keys[layer]])) for key in keys)
+    done = 0
 
     def compared(key: str, layer: int, costs: Tensor) -> None:
         nonlocal done
@@ -63,7 +67,9 @@ def solve_shared(
         if heard is not None:
             heard("matching heads and neurons", done, total, "layers")
 
-    pairs, cost, layers = pair_layers(target, source, keys, signed=settings.signed, solved=compared)
+    pairs, cost, layers = pair_layers(
+        target, source, keys, signed=settings.signed, solved=compared, processes=processes
+    )
     stream, inner = solve_structure(
         target,
         source,
@@ -73,11 +79,12 @@ def solve_shared(
         tolerance=settings.tolerance,
         signed=settings.signed,
         progress=matched,
+        processes=processes,
     )
     structure = Structure(pairs, cost, layers, stream, inner)
     # What does not fit is said by this, before anything is kept.
     transport = shared_transport(structure, target.read, source.read, projections, settings)
-    structure.save(path)
+    processes.from_first(lambda: structure.save(path))
     return transport
 
 

@@ -32,7 +32,7 @@ of models: beside torch and the errors it imports the blocks that a cost is work
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -77,6 +77,10 @@ class SinkhornResult:
     iterations: Tensor
     marginal_error: Tensor
     transport_cost: Tensor
+
+    def to(self, device: torch.device) -> SinkhornResult:
+        """The same on another device."""
+        return SinkhornResult(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     @property
     def remedy(self) -> str:

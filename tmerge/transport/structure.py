@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tmerge.documents import parse_json
 from tmerge.errors import NoSharedStructureError
+from tmerge.processes import ALONE, Processes
 from tmerge.store import write_tensors
 from tmerge.transport.cost import standardise
 from tmerge.transport.heads import match_heads
@@ -110,6 +111,7 @@ def pair_layers(
     *,
     signed: bool = False,
     solved: Callable[[str, int, Tensor], None] | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[dict[int, int], dict[str, Tensor], dict[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
     """Which source layer each target layer is: the pairing in order of least mean cost over the features.
 
@@ -119,6 +121,7 @@ def pair_layers(
         keys: Feature keys to compare.
         signed: As for `nearest_cost`.
         solved: Called with (key, target layer, its (M,) costs); may raise to stop.
+        processes: Among whom the target's layers are shared out; each calls this and is given all.
 
     Returns:
         target layer -> source layer; and by key the (L, M) costs, and which layers their rows and columns are.
@@ -131,15 +134,13 @@ def pair_layers(
         rows = [layer for layer in target_layers if key in target.keys[layer]]
         columns = [layer for layer in source_layers if key in source.keys[layer]]
         sampled_sources = [sampled(source.read(layer, key)) for layer in columns]
-        costs = torch.zeros(len(rows), len(columns), dtype=torch.float64)
-        for row, layer in enumerate(rows):
+        found: list[list[float]] = []
+        for layer in processes.mine(rows):
             sampled_target = layer_features(target.read(layer, key))
-            costs[row] = torch.tensor(
-                [nearest_cost(sampled_target, sampled_source, signed=signed) for sampled_source in sampled_sources],
-                dtype=torch.float64,
-            )
+            found.append([nearest_cost(sampled_target, of_source, signed=signed) for of_source in sampled_sources])
             if solved is not None:
-                solved(key, layer, costs[row])
+                solved(key, layer, torch.tensor(found[-1], dtype=torch.float64))
+        costs = torch.tensor(processes.of_all(found), dtype=torch.float64).reshape(len(rows), len(columns))
         cost[key], layers[key] = costs, (tuple(rows), tuple(columns))
         entries = (
             torch.tensor([target_layers.index(layer) for layer in rows])[:, None],
@@ -169,6 +170,7 @@ def solve_structure(
     tolerance: float = 1e-6,
     signed: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[Correspondence, dict[tuple[int, str], Correspondence]]:
     """The residual stream's correspondence, and each layer pair's of heads and MLP neurons.
 
@@ -181,6 +183,7 @@ def solve_structure(
         tolerance: Of Sinkhorn.
         signed: Whether neurons of the stream, of v and of gated MLPs may meet their negative.
         progress: Called with (layers done, all); may raise to stop.
+        processes: Among whom the pairs are shared out; each calls this and is given all.
 
     Raises:
         NoSharedStructureError: What a model reads from its residual stream and what it writes differ in width, or no
@@ -189,8 +192,8 @@ def solve_structure(
     solve = partial(couple, epsilon=epsilon, max_iterations=max_iterations, tolerance=tolerance)
     stream: Tensor | None = None
     inner: dict[tuple[int, str], Correspondence] = {}
-    counted = 0
-    for done, (layer, source_layer) in enumerate(pairs.items(), start=1):
+    counted, mine = 0, processes.mine(list(pairs.items()))
+    for done, (layer, source_layer) in enumerate(mine, start=1):
 
         def alike(key: str, layer: int = layer, source_layer: int = source_layer) -> Tensor:
             return _correlation(target.read(layer, key), source.read(source_layer, key))
@@ -209,13 +212,28 @@ def solve_structure(
             for key, correspondence in _layer(alike, keys, layer, source_layer, target, source, solve, signed).items()
         }
         if progress is not None:
-            progress(done, len(pairs))
+            progress(done, len(mine))
+    if processes.count > 1:
+        stream, counted, inner = _joined(processes, stream, counted, inner)
     if stream is None:
         raise NoSharedStructureError(
             "no pair of layers reads or writes a residual stream; set transport.structure: none"
         )
     stream = stream / counted
     return solve(stream.abs()).signed(stream) if signed else solve(stream), inner
+
+
+def _joined(
+    processes: Processes, stream: Tensor | None, counted: int, inner: dict[tuple[int, str], Correspondence]
+) -> tuple[Tensor | None, int, dict[tuple[int, str], Correspondence]]:
+    """What each process found of its pairs, together; layers in their order."""
+    shares = processes.gathered((stream, counted, inner))
+    streams = [share for share, _, _ in shares if share is not None]
+    if len({share.shape for share in streams}) > 1:
+        raise NoSharedStructureError("the residual stream is of several widths: set transport.structure: none")
+    found = {name: correspondence for _, _, some in shares for name, correspondence in some.items()}
+    ordered = dict(sorted(found.items(), key=lambda item: item[0][0]))
+    return (torch.stack(streams).sum(0) if streams else None), sum(count for _, count, _ in shares), ordered
 
 
 def _layer(

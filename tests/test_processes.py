@@ -1,0 +1,207 @@
+"""One run by several processes: the same bytes as by one, one voice, and an end within seconds where one is lost.
+
+The processes are real: `torchrun` begins them, they meet over gloo, and the command line runs in each.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import psutil
+import pytest
+
+from tests.pico import pico_model, save_pico
+from tests.stages.test_task_vector import _deeper, _shaken, save_all
+from tmerge.errors import EndedElsewhereError, RecipeError
+from tmerge.processes import ALONE, Processes
+from tmerge.recipe import load_recipe
+from tmerge.stages.merge import merge
+
+ROOT = Path(__file__).parents[1]
+BESIDE = [
+    "calibration.texts=70",
+    "calibration.max_tokens=48",
+    "calibration.held_out=0.3",
+    "calibration.token_rows=200",
+    "evaluation.texts=12",
+    "evaluation.bootstrap=200",
+    "dtype=float32",
+    "fusion.alpha=0.5",
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A target, a deeper relative, what that has become, and a stranger of another family."""
+    folder = tmp_path_factory.mktemp("models")
+    target = pico_model("llama")
+    base = _deeper(target)
+    save_all(folder, target=target, base=base, source=_shaken(base, 0.05, 2))
+    save_pico("qwen2", folder / "stranger", layers=3)
+    return folder
+
+
+def words_of(models, what, settings=()):
+    """The command line's, but for --out: a task vector along one structure, or the paper's plans of strangers."""
+    words = ["merge", "--target", models / "target", "--dataset", "samples:indonesian"]
+    if what == "task vector":
+        words += ["--source", models / "source", "--source-base", models / "base"]
+    else:
+        words += ["--source", models / "stranger"]
+    return [str(word) for word in words] + [word for key in [*BESIDE, *settings] for word in ("--set", key)]
+
+
+def recipe_of(models, what):
+    pair = {"source": str(models / "stranger")}
+    if what == "task vector":
+        pair = {"source": str(models / "source"), "source_base": str(models / "base")}
+    return load_recipe(
+        None, {"target": str(models / "target"), "calibration.dataset": "samples:indonesian", **pair}, BESIDE
+    )
+
+
+def begun(words, count=2):
+    """The processes of a run, begun: the launcher."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return subprocess.Popen(
+        [*launcher, "-m", "tmerge", *words],
+        cwd=ROOT,
+        env=os.environ | quiet,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("what", ["task vector", pytest.param("the paper's plans", marks=pytest.mark.slow)])
+def test_two_processes_write_what_one_writes(models, tmp_path, what):
+    alone = merge(recipe_of(models, what), tmp_path / "alone")
+    launcher = begun([*words_of(models, what), "--out", str(tmp_path / "together")])
+    output, said = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, said
+    # Batches and layers are worked on as one process works on them, so not a bit is another.
+    for name in ("model.safetensors", "tmerge/transport.safetensors", "tmerge/recipe.yaml"):
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "together" / name).read_bytes(), name
+    together = merge(recipe_of(models, what), tmp_path / "together")  # finished: read again
+    assert together.evaluation == alone.evaluation
+    assert together.fusion == alone.fusion
+    # One of them speaks.
+    assert output.count("The model is in") == 1
+    assert len(re.findall(r"source: held-out texts: (\d+)/\1 texts", said)) == 1
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_run_and_the_same_command_goes_on(models, tmp_path):
+    words = [*words_of(models, "task vector"), "--out", str(tmp_path / "together")]
+    launcher = begun(words)
+    heard = []
+    for line in launcher.stderr:
+        heard.append(line)
+        if line.startswith("[source]"):
+            break
+    second = next(
+        child
+        for child in psutil.Process(launcher.pid).children(recursive=True)
+        if child.environ().get("RANK") == "1" and "-m" in child.cmdline()
+    )
+    second.send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    said = "".join(heard) + launcher.communicate(timeout=120)[1]
+    assert time.monotonic() - began < 30
+    assert launcher.returncode == 1
+    assert re.search(r"rank\s*: 1 \(local_rank: 1\)\s+exitcode\s*: -9", said)
+    assert not (tmp_path / "together/model.safetensors").exists()
+    launcher = begun(words)
+    said = launcher.communicate(timeout=300)[1]
+    assert launcher.returncode == 0, said
+    assert "[target]" not in said  # that stage had finished
+    merge(recipe_of(models, "task vector"), tmp_path / "alone")
+    alone, together = (tmp_path / name / "model.safetensors" for name in ("alone", "together"))
+    assert alone.read_bytes() == together.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once(models, tmp_path):
+    launcher = begun([*words_of(models, "task vector", ["calibration.texts=0"]), "--out", str(tmp_path / "none")])
+    said = launcher.communicate(timeout=120)[1]
+    assert launcher.returncode == 1 and said.count("error: ") == 1
+    assert re.search(r"^error: .*calibration\.texts", said, re.MULTILINE)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_other_commands_say_that_they_run_in_one(models):
+    launcher = begun(["check", "--target", str(models / "target"), "--source", str(models / "source")])
+    said = launcher.communicate(timeout=120)[1]
+    assert said.count("error: tmerge check runs in one process, and 2 were begun; leave out torchrun") == 1
+
+
+# -- what they tell each other, with threads in the place of processes ----------------------------------------------
+
+
+class Together:
+    """Processes that meet in memory."""
+
+    def __init__(self, count):
+        self.count, self.brought, self.barrier = count, [None] * count, Barrier(count)
+
+    def of(self, rank):
+        meeting = self
+
+        class Member(Processes):
+            def _exchanged(self, told):
+                meeting.brought[rank] = told
+                meeting.barrier.wait(10)
+                everything = list(meeting.brought)
+                meeting.barrier.wait(10)
+                return everything
+
+        return Member(rank, self.count)
+
+    def run(self, work):
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(lambda rank: work(self.of(rank)), range(self.count)))
+
+
+@pytest.mark.parametrize("items", [0, 1, 2, 3, 7, 12])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_what_comes_of_all_items_is_in_their_order(count, items):
+    def work(processes):
+        return processes.of_all([item * item for item in processes.mine(range(items))])
+
+    assert Together(count).run(work) == [[item * item for item in range(items)]] * count
+    assert ALONE.of_all(ALONE.mine(range(items))) == list(range(items))
+
+
+def test_what_the_first_makes_all_have():
+    made = []
+
+    def work(processes):
+        return processes.from_first(lambda: made.append(processes.rank) or "made")
+
+    assert Together(3).run(work) == ["made"] * 3 and made == [0]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_ends_all_wherever_they_wait(failing):
+    def work(processes):
+        try:
+            with processes.failing_together():
+                if processes.rank == failing:
+                    raise RecipeError("no such key")
+                # The others have gone on to other meetings.
+                return processes.from_first(lambda: processes.rank) if processes.rank else processes.gathered(1)
+        except (RecipeError, EndedElsewhereError) as error:
+            return type(error), str(error)
+
+    told = Together(3).run(work)
+    assert told[failing] == (RecipeError, "no such key")
+    others = [outcome for rank, outcome in enumerate(told) if rank != failing]
+    assert others == [(EndedElsewhereError, f"process {failing} of 3: no such key")] * 2

@@ -1,0 +1,5 @@
+"""``python -m tmerge``, and so ``accelerate launch -m tmerge`` and ``torchrun -m tmerge``."""
+
+from tmerge.cli import main
+
+main()

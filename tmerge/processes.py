@@ -1,0 +1,191 @@
+"""The processes that work on one run together: which of them does what, and what they tell each other.
+
+`torchrun` and `accelerate launch` begin them and say in the environment who is who; all of them run the same command.
+Their work is divided by items (batches, layers), each item done by one process as a single process does it, and what
+came of it is told to all. Only the first process writes what a run keeps, and only it speaks. They meet over gloo,
+wherever they compute, so that who waits leaves his card alone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import psutil
+
+from tmerge.errors import EndedElsewhereError, ProcessLostError
+
+__all__ = ["ALONE", "Processes", "are_several", "joined", "rank_of_this"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# The first process may work alone for long while the others wait; one that is lost breaks its connections at once.
+_PATIENCE = timedelta(days=7)
+# Seconds until a process that broke its connections is seen to have ended.
+_ENDING = 3.0
+
+
+@dataclass(frozen=True)
+class _Member:
+    """Where a process runs."""
+
+    host: str
+    process: int
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a process brings to a meeting: a value, or an error in words."""
+
+    value: Any = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, as one of them sees them.
+
+    Attributes:
+        rank: Of this one, from 0.
+        count: How many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+    _group: Any = None
+    _members: tuple[_Member, ...] = ()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes and speaks."""
+        return self.rank == 0
+
+    def mine(self, items: Sequence[Item]) -> list[Item]:
+        """This process's share of the items: every `count`-th, so that sorted ones are shared out evenly."""
+        return list(items[self.rank :: self.count])
+
+    def of_all(self, mine: Sequence[Result]) -> list[Result]:
+        """What came of all items, in their order, from what came of this process's (`mine`)."""
+        shares = self.gathered(list(mine))
+        results: list[Any] = [None] * sum(map(len, shares))
+        for rank, share in enumerate(shares):
+            results[rank :: self.count] = share
+        return results
+
+    def gathered(self, value: Result) -> list[Result]:
+        """What each process has, in the order of their ranks.
+
+        Raises:
+            EndedElsewhereError: One of them has told of an error in the place of that.
+            ProcessLostError: One of them has ended.
+        """
+        if self.count == 1:
+            return [value]
+        told: list[_Told] = self._exchanged(_Told(value))
+        for rank, of_one in enumerate(told):
+            if of_one.error is not None:
+                raise EndedElsewhereError(f"process {rank} of {self.count}: {of_one.error}")
+        return [of_one.value for of_one in told]
+
+    def from_first(self, make: Callable[[], Result]) -> Result:
+        """What the first process makes, while the others wait for it; raises as `gathered`, and what `make` does."""
+        if self.count == 1:
+            return make()
+        made: Any = make() if self.is_first else None
+        return self.gathered(made)[0]  # type: ignore[no-any-return]
+
+    def wait(self) -> None:
+        """Go on when all have come here; raises as `gathered`."""
+        self.gathered(None)
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """While open, an error of one process is told to the others, which wait for it somewhere, and ends them too.
+
+        All of their meetings are of one kind, so that it does not matter where they wait.
+        """
+        try:
+            yield
+        except (EndedElsewhereError, ProcessLostError):
+            raise
+        except Exception as error:
+            if self.count > 1:
+                with suppress(ProcessLostError):
+                    self._exchanged(_Told(error=str(error) or type(error).__name__))
+            raise
+
+    def _exchanged(self, told: _Told) -> list[Any]:
+        import torch.distributed as distributed
+
+        all_told: list[Any] = [None] * self.count
+        try:
+            distributed.all_gather_object(all_told, told, group=self._group)
+        except RuntimeError as error:
+            lost = self._lost()
+            named = "another process" if lost is None else f"process {lost} of {self.count} (rank {lost})"
+            raise ProcessLostError(
+                f"{named} has ended before the run had ({str(error).splitlines()[0][:120]}); the same command goes on"
+            ) from None
+        return all_told
+
+    def _lost(self) -> int | None:
+        """The rank of a process on this machine that runs no more."""
+        end = time.monotonic() + _ENDING
+        while time.monotonic() < end:
+            for rank, member in enumerate(self._members):
+                if member.host == socket.gethostname() and not _runs(member.process):
+                    return rank
+            time.sleep(0.05)
+        return None
+
+
+ALONE = Processes()
+"""One process, which does everything."""
+
+
+def are_several() -> bool:
+    """Whether this process was begun as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def rank_of_this() -> int:
+    """Of this process, before it has met the others."""
+    return int(os.environ.get("RANK", "0")) if are_several() else 0
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Meet the other processes, and be assigned a card where there are any.
+
+    Raises:
+        ProcessLostError: One of them ended before all had met.
+    """
+    if not are_several():
+        yield ALONE
+        return
+    import torch.distributed as distributed
+    from accelerate import PartialState
+    from torch.cuda import is_available
+
+    state = PartialState(cpu=not is_available(), timeout=_PATIENCE)
+    group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    alone = Processes(state.process_index, state.num_processes, group)
+    members = alone.gathered(_Member(socket.gethostname(), os.getpid()))
+    yield Processes(alone.rank, alone.count, group, tuple(members))
+    # Not where something went wrong: whoever is not there any more would be waited for.
+    state.destroy_process_group()
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this machine is at work: not one that has ended and whose end nobody has heard of yet."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
