@@ -73,8 +73,8 @@ def test_a_row_of_problems_is_solved_there_and_comes_back(monkeypatch):
         )
         assert solved.f.shape == (2, 5, 70) and solved.f.device.type == "cpu"
     assert heard == [(0, (5,), "cpu"), (1, (5,), "cpu")]
-    # For each of three groups a row: four times in the solver, and its costs; six fields of each at the end.
-    assert waits.reads + waits.moves == 2 * 3 * (4 + 1 + 6)
+    # For each of three groups a row: four times in the solver; then six fields of the row.
+    assert waits.reads + waits.moves == 2 * (3 * 4 + 6)
 
 
 class _Writer:

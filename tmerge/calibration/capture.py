@@ -53,7 +53,7 @@ class CaptureReport:
         without_tokens: Texts that the tokenizer gives no token for; their features are the mean of all others.
         padded_tokens: Tokens of all batches, padding included.
         batches: Forward passes.
-        forward_seconds: Wall time of the forward passes, pooling included.
+        forward_seconds: Wall time of the forward passes, pooling included; of several processes the longest.
         seconds: Wall time in all.
     """
 
@@ -156,9 +156,9 @@ def capture(
             writer.finish()
 
         processes.from_first(finish)
-    batches, padded, forward_seconds = (
-        sum(shares) for shares in zip(*processes.gathered((batches, padded, forward_seconds)), strict=True)
-    )
+    shares = processes.gathered((batches, padded, forward_seconds))
+    batches, padded = sum(share[0] for share in shares), sum(share[1] for share in shares)
+    forward_seconds = max(share[2] for share in shares)
     return CaptureReport(
         texts=len(texts),
         tokens=sum(lengths),

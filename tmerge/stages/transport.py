@@ -104,7 +104,7 @@ class SolveTransport:
         with memory_errors("transport", self.device):
             transport = self._solve(progress)
         assert transport.problems is not None  # it was solved here
-        noted_relatedness = progress.processes.from_first(lambda: self._relatedness(transport, progress))
+        noted_relatedness = self._relatedness(transport, progress)
         if noted_relatedness is not None:
             progress.note(relatedness_words(noted_relatedness))
         return TransportNote.model_validate({**transport.problems.to_dict(), "relatedness": noted_relatedness})
@@ -140,10 +140,13 @@ class SolveTransport:
         target, source = self.features.sides()
         pairs = transport.pairs
         if pairs is None:
-            pairs, _, _ = pair_layers(target, source, feature_keys(self.features.projections))
+            keys = feature_keys(self.features.projections)
+            pairs, _, _ = pair_layers(target, source, keys, processes=progress.processes)
         heard, seed = progress.counting("relatedness", "problems"), self.recipe.seed
         try:
-            measured = relatedness(target, source, pairs, self.features.rows, seed=seed, progress=heard)
+            measured = relatedness(
+                target, source, pairs, self.features.rows, seed=seed, processes=progress.processes, progress=heard
+            )
         except NoSharedStructureError:
             return None
         return Relatedness.model_validate(measured.to_dict())

@@ -168,7 +168,7 @@ def solve_features(
         correlation_cost(standard, batch, out=cost)
         return sinkhorn(cost, epsilon, max_iterations=max_iterations, tolerance=tolerance, kernel=kernel)
 
-    def solve_row(layer: int) -> list[SinkhornResult]:
+    def solve_row(layer: int) -> SinkhornResult:
         nonlocal size
         standard = standardise(target(layer), dtype).to(device)
         most = size = size or _room(device, standard, standard_source(source_layers[0]))
@@ -189,32 +189,29 @@ def solve_features(
             give_back_memory()
             if note is not None:
                 note(f"{device} has no room for so many problems at once; {most} at a time from here on")
-        return results
+        return SinkhornResult.joined(results)
 
-    rows: list[list[SinkhornResult]] = []
+    rows: list[SinkhornResult] = []
 
-    def take(layer: int, row: list[SinkhornResult]) -> None:
+    def take(layer: int, row: SinkhornResult) -> None:
         rows.append(row)
         if solved is not None:
-            solved(layer, torch.cat([result.transport_cost.reshape(-1).cpu() for result in row]))
+            solved(layer, row.transport_cost)
 
     with one_thread_each(device) as workers:
         in_turn(solve_row, processes.mine(target_layers), workers, take)
-    if processes.count > 1:
-        rows = processes.of_all([[result.to(torch.device("cpu")) for result in row] for row in rows])
+    rows = processes.of_all(rows)
 
-    def gather(field: str, kind: torch.dtype, tail: tuple[int, ...] = ()) -> Tensor:
-        flat = [getattr(result, field).to("cpu", kind).reshape(-1, *tail) for line in rows for result in line]
-        return torch.cat(flat).reshape(len(target_layers), len(source_layers), *tail)
+    def gather(field: str, kind: torch.dtype) -> Tensor:
+        return torch.stack([getattr(row, field) for row in rows]).to(kind)
 
-    first = rows[0][0]
     return FeaturePlans(
         key=key,
         epsilon=epsilon,
         target_layers=tuple(target_layers),
         source_layers=tuple(source_layers),
-        f=gather("f", dtype, (first.f.shape[-1],)),
-        g=gather("g", dtype, (first.g.shape[-1],)),
+        f=gather("f", dtype),
+        g=gather("g", dtype),
         cost=gather("transport_cost", torch.float64),
         iterations=gather("iterations", torch.int64),
         marginal_error=gather("marginal_error", torch.float64),

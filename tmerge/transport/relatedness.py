@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tmerge.processes import ALONE, Processes
 from tmerge.transport.matching import Correspondence
 from tmerge.transport.sides import Side
 from tmerge.transport.structure import STREAM_KEYS, solve_structure
@@ -68,6 +69,7 @@ def relatedness(
     rows: int,
     *,
     seed: int,
+    processes: Processes = ALONE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Relatedness:
     """Match the two halves of the rows and compare.
@@ -78,6 +80,7 @@ def relatedness(
         pairs: target layer -> source layer.
         rows: T.
         seed: Of the shuffled rows, and of the neurons that are drawn.
+        processes: Among whom the four matchings are shared out; each calls this and is given the answer.
         progress: Called with (problems done, all); may raise to stop.
     """
     sampled = torch.linspace(0, len(pairs) - 1, min(ASKED_LAYERS, len(pairs))).round().long().unique().tolist()
@@ -85,17 +88,19 @@ def relatedness(
     half = rows // 2
     draw = torch.Generator().manual_seed(seed)
     asked = _Drawn(target, list(sampled_pairs), draw)
+    # Two halves as they are, and two of them with the source's rows shuffled.
+    halves = [torch.arange(start, start + half) for start in (0, half)]
+    problems = [(rows, rows) for rows in halves]
+    problems += [(rows, rows[torch.randperm(half, generator=draw)]) for rows in halves]
+    mine, solved = processes.mine(problems), []
+    for target_rows, source_rows in mine:
+        of_target, of_source = asked.part(target, target_rows), _part(source, source_rows)
+        solved.append(solve_structure(of_target, of_source, sampled_pairs))
+        if progress is not None:
+            progress(len(solved), len(mine))
+    solved = processes.of_all(solved)
     shares: list[_Shares] = []
-    for shuffled in (False, True):
-        halves = []
-        for start in (0, half):
-            target_rows = torch.arange(start, start + half)
-            source_rows = target_rows[torch.randperm(half, generator=draw)] if shuffled else target_rows
-            of_target, of_source = asked.part(target, target_rows), _part(source, source_rows)
-            halves.append(solve_structure(of_target, of_source, sampled_pairs))
-            if progress is not None:
-                progress(len(halves) + 2 * shuffled, 4)
-        (stream, inner), (second_stream, second_inner) = halves
+    for (stream, inner), (second_stream, second_inner) in (solved[:2], solved[2:]):
         # One feature of an MLP's speaks for all three: they are matched together.
         firsts = {layer: (layer, key) for layer, key in reversed(list(inner))}
         mlp = [_agreement(inner[feature], second_inner[feature]) for feature in firsts.values()]

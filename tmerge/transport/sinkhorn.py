@@ -32,6 +32,7 @@ of models: beside torch and the errors it imports the blocks that a cost is work
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -78,9 +79,17 @@ class SinkhornResult:
     marginal_error: Tensor
     transport_cost: Tensor
 
-    def to(self, device: torch.device) -> SinkhornResult:
-        """The same on another device."""
-        return SinkhornResult(*(getattr(self, field.name).to(device) for field in fields(self)))
+    @classmethod
+    def joined(cls, results: Sequence[SinkhornResult]) -> SinkhornResult:
+        """Of all problems of some results in one: a batch of one dimension, on the CPU."""
+
+        def all_of(name: str) -> Tensor:
+            values = [getattr(result, name) for result in results]
+            # What a problem has one of, and what it has one of for each neuron.
+            is_vector = name in ("f", "g")
+            return torch.cat([value.reshape(-1, *value.shape[-1:] if is_vector else ()) for value in values]).cpu()
+
+        return cls(*(all_of(field.name) for field in fields(cls)))
 
     @property
     def remedy(self) -> str:
