@@ -51,11 +51,13 @@ _SAFE_SPAN = {torch.float32: 30.0, torch.float64: 300.0}
 _LOOK = 8
 # Entries summed in one go in float32: down a column (one running sum), and along a row (several side by side).
 _BLOCK = 64
-_LONG = 1024
+_LONG = 512
 # A kernel in float32 tells violations from rounding down to here.
 _FLOAT32_TOLERANCE = 5e-7
 # Sweeps over which their rate is told: the first 2 x 2 are plain, and w is set anew after so many. Its bound.
 _RATED = 2
+# Steps of so many roundings of the kernel, and larger, tell a rate.
+_ROUNDINGS = 100
 _MOST = 1.95
 
 
@@ -174,10 +176,10 @@ def sinkhorn(
     done = torch.zeros(batch, dtype=torch.bool, device=cost.device)
     iterations = torch.zeros(batch, dtype=torch.int64, device=cost.device)
     limit = _LOG_RANGE[kernel.dtype]
-    # To look is to wait for the device. Between two looks u and v must not leave their range: they cannot where the
+    # To look is to wait for the device. u and v must not leave their range between two looks: they never do where the
     # kernel needed no c-transforms, as then they span little more than it does.
     looks_every = _LOOK if cost.device.type != "cpu" and is_safe else 1
-    relaxation = _Relaxation(u)
+    relaxation = _Relaxation(u, kernel.dtype)
     columns = _times(u, kernel, exact)
     for sweep in range(1, max_iterations + 1):
         # What v should be for u, and u for v: held against what they are, each tells a marginal's violation.
@@ -186,12 +188,12 @@ def sinkhorn(
         lack = u * _rows(kernel, v, exact) / row_marginal
         violation = lack.sub(1).abs_().amax(-1)
         if relaxation.is_on:
-            violation += (v / wanted).sub_(1).abs_().amax(-1)
+            violation = torch.maximum(violation, (v / wanted).sub_(1).abs_().amax(-1))
         iterations = iterations + (~done).to(torch.int64)
         done = done | (violation < tolerance)
         is_last = sweep == max_iterations
         if is_last or sweep % looks_every == 0:
-            all_done, is_out_of_range = _look(done, u, v, limit)
+            all_done, is_out_of_range = _look(done, None if is_safe else (u, v), limit)
             if all_done or is_last:
                 break
             if is_out_of_range:
@@ -202,20 +204,30 @@ def sinkhorn(
         u = relaxation.moved(u, u / lack)
         columns = _times(u, kernel, exact)
 
-    # Last a plain step of the rows: they hold, to rounding, whether all converged or not.
-    u = u / lack
-    error = (v * _times(u, kernel, exact) / column_marginal).sub_(1).abs_().amax(-1)
-    if not bool(torch.isfinite(error).all()):
-        raise TransportError(
-            f"the transport problem ({n} x {m}, eps {epsilon}) overflowed {cost.dtype}: pass the cost in float64 "
-            "or raise transport.epsilon"
-        )
+    # Last a plain step of the rows: they hold, to rounding, whether all converged or not. Where that moved the columns
+    # too far, plain sweeps follow.
+    while True:
+        u = u / lack
+        columns = _times(u, kernel, exact)
+        error = (v * columns / column_marginal).sub_(1).abs_().amax(-1)
+        converged = error < tolerance
+        are_finite, have_converged = torch.stack([error.isfinite().all(), converged.all()]).cpu().tolist()
+        if not are_finite:
+            raise TransportError(
+                f"the transport problem ({n} x {m}, eps {epsilon}) overflowed {cost.dtype}: pass the cost in float64 "
+                "or raise transport.epsilon"
+            )
+        if have_converged or sweep >= max_iterations:
+            break
+        sweep, iterations = sweep + 1, iterations + (~converged).to(torch.int64)
+        v = column_marginal / columns
+        lack = u * _rows(kernel, v, exact) / row_marginal
     # <C, Q> = u^T (K * C) v.
     right = v.to(cost.dtype)
     parts = [_product(cost[..., rows, :] * kernel[..., rows, :].to(cost.dtype), right) for rows in row_blocks(cost)]
     transport_cost = (u * torch.cat(parts, -1)).sum(-1).to(cost.dtype)
     f, g = _absorbed(f, u, epsilon), _absorbed(g, v, epsilon)
-    return SinkhornResult(f, g, error < tolerance, iterations, error.to(cost.dtype), transport_cost)
+    return SinkhornResult(f, g, converged, iterations, error.to(cost.dtype), transport_cost)
 
 
 def _absorbed(potential: Tensor, scaling: Tensor, epsilon: float) -> Tensor:
@@ -225,8 +237,9 @@ def _absorbed(potential: Tensor, scaling: Tensor, epsilon: float) -> Tensor:
 class _Relaxation:
     """w of each problem of a batch, from how fast its steps shrink."""
 
-    def __init__(self, scaling: Tensor) -> None:
+    def __init__(self, scaling: Tensor, kernel: torch.dtype) -> None:
         self.is_on = False
+        self._rounding = _ROUNDINGS * torch.finfo(kernel).eps
         self._w = torch.ones_like(scaling[..., :1])
         self._size = self._w
 
@@ -237,7 +250,8 @@ class _Relaxation:
     def see(self, sweep: int, lack: Tensor, done: Tensor) -> None:
         """Take note of (..., n) by what factor a sweep's rows are too large, and set w anew when it is time.
 
-        What is done is left at w = 1, as overrelaxing would blow up what is rounding by then.
+        Of steps that are nearly rounding no rate is told; and what is done goes on with w = 1, as overrelaxing would
+        blow up what is rounding by then.
         """
         if sweep % _RATED:
             return
@@ -246,8 +260,9 @@ class _Relaxation:
             seen, w = (size / self._size).pow_(1 / _RATED), self._w
             plain = (seen + w - 1).square_() / (w.square() * seen)
             best = 2 / (1 + (1 - plain).clamp_min_(1e-9).sqrt_())
-            # Where steps grow no rate is told.
-            w = torch.where(seen < 1, best.clamp(1, _MOST), 1 + (w - 1) / 2)
+            # Where steps grow no rate is told either.
+            told = torch.where(seen < 1, best.clamp(1, _MOST), 1 + (w - 1) / 2)
+            w = torch.where(size > self._rounding, told, w)
             self._w, self.is_on = torch.where(done.unsqueeze(-1), 1.0, w), True
         self._size = size
 
@@ -290,7 +305,7 @@ def _start(cost: Tensor, epsilon: float, kernel: torch.dtype) -> tuple[Tensor, T
 def _rows(kernel: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     """K v: (..., n); long float32 sums in pieces, see `_times`."""
     v = v.to(kernel.dtype)
-    if kernel.dtype == torch.float32 and kernel.shape[-1] > 2 * _LONG:
+    if kernel.dtype == torch.float32 and kernel.shape[-1] > _LONG:
         starts = range(0, kernel.shape[-1], _LONG)
         pieces = [_product(kernel[..., at : at + _LONG], v[..., at : at + _LONG]) for at in starts]
         return torch.stack(pieces).sum(0, dtype=dtype)
@@ -320,9 +335,11 @@ def _times(u: Tensor, kernel: Tensor, dtype: torch.dtype) -> Tensor:
     return columns
 
 
-def _look(done: Tensor, u: Tensor, v: Tensor, limit: float) -> tuple[bool, bool]:
+def _look(done: Tensor, scalings: tuple[Tensor, Tensor] | None, limit: float) -> tuple[bool, bool]:
     """Whether all problems are done, and whether a scaling vector's log leaves its range: read at once."""
-    ends = torch.stack([end for scaling in (u, v) for end in torch.aminmax(scaling)])
+    if scalings is None:
+        return bool(done.all()), False
+    ends = torch.stack([end for scaling in scalings for end in torch.aminmax(scaling)])
     logs = ends.clamp_min(torch.finfo(ends.dtype).tiny).log_()
     *sizes, all_done = torch.cat([logs, done.all().to(logs.dtype).reshape(1)]).cpu().tolist()
     return bool(all_done), max(map(abs, sizes)) > limit
