@@ -343,16 +343,6 @@ def test_a_folder_that_went_away(stored, tmp_path):
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        (
-            {"adapter_config.json": '{"base_model_name_or_path": "user/base"}'},
-            "adapter of 'user/base', not a model",
-        ),
-        (
-            {"adapter_config.json": "{}", "adapter_model.safetensors": ""},
-            "is an adapter, not a model; merge it",
-        ),
-        ({"adapter_config.json": "[]"}, "is an adapter, not a model; merge it into its base"),
-        ({"adapter_config.json": "nonsense"}, "is an adapter, not a model; merge it into its base"),
         ({"adapter_model.safetensors": "", "config.json": '{"model_type": "llama"}'}, "is an adapter, not a model"),
         (
             {"adapter_config.json": "{}", "config.json": '{"model_type": "llama"}'},

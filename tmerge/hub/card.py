@@ -115,6 +115,11 @@ def card_text(report: Report, recipe: Recipe, *, repo: str | None = None, figure
 def card_data(report: Report, recipe: Recipe, repo: str | None = None) -> ModelCardData:
     """The card's metadata."""
     licence, bases = merge_licence(report), [_repo(report.target), _repo(report.source)]
+    bases += [
+        _hub_id(model.adapter.ref, model.adapter.commit)
+        for model in (report.target, report.source)
+        if model.adapter is not None
+    ]
     # A model without a page on the Hub cannot be pointed at; one base alone would not be what was merged.
     more: dict[str, Any] = {"base_model": bases, "base_model_relation": "merge"} if all(bases) else {}
     if licence.id == "other":
@@ -135,6 +140,7 @@ def card_data(report: Report, recipe: Recipe, repo: str | None = None) -> ModelC
 def merge_licence(report: Report) -> OutputLicence:
     """What the models' licences make of the merge's."""
     target, source, base = report.target, report.source, report.source_base_model
+    joined = {"target": target.adapter, "source": source.adapter, "source_base": base.adapter if base else None}
     return output_licence(
         target.licence,
         source.licence,
@@ -142,6 +148,11 @@ def merge_licence(report: Report) -> OutputLicence:
         source_repo=_repo(source),
         target_family=target.architecture,
         source_base=(base.licence, _repo(base)) if base else None,
+        adapters={
+            f"{role}'s adapter": (adapter.licence, _hub_id(adapter.ref, adapter.commit))
+            for role, adapter in joined.items()
+            if adapter is not None
+        },
     )
 
 
@@ -198,14 +209,27 @@ def _results(report: Report) -> list[EvalResult]:
 
 
 def _shown(model: MergedModel) -> dict[str, Any]:
-    repo = _repo(model)
-    label = f"[`{repo}`](https://huggingface.co/{repo})" if repo else f"`{_code(_name(model.ref))}`"
-    return {**model.to_dict(), "label": label, "licence": model.licence or "no licence stated"}
+    label, adapter = _label(model.ref, model.base_commit), model.adapter
+    facts = {**model.to_dict(), "commit": model.base_commit, "licence": model.licence or "no licence stated"}
+    if adapter is None:
+        return facts | {"label": label, "base": label, "adapter": None}
+    own = {"label": _label(adapter.ref, adapter.commit), "commit": adapter.commit, "licence": adapter.licence}
+    return facts | {"label": f"{label} with the adapter {own['label']}", "base": label, "adapter": own}
+
+
+def _label(reference: str, commit: str) -> str:
+    """A link to its page, or the name alone of what has none."""
+    repo = _hub_id(reference, commit)
+    return f"[`{repo}`](https://huggingface.co/{repo})" if repo else f"`{_code(_name(reference))}`"
 
 
 def _repo(model: MergedModel) -> str | None:
     """Its Hub id, if that is where it came from."""
-    return None if model.commit.startswith("sha256:") else model.ref.partition("@")[0]
+    return _hub_id(model.ref, model.base_commit)
+
+
+def _hub_id(reference: str, commit: str) -> str | None:
+    return None if commit.startswith("sha256:") else reference.partition("@")[0]
 
 
 def _name(reference: str) -> str:
@@ -222,8 +246,10 @@ def _public(reference: str) -> str:
 
 def _local_names(report: Report) -> list[str]:
     """What the recipe needs that is neither on the Hub nor in a package."""
-    models = filter(None, (report.target, report.source, report.source_base_model))
+    models = list(filter(None, (report.target, report.source, report.source_base_model)))
     names = [_name(model.ref) for model in models if not _repo(model) and not model.ref.startswith("demo:")]
+    adapters = [model.adapter for model in models if model.adapter is not None]
+    names += [_name(adapter.ref) for adapter in adapters if not _hub_id(adapter.ref, adapter.commit)]
     for data in _read(report):
         if not data.revision and not data.dataset.startswith(SAMPLES_PREFIX):
             names.append(data.dataset)

@@ -7,7 +7,7 @@ from tmerge.models.configs import meta_model
 from tmerge.models.demo import DEMO_MODELS, DemoModel, demo_path
 from tmerge.models.device import available_memory, fits, give_back_memory, multiplies_fast, pick_device, pick_dtype
 from tmerge.models.discovery import find_block_list
-from tmerge.models.facts import ModelFacts, read_facts
+from tmerge.models.facts import AdapterFacts, ModelFacts, read_facts
 from tmerge.models.licences import OutputLicence, output_licence
 from tmerge.models.loading import LoadedModel, load_model, load_tokenizer, model_commit
 from tmerge.models.model import Model, shared_vocabulary
@@ -42,6 +42,7 @@ __all__ = [
     "PROJECTIONS",
     "SIDES",
     "STREAM",
+    "AdapterFacts",
     "Architecture",
     "DemoModel",
     "HeadLayout",

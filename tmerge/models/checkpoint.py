@@ -29,7 +29,6 @@ __all__ = [
     "WEIGHTS_FILE",
     "StoredTensor",
     "card_licence",
-    "explain_adapter",
     "explain_no_safetensors",
     "file_digest",
     "folder_digest",
@@ -163,29 +162,13 @@ def explain_no_safetensors(where: str, names: Iterable[str]) -> CheckpointError:
             "convert it to safetensors"
         )
     if "adapter_model.safetensors" in names or "adapter_config.json" in names:
-        return explain_adapter(where, None)
+        return CheckpointError(
+            f"{where!r} is an adapter, not a model, with a config.json beside it; give it as --adapter, take that "
+            "file out, or merge it into its base (peft: merge_and_unload) and give that folder"
+        )
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         return CheckpointError(f"{where!r} holds GGUF files; give the path of one: {ggufs[0]}")
     return CheckpointError(f"{where!r} has no {WEIGHTS_FILE} nor {INDEX_FILE}; save the model as safetensors")
-
-
-def explain_adapter(where: str, config: Path | None) -> CheckpointError:
-    """The error for an adapter where a model is asked for.
-
-    Args:
-        where: As it was named.
-        config: Its ``adapter_config.json``, which names its base; None where it is not here.
-    """
-    try:
-        settings = {} if config is None else parse_json(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        settings = {}
-    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
-    named = f" of {base!r}" if isinstance(base, str) and base else ""
-    return CheckpointError(
-        f"{where!r} is an adapter{named}, not a model; merge it into {named[4:] or 'its base'} (peft: "
-        "merge_and_unload), save that, and give its folder"
-    )
 
 
 def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:

@@ -18,7 +18,7 @@ from tmerge.models.reference import ModelReference
 from tmerge.models.remote import download_bytes, remote_headers, weight_bytes
 from tmerge.models.stored import SidePart, side_parts
 
-__all__ = ["ModelFacts", "read_facts"]
+__all__ = ["AdapterFacts", "ModelFacts", "read_facts"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class ModelFacts:
         download_bytes: What loading it would still fetch from the Hub; 0 for what is here.
         side: Parts of the checkpoint beside the language model, which are left out.
         remarks: Where config and files do not agree, and what is done then; to follow the model's role.
+        adapter: What is joined to it; then config, sizes and licence are its base's.
     """
 
     reference: ModelReference
@@ -61,6 +62,28 @@ class ModelFacts:
     download_bytes: int | None = 0
     side: tuple[SidePart, ...] = ()
     remarks: tuple[str, ...] = ()
+    adapter: AdapterFacts | None = None
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """An adapter, and what it is joined to.
+
+    Attributes:
+        reference: As it was named.
+        commit: Of its repo; of a folder ``sha256:`` and the digest of its files.
+        licence: As its repo or card states it.
+        rank: The highest of its changes.
+        parameters: Names of the base's parameters that it changes.
+        base_commit: What identifies its base.
+    """
+
+    reference: ModelReference
+    commit: str
+    licence: str | None
+    rank: int
+    parameters: tuple[str, ...]
+    base_commit: str
 
 
 def read_facts(
@@ -78,8 +101,19 @@ def read_facts(
             pickles only, truncated, quantised, not all of the model or more than it has a place for.
     """
     place = place or find_place(reference, trust_remote_code=trust_remote_code)
-    if isinstance(place, GgufPlace):
-        return _gguf_facts(place)
+    facts = _gguf_facts(place) if isinstance(place, GgufPlace) else _checkpoint_facts(place)
+    changes = place.changes
+    if changes is None:
+        return facts
+    adapter = changes.adapter
+    more = AdapterFacts(
+        adapter.reference, adapter.commit, adapter.licence, changes.rank, tuple(changes.parameters), place.base_commit
+    )
+    return replace(facts, commit=place.commit, adapter=more)
+
+
+def _checkpoint_facts(place: Place) -> ModelFacts:
+    trust_remote_code = place.trust_remote_code
     check_config(place.reference, place.stored_config, trust_remote_code)  # said before any header is asked for
     snapshot = place.snapshot
     headers: dict[str, StoredTensor] | None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tmerge.models.licence_terms import Licence, known_licence
@@ -157,6 +158,7 @@ def output_licence(
     source_repo: str | None = None,
     target_family: str | None = None,
     source_base: tuple[str | None, str | None] | None = None,
+    adapters: Mapping[str, tuple[str | None, str | None]] | None = None,
 ) -> OutputLicence:
     """What the merge of a source into a target carries.
 
@@ -170,6 +172,8 @@ def output_licence(
             have Llama's architecture are no Llamas.
         source_base: Of a task vector: licence and Hub id of what the source was before its fine-tuning. Its weights
             go into the merge too, with a minus before them.
+        adapters: Whose -> licence and Hub id of an adapter that is joined to a model, or carried alone; of one that
+            states none, its base's is taken to hold.
     """
     sides = [_Side.of("target", target, target_repo), _Side.of("source", source, source_repo)]
     if source_base is not None:
@@ -177,6 +181,10 @@ def output_licence(
         # A fine-tuned model mostly keeps its base's licence; then that is nothing further.
         if base.slug is None or base.slug != sides[1].slug:
             sides.append(base)
+    for role, (stated, repo) in (adapters or {}).items():
+        adapter = _Side.of(role, stated, repo)
+        if adapter.stated is not None and adapter.slug not in [side.slug for side in sides]:
+            sides.append(adapter)
     refusals = [
         f"The {s.role}'s licence, {s.known.name}, {s.known.forbids}." for s in sides if s.known and s.known.forbids
     ]

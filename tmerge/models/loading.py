@@ -19,12 +19,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from tmerge.errors import CheckpointError, MissingExtraError, UnsupportedModelError
+from tmerge.models.adapter_changes import AdapterChanges
 from tmerge.models.announced import announce_what_is_there
 from tmerge.models.block_weights import BlockWeights
 from tmerge.models.configs import tidy_gguf_config
 from tmerge.models.device import check_memory, held_dtype, memory_errors, pick_device, pick_dtype
 from tmerge.models.finite import check_finite, gguf_tensors, safetensors_tensors
 from tmerge.models.gguf import GgufHeader, fast_reading, read_header
+from tmerge.models.joined import join_model, join_parts
 from tmerge.models.place import GgufPlace, Place, find_place
 from tmerge.models.quiet import quiet
 from tmerge.models.reference import ModelReference, one_line
@@ -164,6 +166,8 @@ def load_model(
     announce_what_is_there(model, side_parts(where, model, headers, report))
     left_out = partial(without_a_place, model, headers, report)
     check_finite(where, model.named_parameters(), lambda: safetensors_tensors(place.weights, left_out()))
+    if place.adapter is not None:
+        join_model(model, AdapterChanges(place.adapter, model, repr(where.text)))
     loaded = _finish(place, model, tokenizer, there)
     return _widened(loaded, dtype if widen else None)
 
@@ -216,6 +220,8 @@ def open_by_blocks(
         stored = partial(safetensors_tensors, place.weights, without)
     if parts is None:
         return None
+    if place.adapter is not None:
+        parts = join_parts(parts, AdapterChanges(place.adapter, model, repr(where.text)))
     tokenizer = tokenizer or load_tokenizer(where, place=place)
     held = held_dtype(dtype, number_format, there) if widen else number_format
     with _loading(where, there):
@@ -256,13 +262,17 @@ def load_tokenizer(
         return read_tokenizer(place.reference, place.folder, place.pretrained, place.options, trust_remote_code)
 
 
-def model_commit(reference: str | ModelReference) -> str:
+def model_commit(reference: str | ModelReference, adapter: str | None = None) -> str:
     """What `LoadedModel.commit` would be, without loading: one request for a Hub repo, a hash of local files.
+
+    Args:
+        reference: As `load_model`.
+        adapter: That is joined to it.
 
     Raises:
         TmergeError: As `load_model`, for what concerns finding the files.
     """
-    return find_place(reference).commit
+    return find_place(reference, adapter=adapter).commit
 
 
 def _load_gguf(
@@ -293,6 +303,8 @@ def _load_gguf(
             "use another GGUF file of the model, or its safetensors"
         )
     check_finite(reference, model.named_parameters(), lambda: gguf_tensors(path))
+    if place.adapter is not None:
+        join_model(model, AdapterChanges(place.adapter, model, repr(reference.text)))
     _forget_packing(model)
     return _finish(place, model, tokenizer, device)
 

@@ -7,6 +7,7 @@ on the meta device, the tokenizer. The model is loaded when first asked for and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from tmerge.errors import UnsupportedModelError
 from tmerge.models.device import fits, held_dtype, pick_device, pick_dtype
 from tmerge.models.facts import ModelFacts, read_facts
+from tmerge.models.joined import JoinedWeights
 from tmerge.models.loading import LoadedModel, load_model, load_tokenizer, open_by_blocks
 from tmerge.models.place import GgufPlace, Place, find_place
 from tmerge.models.projections import Architecture, describe
@@ -39,6 +41,7 @@ class Model:
         memory: Whether `open` has all of it in memory (``resident``), reads it by blocks (``blocks``), or what fits.
         trust_remote_code: Whether this repo's own Python code may run.
         commit: What identifies its contents, where that is known already; nobody is asked for it then.
+        adapter: A LoRA's repo or folder, joined to the model when it is read.
     """
 
     def __init__(
@@ -50,9 +53,11 @@ class Model:
         memory: str = "auto",
         trust_remote_code: bool = False,
         commit: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         self.reference, self.dtype, self.device, self.memory = reference, dtype, device, memory
         self.trust_remote_code = trust_remote_code
+        self.adapter = adapter
         self._commit = commit
         self._loaded: LoadedModel | None = None
         self._views: Architecture | None = None
@@ -67,7 +72,7 @@ class Model:
         """
         known = self._commit
         revision = None if known is None or known.startswith("sha256:") else known
-        return find_place(self.reference, revision, self.trust_remote_code)
+        return find_place(self.reference, revision, self.trust_remote_code, self.adapter)
 
     @cached_property
     def facts(self) -> ModelFacts:
@@ -92,6 +97,18 @@ class Model:
             self._commit = self.facts.commit
         return self._commit
 
+    @property
+    def pinned(self) -> str:
+        """The reference at the commit that is read, of a Hub repo; what is local stays as it was written.
+
+        Of an adapter that stands for a model it is the adapter's; of a model beside an adapter, its own.
+        """
+        joined = self.facts.adapter
+        commit = self.commit
+        if joined is not None:
+            commit = joined.commit if self.adapter is None else joined.base_commit
+        return self.reference if commit.startswith("sha256:") else f"{self.reference.partition('@')[0]}@{commit}"
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer, without its weights.
@@ -109,7 +126,7 @@ class Model:
         return int(self.facts.config.get_text_config().vocab_size)
 
     @cached_property
-    def weights(self) -> MappedWeights:
+    def weights(self) -> Mapping[str, Tensor]:
         """Its weights by the names of the model's parameters, as they are when it is loaded, read when asked for.
 
         Only those that ``transformers`` takes from the files as they are: none of a GGUF file's.
@@ -120,7 +137,8 @@ class Model:
         if isinstance(self.place, GgufPlace):
             return MappedWeights({})
         self.place.refuse_changed()
-        return mapped_weights(self.place.empty, self.place, self.dtype)
+        mapped = mapped_weights(self.place.empty, self.place, self.dtype)
+        return mapped if self.place.changes is None else JoinedWeights(mapped, self.place.changes)
 
     @property
     def is_loaded(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tmerge.errors import CheckpointError
+from tmerge.errors import CheckpointError, GatedModelError, ModelNotFoundError
+from tmerge.models.adapter import Adapter, joined_commit
+from tmerge.models.adapter_changes import AdapterChanges
+from tmerge.models.adapter_config import ADAPTER_CONFIG
 from tmerge.models.checkpoint import (
     SETTINGS_FILES,
     StoredTensor,
-    explain_adapter,
     file_digest,
     folder_digest,
     folder_licence,
@@ -59,6 +61,7 @@ class Place:
         snapshot: Of a repo; None for a folder.
         stored_config: The raw ``config.json``.
         trust_remote_code: Whether this repo's own Python code may run.
+        adapter: What is joined to it when it is read.
     """
 
     reference: ModelReference
@@ -66,20 +69,25 @@ class Place:
     snapshot: Snapshot | None
     stored_config: dict[str, Any]
     trust_remote_code: bool = False
+    adapter: Adapter | None = None
 
     @classmethod
-    def find(cls, reference: ModelReference, revision: str | None, trust_remote_code: bool = False) -> Place:
-        """Find a Hub repo's or a folder's files; of a repo only ``config.json`` is fetched."""
+    def find(cls, reference: ModelReference, revision: str | None, trust_remote_code: bool = False) -> Place | Adapter:
+        """Find a Hub repo's or a folder's files, of a repo only its config; or the adapter that is there instead."""
         if reference.kind == "hub":
             snapshot = open_repo(reference, revision)
+            if not (snapshot.folder / "config.json").is_file():
+                return Adapter.within(reference, snapshot)
             config = read_config(snapshot.folder / "config.json")
-            if _ADAPTER in (snapshot.files or ()):
+            if ADAPTER_CONFIG in (snapshot.files or ()):
                 raise _beside_an_adapter(reference)
             return cls(reference, snapshot.folder, snapshot, config, trust_remote_code)
         assert reference.path is not None
-        path, adapter = reference.path / "config.json", reference.path / _ADAPTER
-        if adapter.is_file():
-            raise _beside_an_adapter(reference) if path.is_file() else explain_adapter(reference.text, adapter)
+        path = reference.path / "config.json"
+        if (reference.path / ADAPTER_CONFIG).is_file():
+            if path.is_file():
+                raise _beside_an_adapter(reference)
+            return Adapter.within(reference, reference.path)
         if not path.is_file() and (ggufs := sorted(reference.path.glob("*.gguf"))):
             raise CheckpointError(
                 f"{reference.text!r} has no config.json but GGUF files; give the path of one: {ggufs[0].name}"
@@ -194,9 +202,23 @@ class Place:
         return self.snapshot.licence or (None if readme is None else folder_licence(readme))
 
     @cached_property
-    def commit(self) -> str:
-        """As `LoadedModel.commit`: of a folder, a hash of its files."""
+    def base_commit(self) -> str:
+        """What identifies its own files: of a folder, a hash of them."""
         return self._digest() if self.snapshot is None else self.snapshot.commit
+
+    @cached_property
+    def commit(self) -> str:
+        """As `LoadedModel.commit`."""
+        return _commit_of(self)
+
+    @cached_property
+    def changes(self) -> AdapterChanges | None:
+        """What its adapter makes of it; None without one.
+
+        Raises:
+            CheckpointError: The adapter is of another model.
+        """
+        return _changes_of(self)
 
     def refuse_changed(self) -> None:
         """Refuse a folder whose files are others by now; those that look the same are not hashed again.
@@ -205,7 +227,7 @@ class Place:
             CheckpointError: They are.
         """
         try:
-            changed = self.snapshot is None and self._digest() != self.commit
+            changed = self.snapshot is None and self._digest() != self.base_commit
         except OSError:
             changed = True
         if changed:
@@ -217,13 +239,21 @@ class Place:
         return f"sha256:{folder_digest(self.folder, self.weights)}"
 
 
-_ADAPTER = "adapter_config.json"
+def _commit_of(place: Place | GgufPlace) -> str:
+    adapter = place.adapter
+    return place.base_commit if adapter is None else joined_commit(place.base_commit, adapter.commit)
+
+
+def _changes_of(place: Place | GgufPlace) -> AdapterChanges | None:
+    adapter = place.adapter
+    return None if adapter is None else AdapterChanges(adapter, place.empty, repr(place.reference.text))
 
 
 def _beside_an_adapter(reference: ModelReference) -> CheckpointError:
     return CheckpointError(
-        f"{reference.text!r} holds an adapter ({_ADAPTER}) beside a model (config.json), and which of the two is meant "
-        "is not said; take one of them out, or merge the adapter into the model (peft: merge_and_unload) and save that"
+        f"{reference.text!r} holds an adapter ({ADAPTER_CONFIG}) beside a model (config.json), and which of the two is "
+        "meant is not said; take one of them out, or merge the adapter into the model (peft: merge_and_unload) and "
+        "save that"
     )
 
 
@@ -245,10 +275,12 @@ class GgufPlace:
     Attributes:
         reference: What the user asked for.
         path: Of the file.
+        adapter: What is joined to it when it is read.
     """
 
     reference: ModelReference
     path: Path
+    adapter: Adapter | None = None
 
     @classmethod
     def find(cls, reference: ModelReference) -> GgufPlace:
@@ -307,23 +339,58 @@ class GgufPlace:
 
     @cached_property
     def commit(self) -> str:
-        """As `LoadedModel.commit`: a hash of the file; a demo model's has just been checked against the pinned one."""
+        """As `LoadedModel.commit`."""
+        return _commit_of(self)
+
+    @cached_property
+    def changes(self) -> AdapterChanges | None:
+        """As `Place.changes`."""
+        return _changes_of(self)
+
+    @cached_property
+    def base_commit(self) -> str:
+        """A hash of the file; a demo model's has just been checked against the pinned one."""
         demo = self.reference.demo
         return f"sha256:{demo_model(demo).sha256 if demo is not None else file_digest(self.path)}"
 
 
 def find_place(
-    reference: str | ModelReference, revision: str | None = None, trust_remote_code: bool = False
+    reference: str | ModelReference,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    adapter: str | None = None,
 ) -> Place | GgufPlace:
-    """Find a model's files.
+    """Find a model's files; of an adapter where a model is meant, its base's, and the adapter to be joined to it.
 
     Args:
-        reference: Hub id (``@revision``), folder, ``.gguf`` file or ``demo:NAME``.
+        reference: Hub id (``@revision``), folder, ``.gguf`` file or ``demo:NAME``; or an adapter's repo or folder.
         revision: Commit to take instead of what the reference says.
         trust_remote_code: Whether this repo's own Python code may run.
+        adapter: An adapter's repo or folder, to be joined to the model.
 
     Raises:
         TmergeError: Nothing by that name, no way to it, or no checkpoint there.
     """
     where = reference if isinstance(reference, ModelReference) else ModelReference.parse(reference)
-    return GgufPlace.find(where) if where.kind == "gguf" else Place.find(where, revision, trust_remote_code)
+    found = GgufPlace.find(where) if where.kind == "gguf" else Place.find(where, revision, trust_remote_code)
+    if adapter is not None:
+        if isinstance(found, Adapter):
+            raise _on_an_adapter(adapter, where)
+        return replace(found, adapter=Adapter.find(adapter))
+    if not isinstance(found, Adapter):
+        return found
+    base = found.base
+    try:
+        below = GgufPlace.find(base) if base.kind == "gguf" else Place.find(base, None)
+    except (ModelNotFoundError, GatedModelError) as error:
+        raise type(error)(f"{where.text!r} is an adapter, and of its base {error}") from None
+    if isinstance(below, Adapter):
+        raise _on_an_adapter(where.text, base)
+    return replace(below, adapter=found)
+
+
+def _on_an_adapter(adapter: str, base: ModelReference) -> CheckpointError:
+    return CheckpointError(
+        f"{adapter!r} would be joined to {base.text!r}, which is an adapter itself; merge that one into its base "
+        "(peft: merge_and_unload), save it, and name its folder as the base"
+    )

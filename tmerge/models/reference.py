@@ -72,6 +72,16 @@ class ModelReference:
             ) from None
         if text[0] in "./~\\" or "\\" in text or text.endswith((".gguf", "/")) or path.is_absolute():
             raise ModelNotFoundError(f"{text!r}: no such file or folder; check the path, or give a Hub id (user/name)")
+        return cls.parse_repo(text)
+
+    @classmethod
+    def parse_repo(cls, text: str) -> ModelReference:
+        """Read a reference as a Hub id, whatever is here under its name.
+
+        Raises:
+            ModelNotFoundError: It is none.
+        """
+        text = text.strip()
         repo, at, revision = text.partition("@")
         if not _HUB_ID.fullmatch(repo) or (at and not revision.strip()):
             raise ModelNotFoundError(

@@ -28,12 +28,12 @@ from huggingface_hub.errors import (
 )
 
 from tmerge.errors import CheckpointError, GatedModelError, ModelNotFoundError, NotEnoughDiskError, TmergeError
+from tmerge.models.adapter_config import ADAPTER_CONFIG
 from tmerge.models.checkpoint import (
     INDEX_FILE,
     WEIGHTS_FILE,
     StoredTensor,
     card_licence,
-    explain_adapter,
     explain_no_safetensors,
     is_tokenizer_file,
     read_index,
@@ -50,6 +50,8 @@ __all__ = [
     "remote_headers",
     "weight_bytes",
 ]
+
+_CONFIG = "config.json"
 
 # Seconds to wait for the Hub to say which files a repo has.
 _PATIENCE = 10.0
@@ -167,15 +169,17 @@ def _refused(reference: ModelReference, status: int) -> TmergeError:
     return ModelNotFoundError(f"{reference.text!r}: the Hub answered {status}; try again later")
 
 
-def open_repo(reference: ModelReference, revision: str | None = None) -> Snapshot:
-    """Find a repo at a revision and fetch its ``config.json``; when the Hub cannot be reached, from the cache.
+def open_repo(reference: ModelReference, revision: str | None = None, config: str | None = None) -> Snapshot:
+    """Find a repo at a revision and fetch its config; when the Hub cannot be reached, from the cache.
 
     Args:
         reference: A ``hub`` reference.
         revision: Taken instead of the reference's.
+        config: Name of the file that tells what is there; by default ``config.json`` of a model, or, where there is
+            none, ``adapter_config.json`` of an adapter.
 
     Raises:
-        TmergeError: As `hub_errors`; CheckpointError when the repo has no ``config.json``.
+        TmergeError: As `hub_errors`; CheckpointError when the repo has no such file.
     """
     assert reference.repo is not None
     wanted = revision or reference.revision
@@ -189,14 +193,21 @@ def open_repo(reference: ModelReference, revision: str | None = None) -> Snapsho
                 raise
             info, unreachable = None, error
         files = None if info is None else {entry.rfilename: entry.size or 0 for entry in info.siblings or []}
-        if files is not None and "config.json" not in files:
-            raise _no_config(reference, list(files))
-        try:
-            # By the revision's own name, which the cache then knows for a time without network.
-            path = Path(hf_hub_download(reference.repo, "config.json", revision=wanted, local_files_only=files is None))
-        except LocalEntryNotFoundError:
-            if unreachable is None:
-                raise
+        wanted_names = (_CONFIG, ADAPTER_CONFIG) if config is None else (config,)
+        names = [name for name in wanted_names if files is None or name in files]
+        if not names:
+            raise _no_config(reference, list(files or ()), wanted_names)
+        path: Path | None = None
+        for name in names if files is None else names[:1]:
+            try:
+                # By the revision's own name, which the cache then knows for a time without network.
+                path = Path(hf_hub_download(reference.repo, name, revision=wanted, local_files_only=files is None))
+                break
+            except LocalEntryNotFoundError:
+                if unreachable is None:
+                    raise
+        if path is None:
+            assert unreachable is not None  # or it would have been fetched
             raise unreachable from None
     commit = path.parent.name  # .../snapshots/<commit>/config.json
     if info is None:
@@ -205,13 +216,12 @@ def open_repo(reference: ModelReference, revision: str | None = None) -> Snapsho
     return Snapshot(reference, commit, path.parent, files, bool(info.gated), bool(info.private), card_licence(card))
 
 
-def _no_config(reference: ModelReference, names: list[str]) -> CheckpointError:
-    if "adapter_config.json" in names:
-        try:
-            config = Path(hf_hub_download(str(reference.repo), "adapter_config.json", revision=reference.revision))
-        except (HfHubHTTPError, OSError):
-            config = None
-        return explain_adapter(reference.text, config)
+def _no_config(reference: ModelReference, names: list[str], wanted: tuple[str, ...]) -> CheckpointError:
+    if wanted == (ADAPTER_CONFIG,):
+        return CheckpointError(
+            f"{reference.text!r} has no {ADAPTER_CONFIG}, so it is no PEFT adapter; name the repo or folder that has "
+            "one"
+        )
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         return CheckpointError(
             f"{reference.text!r} holds GGUF files; download one and give its path: "

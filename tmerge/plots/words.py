@@ -93,7 +93,7 @@ def score_cells(report: Report) -> Iterable[Sequence[str]]:
 def model_rows(report: Report) -> Iterable[Sequence[str]]:
     """What is known of the two models."""
     target, source = report.target, report.source
-    yield "model", target.ref, source.ref
+    yield "model", target.name, source.name
     yield "commit", target.commit, source.commit
     yield "architecture", target.architecture, source.architecture
     yield "parameters", f"{target.parameters:,}", f"{source.parameters:,}"

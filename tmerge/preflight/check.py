@@ -16,6 +16,7 @@ from huggingface_hub import constants
 
 from tmerge.errors import NotEnoughDiskError, NotEnoughMemoryError, UnsupportedModelError
 from tmerge.models import (
+    AdapterFacts,
     Architecture,
     ModelFacts,
     OutputLicence,
@@ -25,7 +26,7 @@ from tmerge.models import (
     output_licence,
     pick_device,
 )
-from tmerge.preflight.document import CheckDocument, CheckedModel, Expected, ForEach, Matched, Sizes
+from tmerge.preflight.document import CheckDocument, CheckedAdapter, CheckedModel, Expected, ForEach, Matched, Sizes
 from tmerge.preflight.estimate import TOKENS_PER_TEXT, Estimate, estimate_run, widths_of
 from tmerge.preflight.models import Models
 from tmerge.quantities import bytes_words
@@ -148,6 +149,11 @@ def check(recipe: Recipe, models: Models | None = None) -> Check:
         source_repo=source.reference.repo,
         target_family=target.model_type,
         source_base=None if base is None else (base.licence, base.reference.repo),
+        adapters={
+            f"{role}'s adapter": (facts.adapter.licence, facts.adapter.reference.repo)
+            for role, facts in listed
+            if facts.adapter is not None
+        },
     )
     notes += [*licence.refusals, *licence.unknown]
     layouts = (target_layout, source_layout)
@@ -221,6 +227,18 @@ def _model(facts: ModelFacts, layout: Architecture) -> CheckedModel:
         stored=facts.stored,
         download_bytes=facts.download_bytes,
         tied_embeddings=bool(getattr(facts.config, "tie_word_embeddings", False)),
+        adapter=None if facts.adapter is None else _adapter(facts.adapter),
+    )
+
+
+def _adapter(facts: AdapterFacts) -> CheckedAdapter:
+    return CheckedAdapter(
+        ref=facts.reference.text,
+        commit=facts.commit,
+        licence=facts.licence,
+        rank=facts.rank,
+        parameters=len(facts.parameters),
+        base_commit=facts.base_commit,
     )
 
 

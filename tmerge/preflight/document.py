@@ -15,6 +15,26 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class CheckedAdapter(_Frozen):
+    """A LoRA.
+
+    Attributes:
+        ref: As it was asked for.
+        commit: Of its repo; of a folder ``sha256:`` and the digest of its files.
+        licence: As it states it; None where it states none.
+        rank: The highest of its changes.
+        parameters: How many of its base's it changes.
+        base_commit: What identifies its base.
+    """
+
+    ref: str
+    commit: str
+    licence: str | None
+    rank: int
+    parameters: int
+    base_commit: str
+
+
 class CheckedModel(_Frozen):
     """One of the models.
 
@@ -23,6 +43,7 @@ class CheckedModel(_Frozen):
         commit: Of its repo; of local files ``sha256:`` and their digest; None where it has none.
         licence: As it states it; None where it states none.
         stored, download_bytes: As in `tmerge.models.ModelFacts`.
+        adapter: What is joined to it when it is read; all else but the commit is its base's.
     """
 
     ref: str
@@ -40,6 +61,7 @@ class CheckedModel(_Frozen):
     stored: dict[str, int] | None
     download_bytes: int | None
     tied_embeddings: bool
+    adapter: CheckedAdapter | None = None
 
 
 class Sizes(_Frozen):

@@ -319,7 +319,7 @@ def estimate_run(
         int(memory),
         int(disk),
         # One commit is fetched once.
-        sum({facts.commit: facts.download_bytes or 0 for facts in held}.values()),
+        sum({_fetched(facts): facts.download_bytes or 0 for facts in held}.values()),
         f"{read + apart + held_out} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device}, "
         f"{_measured_words(pieces.timings)}; downloading, and what precedes the first stage, not counted",
         _BETWEEN * (sum(reads) + rescored),
@@ -329,6 +329,11 @@ def estimate_run(
         fitting.operations(tokens_per_text),
         (min(timing.measured for timing in pieces.timings), max(timing.measured for timing in pieces.timings)),
     )
+
+
+def _fetched(facts: ModelFacts) -> str | None:
+    """What identifies the files that are fetched of a model."""
+    return facts.commit if facts.adapter is None else facts.adapter.base_commit
 
 
 def _measured_words(timings: list[Timing]) -> str:

@@ -56,14 +56,10 @@ class Models:
 
     def pinned(self) -> dict[str, str]:
         """Role -> the reference, a Hub repo's at its commit; what is local stays as it was written."""
-        return {role: _pin(model.reference, model.commit) for role, model in self._roles()}
+        return {role: model.pinned for role, model in self._roles()}
 
     def _roles(self) -> Iterator[tuple[str, Model]]:
         yield "target", self.target
         yield "source", self.source
         if self.source_base is not None:
             yield "source_base", self.source_base
-
-
-def _pin(reference: str, commit: str) -> str:
-    return reference if commit.startswith("sha256:") else f"{reference.partition('@')[0]}@{commit}"

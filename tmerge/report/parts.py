@@ -21,6 +21,7 @@ __all__ = [
     "Fusion",
     "Items",
     "Iterations",
+    "JoinedAdapter",
     "Measured",
     "MergedModel",
     "OfBoth",
@@ -79,13 +80,25 @@ class OfBoth(Part):
     source: int
 
 
+class JoinedAdapter(Part):
+    """A LoRA that was joined to a model, or whose changes alone were carried; as `CheckedAdapter`."""
+
+    ref: str
+    commit: str
+    licence: str | None
+    rank: int
+    parameters: int
+    base_commit: str
+
+
 class MergedModel(Part):
     """One of the models that went into a merge.
 
     Attributes:
-        ref: As it was asked for.
-        commit: Of its repo; of local files ``sha256:`` and their digest.
+        ref: As it was asked for; of a model that an adapter is joined to, that of its base.
+        commit: Of its repo; of local files ``sha256:`` and their digest, and so of a base and its adapter together.
         licence: As it states it; None where it states none.
+        adapter: That is joined to it; None without one.
     """
 
     ref: str
@@ -95,6 +108,17 @@ class MergedModel(Part):
     layers: int
     hidden_size: int
     licence: str | None
+    adapter: JoinedAdapter | None = None
+
+    @property
+    def base_commit(self) -> str:
+        """What identifies the model that it is named by, without an adapter."""
+        return self.commit if self.adapter is None else self.adapter.base_commit
+
+    @property
+    def name(self) -> str:
+        """The reference, with that of its adapter."""
+        return self.ref if self.adapter is None else f"{self.ref} + {self.adapter.ref}"
 
 
 class Calibration(Part):

@@ -179,7 +179,10 @@ def _remarks(measured: Measurements) -> list[str]:
 
 
 def _model(checked: CheckedModel) -> MergedModel:
-    return MergedModel.model_validate({name: getattr(checked, name) for name in MergedModel.model_fields})
+    facts = checked.model_dump(include=set(MergedModel.model_fields), exclude_none=False)
+    if checked.adapter is None:
+        del facts["adapter"]
+    return MergedModel.model_validate(facts)
 
 
 def _calibration(measured: Measurements) -> Calibration:
