@@ -35,7 +35,7 @@ def _saved(base: Path, folder: Path, seed: int, size: float, options: dict[str, 
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
             if "magnitude" in name:
-                parameter *= 1 + 0.2 * torch.rand(parameter.shape, generator=generator)
+                parameter *= 1 + size * torch.rand(parameter.shape, generator=generator)
             elif parameter.requires_grad:
                 # A begins at random and B at zero, which would be no change.
                 parameter += size * torch.randn(parameter.shape, generator=generator)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tmerge.cli.shared import (
+    AdapterOption,
     BaseOption,
     DatasetOption,
     DeviceOption,
@@ -47,6 +48,7 @@ def merge(
     target: TargetOption = None,
     source: SourceOption = None,
     source_base: BaseOption = None,
+    adapter: AdapterOption = None,
     what: WhatOption = None,
     dataset: DatasetOption = None,
     out: OutOption = Path("fused"),
@@ -78,7 +80,7 @@ def merge(
     from tmerge.recipe import load_recipe
 
     overrides = {
-        **pair_words(target, source, source_base, what, dataset),
+        **pair_words(target, source, source_base, adapter, what, dataset),
         "device": device,
         "dtype": dtype,
         "seed": seed,
@@ -132,6 +134,7 @@ def check(
     target: TargetOption = None,
     source: SourceOption = None,
     source_base: BaseOption = None,
+    adapter: AdapterOption = None,
     what: WhatOption = None,
     dataset: DatasetOption = None,
     settings: SetOption = None,
@@ -147,7 +150,7 @@ def check(
     from tmerge.cli.show import show_check
     from tmerge.recipe import load_recipe
 
-    overrides = pair_words(target, source, source_base, what, dataset)
+    overrides = pair_words(target, source, source_base, adapter, what, dataset)
     loaded = load_recipe(recipe, overrides, settings or ())
     quiet_libraries()
     from tmerge.preflight.check import check as check_models
@@ -192,6 +195,7 @@ def _relatedness(recipe: Any, named: str | None) -> Relatedness:
     asked = recipe.model_copy(
         update={
             "plan": None,
+            "adapter": None,
             "fusion": recipe.fusion.model_copy(update={"projections": PROJECTIONS}),
             "calibration": recipe.calibration.model_copy(update=reading),
             "transport": shared.model_copy(update={"map": "plan"}),

@@ -16,6 +16,7 @@ from tmerge.documents import json_text
 from tmerge.version import VERSION
 
 __all__ = [
+    "AdapterOption",
     "BaseOption",
     "DatasetOption",
     "DeviceOption",
@@ -67,6 +68,10 @@ RecipeArgument = Annotated[str | None, typer.Argument(help="A recipe file, or a 
 TargetOption = Annotated[str | None, typer.Option(help="Model that is changed: Hub id, folder or .gguf file.")]
 SourceOption = Annotated[str | None, typer.Option(help="Model that is read.")]
 BaseOption = Annotated[str | None, typer.Option(help="The source before its fine-tuning, for task vectors.")]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(help="A LoRA of --source-base, PEFT repo or folder, which is carried; then --source can be left out."),
+]
 WhatOption = Annotated[
     str | None,
     typer.Option(
@@ -126,13 +131,19 @@ def quiet_libraries() -> None:
 
 
 def pair_words(
-    target: str | None, source: str | None, source_base: str | None, what: str | None, dataset: str | None
+    target: str | None,
+    source: str | None,
+    source_base: str | None,
+    adapter: str | None,
+    what: str | None,
+    dataset: str | None,
 ) -> dict[str, str | None]:
     """What a command's options say of the pair, by the recipe's keys."""
     return {
         "target": target,
         "source": source,
         "source_base": source_base,
+        "adapter": adapter,
         "fusion.what": what,
         "calibration.dataset": dataset,
     }

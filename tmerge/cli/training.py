@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tmerge.cli.shared import (
+    AdapterOption,
     BaseOption,
     DatasetOption,
     DeviceOption,
@@ -117,6 +118,7 @@ def compare(
     target: TargetOption = None,
     source: SourceOption = None,
     source_base: BaseOption = None,
+    adapter: AdapterOption = None,
     what: WhatOption = None,
     dataset: DatasetOption = None,
     out: Annotated[Path, typer.Option(help="A folder for the merge, the rows and compare.json.")] = Path("compared"),
@@ -127,7 +129,7 @@ def compare(
     """Base, fused, controls, alphas, and training with and without the merge, on the same texts for the same steps."""
     from tmerge.recipe import load_recipe
 
-    overrides = {**pair_words(target, source, source_base, what, dataset), "device": device}
+    overrides = {**pair_words(target, source, source_base, adapter, what, dataset), "device": device}
     loaded = load_recipe(recipe, overrides, settings or ())
     quiet_libraries()
     from tmerge.cli.show import show_comparison

@@ -221,7 +221,8 @@ def _refuse_other_models(original: FoundRun, report: Report, recipe: Recipe) -> 
     """Local models are known by their contents: another one would be merged for nothing."""
     for role, model in (("target", report.target), ("source", report.source)):
         commit, reference = model.commit, getattr(recipe, role)
-        if commit.startswith("sha256:") and (here := model_commit(reference)) != commit:
+        adapter = recipe.adapter if role == "source" else None
+        if commit.startswith("sha256:") and (here := model_commit(reference, adapter)) != commit:
             raise ModelNotFoundError(
                 f"{reference} here is not the {role} that {original.name} was made from ({here[7:19]} here, "
                 f"{commit[7:19]} there); put that one in its place"

@@ -187,6 +187,7 @@ def _refuse_local(recipe: Recipe) -> None:
         "target": recipe.target,
         "source": recipe.source,
         "source_base": recipe.source_base,
+        "adapter": recipe.adapter,
         "plan": recipe.plan,
     }
     for key, reference in named.items():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from tmerge.models.adapter_changes import AdapterChanges
 from tmerge.models.checkpoint import file_digest
 from tmerge.models.configs import meta_model
 from tmerge.models.demo import DEMO_MODELS, DemoModel, demo_path
 from tmerge.models.device import available_memory, fits, give_back_memory, multiplies_fast, pick_device, pick_dtype
 from tmerge.models.discovery import find_block_list
 from tmerge.models.facts import AdapterFacts, ModelFacts, read_facts
+from tmerge.models.joined import AdapterWeights, NoWeights
 from tmerge.models.licences import OutputLicence, output_licence
 from tmerge.models.loading import LoadedModel, load_model, load_tokenizer, model_commit
-from tmerge.models.model import Model, shared_vocabulary
+from tmerge.models.model import Model, pinned, shared_vocabulary
 from tmerge.models.projections import (
     PROJECTIONS,
     SIDES,
@@ -42,7 +44,9 @@ __all__ = [
     "PROJECTIONS",
     "SIDES",
     "STREAM",
+    "AdapterChanges",
     "AdapterFacts",
+    "AdapterWeights",
     "Architecture",
     "DemoModel",
     "HeadLayout",
@@ -52,6 +56,7 @@ __all__ = [
     "Model",
     "ModelFacts",
     "ModelReference",
+    "NoWeights",
     "OutputLicence",
     "Projection",
     "Readout",
@@ -81,6 +86,7 @@ __all__ = [
     "output_licence",
     "pick_device",
     "pick_dtype",
+    "pinned",
     "read_facts",
     "read_weights_file",
     "refuse_without_rows",

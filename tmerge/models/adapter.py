@@ -81,6 +81,10 @@ class Adapter:
             )
         return path
 
+    def fetch(self) -> None:
+        """Have its files here; raises as `weights`."""
+        self.weights  # noqa: B018 - fetched when it is asked for
+
     @cached_property
     def headers(self) -> dict[str, StoredTensor]:
         """What that file holds."""

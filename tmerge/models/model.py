@@ -25,7 +25,7 @@ from tmerge.models.projections import Architecture, describe
 from tmerge.models.views import Projection
 from tmerge.models.weights import MappedWeights, mapped_weights
 
-__all__ = ["Model", "shared_vocabulary"]
+__all__ = ["Model", "pinned", "shared_vocabulary"]
 
 # Of the smaller vocabulary: two that have this much in common are one.
 _NEARLY_ALL = 0.9
@@ -107,7 +107,7 @@ class Model:
         commit = self.commit
         if joined is not None:
             commit = joined.commit if self.adapter is None else joined.base_commit
-        return self.reference if commit.startswith("sha256:") else f"{self.reference.partition('@')[0]}@{commit}"
+        return pinned(self.reference, commit)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -244,6 +244,11 @@ class Model:
         if loaded is not None and loaded.block_weights is not None:
             loaded.block_weights.close()
         return loaded
+
+
+def pinned(reference: str, commit: str) -> str:
+    """A Hub repo's reference at a commit; what is local stays as it was written."""
+    return reference if commit.startswith("sha256:") else f"{reference.partition('@')[0]}@{commit}"
 
 
 def shared_vocabulary(target: Model, source: Model) -> Tensor | None:

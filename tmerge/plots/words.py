@@ -121,7 +121,7 @@ def facts(report: Report) -> Iterable[Sequence[str]]:
     held_out = report.evaluation
     yield "held out", f"{held_out.texts:,} other texts, {held_out.bytes:,} bytes"
     yield from _solved(solved)
-    yield "what was moved", moved_words(fusion, report.source_base)
+    yield "what was moved", moved_words(fusion, report.source_base, report.adapter)
     yield "fusion", how_words(fusion)
     if fusion.stream:
         yield "on the residual stream", ", ".join(fusion.stream)

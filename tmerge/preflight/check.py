@@ -28,6 +28,7 @@ from tmerge.models import (
 )
 from tmerge.preflight.document import CheckDocument, CheckedAdapter, CheckedModel, Expected, ForEach, Matched, Sizes
 from tmerge.preflight.estimate import TOKENS_PER_TEXT, Estimate, estimate_run, widths_of
+from tmerge.preflight.learned import Learned
 from tmerge.preflight.models import Models
 from tmerge.quantities import bytes_words
 from tmerge.recipe import Recipe
@@ -51,6 +52,7 @@ class Check:
         estimate: Expected cost here.
         base: Facts of the source before its fine-tuning, for a task vector.
         base_layout: Its projections.
+        left_out: What the adapter that is carried changes, and a merge leaves behind.
     """
 
     target: ModelFacts
@@ -64,6 +66,7 @@ class Check:
     estimate: Estimate
     base: ModelFacts | None = None
     base_layout: Architecture | None = None
+    left_out: tuple[str, ...] = ()
 
     def document(self) -> CheckDocument:
         """What is printed and shown of it."""
@@ -72,7 +75,7 @@ class Check:
         matched = {name: Sizes(target=_shape(target, name), source=_shape(source, name)) for name in self.projections}
         return CheckDocument(
             target=_model(self.target, target),
-            source=_model(self.source, source),
+            source=_model(self.source, source, self.left_out),
             source_base=base,
             projections=Matched(matched=matched, skipped=self.skipped),
             left_alone=ForEach(target=target.left_alone, source=source.left_alone),
@@ -122,7 +125,19 @@ def check(recipe: Recipe, models: Models | None = None) -> Check:
             f"{', '.join(recipe.fusion.projections)} ({'; '.join(skipped.values())}); choose others in "
             "fusion.projections"
         )
-    notes = []
+    notes: list[str] = []
+    left_out: tuple[str, ...] = ()
+    if recipe.adapter is not None and source.adapter is not None:
+        learned = Learned.of(source.adapter.parameters, source_layout, projections, stream=recipe.fusion.carries_stream)
+        projections, left_out = learned.projections, learned.left_out
+        skipped |= dict.fromkeys(learned.untouched, f"the adapter {recipe.adapter} leaves it as it is")
+        if not projections:
+            raise UnsupportedModelError(
+                f"the adapter {recipe.adapter} changes none of the projections {', '.join(recipe.fusion.projections)} "
+                f"that both models have; it changes {_some(left_out)}: choose others in fusion.projections"
+            )
+        if left_out:
+            notes.append(f"what the adapter changes and the merge leaves behind: {', '.join(left_out)}")
     if target.commit == source.commit:
         notes.append("target and source are the same model: nothing new can be transported")
     listed = [("target", target), ("source", source)]
@@ -158,7 +173,7 @@ def check(recipe: Recipe, models: Models | None = None) -> Check:
     notes += [*licence.refusals, *licence.unknown]
     layouts = (target_layout, source_layout)
     estimate = estimate_run(recipe, (target, source, base), layouts, projections)
-    return Check(target, source, *layouts, projections, skipped, licence, notes, estimate, base, base_layout)
+    return Check(target, source, *layouts, projections, skipped, licence, notes, estimate, base, base_layout, left_out)
 
 
 def refuse_unfit(result: Check, recipe: Recipe, out: Path) -> None:
@@ -202,6 +217,12 @@ def _written_bytes(folder: Path) -> int:
     return sum(min(file.st_size, file.st_blocks * 512) for file in files)
 
 
+def _some(names: tuple[str, ...]) -> str:
+    """The first three of them, and how many there are beside them."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     folder = folder.absolute()
@@ -210,7 +231,7 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _model(facts: ModelFacts, layout: Architecture) -> CheckedModel:
+def _model(facts: ModelFacts, layout: Architecture, left_out: tuple[str, ...] = ()) -> CheckedModel:
     return CheckedModel(
         ref=facts.reference.text,
         commit=facts.commit,
@@ -227,11 +248,11 @@ def _model(facts: ModelFacts, layout: Architecture) -> CheckedModel:
         stored=facts.stored,
         download_bytes=facts.download_bytes,
         tied_embeddings=bool(getattr(facts.config, "tie_word_embeddings", False)),
-        adapter=None if facts.adapter is None else _adapter(facts.adapter),
+        adapter=None if facts.adapter is None else _adapter(facts.adapter, left_out),
     )
 
 
-def _adapter(facts: AdapterFacts) -> CheckedAdapter:
+def _adapter(facts: AdapterFacts, left_out: tuple[str, ...]) -> CheckedAdapter:
     return CheckedAdapter(
         ref=facts.reference.text,
         commit=facts.commit,
@@ -239,6 +260,7 @@ def _adapter(facts: AdapterFacts) -> CheckedAdapter:
         rank=facts.rank,
         parameters=len(facts.parameters),
         base_commit=facts.base_commit,
+        left_out=list(left_out),
     )
 
 

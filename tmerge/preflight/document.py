@@ -25,6 +25,7 @@ class CheckedAdapter(_Frozen):
         rank: The highest of its changes.
         parameters: How many of its base's it changes.
         base_commit: What identifies its base.
+        left_out: What it changes, and a merge leaves behind, where its changes alone are carried.
     """
 
     ref: str
@@ -33,6 +34,7 @@ class CheckedAdapter(_Frozen):
     rank: int
     parameters: int
     base_commit: str
+    left_out: list[str] = []
 
 
 class CheckedModel(_Frozen):
@@ -62,6 +64,11 @@ class CheckedModel(_Frozen):
     download_bytes: int | None
     tied_embeddings: bool
     adapter: CheckedAdapter | None = None
+
+    @property
+    def name(self) -> str:
+        """The reference, with that of its adapter."""
+        return self.ref if self.adapter is None else f"{self.ref} + {self.adapter.ref}"
 
 
 class Sizes(_Frozen):

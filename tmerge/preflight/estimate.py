@@ -258,7 +258,8 @@ def estimate_run(
     stages = {
         "texts": sum(tokenizer_seconds(pieces, facts) for facts in (target, source)),
         "target": loading_seconds(pieces, target, dtype) + reads[0],
-        "source": loading_seconds(pieces, source, source_dtype) + reads[1],
+        # With an adapter it is read without it, and scored with it.
+        "source": (1 + (recipe.adapter is not None)) * loading_seconds(pieces, source, source_dtype) + reads[1],
         "transport": solving_seconds(pieces, recipe, entries, rows, threads) if entries else 0.0,
         "fuse": carrying_seconds(pieces, recipe, layouts, projections, rows),
         "evaluate": rescored + fusing_seconds(pieces, carried / 4, _fusings(recipe, projections), threads),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from tmerge.models import Model, pick_device, trusts
+from tmerge.models import Model, pick_device, pinned, trusts
 from tmerge.preflight.holding import fit_together
 from tmerge.recipe import Recipe
 
@@ -35,7 +35,7 @@ class Models:
             commits: Role -> what identifies its model, where that is known; the others are asked when it is needed.
         """
 
-        def handle(role: str, reference: str) -> Model:
+        def handle(role: str, reference: str, adapter: str | None = None) -> Model:
             return Model(
                 reference,
                 dtype=recipe.dtype,
@@ -43,10 +43,19 @@ class Models:
                 memory=recipe.memory,
                 trust_remote_code=trusts(recipe.trust_remote_code, reference),
                 commit=(commits or {}).get(role),
+                adapter=adapter,
             )
 
         base = None if recipe.source_base is None else handle("source_base", recipe.source_base)
-        return cls(handle("target", recipe.target), handle("source", recipe.source), base)
+        return cls(handle("target", recipe.target), handle("source", recipe.source, recipe.adapter), base)
+
+    @property
+    def matched(self) -> Model:
+        """The source that is read for the matching: without its adapter, where that is carried."""
+        if self.source.adapter is None:
+            return self.source
+        assert self.source_base is not None  # the recipe sees to it
+        return self.source_base
 
     @property
     def fit_together(self) -> bool:
@@ -56,7 +65,11 @@ class Models:
 
     def pinned(self) -> dict[str, str]:
         """Role -> the reference, a Hub repo's at its commit; what is local stays as it was written."""
-        return {role: model.pinned for role, model in self._roles()}
+        pins = {role: model.pinned for role, model in self._roles()}
+        joined = self.source.facts.adapter
+        if self.source.adapter is not None and joined is not None:
+            pins["adapter"] = pinned(self.source.adapter, joined.commit)
+        return pins
 
     def _roles(self) -> Iterator[tuple[str, Model]]:
         yield "target", self.target

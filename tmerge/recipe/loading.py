@@ -36,7 +36,7 @@ def load_recipe(
     """Read a recipe and lay the command line's words over it.
 
     Who names a ``source_base`` there, and no ``fusion.what``, wants what the source learned since, unless the recipe is
-    one of a reconstruction, where it is the control ``source_base``.
+    one of a reconstruction, where it is the control ``source_base``. Who names an ``adapter`` wants what it learned.
 
     Args:
         name: A YAML file, or a preset's name; None starts from the defaults, or from `start`.
@@ -54,12 +54,22 @@ def load_recipe(
             _put(data, key, value)
     said = dict(parse_setting(word) for word in settings)
     section = data.get("fusion")
-    learned = overrides.get("source_base") is not None and overrides.get("fusion.what") is None
+    if overrides.get("adapter") is not None:
+        _one_base(data, overrides)
+    named = overrides.get("source_base") is not None or overrides.get("adapter") is not None
+    learned = named and overrides.get("fusion.what") is None
     if learned and not (isinstance(section, dict) and section.get("what") == "reconstruct"):
         _put(data, "fusion.what", "task-vector")
     for key, value in said.items():
         _put(data, key, value)
     return Recipe.from_mapping(data, where)
+
+
+def _one_base(data: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """An adapter's base that is named beside it is source and source_base, whatever the recipe has for the other."""
+    for name, other in (("source_base", "source"), ("source", "source_base")):
+        if overrides.get(name) is not None and overrides.get(other) is None:
+            data.pop(other, None)
 
 
 def parse_setting(word: str) -> tuple[str, Any]:

@@ -45,6 +45,11 @@ class Recipe(Section):
         None,
         description="the source before its fine-tuning, for task vectors and the control source_base",
     )
+    adapter: str | None = Field(
+        None,
+        description="a LoRA, PEFT repo or folder: what it changes of source_base is carried, and that model alone is "
+        "read for the matching; source is the two together, and need not be named",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="of both models' weights and forward passes; auto is each checkpoint's own, bfloat16 for GGUF",
@@ -82,6 +87,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
+        self._adapter_has_a_base()
         learned, fitted = isinstance(self.fusion, TaskVector), self.transport.map != "plan"
         if isinstance(self.fusion, Reconstruction):
             self._is_reconstructible()
@@ -115,6 +121,22 @@ class Recipe(Section):
             if fitted:
                 raise ValueError(f"fusion.stream needs transport.map: plan, not {self.transport.map}; set it to false")
         return self
+
+    def _adapter_has_a_base(self) -> None:
+        if self.adapter is None:
+            return
+        if not isinstance(self.fusion, TaskVector):
+            raise ValueError(
+                f"fusion.what is {self.fusion.what}, and an adapter is carried as a task-vector; drop fusion.what, or "
+                "drop adapter and name it as the source, which is its base and it together"
+            )
+        if self.source != self.source_base:
+            raise ValueError(
+                f"source is {self.source} and source_base {self.source_base}, and an adapter is joined to source_base: "
+                "drop source, or adapter"
+            )
+        if self.compare.sources:
+            raise ValueError("compare.sources are merged with the same recipe, and adapter is of one source; drop one")
 
     def _is_reconstructible(self) -> None:
         if not isinstance(self.transport, Shared):

@@ -1,6 +1,7 @@
 """What a recipe leaves unsaid where that hangs on another section's choice; all other defaults are the fields' own.
 
-Three things do. A kind of fusion brings what was measured best with it in other sections (its ``beside``). What lies
+Four things do. An adapter is of one model, which is `source` and `source_base` alike, and is carried as a task vector.
+A kind of fusion brings what was measured best with it in other sections (its ``beside``). What lies
 on the residual stream is carried by one correspondence for the whole model, so that ``fusion.stream`` is on where the
 transport is such a one. And a section that does not name its kind is of the first.
 
@@ -43,8 +44,12 @@ def with_unsaid(data: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         data: Top-level keys. Sections that are mappings, or not there, are filled; what is no mapping stays as it is.
     """
-    filled = dict(data)
-    fusion = filled["fusion"] = _with({"what": "weights"}, data.get("fusion"))
+    filled, learned = dict(data), data.get("adapter") is not None
+    if learned:
+        for name, other in (("source", "source_base"), ("source_base", "source")):
+            if filled.get(name) is None and filled.get(other) is not None:
+                filled[name] = filled[other]
+    fusion = filled["fusion"] = _with({"what": "task-vector" if learned else "weights"}, data.get("fusion"))
     what = _said(fusion, "what")
     kind = _KINDS.get(what, Weights) if isinstance(what, str) else Weights
     for name, values in kind.beside.items():

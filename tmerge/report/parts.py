@@ -89,6 +89,7 @@ class JoinedAdapter(Part):
     rank: int
     parameters: int
     base_commit: str
+    left_out: Items[str] = ()
 
 
 class MergedModel(Part):

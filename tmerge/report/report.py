@@ -176,6 +176,7 @@ class Report(Part):
 
     Attributes:
         source_base_model: Of a task vector; older reports have its reference alone.
+        adapter: The adapter whose changes were carried, of the source; None where its weights were.
         weights: File -> SHA-256 (hex).
         plan: The run whose transport was taken.
         adaptation: Of a model that was trained after the merge.
@@ -188,6 +189,7 @@ class Report(Part):
     source: MergedModel
     source_base: str | None = None
     source_base_model: MergedModel | None = None
+    adapter: str | None = None
     same_model: bool
     calibration: Calibration
     transport: Transport

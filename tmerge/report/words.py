@@ -86,8 +86,10 @@ def kept_words(kept: Kept) -> str:
     )
 
 
-def moved_words(fusion: Fusion, source_base: str | None) -> str:
+def moved_words(fusion: Fusion, source_base: str | None, adapter: str | None = None) -> str:
     """What of the source went into the target."""
+    if adapter is not None and fusion.what == "task-vector":
+        return f"what the adapter {adapter} changes" + (f" of {source_base}" if source_base else "")
     if fusion.what == "task-vector":
         return (
             f"what the source learned since {source_base}" if source_base else "what the source learned since its base"

@@ -18,6 +18,7 @@ from tmerge.processes import Processes
 from tmerge.recipe import Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
 from tmerge.run import Run
+from tmerge.stages.learned_weights import LearnedWeights
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import FuseNote
 from tmerge.stages.scoring import load
@@ -36,7 +37,7 @@ class Fuse:
     Attributes:
         recipe: Of the run.
         target: Whose neurons are selected.
-        source: The weights that are carried.
+        source: The weights that are carried; or the task vector of an adapter.
         source_base: Those of the source before its fine-tuning, where what it learned since is carried.
         features: What the transport was solved from.
         solved: The key of the stage that solved it.
@@ -47,7 +48,7 @@ class Fuse:
 
     recipe: Recipe
     target: Model
-    source: SourceWeights
+    source: SourceWeights | LearnedWeights
     source_base: SourceWeights | None
     features: Features
     solved: str
@@ -65,6 +66,7 @@ class Fuse:
             "transport": self.solved,
             "fusion": self.recipe.fusion.model_dump(mode="json", exclude={"alpha", "alphas"}),
             "base": None if self.source_base is None else self.source_base.model.commit,
+            **({"adapter": self.source.joined.commit} if isinstance(self.source, LearnedWeights) else {}),
             "seed": self.recipe.seed,
             "permuted": "permuted" in self.recipe.evaluation.controls,
         }
@@ -86,7 +88,9 @@ class Fuse:
         load(self.target, progress)
         transported, permuted = self.neurons.write(key, processes)
         source, base = self._weights(self.source, progress), None
-        if self.source_base is not None:
+        if isinstance(self.source, LearnedWeights):
+            base = self.source.nothing()
+        elif self.source_base is not None:
             base = self._weights(self.source_base, progress)
 
         def keep(matched: Sequence[TransportedNeurons], shuffled: Sequence[TransportedNeurons]) -> None:
@@ -123,7 +127,7 @@ class Fuse:
             }
         )
 
-    def _weights(self, of: SourceWeights, progress: Progress) -> Architecture:
+    def _weights(self, of: SourceWeights | LearnedWeights, progress: Progress) -> Architecture:
         """The weights that are fused from; what has to be written for them the first process writes."""
         if not progress.processes.is_first:
             progress.processes.wait()

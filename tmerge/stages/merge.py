@@ -30,6 +30,7 @@ from tmerge.run import Run
 from tmerge.stages.choose import Choose
 from tmerge.stages.evaluate import Evaluate
 from tmerge.stages.fuse import Fuse
+from tmerge.stages.learned_weights import LearnedWeights
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import FuseNote, Note
 from tmerge.stages.read import Read
@@ -137,7 +138,7 @@ class _Road:
                 says.note(line)
         projections, recorded = checked.projections, self.recorded
         if recorded is not None:
-            commits, plan = {"target": models.target.commit, "source": models.source.commit}, recorded
+            commits, plan = {"target": models.target.commit, "source": models.matched.commit}, recorded
             first(lambda: plan.refuse_other_recipe(recipe, commits, projections))
         device = pick_device(recipe.device)
         runner = Runner(run, self.listener, str(device), self.processes)
@@ -145,7 +146,7 @@ class _Road:
         apart = bool(recipe.fusion.chosen or (recorded is not None and recorded.recipe.fusion.chosen))
         data = first(lambda: self._data(says, recorded is not None))
         paths = run.texts_path, run.kept_texts_path
-        yield runner(Texts(recipe, models.target, models.source, data, apart, recorded is not None, *paths))
+        yield runner(Texts(recipe, models.target, models.matched, data, apart, recorded is not None, *paths))
         texts = TextSet.load(run.texts_path)
         kept = kept_texts(recipe, run)
         if recorded is not None:
@@ -155,8 +156,13 @@ class _Road:
         roomy, read = models.fit_together, (texts, projections)
         target = runner(Read("target", recipe, models.target, *read, folders["target"], recorded, None, not roomy))
         yield target
-        weights, base = self._weights(models.source, "source"), models.source_base
-        source = runner(Read("source", recipe, models.source, *read, folders["source"], recorded, weights))
+        weights, base, scored = self._source_weights(), models.source_base, None
+        if isinstance(weights, LearnedWeights):
+            # The change is a difference already: of the source only the base is read.
+            base, scored = None, models.source
+        source = runner(
+            Read("source", recipe, models.matched, *read, folders["source"], recorded, weights, scored=scored)
+        )
         yield source
 
         heads = {"target": target.note.heads, "source": source.note.heads}
@@ -182,6 +188,12 @@ class _Road:
         unfused = target.note.scores
         yield runner(Evaluate(recipe, models.target, texts, neurons, alpha, fused.key, unfused, kept))
         yield runner(Save(recipe, run, models.target, texts, neurons, alpha, fused.key))
+
+    def _source_weights(self) -> SourceWeights | LearnedWeights:
+        """What is fused from."""
+        if self.recipe.adapter is None:
+            return self._weights(self.models.source, "source")
+        return LearnedWeights(self._weights(self.models.matched, "source"), self.models.source)
 
     def _weights(self, model: Model, role: str) -> SourceWeights:
         path = self.run.cache / f"{role}-weights.safetensors"

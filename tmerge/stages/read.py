@@ -11,8 +11,9 @@ from tmerge.evaluation import Scores
 from tmerge.models import Model, give_back_memory, head_facts
 from tmerge.recipe import Recipe
 from tmerge.recorded import RecordedRun
+from tmerge.stages.learned_weights import LearnedWeights
 from tmerge.stages.notes import ReadNote, ScoreNote
-from tmerge.stages.scoring import held_out, opened, score, unit
+from tmerge.stages.scoring import held_out, opened, reading, score, unit
 from tmerge.stages.source_weights import SourceWeights
 from tmerge.stages.step import Progress
 
@@ -33,6 +34,7 @@ class Read:
         recorded: A recorded transport, with which the model is scored alone.
         kept: Of a model that is fused from: its weights, which outlive it. The model is let go then.
         let_go: Whether it is let go too where it has been read, to leave room for another.
+        scored: What is scored in its place, after it: a source with the adapter that its base alone is read for.
     """
 
     name: str
@@ -42,8 +44,9 @@ class Read:
     projections: list[str]
     folder: Path
     recorded: RecordedRun | None
-    kept: SourceWeights | None = None
+    kept: SourceWeights | LearnedWeights | None = None
     let_go: bool = False
+    scored: Model | None = None
 
     note = ReadNote
     together = True
@@ -57,6 +60,7 @@ class Read:
             **({"ends": texts.ends} if texts.ends else {}),
             **({"other": texts.other} if texts.other else {}),
             "commit": self.model.commit,
+            **({} if self.scored is None else {"scored": self.scored.commit}),
             "dtype": self.recipe.dtype,
             "device": self.recipe.device,
             "projections": self.projections,
@@ -95,13 +99,15 @@ class Read:
             progress=progress.counting(f"{self.name}: reading features", unit(loaded)),
             note=progress.note,
         )
+        heads = head_facts(loaded.model, views)
+        del loaded, views
         scores = self._score(progress)
         return ReadNote(
             scores=ScoreNote.of(scores),
             tokens=captured.tokens,
             truncated=captured.truncated,
             forward_seconds=captured.forward_seconds + scores.seconds,
-            heads=head_facts(loaded.model, views),
+            heads=heads,
         )
 
     def _score_alone(self, recorded: RecordedRun, progress: Progress) -> ReadNote:
@@ -114,5 +120,10 @@ class Read:
         )
 
     def _score(self, progress: Progress) -> Scores:
-        texts = held_out(self.recipe, self.texts)
-        return score(self.recipe, opened(self.model, progress), texts, progress, f"{self.name}: held-out texts")
+        texts, what = held_out(self.recipe, self.texts), f"{self.name}: held-out texts"
+        if self.scored is None:
+            return score(self.recipe, opened(self.model, progress), texts, progress, what)
+        self.model.release()
+        give_back_memory()
+        with reading(self.scored, progress) as joined:
+            return score(self.recipe, joined, texts, progress, what)

@@ -13,6 +13,7 @@ from tmerge.evaluation import Interval, Scores, Verdict, difference, resamples, 
 from tmerge.fusion import COLUMN_PROJECTIONS, neuron_count
 from tmerge.preflight.check import Check
 from tmerge.preflight.document import CheckedModel
+from tmerge.preflight.learned import stream_names
 from tmerge.recipe import Recipe, Reconstruction
 from tmerge.report.parts import (
     Calibration,
@@ -114,6 +115,8 @@ def build_report(
     models = checked.document()
     if models.source_base is not None:
         base["source_base_model"] = _model(models.source_base)
+    if recipe.adapter is not None:
+        base["adapter"] = recipe.adapter
     return Report(
         schema=SCHEMA,
         tmerge=versions["tmerge"],
@@ -141,7 +144,12 @@ def build_report(
         plan=recipe.plan,
         seed=recipe.seed,
         versions=versions,
-        notes=(*checked.notes, *_remarks(measured), *([] if kept is None else [kept_words(kept)])),
+        notes=(
+            *checked.notes,
+            *_remarks(measured),
+            *_left_behind(recipe, checked, measured),
+            *([] if kept is None else [kept_words(kept)]),
+        ),
     )
 
 
@@ -176,6 +184,17 @@ def _remarks(measured: Measurements) -> list[str]:
             "config that today's wrote in another way"
         )
     return remarks
+
+
+def _left_behind(recipe: Recipe, checked: Check, measured: Measurements) -> list[str]:
+    """What a carried adapter changes on the residual stream, and the target had no place for."""
+    if recipe.adapter is None or checked.source.adapter is None or not recipe.fusion.carries_stream:
+        return []
+    changed = stream_names(checked.source.adapter.parameters, checked.source_layout)
+    left = [name for name in changed if name not in measured.fused.stream]
+    return [f"what the adapter changes and the target has no place for, or no vocabulary: {', '.join(left)}"] * bool(
+        left
+    )
 
 
 def _model(checked: CheckedModel) -> MergedModel:

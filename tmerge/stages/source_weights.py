@@ -7,8 +7,11 @@ cache, when the model has been loaded: for its features, or else for this alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from tmerge.models import Architecture, Model, give_back_memory, read_weights_file, write_weights
 from tmerge.report import library_versions
@@ -46,8 +49,12 @@ class SourceWeights:
 
     def read(self, progress: Progress) -> Architecture:
         """The model's projections, each weight read from its file when it is asked for."""
+        return self.model.layout.reading(self.weights(progress))
+
+    def weights(self, progress: Progress) -> Mapping[str, Tensor]:
+        """The weights themselves, by the names of the model's parameters."""
         if self._are_plain:
-            return self.model.layout.reading(self.model.weights)
+            return self.model.weights
         was_open = self.model.is_open
         self.keep(progress)
         if not was_open:
@@ -55,7 +62,7 @@ class SourceWeights:
             give_back_memory()
         weights = read_weights_file(self.path, self._key)
         assert weights is not None  # it has just been seen to
-        return self.model.layout.reading(weights)
+        return weights
 
     @property
     def _names(self) -> list[str]:

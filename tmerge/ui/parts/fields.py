@@ -115,6 +115,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("fusion.keep_texts", "How many of them"),
         Setting("fusion.keep_share", "Their share of a fit"),
         Setting("source_base", "Source before its fine-tuning"),
+        Setting("adapter", "LoRA of that source"),
         Setting("plan", "Plan of another run"),
     ),
     "Calibration": (

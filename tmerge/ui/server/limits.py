@@ -168,7 +168,7 @@ def vetted(recipe: Recipe, settings: AppSettings) -> Recipe:
             "trust_remote_code runs a repo's own code and cannot be set from the browser; run `tmerge merge` on "
             "your own machine for that"
         )
-    for key in ("target", "source", "source_base", "plan"):
+    for key in ("target", "source", "source_base", "adapter", "plan"):
         reference = getattr(recipe, key)
         if reference is not None:
             _refuse_path(key, reference, settings, demo=key != "plan")

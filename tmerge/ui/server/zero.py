@@ -21,8 +21,9 @@ from typing import Any
 
 import tmerge.errors
 from tmerge.errors import Cancelled, DeviceError, TmergeError
-from tmerge.models import ModelReference, give_back_memory, open_repo
+from tmerge.models import ModelReference, give_back_memory
 from tmerge.models.device import DEVICE_VARIABLE
+from tmerge.models.place import Place, find_place
 from tmerge.models.remote import fetch_weights
 from tmerge.preflight.check import TOKENS_PER_TEXT, Check
 from tmerge.recipe import Recipe
@@ -104,10 +105,15 @@ def as_on_zero(found: Check, recipe: Recipe, settings: AppSettings) -> tuple[Che
 
 def fetch_weights_of(recipe: Recipe, listener: Callable[[Step], None]) -> None:
     """Fetch what the lent calls will load: their time is too dear for downloads."""
-    for reference in (recipe.target, recipe.source, recipe.source_base):
-        if reference is not None and (model := ModelReference.parse(reference)).kind == "hub":
+    named = ((recipe.target, None), (recipe.source, recipe.adapter), (recipe.source_base, None))
+    for reference, adapter in named:
+        if reference is not None and ModelReference.parse(reference).kind == "hub":
             listener(Step("texts", f"fetching {reference}", 0, 1, "models"))
-            fetch_weights(open_repo(model))
+            place = find_place(reference, adapter=adapter)
+            if isinstance(place, Place) and place.snapshot is not None:
+                fetch_weights(place.snapshot)
+            if place.adapter is not None:
+                place.adapter.fetch()
 
 
 def on_gpu(

@@ -1,0 +1,47 @@
+"""The key ``adapter``: of one model, which is the source and its base."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.recipe.refusing import assert_refused
+from tmerge.recipe import Recipe, TaskVector, load_recipe
+
+SMALL, BIG, LORA = "a/small", "b/big", "c/lora"
+
+
+@pytest.mark.parametrize("named", [{"source": BIG}, {"source_base": BIG}, {"source": BIG, "source_base": BIG}])
+def test_its_base_is_named_once_or_twice(named):
+    expected = Recipe.from_mapping(
+        {"target": SMALL, "source": BIG, "source_base": BIG, "adapter": LORA, "fusion": {"what": "task-vector"}}
+    )
+    recipe = Recipe.from_mapping({"target": SMALL, "adapter": LORA, **named})
+    assert recipe == expected and isinstance(recipe.fusion, TaskVector)
+    words = {"target": SMALL, "adapter": LORA, "source": None, "source_base": None, **named}
+    assert load_recipe(None, words) == expected
+    assert Recipe.from_mapping(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize("base", ["source", "source_base"])
+def test_on_the_command_line_it_takes_the_place_of_a_recipes_source(base, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"target: {SMALL}\nsource: b/tuned\nsource_base: b/untuned\nfusion: {{what: task-vector}}\n")
+    recipe = load_recipe(str(path), {base: BIG, "adapter": LORA})
+    assert (recipe.source, recipe.source_base, recipe.adapter) == (BIG, BIG, LORA)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({}, ["'source' is missing"]),
+        ({"source": "b/tuned", "source_base": BIG}, ["source is b/tuned and source_base b/big", "drop source"]),
+        ({"source": BIG, "fusion": {"what": "weights"}}, ["fusion.what is weights", "carried as a task-vector"]),
+        (
+            {"source": BIG, "fusion": {"what": "reconstruct"}, "transport": {"structure": "shared"}},
+            ["fusion.what is reconstruct", "name it as the source"],
+        ),
+        ({"source": BIG, "compare": {"sources": ["b/other"]}}, ["compare.sources", "adapter is of one source"]),
+    ],
+)
+def test_what_does_not_go_with_it(more, words):
+    assert_refused({"target": SMALL, "adapter": LORA, **more}, words)

@@ -1,0 +1,182 @@
+"""A task vector that is an adapter's: what PEFT's merged checkpoint has over its base, without such a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from tests.models.test_adapter import KINDS, made
+from tests.pico import pico_model, pico_tokenizer, save_pico
+from tests.pico_adapter import merged_by_peft, save_adapter
+from tests.stages.test_task_vector import _deeper, _shaken, recipe_for, save_all, weights
+from tmerge.errors import TmergeError, UnsupportedModelError
+from tmerge.fusion import StoredNeurons
+from tmerge.models import EMBEDDING, PROJECTIONS, Model, describe
+from tmerge.models import model as handles
+from tmerge.models.checkpoint import file_digest
+from tmerge.preflight.check import check
+from tmerge.recipe import Recipe
+from tmerge.stages.learned_weights import LearnedWeights
+from tmerge.stages.merge import advance, merge
+from tmerge.stages.source_weights import SourceWeights
+from tmerge.stages.step import Progress
+
+SAID = Progress("fuse", lambda step: None)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"bias of B"}))
+def test_what_is_carried_is_what_merging_adds_to_each_view(kind, tmp_path):
+    base, adapter = made(kind, tmp_path)
+    model = Model(str(base), device="cpu")
+    plain = SourceWeights(model, list(PROJECTIONS), True, tmp_path / "kept.safetensors")
+    learned = LearnedWeights(plain, Model(str(base), adapter=str(adapter), device="cpu"))
+    found, nothing = learned.read(SAID), learned.nothing()
+    merged, before = describe(merged_by_peft(base, adapter)), plain.read(SAID)
+    views = 0
+    for layer, own in enumerate(found.views):
+        for name, view in own.items():
+            expected = merged.views[layer][name].weight() - before.views[layer][name].weight()
+            torch.testing.assert_close(view.weight(), expected, rtol=1e-4, atol=1e-5)
+            assert not nothing.views[layer][name].weight().any()
+            views += bool(expected.any())
+    assert views
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A target; a deeper relative of one vocabulary; adapters of that one, the first of them merged by PEFT too."""
+    folder = tmp_path_factory.mktemp("models")
+    target = pico_model("llama")
+    save_all(folder, target=target, base=_shaken(_deeper(target), 0.02, 1))
+    whole = ["embed_tokens", "lm_head", "input_layernorm"]
+    options = {"target_modules": ["q_proj", "v_proj", "down_proj"], "size": 0.05}
+    # So little that the base's features match as those of base and adapter do.
+    little = {**options, "size": 0.002, "use_dora": True, "modules_to_save": whole}
+    save_adapter(folder / "base", folder / "lora", **options)
+    save_adapter(folder / "base", folder / "whole", **little)
+    for name in ("lora", "whole"):
+        merged_by_peft(folder / "base", folder / name).save_pretrained(folder / f"{name}-merged")
+        pico_tokenizer(folder / f"{name}-merged")
+    return folder
+
+
+def adapted(models, name="lora", **sections):
+    data = recipe_for(models, **sections).model_dump(mode="json")
+    return Recipe.from_mapping(data | {"source": str(models / "base"), "adapter": str(models / name)})
+
+
+def transported(folder):
+    return {(item.layer, item.projection): item for item in StoredNeurons(folder / "tmerge/cache/transported")}
+
+
+@pytest.mark.parametrize("name", ["lora", "whole"])
+def test_the_same_neurons_as_of_the_merged_checkpoint(models, name, tmp_path, monkeypatch):
+    loaded = []
+    load = handles.load_model
+    monkeypatch.setattr(handles, "load_model", lambda ref, **more: loaded.append(more["place"]) or load(ref, **more))
+    fusion = {"projections": ["q", "v", "down"]}
+    advance(adapted(models, name, fusion=fusion), tmp_path / "adapter", until="fuse")
+    # The base is read for the features; with the adapter joined it is scored, and nothing else.
+    folders = [(place.folder.name, place.adapter is not None) for place in loaded]
+    assert folders == [("target", False), ("base", False), ("base", True)]
+    assert not list((tmp_path / "adapter/tmerge/cache").glob("*-weights.safetensors"))
+    merged = recipe_for(models, fusion=fusion, source=str(models / f"{name}-merged"))
+    advance(merged, tmp_path / "merged", until="fuse")
+    found, expected = transported(tmp_path / "adapter"), transported(tmp_path / "merged")
+    assert found.keys() == expected.keys()
+    for item, values in expected.items():
+        torch.testing.assert_close(found[item].weight, values.weight, rtol=1e-4, atol=1e-5)
+        assert found[item].is_difference
+    changed = {projection for (_, projection), item in found.items() if item.weight.any()}
+    assert {"q", "v", "down"} <= changed and (EMBEDDING in changed) == (name == "whole")
+    # A source's score is that of base and adapter together, however it came to be.
+    scores = [
+        json.loads((tmp_path / run / "tmerge/cache/source.json").read_text())["facts"]["scores"]["bits"]
+        for run in ("adapter", "merged")
+    ]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+def test_its_rank_stays(models, tmp_path):
+    advance(adapted(models, fusion={"projections": ["q", "down"]}), tmp_path / "run", until="fuse")
+    for (_, projection), item in transported(tmp_path / "run").items():
+        if projection in PROJECTIONS:
+            assert torch.linalg.matrix_rank(item.weight.double(), rtol=1e-5) == 4
+
+
+@pytest.mark.slow
+def test_the_whole_road_and_what_is_recorded(models, tmp_path):
+    shutil.copytree(models / "lora", tmp_path / "lora")
+    (tmp_path / "lora/README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    data = adapted(models).model_dump(mode="json") | {"adapter": str(tmp_path / "lora")}
+    recipe, out = Recipe.from_mapping(data), tmp_path / "fused"
+    report = merge(recipe, out)
+    assert report.adapter == str(tmp_path / "lora") and report.source.adapter.commit.startswith("sha256:")
+    assert report.source.adapter.base_commit == report.source_base_model.commit == Model(str(models / "base")).commit
+    assert report.source.commit == Model(str(models / "base"), adapter=str(tmp_path / "lora")).commit
+    assert (report.source.adapter.rank, report.source.adapter.licence) == (4, "cc-by-nc-4.0")
+    assert set(report.projections.fused) == {"q", "v", "down"}
+    assert report.projections.skipped["k"] == f"the adapter {tmp_path / 'lora'} leaves it as it is"
+    assert yaml.safe_load((out / "tmerge/recipe.yaml").read_text())["adapter"] == str(tmp_path / "lora")
+    card = (out / "README.md").read_text()
+    for words in ("the source's adapter | `lora`", "the source's adapter: `lora`, cc-by-nc-4.0", "adapter lora"):
+        assert words in card, words
+    # Another adapter of that base goes through the same transport.
+    again = Recipe.from_mapping(
+        adapted(models, "whole", fusion={"projections": ["q", "v", "down"]}).model_dump() | {"plan": str(out)}
+    )
+    other = merge(again, tmp_path / "other")
+    assert other.plan == str(out) and weights(tmp_path / "other") != weights(out)
+    # The same command with another adapter in the folder is not the finished run.
+    shutil.copy(models / "whole/adapter_config.json", tmp_path / "lora/adapter_config.json")
+    shutil.copy(models / "whole/adapter_model.safetensors", tmp_path / "lora/adapter_model.safetensors")
+    before = file_digest(out / "model.safetensors")
+    changed = merge(recipe, out)
+    assert changed.source.adapter.commit != report.source.adapter.commit
+    assert file_digest(out / "model.safetensors") != before
+
+
+@pytest.mark.slow
+def test_adapters_as_target_and_source_and_by_blocks(models, tmp_path):
+    save_adapter(models / "target", tmp_path / "of the target", seed=3, target_modules=["q_proj"])
+    merged = merged_by_peft(models / "target", tmp_path / "of the target")
+    save_all(tmp_path, plain=merged)
+    found = {}
+    for name, target, source, memory in (
+        ("joined", tmp_path / "of the target", models / "lora", "resident"),
+        ("blocks", tmp_path / "of the target", models / "lora", "blocks"),
+        ("merged", tmp_path / "plain", models / "lora-merged", "resident"),
+    ):
+        recipe = recipe_for(models, target=str(target), source=str(source), memory=memory)
+        found[name] = merge(recipe, tmp_path / name)
+    assert weights(tmp_path / "joined") == weights(tmp_path / "blocks")
+    assert found["joined"].target.adapter is not None and found["joined"].adapter is None
+    values = [found[name].evaluation.fused.value for name in ("joined", "merged")]
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+def test_what_cannot_travel_is_named(tmp_path):
+    base = save_pico("qwen3", tmp_path / "base", layers=3)
+    save_pico("llama", tmp_path / "target")
+    save_adapter(base, tmp_path / "lora", target_modules=["q_proj"], modules_to_save=["q_norm", "model.norm"])
+    recipe = Recipe(target=str(tmp_path / "target"), source=str(base), adapter=str(tmp_path / "lora"))
+    found = check(recipe)
+    assert found.projections == ["q"]
+    assert found.left_out == ("model.layers.*.self_attn.q_norm.weight (3)",)
+    assert any("leaves behind: model.layers.*.self_attn.q_norm.weight (3)" in note for note in found.notes)
+    assert found.document().source.adapter.left_out == list(found.left_out)
+    with pytest.raises(UnsupportedModelError, match=r"changes none of the projections k, v .*; it changes .*q_norm"):
+        check(Recipe.from_mapping(recipe.model_dump() | {"fusion": {"what": "task-vector", "projections": ["k", "v"]}}))
+
+
+def test_an_adapter_of_another_model(models, tmp_path):
+    other = save_pico("llama", tmp_path / "other", layers=5)
+    save_adapter(other, tmp_path / "lora", target_modules=["q_proj"])
+    recipe = Recipe.from_mapping(adapted(models).model_dump() | {"adapter": str(tmp_path / "lora")})
+    with pytest.raises(TmergeError, match="it changes model.layers.3.self_attn.q_proj, which .* has not"):
+        merge(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
