@@ -171,6 +171,7 @@ DAMAGE = {
     "rank": (lambda a: change_config(a, r=3), r"factors of the shapes .* and its rank is 3"),
     "rank of a word": (lambda a: change_config(a, r="four"), "adapter_config.json has r 'four'"),
     "pattern": (lambda a: change_config(a, alpha_pattern={"(": 3}), "a pattern of names that is none"),
+    "a pattern without end": (lambda a: change_config(a, rank_pattern={"(a+)+": 3}), "which could take for ever"),
     "pissa": (lambda a: change_config(a, init_lora_weights="pissa"), "begun with init_lora_weights 'pissa'"),
     "aLoRA": (lambda a: change_config(a, alora_invocation_tokens=[1]), "in force only after certain tokens"),
     "nothing": (lambda a: change_tensors(a, dict.clear), "there is nothing in it"),
@@ -201,6 +202,13 @@ def test_values_that_are_not_finite(tmp_path):
     _, adapter = made("lora", tmp_path)
     change_tensors(adapter, lambda tensors: tensors[first(tensors, "lora_B")].fill_(float("nan")))
     with pytest.raises(TmergeError, match="the adapter .*lora_B.weight has values that are not finite"):
+        load_model(str(adapter), device="cpu")
+
+
+def test_values_beyond_the_range_of_its_base(tmp_path):
+    _, adapter = made("lora", tmp_path)
+    change_config(adapter, lora_alpha=1e42)
+    with pytest.raises(TmergeError, match="has values beyond the range of float32"):
         load_model(str(adapter), device="cpu")
 
 

@@ -49,7 +49,7 @@ def show_check(result: Check) -> None:
         table.add_column(heading)
     target, source = facts.target, facts.source
     for label, key in (
-        ("model", "ref"),
+        ("model", "name"),
         ("commit", "commit"),
         ("architecture", "architecture"),
         ("parameters", "parameters"),

@@ -120,6 +120,9 @@ class AdapterChanges:
         Raises:
             CheckpointError: The adapter's file changed meanwhile, or holds what is not finite.
         """
+        return self._finite(name, self._change(name, base))
+
+    def _change(self, name: str, base: Callable[[], Tensor]) -> Tensor:
         change = self._changes[name]
         if isinstance(change, _Whole):
             return self._read(change.name) - _plain(base())
@@ -138,11 +141,18 @@ class AdapterChanges:
         """W' of a parameter, summed in float32 and rounded to the base's dtype, on its device; W of any other."""
         if name not in self._changes:
             return base
-        change = self._changes[name]
-        if isinstance(change, _Whole):
-            return self._read(change.name).to(base.device, base.dtype)
-        own = _plain(base)
-        return (own + self.change(name, lambda: own)).to(base.device, base.dtype)
+        change, own = self._changes[name], _plain(base)
+        joined = self._read(change.name) if isinstance(change, _Whole) else own + self.change(name, lambda: own)
+        return self._finite(name, joined.to(base.dtype)).to(base.device)
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        if torch.isfinite(tensor).all():
+            return tensor
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise self._amiss(
+            f"with it, {name} of {self._base} has values beyond the range of {dtype}; set dtype: float32, or download "
+            "the adapter again"
+        )
 
     def __contains__(self, name: object) -> bool:
         return name in self._changes

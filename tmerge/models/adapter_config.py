@@ -35,6 +35,8 @@ _REFUSED = {
     "kasa_config": "changes its base first (KaSA)",
     "megatron_config": "is split over Megatron's layers",
 }
+# Patterns are a stranger's: what repeats what repeats takes a time that grows with a power of a name's length.
+_REPEATS, _REPEATS_A_GROUP, _MOST_REPEATS = re.compile(r"[*+{]"), re.compile(r"\)[*+{]"), 3
 _Rank = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
@@ -91,6 +93,11 @@ class AdapterConfig(BaseModel):
             config = cls.model_validate({key: value for key, value in stored.items() if value is not None})
             for pattern in (*config.rank_pattern, *config.alpha_pattern):
                 re.compile(pattern)
+                if _REPEATS_A_GROUP.search(pattern) or len(_REPEATS.findall(pattern)) > _MOST_REPEATS:
+                    raise CheckpointError(
+                        f"{where!r}: its {ADAPTER_CONFIG} has the pattern {pattern!r:.60}, which could take for ever "
+                        "to match; write names of modules in its place"
+                    )
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))
