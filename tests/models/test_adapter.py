@@ -205,6 +205,22 @@ def test_values_that_are_not_finite(tmp_path):
         load_model(str(adapter), device="cpu")
 
 
+def test_what_older_releases_stored_beside_a_module_that_was_trained_whole(tmp_path):
+    _, adapter = made("trained whole", tmp_path)
+    commit, expected = Model(str(adapter)).commit, load_model(str(adapter), device="cpu").model.state_dict()
+
+    def as_before(tensors):
+        own = tensors.pop("base_model.model.lm_head.weight")
+        tensors["base_model.model.lm_head.modules_to_save.default.weight"] = own
+        tensors["base_model.model.lm_head.original_module.weight"] = torch.zeros_like(own)
+
+    change_tensors(adapter, as_before)
+    found = load_model(str(adapter), device="cpu")
+    assert found.commit != commit
+    for name, values in expected.items():
+        assert torch.equal(found.model.state_dict()[name], values), name
+
+
 def test_values_beyond_the_range_of_its_base(tmp_path):
     _, adapter = made("lora", tmp_path)
     change_config(adapter, lora_alpha=1e42)

@@ -9,13 +9,14 @@ import pytest
 import torch
 import yaml
 
+from tests.models.pico_gguf import save_pico_gguf
 from tests.models.test_adapter import KINDS, made
 from tests.pico import pico_model, pico_tokenizer, save_pico
 from tests.pico_adapter import merged_by_peft, save_adapter
 from tests.stages.test_task_vector import _deeper, _shaken, recipe_for, save_all, weights
 from tmerge.errors import TmergeError, UnsupportedModelError
 from tmerge.fusion import StoredNeurons
-from tmerge.models import EMBEDDING, PROJECTIONS, Model, describe
+from tmerge.models import EMBEDDING, PROJECTIONS, Model, describe, load_model, save_checkpoint
 from tmerge.models import model as handles
 from tmerge.models.checkpoint import file_digest
 from tmerge.preflight.check import check
@@ -44,6 +45,24 @@ def test_what_is_carried_is_what_merging_adds_to_each_view(kind, tmp_path):
             assert not nothing.views[layer][name].weight().any()
             views += bool(expected.any())
     assert views
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_of_a_packed_base_what_a_change_is_told_by_is_unpacked_once(dora, tmp_path):
+    packed = save_pico_gguf(tmp_path / "base.gguf", seed=1)
+    (tmp_path / "base").mkdir()
+    save_checkpoint(load_model(str(packed), device="cpu", dtype="float32"), tmp_path / "base")
+    adapter = save_adapter(tmp_path / "base", tmp_path / "lora", target_modules=["q_proj"], use_dora=dora)
+    named = {"device": "cpu", "dtype": "float32"}
+    plain = SourceWeights(Model(str(packed), **named), ["q"], False, tmp_path / "kept.safetensors")
+    found = LearnedWeights(plain, Model(str(packed), adapter=str(adapter), **named)).read(SAID)
+    assert (tmp_path / "kept.safetensors").exists() == dora
+    merged = describe(merged_by_peft(tmp_path / "base", adapter))
+    before = describe(load_model(str(tmp_path / "base"), device="cpu").model)
+    for layer, own in enumerate(found.layers):
+        expected = merged.layers[layer]["q"].weight() - before.layers[layer]["q"].weight()
+        torch.testing.assert_close(own["q"].weight(), expected, rtol=1e-4, atol=1e-5)
+        assert expected.any()
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +118,17 @@ def test_the_same_neurons_as_of_the_merged_checkpoint(models, name, tmp_path, mo
         for run in ("adapter", "merged")
     ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+def test_by_blocks_it_is_the_same_to_the_bit(models, tmp_path):
+    found = {}
+    for memory in ("resident", "blocks"):
+        advance(adapted(models, memory=memory), tmp_path / memory, until="fuse")
+        facts = json.loads((tmp_path / memory / "tmerge/cache/source.json").read_text())["facts"]
+        found[memory] = transported(tmp_path / memory), facts["scores"]
+    assert found["resident"][1] == found["blocks"][1]
+    for item, values in found["resident"][0].items():
+        assert torch.equal(found["blocks"][0][item].weight, values.weight), item
 
 
 def test_its_rank_stays(models, tmp_path):

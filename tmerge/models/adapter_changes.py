@@ -177,6 +177,8 @@ class AdapterChanges:
         changes: dict[str, _LowRank | _BiasOfUp | _Whole] = {}
         for stored in sorted(self.adapter.headers):
             name = stored.removeprefix(_PREFIX)
+            if ".original_module." in name:
+                continue  # the base's own, as older releases of PEFT stored it beside what it became
             if (factor := _FACTOR.fullmatch(name)) is not None:
                 part = factor["part"] + ("_bias" if factor["kind"] == "bias" else "")
                 factors.setdefault(factor["module"], {})[part] = stored
