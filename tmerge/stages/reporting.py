@@ -192,9 +192,9 @@ def _left_behind(recipe: Recipe, checked: Check, measured: Measurements) -> list
         return []
     changed = stream_names(checked.source.adapter.parameters, checked.source_layout)
     left = [name for name in changed if name not in measured.fused.stream]
-    return [f"what the adapter changes and the target has no place for, or no vocabulary: {', '.join(left)}"] * bool(
-        left
-    )
+    if not left:
+        return []
+    return [f"what the adapter changes and the target has no place for, or no vocabulary: {', '.join(left)}"]
 
 
 def _model(checked: CheckedModel) -> MergedModel:
