@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -147,39 +145,6 @@ def test_small_eps_and_huge_costs_never_underflow(kind, scale, epsilon, dtype):
     rounding = 10 * torch.finfo(dtype).eps * (scale / epsilon + 10) + 4e-7
     torch.testing.assert_close(plan.sum(1), a.to(dtype), rtol=rounding, atol=0)
     assert bool(result.converged) == (float(result.marginal_error) < 1e-6)
-
-
-@pytest.mark.parametrize(("epsilon", "most"), [(0.03, 0.5), (0.01, 0.4)])
-def test_overrelaxing_takes_a_fraction_of_the_plain_sweeps(epsilon, most):
-    _, _, cost = _large_problem(300, 200)
-    cost = cost.double()
-    kernel, u, sweeps = torch.exp(-cost / epsilon), torch.ones(300, dtype=torch.float64), 0
-    error = 1.0
-    while error >= 1e-6:  # the textbook's
-        v = (1 / 200) / (kernel.T @ u)
-        u = (1 / 300) / (kernel @ v)
-        error = float((v * (kernel.T @ u) * 200 - 1).abs().max())
-        sweeps += 1
-    result = sinkhorn(cost, epsilon)
-    assert result.converged and int(result.iterations) < most * sweeps
-    plan = plan_from_potentials(cost, result.f, result.g, epsilon)
-    torch.testing.assert_close(plan, u.unsqueeze(1) * kernel * v, rtol=1e-4, atol=0)
-
-
-def test_where_nothing_converges_overrelaxing_does_no_harm():
-    """Exact copies of some neurons among strangers, at an eps that would take thousands of sweeps."""
-    draw = torch.Generator().manual_seed(0)
-    target = torch.randn(512, 400, generator=draw, dtype=torch.float64)
-    source = torch.cat([target[:, :300], torch.randn(512, 100, generator=draw, dtype=torch.float64)], 1)
-    cost = correlation_cost(standardise(target, torch.float64), standardise(source, torch.float64))
-    sweeps = 100
-    f, g = torch.zeros(400, dtype=torch.float64), torch.zeros(400, dtype=torch.float64)
-    for _ in range(sweeps):
-        g = -0.02 * (((f.unsqueeze(1) - cost) / 0.02).logsumexp(0) + math.log(400))
-        f = -0.02 * (((g - cost) / 0.02).logsumexp(1) + math.log(400))
-    plain = float((torch.exp((f.unsqueeze(1) + g - cost) / 0.02).sum(0) * 400 - 1).abs().max())
-    result = sinkhorn(cost, 0.02, max_iterations=sweeps)
-    assert float(result.marginal_error) < plain
 
 
 def test_float64_agrees_with_pot_where_the_plain_kernel_underflows():
