@@ -45,7 +45,7 @@ case("another project's package", *WORDS, "--remote", "l4x1", "--remote-package"
 case("local package", *WORDS, "--remote", "l4x1", "--remote-package", "dist/tmerge-0.1.0-py3-none-any.whl", *PUSH)
 case("done", *WORDS, *REMOTE, *PUSH)
 case("done json", *WORDS, "--remote", "cpu-upgrade", "--remote-package", WHEEL, *PUSH, "--json")
-case("half hours", *WORDS, *REMOTE, *PUSH, "--remote-timeout", "1.5h")
+case("half hours", *WORDS, "--remote", "a10g-largex4", *PACKAGE, *PUSH, "--remote-timeout", "1.5h")
 for suffix in ("sh", "py", "yaml", "toml"):
     case(f"repo.{suffix}", *WORDS, *REMOTE, "--push", f"user/fused.{suffix}")
 # A file of the command's own words is not sent along either.
@@ -184,6 +184,13 @@ def test_the_job_gets_the_recipe_and_the_token_as_a_secret(hub, results):
     assert command.endswith(
         "tmerge merge env:TMERGE_RECIPE --out /tmp/fused --push user/fused --private --even-if-worse"
     )
+
+
+def test_several_cards_have_a_process_each(hub, results):
+    job = hub.jobs[f"{3:024x}"]
+    assert job.spec["flavor"] == "a10g-largex4"
+    launched = "accelerate launch --multi_gpu --num_processes 4 -m tmerge merge env:TMERGE_RECIPE --out"
+    assert f"--with git+https://example.org/tmerge {launched}" in " ".join(job.spec["command"])
 
 
 def test_its_log_is_followed_and_its_result_named(hub, results):

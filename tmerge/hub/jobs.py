@@ -30,6 +30,8 @@ _PATIENCE = 2.0  # seconds between two looks at a job that has stopped talking
 _IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
 _TIMEOUT = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])|([0-9]{1,9})")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+# How a flavor ends that has so many cards: l4x4, a10g-largex2.
+_CARDS = re.compile(r"x([0-9]+)$")
 # What a repo may hold that no run has been pushed to yet.
 _EMPTY = {".gitattributes", "README.md"}
 
@@ -89,7 +91,7 @@ def start_job(
     with running_jobs(flavor):
         job = api.run_job(
             image=_IMAGE,
-            command=["uv", "run", "--with", package, "tmerge", *words],
+            command=["uv", "run", "--with", package, *_launched(flavor), *words],
             env={RECIPE_VARIABLE: recipe.to_yaml()},
             secrets={"HF_TOKEN": token},
             flavor=flavor,
@@ -129,6 +131,14 @@ def follow_job(run: RemoteRun, log: Callable[[str], None], *, token: str | None 
     if commit == run.before:
         raise RemoteError(f"the job ended without a result: it pushed nothing to {run.repo}; its log: {run.url}")
     return commit
+
+
+def _launched(flavor: str) -> list[str]:
+    """What runs tmerge on a flavor: of several cards, a process on each."""
+    cards = _CARDS.search(flavor)
+    if cards is None or int(cards[1]) == 1:
+        return ["tmerge"]
+    return ["accelerate", "launch", "--multi_gpu", "--num_processes", cards[1], "-m", "tmerge"]
 
 
 def _refuse_name(repo: str) -> None:
