@@ -221,7 +221,7 @@ def solve_features(
 
 def _room(device: torch.device, target: Tensor, source: Tensor) -> int:
     """How many problems a device has room for at once."""
-    # A cost, a kernel, and what sums and starts take beside them; and the source layer's rows, in one batch with others.
+    # A cost, a kernel, and what sums and starts take beside them; and the source layer's rows, stacked with others.
     problem = (4 * target.shape[1] * source.shape[1] + source.numel()) * target.element_size()
     return max(1, available_memory(device) // 2 // problem)
 
