@@ -9,17 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
 
 import psutil
 import pytest
 
+from tests.meeting import Together
 from tests.pico import pico_model, save_pico
 from tests.stages.test_task_vector import _deeper, _shaken, save_all
 from tmerge.errors import EndedElsewhereError, RecipeError
-from tmerge.processes import ALONE, Processes
+from tmerge.processes import ALONE
 from tmerge.recipe import load_recipe
 from tmerge.stages.merge import merge
 
@@ -144,30 +143,6 @@ def test_other_commands_say_that_they_run_in_one(models):
 
 
 # -- what they tell each other, with threads in the place of processes ----------------------------------------------
-
-
-class Together:
-    """Processes that meet in memory."""
-
-    def __init__(self, count):
-        self.count, self.brought, self.barrier = count, [None] * count, Barrier(count)
-
-    def of(self, rank):
-        meeting = self
-
-        class Member(Processes):
-            def _exchanged(self, told):
-                meeting.brought[rank] = told
-                meeting.barrier.wait(10)
-                everything = list(meeting.brought)
-                meeting.barrier.wait(10)
-                return everything
-
-        return Member(rank, self.count)
-
-    def run(self, work):
-        with ThreadPoolExecutor(self.count) as pool:
-            return list(pool.map(lambda rank: work(self.of(rank)), range(self.count)))
 
 
 @pytest.mark.parametrize("items", [0, 1, 2, 3, 7, 12])

@@ -211,6 +211,8 @@ class ProcessLostError(TmergeError):
 class EndedElsewhereError(TmergeError):
     """Another of the processes that work on a run together met an error, which is named with its rank."""
 
+    exit_code = 1
+
 
 class Cancelled(TmergeError):
     """The user stopped the run; finished stages are kept and the same command continues."""

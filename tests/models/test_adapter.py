@@ -171,6 +171,15 @@ DAMAGE = {
     "rank": (lambda a: change_config(a, r=3), r"factors of the shapes .* and its rank is 3"),
     "rank of a word": (lambda a: change_config(a, r="four"), "adapter_config.json has r 'four'"),
     "pattern": (lambda a: change_config(a, alpha_pattern={"(": 3}), "a pattern of names that is none"),
+    "a pattern of choices without end": (
+        lambda a: change_config(a, rank_pattern={".?" * 30 + "X": 3}),
+        "which could take for ever",
+    ),
+    "a pattern that nests": (lambda a: change_config(a, rank_pattern={"(" * 90 + "a" + ")" * 90 + "{9": 3}), "pattern"),
+    "a pattern that counts": (
+        lambda a: change_config(a, rank_pattern={"a{99999999999999999999}": 3}),
+        "a pattern of names that is none",
+    ),
     "a pattern without end": (lambda a: change_config(a, rank_pattern={"(a+)+": 3}), "which could take for ever"),
     "pissa": (lambda a: change_config(a, init_lora_weights="pissa"), "begun with init_lora_weights 'pissa'"),
     "aLoRA": (lambda a: change_config(a, alora_invocation_tokens=[1]), "in force only after certain tokens"),

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.meeting import Together
 from tests.planted import planted_case, side_of
-from tmerge.errors import Cancelled
+from tmerge.errors import Cancelled, NoSharedStructureError
+from tmerge.processes import ALONE
 from tmerge.transport import ASKED_NEURONS, Side, one_thread_each, relatedness
 from tmerge.transport.relatedness import _wilson
 
@@ -166,3 +168,24 @@ def test_of_a_deep_model_some_layers_are_looked_at():
     found = relatedness(side, _side(target), {layer: layer for layer in range(12)}, _ROWS, seed=0)
     assert len(read) == 8 and {0, 11} <= read
     assert found.value == 1.0
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5])
+def test_processes_learn_alike_that_there_is_no_stream_to_match(count):
+    """There are four matchings: a fifth process has none, and waits for what the others found."""
+    draw, keys = torch.Generator().manual_seed(0), ("mlp.pre", "qkv.pre")
+    features = {
+        (layer, key): torch.randn(60, width, generator=draw)
+        for layer in range(3)
+        for key, width in zip(keys, (24, 32), strict=True)
+    }
+    side = Side(lambda layer, key: features[layer, key], dict.fromkeys(range(3), keys), {})
+
+    def work(processes):
+        try:
+            return relatedness(side, side, {0: 0, 1: 1, 2: 2}, 60, seed=0, processes=processes)
+        except NoSharedStructureError:
+            return processes.gathered("none")
+
+    told = Together(count).run(work) if count > 1 else [work(ALONE)]
+    assert told == [["none"] * count] * count

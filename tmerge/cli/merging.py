@@ -33,7 +33,8 @@ from tmerge.cli.shared import (
     quiet_libraries,
 )
 from tmerge.cli.stopping import nothing_changed, same_command, stages_kept, when_stopped
-from tmerge.errors import TmergeError
+from tmerge.errors import ProcessesError, TmergeError
+from tmerge.processes import are_several, rank_of_this
 from tmerge.version import DISTRIBUTION, VERSION, installs_tmerge
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def merge(
         start = find_run(plan).recipe()
     loaded = load_recipe(recipe, overrides, settings or (), start=start)
     if remote is not None:
+        if are_several():
+            raise ProcessesError("--remote starts one job, from one process: leave out torchrun or accelerate launch")
         if html is not None:
             raise TmergeError("--html draws a run of this machine; of a remote one: tmerge inspect REPO --html FILE")
         _run_remotely(loaded, remote, push, remote_package, remote_timeout, dry_run, json_output)
@@ -340,6 +343,8 @@ def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool,
     if dry_run:
         from tmerge.preflight.check import check as check_models
 
+        if rank_of_this():
+            return None
         when_stopped(nothing_changed)
         result = check_models(recipe)
         if json_output:

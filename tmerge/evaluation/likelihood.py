@@ -119,7 +119,8 @@ def score_texts(
     of_text = torch.tensor(owners)
     bits = torch.zeros(len(texts), dtype=torch.float64)
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    limit = max(1, min(batch_tokens, _logits_at_once(loaded) // vocabulary))
+    # One cut into batches for all processes, whatever memory each of them has free.
+    limit = min(processes.gathered(max(1, min(batch_tokens, _logits_at_once(loaded) // vocabulary))))
     began = time.perf_counter()
     was_training = model.training
     model.eval()

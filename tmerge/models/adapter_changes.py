@@ -6,7 +6,7 @@ Of a linear layer with weight W (out, in) and the factors A (r, in) and B (out, 
     DoRA (arXiv 2402.09353)    W' = m / |W + s B A| (W + s B A)   |.| and m (out,): of each output's row
 
 An embedding's are stored as A (r, V) and B (n, r), and W' = W + s (B A)^T. Parameters that were trained whole
-(``modules_to_save``, biases) are stored as they became. `merge_and_unload` of PEFT gives the same W'.
+(``modules_to_save``, biases) are stored as they became. PEFT computes with the same W'.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ _REFUSED = {
     "megatron_config": "is split over Megatron's layers",
 }
 # Patterns are a stranger's: what repeats what repeats takes a time that grows with a power of a name's length.
-_REPEATS, _REPEATS_A_GROUP, _MOST_REPEATS = re.compile(r"[*+{]"), re.compile(r"\)[*+{]"), 3
+_REPEATS, _REPEATS_A_GROUP, _MOST_REPEATS = re.compile(r"[*+?{]"), re.compile(r"\)[*+?{]"), 3
+_MOST_CHOICES, _LONGEST = 8, 200
 _Rank = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
@@ -92,18 +93,18 @@ class AdapterConfig(BaseModel):
         try:
             config = cls.model_validate({key: value for key, value in stored.items() if value is not None})
             for pattern in (*config.rank_pattern, *config.alpha_pattern):
-                re.compile(pattern)
-                if _REPEATS_A_GROUP.search(pattern) or len(_REPEATS.findall(pattern)) > _MOST_REPEATS:
+                if _takes_long(pattern):
                     raise CheckpointError(
                         f"{where!r}: its {ADAPTER_CONFIG} has the pattern {pattern!r:.60}, which could take for ever "
                         "to match; write names of modules in its place"
                     )
+                re.compile(pattern)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))
             said = f"{key} {first['input']!r:.40}: {first['msg']}"
             raise CheckpointError(f"{where!r}: its {ADAPTER_CONFIG} has {said}; download the adapter again") from None
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise CheckpointError(
                 f"{where!r}: its {ADAPTER_CONFIG} has a pattern of names that is none ({error}); mend it"
             ) from None
@@ -122,6 +123,16 @@ class AdapterConfig(BaseModel):
         alpha = self.alpha_pattern.get(_pattern_of(self.alpha_pattern, module), self.lora_alpha)
         rank = self.rank(module)
         return float(alpha / (rank**0.5 if self.use_rslora else rank))
+
+
+def _takes_long(pattern: str) -> bool:
+    """Whether a pattern could try more ways through a name than there is time for."""
+    return (
+        len(pattern) > _LONGEST
+        or _REPEATS_A_GROUP.search(pattern) is not None
+        or len(_REPEATS.findall(pattern)) > _MOST_REPEATS
+        or pattern.count("|") > _MOST_CHOICES
+    )
 
 
 def _pattern_of(patterns: dict[str, Any], module: str) -> str:

@@ -76,7 +76,7 @@ def _merge(recipe: Recipe, run: Run, listener: Listener, processes: Processes) -
             return processes.from_first(lambda: road.report(finished))
     except ReadOnlyError:
         # What was finished before it was put where nothing is written any more.
-        if not run.reported:
+        if not run.reported or processes.count > 1:
             raise
         return run.report()
 
@@ -125,7 +125,8 @@ class _Road:
 
     @cached_property
     def check(self) -> Check:
-        return self.processes.from_first(lambda: check(self.recipe, self.models))
+        # By each process: what a check holds of a model with code of its own cannot be told.
+        return check(self.recipe, self.models)
 
     def stages(self) -> Iterator[Finished[Any]]:
         """All stages; each is given out when it is finished."""

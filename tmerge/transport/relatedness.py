@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tmerge.errors import NoSharedStructureError
 from tmerge.processes import ALONE, Processes
 from tmerge.transport.matching import Correspondence
 from tmerge.transport.sides import Side
@@ -82,6 +83,9 @@ def relatedness(
         seed: Of the shuffled rows, and of the neurons that are drawn.
         processes: Among whom the four matchings are shared out; each calls this and is given the answer.
         progress: Called with (problems done, all); may raise to stop.
+
+    Raises:
+        NoSharedStructureError: As `solve_structure`.
     """
     sampled = torch.linspace(0, len(pairs) - 1, min(ASKED_LAYERS, len(pairs))).round().long().unique().tolist()
     sampled_pairs = dict(list(pairs.items())[number] for number in sampled)
@@ -92,12 +96,20 @@ def relatedness(
     halves = [torch.arange(start, start + half) for start in (0, half)]
     problems = [(rows, rows) for rows in halves]
     problems += [(rows, rows[torch.randperm(half, generator=draw)]) for rows in halves]
-    mine, solved = processes.mine(problems), []
+    mine, solved, lacking = processes.mine(problems), [], None
     for target_rows, source_rows in mine:
         of_target, of_source = asked.part(target, target_rows), _part(source, source_rows)
-        solved.append(solve_structure(of_target, of_source, sampled_pairs))
+        try:
+            solved.append(solve_structure(of_target, of_source, sampled_pairs))
+        except NoSharedStructureError as error:
+            lacking = str(error)
+            break
         if progress is not None:
             progress(len(solved), len(mine))
+    # All of them learn of it, those too that had no problem to solve.
+    for words in processes.gathered(lacking):
+        if words is not None:
+            raise NoSharedStructureError(words)
     solved = processes.of_all(solved)
     shares: list[_Shares] = []
     for (stream, inner), (second_stream, second_inner) in (solved[:2], solved[2:]):
@@ -144,9 +156,14 @@ class _Drawn:
         of_rows = _part(target, rows)
 
         def read(layer: int, key: str) -> Tensor:
-            neurons = self._stream if key in STREAM_KEYS else self._mlp[layer]
+            neurons, features = self._stream if key in STREAM_KEYS else self._mlp[layer], of_rows.read(layer, key)
             assert neurons is not None
-            return of_rows.read(layer, key)[:, neurons]
+            if key in STREAM_KEYS and features.shape[1] != self.stream_width:
+                raise NoSharedStructureError(
+                    f"{key} of layer {layer} has {features.shape[1]} neurons, other features of the residual stream "
+                    f"{self.stream_width}: set transport.structure: none"
+                )
+            return features[:, neurons]
 
         return Side(read, of_rows.keys, {})
 

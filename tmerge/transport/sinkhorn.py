@@ -150,8 +150,8 @@ def sinkhorn(
         max_iterations: Most sweeps.
         tolerance: Stop when the largest marginal violation *relative to the marginal's entry* is below it. The last
             step is one of the rows, which hold then (to rounding), so the columns are the ones that are looked at.
-        kernel: Memory of the cost's shape and device, in `kernel_dtype`, to work in, for whoever solves many; new if
-            None.
+        kernel: Memory of the cost's shape and device, in `kernel_dtype` or the cost's own, to work in, for whoever
+            solves many; new if None.
 
     Returns:
         A result whose ``converged`` says whether the tolerance was met; a problem that did not converge still
@@ -212,6 +212,10 @@ def sinkhorn(
         error = (v * columns / column_marginal).sub_(1).abs_().amax(-1)
         converged = error < tolerance
         are_finite, have_converged = torch.stack([error.isfinite().all(), converged.all()]).cpu().tolist()
+        if not are_finite and kernel.dtype != cost.dtype:
+            # What float32 has lost of the kernel was needed: marginals of very different sizes.
+            wide = torch.empty_like(cost)
+            return sinkhorn(cost, epsilon, a=a, b=b, max_iterations=max_iterations, tolerance=tolerance, kernel=wide)
         if not are_finite:
             raise TransportError(
                 f"the transport problem ({n} x {m}, eps {epsilon}) overflowed {cost.dtype}: pass the cost in float64 "
