@@ -57,7 +57,7 @@ _FLOAT32_TOLERANCE = 5e-7
 # Sweeps over which their rate is told: the first 2 x 2 are plain, and w is set anew after so many. Its bound.
 _RATED = 2
 # Steps of so many roundings of the kernel, and larger, tell a rate.
-_ROUNDINGS = 100
+_ROUNDINGS = 10
 _MOST = 1.95
 
 
