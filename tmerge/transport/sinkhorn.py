@@ -120,7 +120,8 @@ def plan_from_potentials(cost: Tensor, f: Tensor, g: Tensor, epsilon: float, *, 
     scale = 1 / epsilon
     for rows in row_blocks(cost):
         part = torch.sub(f[..., rows].unsqueeze(-1), cost[..., rows, :]).add_(g.unsqueeze(-2)).mul_(scale)
-        out[..., rows, :].copy_(part).exp_()
+        # Rounded when it is exponentiated: a rounded exponent of -20 is 1e-6 of its entry.
+        out[..., rows, :].copy_(part.exp_())
     return out
 
 
