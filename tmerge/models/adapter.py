@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tmerge.errors import CheckpointError, ModelNotFoundError
 from tmerge.models.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig
-from tmerge.models.checkpoint import StoredTensor, file_digest, folder_licence, read_safetensors_header
+from tmerge.models.checkpoint import StoredTensor, file_digest, read_safetensors_header
 from tmerge.models.reference import ModelReference
-from tmerge.models.remote import Snapshot, fetch, open_repo
+from tmerge.models.remote import Snapshot, fetch, open_repo, stated_licence
 
 __all__ = ["Adapter", "joined_commit"]
 
@@ -103,10 +103,7 @@ class Adapter:
     @cached_property
     def licence(self) -> str | None:
         """The licence that its card states."""
-        if self.snapshot is None:
-            return folder_licence(self.folder / "README.md")
-        readme = fetch(self.snapshot, "README.md")
-        return self.snapshot.licence or (None if readme is None else folder_licence(readme))
+        return stated_licence(self.folder, self.snapshot)
 
     @property
     def base(self) -> ModelReference:

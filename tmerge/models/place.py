@@ -25,7 +25,6 @@ from tmerge.models.checkpoint import (
     StoredTensor,
     file_digest,
     folder_digest,
-    folder_licence,
     is_tokenizer_file,
     read_config,
     read_headers,
@@ -45,7 +44,7 @@ from tmerge.models.gguf import GgufHeader, fast_reading, read_header
 from tmerge.models.gguf_completed import complete
 from tmerge.models.gguf_held import hold_gguf
 from tmerge.models.reference import ModelReference
-from tmerge.models.remote import Snapshot, fetch, fetch_weights, open_repo
+from tmerge.models.remote import Snapshot, fetch, fetch_weights, open_repo, stated_licence
 from tmerge.models.ties import stored_apart, untie
 
 __all__ = ["GgufPlace", "Place", "find_place"]
@@ -195,11 +194,7 @@ class Place:
     @cached_property
     def licence(self) -> str | None:
         """The licence that its card states."""
-        if self.snapshot is None:
-            return folder_licence(self.folder / "README.md")
-        # The card is fetched although the Hub has told the licence: without a network it is all that tells it again.
-        readme = fetch(self.snapshot, "README.md")
-        return self.snapshot.licence or (None if readme is None else folder_licence(readme))
+        return stated_licence(self.folder, self.snapshot)
 
     @cached_property
     def base_commit(self) -> str:

@@ -35,6 +35,7 @@ from tmerge.models.checkpoint import (
     StoredTensor,
     card_licence,
     explain_no_safetensors,
+    folder_licence,
     is_tokenizer_file,
     read_index,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "hub_errors",
     "open_repo",
     "remote_headers",
+    "stated_licence",
     "weight_bytes",
 ]
 
@@ -332,3 +334,17 @@ def _weight_names(snapshot: Snapshot) -> list[str]:
         stem = WEIGHTS_FILE.removesuffix(".safetensors")
         return [name for name in files if name.startswith(f"{stem}-") and name.endswith(".safetensors")]
     raise explain_no_safetensors(snapshot.reference.text, list(files))
+
+
+def stated_licence(folder: Path, snapshot: Snapshot | None) -> str | None:
+    """The licence that a folder's card states, or a repo's; None where it states none.
+
+    Args:
+        folder: Of what is here of it.
+        snapshot: Of the repo; None for a folder.
+    """
+    if snapshot is None:
+        return folder_licence(folder / "README.md")
+    # The card is fetched although the Hub has told the licence: without a network it is all that tells it again.
+    readme = fetch(snapshot, "README.md")
+    return snapshot.licence or (None if readme is None else folder_licence(readme))

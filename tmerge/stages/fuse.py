@@ -129,11 +129,12 @@ class Fuse:
 
     def _weights(self, of: SourceWeights | LearnedWeights, progress: Progress) -> Architecture:
         """The weights that are fused from; what has to be written for them the first process writes."""
-        if not progress.processes.is_first:
-            progress.processes.wait()
-            return of.read(progress)
+        processes = progress.processes
+        if not processes.is_first:
+            processes.wait()
         weights = of.read(progress)
-        progress.processes.wait()
+        if processes.is_first:
+            processes.wait()
         return weights
 
 
