@@ -190,7 +190,8 @@ class Run:
         if not self.cache.is_dir():
             return
         finished = any("key" in (read_json(path) or {}) for path in self.cache.glob("*.json"))
-        if not finished and not (self.folder / "config.json").exists():
+        published = any((self.folder / name).exists() for name in ("config.json", "adapter_config.json"))
+        if not finished and not published:
             # Not through a link, which would go in the folder's place.
             shutil.rmtree(self.work if self.folder.is_symlink() else self.folder, ignore_errors=True)
             for path in self._made:

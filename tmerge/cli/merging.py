@@ -21,6 +21,7 @@ from tmerge.cli.shared import (
     OutOption,
     RecipeArgument,
     ResumeOption,
+    SaveOption,
     SeedOption,
     SetOption,
     SourceOption,
@@ -53,6 +54,7 @@ def merge(
     what: WhatOption = None,
     dataset: DatasetOption = None,
     out: OutOption = Path("fused"),
+    save: SaveOption = None,
     settings: SetOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -86,6 +88,7 @@ def merge(
         "dtype": dtype,
         "seed": seed,
         "plan": plan,
+        "save.form": save,
     }
     start = None
     if plan is not None and recipe is None:
@@ -140,6 +143,7 @@ def check(
     adapter: AdapterOption = None,
     what: WhatOption = None,
     dataset: DatasetOption = None,
+    save: SaveOption = None,
     settings: SetOption = None,
     relatedness: Annotated[
         bool,
@@ -153,7 +157,7 @@ def check(
     from tmerge.cli.show import show_check
     from tmerge.recipe import load_recipe
 
-    overrides = pair_words(target, source, source_base, adapter, what, dataset)
+    overrides = pair_words(target, source, source_base, adapter, what, dataset) | {"save.form": save}
     loaded = load_recipe(recipe, overrides, settings or ())
     quiet_libraries()
     from tmerge.preflight.check import check as check_models

@@ -28,6 +28,7 @@ __all__ = [
     "RecipeArgument",
     "ResumeOption",
     "RunArgument",
+    "SaveOption",
     "SeedOption",
     "SetOption",
     "SourceOption",
@@ -78,6 +79,10 @@ WhatOption = Annotated[
         help="Of the source: weights; task-vector, what it learned since --source-base (then the default); or "
         "reconstruct, what its neurons do."
     ),
+]
+SaveOption = Annotated[
+    str | None,
+    typer.Option(help="merged, a whole checkpoint; or adapter, a LoRA of the target with what is changed alone."),
 ]
 DatasetOption = Annotated[str | None, typer.Option(help="samples:LANGUAGE, a Hub dataset, or a text file.")]
 OutOption = Annotated[Path, typer.Option(help="The run's folder.")]

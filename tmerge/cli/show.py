@@ -136,7 +136,9 @@ def show_report(report: Report, folder: str | Path, page: Path | None = None) ->
         console.print(f"note: {line}", markup=False)
     console.print(summary(report), style="bold red" if report.verdict == "hurts" else "bold", markup=False)
     pictures = f"tmerge inspect {folder} --html report.html" if page is None else page
-    console.print(f"The model is in {folder}; its pictures: {pictures}", markup=False)
+    saved = report.saved_adapter
+    written = "The model is" if saved is None else f"A LoRA adapter of the target, rank {saved.rank}, is"
+    console.print(f"{written} in {folder}; its pictures: {pictures}", markup=False)
     if following := next_words(report, str(folder)):
         console.print(following, markup=False)
 

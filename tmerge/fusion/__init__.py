@@ -17,6 +17,7 @@ from tmerge.fusion.merge import (
     read_neurons,
     transport_neurons,
 )
+from tmerge.fusion.module_change import changed_together, module_change
 from tmerge.fusion.passage import Passage
 from tmerge.fusion.projection import score_factor
 from tmerge.fusion.reconstruct import reconstruct
@@ -37,9 +38,11 @@ __all__ = [
     "TransportedNeurons",
     "alpha_of",
     "carry",
+    "changed_together",
     "fuse",
     "fused_neurons",
     "layer_weights",
+    "module_change",
     "neuron_count",
     "neuron_side",
     "read_neurons",

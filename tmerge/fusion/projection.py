@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tmerge.fusion.affine import difference_bias, mean_keeping_bias
+from tmerge.fusion.low_rank import of_rank
 from tmerge.fusion.maps import unmatched
 from tmerge.fusion.merge import TransportedNeurons, layer_weights, read_neurons, transport_neurons
 from tmerge.fusion.phis import Phis
@@ -94,6 +95,8 @@ class Carrier:
             weight, bias = _with_unmatched_kept(view, neurons, own, (weight, bias), feeds)
         if self.fusion.scale == "row-norm":
             weight, bias = _with_norms_of(own, projection, (weight, bias))
+        if isinstance(self.fusion, TaskVector) and self.fusion.rank is not None:
+            weight = of_rank(weight, self.fusion.rank)
         if self.fusion.affine and self.bias_fate(view, neurons) == _FUSED:
             bias = self._affine_bias(layer, view, neurons, own, (weight, bias))
         return TransportedNeurons(layer, projection, neurons, weight, bias, isinstance(self.fusion, TaskVector))

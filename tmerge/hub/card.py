@@ -34,7 +34,7 @@ from tmerge.report import (
 from tmerge.run import Run
 from tmerge.store import write_text
 
-__all__ = ["FIGURES", "card_data", "card_text", "merge_licence", "write_card"]
+__all__ = ["FIGURES", "card_data", "card_text", "merge_licence", "relation", "write_card"]
 
 FIGURES = "tmerge/figures"
 """Where a run's folder has the card's pictures."""
@@ -100,6 +100,8 @@ def card_text(report: Report, recipe: Recipe, *, repo: str | None = None, figure
         plan=_public(report.plan) if report.plan else "",
         figures=figures,
         repo=repo or ".",
+        saved=report.saved_adapter,
+        loaded_on=_hub_id(report.target.ref, report.target.base_commit) or _name(report.target.ref),
         local=", ".join(_local_names(report)),
         seed=report.seed,
         dtype=report.dtype,
@@ -121,7 +123,10 @@ def card_data(report: Report, recipe: Recipe, repo: str | None = None) -> ModelC
         if model.adapter is not None
     ]
     # A model without a page on the Hub cannot be pointed at; one base alone would not be what was merged.
-    more: dict[str, Any] = {"base_model": bases, "base_model_relation": "merge"} if all(bases) else {}
+    more: dict[str, Any] = {"base_model": bases, "base_model_relation": relation(report)} if all(bases) else {}
+    if report.saved_adapter is not None:
+        # What it is loaded on, and nothing else.
+        more = {"base_model": bases[0], "base_model_relation": relation(report)} if bases[0] else {}
     if licence.id == "other":
         more |= {"license_name": licence.name, "license_link": licence.link}
     return ModelCardData(
@@ -129,12 +134,17 @@ def card_data(report: Report, recipe: Recipe, repo: str | None = None) -> ModelC
         license=licence.id,
         language=_languages(recipe) or None,
         datasets=list(dict.fromkeys(data.dataset for data in _read(report) if data.revision)) or None,
-        library_name="transformers",
+        library_name="transformers" if report.saved_adapter is None else "peft",
         pipeline_tag="text-generation",
-        tags=_TAGS,
+        tags=_TAGS if report.saved_adapter is None else [*_TAGS, "lora"],
         model_name=(repo or _name(report.target.ref) + "-fused").rpartition("/")[2],
         eval_results=_results(report),
     )
+
+
+def relation(report: Report) -> str:
+    """What a run's folder is to the models that its card names as its bases, in the Hub's words."""
+    return "merge" if report.saved_adapter is None else "adapter"
 
 
 def merge_licence(report: Report) -> OutputLicence:

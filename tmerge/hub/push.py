@@ -24,9 +24,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from tmerge.errors import PushError, RunNotFoundError
 from tmerge.evaluation import Verdict
-from tmerge.hub.card import card_text, merge_licence
+from tmerge.hub.card import card_text, merge_licence, relation
 from tmerge.hub.failures import no_token, pushing
-from tmerge.models import file_digest
+from tmerge.models import ADAPTER_CONFIG, file_digest
 from tmerge.models.checkpoint import read_config
 from tmerge.quantities import bytes_words, count_words
 from tmerge.recipe import Recipe
@@ -41,6 +41,7 @@ _PUBLISHED = ("recipe.yaml", "report.json", "report.html", "transport.safetensor
 # What a checkpoint is made of, as transformers writes it; what else lies beside it is not the run's.
 _CHECKPOINT = (
     "config.json",
+    ADAPTER_CONFIG,
     "generation_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
@@ -342,8 +343,8 @@ def _refuse_invalid_card(text: str, report: Report, verdict: str) -> None:
         ) from None
     if not data.to_dict():
         raise PushError("the card has no metadata; begin it with metadata between two lines of ---")
-    if data.get("base_model") and data.get("base_model_relation") != "merge":
-        raise PushError("the card's metadata no longer says base_model_relation: merge; put it back")
+    if data.get("base_model") and data.get("base_model_relation") != relation(report):
+        raise PushError(f"the card's metadata no longer says base_model_relation: {relation(report)}; put it back")
     if verdict == "hurts":
         body = ModelCard(text).text.strip()
         first = next((part for part in body.split("\n\n") if part.strip() and not part.lstrip().startswith("#")), "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from tmerge.models.adapter_changes import AdapterChanges
+from tmerge.models.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tmerge.models.adapter_saving import AdapterSize, ModuleChange, save_adapter, verify_adapter
 from tmerge.models.checkpoint import file_digest
 from tmerge.models.configs import meta_model
 from tmerge.models.demo import DEMO_MODELS, DemoModel, demo_path
@@ -37,6 +39,8 @@ from tmerge.models.verifying import verify_checkpoint
 from tmerge.models.weights import MappedWeights, read_weights_file, write_weights
 
 __all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
     "CONFIG",
     "DEMO_MODELS",
     "EMBEDDING",
@@ -46,6 +50,7 @@ __all__ = [
     "STREAM",
     "AdapterChanges",
     "AdapterFacts",
+    "AdapterSize",
     "AdapterWeights",
     "Architecture",
     "DemoModel",
@@ -56,6 +61,7 @@ __all__ = [
     "Model",
     "ModelFacts",
     "ModelReference",
+    "ModuleChange",
     "NoWeights",
     "OutputLicence",
     "Projection",
@@ -90,9 +96,11 @@ __all__ = [
     "read_facts",
     "read_weights_file",
     "refuse_without_rows",
+    "save_adapter",
     "save_checkpoint",
     "shared_vocabulary",
     "trusts",
+    "verify_adapter",
     "verify_checkpoint",
     "write_weights",
 ]

@@ -30,6 +30,7 @@ from tmerge.preflight.document import CheckDocument, CheckedAdapter, CheckedMode
 from tmerge.preflight.estimate import TOKENS_PER_TEXT, Estimate, estimate_run, widths_of
 from tmerge.preflight.learned import Learned
 from tmerge.preflight.models import Models
+from tmerge.preflight.saved_adapter import refuse_no_adapter
 from tmerge.quantities import bytes_words
 from tmerge.recipe import Recipe
 
@@ -138,6 +139,7 @@ def check(recipe: Recipe, models: Models | None = None) -> Check:
             )
         if left_out:
             notes.append(f"what the adapter changes and the merge leaves behind: {', '.join(left_out)}")
+    refuse_no_adapter(recipe, models, projections)
     if target.commit == source.commit:
         notes.append("target and source are the same model: nothing new can be transported")
     listed = [("target", target), ("source", source)]

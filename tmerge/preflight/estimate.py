@@ -32,6 +32,7 @@ from tmerge.preflight.holding import (
     unpacked_bytes,
 )
 from tmerge.preflight.pieces import Pieces
+from tmerge.preflight.saved_adapter import adapter_bytes, factoring_seconds
 from tmerge.preflight.seconds import (
     Pace,
     Passes,
@@ -255,15 +256,18 @@ def estimate_run(
     rescored = paces[0].seconds(Passes(tokens, tokens, max((scored - 1) * scoring_passes, trials)), tokens_per_text)
     carried = carried_bytes(recipe, target, target_layout, projections)
     checkpoint = target.parameters * torch.finfo(dtype).bits // 8  # at most: what was widened is saved as it was
+    if recipe.save.form == "adapter":
+        checkpoint = adapter_bytes(recipe, (target, source), target_layout, projections)
+    reducing, factoring = factoring_seconds(pieces, recipe, source, target_layout, projections, threads)
     stages = {
         "texts": sum(tokenizer_seconds(pieces, facts) for facts in (target, source)),
         "target": loading_seconds(pieces, target, dtype) + reads[0],
         # With an adapter it is read without it, and scored with it.
         "source": (1 + (recipe.adapter is not None)) * loading_seconds(pieces, source, source_dtype) + reads[1],
         "transport": solving_seconds(pieces, recipe, entries, rows, threads) if entries else 0.0,
-        "fuse": carrying_seconds(pieces, recipe, layouts, projections, rows),
+        "fuse": carrying_seconds(pieces, recipe, layouts, projections, rows) + reducing,
         "evaluate": rescored + fusing_seconds(pieces, carried / 4, _fusings(recipe, projections), threads),
-        "save": saving_seconds(pieces, checkpoint),
+        "save": saving_seconds(pieces, checkpoint) + factoring,
     }
     if fitting.passes:
         stages["reconstruct"] = fitting_seconds(pieces, fitting, paces[0], tokens_per_text, threads)

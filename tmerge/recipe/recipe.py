@@ -88,6 +88,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         self._adapter_has_a_base()
+        if self.save.form == "adapter":
+            self._fits_an_adapter()
         learned, fitted = isinstance(self.fusion, TaskVector), self.transport.map != "plan"
         if isinstance(self.fusion, Reconstruction):
             self._is_reconstructible()
@@ -137,6 +139,24 @@ class Recipe(Section):
             )
         if self.compare.sources:
             raise ValueError("compare.sources are merged with the same recipe, and adapter is of one source; drop one")
+
+    def _fits_an_adapter(self) -> None:
+        fusion = self.fusion
+        if isinstance(fusion, Weights):
+            raise ValueError(
+                "save.form is adapter, and fusion.what: weights moves all of each weight, which has no low rank; set "
+                "fusion.what: task-vector or reconstruct, or save.form: merged"
+            )
+        if fusion.carries_stream:
+            raise ValueError(
+                "save.form is adapter, which holds changes of projections alone; set fusion.stream: false, or "
+                "save.form: merged"
+            )
+        if fusion.rank is None and self.adapter is None:
+            raise ValueError(
+                "save.form is adapter, and what is changed has as high a rank as it comes to; set fusion.rank, such as "
+                "16, or save.form: merged"
+            )
 
     def _is_reconstructible(self) -> None:
         if not isinstance(self.transport, Shared):

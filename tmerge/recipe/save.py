@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -18,6 +18,10 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 class SaveSettings(Section):
     """How the checkpoint is written."""
 
+    form: Literal["merged", "adapter"] = Field(
+        "merged",
+        description="merged: a whole checkpoint; adapter: a LoRA of the target (PEFT), of what is changed alone",
+    )
     max_shard_size: Annotated[int, Field(ge=1, le=10**15)] | str = Field(
         "5GB", description="largest weights file of the checkpoint: 5GB, 500MB, or a number of bytes"
     )

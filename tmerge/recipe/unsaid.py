@@ -1,9 +1,10 @@
 """What a recipe leaves unsaid where that hangs on another section's choice; all other defaults are the fields' own.
 
-Four things do. An adapter is of one model, which is `source` and `source_base` alike, and is carried as a task vector.
+Five things do. An adapter is of one model, which is `source` and `source_base` alike, and is carried as a task vector.
 A kind of fusion brings what was measured best with it in other sections (its ``beside``). What lies
 on the residual stream is carried by one correspondence for the whole model, so that ``fusion.stream`` is on where the
-transport is such a one. And a section that does not name its kind is of the first.
+transport is such a one; and it has no room in a result that is written as an adapter. And a section that does not name
+its kind is of the first.
 
 Beside that, resolved recipes once named every key of every kind: what they wrote out for the kind that was not chosen
 says nothing, and is passed over.
@@ -61,7 +62,7 @@ def with_unsaid(data: Mapping[str, Any]) -> dict[str, Any]:
     transport = filled["transport"]
     # A fitted map is another one for every layer, and the stream has none of its own.
     carries_stream = _said(transport, "structure") == "shared" and _said(transport, "map") in (None, "plan")
-    if kind is TaskVector and not carries_stream:
+    if kind is TaskVector and (not carries_stream or _said(data.get("save"), "form") == "adapter"):
         filled["fusion"] = _with({"stream": False}, fusion)
     for name, choice in (("fusion", "what"), ("transport", "structure")):
         filled[name] = _without_written_out(filled[name], choice)

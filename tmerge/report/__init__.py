@@ -12,6 +12,7 @@ from tmerge.report.parts import (
     MergedModel,
     Part,
     Relatedness,
+    SavedAdapter,
     TrainingTexts,
     Transport,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "MergedModel",
     "Part",
     "Relatedness",
+    "SavedAdapter",
     "Report",
     "ScoreRow",
     "Tone",

@@ -28,6 +28,7 @@ __all__ = [
     "Part",
     "Projections",
     "Relatedness",
+    "SavedAdapter",
     "TrainingTexts",
     "Transport",
     "Trial",
@@ -120,6 +121,20 @@ class MergedModel(Part):
     def name(self) -> str:
         """The reference, with that of its adapter."""
         return self.ref if self.adapter is None else f"{self.ref} + {self.adapter.ref}"
+
+
+class SavedAdapter(Part):
+    """Of a merge that was written as a LoRA of its target.
+
+    Attributes:
+        rank: The highest of its modules'.
+        modules: How many it changes.
+        parameters: Numbers in its file.
+    """
+
+    rank: int
+    modules: int
+    parameters: int
 
 
 class Calibration(Part):

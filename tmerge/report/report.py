@@ -16,6 +16,7 @@ from tmerge.report.parts import (
     MergedModel,
     Part,
     Projections,
+    SavedAdapter,
     TrainingTexts,
     Transport,
 )
@@ -178,6 +179,7 @@ class Report(Part):
         source_base_model: Of a task vector; older reports have its reference alone.
         adapter: The adapter whose changes were carried, of the source; None where its weights were.
         weights: File -> SHA-256 (hex).
+        saved_adapter: What the folder holds is a LoRA of the target; None where it is a whole checkpoint.
         plan: The run whose transport was taken.
         adaptation: Of a model that was trained after the merge.
     """
@@ -202,6 +204,7 @@ class Report(Part):
     dtype: str
     computed_in: str | None = None
     weights: Mapping[str, str]
+    saved_adapter: SavedAdapter | None = None
     plan: str | None = None
     seed: int
     versions: Mapping[str, str]

@@ -124,6 +124,8 @@ def adapt_run(
         adaptation["verdict"] = verdict(evaluated["difference"])
         # What the merge's report says of the merge stays as it is.
         document = merged.to_dict()
+        # Training moves all weights: what is written of it is a whole checkpoint, whatever the merge was written as.
+        document.pop("saved_adapter", None)
         document["evaluation"]["adapted"] = {name: measured.to_dict() for name, measured in evaluated.items()}
         report = Report.model_validate(document | {"adaptation": adaptation, "weights": weights})
         write_text(adapted.work / "recipe.yaml", recipe.to_yaml())

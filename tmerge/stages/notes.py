@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tmerge.evaluation import Scores
 from tmerge.fusion import FinalGoal
-from tmerge.report import Choice, Descent, Relatedness, TrainingTexts
+from tmerge.report import Choice, Descent, Relatedness, SavedAdapter, TrainingTexts
 
 __all__ = [
     "ChooseNote",
@@ -193,9 +193,11 @@ class SaveNote(Note):
         computed_in: The dtype that the model ran in.
         weights: File name -> SHA-256 (hex).
         least_release: The first ``transformers`` that reads it; None where the target's own files do not tell.
+        adapter: Of what was written as an adapter of the target; None of a whole checkpoint.
     """
 
     dtype: str
     computed_in: str
     weights: Mapping[str, str]
     least_release: str | None = None
+    adapter: SavedAdapter | None = None

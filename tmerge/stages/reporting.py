@@ -112,6 +112,8 @@ def build_report(
     ]
     total, forward = sum(stage.seconds for stage in stages), sum(stage.forward_seconds for stage in stages)
     base: dict[str, Any] = {}
+    if measured.saved.adapter is not None:
+        base["saved_adapter"] = measured.saved.adapter
     models = checked.document()
     if models.source_base is not None:
         base["source_base_model"] = _model(models.source_base)

@@ -1,18 +1,32 @@
-"""Writing the fused model: beside the cache, compared with the one in memory, then moved into place."""
+"""Writing the fused model, or an adapter that makes it of the target: beside the cache, compared, moved into place."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tmerge.calibration import TextSet
-from tmerge.fusion import Alpha, fuse
-from tmerge.models import CONFIG, LoadedModel, Model, file_digest, least_release, save_checkpoint, verify_checkpoint
+from tmerge.fusion import Alpha, TransportedNeurons, changed_together, fuse, module_change
+from tmerge.models import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    LoadedModel,
+    Model,
+    file_digest,
+    least_release,
+    save_adapter,
+    save_checkpoint,
+    verify_adapter,
+    verify_checkpoint,
+)
 from tmerge.recipe import Recipe
+from tmerge.report import SavedAdapter
 from tmerge.run import Run
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import SaveNote
@@ -24,7 +38,12 @@ __all__ = ["Save", "publish"]
 # Compared before and after writing.
 _COMPARED_TEXTS = 4
 # What a checkpoint that is written over may leave behind, and would be read with the new one's files.
-_OF_A_CHECKPOINT = ("model*.safetensors", "model.safetensors.index.json", "additional_chat_templates/*.jinja")
+_OF_A_CHECKPOINT = (
+    *("model*.safetensors", "model.safetensors.index.json", "generation_config.json"),
+    *("additional_chat_templates/*.jinja", ADAPTER_WEIGHTS),
+)
+# Without one of these a folder is neither a checkpoint nor an adapter.
+_CONFIGS = (CONFIG, ADAPTER_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -60,16 +79,21 @@ class Save:
     def has_files(self, note: SaveNote) -> bool:
         """Whether the checkpoint is still what was written."""
         paths = {self.run.folder / name: digest for name, digest in note.weights.items()}
-        if not (self.run.folder / CONFIG).is_file() or not all(path.is_file() for path in paths):
+        config = CONFIG if note.adapter is None else ADAPTER_CONFIG
+        if not (self.run.folder / config).is_file() or not all(path.is_file() for path in paths):
             return False
         return all(file_digest(path) == digest for path, digest in paths.items())
 
     def do(self, key: str, progress: Progress) -> SaveNote:
         """Fuse, write, compare, move."""
         loaded = load(self.target, progress)
+        stored, computed = (str(dtype).removeprefix("torch.") for dtype in (loaded.dtype, loaded.model.dtype))
+        if self.recipe.save.form == "adapter":
+            adapter, weights = publish_adapter(self.target, self.run, self.neurons.transported, self.alpha, progress)
+            self.target.release()
+            return SaveNote(dtype=stored, computed_in=computed, weights=weights, adapter=adapter)
         fuse(self.target.views.views, self.neurons.transported, self.alpha)
         weights = publish(loaded, self.run, self.recipe, held_out(self.recipe, self.texts), progress)
-        stored, computed = (str(dtype).removeprefix("torch.") for dtype in (loaded.dtype, loaded.model.dtype))
         release = least_release(loaded)
         self.target.release()
         return SaveNote(dtype=stored, computed_in=computed, weights=weights, least_release=release)
@@ -92,29 +116,79 @@ def publish(loaded: LoadedModel, run: Run, recipe: Recipe, texts: Sequence[str],
         CheckpointError: What was written is not what is in memory.
     """
     progress.step("writing the checkpoint", 0, 2, "steps")
-    fresh = run.cache / "checkpoint"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
+    fresh = _fresh(run)
     save_checkpoint(loaded, fresh, max_shard_size=recipe.save.max_shard_size)
     progress.step("comparing the saved checkpoint with the model in memory", 1, 2, "steps")
     verify_checkpoint(fresh, loaded, list(texts[:_COMPARED_TEXTS]))
-    weights = {path.name: file_digest(path) for path in sorted(fresh.glob("*.safetensors"))}
-    _move(fresh, run.folder)
+    weights = _moved(fresh, run.folder)
     progress.step("comparing the saved checkpoint with the model in memory", 2, 2, "steps")
     return weights
 
 
-def _move(fresh: Path, folder: Path) -> None:
-    """Put a checkpoint's files in the place of those that were there before; begun again, it ends the same."""
+def publish_adapter(
+    target: Model, run: Run, transported: Sequence[TransportedNeurons], alpha: Alpha, progress: Progress
+) -> tuple[SavedAdapter, dict[str, str]]:
+    """Write what fusing changes of a target as a LoRA, hold the two together against the fused model, and move it.
+
+    Args:
+        target: In memory, as it is stored; it is fused afterwards.
+        run: Of the folder.
+        transported: Differences of the target's projections.
+        alpha: As the recipe says, or as chosen.
+        progress: Hears of it.
+
+    Returns:
+        How large it is, and file name -> SHA-256 (hex).
+
+    Raises:
+        FusionError: What was transported is nothing that an adapter can hold.
+        SavedModelMismatchError: The target with what was written is not the fused model.
+    """
+    loaded, layers, fresh = target.load(), target.views.layers, _fresh(run)
+
+    def in_turn(what: str) -> Iterator[list[TransportedNeurons]]:
+        done = 0
+        for items in changed_together(layers, transported):
+            yield items
+            done += len(items)
+            progress.step(what, done, len(transported), "projections")
+
+    changes = (module_change(layers, items, alpha) for items in in_turn("factoring the changes"))
+    size = save_adapter(fresh, changes, loaded.model, loaded.reference, target.commit)
+    fused = (
+        (layers[items[0].layer][items[0].projection].parameters, partial(fuse, layers, items, alpha))
+        for items in in_turn("comparing the adapter with the model in memory")
+    )
+    verify_adapter(fresh, loaded, fused)
+    return SavedAdapter(**asdict(size)), _moved(fresh, run.folder)
+
+
+def _fresh(run: Run) -> Path:
+    """An empty folder beside the cache's files."""
+    fresh = run.cache / "checkpoint"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    return fresh
+
+
+def _moved(fresh: Path, folder: Path) -> dict[str, str]:
+    """Put a checkpoint's files in the place of those that were there before; begun again, it ends the same.
+
+    Returns:
+        File name -> SHA-256 (hex) of every weights file.
+    """
+    weights = {path.name: file_digest(path) for path in sorted(fresh.glob("*.safetensors"))}
     # The config goes first and comes last: a folder without it is not mistaken for a whole checkpoint.
-    (folder / CONFIG).unlink(missing_ok=True)
+    for config in _CONFIGS:
+        (folder / config).unlink(missing_ok=True)
     files = {path.relative_to(fresh) for path in fresh.rglob("*") if path.is_file()}
     for pattern in _OF_A_CHECKPOINT:
         for path in folder.glob(pattern):
             if path.relative_to(folder) not in files:
                 path.unlink()
-    for name in sorted(files, key=lambda name: (name == Path(CONFIG), name)):
+    for name in sorted(files, key=lambda path: (str(path) in _CONFIGS, path)):
         (fresh / name).chmod(0o644)  # safetensors makes files for their owner alone
         (folder / name).parent.mkdir(exist_ok=True)
         os.replace(fresh / name, folder / name)
     shutil.rmtree(fresh)
+    return weights
