@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tmerge.errors import ModelNotFoundError, PlanError, RunNotFoundError
+from tmerge.errors import CheckpointError, ModelNotFoundError, PlanError, RunNotFoundError
 from tmerge.models import ModelReference, Snapshot, fetch, file_digest, open_repo
 from tmerge.recipe import Recipe
 from tmerge.report import Report
@@ -99,10 +99,12 @@ def find_run(reference: str) -> FoundRun:
             f"{reference} is not a run of tmerge: no such folder here, and a repo is named as user/name; name the "
             "folder that --out named"
         )
-    snapshot = open_repo(where)
-    found_run = FoundRun(reference, Run(snapshot.folder), snapshot)
-    found_run.fetch(_REPORT)
-    return found_run
+    try:
+        # It need not hold a model: a plan is pushed alone too.
+        snapshot = open_repo(where, config=_REPORT)
+    except CheckpointError:
+        raise RunNotFoundError(f"{reference} is not a finished run of tmerge (it has no {_REPORT})") from None
+    return FoundRun(reference, Run(snapshot.folder), snapshot)
 
 
 class RecordedRun:
@@ -166,7 +168,7 @@ class RecordedRun:
                 "evaluation and save can change with --plan: leave the rest as it is there"
             )
         chosen = recipe.fusion.chosen
-        if chosen and not self.recipe.fusion.chosen:
+        if chosen and not self.recipe.fusion.chosen and not self.matched_on_others:
             names = " and ".join(key.partition(".")[2] for key in chosen)
             raise PlanError(
                 f"the plan of {self.found.reference} has read every text that {' and '.join(chosen)} auto could be "
@@ -174,15 +176,30 @@ class RecordedRun:
             )
         recorded_layer_maps(self.record, projections)
 
-    def refuse_other_texts(self, sha256: str) -> None:
+    @property
+    def matched_on_others(self) -> bool:
+        """Whether its neurons were matched on another dataset's texts than those that it scores and chooses on."""
+        return self.report.calibration.other > 0
+
+    def refuse_other_texts(self, dataset: str, sha256: str) -> None:
         """Refuse texts other than the run's, whose held-out ones it might have read.
 
+        Where it has matched on another dataset, it has read nothing of any but that.
+
+        Args:
+            dataset: As the recipe names it.
+            sha256: Of the texts.
+
         Raises:
-            PlanError: They differ.
+            PlanError: They differ, and the transport was solved from texts of that dataset.
         """
-        if sha256 != self.report.calibration.sha256:
+        read = self.report.calibration
+        matched_on = str(read.other_dataset if self.matched_on_others else read.dataset)
+        if self.matched_on_others and dataset.partition("@")[0] != matched_on.partition("@")[0]:
+            return
+        if sha256 != read.sha256:
             raise PlanError(
-                f"the texts of {self.report.calibration.dataset} are not those that the plan of "
+                f"the texts of {dataset.partition('@')[0]} are not those that the plan of "
                 f"{self.found.reference} was made from, which may have read what is held out here; leave the "
                 "calibration section as it is there, at the dataset's same commit"
             )

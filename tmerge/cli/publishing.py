@@ -24,6 +24,9 @@ def push(
     even_if_worse: Annotated[
         bool, typer.Option("--even-if-worse", help="Push a model that is worse than its target; its card says so.")
     ] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="The transport alone, for others to fuse from with --plan; no model.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and sizes and print the card.")] = False,
     json_output: JsonOption = False,
 ) -> None:
@@ -38,7 +41,7 @@ def push(
 
     if dry_run:
         when_stopped(nothing_changed)
-        planned = plan_push(run, repo, even_if_worse=even_if_worse)
+        planned = plan_push(run, repo, even_if_worse=even_if_worse, plan_only=plan_only)
         print_json(planned.to_dict()) if json_output else show_push_plan(planned)
         return
     document = push_and_show(
@@ -48,6 +51,7 @@ def push(
         create_pr=create_pr,
         revision=revision,
         even_if_worse=even_if_worse,
+        plan_only=plan_only,
         show=not json_output,
     )
     if json_output:
@@ -61,7 +65,8 @@ def push_and_show(run: Path, repo: str, *, show: bool, **options: Any) -> dict[s
 
     # One commit: the repo has all of it or nothing.
     when_stopped(lambda: f"{run} is kept, and {repo} has all of it or nothing of it; to push it: {same_command()}")
-    for warning in plan_push(run, repo, even_if_worse=options["even_if_worse"]).warnings:
+    asked = {name: options[name] for name in ("even_if_worse", "plan_only") if name in options}
+    for warning in plan_push(run, repo, **asked).warnings:
         typer.echo(f"note: {warning}", err=True)
     pushed = push_run(run, repo, **options, listener=lambda what: typer.echo(f"[push] {what}", err=True))
     if show:

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 
 from tmerge.calibration import file_identity
 from tmerge.calibration.files import local_file
-from tmerge.errors import DatasetError, ModelNotFoundError, OutputExistsError
+from tmerge.errors import DatasetError, ModelNotFoundError, OutputExistsError, RunNotFoundError
 from tmerge.hub import FoundRun, find_run
 from tmerge.models import fetch, file_digest, hub_errors, model_commit
 from tmerge.recipe import Recipe
@@ -100,6 +100,11 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
     _refuse_other_models(original, there, recipe)
     _refuse_other_data(original, there, recipe)
     published = _published(original, there.weights)
+    if not published:
+        raise RunNotFoundError(
+            f"{original.name} holds no weights that a reproduction could be held against, as a plan alone does not; to "
+            "fuse from its transport: tmerge merge --plan"
+        )
     others = sorted(set(published) - set(there.weights))
     changed = [name for name, digest in there.weights.items() if published.get(name) != digest]
     if listener is not None and (changed or others):

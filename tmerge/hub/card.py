@@ -34,7 +34,19 @@ from tmerge.report import (
 from tmerge.run import Run
 from tmerge.store import write_text
 
-__all__ = ["FIGURES", "card_data", "card_text", "merge_licence", "relation", "write_card"]
+__all__ = [
+    "FIGURES",
+    "card_data",
+    "card_text",
+    "code_text",
+    "inline_text",
+    "merge_licence",
+    "model_name",
+    "public_name",
+    "relation",
+    "shown_model",
+    "write_card",
+]
 
 FIGURES = "tmerge/figures"
 """Where a run's folder has the card's pictures."""
@@ -69,14 +81,14 @@ def card_text(report: Report, recipe: Recipe, *, repo: str | None = None, figure
         figures: Folder of the pictures, as the card's links name it; empty leaves them out.
     """
     environment = Environment(undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
-    environment.filters |= {"md": _inline, "code": _code, "ratios": ratio_words}
+    environment.filters |= {"md": inline_text, "code": code_text, "ratios": ratio_words}
     template = environment.from_string((resources.files("tmerge.hub") / "card.md").read_text(encoding="utf-8"))
     yaml_text = recipe.to_yaml().rstrip()
-    models = [("target", _shown(report.target)), ("source", _shown(report.source))]
+    models = [("target", shown_model(report.target)), ("source", shown_model(report.source))]
     trained_on = None if report.adaptation is None else report.adaptation.data
     return template.render(
         card_data=card_data(report, recipe, repo).to_yaml(line_break="\n"),
-        title=f"{_name(report.target.ref)} merged with {_name(report.source.ref)}",
+        title=f"{model_name(report.target.ref)} merged with {model_name(report.source.ref)}",
         verdict=report.published_verdict,
         summary=summary(report),
         trained=training_summary(report),
@@ -96,12 +108,12 @@ def card_text(report: Report, recipe: Recipe, *, repo: str | None = None, figure
         fusion=report.fusion,
         how=how_words(report.fusion),
         ratio=ratio_heading(report.fusion),
-        moved=moved_words(report.fusion, None, None if report.adapter is None else _public(report.adapter)),
-        plan=_public(report.plan) if report.plan else "",
+        moved=moved_words(report.fusion, None, None if report.adapter is None else public_name(report.adapter)),
+        plan=public_name(report.plan) if report.plan else "",
         figures=figures,
         repo=repo or ".",
         saved=report.saved_adapter,
-        loaded_on=_hub_id(report.target.ref, report.target.base_commit) or _name(report.target.ref),
+        loaded_on=_hub_id(report.target.ref, report.target.base_commit) or model_name(report.target.ref),
         local=", ".join(_local_names(report)),
         seed=report.seed,
         dtype=report.dtype,
@@ -137,7 +149,7 @@ def card_data(report: Report, recipe: Recipe, repo: str | None = None) -> ModelC
         library_name="transformers" if report.saved_adapter is None else "peft",
         pipeline_tag="text-generation",
         tags=_TAGS if report.saved_adapter is None else [*_TAGS, "lora"],
-        model_name=(repo or _name(report.target.ref) + "-fused").rpartition("/")[2],
+        model_name=(repo or model_name(report.target.ref) + "-fused").rpartition("/")[2],
         eval_results=_results(report),
     )
 
@@ -169,13 +181,13 @@ def merge_licence(report: Report) -> OutputLicence:
 def _base(report: Report) -> dict[str, Any] | None:
     """What the source was before its fine-tuning, for the tables: as far as the report knows it."""
     if report.source_base_model is not None:
-        return _shown(report.source_base_model)
+        return shown_model(report.source_base_model)
     if (reference := report.source_base) is None:
         return None
     repo, _, commit = reference.partition("@")
     # A report without its facts has the reference alone, resolved to a commit where it is a repo's.
     on_hub = re.fullmatch("[0-9a-f]{40}", commit) is not None and _HUB_DATASET.fullmatch(repo) is not None
-    label = f"[`{repo}`](https://huggingface.co/{repo})" if on_hub else f"`{_code(_name(reference))}`"
+    label = f"[`{repo}`](https://huggingface.co/{repo})" if on_hub else f"`{code_text(model_name(reference))}`"
     return {"label": label, "commit": commit if on_hub else None, "licence": None}
 
 
@@ -218,7 +230,8 @@ def _results(report: Report) -> list[EvalResult]:
     ]
 
 
-def _shown(model: MergedModel) -> dict[str, Any]:
+def shown_model(model: MergedModel) -> dict[str, Any]:
+    """A model's facts as the templates of cards read them: with a ``label`` that links to its page."""
     label, adapter = _label(model.ref, model.base_commit), model.adapter
     facts = {**model.to_dict(), "commit": model.base_commit, "licence": model.licence or "no licence stated"}
     if adapter is None:
@@ -230,7 +243,7 @@ def _shown(model: MergedModel) -> dict[str, Any]:
 def _label(reference: str, commit: str) -> str:
     """A link to its page, or the name alone of what has none."""
     repo = _hub_id(reference, commit)
-    return f"[`{repo}`](https://huggingface.co/{repo})" if repo else f"`{_code(_name(reference))}`"
+    return f"[`{repo}`](https://huggingface.co/{repo})" if repo else f"`{code_text(model_name(reference))}`"
 
 
 def _repo(model: MergedModel) -> str | None:
@@ -242,7 +255,7 @@ def _hub_id(reference: str, commit: str) -> str | None:
     return None if commit.startswith("sha256:") else reference.partition("@")[0]
 
 
-def _name(reference: str) -> str:
+def model_name(reference: str) -> str:
     """Without user, revision and folders: of a local model, no path of the machine it was on."""
     try:
         return ModelReference.parse(reference).name
@@ -250,16 +263,17 @@ def _name(reference: str) -> str:
         return reference.partition("@")[0].rstrip("/").rpartition("/")[2].removeprefix("demo:")
 
 
-def _public(reference: str) -> str:
-    return reference if _HUB_DATASET.fullmatch(reference.partition("@")[0]) else _name(reference)
+def public_name(reference: str) -> str:
+    """A Hub id, or the name alone of what is local."""
+    return reference if _HUB_DATASET.fullmatch(reference.partition("@")[0]) else model_name(reference)
 
 
 def _local_names(report: Report) -> list[str]:
     """What the recipe needs that is neither on the Hub nor in a package."""
     models = list(filter(None, (report.target, report.source, report.source_base_model)))
-    names = [_name(model.ref) for model in models if not _repo(model) and not model.ref.startswith("demo:")]
+    names = [model_name(model.ref) for model in models if not _repo(model) and not model.ref.startswith("demo:")]
     adapters = [model.adapter for model in models if model.adapter is not None]
-    names += [_name(adapter.ref) for adapter in adapters if not _hub_id(adapter.ref, adapter.commit)]
+    names += [model_name(adapter.ref) for adapter in adapters if not _hub_id(adapter.ref, adapter.commit)]
     for data in _read(report):
         if not data.revision and not data.dataset.startswith(SAMPLES_PREFIX):
             names.append(data.dataset)
@@ -274,12 +288,12 @@ def _languages(recipe: Recipe) -> list[str]:
     return [sample_language_code(dataset.removeprefix(SAMPLES_PREFIX))] if dataset.startswith(SAMPLES_PREFIX) else []
 
 
-def _inline(text: Any) -> str:
+def inline_text(text: Any) -> str:
     """Words of others as plain inline Markdown: no HTML, no table cells, no links, one line."""
     plain = html.escape(" ".join(str(text).split()), quote=False)
     return re.sub(r"([|\[\]`*_])", r"\\\1", plain)
 
 
-def _code(text: Any) -> str:
+def code_text(text: Any) -> str:
     """Within a code span."""
     return " ".join(str(text).replace("`", "'").replace("|", "¦").split())

@@ -6,13 +6,8 @@ anew for the repo's name. The run's own folder is only read, so that a push that
 
 from __future__ import annotations
 
-import fnmatch
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +21,9 @@ from tmerge.errors import PushError, RunNotFoundError
 from tmerge.evaluation import Verdict
 from tmerge.hub.card import card_text, merge_licence, relation
 from tmerge.hub.failures import no_token, pushing
-from tmerge.models import ADAPTER_CONFIG, file_digest
-from tmerge.models.checkpoint import read_config
+from tmerge.hub.plan_card import plan_card_text
+from tmerge.hub.published import CARD, STALE, left_behind, published_files, staged
+from tmerge.models import file_digest
 from tmerge.quantities import bytes_words, count_words
 from tmerge.recipe import Recipe
 from tmerge.report import Report, interval_words, summary, training_summary
@@ -35,44 +31,6 @@ from tmerge.run import Run
 
 __all__ = ["PushPlan", "Pushed", "plan_push", "push", "refuse_unready"]
 
-CARD = "README.md"
-# Of tmerge/, what a repo is given; cache/ never goes.
-_PUBLISHED = ("recipe.yaml", "report.json", "report.html", "transport.safetensors", "figures")
-# What a checkpoint is made of, as transformers writes it; what else lies beside it is not the run's.
-_CHECKPOINT = (
-    "config.json",
-    ADAPTER_CONFIG,
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "emoji.json",
-    "bpe.codes",
-    "dict.txt",
-    "normalizer.json",
-    "byte_maps.json",
-    "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
-# Folders of a checkpoint that transformers writes.
-_CHECKPOINT_FOLDERS = ("additional_chat_templates",)
-# What an earlier push may have left in a repo, and would be loaded instead of, or beside, what is pushed now.
-_STALE = (
-    *_CHECKPOINT[:-2],
-    "additional_chat_templates/*",
-    *(f"tmerge/{name}*" for name in ("figures/", "report.html")),
-)
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ckpt")
 
 
@@ -87,6 +45,7 @@ class PushPlan:
         card: Its text.
         verdict: Of the model that the repo would hold.
         warnings: What the user should know before it is public.
+        plan_only: Whether the repo would hold the transport alone, and no model.
     """
 
     folder: Path
@@ -95,6 +54,7 @@ class PushPlan:
     card: str
     verdict: Verdict
     warnings: tuple[str, ...]
+    plan_only: bool = False
 
     @property
     def total_bytes(self) -> int:
@@ -106,6 +66,7 @@ class PushPlan:
         return {
             "repo": self.repo,
             "verdict": self.verdict,
+            "plan_only": self.plan_only,
             "files": self.files,
             "total_bytes": self.total_bytes,
             "warnings": list(self.warnings),
@@ -130,7 +91,9 @@ class Pushed:
     pull_request: str | None
 
 
-def plan_push(folder: str | Path, repo: str, *, even_if_worse: bool = False, card: str | None = None) -> PushPlan:
+def plan_push(
+    folder: str | Path, repo: str, *, even_if_worse: bool = False, card: str | None = None, plan_only: bool = False
+) -> PushPlan:
     """Everything that a push needs to know beforehand; asks no network and writes nothing.
 
     Args:
@@ -138,6 +101,7 @@ def plan_push(folder: str | Path, repo: str, *, even_if_worse: bool = False, car
         repo: ``user/name``, or ``name`` for the user's own.
         even_if_worse: Publish a model that is worse than its target.
         card: An edited card in place of the run's own.
+        plan_only: The transport alone, with its recipe and report; then no verdict is in the way.
 
     Raises:
         PushError: No such repo name; a verdict that needs `even_if_worse`; weights that are not those the report was
@@ -148,6 +112,11 @@ def plan_push(folder: str | Path, repo: str, *, even_if_worse: bool = False, car
     report, recipe = run.report(), run.recipe()
     repo = _repo_id(repo)
     verdict = report.published_verdict
+    if plan_only:
+        text = plan_card_text(report, recipe, repo)
+        files = {name: path.stat().st_size for name, path in published_files(run, plan_only=True).items()}
+        files = dict(sorted((files | {CARD: len(text.encode())}).items()))
+        return PushPlan(run.folder, repo, files, text, verdict, _warnings(report, recipe, repo, model=False), True)
     if verdict == "hurts" and not even_if_worse:
         raise PushError(
             f"{folder}: {_numbers(report)}, so it is not pushed; to publish it all the same, and say so in its card, "
@@ -156,8 +125,8 @@ def plan_push(folder: str | Path, repo: str, *, even_if_worse: bool = False, car
     _refuse_changed_weights(run, report)
     text = card_text(report, recipe, repo=repo) if card is None else card
     _refuse_invalid_card(text, report, verdict)
-    files = {name: path.stat().st_size for name, path in _files(run).items()} | {CARD: len(text.encode())}
-    warnings = (*_warnings(report, recipe, repo), *_left_behind(run, files))
+    files = {name: path.stat().st_size for name, path in published_files(run).items()} | {CARD: len(text.encode())}
+    warnings = (*_warnings(report, recipe, repo), *left_behind(run, files))
     return PushPlan(run.folder, repo, dict(sorted(files.items())), text, verdict, warnings)
 
 
@@ -170,6 +139,7 @@ def push(
     revision: str | None = None,
     even_if_worse: bool = False,
     card: str | None = None,
+    plan_only: bool = False,
     token: str | None = None,
     listener: Callable[[str], None] | None = None,
 ) -> Pushed:
@@ -183,6 +153,7 @@ def push(
         revision: Branch to write to, made if it is not there; the default one if left out.
         even_if_worse: As `plan_push`.
         card: As `plan_push`.
+        plan_only: As `plan_push`.
         token: In place of the user's own, which ``hf auth login`` has stored.
         listener: Hears in a few words of every step.
 
@@ -195,25 +166,26 @@ def push(
         raise PushError("--create-pr opens a pull request against the default branch; leave --revision away, or it")
     say = listener or (lambda what: None)
     say("checking what is to be pushed")
-    planned = plan_push(folder, repo, even_if_worse=even_if_worse, card=card)
+    planned = plan_push(folder, repo, even_if_worse=even_if_worse, card=card, plan_only=plan_only)
     refuse_unready(planned.repo, token)
     api = HfApi(token=token, library_name="tmerge")
     with pushing(planned.repo, token):
         if "/" not in planned.repo:
             name = f"{api.whoami()['name']}/{planned.repo}"
-            planned = plan_push(folder, name, even_if_worse=even_if_worse, card=card)
-        _open(api, planned.repo, private=private, create_pr=create_pr, revision=revision, say=say)
-        with _staged(planned) as staged:
+            planned = plan_push(folder, name, even_if_worse=even_if_worse, card=card, plan_only=plan_only)
+        _open(api, planned, private=private, create_pr=create_pr, revision=revision, say=say)
+        run = Run(planned.folder)
+        with staged(run, published_files(run, plan_only=plan_only), planned.card) as laid_out:
             say(f"uploading {count_words(len(planned.files), 'file')}, {bytes_words(planned.total_bytes)}")
             done = api.upload_folder(
                 repo_id=planned.repo,
-                folder_path=staged,
+                folder_path=laid_out,
                 revision=revision,
                 create_pr=create_pr,
                 # A single file that an earlier run left would be loaded instead of this run's shards. What is
                 # uploaded again is not deleted.
-                delete_patterns=list(_STALE),
-                commit_message=_message(planned.verdict),
+                delete_patterns=list(STALE),
+                commit_message=_message(planned),
             )
     url = done.pr_url or f"{constants.ENDPOINT}/{planned.repo}" + (f"/tree/{revision}" if revision else "")
     say("pushed")
@@ -242,9 +214,10 @@ def _repo_id(repo: str) -> str:
 
 
 def _open(
-    api: HfApi, repo: str, *, private: bool, create_pr: bool, revision: str | None, say: Callable[[str], None]
+    api: HfApi, planned: PushPlan, *, private: bool, create_pr: bool, revision: str | None, say: Callable[[str], None]
 ) -> None:
     """Make the repo or the branch where it is missing; refuse to write over what is not a run of tmerge."""
+    repo = planned.repo
     say(f"looking at {repo}")
     try:
         info = api.model_info(repo)
@@ -257,12 +230,14 @@ def _open(
         api.create_repo(repo, private=private or None)
     else:
         names = {entry.rfilename for entry in info.siblings or ()}
-        foreign = any(name.endswith(_WEIGHTS) for name in names)
+        foreign = any(name.endswith(_WEIGHTS) for name in names if not name.startswith("tmerge/"))
         if foreign and "tmerge/report.json" not in names and not create_pr:
             raise PushError(
                 f"{repo} holds another model, not a run of tmerge, and is not written over; choose another --repo, "
                 "or --create-pr"
             )
+        if foreign and planned.plan_only and not create_pr:
+            raise PushError(f"{repo} holds a model, which a plan alone would take away; choose another --repo")
         if private and not info.private:
             raise PushError(
                 f"{repo} is there and public, so --private cannot be kept; make it private in its settings, or choose "
@@ -271,48 +246,6 @@ def _open(
     # A pull request that is open (refs/pr/1) is written to as it is.
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo, branch=revision, exist_ok=True)
-
-
-def _files(run: Run) -> dict[str, Path]:
-    """Path in the repo -> file, of all that goes: the checkpoint at the top, and of tmerge/ what is to be seen."""
-    patterns: tuple[str, ...] = _CHECKPOINT
-    config = run.folder / "config.json"
-    if config.is_file() and "auto_map" in read_config(config):
-        patterns += ("*.py",)  # the model's own code, which transformers saves beside it
-    paths = [
-        path
-        for path in run.folder.iterdir()
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
-    ]
-    for name in (*_CHECKPOINT_FOLDERS, *(f"tmerge/{name}" for name in _PUBLISHED)):
-        path = run.folder / name
-        paths += [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
-    return {path.relative_to(run.folder).as_posix(): path for path in paths if path.suffix != ".part"}
-
-
-def _left_behind(run: Run, files: Mapping[str, int]) -> list[str]:
-    """What lies in the folder and is not pushed, in a line; hidden files and tmerge's own cache go without saying."""
-    names = [path.name for path in run.folder.iterdir() if not path.name.startswith(".") and path.name != "tmerge"]
-    left = sorted(name for name in names if name not in files and name not in _CHECKPOINT_FOLDERS)
-    return [f"not the run's, and not pushed: {', '.join(left)}"] if left else []
-
-
-@contextmanager
-def _staged(planned: PushPlan) -> Iterator[Path]:
-    """A folder of links to the run's files, with the card for this repo: what `upload_folder` is given."""
-    files = _files(Run(planned.folder))
-    with tempfile.TemporaryDirectory(prefix="tmerge-push-") as name:
-        staged = Path(name)
-        for inside, path in files.items():
-            staged_file = staged / inside
-            staged_file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.symlink(path.resolve(), staged_file)
-            except OSError:  # where links are not allowed
-                shutil.copyfile(path, staged_file)
-        (staged / CARD).unlink(missing_ok=True)
-        (staged / CARD).write_text(planned.card, encoding="utf-8")
-        yield staged
 
 
 def _refuse_changed_weights(run: Run, report: Report) -> None:
@@ -361,10 +294,11 @@ def _numbers(report: Report) -> str:
     )
 
 
-def _warnings(report: Report, recipe: Recipe, repo: str) -> tuple[str, ...]:
+def _warnings(report: Report, recipe: Recipe, repo: str, *, model: bool = True) -> tuple[str, ...]:
     licence = merge_licence(report)
     remarks = [*licence.refusals, *licence.unknown]
-    begins = licence.name_begins
+    # What a licence asks of a model's name, a plan need not have.
+    begins = licence.name_begins if model else None
     if begins and not _letters(repo.rpartition("/")[2]).startswith(_letters(begins)):
         remarks.append(f'the licence asks that the model\'s name begins with "{begins}", which {repo} does not')
     models = (recipe.target, recipe.source, recipe.source_base, recipe.adapter, recipe.plan)
@@ -383,5 +317,7 @@ def _letters(name: str) -> str:
     return re.sub(r"[\s._-]", "", name).lower()
 
 
-def _message(verdict: str) -> str:
-    return f"Merge by tmerge (against its target: {verdict})"
+def _message(planned: PushPlan) -> str:
+    if planned.plan_only:
+        return "Transport plan by tmerge"
+    return f"Merge by tmerge (against its target: {planned.verdict})"

@@ -178,7 +178,7 @@ def open_repo(reference: ModelReference, revision: str | None = None, config: st
         reference: A ``hub`` reference.
         revision: Taken instead of the reference's.
         config: Name of the file that tells what is there; by default ``config.json`` of a model, or, where there is
-            none, ``adapter_config.json`` of an adapter.
+            none, ``adapter_config.json`` of an adapter. It may lie in a folder of the repo.
 
     Raises:
         TmergeError: As `hub_errors`; CheckpointError when the repo has no such file.
@@ -199,23 +199,24 @@ def open_repo(reference: ModelReference, revision: str | None = None, config: st
         names = [name for name in wanted_names if files is None or name in files]
         if not names:
             raise _no_config(reference, list(files or ()), wanted_names)
-        path: Path | None = None
+        folder: Path | None = None
         for name in names if files is None else names[:1]:
             try:
                 # By the revision's own name, which the cache then knows for a time without network.
                 path = Path(hf_hub_download(reference.repo, name, revision=wanted, local_files_only=files is None))
+                folder = path.parents[len(Path(name).parents) - 1]
                 break
             except LocalEntryNotFoundError:
                 if unreachable is None:
                     raise
-        if path is None:
+        if folder is None:
             assert unreachable is not None  # or it would have been fetched
             raise unreachable from None
-    commit = path.parent.name  # .../snapshots/<commit>/config.json
+    commit = folder.name  # .../snapshots/<commit>/config.json
     if info is None:
-        return Snapshot(reference, commit, path.parent, None)
+        return Snapshot(reference, commit, folder, None)
     card = info.card_data.to_dict() if info.card_data else {}
-    return Snapshot(reference, commit, path.parent, files, bool(info.gated), bool(info.private), card_licence(card))
+    return Snapshot(reference, commit, folder, files, bool(info.gated), bool(info.private), card_licence(card))
 
 
 def _no_config(reference: ModelReference, names: list[str], wanted: tuple[str, ...]) -> CheckpointError:

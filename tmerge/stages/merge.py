@@ -151,7 +151,7 @@ class _Road:
         texts = TextSet.load(run.texts_path)
         kept = kept_texts(recipe, run)
         if recorded is not None:
-            first(lambda: plan.refuse_other_texts(texts.sha256))
+            first(lambda: plan.refuse_other_texts(recipe.calibration.dataset, texts.sha256))
 
         folders = {role: run.features(role) for role in ("target", "source")}
         roomy, read = models.fit_together, (texts, projections)
@@ -219,7 +219,8 @@ class _Road:
         read = next(stage.device for stage in finished if stage.name == "target")
         # Where the models read, and, if that was elsewhere, where all else was computed.
         device = here if read == here else f"{read} (transport and fusion: {here})"
-        report = build_report(resolved, self.check, Measurements.of(finished), library_versions(), device)
+        measured = Measurements.of(finished, None if self.recorded is None else self.recorded.report.calibration)
+        report = build_report(resolved, self.check, measured, library_versions(), device)
         write_json(self.run.work / "report.json", report.to_dict())
         write_card(self.run, report, resolved)
         return report

@@ -55,6 +55,7 @@ class Measurements:
         fused: The stage that worked out what is written into the target.
         chosen: None where alpha was given.
         stages: All of them, in their order.
+        planned: Of the run whose transport was taken; None where it was solved.
     """
 
     texts: TextsNote
@@ -66,9 +67,10 @@ class Measurements:
     evaluated: EvaluateNote
     saved: SaveNote
     stages: Sequence[Finished[Any]]
+    planned: Calibration | None = None
 
     @classmethod
-    def of(cls, stages: Sequence[Finished[Any]]) -> Measurements:
+    def of(cls, stages: Sequence[Finished[Any]], planned: Calibration | None = None) -> Measurements:
         """By the stages' names."""
         named = {stage.name: stage for stage in stages}
         return cls(
@@ -81,6 +83,7 @@ class Measurements:
             named["evaluate"].note,
             named["save"].note,
             stages,
+            planned,
         )
 
 
@@ -209,6 +212,9 @@ def _model(checked: CheckedModel) -> MergedModel:
 def _calibration(measured: Measurements) -> Calibration:
     texts, target, source = measured.texts.texts, measured.target, measured.source
     same = {name: value for name, value in texts if name in Calibration.model_fields}
+    if (planned := measured.planned) is not None:
+        # What the neurons were matched on is that run's.
+        same |= {"other": planned.other, "other_dataset": planned.other_dataset, "other_sha256": planned.other_sha256}
     return Calibration(
         **same,
         held_out_texts=texts.held_out,
