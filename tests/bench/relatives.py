@@ -45,7 +45,6 @@ BASE = "demo:smollm2-135m-instruct"
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 LANGUAGES = ("indonesian", "thai", "malay", "cantonese")
 
-DROPPED_GROUPS = 1
 LEARNING_RATE = 2e-4
 # Paragraphs at most; texts over which the activity of MLP neurons is measured.
 PROSE, ACTIVITY_TEXTS = 1500, 64
@@ -71,6 +70,8 @@ class Settings:
         layers_gone: How many layers the target lacks.
         neurons: How many MLP neurons of each layer it keeps.
         width: How many neurons of the residual stream; None for all.
+        groups_gone: How many key-value heads of each layer, with their query heads, it lacks.
+        in_order: What is left keeps the base's order; else it is shuffled.
     """
 
     base: str = BASE
@@ -82,6 +83,8 @@ class Settings:
     layers_gone: int = 5
     neurons: int = 1152
     width: int | None = None
+    groups_gone: int = 1
+    in_order: bool = False
 
 
 # -- texts ----------------------------------------------------------------------------------------------------------
@@ -151,6 +154,7 @@ def plan(
     neurons: int | None = None,
     width: int | None = None,
     texts: Any = None,
+    in_order: bool = False,
 ) -> Truth:
     """Draw what is left of the base, and in which order.
 
@@ -163,6 +167,7 @@ def plan(
         neurons: How many MLP neurons of each layer stay; None for all.
         width: How many neurons of the residual stream stay; None for all.
         texts: Token ids of texts, on which the most active neurons are found; needed with `neurons` and `width`.
+        in_order: Keep the base's order of what stays.
 
     Returns:
         ``layers``: target layer -> base layer; ``residual``: target neuron -> base neuron of the residual stream;
@@ -196,6 +201,9 @@ def plan(
         if activity is not None:
             left = activity[layer].topk(neurons).indices.sort().values.tolist()
         indices.append(found | {"mlp": draw.sample(left, len(left))})
+    if in_order:
+        residual = sorted(residual)
+        indices = [{name: sorted(places) for name, places in of_layer.items()} for of_layer in indices]
     return {"layers": kept, "residual": residual, "indices": indices}
 
 
@@ -331,8 +339,9 @@ def _target(out: Path, settings: Settings, texts: list[str]) -> LoadedModel:
     base, seed = load_model(str(out / "base"), device="cpu"), settings.seed
     chosen = random.Random(f"activity {seed}").sample(texts, min(ACTIVITY_TEXTS, len(texts)))
     ids = [base.tokenizer(text, return_tensors="pt")["input_ids"] for text in chosen]
-    left = {"layers": settings.layers_gone, "neurons": settings.neurons, "width": settings.width}
-    truth = plan(base.model, seed, groups=DROPPED_GROUPS, texts=ids, **left)
+    left: dict[str, Any] = {"layers": settings.layers_gone, "neurons": settings.neurons, "width": settings.width}
+    left |= {"groups": settings.groups_gone, "in_order": settings.in_order}
+    truth = plan(base.model, seed, texts=ids, **left)
     _write(out / "truth.json", json.dumps(truth))
     truth = json.loads((out / "truth.json").read_text(encoding="utf-8"))
     target = replace(base, model=cut(base.model, truth))
@@ -381,6 +390,8 @@ def main() -> None:
     parser.add_argument("--healing-rate", type=float, default=Settings.healing_rate)
     parser.add_argument("--layers-gone", type=int, default=Settings.layers_gone)
     parser.add_argument("--neurons", type=int, default=Settings.neurons, help="of each MLP that are kept")
+    parser.add_argument("--groups-gone", type=int, default=Settings.groups_gone, help="key-value heads of each layer")
+    parser.add_argument("--in-order", action="store_true", help="what is left is not shuffled")
     parser.add_argument("--width", type=int, help="neurons of the residual stream that are kept; all if left out")
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of shared texts")
     asked = parser.parse_args()

@@ -1,0 +1,261 @@
+"""A LoRA of a large relative carried into a smaller one, against rivals and against training; on held-out texts.
+
+    python -m tests.bench.adapters --pair FOLDER [--steps 63] [--then 40] [--texts english_train] [--only NAME ...]
+
+FOLDER is what ``tests.bench.relatives`` wrote; of its source nothing is read. A LoRA of rank 16 on all projections of
+the base is trained on FOLDER/train.jsonl and kept in FOLDER/adapters. Each row is one JSON line, kept in
+FOLDER/adapters/rows.jsonl; a row that is there is not measured again:
+
+    found, truth      carried through the correspondence that was found, and through the true one
+    cross-lora        Cross-LoRA (arXiv 2508.05232): U_t U_s^T (B A) V_s V_t^T with the leading singular vectors of both
+                      models' own weights, paired by their rank; it is told the true layers
+    lorasuite         LoRASuite (arXiv 2505.13515), before its training: the stream by E_s^+ E_t of the two embeddings,
+                      MLP neurons by the up projections, heads by the cosine of their weights; told the true layers
+    copy              as it is, where the shapes are the base's
+    lora-N            a LoRA trained on the target itself, N steps
+    found+N           N steps that begin with what was carried
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from tests.bench.pair import ALL, Pair
+from tmerge.evaluation import applied, difference, resamples, score_texts
+from tmerge.fusion import COLUMN_PROJECTIONS, TransportedNeurons, changed_together, module_change
+from tmerge.models import LoadedModel, load_model, save_adapter
+from tmerge.recipe import Shared, TaskVector
+
+RANK, BATCH, TOKENS, RATE, SUBSPACE = 16, 8, 256, 1e-3, 320
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def trained(loaded: LoadedModel, texts: Sequence[str], steps: int, seed: int, start: Path | None = None) -> PeftModel:
+    """A LoRA of a model after so many steps; from nothing, or from one that is there."""
+    torch.manual_seed(seed)
+    model = nn.Module.float(loaded.model).requires_grad_(False)
+    if start is None:
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=MODULES, task_type="CAUSAL_LM")
+        peft_model = get_peft_model(model, config)
+    else:
+        peft_model = PeftModel.from_pretrained(model, str(start), is_trainable=True)
+    learned = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(learned, lr=RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+    draw, order = random.Random(seed), list[str]()
+    peft_model.train()
+    for step in range(steps):
+        while len(order) < BATCH:
+            order += draw.sample(list(texts), len(texts))
+        batch, order = order[:BATCH], order[BATCH:]
+        read = loaded.tokenizer(batch, return_tensors="pt", padding=True, truncation=True, max_length=TOKENS)
+        labels = read["input_ids"].masked_fill(read["attention_mask"] == 0, -100)
+        loss = peft_model(**read, labels=labels).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if step % 10 == 0 or step == steps - 1:
+            sys.stderr.write(f"step {step + 1}/{steps}: loss {loss.item():.4f}\n")
+    return peft_model.eval()
+
+
+def texts_of(folder: Path) -> list[str]:
+    """All that is trained on."""
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line)["text"] for line in lines if line.strip()]
+
+
+def adapter_of(pair: Path, steps: int, seed: int) -> Path:
+    """FOLDER/adapters with the pair's own files, in which the source is the base with the LoRA."""
+    folder = pair / "adapters"
+    if not (folder / "source/adapter_model.safetensors").is_file():
+        folder.mkdir(exist_ok=True)
+        for name in ("base", "target", *(path.name for path in pair.glob("*.json*"))):
+            if not (folder / name).exists():
+                (folder / name).symlink_to((pair / name).resolve())
+        base = load_model(str(pair / "base"), dtype="float32")
+        peft_model = trained(base, texts_of(pair), steps, seed)
+        peft_model.peft_config["default"].base_model_name_or_path = str((pair / "base").resolve())
+        peft_model.save_pretrained(folder / "source")
+        (folder / "source/README.md").unlink(missing_ok=True)
+    return folder
+
+
+class Rivals:
+    """Other ways to carry a LoRA, each told the true layers."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+        self.layers = pair.truth["layers"]
+        self.own, self.base, self.source = (pair.layouts[role] for role in ("target", "base", "source"))
+
+    def items(self, change: Callable[[int, int, str], Tensor]) -> list[TransportedNeurons]:
+        """What a way gives for each (target layer, base layer, projection)."""
+        items = []
+        for layer, views in enumerate(self.own.layers):
+            for name in ALL:
+                weight = change(layer, self.layers[layer], name)
+                neurons = torch.arange(weight.shape[name in COLUMN_PROJECTIONS])
+                assert weight.shape == (views[name].out_features, views[name].in_features)
+                items.append(TransportedNeurons(layer, name, neurons, weight.contiguous(), None, True))
+        return items
+
+    def learned(self, layer: int, name: str) -> Tensor:
+        """(out, in) B A of the base's layer."""
+        return self.source.layers[layer][name].weight() - self.base.layers[layer][name].weight()
+
+    def copy(self) -> list[TransportedNeurons]:
+        return self.items(lambda layer, other, name: self.learned(other, name))
+
+    def cross_lora(self) -> list[TransportedNeurons]:
+        def change(layer: int, other: int, name: str) -> Tensor:
+            left, right = [], []
+            for weight in (self.own.layers[layer][name].weight(), self.base.layers[other][name].weight()):
+                outputs, _, inputs = torch.linalg.svd(weight.float(), full_matrices=False)
+                left.append(outputs)
+                right.append(inputs)
+            rank = min(SUBSPACE, *(len(vectors) for vectors in right))
+            up, down = (left[index][:, :rank] for index in (0, 1)), (right[index][:rank] for index in (0, 1))
+            (own_out, out), (own_in, into) = tuple(up), tuple(down)
+            return own_out @ (out.T @ self.learned(other, name) @ into.T) @ own_in
+
+        return self.items(change)
+
+    def lorasuite(self) -> list[TransportedNeurons]:
+        embeddings = [self.pair.models[role].model.get_input_embeddings().weight.float() for role in ("base", "target")]
+        stream = torch.linalg.lstsq(embeddings[0], embeddings[1]).solution  # (h_s, h_t)
+        dim = self.pair.models["base"].model.config.head_dim
+        made: dict[tuple[int, str], Tensor] = {}
+
+        def neurons(layer: int, other: int) -> Tensor:
+            """(i_t, i_s): W_up of the target by the base's."""
+            if (layer, "mlp") not in made:
+                read = self.base.layers[other]["up"].weight() @ stream
+                made[layer, "mlp"] = torch.linalg.lstsq(read.T, self.own.layers[layer]["up"].weight().T).solution.T
+            return made[layer, "mlp"]
+
+        def heads(layer: int, other: int, name: str) -> list[int]:
+            read = (self.base.layers[other][name].weight() @ stream).unflatten(0, (-1, dim)).flatten(1)
+            own = self.own.layers[layer][name].weight().unflatten(0, (-1, dim)).flatten(1)
+            cosine = nn.functional.normalize(own, dim=1) @ nn.functional.normalize(read, dim=1).T
+            return linear_sum_assignment(-cosine.numpy())[1].tolist()
+
+        def change(layer: int, other: int, name: str) -> Tensor:
+            learned = self.learned(other, name)
+            if name in ("gate", "up"):
+                return neurons(layer, other) @ learned @ stream
+            if name == "down":
+                return stream.T @ learned @ neurons(layer, other).T
+            if name == "o":
+                chosen = learned.unflatten(1, (-1, dim))[:, heads(layer, other, "q")].flatten(1)
+                return stream.T @ chosen
+            return learned.unflatten(0, (-1, dim))[heads(layer, other, name)].flatten(0, 1) @ stream
+
+        return self.items(change)
+
+
+def rows_of(
+    pair: Pair, texts: Sequence[str], steps: int, then: int, seed: int
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Name -> items to be added, or a trained model."""
+    settings = TaskVector(projections=ALL, top_k=1.0, alpha=1.0, stream=False)
+    rivals, target = Rivals(pair), pair.models["target"]
+
+    def found() -> list[TransportedNeurons]:
+        return pair.carried("tokens", Shared(), settings, False).transported
+
+    def saved() -> Path:
+        folder, layers = pair.folder / "carried", pair.layouts["target"].layers
+        changes = (module_change(layers, items, 1.0) for items in changed_together(layers, found()))
+        save_adapter(folder, changes, target.model, target.reference, target.commit)
+        return folder
+
+    def fresh(count: int, start: Path | None = None) -> Callable[[], LoadedModel]:
+        def train() -> LoadedModel:
+            own = load_model(str(pair.folder / "target"), dtype="float32")
+            return replace(own, model=trained(own, texts, count, seed, start).merge_and_unload())
+
+        return train
+
+    yield "found", found
+    yield "truth", lambda: pair.oracle(ALL, False, "task-vector")
+    yield "cross-lora", rivals.cross_lora
+    yield "lorasuite", rivals.lorasuite
+    shapes = [
+        [tuple(view.weight().shape) for layer in pair.layouts[role].layers for view in layer.values()]
+        for role in ("target", "base")
+    ]
+    if shapes[0] == shapes[1]:
+        yield "copy", rivals.copy
+    for count in dict.fromkeys((steps, then)):
+        yield f"lora-{count}", fresh(count)
+    yield f"found+{then}", lambda: fresh(then, saved())()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pair", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=63, help="of the base's LoRA, and of one of the target")
+    parser.add_argument("--then", type=int, default=40, help="steps on top of what was carried, and from nothing")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--texts", default="english_train", help="what the neurons are matched on")
+    parser.add_argument("--only", nargs="*", default=[], help="rows whose names begin so")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore", FutureWarning)
+    folder = adapter_of(given.pair, given.steps, given.seed)
+    pair = Pair(folder, 2000, given.texts)
+    texts = {"held_out": pair.held_out, "english": pair.english}
+    counts = {name: resamples(len(of), 2000, 0) for name, of in texts.items()}
+    base = {name: score_texts(pair.models["target"], of) for name, of in texts.items()}
+    kept = folder / "rows.jsonl"
+    rows = {row["row"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
+    for role in ("target", "base", "source"):
+        scores = {name: score_texts(pair.models[role], of).bits_per_byte for name, of in texts.items()}
+        sys.stdout.write(json.dumps({role: scores}) + "\n")
+    bits: dict[str, Any] = {}
+    for name, build in rows_of(pair, texts_of(folder), given.steps, given.then, given.seed):
+        if name in rows or (given.only and not any(name.startswith(word) for word in given.only)):
+            continue
+        began = time.perf_counter()
+        made = build()
+        seconds = time.perf_counter() - began
+        if isinstance(made, LoadedModel):
+            scores = {what: score_texts(made, of) for what, of in texts.items()}
+        else:
+            with applied(pair.layouts["target"].views, made, 1.0):
+                scores = {what: score_texts(pair.models["target"], of) for what, of in texts.items()}
+        del made
+        gc.collect()
+        bits[name] = scores["held_out"]
+        row: dict[str, Any] = {"row": name, "seconds": round(seconds, 1)}
+        for what, of in scores.items():
+            row[what] = {"bits_per_byte": of.bits_per_byte, **difference(of, base[what], counts[what]).to_dict()}
+        for other in ("truth", f"lora-{given.then}"):
+            if other in bits and other != name:
+                row[f"to {other}"] = difference(bits[name], bits[other], counts["held_out"]).to_dict()
+        if "found" in bits and name != "found":
+            row["found to it"] = difference(bits["found"], bits[name], counts["held_out"]).to_dict()
+        with kept.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        sys.stdout.write(json.dumps(row) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
