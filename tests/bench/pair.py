@@ -20,8 +20,7 @@ import torch
 
 from tests.bench.relatives import SPLIT_SEED, slices
 from tmerge.calibration import FeatureStore, capture, common_ends
-from tmerge.evaluation import control_generator
-from tmerge.fusion import Carried, TransportedNeurons, carry
+from tmerge.fusion import Carried, TransportedNeurons, carry, generator_for
 from tmerge.fusion.stream import carry_stream
 from tmerge.models import Architecture, LoadedModel, describe, head_facts, load_model
 from tmerge.recipe import Apart, FusionSettings, Shared, TaskVector, TransportSettings
@@ -166,7 +165,7 @@ class Pair:
             solved = apart_transport(self.plans(kind, transport.epsilon), *reads, projections, transport)
 
         def shuffle(layer: int, key: str, neurons: int) -> torch.Tensor:
-            return torch.randperm(neurons, generator=control_generator(0, "permuted", layer, key))
+            return torch.randperm(neurons, generator=generator_for(0, "permuted", layer, key))
 
         return carry(
             self.layouts["target"],

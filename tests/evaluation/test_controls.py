@@ -9,9 +9,9 @@ import torch
 from tests.models.pico_gguf import save_pico_gguf
 from tests.pico import pico_model, save_pico
 from tmerge.errors import CheckpointError
-from tmerge.evaluation import applied, control_generator, controls, noise, shrink
+from tmerge.evaluation import applied, controls, noise, shrink
 from tmerge.evaluation.controls import Control
-from tmerge.fusion import COLUMN_PROJECTIONS, TransportedNeurons, fuse, read_neurons
+from tmerge.fusion import COLUMN_PROJECTIONS, TransportedNeurons, fuse, generator_for, read_neurons
 from tmerge.models import Model, describe
 
 
@@ -137,7 +137,7 @@ def test_applied_is_the_fused_model():
 
 
 def test_generators_of_different_places_differ():
-    draws = {float(torch.rand(1, generator=control_generator(0, "permuted", layer, "q.post"))) for layer in range(20)}
+    draws = {float(torch.rand(1, generator=generator_for(0, "permuted", layer, "q.post"))) for layer in range(20)}
     assert len(draws) == 20
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tmerge.evaluation.choose import PROJECTION_GROUPS, Choice, Trial, choose_alpha, most_scorings
-from tmerge.evaluation.controls import Control, applied, control_generator, noise, shrink
+from tmerge.evaluation.controls import Control, applied, noise, shrink
 from tmerge.evaluation.descent import Descent, descent_cosines
 from tmerge.evaluation.intervals import Interval, Verdict, difference, resamples, score, verdict
 from tmerge.evaluation.likelihood import LOGITS_AT_ONCE, Scores, score_texts
@@ -23,7 +23,6 @@ __all__ = [
     "Scores",
     "Verdict",
     "applied",
-    "control_generator",
     "difference",
     "most_scorings",
     "noise",

@@ -11,7 +11,6 @@ Each takes the same selected neurons as the merge, and asks one question of its 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,19 +27,14 @@ from tmerge.fusion import (
     TransportedNeurons,
     alpha_of,
     fuse,
+    generator_for,
     read_neurons,
 )
 from tmerge.models import Projection
 
-__all__ = ["Control", "Derived", "applied", "control_generator", "noise", "shrink"]
+__all__ = ["Control", "Derived", "applied", "noise", "shrink"]
 
 Control = Literal["shrink", "noise", "permuted", "source_base", "texts"]
-
-
-def control_generator(seed: int, *purpose: object) -> torch.Generator:
-    """A generator of its own for every purpose, so that no control depends on the order of the others."""
-    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 class Derived(NeuronSequence):
@@ -102,7 +96,7 @@ def noise(layers: Sequence[dict[str, Projection]], transported: Sequence[Transpo
 
     def make(transported_neurons: TransportedNeurons) -> TransportedNeurons:
         view = layers[transported_neurons.layer][transported_neurons.projection]
-        generator = control_generator(seed, "noise", transported_neurons.layer, transported_neurons.projection)
+        generator = generator_for(seed, "noise", transported_neurons.layer, transported_neurons.projection)
         own = read_neurons(view, transported_neurons.neurons).cpu()
         weight = _random_like(
             transported_neurons.weight if transported_neurons.is_difference else transported_neurons.weight - own,

@@ -21,8 +21,7 @@ from torch.nn import functional
 
 from tmerge.calibration import encode, length_batches, padded
 from tmerge.errors import NotEnoughMemoryError
-from tmerge.evaluation.controls import control_generator
-from tmerge.fusion import COLUMN_PROJECTIONS, TransportedNeurons, read_neurons
+from tmerge.fusion import COLUMN_PROJECTIONS, TransportedNeurons, generator_for, read_neurons
 from tmerge.models import LoadedModel, Projection
 
 __all__ = ["Descent", "descent_cosines"]
@@ -110,7 +109,7 @@ def descent_cosines(
                 ).cpu()
             )
         down = -gradient.flatten()
-        generator = control_generator(seed, "descent", transported_neurons.layer, transported_neurons.projection)
+        generator = generator_for(seed, "descent", transported_neurons.layer, transported_neurons.projection)
         random = torch.stack([_cosine(torch.randn(down.shape, generator=generator), down) for _ in range(draws)])
         descent.layers.append(transported_neurons.layer)
         descent.transported.append(float(_cosine(weight.flatten(), down)))

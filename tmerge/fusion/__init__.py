@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tmerge.fusion.block_fit import BlockNote, FittedBlock
 from tmerge.fusion.carry import Carried, carry
+from tmerge.fusion.joining import Join, JoinedNeurons, SourcePart, trimmed
 from tmerge.fusion.logit_goal import FinalGoal
 from tmerge.fusion.maps import unit_factors
 from tmerge.fusion.merge import (
@@ -21,6 +22,7 @@ from tmerge.fusion.module_change import changed_together, module_change
 from tmerge.fusion.passage import Passage
 from tmerge.fusion.projection import score_factor
 from tmerge.fusion.reconstruct import reconstruct
+from tmerge.fusion.seeded import generator_for
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_count, neuron_side, select_neurons
 from tmerge.fusion.stored import NeuronWriter, StoredNeurons
 
@@ -31,9 +33,12 @@ __all__ = [
     "Carried",
     "FinalGoal",
     "FittedBlock",
+    "Join",
+    "JoinedNeurons",
     "NeuronSequence",
     "NeuronWriter",
     "Passage",
+    "SourcePart",
     "StoredNeurons",
     "TransportedNeurons",
     "alpha_of",
@@ -41,6 +46,7 @@ __all__ = [
     "changed_together",
     "fuse",
     "fused_neurons",
+    "generator_for",
     "layer_weights",
     "module_change",
     "neuron_count",
@@ -50,5 +56,6 @@ __all__ = [
     "score_factor",
     "select_neurons",
     "transport_neurons",
+    "trimmed",
     "unit_factors",
 ]

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tmerge.evaluation import control_generator
-from tmerge.fusion import TransportedNeurons, carry
+from tmerge.fusion import TransportedNeurons, carry, generator_for
 from tmerge.models import Architecture, Model, shared_vocabulary
 from tmerge.processes import Processes
 from tmerge.recipe import Recipe, Reconstruction
@@ -83,7 +82,7 @@ class Fuse:
         transport = transport_of(self.recipe, self.features, self.recorded)
 
         def shuffle(layer: int, feature: str, neurons: int) -> Tensor:
-            return torch.randperm(neurons, generator=control_generator(seed, "permuted", layer, feature))
+            return torch.randperm(neurons, generator=generator_for(seed, "permuted", layer, feature))
 
         load(self.target, progress)
         transported, permuted = self.neurons.write(key, processes)

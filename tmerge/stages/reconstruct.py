@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 
 from tmerge.calibration import TextSet
-from tmerge.evaluation import control_generator
-from tmerge.fusion import COLUMN_PROJECTIONS, BlockNote, NeuronWriter, Passage, reconstruct, score_factor
+from tmerge.fusion import (
+    COLUMN_PROJECTIONS,
+    BlockNote,
+    NeuronWriter,
+    Passage,
+    generator_for,
+    reconstruct,
+    score_factor,
+)
 from tmerge.models import Model, Projection, give_back_memory, shared_vocabulary
 from tmerge.models.device import memory_errors
 from tmerge.recipe import FITTED_CONTROLS, Recipe, Reconstruction
@@ -205,7 +212,7 @@ class Reconstruct:
         return self.run.cache / "goals"
 
     def _shuffle(self, layer: int, feature: str, neurons: int) -> Tensor:
-        return torch.randperm(neurons, generator=control_generator(self.recipe.seed, "permuted", layer, feature))
+        return torch.randperm(neurons, generator=generator_for(self.recipe.seed, "permuted", layer, feature))
 
     def _record(self, transport: Transport) -> None:
         """The transport that was used, for pictures and later runs."""
