@@ -5,8 +5,8 @@ import torch
 
 from tests.pico import pico_model, pico_tokenizer
 from tmerge.calibration import sample_texts
-from tmerge.evaluation import Scores, choose_alpha, score_texts
-from tmerge.fusion import TransportedNeurons
+from tmerge.evaluation import Race, Scores, choose_alpha, choose_strengths, score_texts
+from tmerge.fusion import Join, JoinedNeurons, SourcePart, TransportedNeurons
 from tmerge.models import LoadedModel, ModelReference, describe
 
 
@@ -19,7 +19,7 @@ def chosen(layers, items, alphas, model, texts):
     def score(what, rows):
         return score_texts(model, [texts[row] for row in rows])
 
-    return choose_alpha(layers, items, alphas, score, len(texts), bootstrap=200, seed=0)
+    return choose_alpha(Race(alphas, score, len(texts), 200, 0), layers, items)
 
 
 def everything(layers, weights):
@@ -112,7 +112,7 @@ def simulated(effects, texts=200, spread=0.02, seed=0):
         size = sizes[list(rows)]
         return Scores(size * (3 + change), size, len(rows), 1.0)
 
-    choice = choose_alpha(layers, items, tuple(effects), score, texts, bootstrap=200, seed=0)
+    choice = choose_alpha(Race(tuple(effects), score, texts, 200, 0), layers, items)
     assert torch.equal(view.weight(), clean)
     return choice, asked
 
@@ -169,3 +169,46 @@ def test_what_overflows_loses():
 def test_luck_among_few_texts_is_hardly_ever_chosen():
     picked = sum(simulated(dict.fromkeys(ALPHAS, 0.0), texts=40, seed=seed)[0].alpha["q"] > 0 for seed in range(60))
     assert picked <= 4  # one in forty expected: 1.5; five or more come by luck once in 60
+
+
+def test_of_several_sources_each_has_a_strength_and_what_does_not_gain_has_none():
+    texts = sample_texts("english")[:40]
+    better = trained(pico_model("llama"), texts)
+    target = pico_model("llama")
+    target.load_state_dict(better.state_dict())
+    layers, best = describe(target).layers, describe(better).layers
+    generator = torch.Generator().manual_seed(0)
+
+    def random(view):
+        return torch.randn(view.weight().shape, generator=generator)
+
+    for views in layers:
+        view = views["o"]
+        view.write(view.weight() + 0.3 * random(view))
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+
+    def source(number, weights):
+        items = [
+            TransportedNeurons(layer, "o", torch.arange(views["o"].in_features), weights(layer, views["o"]), None, True)
+            for layer, views in enumerate(layers)
+        ]
+        return SourcePart(f"source {number}", f"sha256:{number}", 1.0, items)
+
+    def healing(healed):
+        """What brings some of the layers' spoilt `o` back to what it was, and leaves the others."""
+        return lambda layer, view: (best[layer]["o"].weight() - view.weight()) * (layer in healed)
+
+    parts = [source(1, healing({0})), source(2, lambda layer, view: random(view)), source(3, healing({1}))]
+    model = loaded(target)
+
+    def score(what, rows):
+        return score_texts(model, [texts[row] for row in rows])
+
+    race = Race((0.3, 1.0), score, len(texts), 200, 0)
+    names = [part.name for part in parts]
+    choice = choose_strengths(race, layers, names, lambda of: JoinedNeurons(parts, Join("sum", 1.0, 0), of))
+    assert choice.alpha["source 1"] > 0 and choice.alpha["source 2"] == 0 and choice.alpha["source 3"] == 1
+    assert choice.difference.high < 0
+    groups = list(dict.fromkeys(trial.group for trial in choice.trials))
+    assert groups == [("source 1",), ("source 2",), ("source 3",), ("source 1", "source 3")]
+    assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from tmerge.evaluation.choose import PROJECTION_GROUPS, Choice, Trial, choose_alpha, most_scorings
+from tmerge.evaluation.choose import PROJECTION_GROUPS, choose_alpha, choose_strengths
 from tmerge.evaluation.controls import Control, applied, noise, shrink
 from tmerge.evaluation.descent import Descent, descent_cosines
 from tmerge.evaluation.intervals import Interval, Verdict, difference, resamples, score, verdict
 from tmerge.evaluation.likelihood import LOGITS_AT_ONCE, Scores, score_texts
+from tmerge.evaluation.race import Choice, Race, Trial, most_scorings
 from tmerge.evaluation.unchanged import MOST_KEPT_BYTES, unchanged_layers, without_unchanged_layers
 
 __all__ = [
@@ -17,9 +18,11 @@ __all__ = [
     "Descent",
     "Trial",
     "choose_alpha",
+    "choose_strengths",
     "descent_cosines",
     "Control",
     "Interval",
+    "Race",
     "Scores",
     "Verdict",
     "applied",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tmerge.calibration import TextSet
-from tmerge.evaluation import Scores, choose_alpha, unchanged_layers, without_unchanged_layers
+from tmerge.evaluation import Race, Scores, choose_alpha, unchanged_layers, without_unchanged_layers
 from tmerge.models import Model
 from tmerge.recipe import Recipe, Reconstruction
 from tmerge.report import Choice
@@ -61,13 +61,9 @@ class Choose:
 
         with without_unchanged_layers(loaded.model, unchanged_layers(transported)):
             choice = choose_alpha(
+                Race(self.recipe.fusion.alphas, scored, len(texts), self.recipe.evaluation.bootstrap, self.recipe.seed),
                 self.target.views.views,
                 transported,
-                self.recipe.fusion.alphas,
-                scored,
-                len(texts),
-                bootstrap=self.recipe.evaluation.bootstrap,
-                seed=self.recipe.seed,
                 # A block was fitted to what those before it give once they are changed: a step of all, or of none.
                 together=isinstance(self.recipe.fusion, Reconstruction),
                 unfused=self.target.unfused,
