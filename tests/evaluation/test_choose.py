@@ -6,6 +6,7 @@ import torch
 from tests.pico import pico_model, pico_tokenizer
 from tmerge.calibration import sample_texts
 from tmerge.evaluation import Race, Scores, choose_alpha, choose_strengths, score_texts
+from tmerge.evaluation.controls import Derived
 from tmerge.fusion import Join, JoinedNeurons, SourcePart, TransportedNeurons
 from tmerge.models import LoadedModel, ModelReference, describe
 
@@ -192,7 +193,7 @@ def test_of_several_sources_each_has_a_strength_and_what_does_not_gain_has_none(
             TransportedNeurons(layer, "o", torch.arange(views["o"].in_features), weights(layer, views["o"]), None, True)
             for layer, views in enumerate(layers)
         ]
-        return SourcePart(f"source {number}", f"sha256:{number}", 1.0, items)
+        return SourcePart(f"source {number}", f"sha256:{number}", 1.0, Derived(items, lambda item: item))
 
     def healing(healed):
         """What brings some of the layers' spoilt `o` back to what it was, and leaves the others."""

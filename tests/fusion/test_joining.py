@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmerge.errors import FusionError
-from tmerge.fusion import Join, JoinedNeurons, SourcePart, TransportedNeurons, trimmed
+from tmerge.fusion import Join, JoinedNeurons, NeuronSequence, SourcePart, TransportedNeurons, trimmed
 
 
 def item(weight, bias=None, layer=0, projection="q", neurons=None):
@@ -19,11 +19,22 @@ def item(weight, bias=None, layer=0, projection="q", neurons=None):
     return TransportedNeurons(layer, projection, chosen, weight, bias, True)
 
 
+class Items(NeuronSequence):
+    def __init__(self, *items):
+        self._items = items
+
+    def __len__(self):
+        return len(self._items)
+
+    def _item(self, index):
+        return self._items[index]
+
+
 def parts_of(*tensors, weights=None, biases=None):
     weights = weights or [1.0] * len(tensors)
     biases = biases or [None] * len(tensors)
     return [
-        SourcePart(f"source {number}", f"sha256:{number}", weight, [item(tensor, bias)])
+        SourcePart(f"source {number}", f"sha256:{number}", weight, Items(item(tensor, bias)))
         for number, (tensor, weight, bias) in enumerate(zip(tensors, weights, biases, strict=True), start=1)
     ]
 
@@ -142,7 +153,7 @@ def test_dare_is_the_sum_of_what_it_drops_of_each_source_and_drops_by_seed_place
     first, second = (joined([part], "dare", [1.0], 0.5) for part in same)
     assert not torch.equal(first, second)  # another source, another mask
     assert not torch.equal(first, joined(same[:1], "dare", [1.0], 0.5, seed=1))
-    other = [SourcePart("source 1", "sha256:1", 1.0, [item(tensors[0], layer=1)])]
+    other = [SourcePart("source 1", "sha256:1", 1.0, Items(item(tensors[0], layer=1)))]
     assert not torch.equal(first, joined(other, "dare", [1.0], 0.5))
     assert torch.equal(first, joined(same[:1], "dare", [1.0], 0.5))
 
@@ -179,6 +190,6 @@ def test_no_strength_no_items():
 
 def test_what_was_carried_to_other_neurons_is_refused():
     first, second = (random(3, 3, seed=seed) for seed in range(2))
-    other = SourcePart("source 2", "sha256:2", 1.0, [item(second, neurons=torch.tensor([0, 1, 4]))])
+    other = SourcePart("source 2", "sha256:2", 1.0, Items(item(second, neurons=torch.tensor([0, 1, 4]))))
     with pytest.raises(FusionError, match=r"source 2 was carried to other neurons of layer 0's q than source 1"):
         JoinedNeurons([*parts_of(first), other], Join("sum", 1.0, 0), {"source 1": 1.0, "source 2": 1.0})[0]

@@ -38,7 +38,7 @@ def test_what_a_task_vector_does_not_say():
     # Of everything else, the sections' own.
     assert recipe.transport == Shared()
     own = Weights().model_dump()
-    changed = {*TASK_VECTOR_DEFAULTS["fusion"], "what", "stream", "rank"}
+    changed = {*TASK_VECTOR_DEFAULTS["fusion"], "what", "stream", "rank", "join", "density"}
     assert {key: value for key, value in recipe.fusion.model_dump().items() if key not in changed} == {
         key: value for key, value in own.items() if key not in changed
     }

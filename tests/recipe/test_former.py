@@ -24,6 +24,8 @@ ASKED = {
     "task-vector-apart": {**BASE, "fusion": TASK, "transport": {"structure": "none", "eta": 0.2}},
 }
 
+CAME_LATER = {"join": "sum", "density": 0.5}
+
 
 def resolved(name):
     return yaml.safe_load((RESOLVED / f"{name}.yaml").read_text(encoding="utf-8"))

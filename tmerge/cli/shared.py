@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,11 +67,17 @@ def _options(
 
 RecipeArgument = Annotated[str | None, typer.Argument(help="A recipe file, or a preset's name.")]
 TargetOption = Annotated[str | None, typer.Option(help="Model that is changed: Hub id, folder or .gguf file.")]
-SourceOption = Annotated[str | None, typer.Option(help="Model that is read.")]
+SourceOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Model that is read. Again for each of several that were made from --source-base."),
+]
 BaseOption = Annotated[str | None, typer.Option(help="The source before its fine-tuning, for task vectors.")]
 AdapterOption = Annotated[
-    str | None,
-    typer.Option(help="A LoRA of --source-base, PEFT repo or folder, which is carried; then --source can be left out."),
+    list[str] | None,
+    typer.Option(
+        help="A LoRA of --source-base, PEFT repo or folder, which is carried; then --source can be left out. Again for "
+        "each of several."
+    ),
 ]
 WhatOption = Annotated[
     str | None,
@@ -137,18 +143,30 @@ def quiet_libraries() -> None:
 
 def pair_words(
     target: str | None,
-    source: str | None,
+    source: Sequence[str] | None,
     source_base: str | None,
-    adapter: str | None,
+    adapter: Sequence[str] | None,
     what: str | None,
     dataset: str | None,
-) -> dict[str, str | None]:
-    """What a command's options say of the pair, by the recipe's keys."""
+) -> dict[str, Any]:
+    """What a command's options say of the pair, by the recipe's keys.
+
+    A source or an adapter that is given more than once is one of several; a single source beside several adapters is
+    their base, as it is beside one.
+    """
+    models, adapters, sources = list(source or ()), list(adapter or ()), list[dict[str, str]]()
+    if len(models) > 1:
+        sources, models = [{"source": model} for model in models], []
+    if sources or len(adapters) > 1:
+        sources, adapters = [*sources, *({"adapter": one} for one in adapters)], []
+        if source_base is None and models:
+            source_base = models.pop()
     return {
         "target": target,
-        "source": source,
+        "source": models[0] if models else None,
         "source_base": source_base,
-        "adapter": adapter,
+        "adapter": adapters[0] if adapters else None,
+        "sources": sources or None,
         "fusion.what": what,
         "calibration.dataset": dataset,
     }

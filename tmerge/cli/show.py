@@ -16,6 +16,7 @@ from tmerge.comparison.tables import ROW_HEADINGS, added_words, change_cells, ro
 from tmerge.hub import PushPlan
 from tmerge.preflight.check import Check
 from tmerge.quantities import bytes_words
+from tmerge.recipe import source_name
 from tmerge.report import (
     Descent,
     Report,
@@ -45,9 +46,11 @@ def show_check(result: Check) -> None:
     console = Console(soft_wrap=True)
     facts = result.document()
     table = Table(title="tmerge check", title_justify="left")
-    for heading in ("", "target", "source"):
-        table.add_column(heading)
     target, source = facts.target, facts.source
+    held = {"target": target, "source_base" if facts.sources else "source": source}
+    held |= {source_name(number): model for number, model in enumerate(facts.sources, start=1)}
+    for heading in ("", *held):
+        table.add_column(heading)
     for label, key in (
         ("model", "name"),
         ("commit", "commit"),
@@ -66,7 +69,7 @@ def show_check(result: Check) -> None:
         ("to download", "download_bytes"),
     ):
         if key != "stored" or target.stored or source.stored:
-            table.add_row(label, *(_value(key, getattr(model, key)) for model in (target, source)))
+            table.add_row(label, *(_value(key, getattr(model, key)) for model in held.values()))
     for name, sizes in facts.projections.matched.items():
         table.add_row(f"projection {name}", *("{} x {}".format(*size) for size in (sizes.target, sizes.source)))
     console.print(table)

@@ -93,6 +93,11 @@ def compare(recipe: Recipe, out: str | Path, *, listener: Listener | None = None
     Raises:
         TmergeError: Bad input, one line; nothing is left behind if nothing had been finished.
     """
+    if recipe.sources:
+        raise RecipeError(
+            f"sources has {len(recipe.sources)}, and compare holds one source against trainings; merge them "
+            "(tmerge merge scores each alone too), or name one of them as the source"
+        )
     folder = Path(out)
     with _at_work(folder):
         return _Comparison(recipe, folder, listener or (lambda step: None)).go()

@@ -224,9 +224,14 @@ def _refuse_out(original: FoundRun, out: Path) -> None:
 
 def _refuse_other_models(original: FoundRun, report: Report, recipe: Recipe) -> None:
     """Local models are known by their contents: another one would be merged for nothing."""
-    for role, model in (("target", report.target), ("source", report.source)):
-        commit, reference = model.commit, getattr(recipe, role)
-        adapter = recipe.adapter if role == "source" else None
+    named = [
+        ("target", report.target, recipe.target, None),
+        ("source_base" if recipe.sources else "source", report.source, recipe.source, recipe.adapter),
+    ]
+    for each, source in zip(report.sources, recipe.sources, strict=False):
+        named.append((each.name, each.model, source.source or recipe.source, source.adapter))
+    for role, model, reference, adapter in named:
+        commit = model.commit
         if commit.startswith("sha256:") and (here := model_commit(reference, adapter)) != commit:
             raise ModelNotFoundError(
                 f"{reference} here is not the {role} that {original.name} was made from ({here[7:19]} here, "

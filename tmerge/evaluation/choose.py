@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tmerge.evaluation.controls import applied
 from tmerge.evaluation.race import Choice, Race
-from tmerge.fusion import TransportedNeurons
+from tmerge.fusion import TransportedNeurons, places_of
 from tmerge.models import STREAM, Projection, group_of
 
 __all__ = ["PROJECTION_GROUPS", "choose_alpha", "choose_strengths"]
@@ -42,7 +42,7 @@ def choose_alpha(
         together: Whether all groups have one alpha.
         unfused: As for `applied`.
     """
-    names = list(dict.fromkeys(group_of(transported_neurons.projection) for transported_neurons in transported))
+    names = list(dict.fromkeys(group_of(projection) for _, projection in places_of(transported)))
     groups = [tuple(name for name in group if name in names) for group in PROJECTION_GROUPS]
     groups = [tuple(names)] if together else [group for group in groups if group]
     return race.run(groups, lambda alpha: applied(layers, transported, alpha, unfused))

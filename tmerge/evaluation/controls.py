@@ -28,6 +28,7 @@ from tmerge.fusion import (
     alpha_of,
     fuse,
     generator_for,
+    places_of,
     read_neurons,
 )
 from tmerge.models import Projection
@@ -52,6 +53,10 @@ class Derived(NeuronSequence):
 
     def __len__(self) -> int:
         return len(self._items)
+
+    def places(self) -> list[tuple[int, str]]:
+        """As `NeuronSequence.places`, those of the others."""
+        return places_of(self._items)
 
     def _item(self, index: int) -> TransportedNeurons:
         return self._make(self._items[index])

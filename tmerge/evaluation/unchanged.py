@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tmerge.fusion import TransportedNeurons
+from tmerge.fusion import TransportedNeurons, places_of
 from tmerge.models import STREAM, find_block_list, group_of
 
 __all__ = ["MOST_KEPT_BYTES", "unchanged_layers", "without_unchanged_layers"]
@@ -29,11 +29,10 @@ def unchanged_layers(transported: Sequence[TransportedNeurons]) -> int:
     Args:
         transported: Everything that may be fused. Embeddings and norms (a task vector's) leave no layer as it is.
     """
-    if not transported or any(
-        group_of(transported_neurons.projection) == STREAM for transported_neurons in transported
-    ):
+    places = places_of(transported)
+    if not places or any(group_of(projection) == STREAM for _, projection in places):
         return 0
-    return min(transported_neurons.layer for transported_neurons in transported)
+    return min(layer for layer, _ in places)
 
 
 @contextmanager

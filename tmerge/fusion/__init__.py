@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tmerge.fusion.block_fit import BlockNote, FittedBlock
-from tmerge.fusion.carry import Carried, carry
+from tmerge.fusion.carry import Carried, carry, norm_ratio
 from tmerge.fusion.joining import Join, JoinedNeurons, SourcePart, trimmed
 from tmerge.fusion.logit_goal import FinalGoal
 from tmerge.fusion.maps import unit_factors
@@ -15,6 +15,7 @@ from tmerge.fusion.merge import (
     fuse,
     fused_neurons,
     layer_weights,
+    places_of,
     read_neurons,
     transport_neurons,
 )
@@ -51,6 +52,8 @@ __all__ = [
     "module_change",
     "neuron_count",
     "neuron_side",
+    "norm_ratio",
+    "places_of",
     "read_neurons",
     "reconstruct",
     "score_factor",

@@ -20,13 +20,13 @@ from tmerge.fusion.phis import LayerPhis, ShuffledPhis
 from tmerge.fusion.projection import Carrier
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.fusion.stream import carry_stream
-from tmerge.models import STREAM, Architecture, feature_key
+from tmerge.models import STREAM, Architecture, Projection, feature_key
 from tmerge.processes import ALONE, Processes
 from tmerge.recipe import CarriedSettings
 from tmerge.transport import PlanRecorder, Transport, in_turn, one_thread_each
 from tmerge.transport.record import Part, read_part, write_part
 
-__all__ = ["Carried", "carry"]
+__all__ = ["Carried", "carry", "norm_ratio"]
 
 Shuffle = Callable[[int, str, int], Tensor]
 """(layer, feature key, n) -> a permutation (n,) of the target's neurons."""
@@ -185,14 +185,19 @@ def carry(
 
 def _note(carrier: Carrier, transported_neurons: TransportedNeurons) -> _ProjectionNote:
     view = carrier.target.layers[transported_neurons.layer][transported_neurons.projection]
-    own = torch.linalg.vector_norm(read_neurons(view, transported_neurons.neurons))
-    ratio = torch.linalg.vector_norm(transported_neurons.weight.double()) / own.double().cpu()
-    # Blocks that were added to a model begin with zeros, and over nothing there is no ratio.
     return _ProjectionNote(
-        float(ratio) if own else None,
+        norm_ratio(view, transported_neurons),
         carrier.bias_fate(view, transported_neurons.neurons),
         transported_neurons.neurons.to(torch.int32),
     )
+
+
+def norm_ratio(view: Projection, transported_neurons: TransportedNeurons) -> float | None:
+    """Norm of what was transported over that of the target's own neurons; None where these are all zero."""
+    own = torch.linalg.vector_norm(read_neurons(view, transported_neurons.neurons))
+    ratio = torch.linalg.vector_norm(transported_neurons.weight.double()) / own.double().cpu()
+    # Blocks that were added to a model begin with zeros, and over nothing there is no ratio.
+    return float(ratio) if own else None
 
 
 def _carried_stream(

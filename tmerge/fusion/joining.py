@@ -66,7 +66,7 @@ class SourcePart:
     name: str
     identity: str
     weight: float
-    neurons: Sequence[TransportedNeurons]
+    neurons: NeuronSequence
 
 
 class JoinedNeurons(NeuronSequence):
@@ -85,6 +85,10 @@ class JoinedNeurons(NeuronSequence):
 
     def __len__(self) -> int:
         return len(self._parts[0].neurons) if self._parts else 0
+
+    def places(self) -> list[tuple[int, str]]:
+        """As `NeuronSequence.places`; nothing is joined."""
+        return self._parts[0].neurons.places() if self._parts else []
 
     def _item(self, index: int) -> TransportedNeurons:
         first = self._parts[0].neurons[index]

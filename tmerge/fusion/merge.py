@@ -30,6 +30,7 @@ __all__ = [
     "fuse",
     "fused_neurons",
     "layer_weights",
+    "places_of",
     "read_neurons",
     "transport_neurons",
 ]
@@ -79,8 +80,19 @@ class NeuronSequence(Sequence[TransportedNeurons]):
             return [self[number] for number in range(*index.indices(len(self)))]
         return self._item(index)
 
+    def places(self) -> list[tuple[int, str]]:
+        """Layer and projection of each item, in order; no item is made where they are known without."""
+        return [(item.layer, item.projection) for item in self]
+
     @abstractmethod
     def _item(self, index: int) -> TransportedNeurons: ...
+
+
+def places_of(transported: Sequence[TransportedNeurons]) -> list[tuple[int, str]]:
+    """As `NeuronSequence.places`, of any sequence."""
+    if isinstance(transported, NeuronSequence):
+        return transported.places()
+    return [(item.layer, item.projection) for item in transported]
 
 
 def layer_weights(kept: Tensor, layers: int, scale: Scale) -> Tensor:

@@ -147,6 +147,10 @@ class StoredNeurons(NeuronSequence):
     def __len__(self) -> int:
         return len(self._items)
 
+    def places(self) -> list[tuple[int, str]]:
+        """As `NeuronSequence.places`; no file is read."""
+        return [(entry["layer"], entry["projection"]) for entry in self._items]
+
     def _item(self, index: int) -> TransportedNeurons:
         return _read(self._folder, self._items[index])
 

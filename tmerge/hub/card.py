@@ -21,6 +21,7 @@ from tmerge.report import (
     Calibration,
     MergedModel,
     Report,
+    SeveralSource,
     TrainingTexts,
     how_words,
     interval_words,
@@ -84,16 +85,21 @@ def card_text(report: Report, recipe: Recipe, *, repo: str | None = None, figure
     environment.filters |= {"md": inline_text, "code": code_text, "ratios": ratio_words}
     template = environment.from_string((resources.files("tmerge.hub") / "card.md").read_text(encoding="utf-8"))
     yaml_text = recipe.to_yaml().rstrip()
-    models = [("target", shown_model(report.target)), ("source", shown_model(report.source))]
+    models = [("target", shown_model(report.target))]
+    models += [(each.name, shown_model(each.model)) for each in report.sources] or [
+        ("source", shown_model(report.source))
+    ]
     trained_on = None if report.adaptation is None else report.adaptation.data
     return template.render(
         card_data=card_data(report, recipe, repo).to_yaml(line_break="\n"),
-        title=f"{model_name(report.target.ref)} merged with {model_name(report.source.ref)}",
+        title=f"{model_name(report.target.ref)} merged with {_merged_name(report)}",
         verdict=report.published_verdict,
         summary=summary(report),
         trained=training_summary(report),
         target=models[0][1],
-        source=models[1][1],
+        source=shown_model(report.source),
+        carried=" and ".join(map(_learned_label, report.sources)),
+        sources=[(each, _learned_label(each)) for each in report.sources],
         models=models,
         tmerge=report.tmerge,
         evaluation=report.evaluation,
@@ -108,7 +114,9 @@ def card_text(report: Report, recipe: Recipe, *, repo: str | None = None, figure
         fusion=report.fusion,
         how=how_words(report.fusion),
         ratio=ratio_heading(report.fusion),
-        moved=moved_words(report.fusion, None, None if report.adapter is None else public_name(report.adapter)),
+        moved=moved_words(
+            report.fusion, None, None if report.adapter is None else public_name(report.adapter), report.sources
+        ),
         plan=public_name(report.plan) if report.plan else "",
         figures=figures,
         repo=repo or ".",
@@ -128,12 +136,13 @@ def card_text(report: Report, recipe: Recipe, *, repo: str | None = None, figure
 
 def card_data(report: Report, recipe: Recipe, repo: str | None = None) -> ModelCardData:
     """The card's metadata."""
-    licence, bases = merge_licence(report), [_repo(report.target), _repo(report.source)]
+    licence, bases = merge_licence(report), [_repo(model) for model in (report.target, *report.merged)]
     bases += [
         _hub_id(model.adapter.ref, model.adapter.commit)
-        for model in (report.target, report.source)
+        for model in (report.target, *report.merged)
         if model.adapter is not None
     ]
+    bases = list(dict.fromkeys(bases))
     # A model without a page on the Hub cannot be pointed at; one base alone would not be what was merged.
     more: dict[str, Any] = {"base_model": bases, "base_model_relation": relation(report)} if all(bases) else {}
     if report.saved_adapter is not None:
@@ -163,6 +172,9 @@ def merge_licence(report: Report) -> OutputLicence:
     """What the models' licences make of the merge's."""
     target, source, base = report.target, report.source, report.source_base_model
     joined = {"target": target.adapter, "source": source.adapter, "source_base": base.adapter if base else None}
+    joined |= {each.name: each.model.adapter for each in report.sources}
+    # Of an adapter the model is the base of all, of which is told already.
+    whole = {each.name: each.model for each in report.sources if each.model.base_commit != source.commit}
     return output_licence(
         target.licence,
         source.licence,
@@ -175,6 +187,7 @@ def merge_licence(report: Report) -> OutputLicence:
             for role, adapter in joined.items()
             if adapter is not None
         },
+        sources={name: (model.licence, _repo(model)) for name, model in whole.items()},
     )
 
 
@@ -240,6 +253,14 @@ def shown_model(model: MergedModel) -> dict[str, Any]:
     return facts | {"label": f"{label} with the adapter {own['label']}", "base": label, "adapter": own}
 
 
+def _learned_label(source: SeveralSource) -> str:
+    """Of one of several sources: the adapter, where it is one."""
+    adapter = source.model.adapter
+    if adapter is not None:
+        return _label(adapter.ref, adapter.commit)
+    return _label(source.model.ref, source.model.base_commit)
+
+
 def _label(reference: str, commit: str) -> str:
     """A link to its page, or the name alone of what has none."""
     repo = _hub_id(reference, commit)
@@ -263,6 +284,11 @@ def model_name(reference: str) -> str:
         return reference.partition("@")[0].rstrip("/").rpartition("/")[2].removeprefix("demo:")
 
 
+def _merged_name(report: Report) -> str:
+    """Of the source, or of several."""
+    return " and ".join(model_name(each.reference) for each in report.sources) or model_name(report.source.ref)
+
+
 def public_name(reference: str) -> str:
     """A Hub id, or the name alone of what is local."""
     return reference if _HUB_DATASET.fullmatch(reference.partition("@")[0]) else model_name(reference)
@@ -270,7 +296,7 @@ def public_name(reference: str) -> str:
 
 def _local_names(report: Report) -> list[str]:
     """What the recipe needs that is neither on the Hub nor in a package."""
-    models = list(filter(None, (report.target, report.source, report.source_base_model)))
+    models = list(filter(None, (report.target, report.source, report.source_base_model, *report.merged)))
     names = [model_name(model.ref) for model in models if not _repo(model) and not model.ref.startswith("demo:")]
     adapters = [model.adapter for model in models if model.adapter is not None]
     names += [model_name(adapter.ref) for adapter in adapters if not _hub_id(adapter.ref, adapter.commit)]

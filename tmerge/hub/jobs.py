@@ -20,7 +20,7 @@ from tmerge.calibration.files import local_file
 from tmerge.errors import ModelNotFoundError, RemoteError
 from tmerge.hub.failures import pushing, running_jobs
 from tmerge.models import ModelReference
-from tmerge.recipe import RECIPE_VARIABLE, Recipe
+from tmerge.recipe import RECIPE_VARIABLE, Recipe, source_name
 
 __all__ = ["RemoteRun", "follow_job", "start_job"]
 
@@ -199,6 +199,7 @@ def _refuse_local(recipe: Recipe) -> None:
         "source_base": recipe.source_base,
         "adapter": recipe.adapter,
         "plan": recipe.plan,
+        **{source_name(number): source.reference for number, source in enumerate(recipe.sources, start=1)},
     }
     for key, reference in named.items():
         if reference is None:

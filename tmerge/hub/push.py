@@ -301,7 +301,8 @@ def _warnings(report: Report, recipe: Recipe, repo: str, *, model: bool = True) 
     begins = licence.name_begins if model else None
     if begins and not _letters(repo.rpartition("/")[2]).startswith(_letters(begins)):
         remarks.append(f'the licence asks that the model\'s name begins with "{begins}", which {repo} does not')
-    models = (recipe.target, recipe.source, recipe.source_base, recipe.adapter, recipe.plan)
+    several = [source.reference for source in recipe.sources]
+    models = (recipe.target, recipe.source, recipe.source_base, recipe.adapter, *several, recipe.plan)
     named = (*models, recipe.calibration.dataset, recipe.calibration.match_on, getattr(recipe.fusion, "keep", None))
     # What has a path here has one there: the card quotes the recipe.
     paths = [name for name in named if name and (Path(name).is_absolute() or Path(name).exists())]

@@ -159,6 +159,7 @@ def output_licence(
     target_family: str | None = None,
     source_base: tuple[str | None, str | None] | None = None,
     adapters: Mapping[str, tuple[str | None, str | None]] | None = None,
+    sources: Mapping[str, tuple[str | None, str | None]] | None = None,
 ) -> OutputLicence:
     """What the merge of a source into a target carries.
 
@@ -174,8 +175,13 @@ def output_licence(
             go into the merge too, with a minus before them.
         adapters: Whose -> licence and Hub id of an adapter that is joined to a model, or carried alone; of one that
             states none, its base's is taken to hold.
+        sources: Name -> licence and Hub id of several models that were made from the source.
     """
     sides = [_Side.of("target", target, target_repo), _Side.of("source", source, source_repo)]
+    for role, (stated, repo) in (sources or {}).items():
+        further = _Side.of(role, stated, repo)
+        if further.slug is None or further.slug not in [side.slug for side in sides[1:]]:
+            sides.append(further)
     if source_base is not None:
         base = _Side.of("source_base", *source_base)
         # A fine-tuned model mostly keeps its base's licence; then that is nothing further.

@@ -25,7 +25,7 @@ from tmerge.plots.heatmaps import (
 from tmerge.plots.picture import picture
 from tmerge.plots.style import TEMPLATES, feature_name, numbers
 from tmerge.plots.words import CAPTIONS, facts, findings, model_rows, ratio_rows, score_cells
-from tmerge.report import Report, ratio_heading, training_summary, verdict_tone
+from tmerge.report import Report, ratio_heading, short_name, training_summary, verdict_tone
 from tmerge.templates import html_templates, static_text
 from tmerge.transport import TransportRecord
 
@@ -76,7 +76,7 @@ def report_page(report: Report, record: TransportRecord, folder_name: str | None
     }
     return _TEMPLATES.get_template("report.html").render(
         report=report,
-        title=f"{_short(report.target.ref)} merged with {_short(report.source.ref)}",
+        title=f"{short_name(report.target.ref)} merged with {_merged(report)}",
         folder_name=folder_name,
         captions=CAPTIONS,
         book=_json(book),
@@ -141,5 +141,6 @@ def _json(book: Mapping[str, Any]) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _short(reference: str) -> str:
-    return reference.partition("@")[0].rstrip("/").rpartition("/")[2].removeprefix("demo:")
+def _merged(report: Report) -> str:
+    """The source, or several of them."""
+    return " and ".join(short_name(each.reference) for each in report.sources) or short_name(report.source.ref)

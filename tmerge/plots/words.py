@@ -17,6 +17,7 @@ from tmerge.report import (
     ratio_words,
     relatedness_numbers,
     score_rows,
+    strength_words,
     verdict_sentence,
 )
 
@@ -121,7 +122,10 @@ def facts(report: Report) -> Iterable[Sequence[str]]:
     held_out = report.evaluation
     yield "held out", f"{held_out.texts:,} other texts, {held_out.bytes:,} bytes"
     yield from _solved(solved)
-    yield "what was moved", moved_words(fusion, report.source_base, report.adapter)
+    yield "what was moved", moved_words(fusion, report.source_base, report.adapter, report.sources)
+    for each in report.sources:
+        licence = (each.model.licence if each.model.adapter is None else each.model.adapter.licence) or "not stated"
+        yield each.name, f"{each.reference}, {strength_words(each)}; licence {licence}"
     yield "fusion", how_words(fusion)
     if fusion.stream:
         yield "on the residual stream", ", ".join(fusion.stream)

@@ -30,6 +30,7 @@ from tmerge.preflight.document import CheckDocument, CheckedAdapter, CheckedMode
 from tmerge.preflight.estimate import TOKENS_PER_TEXT, Estimate, estimate_run, widths_of
 from tmerge.preflight.learned import Learned
 from tmerge.preflight.models import Models
+from tmerge.preflight.relatives import Relative, Relatives
 from tmerge.preflight.saved_adapter import refuse_no_adapter
 from tmerge.quantities import bytes_words
 from tmerge.recipe import Recipe
@@ -54,6 +55,7 @@ class Check:
         base: Facts of the source before its fine-tuning, for a task vector.
         base_layout: Its projections.
         left_out: What the adapter that is carried changes, and a merge leaves behind.
+        sources: Several that are carried; then `source` is their base.
     """
 
     target: ModelFacts
@@ -68,6 +70,7 @@ class Check:
     base: ModelFacts | None = None
     base_layout: Architecture | None = None
     left_out: tuple[str, ...] = ()
+    sources: tuple[Relative, ...] = ()
 
     def document(self) -> CheckDocument:
         """What is printed and shown of it."""
@@ -78,6 +81,7 @@ class Check:
             target=_model(self.target, target),
             source=_model(self.source, source, self.left_out),
             source_base=base,
+            sources=[_model(relative.facts, source, relative.left_out) for relative in self.sources],
             projections=Matched(matched=matched, skipped=self.skipped),
             left_alone=ForEach(target=target.left_alone, source=source.left_alone),
             licence=self.licence,
@@ -139,6 +143,12 @@ def check(recipe: Recipe, models: Models | None = None) -> Check:
             )
         if left_out:
             notes.append(f"what the adapter changes and the merge leaves behind: {', '.join(left_out)}")
+    relatives: tuple[Relative, ...] = ()
+    if recipe.sources:
+        found = Relatives.of(recipe, models, projections)
+        relatives, projections = found.sources, found.projections
+        skipped |= dict.fromkeys(found.untouched, "no adapter among the sources changes it")
+        notes += found.notes
     refuse_no_adapter(recipe, models, projections)
     if target.commit == source.commit:
         notes.append("target and source are the same model: nothing new can be transported")
@@ -151,10 +161,19 @@ def check(recipe: Recipe, models: Models | None = None) -> Check:
                 f"source_base {recipe.source_base} is not of the source's shape; "
                 "name the model that the source was fine-tuned from"
             )
-        listed.append(("source_base", base))
-        if base.commit == source.commit:
+        if recipe.sources:
+            listed[1] = ("source_base", base)
+        else:
+            listed.append(("source_base", base))
+        if base.commit == source.commit and not recipe.sources:
             notes.append("source and source_base are the same model: the task vector is zero")
-    for role, facts in listed:
+    # Of an adapter the model is the base, which is told of already.
+    whole = [
+        (relative.name, relative.facts)
+        for relative, named in zip(relatives, recipe.sources, strict=True)
+        if named.adapter is None
+    ]
+    for role, facts in (*listed, *whole):
         if facts.gated:
             notes.append(f"the {role}'s repo is gated: its terms must have been accepted by your account")
         notes += [f"the {role}'s files hold {part}, which a merge leaves out" for part in facts.side]
@@ -168,14 +187,16 @@ def check(recipe: Recipe, models: Models | None = None) -> Check:
         source_base=None if base is None else (base.licence, base.reference.repo),
         adapters={
             f"{role}'s adapter": (facts.adapter.licence, facts.adapter.reference.repo)
-            for role, facts in listed
+            for role, facts in (*listed, *((relative.name, relative.facts) for relative in relatives))
             if facts.adapter is not None
         },
+        sources={role: (facts.licence, facts.reference.repo) for role, facts in whole},
     )
     notes += [*licence.refusals, *licence.unknown]
     layouts = (target_layout, source_layout)
-    estimate = estimate_run(recipe, (target, source, base), layouts, projections)
-    return Check(target, source, *layouts, projections, skipped, licence, notes, estimate, base, base_layout, left_out)
+    estimate = estimate_run(recipe, (target, source, base), layouts, projections, [each.facts for each in relatives])
+    checked = target, source, *layouts, projections, skipped, licence, notes, estimate
+    return Check(*checked, base, base_layout, left_out, relatives)
 
 
 def refuse_unfit(result: Check, recipe: Recipe, out: Path) -> None:

@@ -108,11 +108,12 @@ class Expected(_Frozen):
 
 
 class CheckDocument(_Frozen):
-    """All of it, in the order in which it is written."""
+    """All of it, in the order in which it is written; `source` is the base of `sources`, where there are several."""
 
     target: CheckedModel
     source: CheckedModel
     source_base: CheckedModel | None
+    sources: list[CheckedModel] = []
     projections: Matched
     left_alone: ForEach
     licence: OutputLicence

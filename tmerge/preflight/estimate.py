@@ -8,7 +8,7 @@ assume.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -31,6 +31,7 @@ from tmerge.preflight.holding import (
     solving_bytes,
     unpacked_bytes,
 )
+from tmerge.preflight.joining import alone_scorings, carried_times, joining_bytes, joining_passes
 from tmerge.preflight.pieces import Pieces
 from tmerge.preflight.saved_adapter import adapter_bytes, factoring_seconds
 from tmerge.preflight.seconds import (
@@ -149,16 +150,18 @@ def scorings(recipe: Recipe, projections: list[str], held_out: int, choosing: in
         held_out: How many texts decide the verdict.
         choosing: How many texts serve to choose alpha.
     """
-    scored = 1.0 + 1 + len(recipe.evaluation.controls)
+    scored = 1.0 + 1 + len(recipe.evaluation.controls) + alone_scorings(recipe)
     if recipe.fusion.alpha == "auto":
-        # The base once, and the alphas for all groups of projections together and for each that has one here.
+        # The base once, and the alphas for all groups together and for each that there is here.
         tried = 1 + _groups(recipe, projections) * most_scorings(len(recipe.fusion.alphas), choosing)
         scored += tried * choosing / max(held_out, 1)
     return scored
 
 
 def _groups(recipe: Recipe, projections: list[str]) -> int:
-    """Of projections, whose alphas are chosen one after the other; and all of them together."""
+    """Of projections, or sources, whose alphas are chosen one after the other; and all of them together."""
+    if recipe.sources:
+        return len(recipe.sources) + (len(recipe.sources) > 1)
     named = {*projections, STREAM} if recipe.fusion.carries_stream else set(projections)
     groups = sum(not named.isdisjoint(group) for group in PROJECTION_GROUPS)
     return groups + (groups > 1)
@@ -167,7 +170,7 @@ def _groups(recipe: Recipe, projections: list[str]) -> int:
 def _trials(recipe: Recipe, projections: list[str]) -> float:
     """How often something is scored: of a race half of the alphas come to each round."""
     raced = 2 * len(recipe.fusion.alphas) * _groups(recipe, projections) if recipe.fusion.alpha == "auto" else 0
-    return 1.0 + len(recipe.evaluation.controls) + raced
+    return 1.0 + len(recipe.evaluation.controls) + alone_scorings(recipe) + raced
 
 
 def _scored_at_once(recipe: Recipe, facts: ModelFacts) -> int:
@@ -178,7 +181,7 @@ def _scored_at_once(recipe: Recipe, facts: ModelFacts) -> int:
 
 def _fusings(recipe: Recipe, projections: list[str]) -> float:
     """How often the target is changed, all of it counted as one: of a race half of the alphas come to each round."""
-    fused = 2.0 + len(recipe.evaluation.controls)
+    fused = 2.0 + len(recipe.evaluation.controls) + alone_scorings(recipe)
     if recipe.fusion.alpha == "auto":
         groups = _groups(recipe, projections)
         # A group alone is a part of all.
@@ -198,6 +201,7 @@ def estimate_run(
     models: tuple[ModelFacts, ModelFacts, ModelFacts | None],
     layouts: tuple[Architecture, Architecture],
     projections: list[str],
+    sources: Sequence[ModelFacts] = (),
 ) -> Estimate:
     """What a run is expected to take here.
 
@@ -206,6 +210,7 @@ def estimate_run(
         models: The target, the source, and the source before its fine-tuning, if there is one.
         layouts: The target's projections and the source's.
         projections: That are fused.
+        sources: Several that are carried; then the source is their base.
     """
     target, source, _ = models
     target_layout, source_layout = layouts
@@ -265,8 +270,9 @@ def estimate_run(
         # With an adapter it is read without it, and scored with it.
         "source": (1 + (recipe.adapter is not None)) * loading_seconds(pieces, source, source_dtype) + reads[1],
         "transport": solving_seconds(pieces, recipe, entries, rows, threads) if entries else 0.0,
-        "fuse": carrying_seconds(pieces, recipe, layouts, projections, rows) + reducing,
-        "evaluate": rescored + fusing_seconds(pieces, carried / 4, _fusings(recipe, projections), threads),
+        "fuse": carried_times(recipe) * carrying_seconds(pieces, recipe, layouts, projections, rows) + reducing,
+        "evaluate": rescored
+        + fusing_seconds(pieces, carried / 4, _fusings(recipe, projections), threads, joining_passes(recipe)),
         "save": saving_seconds(pieces, checkpoint) + factoring,
     }
     if fitting.passes:
@@ -274,7 +280,7 @@ def estimate_run(
         del stages["fuse"]
     solving = _solving_operations(recipe, entries, rows)
 
-    held = [facts for facts in models if facts is not None]
+    held = [*(facts for facts in models if facts is not None), *sources]
     vocabulary = max(int(facts.config.get_text_config().vocab_size) for facts in (target, source))
     logits = min(LOGITS_AT_ONCE, recipe.calibration.batch_tokens * vocabulary) * (torch.finfo(dtype).bits // 8 + 1)
     sizes = [max(target_widths[key]) * max(source_widths[key]) for key in target_widths if key in source_widths]
@@ -291,7 +297,9 @@ def estimate_run(
         if key in source_widths
     )
     kinds = 1 + len(set(FITTED_CONTROLS) & set(recipe.evaluation.controls))
-    packed = [facts for facts in models[1:] if facts is not None and facts.reference.kind == "gguf"]
+    own_files = [facts for facts, named in zip(sources, recipe.sources, strict=False) if named.adapter is None]
+    packed = [facts for facts in (*models[1:], *own_files) if facts is not None and facts.reference.kind == "gguf"]
+    joining = joining_bytes(recipe, target, target_layout, projections)
     streamed = texts * tokens_per_text * source_layout.hidden_size * 4
     own = held_bytes(target, recipe, dtype)
     reading_source = read_bytes(source, source_layout, recipe, dtype, device, streamed)
@@ -301,15 +309,17 @@ def estimate_run(
         "target": unpacked_bytes(target) + logits + min(feature_bytes, 1 << 30),
         "source": reading_source + logits + min(feature_bytes, 1 << 30),
         "transport": solving_bytes(recipe, sizes, rows) + min(feature_bytes, 1 << 30),
-        "fuse": carrying_bytes(recipe, source_layout, projections, sizes, carried // target_layout.num_layers),
+        "fuse": joining
+        + carrying_bytes(recipe, source_layout, projections, sizes, carried // target_layout.num_layers),
         "reconstruct": read_bytes(source, source_layout, recipe, dtype, device, streamed, own)
         + fitting_bytes(recipe, layouts, texts * tokens_per_text),
         "base": sum(read_bytes(facts, source_layout, recipe, dtype, device, 0) for facts in packed[-1:]),
         # And what leaves the layers that nothing changes.
-        "evaluate": logits
+        "evaluate": joining
+        + logits
         + replaced_bytes(recipe, target, target_layout, projections)
         + MOST_KEPT_BYTES * set(target_layout.layers[0]).isdisjoint(projections),
-        "save": comparing_bytes(target, target_layout, recipe, dtype, device) + logits,
+        "save": comparing_bytes(target, target_layout, recipe, dtype, device) + logits + joining,
     }
     # Where the two do not fit beside each other the target is let go while the source is read and transported.
     together = fit_together(recipe.memory, own + held_bytes(source, recipe, dtype), device)
@@ -318,7 +328,7 @@ def estimate_run(
     memory = psutil.Process().memory_info().rss + _ALLOCATOR_SLACK * needed
     unpacked = len(packed) * kept_bytes(recipe, source_layout, projections)
     goals = goal_bytes(recipe, target_layout, fitted * tokens_per_text)
-    disk = checkpoint + feature_bytes + record + kinds * carried + unpacked + goals
+    disk = checkpoint + feature_bytes + record + kinds * carried_times(recipe) * carried + unpacked + goals
     return Estimate(
         {name: _BETWEEN * seconds for name, seconds in stages.items()},
         int(memory),

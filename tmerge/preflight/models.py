@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tmerge.models import Model, pick_device, pinned, trusts
 from tmerge.preflight.holding import fit_together
-from tmerge.recipe import Recipe
+from tmerge.recipe import Recipe, source_name
 
 __all__ = ["Models"]
 
@@ -18,13 +18,15 @@ class Models:
 
     Attributes:
         target: Is changed.
-        source: Is read.
+        source: Is read; of several sources, their base.
         source_base: The source before its fine-tuning, where what it learned since is carried.
+        sources: Several that were made from it, in the recipe's order; each adapter's joined to it.
     """
 
     target: Model
     source: Model
     source_base: Model | None
+    sources: tuple[Model, ...] = ()
 
     @classmethod
     def of(cls, recipe: Recipe, commits: Mapping[str, str] | None = None) -> Models:
@@ -47,11 +49,19 @@ class Models:
             )
 
         base = None if recipe.source_base is None else handle("source_base", recipe.source_base)
-        return cls(handle("target", recipe.target), handle("source", recipe.source, recipe.adapter), base)
+        target = handle("target", recipe.target)
+        if not recipe.sources:
+            return cls(target, handle("source", recipe.source, recipe.adapter), base)
+        assert base is not None  # the recipe sees to it
+        sources = [
+            handle(source_name(number), source.source or base.reference, source.adapter)
+            for number, source in enumerate(recipe.sources, start=1)
+        ]
+        return cls(target, base, base, tuple(sources))
 
     @property
     def matched(self) -> Model:
-        """The source that is read for the matching: without its adapter, where that is carried."""
+        """That is read for the matching: the source, without the adapter that is carried; of several their base."""
         if self.source.adapter is None:
             return self.source
         assert self.source_base is not None  # the recipe sees to it
@@ -69,6 +79,18 @@ class Models:
         joined = self.source.facts.adapter
         if self.source.adapter is not None and joined is not None:
             pins["adapter"] = pinned(self.source.adapter, joined.commit)
+        return pins
+
+    def pinned_sources(self) -> list[dict[str, str]]:
+        """Of several sources, each one's key and reference, as `pinned`."""
+        pins = []
+        for model in self.sources:
+            if model.adapter is None:
+                pins.append({"source": model.pinned})
+            else:
+                joined = model.facts.adapter
+                assert joined is not None  # its facts are read with it
+                pins.append({"adapter": pinned(model.adapter, joined.commit)})
         return pins
 
     def _roles(self) -> Iterator[tuple[str, Model]]:

@@ -88,9 +88,9 @@ def factoring_seconds(
 
 
 def _rank(recipe: Recipe, source: ModelFacts) -> int:
-    """Of what is changed; as many source layers as feed a target layer add theirs."""
+    """Of what is changed; as many source layers as feed a target layer, and several sources, add theirs."""
     said = getattr(recipe.fusion, "rank", None)
     if said is not None:
-        return int(said)
+        return int(said) * max(1, len(recipe.sources))
     feeding = 1 if isinstance(recipe.transport, Shared) else recipe.transport.layers_kept
     return feeding * (source.adapter.rank if source.adapter is not None else 0)

@@ -107,9 +107,17 @@ def tokenizer_seconds(pieces: Pieces, facts: ModelFacts) -> float:
     return around * int(facts.config.get_text_config().vocab_size) * pieces.vocabulary()
 
 
-def fusing_seconds(pieces: Pieces, values: float, times: float, threads: int) -> float:
-    """Of writing so many values into the target, so often, and what was there before in their place again."""
-    return _REPLACED * values * times * pieces.passing(torch.float32) / threads
+def fusing_seconds(pieces: Pieces, values: float, times: float, threads: int, joining: int = 0) -> float:
+    """Of writing so many values into the target, so often, and what was there before in their place again.
+
+    Args:
+        pieces: Of the machine.
+        values: How many.
+        times: How often.
+        threads: That share the work.
+        joining: How often each is passed over before, where it is joined of several sources'.
+    """
+    return (_REPLACED + joining) * values * times * pieces.passing(torch.float32) / threads
 
 
 def saving_seconds(pieces: Pieces, checkpoint: int) -> float:

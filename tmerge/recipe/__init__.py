@@ -10,6 +10,7 @@ from tmerge.recipe.page import recipe_page
 from tmerge.recipe.recipe import DECIDE_NOTHING, DECIDE_WRITING, Recipe
 from tmerge.recipe.save import SaveSettings
 from tmerge.recipe.section import ProjectionName
+from tmerge.recipe.sources import JoinedSource, source_name
 from tmerge.recipe.strict_yaml import load_yaml
 from tmerge.recipe.transport import Apart, Shared, TransportSettings
 
@@ -23,6 +24,7 @@ __all__ = [
     "CompareSettings",
     "EvaluationSettings",
     "FusionSettings",
+    "JoinedSource",
     "ProjectionName",
     "PublishedScores",
     "DECIDE_NOTHING",
@@ -39,4 +41,5 @@ __all__ = [
     "parse_setting",
     "preset_names",
     "recipe_page",
+    "source_name",
 ]

@@ -125,6 +125,14 @@ class TaskVector(_Carried):
     rank: Annotated[int, counted(1, 1_000_000)] | None = Field(
         None, description="most of each carried change, the nearest of that rank; as it comes if left out"
     )
+    join: Literal["sum", "ties", "dare"] = Field(
+        "sum",
+        description="with several sources: their sum, or of the entries that are left of each (density) those of the "
+        "elected sign, averaged (ties), or the sum of what is drawn by lot, made larger for what is not (dare)",
+    )
+    density: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="share of a source's entries that ties (the largest) and dare (drawn by lot) keep"
+    )
 
     @property
     def carries_stream(self) -> bool:

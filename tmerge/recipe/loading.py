@@ -36,7 +36,8 @@ def load_recipe(
     """Read a recipe and lay the command line's words over it.
 
     Who names a ``source_base`` there, and no ``fusion.what``, wants what the source learned since, unless the recipe is
-    one of a reconstruction, where it is the control ``source_base``. Who names an ``adapter`` wants what it learned.
+    one of a reconstruction, where it is the control ``source_base``. Who names an ``adapter``, or several ``sources``,
+    wants what they learned. Each of them takes the place of whatever source the recipe has.
 
     Args:
         name: A YAML file, or a preset's name; None starts from the defaults, or from `start`.
@@ -48,7 +49,10 @@ def load_recipe(
         RecipeError: No such file or preset, not YAML, or not a valid recipe.
     """
     overrides = overrides or {}
+    joined = bool(overrides.get("sources"))
     data, where = _read(name) if name is not None or start is None else (start.model_dump(mode="json"), "recipe")
+    for name in ("source", "adapter") if joined else ("sources",) if _names_one(overrides) else ():
+        data.pop(name, None)
     for key, value in overrides.items():
         if value is not None:
             _put(data, key, value)
@@ -56,13 +60,18 @@ def load_recipe(
     section = data.get("fusion")
     if overrides.get("adapter") is not None:
         _one_base(data, overrides)
-    named = overrides.get("source_base") is not None or overrides.get("adapter") is not None
+    named = joined or overrides.get("source_base") is not None or overrides.get("adapter") is not None
     learned = named and overrides.get("fusion.what") is None
     if learned and not (isinstance(section, dict) and section.get("what") == "reconstruct"):
         _put(data, "fusion.what", "task-vector")
     for key, value in said.items():
         _put(data, key, value)
     return Recipe.from_mapping(data, where)
+
+
+def _names_one(overrides: Mapping[str, Any]) -> bool:
+    """Whether one source is named, by itself or as an adapter."""
+    return overrides.get("source") is not None or overrides.get("adapter") is not None
 
 
 def _one_base(data: dict[str, Any], overrides: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tmerge.recipe.schema import SectionFacts, kind_words, sections_of, top_level
+from tmerge.recipe.schema import SectionFacts, entries_of, kind_words, sections_of, top_level
 
 __all__ = ["one_line"]
 
@@ -34,8 +34,12 @@ def one_line(error: ValidationError, where: str, model: type[BaseModel]) -> str:
 def _said(error: ErrorDetails, key: tuple[str, ...], neither: bool, model: type[BaseModel]) -> str:
     name, value = ".".join(key), error["input"]
     section = sections_of(model).get(key[0]) if key else None
+    if len(key) > 1 and key[0] in entries_of(model):
+        return _said_of_entry(error, key, model)
     if error["type"] == "extra_forbidden":
         return _unknown(key, value, error["loc"], section, model)
+    if error["type"] == "missing" and name == "source" and isinstance(value, dict) and value.get("sources"):
+        return "'source_base' is missing: the model that all sources were made from; name it beside sources"
     if error["type"] == "missing":
         return f"{name!r} is missing; name it in the recipe or as --{name.replace('_', '-')} REF"
     if error["type"] == "union_tag_invalid" and section is not None:
@@ -59,10 +63,25 @@ def _said(error: ErrorDetails, key: tuple[str, ...], neither: bool, model: type[
     return f"{name} is {value!r}: {message}{because}"
 
 
+def _said_of_entry(error: ErrorDetails, key: tuple[str, ...], model: type[BaseModel]) -> str:
+    """Of one of several sections in a list, or of a key of one: ``weight of source 2 is -1: ...``."""
+    entry, value = f"{key[0].removesuffix('s')} {key[1]}", error["input"]
+    known, message = list(entries_of(model)[key[0]].keys), str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key[2]!r} of {entry}; {_meant(key[2], known)} All keys: tmerge recipe"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"{entry} is {value!r}: a mapping of keys to values is meant, as - {known[0]}: REF or - {known[1]}: REF"
+    if len(key) == 2:
+        return f"{entry}: {message}"
+    return f"{key[2]} of {entry} is {value!r}: {message[:1].lower()}{message[1:]}"
+
+
 def _key(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, ...]:
     """The recipe's keys in an error's location, which also has union members, kinds of sections and places in lists."""
     first, *rest = map(str, location) if location else ("",)
     section = sections_of(model).get(first)
+    if first in entries_of(model) and rest and rest[0].isdecimal():
+        return (first, str(int(rest[0]) + 1), *rest[1:2])
     if section is None:
         return (first,) if first else ()
     if section.chooser is not None and rest and rest[0] in section.kinds:

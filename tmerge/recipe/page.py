@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tmerge.recipe.fusion import TaskVector
 from tmerge.recipe.recipe import Recipe
-from tmerge.recipe.schema import Keys, SectionFacts, kind_words, sections_of, top_level
+from tmerge.recipe.schema import Keys, SectionFacts, entries_of, kind_words, sections_of, top_level
 
 __all__ = ["recipe_page"]
 
@@ -29,6 +29,8 @@ def recipe_page() -> str:
         f"`{section}.{key}: {value}`" for section, values in TaskVector.beside.items() for key, value in values.items()
     )
     parts = [f"{_HEAD}{beside}.\n", "## Top level\n", _table(top_level(Recipe))]
+    for name, entry in entries_of(Recipe).items():
+        parts += [f"## {name}, each\n", f"{entry.description}\n", _table(entry.keys)]
     for section in sections_of(Recipe).values():
         parts += [f"## {section.name}\n", *_kinds(section)]
     return "\n".join(parts)

@@ -23,6 +23,7 @@ from tmerge.recipe.fusion import FusionSettings, Reconstruction, TaskVector, Wei
 from tmerge.recipe.mistakes import one_line
 from tmerge.recipe.save import SaveSettings
 from tmerge.recipe.section import Section, counted
+from tmerge.recipe.sources import JoinedSource, source_name
 from tmerge.recipe.strict_yaml import StrictDumper
 from tmerge.recipe.transport import Apart, Shared, TransportSettings
 from tmerge.recipe.unsaid import with_unsaid
@@ -49,6 +50,11 @@ class Recipe(Section):
         None,
         description="a LoRA, PEFT repo or folder: what it changes of source_base is carried, and that model alone is "
         "read for the matching; source is the two together, and need not be named",
+    )
+    sources: tuple[JoinedSource, ...] = Field(
+        (),
+        description="several models and LoRAs made from source_base, in place of source and adapter: what each learned "
+        "is carried by the one matching of source_base, and joined (fusion.join)",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -88,6 +94,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         self._adapter_has_a_base()
+        self._sources_have_a_base()
         if self.save.form == "adapter":
             self._fits_an_adapter()
         learned, fitted = isinstance(self.fusion, TaskVector), self.transport.map != "plan"
@@ -152,11 +159,54 @@ class Recipe(Section):
                 "save.form is adapter, which holds changes of projections alone; set fusion.stream: false, or "
                 "save.form: merged"
             )
+        if self.sources and isinstance(fusion, TaskVector) and fusion.join != "sum":
+            raise ValueError(
+                f"save.form is adapter, and fusion.join: {fusion.join} keeps single entries, which have no low rank; "
+                "set fusion.join: sum, or save.form: merged"
+            )
         if fusion.rank is None and self.adapter is None:
             raise ValueError(
                 "save.form is adapter, and what is changed has as high a rank as it comes to; set fusion.rank, such as "
                 "16, or save.form: merged"
             )
+
+    def _sources_have_a_base(self) -> None:
+        fusion = self.fusion
+        if not self.sources:
+            plain = TaskVector()
+            if isinstance(fusion, TaskVector) and (fusion.join, fusion.density) != (plain.join, plain.density):
+                key = "density" if fusion.join == plain.join else "join"
+                raise ValueError(
+                    f"fusion.{key} is {getattr(fusion, key)}, which joins several sources; name them in sources, or "
+                    f"drop fusion.{key}"
+                )
+            return
+        if not isinstance(fusion, TaskVector):
+            raise ValueError(
+                f"fusion.what is {fusion.what}, and sources are joined as task vectors; drop fusion.what, or name one "
+                "source"
+            )
+        if fusion.join == "sum" and fusion.density != TaskVector().density:
+            raise ValueError(
+                f"fusion.density is {fusion.density}, and fusion.join: sum keeps every entry; set fusion.join to ties "
+                "or dare, or drop fusion.density"
+            )
+        if self.adapter is not None:
+            raise ValueError(f"adapter is {self.adapter} beside sources; name it as one of them: - adapter: ...")
+        if self.source != self.source_base:
+            raise ValueError(
+                f"source is {self.source} beside sources, which are made from source_base ({self.source_base}); drop "
+                "source, or name it as one of them: - source: ..."
+            )
+        if self.compare.sources:
+            raise ValueError("compare.sources are merged one at a time, and sources together; drop one of the two")
+        references = [source.reference for source in self.sources]
+        for number, reference in enumerate(references, start=1):
+            if reference in references[: number - 1]:
+                first = source_name(references.index(reference) + 1)
+                raise ValueError(
+                    f"{source_name(number)} is {reference}, as {first} is; name it once, with the weight of both"
+                )
 
     def _is_reconstructible(self) -> None:
         if not isinstance(self.transport, Shared):

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-__all__ = ["Keys", "Kind", "SectionFacts", "kind_words", "sections_of", "top_level"]
+__all__ = ["Keys", "Kind", "SectionFacts", "entries_of", "kind_words", "sections_of", "top_level"]
 
 Keys = Mapping[str, Mapping[str, Any]]
 """Key -> its JSON schema."""
@@ -92,6 +92,14 @@ def sections_of(model: type[BaseModel]) -> dict[str, SectionFacts]:
 
 
 @cache
+def entries_of(model: type[BaseModel]) -> dict[str, Kind]:
+    """Keys of a recipe's model that hold lists of sections -> what each of those is."""
+    schema = model.model_json_schema()
+    listed = {name: (field.get("items") or {}).get("$ref") for name, field in schema["properties"].items()}
+    return {name: _kind(schema, reference) for name, reference in listed.items() if reference is not None}
+
+
+@cache
 def top_level(model: type[BaseModel]) -> Keys:
     """The keys of a recipe's model that are values, not sections."""
     fields: dict[str, Any] = model.model_json_schema()["properties"]
@@ -100,6 +108,8 @@ def top_level(model: type[BaseModel]) -> Keys:
 
 def kind_words(key: Mapping[str, Any]) -> str:
     """What kind of value a key takes, in words."""
+    if "$ref" in key:
+        return "section, below"
     if "anyOf" in key:
         return " or ".join(map(kind_words, key["anyOf"]))
     if "enum" in key or "const" in key:

@@ -1,6 +1,7 @@
 """What a recipe leaves unsaid where that hangs on another section's choice; all other defaults are the fields' own.
 
-Five things do. An adapter is of one model, which is `source` and `source_base` alike, and is carried as a task vector.
+Five things do. An adapter is of one model, which is `source` and `source_base` alike, and is carried as a task vector;
+and so are `sources`, whose base stands in the place of the source.
 A kind of fusion brings what was measured best with it in other sections (its ``beside``). What lies
 on the residual stream is carried by one correspondence for the whole model, so that ``fusion.stream`` is on where the
 transport is such a one; and it has no room in a result that is written as an adapter. And a section that does not name
@@ -45,8 +46,11 @@ def with_unsaid(data: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         data: Top-level keys. Sections that are mappings, or not there, are filled; what is no mapping stays as it is.
     """
-    filled, learned = dict(data), data.get("adapter") is not None
-    if learned:
+    filled, joined = dict(data), bool(data.get("sources"))
+    learned = joined or data.get("adapter") is not None
+    if joined and filled.get("source") is None and filled.get("source_base") is not None:
+        filled["source"] = filled["source_base"]
+    elif learned and not joined:
         for name, other in (("source", "source_base"), ("source_base", "source")):
             if filled.get(name) is None and filled.get(other) is not None:
                 filled[name] = filled[other]

@@ -13,12 +13,14 @@ from tmerge.report.parts import (
     Part,
     Relatedness,
     SavedAdapter,
+    SeveralSource,
     TrainingTexts,
     Transport,
 )
 from tmerge.report.reading import DocumentKind, read_report, report_of
-from tmerge.report.report import SCHEMA, Adaptation, Control, Descent, Evaluation, Report
+from tmerge.report.report import SCHEMA, Adaptation, Alone, Control, Descent, Evaluation, Report
 from tmerge.report.rows import ScoreRow, score_rows
+from tmerge.report.several import short_name, strength_words
 from tmerge.report.words import (
     RELATED,
     Tone,
@@ -45,6 +47,7 @@ __all__ = [
     "RELATED",
     "SCHEMA",
     "Adaptation",
+    "Alone",
     "Calibration",
     "Choice",
     "Control",
@@ -60,6 +63,7 @@ __all__ = [
     "SavedAdapter",
     "Report",
     "ScoreRow",
+    "SeveralSource",
     "Tone",
     "TrainingTexts",
     "Transport",
@@ -79,7 +83,9 @@ __all__ = [
     "report_of",
     "score_rows",
     "score_words",
+    "short_name",
     "solved_words",
+    "strength_words",
     "summary",
     "training_summary",
     "verdict_sentence",

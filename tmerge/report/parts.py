@@ -29,6 +29,7 @@ __all__ = [
     "Projections",
     "Relatedness",
     "SavedAdapter",
+    "SeveralSource",
     "TrainingTexts",
     "Transport",
     "Trial",
@@ -135,6 +136,30 @@ class SavedAdapter(Part):
     rank: int
     modules: int
     parameters: int
+
+
+class SeveralSource(Part):
+    """One of several sources, as it went into a merge.
+
+    Attributes:
+        name: ``source 1``, as scores, strengths and notes name it.
+        model: It; of an adapter, the base with that joined to it.
+        weight: As the recipe has it.
+        strength: That it was fused with: as chosen, or as the recipe has alpha.
+        norm_ratio: Projection -> of each fused layer, norm of what was transported of it, at strength 1 and before it
+            was joined, over the norm of the target's own; None where that is zero.
+    """
+
+    name: str
+    model: MergedModel
+    weight: float
+    strength: float
+    norm_ratio: Mapping[str, Items[float | None]]
+
+    @property
+    def reference(self) -> str:
+        """The model's, or the adapter's."""
+        return self.model.ref if self.model.adapter is None else self.model.adapter.ref
 
 
 class Calibration(Part):
@@ -285,7 +310,7 @@ class FusedProjection(Part):
 
 
 class Trial(Part):
-    """An alpha that was tried for a group of projections, on so many of the choosing texts."""
+    """An alpha that was tried for a group of projections, or for sources, on so many of the choosing texts."""
 
     group: Items[str]
     alpha: float
@@ -294,7 +319,7 @@ class Trial(Part):
 
 
 class Choice(Part):
-    """What ``alpha: auto`` chose: projection -> alpha, and how it compares on the choosing texts."""
+    """What ``alpha: auto`` chose: projection, or source of several -> alpha; how it compares on the choosing texts."""
 
     alpha: Mapping[str, float]
     difference: Measured
@@ -338,6 +363,8 @@ class Fusion(Part):
         fit: Of a reconstruction; None otherwise.
         fit_seconds: That the fits took, in all calls, and without those of the controls; None otherwise.
         choice: Of ``alpha: auto``; None otherwise.
+        join: How several sources were joined; None of one.
+        density: Share of each source's entries that this kept; None where it kept all.
     """
 
     what: str
@@ -350,10 +377,12 @@ class Fusion(Part):
     fit: ReconstructionFit | None = None
     fit_seconds: float | None = None
     choice: Choice | None = None
+    join: str | None = None
+    density: float | None = None
 
     @property
     def alpha_used(self) -> float | Mapping[str, float]:
-        """The alpha that the neurons were written with; one for each projection where it was chosen."""
+        """The alpha that the neurons were written with; one for each projection, or source, where it was chosen."""
         if self.choice is not None:
             return self.choice.alpha
         assert self.alpha != "auto"  # its run chooses

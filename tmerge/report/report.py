@@ -17,6 +17,7 @@ from tmerge.report.parts import (
     Part,
     Projections,
     SavedAdapter,
+    SeveralSource,
     TrainingTexts,
     Transport,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "SCHEMA",
     "Adaptation",
     "Adapted",
+    "Alone",
     "Control",
     "Descent",
     "DescentOfProjection",
@@ -45,6 +47,13 @@ class Control(Measured):
 
     difference: Measured
     fused_minus_control: Measured
+
+
+class Alone(Measured):
+    """One of several sources alone, whole and at its own strength: as `Control`."""
+
+    difference: Measured
+    fused_minus_alone: Measured
 
 
 class DescentOfProjection(Part):
@@ -105,7 +114,12 @@ class Kept(Part):
 
 
 class Evaluation(Part):
-    """Bits per byte on the held-out texts, of all models on the same ones."""
+    """Bits per byte on the held-out texts, of all models on the same ones.
+
+    Attributes:
+        source: Of several sources, their base's.
+        alone: Of several, name -> the target with that source alone.
+    """
 
     metric: str
     texts: int
@@ -118,6 +132,7 @@ class Evaluation(Part):
     descent: Descent | None = None
     adapted: Adapted | None = None
     kept: Kept | None = None
+    alone: Mapping[str, Alone] = Field(default_factory=dict)
 
 
 class StageCost(Part):
@@ -178,6 +193,7 @@ class Report(Part):
     Attributes:
         source_base_model: Of a task vector; older reports have its reference alone.
         adapter: The adapter whose changes were carried, of the source; None where its weights were.
+        sources: Several that were carried and joined; then `source` is the base of all, as `source_base_model`.
         weights: File -> SHA-256 (hex).
         saved_adapter: What the folder holds is a LoRA of the target; None where it is a whole checkpoint.
         plan: The run whose transport was taken.
@@ -192,6 +208,7 @@ class Report(Part):
     source_base: str | None = None
     source_base_model: MergedModel | None = None
     adapter: str | None = None
+    sources: Items[SeveralSource] = ()
     same_model: bool
     calibration: Calibration
     transport: Transport
@@ -216,6 +233,11 @@ class Report(Part):
         if (self.adaptation is None) != (self.evaluation.adapted is None):
             raise ValueError("adaptation and evaluation.adapted have to be there both, or neither of them")
         return self
+
+    @property
+    def merged(self) -> list[MergedModel]:
+        """Those that went into the target: the source, or several."""
+        return [source.model for source in self.sources] or [self.source]
 
     @property
     def published_verdict(self) -> Verdict:

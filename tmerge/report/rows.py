@@ -7,6 +7,7 @@ from typing import Literal
 
 from tmerge.report.parts import Measured
 from tmerge.report.report import Report
+from tmerge.report.several import join_words, short_name, strength_words
 from tmerge.report.words import interval_words
 
 __all__ = ["ScoreRow", "score_rows"]
@@ -26,13 +27,13 @@ class ScoreRow:
 
     Attributes:
         kind: What it is to the merge.
-        name: ``target``, ``fused``, ``control: shrink``.
+        name: ``target``, ``fused``, ``control: shrink``, ``source 1 alone``.
         explained: What that is, in a few words.
         score: Bits per byte.
         difference: To the target, paired by text; None where it is not asked: of the target itself, and the source.
     """
 
-    kind: Literal["target", "fused", "adapted", "control", "source"]
+    kind: Literal["target", "fused", "adapted", "alone", "control", "source"]
     name: str
     explained: str
     score: Measured
@@ -41,7 +42,7 @@ class ScoreRow:
     @property
     def label(self) -> str:
         """Its name where nothing else explains it."""
-        return f"{self.name}, {self.explained}" if self.kind == "target" else self.name
+        return f"{self.name}, {self.explained}" if self.kind in ("target", "alone") else self.name
 
     @property
     def is_result(self) -> bool:
@@ -75,18 +76,23 @@ class ScoreRow:
 
 
 def score_rows(report: Report) -> list[ScoreRow]:
-    """The models in the order in which they are shown: target, what was made of it, controls, source."""
+    """The models in the order in which they are shown: target, what was made of it, sources alone, controls, source."""
     evaluation = report.evaluation
     rows = [
         ScoreRow("target", "target", "unchanged", evaluation.base),
-        ScoreRow("fused", "fused", "the merge", evaluation.fused, evaluation.difference),
+        ScoreRow("fused", "fused", join_words(report.fusion) or "the merge", evaluation.fused, evaluation.difference),
     ]
     if evaluation.adapted is not None:
         adapted = evaluation.adapted
         rows.append(
             ScoreRow("adapted", "fused and trained", "the merge, trained on", adapted.score, adapted.difference)
         )
+    for source in report.sources:
+        if (alone := evaluation.alone.get(source.name)) is not None:
+            explained = f"{short_name(source.reference)} at {strength_words(source)}"
+            rows.append(ScoreRow("alone", f"{source.name} alone", explained, alone, alone.difference))
     for name, control in evaluation.controls.items():
         explained = _CONTROLS.get(name, "for comparison")
         rows.append(ScoreRow("control", f"control: {name}", explained, control, control.difference))
-    return [*rows, ScoreRow("source", "source", "on the same texts", evaluation.source)]
+    read = "source_base" if report.sources else "source"
+    return [*rows, ScoreRow("source", read, "on the same texts", evaluation.source)]

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from tmerge.evaluation import Verdict
-from tmerge.report.parts import Fusion, Measured, ReconstructionFit, Relatedness, Transport
+from tmerge.report.parts import Fusion, Measured, ReconstructionFit, Relatedness, SeveralSource, Transport
 from tmerge.report.report import Kept, Report
+from tmerge.report.several import join_words, listed_words
 
 __all__ = [
     "RELATED",
@@ -86,8 +87,13 @@ def kept_words(kept: Kept) -> str:
     )
 
 
-def moved_words(fusion: Fusion, source_base: str | None, adapter: str | None = None) -> str:
-    """What of the source went into the target."""
+def moved_words(
+    fusion: Fusion, source_base: str | None, adapter: str | None = None, sources: Sequence[SeveralSource] = ()
+) -> str:
+    """What of the source, or of several, went into the target."""
+    if sources:
+        since = source_base or "their common base"
+        return f"what {listed_words(sources)} learned since {since}, {join_words(fusion)}"
     if adapter is not None and fusion.what == "task-vector":
         return f"what the adapter {adapter} changes" + (f" of {source_base}" if source_base else "")
     if fusion.what == "task-vector":
@@ -109,7 +115,8 @@ def how_words(fusion: Fusion) -> str:
         held = f"{_ridge_words(fusion.fit)}, {rank}"
         final = "the last block to the source's logits, " if fusion.fit.final_goal == "logits" else ""
         return f"alpha {alpha_words(fusion)}, {held}, {final}{fusion.fit.rows:,} tokens{kept}"
-    return f"alpha {alpha_words(fusion)}, {fusion.scale} scale, units {fusion.units}, top_k {fusion.top_k}"
+    joined = "" if fusion.join is None else f"{join_words(fusion)}, "
+    return f"alpha {alpha_words(fusion)}, {joined}{fusion.scale} scale, units {fusion.units}, top_k {fusion.top_k}"
 
 
 def _ridge_words(fit: ReconstructionFit) -> str:
@@ -141,7 +148,7 @@ def next_words(report: Report, folder: str = "RUN") -> str:
 
 
 def alpha_words(fusion: Fusion) -> str:
-    """A report's alpha in words: ``0.1``, or what ``auto`` chose for each projection."""
+    """A report's alpha in words: ``0.1``, or what ``auto`` chose for each projection or source."""
     if fusion.choice is None:
         return str(fusion.alpha)
     chosen = ", ".join(f"{name} {alpha:g}" for name, alpha in fusion.choice.alpha.items())

@@ -20,11 +20,11 @@ from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe
 from tmerge.report import Report, library_versions
 from tmerge.run import Run, stage_key
-from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import ScoreNote
 from tmerge.stages.save import publish
 from tmerge.stages.scoring import held_out, load, reading
 from tmerge.stages.scoring import score as score_in_run
+from tmerge.stages.several import JoinedSources, neurons_of_report
 from tmerge.stages.step import Listener, Progress, fusing_stage
 from tmerge.stages.texts import kept_texts, training_texts
 from tmerge.store import read_json, write_json, write_text
@@ -67,7 +67,15 @@ def adapt_run(
     recipe = Recipe.from_mapping(
         recipe.model_dump(mode="json") | {"adaptation": {**recipe.adaptation.model_dump(mode="json"), **words}}
     )
-    transported = Neurons(run.cache).transported
+    asked = recipe.adaptation
+    if merged.sources and (asked.objective == "distill" or asked.transport_weight):
+        said = "objective is distill" if asked.objective == "distill" else "transport_weight is above 0"
+        raise AdaptationError(
+            f"adaptation.{said}, which has one source to draw to, and this merge has {len(merged.sources)}; train with "
+            "objective: sft and transport_weight: 0"
+        )
+    neurons, alpha = neurons_of_report(run.cache, recipe, merged, asked.alpha)
+    transported = neurons.transported
     if run.transport_path.is_file():
         TransportRecord.load(run.transport_path)  # it goes with the result: damaged, it is said before the training
     commits = {"target": merged.target.commit, "source": merged.source.commit}
@@ -75,10 +83,12 @@ def adapt_run(
     calibrated = TextSet.load(run.texts_path)
     kept = kept_texts(recipe, run)
     texts, prompts, data = _texts(recipe, models.target, calibrated, kept, dataset)
-    alpha = merged.fusion.alpha_used if recipe.adaptation.alpha is None else recipe.adaptation.alpha
     settings = recipe.adaptation
     adapted = Run(Path(out))
-    decides = {"texts": list(texts), "prompts": list(prompts), "merge": run.key(fusing_stage(recipe)), "alpha": alpha}
+    merge = run.key(fusing_stage(recipe))
+    if isinstance(neurons, JoinedSources):
+        merge = neurons.key(merge)
+    decides = {"texts": list(texts), "prompts": list(prompts), "merge": merge, "alpha": alpha}
     key = stage_key("adapt", recipe=recipe.digest(), versions=library_versions(), **decides)
     goals = None
     if settings.transport_weight:
@@ -112,7 +122,7 @@ def adapt_run(
         weights = publish(target, adapted, recipe, deciding, progress)
         adaptation = {
             **settings.model_dump(mode="json"),
-            "alpha": alpha,
+            "alpha": neurons.strengths if isinstance(neurons, JoinedSources) else alpha,
             "data": data,
             "tokens": trained.tokens,
             "seconds": trained.seconds,

@@ -1,4 +1,7 @@
-"""The held-out check: the fused model, and the controls that change the same neurons without the correspondence."""
+"""The held-out check: the fused model, and the controls that change the same neurons without the correspondence.
+
+Of several sources each is scored alone as well, whole and at its own strength.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from tmerge.report import Descent
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import EvaluateNote, ScoreNote
 from tmerge.stages.scoring import cut, held_out, load, score
+from tmerge.stages.several import alone_names
 from tmerge.stages.step import Progress
 
 __all__ = ["Evaluate"]
@@ -36,7 +40,7 @@ class Evaluate:
         texts: Whose held-out texts decide.
         neurons: What was transported.
         alpha: As the recipe says, or as chosen.
-        fused: The key of the stage that carried them.
+        fused: The key of the stage that carried them; of several sources also how they are joined.
         unfused: The target's own scores.
         kept: Texts that a reconstruction is to leave the target as it is on; None without any.
     """
@@ -61,6 +65,7 @@ class Evaluate:
     def do(self, key: str, progress: Progress) -> EvaluateNote:
         """Score the fused model and the controls, one after the other in the target's own memory."""
         names, transported = ("fused", *self.recipe.evaluation.controls), self.neurons.transported
+        names = (*names, *alone_names(self.neurons))
         if any(alpha_of(self.alpha, neurons.projection) for neurons in transported):
             scores, seconds = self._scores(names, transported, progress)
         else:  # every one of them is the target, which was scored when it was read
@@ -87,7 +92,11 @@ class Evaluate:
         unfused, texts, scores, seconds = self.target.unfused, held_out(self.recipe, self.texts), {}, 0.0
         with without_unchanged_layers(loaded.model, unchanged_layers(transported)):
             for name in names:
-                with applied(layers, self.neurons.of(name, layers, self.recipe.seed), self.alpha, unfused):
+                neurons = self.neurons.of(name, layers, self.recipe.seed)
+                if not neurons:  # a source of strength 0 alone
+                    scores[name] = self.unfused
+                    continue
+                with applied(layers, neurons, self.alpha, unfused):
                     model_scores = score(self.recipe, loaded, texts, progress, f"{name}: held-out texts")
                 scores[name] = ScoreNote.of(model_scores)
                 seconds += model_scores.seconds

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tmerge.fusion import TransportedNeurons, carry, generator_for
-from tmerge.models import Architecture, Model, shared_vocabulary
+from tmerge.fusion import Carried, TransportedNeurons, carry, generator_for, norm_ratio
+from tmerge.models import PROJECTIONS, Architecture, Model, shared_vocabulary
 from tmerge.processes import Processes
-from tmerge.recipe import Recipe, Reconstruction
+from tmerge.recipe import CarriedSettings, Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
 from tmerge.run import Run
+from tmerge.stages.carried import CarriedSource
 from tmerge.stages.learned_weights import LearnedWeights
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import FuseNote
@@ -25,6 +26,7 @@ from tmerge.stages.source_weights import SourceWeights
 from tmerge.stages.step import Progress
 from tmerge.stages.transport import Features, record_of, transport_of
 from tmerge.store import scratch
+from tmerge.transport import Transport
 
 __all__ = ["Fuse"]
 
@@ -33,22 +35,25 @@ __all__ = ["Fuse"]
 class Fuse:
     """The stage ``fuse``. Alpha enters only when the neurons are written, so that another alpha can start from here.
 
+    Several sources go through the one transport of their base, a source after the other. How they are joined enters
+    later, as alpha does.
+
     Attributes:
         recipe: Of the run.
         target: Whose neurons are selected.
-        source: The weights that are carried; or the task vector of an adapter.
-        source_base: Those of the source before its fine-tuning, where what it learned since is carried.
+        sources: That are carried: one, or several.
+        matched: The source as it was read for the transport: without its adapter; of several their base.
         features: What the transport was solved from.
         solved: The key of the stage that solved it.
         recorded: A recorded transport, which is used instead.
         run: Where the run's own record of its transport goes.
-        neurons: Where the selected neurons go, and those of the permuted control.
+        neurons: Where the selected neurons are, those of several sources joined.
     """
 
     recipe: Recipe
     target: Model
-    source: SourceWeights | LearnedWeights
-    source_base: SourceWeights | None
+    sources: tuple[CarriedSource, ...]
+    matched: Model
     features: Features
     solved: str
     recorded: RecordedRun | None
@@ -61,70 +66,111 @@ class Fuse:
 
     def inputs(self) -> dict[str, Any]:
         """What decides the neurons."""
+        first = self.sources[0]
+        several = {"sources": {source.name: source.model.commit for source in self.sources}}
         return {
             "transport": self.solved,
-            "fusion": self.recipe.fusion.model_dump(mode="json", exclude={"alpha", "alphas"}),
-            "base": None if self.source_base is None else self.source_base.model.commit,
-            **({"adapter": self.source.joined.commit} if isinstance(self.source, LearnedWeights) else {}),
+            "fusion": self.recipe.fusion.model_dump(mode="json", exclude={"alpha", "alphas", "join", "density"}),
+            "base": None if first.base is None else first.base.model.commit,
+            **({"adapter": first.model.commit} if isinstance(first.weights, LearnedWeights) else {}),
+            **(several if self.recipe.sources else {}),
             "seed": self.recipe.seed,
             "permuted": "permuted" in self.recipe.evaluation.controls,
         }
 
     def do(self, key: str, progress: Progress) -> FuseNote:
         """Carry the weights, and keep what was carried."""
-        fusion, seed, processes = self.recipe.fusion, self.recipe.seed, progress.processes
+        fusion, processes = self.recipe.fusion, progress.processes
         assert not isinstance(fusion, Reconstruction)  # it has a stage of its own
         vocabulary = None
         if fusion.carries_stream:
-            vocabulary = shared_vocabulary(self.target, self.source.model)
+            vocabulary = shared_vocabulary(self.target, self.matched)
             if vocabulary is None:
                 progress.note("the two vocabularies differ: embeddings stay the target's, norms are carried")
         transport = transport_of(self.recipe, self.features, self.recorded)
+        load(self.target, progress)
+        with _gathering(self.run.cache / "record", processes) as folder:
+            first, *others = self.sources
+            carried = self._carry(first, key, transport, fusion, vocabulary, folder, progress)
+            commits = self.target.commit, self.matched.commit
+            record = record_of(self.recipe, transport, self.features, commits, carried.tensors)
+            processes.from_first(lambda: record.save(self.run.transport_path))
+        noted = {first.name: carried}
+        for source in others:
+            # What is recorded of the transport is the same for each.
+            with _gathering(self.run.cache / "record", processes) as folder:
+                noted[source.name] = self._carry(source, key, transport, fusion, vocabulary, folder, progress)
+        ratios, by_source = carried.norm_ratios, {}
+        if self.recipe.sources:
+            ratios = processes.from_first(lambda: self._joined_ratios(progress))
+            by_source = {name: each.norm_ratios for name, each in noted.items()}
+        return FuseNote.model_validate(
+            {
+                "norm_ratios": ratios,
+                "by_source": by_source,
+                "layers": {name: list(layer_map.target_layers) for name, layer_map in transport.layer_maps.items()},
+                "biases": carried.biases,
+                "stream": sorted(set().union(*(each.stream for each in noted.values()))),
+                "eta": dict(transport.eta),
+                "layer_plans_converged": transport.layer_plans_converged,
+            }
+        )
+
+    def _carry(
+        self,
+        source: CarriedSource,
+        key: str,
+        transport: Transport,
+        fusion: CarriedSettings,
+        vocabulary: Tensor | None,
+        folder: Path,
+        progress: Progress,
+    ) -> Carried:
+        """One source through the transport, into its own neurons."""
+        seed, processes = self.recipe.seed, progress.processes
 
         def shuffle(layer: int, feature: str, neurons: int) -> Tensor:
             return torch.randperm(neurons, generator=generator_for(seed, "permuted", layer, feature))
 
-        load(self.target, progress)
-        transported, permuted = self.neurons.write(key, processes)
-        source, base = self._weights(self.source, progress), None
-        if isinstance(self.source, LearnedWeights):
-            base = self.source.nothing()
-        elif self.source_base is not None:
-            base = self._weights(self.source_base, progress)
+        transported, permuted = source.neurons.write(key, processes)
+        weights, base = self._weights(source.weights, progress), None
+        if isinstance(source.weights, LearnedWeights):
+            base = source.weights.nothing()
+        elif source.base is not None:
+            base = self._weights(source.base, progress)
 
         def keep(matched: Sequence[TransportedNeurons], shuffled: Sequence[TransportedNeurons]) -> None:
             transported.add(matched)
             permuted.add(shuffled)
 
-        with _gathering(self.run.cache / "record", processes) as folder:
-            carried = carry(
-                self.target.views,
-                source,
-                transport,
-                fusion,
-                source_base=base,
-                shuffle=shuffle if "permuted" in self.recipe.evaluation.controls else None,
-                vocabulary=vocabulary,
-                keep=keep,
-                scratch=folder,
-                processes=processes,
-                progress=progress.counting("transporting weights", "layers"),
-            )
-            transported.finish()
-            permuted.finish()
-            commits = self.target.commit, self.source.model.commit
-            record = record_of(self.recipe, transport, self.features, commits, carried.tensors)
-            processes.from_first(lambda: record.save(self.run.transport_path))
-        return FuseNote.model_validate(
-            {
-                "norm_ratios": carried.norm_ratios,
-                "layers": {name: list(layer_map.target_layers) for name, layer_map in transport.layer_maps.items()},
-                "biases": carried.biases,
-                "stream": sorted(carried.stream),
-                "eta": dict(transport.eta),
-                "layer_plans_converged": transport.layer_plans_converged,
-            }
+        said = f"transporting weights of {source.name}" if source.name else "transporting weights"
+        carried = carry(
+            self.target.views,
+            weights,
+            transport,
+            fusion,
+            source_base=base,
+            shuffle=shuffle if "permuted" in self.recipe.evaluation.controls else None,
+            vocabulary=vocabulary,
+            keep=keep,
+            scratch=folder,
+            processes=processes,
+            progress=progress.counting(said, "layers"),
         )
+        transported.finish()
+        permuted.finish()
+        return carried
+
+    def _joined_ratios(self, progress: Progress) -> dict[str, list[float | None]]:
+        """As `Carried.norm_ratios`, of the sources joined, each at strength 1."""
+        ratios: dict[str, list[float | None]] = {}
+        transported = self.neurons.transported
+        for done, (layer, projection) in enumerate(transported.places()):
+            if projection in PROJECTIONS:
+                own = self.target.views.layers[layer][projection]
+                ratios.setdefault(projection, []).append(norm_ratio(own, transported[done]))
+            progress.step("joining what the sources learned", done + 1, len(transported), "weights")
+        return ratios
 
     def _weights(self, of: SourceWeights | LearnedWeights, progress: Progress) -> Architecture:
         """The weights that are fused from; what has to be written for them the first process writes."""

@@ -32,14 +32,19 @@ class LearnedWeights:
         """That the maps are of: the base."""
         return self.base.model
 
+    @property
+    def reads_base(self) -> bool:
+        """Whether the base's own weights are needed to tell the change."""
+        return bool(self._changes.reads_base)
+
     def keep(self, progress: Progress) -> None:
         """As `SourceWeights.keep`, where the base's weights are needed."""
-        if self._changes.reads_base:
+        if self.reads_base:
             self.base.keep(progress)
 
     def read(self, progress: Progress) -> Architecture:
         """What was learned of each of the source's projections, made when it is asked for."""
-        own = self.base.weights(progress) if self._changes.reads_base else {}
+        own = self.base.weights(progress) if self.reads_base else {}
         return self.model.layout.reading(AdapterWeights(self.model.place.empty, own, self._changes))
 
     def nothing(self) -> Architecture:

@@ -19,26 +19,26 @@ from tmerge.calibration import DatasetRecord, TextSet
 from tmerge.errors import ReadOnlyError
 from tmerge.fusion import Alpha
 from tmerge.hub import write_card
-from tmerge.models import Model, pick_device
+from tmerge.models import pick_device
 from tmerge.preflight.check import Check, check, refuse_unfit
 from tmerge.preflight.models import Models
+from tmerge.preflight.relatives import refuse_other_vocabularies
 from tmerge.processes import ALONE, Processes
 from tmerge.recipe import Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
 from tmerge.report import Report, library_versions
 from tmerge.run import Run
+from tmerge.stages.carried import WhatIsCarried
 from tmerge.stages.choose import Choose
 from tmerge.stages.evaluate import Evaluate
 from tmerge.stages.fuse import Fuse
-from tmerge.stages.learned_weights import LearnedWeights
-from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import FuseNote, Note
 from tmerge.stages.read import Read
 from tmerge.stages.reconstruct import Reconstruct
 from tmerge.stages.reporting import Measurements, build_report
 from tmerge.stages.runner import Finished, Runner
 from tmerge.stages.save import Save
-from tmerge.stages.source_weights import SourceWeights
+from tmerge.stages.several import JoinedSources
 from tmerge.stages.step import STAGES, Listener, Progress, Step, stage_names
 from tmerge.stages.texts import Texts, kept_texts
 from tmerge.stages.transport import Features, SolveTransport
@@ -141,6 +141,7 @@ class _Road:
         if recorded is not None:
             commits, plan = {"target": models.target.commit, "source": models.matched.commit}, recorded
             first(lambda: plan.refuse_other_recipe(recipe, commits, projections))
+        first(lambda: refuse_other_vocabularies(recipe, models))
         device = pick_device(recipe.device)
         runner = Runner(run, self.listener, str(device), self.processes)
 
@@ -157,13 +158,11 @@ class _Road:
         roomy, read = models.fit_together, (texts, projections)
         target = runner(Read("target", recipe, models.target, *read, folders["target"], recorded, None, not roomy))
         yield target
-        weights, base, scored = self._source_weights(), models.source_base, None
-        if isinstance(weights, LearnedWeights):
-            # The change is a difference already: of the source only the base is read.
-            base, scored = None, models.source
-        source = runner(
-            Read("source", recipe, models.matched, *read, folders["source"], recorded, weights, scored=scored)
-        )
+        carried = WhatIsCarried.of(recipe, models, projections, cache)
+        # With an adapter it is read without it, and scored with it.
+        scored = None if recipe.adapter is None else models.source
+        folder, outlives = folders["source"], carried.outlives
+        source = runner(Read("source", recipe, models.matched, *read, folder, recorded, outlives, scored=scored))
         yield source
 
         heads = {"target": target.note.heads, "source": source.note.heads}
@@ -171,34 +170,32 @@ class _Road:
         solved = runner(SolveTransport(recipe, features, keys, device, recorded))
         yield solved
 
-        neurons, before = Neurons(cache), None if base is None else self._weights(base, "source-base")
+        neurons = carried.neurons
         fused: Finished[FuseNote]
         if isinstance(recipe.fusion, Reconstruction):
-            three = models.target, models.source, base
+            three = models.target, models.source, models.source_base
             fused = runner(Reconstruct(recipe, *three, texts, kept, features, solved.key, recorded, run, neurons))
         else:
-            fused = runner(Fuse(recipe, models.target, weights, before, features, solved.key, recorded, run, neurons))
+            two = models.target, carried.sources, models.matched
+            fused = runner(Fuse(recipe, *two, features, solved.key, recorded, run, neurons))
         yield fused
 
-        if recipe.fusion.alpha == "auto":
-            chosen = runner(Choose(recipe, models.target, texts, neurons, fused.key))
-            yield chosen
-            alpha: Alpha = chosen.note.alpha
+        alpha, key = recipe.fusion.alpha, fused.key
+        if isinstance(neurons, JoinedSources):
+            key = neurons.key(key)
+        chosen: Alpha
+        if alpha == "auto":
+            choice = runner(Choose(recipe, models.target, texts, neurons, key))
+            yield choice
+            chosen = choice.note.alpha
         else:
-            alpha = recipe.fusion.alpha
+            chosen = alpha
+        if isinstance(neurons, JoinedSources):
+            neurons, chosen = neurons.at_alpha(chosen), 1.0
+            key = neurons.key(fused.key)
         unfused = target.note.scores
-        yield runner(Evaluate(recipe, models.target, texts, neurons, alpha, fused.key, unfused, kept))
-        yield runner(Save(recipe, run, models.target, texts, neurons, alpha, fused.key))
-
-    def _source_weights(self) -> SourceWeights | LearnedWeights:
-        """What is fused from."""
-        if self.recipe.adapter is None:
-            return self._weights(self.models.source, "source")
-        return LearnedWeights(self._weights(self.models.matched, "source"), self.models.source)
-
-    def _weights(self, model: Model, role: str) -> SourceWeights:
-        path = self.run.cache / f"{role}-weights.safetensors"
-        return SourceWeights(model, self.check.projections, self.recipe.fusion.carries_stream, path)
+        yield runner(Evaluate(recipe, models.target, texts, neurons, chosen, key, unfused, kept))
+        yield runner(Save(recipe, run, models.target, texts, neurons, chosen, key))
 
     def _data(self, says: Progress, recorded: bool) -> dict[str, str]:
         """The recipe's datasets -> what identifies their contents; a recorded transport needs none to match on."""
@@ -228,6 +225,10 @@ class _Road:
     def _resolved(self, texts: TextSet, kept: TextSet | None) -> Recipe:
         """The recipe with Hub references pinned to the commits that were read."""
         data = self.recipe.model_dump(mode="json") | self.models.pinned()
+        # With their weights.
+        data["sources"] = [
+            source | pins for source, pins in zip(data["sources"], self.models.pinned_sources(), strict=True)
+        ]
         if self.recorded is not None:
             data["plan"] = self.recorded.found.name
         if texts.revision is not None:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tmerge.evaluation import noise, shrink
-from tmerge.fusion import BlockNote, NeuronWriter, StoredNeurons, TransportedNeurons
+from tmerge.fusion import BlockNote, NeuronSequence, NeuronWriter, StoredNeurons, TransportedNeurons
 from tmerge.models import Projection
 from tmerge.processes import Processes
 
@@ -34,14 +34,18 @@ class Neurons:
         transported, permuted = self._cache / "transported", self._cache / "permuted"
         return NeuronWriter(transported, key, processes=processes), NeuronWriter(permuted, key, processes=processes)
 
-    @cached_property
-    def transported(self) -> StoredNeurons:
-        """Carried through the plans.
+    def stored(self, name: str) -> NeuronSequence:
+        """What was written under a name: ``transported``, or a control's.
 
         Raises:
-            RunNotFoundError: They are not there any more.
+            RunNotFoundError: It is not there any more.
         """
-        return StoredNeurons(self._cache / "transported")
+        return StoredNeurons(self._cache / name)
+
+    @cached_property
+    def transported(self) -> NeuronSequence:
+        """Carried through the plans; raises as `stored`."""
+        return self.stored("transported")
 
     def go_on(self, name: str, key: str) -> NeuronWriter[BlockNote]:
         """Go on with what is fitted: what there is of this key stays.
@@ -65,4 +69,4 @@ class Neurons:
             return shrink(layers, self.transported)
         if name == "noise":
             return noise(layers, self.transported, seed)
-        return self.transported if name == "fused" else StoredNeurons(self._cache / name)
+        return self.transported if name == "fused" else self.stored(name)

@@ -119,6 +119,8 @@ class FuseNote(Note):
 
     Attributes:
         norm_ratios: Projection -> per layer, the transported rows' norm to the target's own; None where that is zero.
+            Of several sources, of all of them joined at strength 1.
+        by_source: Of several sources, name -> the same of each.
         layers: Projection -> the target's layers that have it.
         biases: Projection -> what became of its biases.
         stream: Names of what lies on the residual stream and was carried.
@@ -132,6 +134,7 @@ class FuseNote(Note):
     stream: list[str]
     eta: Any
     layer_plans_converged: Any
+    by_source: dict[str, dict[str, list[float | None]]] = {}
 
 
 class ReconstructNote(FuseNote):
@@ -167,7 +170,7 @@ class ChooseNote(Note):
 
     @property
     def alpha(self) -> dict[str, float]:
-        """Projection -> alpha."""
+        """Projection, or one of several sources -> alpha."""
         return dict(self.choice.alpha)
 
 
@@ -175,7 +178,7 @@ class EvaluateNote(Note):
     """Of the held-out check.
 
     Attributes:
-        scores: ``fused`` and the controls -> their scores.
+        scores: ``fused``, the controls and each of several sources alone -> their scores.
         kept: ``base`` and ``fused`` -> their scores on texts that a reconstruction is to keep; empty without any.
         descent: Of the descent control, where it was asked for.
     """

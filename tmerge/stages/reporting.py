@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from tmerge.evaluation import Interval, Scores, Verdict, difference, resamples, score, verdict
 from tmerge.fusion import COLUMN_PROJECTIONS, neuron_count
 from tmerge.preflight.check import Check
 from tmerge.preflight.document import CheckedModel
 from tmerge.preflight.learned import stream_names
-from tmerge.recipe import Recipe, Reconstruction
+from tmerge.recipe import Recipe, Reconstruction, TaskVector, source_name
 from tmerge.report.parts import (
     Calibration,
     FusedProjection,
@@ -25,9 +27,10 @@ from tmerge.report.parts import (
     OfBoth,
     Projections,
     ReconstructionFit,
+    SeveralSource,
     Transport,
 )
-from tmerge.report.report import SCHEMA, Control, Evaluation, Kept, Report, StageCost, Timing
+from tmerge.report.report import SCHEMA, Alone, Control, Evaluation, Kept, Report, StageCost, Timing
 from tmerge.report.words import kept_words, relatedness_words
 from tmerge.stages.notes import (
     ChooseNote,
@@ -122,6 +125,8 @@ def build_report(
         base["source_base_model"] = _model(models.source_base)
     if recipe.adapter is not None:
         base["adapter"] = recipe.adapter
+    if recipe.sources:
+        base["sources"] = _sources(recipe, models.sources, measured)
     return Report(
         schema=SCHEMA,
         tmerge=versions["tmerge"],
@@ -155,6 +160,29 @@ def build_report(
             *_left_behind(recipe, checked, measured),
             *([] if kept is None else [kept_words(kept)]),
         ),
+    )
+
+
+def _strengths(recipe: Recipe, measured: Measurements) -> dict[str, float]:
+    """Of several sources, name -> the strength that it was fused with."""
+    if measured.chosen is not None:
+        return measured.chosen.alpha
+    assert recipe.fusion.alpha != "auto"  # or it was chosen
+    return {source_name(number): recipe.fusion.alpha for number in range(1, len(recipe.sources) + 1)}
+
+
+def _sources(recipe: Recipe, checked: Sequence[CheckedModel], measured: Measurements) -> tuple[SeveralSource, ...]:
+    strengths, ratios = _strengths(recipe, measured), measured.fused.by_source
+    named = zip(ratios, recipe.sources, checked, strict=True)
+    return tuple(
+        SeveralSource(
+            name=name,
+            model=_model(model),
+            weight=source.weight,
+            strength=strengths[name],
+            norm_ratio={projection: tuple(values) for projection, values in ratios[name].items()},
+        )
+        for name, source, model in named
     )
 
 
@@ -280,6 +308,8 @@ def _evaluation(recipe: Recipe, measured: Measurements, kept: Kept | None) -> tu
             fused_minus_control=_measured(beyond),
         )
     asked: dict[str, Any] = {} if kept is None else {"kept": kept}
+    if several := [name for name in measured.fused.by_source if name in scores]:
+        asked["alone"] = {name: _alone(scores[name], base, fused, counts) for name in several}
     if recipe.evaluation.descent:
         asked["descent"] = measured.evaluated.descent
     evaluation = Evaluation(
@@ -294,6 +324,17 @@ def _evaluation(recipe: Recipe, measured: Measurements, kept: Kept | None) -> tu
         **asked,
     )
     return evaluation, verdict(change, over.values())
+
+
+def _alone(scores: Scores, base: Scores, fused: Scores, counts: Tensor) -> Alone:
+    """One of several sources alone."""
+    own = _measured(score(scores, counts))
+    return Alone(
+        value=own.value,
+        ci95=own.ci95,
+        difference=_measured(difference(scores, base, counts)),
+        fused_minus_alone=_measured(difference(fused, scores, counts)),
+    )
 
 
 def _fusion(recipe: Recipe, checked: Check, measured: Measurements) -> Fusion:
@@ -327,4 +368,7 @@ def _fusion(recipe: Recipe, checked: Check, measured: Measurements) -> Fusion:
         how["fit_seconds"] = note.fit_seconds
     else:
         how |= {"scale": settings.scale, "units": settings.units, "top_k": settings.top_k}
+    if recipe.sources and isinstance(settings, TaskVector):
+        how["join"] = settings.join
+        how |= {} if settings.join == "sum" else {"density": settings.density}
     return Fusion(what=settings.what, alpha=settings.alpha, **how, projections=projections, stream=tuple(note.stream))

@@ -57,7 +57,7 @@ class Save:
         texts: On some of which the written model is compared.
         neurons: What was transported.
         alpha: As the recipe says, or as chosen.
-        fused: The key of the stage that carried them.
+        fused: The key of the stage that carried them; of several sources also how they are joined.
     """
 
     recipe: Recipe

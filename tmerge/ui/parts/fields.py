@@ -107,6 +107,8 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("fusion.affine", "Affine maps"),
         Setting("fusion.what", "What is transported"),
         Setting("fusion.stream", "Embeddings and norms"),
+        Setting("fusion.join", "Joining of several sources"),
+        Setting("fusion.density", "Entries that joining keeps"),
         Setting("fusion.ridge", "Ridge penalty of a fit"),
         Setting("fusion.ridges", "Penalties that auto tries"),
         Setting("fusion.rank", "Rank of a fit"),

@@ -65,7 +65,8 @@ def recipe_of(draft: Mapping[str, Any]) -> Recipe:
     """
     kept = {key: value for key, value in draft.items() if value not in ("", None) or key not in ("target", "source")}
     for role in ("target", "source"):
-        if role not in kept:
+        # Several are named in the YAML alone, and have their base in the place of a source.
+        if role not in kept and not (role == "source" and kept.get("sources")):
             raise RecipeError(f"name a {role} model first")
     return Recipe.from_mapping(kept)
 

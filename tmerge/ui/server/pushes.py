@@ -135,12 +135,12 @@ def account_name(token: str) -> str | None:
 def suggested_name(report: Report) -> str:
     """A repo name for a run's result: both models' names, beginning as the licence asks."""
     names = []
-    for model in (report.target, report.source):
+    for reference in (report.target.ref, *([each.reference for each in report.sources] or [report.source.ref])):
         try:
-            names.append(ModelReference.parse(model.ref).name)
+            names.append(ModelReference.parse(reference).name)
         except TmergeError:
-            names.append(model.ref.partition("@")[0].rpartition("/")[2])
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{names[0]}-x-{names[1]}")
+            names.append(reference.partition("@")[0].rpartition("/")[2])
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-x-".join(names))
     begins = merge_licence(report).name_begins
     if begins and not name.lower().startswith(begins.lower()):
         name = f"{begins}-{name}"

@@ -105,7 +105,8 @@ def as_on_zero(found: Check, recipe: Recipe, settings: AppSettings) -> tuple[Che
 
 def fetch_weights_of(recipe: Recipe, listener: Callable[[Step], None]) -> None:
     """Fetch what the lent calls will load: their time is too dear for downloads."""
-    named = ((recipe.target, None), (recipe.source, recipe.adapter), (recipe.source_base, None))
+    named = [(recipe.target, None), (recipe.source, recipe.adapter), (recipe.source_base, None)]
+    named += [(source.source or recipe.source, source.adapter) for source in recipe.sources]
     for reference, adapter in named:
         if reference is not None and ModelReference.parse(reference).kind == "hub":
             listener(Step("texts", f"fetching {reference}", 0, 1, "models"))

@@ -268,7 +268,8 @@ def _sources(looked: Looked, projection: str, part: str) -> list[int]:
 def _head(looked: Looked) -> str:
     """Which models, and the verdict with what it rests on."""
     report = looked.report
-    target, source = (_name(model.ref) for model in (report.target, report.source))
+    target = _name(report.target.ref)
+    source = " and ".join(_name(each.reference) for each in report.sources) or _name(report.source.ref)
     tone, sentences = verdict_tone(report.verdict), findings(report)
     return render(_FILE, "head", tone=tone, target=target, source=source, sentences=sentences)
 
