@@ -26,6 +26,7 @@ from tmerge.run import Run
 from tmerge.stages.adapt import adapt_run
 from tmerge.stages.merge import advance, merge
 from tmerge.stages.several import neurons_of_report
+from tmerge.transport import TransportRecord
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +215,20 @@ def test_the_card_names_all_and_what_each_did(models, finished):
         assert f"| {alone.value:.4f} |" in text
     assert str(models) not in text.partition("## Recipe")[0]
     assert "| source 2 | `second` | 1.0 | 1.0 |" in text
+
+
+def test_the_page_and_the_app_name_all(finished):
+    from tmerge.plots import report_page
+
+    folder, _, report = finished
+    text = report_page(report, TransportRecord.load(folder / "tmerge/transport.safetensors"), "fused")
+    assert "target merged with first and second" in text and "source 2 alone" in text
+    assert "second, strength 1; licence not stated" in text
+    assert "what source 1 (first), source 2 (second) learned since" in text
+    look = pytest.importorskip("tmerge.ui.tabs.look", reason="the app's extra is not installed")
+    from tmerge.ui.parts.look_data import looked_at
+
+    assert "first and second" in look._head(looked_at(folder))
 
 
 def test_licences_of_all_are_asked(models, finished, tmp_path):

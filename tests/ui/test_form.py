@@ -7,7 +7,7 @@ pytest.importorskip("gradio", reason="the app's extra is not installed")
 from tmerge.errors import RecipeError
 from tmerge.recipe import Shared
 from tmerge.ui.parts.fields import SETTINGS
-from tmerge.ui.parts.form import form_values, from_preset, recipe_of, with_value, write_yaml
+from tmerge.ui.parts.form import form_values, from_preset, read_yaml, recipe_of, with_value, write_yaml
 
 PAIR = {"target": "a/b", "source": "c/d"}
 OF = {setting.key: setting for setting in SETTINGS}
@@ -76,3 +76,21 @@ def test_what_is_set_without_its_choice_is_refused_and_can_be_taken_back():
     with pytest.raises(RecipeError, match="needs transport.structure: shared"):
         recipe_of(wrong)
     assert write_yaml(with_value(wrong, "transport.signed", False)) == write_yaml(PAIR)
+
+
+def test_several_sources_are_read_from_the_yaml_and_stay_in_it():
+    text = """
+target: a/b
+source_base: e/f
+sources:
+  - source: c/d
+  - {adapter: g/h, weight: 0.5}
+fusion: {join: ties}
+"""
+    data = read_yaml(text)
+    recipe = recipe_of(data)
+    assert [source.reference for source in recipe.sources] == ["c/d", "g/h"] and recipe.fusion.join == "ties"
+    assert recipe_of(read_yaml(write_yaml(data))) == recipe
+    # A field that is set beside them leaves them.
+    changed = recipe_of(read_yaml(write_yaml(with_value(data, "fusion.density", 0.2))))
+    assert changed.sources == recipe.sources and changed.fusion.density == 0.2

@@ -120,6 +120,14 @@ def test_numbers_that_decide_the_work_are_bounded(name, read, most):
         ({"source_base": "/etc", "fusion": {"what": "task-vector"}}, "is a path"),
         ({"fusion": {"what": "reconstruct", "keep": "/etc/passwd"}}, "fusion.keep"),
         ({"target": "~/x"}, "is a path"),
+        (
+            {"source": "e/f", "source_base": "e/f", "sources": [{"source": "a/b"}, {"adapter": "/etc"}]},
+            "source 2 .*path",
+        ),
+        (
+            {"source": "e/f", "source_base": "e/f", "sources": [{"adapter": f"a/{n}"} for n in range(5)]},
+            "the number of sources is 5, where this app takes 4",
+        ),
         ({"target": "../x"}, "is a path"),
         ({"plan": "demo:gemma-3-270m"}, "is a path"),
         ({"calibration": {"dataset": "../../etc/passwd"}}, "is not a Hub dataset"),

@@ -203,6 +203,7 @@ def _relatedness(recipe: Any, named: str | None) -> Relatedness:
         update={
             "plan": None,
             "adapter": None,
+            "sources": (),
             "fusion": recipe.fusion.model_copy(update={"projections": PROJECTIONS}),
             "calibration": recipe.calibration.model_copy(update=reading),
             "transport": shared.model_copy(update={"map": "plan"}),

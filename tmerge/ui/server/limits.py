@@ -23,7 +23,7 @@ from tmerge.errors import (
 from tmerge.models import ModelReference
 from tmerge.preflight.check import Check
 from tmerge.quantities import bytes_words, number_words
-from tmerge.recipe import Apart, CompareSettings, Recipe
+from tmerge.recipe import Apart, CompareSettings, Recipe, source_name
 from tmerge.version import DISTRIBUTION, VERSION, installs_tmerge
 
 __all__ = [
@@ -59,6 +59,7 @@ def _of_apart(key: str) -> Callable[[Recipe], float]:
 
 
 # Most that a public Space takes of the numbers that decide how much work a run is.
+_MOST_SOURCES = 4
 _MOST: tuple[tuple[str, Callable[[Recipe], float], float], ...] = (
     ("calibration.max_tokens", lambda recipe: recipe.calibration.max_tokens, 1024),
     ("calibration.batch_tokens", lambda recipe: recipe.calibration.batch_tokens, 16384),
@@ -172,6 +173,11 @@ def vetted(recipe: Recipe, settings: AppSettings) -> Recipe:
         reference = getattr(recipe, key)
         if reference is not None:
             _refuse_path(key, reference, settings, demo=key != "plan")
+    # Each is asked for on the Hub before it is known what the run takes.
+    if settings.public and len(recipe.sources) > _MOST_SOURCES:
+        raise RecipeError(_too_much("the number of sources", len(recipe.sources), _MOST_SOURCES))
+    for number, source in enumerate(recipe.sources, start=1):
+        _refuse_path(source_name(number), source.reference, settings, demo=True)
     refuse_dataset_path(recipe.calibration.dataset, settings)
     if recipe.calibration.match_on is not None:
         refuse_dataset_path(recipe.calibration.match_on, settings, "calibration.match_on")
@@ -202,16 +208,20 @@ def refuse_large(found: Check, settings: AppSettings) -> None:
         TmergeError: With the size and what is allowed.
     """
     own = "duplicate the Space, or run `tmerge merge` on your own machine"
-    for role, facts in (("target", found.target), ("source", found.source)):
+    several = [(relative.name, relative.facts) for relative in found.sources]
+    models = [("target", found.target), ("source", found.source), *several]
+    for role, facts in models:
         if settings.max_parameters is not None and facts.parameters > settings.max_parameters:
             raise NotEnoughMemoryError(
                 f"the {role} {facts.reference.text!r} has {number_words(facts.parameters)} parameters, where this "
                 f"app takes {number_words(settings.max_parameters)}; choose a smaller model, {own}"
             )
-    fetched = sum(facts.weight_bytes for facts in (found.target, found.source) if facts.reference.kind == "hub")
+    # What several adapters are joined to is fetched once.
+    on_hub = {facts.reference.text: facts.weight_bytes for _, facts in models if facts.reference.kind == "hub"}
+    fetched = sum(on_hub.values())
     if settings.max_download_bytes is not None and fetched > settings.max_download_bytes:
         raise NotEnoughDiskError(
-            f"the two models are {bytes_words(fetched)} to fetch, where this app takes "
+            f"the {len(on_hub)} models are {bytes_words(fetched)} to fetch, where this app takes "
             f"{bytes_words(settings.max_download_bytes)}; choose smaller models, {own}"
         )
     operations = found.estimate.operations
