@@ -41,7 +41,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     target = pico_model("llama")
     base = _deeper(target)
-    save_all(folder, target=target, base=base, source=_shaken(base, 0.05, 2))
+    save_all(folder, target=target, base=base, source=_shaken(base, 0.05, 2), other=_shaken(base, 0.05, 3))
     save_pico("qwen2", folder / "stranger", layers=3)
     return folder
 
@@ -51,6 +51,8 @@ def words_of(models, what, settings=()):
     words = ["merge", "--target", models / "target", "--dataset", "samples:indonesian"]
     if what == "task vector":
         words += ["--source", models / "source", "--source-base", models / "base"]
+    elif what == "several sources":
+        words += ["--source", models / "source", "--source", models / "other", "--source-base", models / "base"]
     else:
         words += ["--source", models / "stranger"]
     return [str(word) for word in words] + [word for key in [*BESIDE, *settings] for word in ("--set", key)]
@@ -60,6 +62,9 @@ def recipe_of(models, what):
     pair = {"source": str(models / "stranger")}
     if what == "task vector":
         pair = {"source": str(models / "source"), "source_base": str(models / "base")}
+    elif what == "several sources":
+        sources = [{"source": str(models / name)} for name in ("source", "other")]
+        pair = {"sources": sources, "source_base": str(models / "base")}
     return load_recipe(
         None, {"target": str(models / "target"), "calibration.dataset": "samples:indonesian", **pair}, BESIDE
     )
@@ -79,7 +84,14 @@ def begun(words, count=2):
     )
 
 
-@pytest.mark.parametrize("what", ["task vector", pytest.param("the paper's plans", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "task vector",
+        pytest.param("the paper's plans", marks=pytest.mark.slow),
+        pytest.param("several sources", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_write_what_one_writes(models, tmp_path, what):
     alone = merge(recipe_of(models, what), tmp_path / "alone")
     launcher = begun([*words_of(models, what), "--out", str(tmp_path / "together")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from itertools import permutations
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import forked
 from tmerge.errors import FusionError
 from tmerge.fusion import Join, JoinedNeurons, NeuronSequence, SourcePart, TransportedNeurons, trimmed
 
@@ -182,6 +184,47 @@ def test_biases_are_joined_of_those_that_have_one():
     assert torch.equal(found.bias, 0.5 * bias)
     (none,) = JoinedNeurons(parts, Join("sum", 1.0, 0), {"source 1": 1.0})
     assert none.bias is None
+
+
+_JOINING = """
+import gc, sys, tempfile
+from pathlib import Path
+import torch
+from tmerge.fusion import Join, JoinedNeurons, NeuronWriter, SourcePart, StoredNeurons, TransportedNeurons
+
+torch.set_num_threads(1)
+how, count, side = sys.argv[1], int(sys.argv[2]), 2048
+with tempfile.TemporaryDirectory() as folder:
+    parts = []
+    for number in range(count):
+        writer = NeuronWriter(Path(folder) / str(number), "key")
+        writer.add([TransportedNeurons(0, "q", torch.arange(side), torch.randn(side, side), None, True)])
+        writer.finish()
+        parts.append(SourcePart(str(number), str(number), 1.0, StoredNeurons(Path(folder) / str(number))))
+    joined = JoinedNeurons(parts, Join(how, 0.3, 0), {part.name: 0.5 for part in parts})
+
+    def status(name):
+        return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) * 1024
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    item = joined[0]
+    print((status("VmHWM") - before) / item.weight.nbytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak of a process")
+@pytest.mark.parametrize(("how", "most"), [("sum", 3), ("dare", 5), ("ties", 8)])
+def test_joining_takes_no_more_for_more_sources(how, most):
+    peaks = []
+    for count in (3, 24):
+        process = forked.run([how, count], _JOINING)
+        assert process.returncode == 0, process.stderr
+        peaks.append(float(process.stdout))
+    # In tensors of the item's size: what `check` counts with, and a third for what the C library keeps.
+    assert max(peaks) < most * 4 / 3, peaks
 
 
 def test_no_strength_no_items():
