@@ -190,6 +190,9 @@ def test_each_source_alone_is_a_row(models, finished):
         assert alone.difference.value == pytest.approx(alone.value - base, abs=1e-12)
         assert alone.fused_minus_alone.value == pytest.approx(scores.fused.value - alone.value, abs=1e-12)
         assert alone.difference.low <= alone.difference.value <= alone.difference.high
+    told = [name for name, alone in scores.alone.items() if not alone.fused_minus_alone.high < 0]
+    (note,) = [note for note in report.notes if "the sources joined do better" in note.replace("The", "the")]
+    assert [name for name in scores.alone if name in note] == told
     for each in report.sources:
         assert set(each.norm_ratio) == set(report.fusion.projections)
         assert each.norm_ratio["q"] != report.fusion.projections["q"].norm_ratio

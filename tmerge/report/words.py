@@ -7,12 +7,13 @@ from typing import Literal
 
 from tmerge.evaluation import Verdict
 from tmerge.report.parts import Fusion, Measured, ReconstructionFit, Relatedness, SeveralSource, Transport
-from tmerge.report.report import Kept, Report
+from tmerge.report.report import Alone, Kept, Report
 from tmerge.report.several import join_words, listed_words
 
 __all__ = [
     "RELATED",
     "Tone",
+    "alone_words",
     "alpha_words",
     "change_words",
     "how_words",
@@ -85,6 +86,20 @@ def kept_words(kept: Kept) -> str:
         f"bits per byte before, {kept.fused.value:.4f} after (95 % interval of the difference {changed}; lower is "
         "better)"
     )
+
+
+def alone_words(alone: Mapping[str, Alone]) -> str:
+    """Whether all together do better than each alone, in a sentence; empty of one source."""
+    if not alone:
+        return ""
+    like = []
+    for name, one in alone.items():
+        change = one.fused_minus_alone
+        if not change.high < 0:
+            like.append(f"{name} ({change_words(change.value)}, 95 % interval {interval_words(change, signed=True)})")
+    if not like:
+        return "The sources joined do better on these texts than each of them alone"
+    return f"These texts do not show that the sources joined do better than alone: {'; '.join(like)}"
 
 
 def moved_words(

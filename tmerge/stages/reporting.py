@@ -31,7 +31,7 @@ from tmerge.report.parts import (
     Transport,
 )
 from tmerge.report.report import SCHEMA, Alone, Control, Evaluation, Kept, Report, StageCost, Timing
-from tmerge.report.words import kept_words, relatedness_words
+from tmerge.report.words import alone_words, kept_words, relatedness_words
 from tmerge.stages.notes import (
     ChooseNote,
     EvaluateNote,
@@ -159,6 +159,7 @@ def build_report(
             *_remarks(measured),
             *_left_behind(recipe, checked, measured),
             *([] if kept is None else [kept_words(kept)]),
+            *filter(None, [alone_words(evaluation.alone)]),
         ),
     )
 
