@@ -363,6 +363,19 @@ def test_by_blocks_it_is_the_same_to_the_bit(models, finished, tmp_path):
     assert weights(tmp_path / "fused") == weights(finished[0])
 
 
+def test_their_sum_is_written_as_an_adapter_of_their_ranks_together(models, tmp_path):
+    fusion = {"stream": False, "rank": 3, "alpha": 0.6}
+    recipe = several(models, "first", "lora", fusion=fusion)
+    report = merge(
+        Recipe.from_mapping(recipe.model_dump(mode="json") | {"save": {"form": "adapter"}}), tmp_path / "out"
+    )
+    assert report.saved_adapter.rank == 6 and (tmp_path / "out/adapter_config.json").is_file()
+    merge(recipe, tmp_path / "whole")
+    loaded = merged_by_peft(models / "target", tmp_path / "out").state_dict()
+    for name, values in load_file(tmp_path / "whole/model.safetensors").items():
+        torch.testing.assert_close(loaded[name], values, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+
+
 def test_it_is_trained_on_top_of_and_not_drawn_to_one_of_them(finished, tmp_path):
     words = {"steps": 2, "objective": "sft", "batch_size": 2, "max_tokens": 32}
     report = adapt_run(finished[0], tmp_path / "adapted", words)
