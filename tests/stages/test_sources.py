@@ -173,6 +173,29 @@ def test_the_matching_is_of_their_base_and_is_solved_once(models, finished):
     assert not {step.what for step in steps if step.stage == "transport"}
 
 
+@pytest.mark.parametrize("how", ["sum", "ties"])
+def test_where_their_base_is_the_target_it_is_what_joining_without_a_transport_gives(models, how, tmp_path):
+    """The plain merge of fine-tuned models: every tensor is that of the papers' definitions, on the files' own."""
+    recipe = several(models, "first", "second", fusion={"join": how, **_DENSITY[how], "stream": False, "alpha": 0.5})
+    recipe = Recipe.from_mapping(recipe.model_dump(mode="json") | {"target": str(models / "base")})
+    report = merge(recipe, tmp_path / "fused")
+    assert not report.same_model and not any("same model" in note for note in report.notes)
+    first, second, base, fused = (
+        load_file(of / "model.safetensors")
+        for of in (models / "first", models / "second", models / "base", tmp_path / "fused")
+    )
+    for name, values in fused.items():
+        if "_proj" not in name:
+            assert torch.equal(values, base[name])
+            continue
+        learned = [of[name] - base[name] for of in (first, second)]
+        expected = 0.5 * (learned[0].double() + learned[1].double())
+        if how == "ties":
+            expected = ties_by_the_paper(learned, [1.0, 1.0], [0.5, 0.5], 0.3)
+        found = (values - base[name]).double()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-7, msg=lambda m, n=name: n + m)
+
+
 # -- what is told --------------------------------------------------------------------------------------------------
 
 

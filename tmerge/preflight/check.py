@@ -150,7 +150,8 @@ def check(recipe: Recipe, models: Models | None = None) -> Check:
         skipped |= dict.fromkeys(found.untouched, "no adapter among the sources changes it")
         notes += found.notes
     refuse_no_adapter(recipe, models, projections)
-    if target.commit == source.commit:
+    # Several sources may have been made from the target itself.
+    if target.commit == source.commit and not recipe.sources:
         notes.append("target and source are the same model: nothing new can be transported")
     listed = [("target", target), ("source", source)]
     base, base_layout = None, None

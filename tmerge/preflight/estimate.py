@@ -181,7 +181,7 @@ def _scored_at_once(recipe: Recipe, facts: ModelFacts) -> int:
 
 def _fusings(recipe: Recipe, projections: list[str]) -> float:
     """How often the target is changed, all of it counted as one: of a race half of the alphas come to each round."""
-    fused = 2.0 + len(recipe.evaluation.controls) + alone_scorings(recipe)
+    fused = 2.0 + len(recipe.evaluation.controls) + alone_scorings(recipe) + bool(recipe.sources)  # joined, measured
     if recipe.fusion.alpha == "auto":
         groups = _groups(recipe, projections)
         # A group alone is a part of all.

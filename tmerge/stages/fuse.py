@@ -95,22 +95,24 @@ class Fuse:
             commits = self.target.commit, self.matched.commit
             record = record_of(self.recipe, transport, self.features, commits, carried.tensors)
             processes.from_first(lambda: record.save(self.run.transport_path))
-        noted = {first.name: carried}
+        ratios, stream, by_source = carried.norm_ratios, carried.stream, {first.name: carried.norm_ratios}
         for source in others:
-            # What is recorded of the transport is the same for each.
+            # What is recorded of the transport is the same for each, and is let go.
             with _gathering(self.run.cache / "record", processes) as folder:
-                noted[source.name] = self._carry(source, key, transport, fusion, vocabulary, folder, progress)
-        ratios, by_source = carried.norm_ratios, {}
+                further = self._carry(source, key, transport, fusion, vocabulary, folder, progress)
+            stream, by_source[source.name] = stream | further.stream, further.norm_ratios
+            del further
         if self.recipe.sources:
             ratios = processes.from_first(lambda: self._joined_ratios(progress))
-            by_source = {name: each.norm_ratios for name, each in noted.items()}
+        else:
+            by_source = {}
         return FuseNote.model_validate(
             {
                 "norm_ratios": ratios,
                 "by_source": by_source,
                 "layers": {name: list(layer_map.target_layers) for name, layer_map in transport.layer_maps.items()},
                 "biases": carried.biases,
-                "stream": sorted(set().union(*(each.stream for each in noted.values()))),
+                "stream": sorted(stream),
                 "eta": dict(transport.eta),
                 "layer_plans_converged": transport.layer_plans_converged,
             }

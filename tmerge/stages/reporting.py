@@ -135,7 +135,7 @@ def build_report(
         source=_model(models.source),
         source_base=recipe.source_base,
         **base,
-        same_model=checked.target.commit == checked.source.commit,
+        same_model=checked.target.commit == checked.source.commit and not recipe.sources,
         calibration=_calibration(measured),
         transport=_transport(recipe, measured),
         projections=Projections(

@@ -17,11 +17,11 @@ from tmerge.report import Report
 from tmerge.run import stage_key
 from tmerge.stages.neurons import Neurons
 
-__all__ = ["JoinedSource", "JoinedSources", "alone_names", "neurons_of_report"]
+__all__ = ["JoinedPart", "JoinedSources", "alone_names", "neurons_of_report"]
 
 
 @dataclass(frozen=True)
-class JoinedSource:
+class JoinedPart:
     """What of a source decides how it is joined; as `SourcePart`."""
 
     name: str
@@ -39,9 +39,7 @@ class JoinedSources(Neurons):
         strengths: Name -> strength.
     """
 
-    def __init__(
-        self, cache: Path, sources: Sequence[JoinedSource], join: Join, strengths: Mapping[str, float]
-    ) -> None:
+    def __init__(self, cache: Path, sources: Sequence[JoinedPart], join: Join, strengths: Mapping[str, float]) -> None:
         super().__init__(cache)
         self.sources, self.join, self.strengths = tuple(sources), join, dict(strengths)
 
@@ -50,7 +48,7 @@ class JoinedSources(Neurons):
         """Of a recipe's sources, each at strength 1."""
         named = zip(models.sources, recipe.sources, strict=True)
         sources = [
-            JoinedSource(source_name(number), model.commit, source.weight)
+            JoinedPart(source_name(number), model.commit, source.weight)
             for number, (model, source) in enumerate(named, start=1)
         ]
         return cls(cache, sources, _join(recipe), {source.name: 1.0 for source in sources})
@@ -107,7 +105,7 @@ def neurons_of_report(cache: Path, recipe: Recipe, report: Report, alpha: float 
     """
     if not report.sources:
         return Neurons(cache), report.fusion.alpha_used if alpha is None else alpha
-    sources = [JoinedSource(source.name, source.model.commit, source.weight) for source in report.sources]
+    sources = [JoinedPart(source.name, source.model.commit, source.weight) for source in report.sources]
     strengths = {source.name: source.strength if alpha is None else alpha for source in report.sources}
     return JoinedSources(cache, sources, _join(recipe), strengths), 1.0
 
