@@ -281,7 +281,7 @@ def test_licences_of_all_are_asked(models, finished, tmp_path):
             ),
         }
     )
-    assert "source 2's" in merge_licence(report).why
+    assert "Source 2's GNU GPL 3.0 asks for more than" in merge_licence(report).why
     on_hub = report.model_copy(
         update={
             "target": report.target.model_copy(update={"ref": "a/target", "commit": "1" * 40}),

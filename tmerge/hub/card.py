@@ -187,7 +187,7 @@ def merge_licence(report: Report) -> OutputLicence:
             for role, adapter in joined.items()
             if adapter is not None
         },
-        sources={name: (model.licence, _repo(model)) for name, model in whole.items()},
+        sources={name: (model.licence, _repo(model)) for name, model in whole.items()} if report.sources else None,
     )
 
 

@@ -101,10 +101,15 @@ class _Side:
         return None if text == "other" else re.sub(r"[^a-z0-9.]+", "-", text).strip("-.") or None
 
     @property
+    def who(self) -> str:
+        """Its role in a sentence: one of several, which has a number, goes without an article."""
+        return self.role if re.search(r"\d", self.role) else f"the {self.role}"
+
+    @property
     def label(self) -> str:
         if self.known is not None:
-            return f"the {self.role}'s {self.known.name}"
-        return f"the {self.role}'s {self.stated}" if self.slug else f"the {self.role}'s licence"
+            return f"{self.who}'s {self.known.name}"
+        return f"{self.who}'s {self.stated}" if self.slug else f"{self.who}'s licence"
 
     @property
     def doubt(self) -> str | None:
@@ -112,12 +117,16 @@ class _Side:
         if self.known is not None:
             return None
         if self.stated is None:
-            return f"The {self.role} states no licence: without one, nothing allows a merge of it to be published."
+            return f"{_begun(self.who)} states no licence: without one, nothing allows a merge of it to be published."
         if self.slug is None:
-            return (
-                f'The {self.role} states its licence as "{self.stated}" without a name: its terms are not known here.'
-            )
-        return f'The {self.role}\'s licence, "{self.stated}", is not one whose terms are known here: read it.'
+            stated = f'{_begun(self.who)} states its licence as "{self.stated}" without a name'
+            return f"{stated}: its terms are not known here."
+        return f'{_begun(self.who)}\'s licence, "{self.stated}", is not one whose terms are known here: read it.'
+
+
+def _begun(words: str) -> str:
+    """At the beginning of a sentence."""
+    return words[:1].upper() + words[1:]
 
 
 def _stricter(first: Licence, second: Licence) -> Licence | None:
@@ -175,14 +184,15 @@ def output_licence(
             go into the merge too, with a minus before them.
         adapters: Whose -> licence and Hub id of an adapter that is joined to a model, or carried alone; of one that
             states none, its base's is taken to hold.
-        sources: Name -> licence and Hub id of several models that were made from the source.
+        sources: Name -> licence and Hub id of several models that are carried; then the source is their base.
     """
-    sides = [_Side.of("target", target, target_repo), _Side.of("source", source, source_repo)]
+    read = "source" if sources is None else "source_base"
+    sides = [_Side.of("target", target, target_repo), _Side.of(read, source, source_repo)]
     for role, (stated, repo) in (sources or {}).items():
         further = _Side.of(role, stated, repo)
         if further.slug is None or further.slug not in [side.slug for side in sides[1:]]:
             sides.append(further)
-    if source_base is not None:
+    if source_base is not None and sources is None:
         base = _Side.of("source_base", *source_base)
         # A fine-tuned model mostly keeps its base's licence; then that is nothing further.
         if base.slug is None or base.slug != sides[1].slug:
@@ -192,7 +202,7 @@ def output_licence(
         if adapter.stated is not None and adapter.slug not in [side.slug for side in sides]:
             sides.append(adapter)
     refusals = [
-        f"The {s.role}'s licence, {s.known.name}, {s.known.forbids}." for s in sides if s.known and s.known.forbids
+        f"{_begun(s.who)}'s licence, {s.known.name}, {s.known.forbids}." for s in sides if s.known and s.known.forbids
     ]
     unknown = [side.doubt for side in sides if side.doubt]
     duties = [duty for side in sides if side.known for duty in side.known.duties]
@@ -203,9 +213,9 @@ def output_licence(
             continue
         same = into.family == out.family if into else (target_family or "").lower().startswith(out.family)
         if not same or (out.own_product_only and into is not None and into is not out):
-            refusals.append(f"The {side.role}'s licence, {out.name}, {out.forbids_as_source}.")
+            refusals.append(f"{_begun(side.who)}'s licence, {out.name}, {out.forbids_as_source}.")
         elif into is not out:
-            duties.append(f"Make sure of the target: the {side.role}'s licence, {out.name}, {out.forbids_as_source}.")
+            duties.append(f"Make sure of the target: {side.who}'s licence, {out.name}, {out.forbids_as_source}.")
     for one_side, other_side in itertools.combinations([side for side in sides if side.known], 2):
         assert one_side.known is not None and other_side.known is not None
         if _contradict(one_side.known, other_side.known):
@@ -278,5 +288,5 @@ def _links(sides: list[_Side]) -> tuple[tuple[str, str], ...]:
     names: dict[str, str] = {}
     for side in sides:
         if side.page is not None:
-            names.setdefault(side.page, side.known.name if side.known else f"the {side.role}'s page")
+            names.setdefault(side.page, side.known.name if side.known else f"{side.who}'s page")
     return tuple((what, url) for url, what in names.items())

@@ -191,7 +191,7 @@ def check(recipe: Recipe, models: Models | None = None) -> Check:
             for role, facts in (*listed, *((relative.name, relative.facts) for relative in relatives))
             if facts.adapter is not None
         },
-        sources={role: (facts.licence, facts.reference.repo) for role, facts in whole},
+        sources={role: (facts.licence, facts.reference.repo) for role, facts in whole} if recipe.sources else None,
     )
     notes += [*licence.refusals, *licence.unknown]
     layouts = (target_layout, source_layout)
