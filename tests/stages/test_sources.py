@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.fusion.test_joining import ties_by_the_paper
-from tests.pico import PICO_VOCAB, pico_model, save_pico
+from tests.pico import pico_model
 from tests.pico_adapter import merged_by_peft, save_adapter
 from tests.stages.test_task_vector import _deeper, _shaken, noted, recipe_for, save_all, weights
-from tmerge.comparison.compare import compare
 from tmerge.comparison.reproduce import reproduce
-from tmerge.errors import AdaptationError, Cancelled, ModelNotFoundError, RecipeError, UnsupportedModelError
+from tmerge.errors import AdaptationError, Cancelled, ModelNotFoundError
 from tmerge.fusion import Join, JoinedNeurons, SourcePart, StoredNeurons
 from tmerge.hub.card import card_data, card_text, merge_licence
 from tmerge.models import PROJECTIONS
@@ -302,33 +301,6 @@ def test_what_it_takes_grows_with_the_sources(models):
     assert two.score_operations > one.score_operations  # each alone
 
 
-# -- strengths -----------------------------------------------------------------------------------------------------
-
-
-def test_strengths_are_chosen_one_for_each(models, tmp_path):
-    calibration = {"choosing": 0.4, "texts": 90}
-    recipe = several(models, "first", "lora", calibration=calibration, fusion={"alpha": "auto", "alphas": [0.3, 1.0]})
-    out = tmp_path / "fused"
-    report = merge(recipe, out)
-    choice = report.fusion.choice
-    assert set(choice.alpha) == {"source 1", "source 2"}
-    assert {trial.group for trial in choice.trials} >= {("source 1",), ("source 2",)}
-    assert choice.difference.high <= 0  # better than the target there, or the target
-    assert [each.strength for each in report.sources] == list(choice.alpha.values())
-    if not any(choice.alpha.values()):
-        assert report.evaluation.fused == report.evaluation.base
-        assert all(alone.difference.value == 0 for alone in report.evaluation.alone.values())
-        fused, target = (load_file(of / "model.safetensors") for of in (out, models / "target"))
-        assert all(torch.equal(values, target[name]) for name, values in fused.items())
-
-
-def test_of_strength_zero_a_source_is_the_target(models, tmp_path):
-    report = merge(several(models, "first", "second", fusion={"alpha": 0.0}), tmp_path / "fused")
-    assert report.evaluation.fused.value == report.evaluation.base.value
-    assert [alone.value for alone in report.evaluation.alone.values()] == [report.evaluation.base.value] * 2
-    assert report.verdict == "no difference"
-
-
 # -- again ---------------------------------------------------------------------------------------------------------
 
 
@@ -406,60 +378,6 @@ def test_it_is_trained_on_top_of_and_not_drawn_to_one_of_them(finished, tmp_path
     assert weights(tmp_path / "adapted") != weights(finished[0])
     with pytest.raises(AdaptationError, match="objective is distill, which has one source to draw to"):
         adapt_run(finished[0], tmp_path / "drawn", {**words, "objective": "distill"})
-
-
-# -- what is refused -----------------------------------------------------------------------------------------------
-
-
-def test_a_source_of_another_shape_or_vocabulary_is_named(models, tmp_path):
-    for name in ("target", "base", "first"):
-        shutil.copytree(models / name, tmp_path / name)
-    save_pico("llama", tmp_path / "shallow", layers=2)
-    with pytest.raises(UnsupportedModelError, match=r"source 2 .*shallow is not of source_base .*2 layers and not 3"):
-        check(several(tmp_path, "first", "shallow"))
-    save_all(tmp_path, longer=pico_model("llama", layers=3, vocab_size=PICO_VOCAB + 8))
-    with pytest.raises(UnsupportedModelError, match=rf"source 1 .*longer .*vocabulary of {PICO_VOCAB + 8} and not"):
-        check(several(tmp_path, "longer", "first"))
-    path = tmp_path / "first/tokenizer.json"
-    path.write_text(_swapped(path.read_text()))
-    with pytest.raises(UnsupportedModelError, match=r"source 1 .*first has another vocabulary .*the token"):
-        merge(several(tmp_path, "first"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def _swapped(text):
-    """A tokenizer two of whose tokens have each other's ids."""
-    data = json.loads(text)
-    ids = data["model"]["vocab"]
-    first, second = list(ids)[-2:]
-    ids[first], ids[second] = ids[second], ids[first]
-    return json.dumps(data)
-
-
-def test_what_an_adapter_leaves_behind_and_one_that_brings_nothing(models):
-    fusion = {"projections": ["q", "v", "down"]}
-    found = check(several(models, "lora", "other", fusion=fusion))
-    assert found.projections == ["q", "v", "down"]
-    assert any("what source 2" in note and "up_proj" in note for note in found.notes)
-    assert check(several(models, "lora", "other")).projections == ["q", "v", "up", "down"]
-    with pytest.raises(UnsupportedModelError, match=r"source 2 .*other changes none of the projections v, down"):
-        check(several(models, "lora", "other", fusion={"projections": ["v", "down"]}))
-
-
-def test_the_base_itself_and_two_names_of_one_are_told(models, tmp_path):
-    shutil.copytree(models / "first", tmp_path / "first")
-    recipe = several(models, "base", "first")
-    data = recipe.model_dump(mode="json")
-    data["sources"].append({"source": str(tmp_path / "first")})
-    notes = check(Recipe.from_mapping(data)).notes
-    assert any("base is source_base itself" in note for note in notes)
-    assert any("source 3" in note and "are the same: it counts twice" in note for note in notes)
-
-
-def test_compare_says_that_it_holds_one(models, tmp_path):
-    with pytest.raises(RecipeError, match="sources has 2, and compare holds one source"):
-        compare(several(models, "first", "second"), tmp_path / "compared")
-    assert not (tmp_path / "compared").exists()
 
 
 def test_a_join_of_what_lies_on_the_disk_reads_an_item_at_a_time(finished):
