@@ -26,9 +26,20 @@ from tmerge.models import (
     output_licence,
     pick_device,
 )
-from tmerge.preflight.document import CheckDocument, CheckedAdapter, CheckedModel, Expected, ForEach, Matched, Sizes
-from tmerge.preflight.estimate import TOKENS_PER_TEXT, Estimate, estimate_run, widths_of
+from tmerge.preflight.counts import TOKENS_PER_TEXT
+from tmerge.preflight.document import (
+    CheckDocument,
+    CheckedAdapter,
+    CheckedModel,
+    Expected,
+    ForEach,
+    Matched,
+    RemoteFlavors,
+    Sizes,
+)
+from tmerge.preflight.estimate import Estimate, estimate_run
 from tmerge.preflight.learned import Learned
+from tmerge.preflight.memory import widths_of
 from tmerge.preflight.models import Models
 from tmerge.preflight.saved_adapter import refuse_no_adapter
 from tmerge.quantities import bytes_words
@@ -54,6 +65,7 @@ class Check:
         base: Facts of the source before its fine-tuning, for a task vector.
         base_layout: Its projections.
         left_out: What the adapter that is carried changes, and a merge leaves behind.
+        flavors: Where on the Hub's hardware it fits, if that was asked (`tmerge.preflight.flavors`).
     """
 
     target: ModelFacts
@@ -68,6 +80,7 @@ class Check:
     base: ModelFacts | None = None
     base_layout: Architecture | None = None
     left_out: tuple[str, ...] = ()
+    flavors: RemoteFlavors | None = None
 
     def document(self) -> CheckDocument:
         """What is printed and shown of it."""
@@ -94,6 +107,7 @@ class Check:
                 assumes=estimate.assumes,
                 measured=list(estimate.measured),
             ),
+            flavors=self.flavors,
         )
 
     def to_dict(self) -> dict[str, Any]:
