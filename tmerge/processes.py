@@ -21,7 +21,7 @@ import psutil
 
 from tmerge.errors import Cancelled, EndedElsewhereError, ProcessLostError, TmergeError
 
-__all__ = ["ALONE", "Processes", "are_several", "joined", "rank_of_this"]
+__all__ = ["ALONE", "Processes", "are_several", "joined", "on_this_machine", "rank_of_this"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -202,6 +202,11 @@ ALONE = Processes()
 def are_several() -> bool:
     """Whether this process was begun as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def on_this_machine() -> int:
+    """How many of a run's processes share this machine; 1 of a single one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if are_several() else 1
 
 
 def rank_of_this() -> int:

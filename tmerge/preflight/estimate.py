@@ -34,6 +34,7 @@ from tmerge.preflight.seconds import (
     tokenizer_seconds,
 )
 from tmerge.preflight.speed import SPEED_FILE, Timing
+from tmerge.processes import on_this_machine
 from tmerge.recipe import FITTED_CONTROLS, Recipe, Shared
 from tmerge.transport import ASKED_LAYERS, ASKED_NEURONS
 
@@ -58,7 +59,7 @@ class Estimate:
 
     Attributes:
         stages: Stage -> its seconds on the idle machine, without download.
-        memory_bytes: Peak of this process.
+        memory_bytes: Peak of one process, of which several may share a machine.
         disk_bytes: In the output folder.
         download_bytes: Still to be fetched from the Hub into its cache.
         assumes: In words.
@@ -254,7 +255,8 @@ def estimate_run(
         int(disk),
         # One commit is fetched once.
         sum({_fetched(facts): facts.download_bytes or 0 for facts in held}.values()),
-        f"{read + apart + held_out} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device}, "
+        f"{read + apart + held_out} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device}"
+        f"{_each_words(on_this_machine())}, "
         f"{_measured_words(pieces.timings)}; downloading, and what precedes the first stage, not counted",
         _BETWEEN * (sum(reads) + rescored),
         reading,
@@ -268,6 +270,10 @@ def estimate_run(
 def _fetched(facts: ModelFacts) -> str | None:
     """What identifies the files that are fetched of a model."""
     return facts.commit if facts.adapter is None else facts.adapter.base_commit
+
+
+def _each_words(processes: int) -> str:
+    return "" if processes == 1 else f" (the memory in each of {processes} processes here, the time that of one)"
 
 
 def _measured_words(timings: list[Timing]) -> str:
