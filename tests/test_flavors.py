@@ -1,5 +1,6 @@
 """Which machine of Hugging Face Jobs a run fits, from the sizes of models that nobody has to download."""
 
+import html
 from dataclasses import replace
 
 import pytest
@@ -119,3 +120,11 @@ def test_a_check_has_it_in_words_and_in_json(pair):
         "the smallest flavor of Hugging Face Jobs that it fits: cpu-basic (CPU, $0.01 an hour); with a card t4-small "
         "(small card, $0.40 an hour); as huggingface.co/docs/hub/jobs-pricing listed them on 2026-11-29"
     )
+
+
+def test_the_app_shows_the_same_words(pair):
+    cards = pytest.importorskip("tmerge.ui.parts.cards", reason="the app's extra is not installed")
+    recipe, found = pair
+    shown = with_flavors(found, recipe).document()
+    assert shown.flavors.words in html.unescape(cards.check_cards(shown, None))
+    assert "flavor of" not in cards.check_cards(found.document(), None)
