@@ -12,7 +12,7 @@ from tests.models.pico_gguf import save_pico_gguf
 from tests.pico import PICO_RARE, save_pico
 from tests.reported import typed
 from tmerge.calibration import sample_texts
-from tmerge.errors import NotEnoughDiskError, UnsupportedModelError
+from tmerge.errors import NotEnoughDiskError, NotEnoughMemoryError, UnsupportedModelError
 from tmerge.evaluation import most_scorings
 from tmerge.models import load_model, model_commit, read_facts, save_checkpoint
 from tmerge.plots import norm_ratios
@@ -21,6 +21,7 @@ from tmerge.plots.words import ratio_rows
 from tmerge.preflight.check import check, refuse_unfit
 from tmerge.preflight.models import Models
 from tmerge.preflight.speed import Timing
+from tmerge.quantities import bytes_words
 from tmerge.recipe import Recipe
 from tmerge.stages import adapt as adapted
 from tmerge.stages.merge import merge
@@ -159,6 +160,35 @@ def test_the_estimate_names_bytes_that_a_run_then_takes(models, tmp_path, monkey
     # Within a factor of three: headers, potentials and costs are not counted, and weigh on a pico model.
     assert estimate.disk_bytes / 3 < taken < estimate.disk_bytes * 3
     assert estimate.seconds > 0
+
+
+def test_several_processes_on_a_machine_are_counted(models, tmp_path, monkeypatch):
+    recipe = recipe_for(models, "llama", "gpt2", dtype="float32")
+    monkeypatch.setattr("tmerge.preflight.check.available_memory", lambda device: 0)
+    of_nothing(monkeypatch)
+
+    def needed(processes):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        found = check(recipe)
+        with pytest.raises(NotEnoughMemoryError) as caught:
+            refuse_unfit(found, recipe, tmp_path)
+        return found.estimate, str(caught.value)
+
+    (one, said), (two, also) = needed(1), needed(2)
+    assert one.memory_bytes == two.memory_bytes > 0
+    assert "processes" not in said + one.assumes and "in each of 2 processes here" in two.assumes
+    # The target is stored in float32 as it is held: its pages are there once.
+    held = 4 * check(recipe).target.parameters
+    assert f"needs about {bytes_words(one.memory_bytes)} on cpu, where" in said
+    assert f"needs about {bytes_words(2 * one.memory_bytes - held)} on cpu in 2 processes, where" in also
+
+
+def of_nothing(monkeypatch):
+    """A process that takes nothing."""
+    nothing = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    for part in ("estimate", "check"):
+        monkeypatch.setattr(f"tmerge.preflight.{part}.psutil.Process", lambda: nothing)
 
 
 @pytest.mark.slow

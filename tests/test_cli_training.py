@@ -56,7 +56,7 @@ def test_compare(run, pair, tmp_path):  # noqa: F811
 def test_what_is_fused_is_said_as_to_merge(run, pair, tmp_path, words, what, base, monkeypatch):  # noqa: F811
     asked = []
 
-    def stop(recipe, out, *, listener):
+    def stop(recipe, out, *, listener, processes):
         asked.append(recipe)
         raise RecipeError("enough")
 

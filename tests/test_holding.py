@@ -8,10 +8,10 @@ import torch
 from tests.pico import save_pico
 from tmerge.models import describe, load_model, read_facts
 from tmerge.preflight import holding
-from tmerge.preflight.holding import read_bytes
+from tmerge.preflight.holding import Place, read_bytes
 from tmerge.recipe import Recipe
 
-CPU = torch.device("cpu")
+CPU = Place(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -3,26 +3,20 @@
 The processes are real: `torchrun` begins them, they meet over gloo, and the command line runs in each.
 """
 
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import psutil
 import pytest
 
+from tests.launched import begun, kill_second
 from tests.meeting import Together
 from tests.pico import pico_model, save_pico
 from tests.stages.test_task_vector import _deeper, _shaken, save_all
-from tmerge.errors import EndedElsewhereError, RecipeError
+from tmerge.errors import EndedElsewhereError, ProcessLostError, RecipeError
 from tmerge.processes import ALONE
 from tmerge.recipe import load_recipe
 from tmerge.stages.merge import merge
 
-ROOT = Path(__file__).parents[1]
 BESIDE = [
     "calibration.texts=70",
     "calibration.max_tokens=48",
@@ -70,20 +64,6 @@ def recipe_of(models, what):
     )
 
 
-def begun(words, count=2):
-    """The processes of a run, begun: the launcher."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    return subprocess.Popen(
-        [*launcher, "-m", "tmerge", *words],
-        cwd=ROOT,
-        env=os.environ | quiet,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize(
     "what",
     [
@@ -117,12 +97,7 @@ def test_a_lost_process_ends_the_run_and_the_same_command_goes_on(models, tmp_pa
         heard.append(line)
         if line.startswith("[source]"):
             break
-    second = next(
-        child
-        for child in psutil.Process(launcher.pid).children(recursive=True)
-        if child.environ().get("RANK") == "1" and "-m" in child.cmdline()
-    )
-    second.send_signal(signal.SIGKILL)
+    kill_second(launcher)
     began = time.monotonic()
     said = "".join(heard) + launcher.communicate(timeout=120)[1]
     assert time.monotonic() - began < 30
@@ -152,6 +127,7 @@ def test_other_commands_say_that_they_run_in_one(models):
     launcher = begun(["check", "--target", str(models / "target"), "--source", str(models / "source")])
     said = launcher.communicate(timeout=120)[1]
     assert said.count("error: tmerge check runs in one process, and 2 were begun; leave out torchrun") == 1
+    assert "accelerate launch, which are for adapt, compare, demo and merge" in said
 
 
 # -- what they tell each other, with threads in the place of processes ----------------------------------------------
@@ -192,3 +168,51 @@ def test_an_error_of_one_ends_all_wherever_they_wait(failing):
     assert told[failing] == (RecipeError, "no such key")
     others = [outcome for rank, outcome in enumerate(told) if rank != failing]
     assert others == [(EndedElsewhereError, f"process {failing} of 3: no such key")] * 2
+
+
+def test_one_within_another_tells_an_error_once():
+    def work(processes):
+        try:
+            with processes.failing_together():
+                with processes.failing_together():
+                    if processes.rank:
+                        raise RecipeError("no such key")
+                    processes.wait()
+        except (RecipeError, EndedElsewhereError) as error:
+            return type(error)
+
+    # A second telling would wait for processes that are gone.
+    assert Together(2).run(work) == [EndedElsewhereError, RecipeError]
+
+
+@pytest.mark.parametrize(("rank", "told"), [(0, RecipeError), (1, ProcessLostError)])
+def test_where_a_library_waits_nothing_is_told_and_who_is_not_heard_speaks(rank, told):
+    # No meeting: whoever tried to tell would wait for the other process here.
+    alone = Together(2).of(rank)
+    with pytest.raises(told, match="no such key"), alone.failing_together(), alone.meeting_elsewhere("the training"):
+        raise RecipeError("no such key")
+
+
+def test_after_a_librarys_meetings_ours_tell_again():
+    def work(processes):
+        try:
+            with processes.failing_together():
+                with processes.meeting_elsewhere("the training"):
+                    pass
+                if processes.rank:
+                    raise RecipeError("no such key")
+                processes.wait()
+        except (RecipeError, EndedElsewhereError) as error:
+            return type(error)
+
+    assert Together(2).run(work) == [EndedElsewhereError, RecipeError]
+
+
+def test_the_others_find_what_the_first_has_kept():
+    kept = []
+
+    def work(processes):
+        return processes.after_first(lambda: (kept.append(processes.rank), list(kept))[1])
+
+    found = Together(3).run(work)
+    assert found[0] == [0] and all(before[0] == 0 for before in found)

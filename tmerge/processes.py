@@ -2,8 +2,8 @@
 
 `torchrun` and `accelerate launch` begin them and say in the environment who is who; all of them run the same command.
 Their work is divided by items (batches, layers), each item done by one process as a single process does it, and what
-came of it is told to all. Only the first process writes what a run keeps, and only it speaks. They meet over gloo,
-wherever they compute, so that who waits leaves his card alone.
+came of it is told to all; in a training each takes its part of every step. Only the first process writes what a run
+keeps, and only it speaks. They meet over gloo, wherever they compute, so that who waits leaves his card alone.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import psutil
 
-from tmerge.errors import EndedElsewhereError, ProcessLostError
+from tmerge.errors import Cancelled, EndedElsewhereError, ProcessLostError, TmergeError
 
-__all__ = ["ALONE", "Processes", "are_several", "joined", "rank_of_this"]
+__all__ = ["ALONE", "Processes", "are_several", "joined", "on_this_machine", "rank_of_this"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -48,6 +48,13 @@ class _Told:
     error: str | None = None
 
 
+@dataclass
+class _Telling:
+    """Whether an error of this process is still to be told to the others."""
+
+    wanted: bool = True
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes of a run, as one of them sees them.
@@ -61,6 +68,7 @@ class Processes:
     count: int = 1
     _group: Any = None
     _members: tuple[_Member, ...] = ()
+    _telling: _Telling = field(default_factory=_Telling)
 
     @property
     def is_first(self) -> bool:
@@ -101,6 +109,15 @@ class Processes:
         made: Any = make() if self.is_first else None
         return self.gathered(made)[0]  # type: ignore[no-any-return]
 
+    def after_first(self, make: Callable[[], Result]) -> Result:
+        """What each process makes for itself, the others when the first has: they find what it kept of it."""
+        if self.is_first:
+            made = make()
+            self.wait()
+            return made
+        self.wait()
+        return make()
+
     def wait(self) -> None:
         """Go on when all have come here; raises as `gathered`."""
         self.gathered(None)
@@ -109,17 +126,48 @@ class Processes:
     def failing_together(self) -> Iterator[None]:
         """While open, an error of one process is told to the others, which wait for it somewhere, and ends them too.
 
-        All of their meetings are of one kind, so that it does not matter where they wait.
+        All of their meetings are of one kind, so that it does not matter where they wait. Within another of these it is
+        the same.
         """
         try:
             yield
         except (EndedElsewhereError, ProcessLostError):
             raise
         except Exception as error:
-            if self.count > 1:
+            if self.count > 1 and self._telling.wanted:
+                self._telling.wanted = False
                 with suppress(ProcessLostError):
                     self._exchanged(_Told(error=str(error) or type(error).__name__))
             raise
+
+    @contextmanager
+    def meeting_elsewhere(self, what: str) -> Iterator[None]:
+        """While open, the processes wait for each other in meetings of a library, where none of ours is heard.
+
+        An error of one is not told there: it ends that process, whose connections break, and by that the others.
+
+        Args:
+            what: Is being done, in words.
+
+        Raises:
+            ProcessLostError: Another has ended; or this one, which is not the first and would not be heard, has met an
+                error that a user can mend.
+        """
+        self._telling.wanted = False
+        try:
+            yield
+        except Cancelled:
+            raise
+        except TmergeError as error:
+            if not self.rank:
+                raise
+            raise ProcessLostError(f"process {self.rank} of {self.count} ended {what}: {error}") from None
+        except RuntimeError as error:
+            lost = self._lost() if self.count > 1 else None
+            if lost is None:
+                raise
+            raise self._of_lost(lost, error) from None
+        self._telling.wanted = True
 
     def _exchanged(self, told: _Told) -> list[Any]:
         import torch.distributed as distributed
@@ -128,12 +176,13 @@ class Processes:
         try:
             distributed.all_gather_object(all_told, told, group=self._group)
         except RuntimeError as error:
-            lost = self._lost()
-            named = "another process" if lost is None else f"process {lost} of {self.count} (rank {lost})"
-            raise ProcessLostError(
-                f"{named} has ended before the run had ({str(error).splitlines()[0][:120]}); the same command goes on"
-            ) from None
+            raise self._of_lost(self._lost(), error) from None
         return all_told
+
+    def _of_lost(self, lost: int | None, error: RuntimeError) -> ProcessLostError:
+        named = "another process" if lost is None else f"process {lost} of {self.count} (rank {lost})"
+        said = str(error).splitlines()[0][:120]
+        return ProcessLostError(f"{named} has ended before the run had ({said}); the same command goes on")
 
     def _lost(self) -> int | None:
         """The rank of a process on this machine that runs no more."""
@@ -153,6 +202,11 @@ ALONE = Processes()
 def are_several() -> bool:
     """Whether this process was begun as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def on_this_machine() -> int:
+    """How many of a run's processes share this machine; 1 of a single one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if are_several() else 1
 
 
 def rank_of_this() -> int:

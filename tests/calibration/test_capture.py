@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.pico import pico_model, pico_tokenizer
-from tmerge.calibration import FeatureStore, bare_forward, capture
+from tmerge.calibration import FeatureStore, Room, bare_forward, capture
 from tmerge.errors import (
     Cancelled,
     CheckpointError,
@@ -292,6 +292,13 @@ def test_a_batch_that_does_not_fit_is_read_by_halves(tmp_path: Path, monkeypatch
     found = everything(run(loaded, tmp_path / "halves", batch_tokens=1024, note=notes.append))
     assert max(sizes) > 1 and sizes.count(1) == len(TEXTS)
     assert len(notes) == 1 and notes[0].endswith("texts: read by halves")
+    # What did not fit once is not tried again, by another reading that is told of it neither.
+    tried, room = [size for size in sizes if size > 1], Room()
+    sizes.clear()
+    for name in ("once", "twice"):
+        run(loaded, tmp_path / name, batch_tokens=1024, room=room)
+    assert [size for size in sizes if size > 1] == tried and sizes.count(1) == 2 * len(TEXTS)
+    assert room.tokens is not None
     for feature, rows in wanted.items():
         torch.testing.assert_close(found[feature], rows)
 

@@ -1,5 +1,6 @@
 """Bits per byte against a plain float64 computation, one text at a time."""
 
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from tests.meeting import Together
 from tests.pico import PICO_VOCAB, pico_model, pico_tokenizer
+from tmerge.calibration import Room
 from tmerge.errors import DeviceError, NotEnoughMemoryError, TokenizerError
 from tmerge.evaluation import likelihood, score_texts
 from tmerge.models import LoadedModel, ModelReference
@@ -119,6 +121,14 @@ def test_a_batch_that_does_not_fit_is_scored_by_halves(monkeypatch):
     assert max(sizes) > 2 and sizes.count(1) == len(texts)
     assert len(notes) == 1 and notes[0].endswith("texts: scored by halves")
     torch.testing.assert_close(found.bits, wanted.bits)
+    # What did not fit once is not tried again: from one size to its half, down to a text alone.
+    tried = [size for size in sizes if size > 1]
+    assert all(after <= before / 2 + 1 for before, after in itertools.pairwise(tried)) and len(tried) < len(texts) / 2
+    sizes.clear()
+    room = Room()
+    for _ in range(2):
+        score_texts(one, texts, batch_tokens=4096, note=notes.append, room=room)
+    assert sorted(size for size in sizes if size > 1) == sorted(tried) and len(notes) == 2
 
     def full(**_):
         raise torch.OutOfMemoryError

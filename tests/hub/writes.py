@@ -64,6 +64,7 @@ class WritableHub(LoopbackHub):
         objects: SHA-256 -> what was uploaded to large-file storage.
         uploads: SHA-256 of every upload that came in whole, in order.
         jobs: By id.
+        job_hardware: What jobs can run on, as the Hub lists it.
         job_log: What the next job will say.
         job_stage: How it will end.
         sessions: Tokens of who has signed in to an app, which may write as well.
@@ -81,6 +82,7 @@ class WritableHub(LoopbackHub):
         self.uploads: list[str] = []
         self.commits: list[dict[str, Any]] = []
         self.jobs: dict[str, Job] = {}
+        self.job_hardware: list[dict[str, Any]] = []
         self.job_log, self.job_stage = ["merging", "pushed"], "COMPLETED"
         self.sessions: set[str] = set()
         self.hardware: dict[str, str] = {}
@@ -117,6 +119,9 @@ def _writing(handler: Any) -> Any:
             if path == "/api/whoami-v2":
                 self.server_hub.requests.append(f"GET {self.path}")
                 return self._whoami()
+            if path == "/api/jobs/hardware":
+                self.server_hub.requests.append(f"GET {self.path}")
+                return self._json(self.server_hub.job_hardware)
             if path.startswith("/api/jobs/"):
                 self.server_hub.requests.append(f"GET {self.path}")
                 return self._job(path.split("/")[4:])

@@ -15,6 +15,7 @@ NAMES = {
     "models": ["tiny/llama-one", "tiny/qwen-two", HOSTILE],
     "datasets": ["words/indonesian-news", "words/evil-<b>bold</b>"],
 }
+ADAPTERS = {"base_model:adapter:tiny/qwen-two": ["tiny/lora-of-two"], "base_model:adapter:tiny/llama-one": []}
 
 
 class SearchHub:
@@ -39,8 +40,10 @@ class SearchHub:
                 if kind not in NAMES:
                     self._send(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
                     return
-                wanted = parse_qs(address.query).get("search", [""])[0].lower()
-                found = [{"id": name, "_id": name} for name in NAMES[kind] if wanted in name.lower()]
+                query = parse_qs(address.query)
+                wanted, tag = query.get("search", [""])[0].lower(), query.get("filter", [""])[0]
+                names = ADAPTERS.get(tag, []) if tag.startswith("base_model:adapter:") else NAMES[kind]
+                found = [{"id": name, "_id": name} for name in names if wanted in name.lower()]
                 self._send(200, json.dumps(found).encode())
 
             def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:

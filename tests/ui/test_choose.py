@@ -72,6 +72,30 @@ def test_the_hub_is_searched_as_one_types_and_names_are_shown_as_text(visit):
     assert page.locator("img[src=x]").count() == 0
 
 
+def test_adapters_of_the_source_are_offered_and_what_they_change_is_carried(visit):
+    page = visit()
+    name_model(page, "source", "tiny/qwen-two")
+    open_fold(page, "Recipe (YAML)")
+    field = page.locator("#adapter-model input")
+    field.press_sequentially("lora", delay=30)
+    option = page.get_by_role("option", name="tiny/lora-of-two")
+    expect(option).to_be_visible()
+    option.click()
+    yaml = page.locator("#recipe-yaml .cm-content")
+    expect(yaml).to_contain_text("adapter: tiny/lora-of-two")
+    open_fold(page, "Advanced settings")
+    expect(page.get_by_label("What is transported")).to_have_value("task-vector")
+    page.get_by_label("Written as").click()
+    page.get_by_role("option", name="a LoRA of the target").click()
+    expect(yaml).to_contain_text("form: adapter")
+    expect(page.get_by_label("Embeddings and norms")).not_to_be_checked()
+    # And without it the source's weights are carried again.
+    field.fill("")
+    field.press("Tab")
+    expect(yaml).not_to_contain_text("adapter: tiny")
+    expect(page.get_by_label("What is transported")).to_have_value("weights")
+
+
 @pytest.mark.slow
 def test_one_line_says_that_the_hub_cannot_be_reached(visit, served, monkeypatch):
     import huggingface_hub.constants

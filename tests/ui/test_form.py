@@ -49,7 +49,11 @@ def test_a_field_is_what_the_schema_says(key, kind, choices):
 def test_every_field_has_help_and_numbers_name_their_bounds():
     assert all(setting.description for setting in SETTINGS)
     assert OF["calibration.texts"].description.endswith("in [16, 10000000]")
-    assert {setting.key for setting in SETTINGS if setting.decides} == {"fusion.what", "transport.structure"}
+    assert {setting.key for setting in SETTINGS if setting.decides} == {
+        "fusion.what",
+        "transport.structure",
+        "save.form",
+    }
 
 
 def test_what_is_not_of_the_choice_is_shown_empty():

@@ -110,7 +110,7 @@ def test_every_tab_is_read_and_named(visit, run_id, width, theme):
     [
         ("", None),
         # As the card's preview was: a second column, beside a box that scrolls.
-        ("max-height: 60px; overflow: auto; display: flex; flex-flow: column wrap; width: 300px", "beside"),
+        ("max-height: 60px; overflow: auto; display: flex; flex-flow: column wrap; width: 200px", "beside"),
         ("width: 40px; overflow: hidden; white-space: nowrap", "beside"),
         ("height: 5px; overflow: hidden", "above or below"),
         ("height: 30px; overflow: auto", None),  # read by scrolling

@@ -19,20 +19,20 @@ from typing import Any
 
 import torch
 
-from tmerge.adaptation.distillation import Teacher, distillation_loss, read_teacher
+from tmerge.adaptation.distillation import read_teacher
 from tmerge.adaptation.goals import FeatureGoals, FeatureWatch
 from tmerge.adaptation.residual import attach_residual, fold_residual
+from tmerge.adaptation.trainer import StepShare, make_trainer
 from tmerge.errors import AdaptationError, MissingExtraError, TokenizerError
 from tmerge.fusion import Alpha, TransportedNeurons, fuse
 from tmerge.models import STREAM, Architecture, LoadedModel, describe, group_of, refuse_without_rows
+from tmerge.processes import ALONE, Processes
 from tmerge.recipe import AdaptationSettings
 from tmerge.version import DISTRIBUTION
 
 __all__ = ["AdaptationReport", "adapt", "text_order"]
 
 _LORA_TARGETS = ("q", "k", "v", "o")
-# A checkpoint of a large model is many gigabytes: few are written, and the last alone is kept.
-_CHECKPOINTS = 4
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def adapt(
     goals: FeatureGoals | None = None,
     prompts: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> AdaptationReport:
     """Train a model in place; afterwards it is folded, plain, and in its own dtype again.
 
@@ -98,14 +99,24 @@ def adapt(
         goals: For ``transport_weight`` above 0: where the features are drawn to; over `texts`, in their order.
         prompts: For ``completions_only``: per text, the characters before its completion (`TextSet.prompts`).
         progress: Called with (steps done, all); may raise to stop.
+        processes: That train together, each of which calls this with a model of its own (`tmerge.adaptation.trainer`);
+            `work` is a folder of all, and the source is opened by the first.
 
     Raises:
-        AdaptationError: Nothing to train on, or the loss is not finite.
+        AdaptationError: Nothing to train on, a step's texts that cannot be shared out among the processes, or the loss
+            is not finite.
+        ProcessLostError: One of several processes has ended.
         MissingExtraError: trl, or peft for LoRA, is not installed.
         TokenizerError: Distillation needs tokenizers that know where their tokens lie in the text.
     """
     began = time.perf_counter()
     sft, lora = _libraries(settings)
+    StepShare.of(settings, processes.count)  # before anything takes its time
+    if processes.count > 1 and loaded.device.type == "cpu" and torch.cuda.is_available():
+        raise AdaptationError(
+            "where there are cards, several processes meet over them and cannot train on the processor; set device: "
+            "auto, or begin them with CUDA_VISIBLE_DEVICES empty"
+        )
     encoded, ends = _encode(loaded, texts, settings)
     labels = _labels(loaded, encoded, ends, prompts) if settings.completions_only else encoded
     usable = [text for text, asked in enumerate(labels) if any(label >= 0 for label in asked[1:])]
@@ -116,7 +127,8 @@ def adapt(
     if settings.objective == "distill":
         if source is None:
             raise ValueError("objective distill needs a source")
-        teacher = read_teacher(source, loaded.tokenizer, texts, encoded, ends, settings, work / "teacher.safetensors")
+        words = (source, loaded.tokenizer, texts, encoded, ends, settings, work / "teacher.safetensors")
+        teacher = processes.after_first(lambda: read_teacher(*words))
     order = text_order(len(usable), settings.steps * settings.batch_size * settings.accumulation, seed)
     read = [usable[index] for index in order]
     model, dtype, computed = loaded.model, loaded.dtype, loaded.model.dtype
@@ -140,14 +152,20 @@ def adapt(
             apart[beside and group_of(item.projection) != STREAM].append(item)
         fuse(architecture.views, apart[False], alpha)
         attach_residual(layers, apart[True], alpha)
-    trainer = _trainer(
-        sft, loaded, (encoded, labels), read, teacher, watch, settings, seed, work, peft_config, progress
+    trainer = make_trainer(
+        sft, loaded, (encoded, labels), read, teacher, watch, settings, seed, work, peft_config, progress, processes
     )
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    checkpoints = sorted(work.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    checkpoint = processes.from_first(lambda: _last_checkpoint(work))
     try:
-        with watch.watching() if watch else nullcontext():
-            trainer.train(resume_from_checkpoint=str(checkpoints[-1].parent) if checkpoints else None)
+        with (
+            watch.watching() if watch else nullcontext(),
+            processes.meeting_elsewhere("the training"),
+            warnings.catch_warnings(),
+        ):
+            # torch renames what accelerate and transformers still pass to it by its old name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         curve = [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
         if settings.lora_rank:
             trainer.model.merge_and_unload()
@@ -167,16 +185,22 @@ def adapt(
     if computed != dtype:  # it was widened when it was loaded
         model.to(dtype=computed)  # type: ignore[call-arg]
     model.eval().requires_grad_(False)
-    shutil.rmtree(work, ignore_errors=True)
+    processes.from_first(lambda: shutil.rmtree(work, ignore_errors=True))
     return AdaptationReport(
         steps=settings.steps,
-        resumed=int(checkpoints[-1].parent.name.rpartition("-")[2]) if checkpoints else 0,
+        resumed=0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
         tokens=sum(len(encoded[text]) for text in read),
         seconds=time.perf_counter() - began,
         loss_curve=curve,
         aligned=None if teacher is None else teacher.aligned_share,
         trained=trained,
     )
+
+
+def _last_checkpoint(work: Path) -> Path | None:
+    """The folder of the last that was written whole."""
+    states = sorted(work.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    return states[-1].parent if states else None
 
 
 def _libraries(settings: AdaptationSettings) -> tuple[Any, Any]:
@@ -241,108 +265,3 @@ def _watch(architecture: Architecture, goals: FeatureGoals | None, settings: Ada
         what = "lora_rank" if settings.lora_rank else "gradient_checkpointing"
         raise AdaptationError(f"adaptation.transport_weight cannot be had together with {what}; set one of them to 0")
     return FeatureWatch(architecture, goals)
-
-
-def _trainer(
-    trl: Any,
-    loaded: LoadedModel,
-    texts: tuple[Sequence[list[int]], Sequence[list[int]]],
-    read: Sequence[int],
-    teacher: Teacher | None,
-    watch: FeatureWatch | None,
-    settings: AdaptationSettings,
-    seed: int,
-    work: Path,
-    peft_config: Any,
-    progress: Callable[[int, int], None] | None,
-) -> Any:
-    """Trl's SFTTrainer over the texts in the given order."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    pads = DataCollatorForLanguageModeling(pad_token_id=loaded.pad_id)
-
-    def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = pads([{name: example[name] for name in ("input_ids", "labels")} for example in examples])
-        # Which text it is, for the teacher; it is no input of the model.
-        return batch | {"text": torch.tensor([example["text"] for example in examples])}
-
-    class Told(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if progress is not None:
-                progress(state.global_step, state.max_steps)
-
-    class Trainer(trl.SFTTrainer):
-        def compute_loss(
-            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            texts = inputs.pop("text").tolist()
-            if teacher is None:
-                loss = super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
-            else:
-                asked = {name: value for name, value in inputs.items() if name != "labels"}
-                logits = model(**asked, use_cache=False).logits
-                labels = inputs["labels"]
-                loss = distillation_loss(logits, labels, teacher, texts, settings, num_items_in_batch)
-            if watch is not None:
-                # Calibration read the texts without the end-of-text token that training adds.
-                read = inputs["attention_mask"] * (inputs["input_ids"] != loaded.tokenizer.eos_token_id)
-                # Over the passes of one step the mean, as the loss is.
-                loss = loss + settings.transport_weight * watch.distance(texts, read) / settings.accumulation
-            return loss  # outputs are asked for in an evaluation only, and there is none
-
-    device = loaded.device.type
-    with warnings.catch_warnings():
-        # transformers is renaming gradient_checkpointing, which trl still asks for by its old name.
-        warnings.simplefilter("ignore", FutureWarning)
-        config = trl.SFTConfig(
-            output_dir=str(work),
-            max_steps=settings.steps,
-            per_device_train_batch_size=settings.batch_size,
-            gradient_accumulation_steps=settings.accumulation,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=round(settings.warmup * settings.steps),
-            gradient_checkpointing=settings.gradient_checkpointing,
-            bf16=has_bfloat16(loaded.device),
-            use_cpu=device == "cpu",
-            save_strategy="steps",
-            save_steps=max(1, -(-settings.steps // _CHECKPOINTS)),
-            save_total_limit=1,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            report_to=[],
-            disable_tqdm=True,
-            seed=seed,
-            data_seed=seed,
-            train_sampling_strategy="sequential",
-            remove_unused_columns=False,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            dataloader_pin_memory=False,
-            max_length=None,
-        )
-    encoded, labels = texts
-    rows = [{"input_ids": encoded[text], "labels": labels[text], "text": text} for text in read]
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer = Trainer(
-        model=loaded.model,
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        data_collator=collate,
-        processing_class=loaded.tokenizer,
-        peft_config=peft_config,
-        callbacks=[Told()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported())
-    return False

@@ -7,6 +7,7 @@ from tmerge.calibration.capture import CaptureReport, bare_forward, capture
 from tmerge.calibration.features import FeatureStore, FeatureWriter
 from tmerge.calibration.identity import DatasetRecord, dataset_identity, file_identity, pinned
 from tmerge.calibration.positions import common_ends, token_positions
+from tmerge.calibration.room import Room
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_language_code, sample_languages, sample_texts
 from tmerge.calibration.texts import TextSet, is_held_out, normalise, of_another, other_texts, read_texts
 
@@ -16,6 +17,7 @@ __all__ = [
     "DatasetRecord",
     "FeatureStore",
     "FeatureWriter",
+    "Room",
     "TextSet",
     "bare_forward",
     "capture",

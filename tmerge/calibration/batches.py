@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from tmerge.calibration.room import Room
 from tmerge.errors import NotEnoughMemoryError
 from tmerge.models import LoadedModel, refuse_without_rows
 from tmerge.models.blocks import base_pass, in_groups, stepped
@@ -134,6 +135,7 @@ def read_batches(
     before: Callable[[list[int]], None] | None = None,
     note: Callable[[str], None] | None = None,
     processes: Processes = ALONE,
+    room: Room | None = None,
 ) -> Iterator[ReadStep]:
     """Run the base model, without its head and without a cache, over all texts that have tokens.
 
@@ -147,6 +149,7 @@ def read_batches(
         before: Called with the texts of a batch just before its forward pass, or its pass through a block.
         note: Told that a batch did not fit and was read by halves.
         processes: Among whom the batches are shared out; each reads its own.
+        room: What is known of it from before, and is remembered of it for afterwards.
 
     Yields:
         What was just read.
@@ -161,7 +164,8 @@ def read_batches(
         [filled[index] for index in batch]
         for batch in reversed(length_batches([len(encoded.ids[text]) for text in filled], batch_tokens))
     ]
-    reading = _Reading(loaded, encoded, processes.mine(batches), batch_tokens, before or (lambda texts: None), note)
+    told = before or (lambda texts: None), note, room or Room()
+    reading = _Reading(loaded, encoded, processes.mine(batches), batch_tokens, *told)
     try:
         yield from reading.whole() if loaded.block_weights is None else reading.by_blocks()
     finally:
@@ -178,13 +182,19 @@ class _Reading:
     batch_tokens: int
     before: Callable[[list[int]], None]
     note: Callable[[str], None] | None
+    room: Room
 
     def whole(self) -> Iterator[ReadStep]:
-        """A batch after the other; one that does not fit in two halves."""
-        done, of, halved = 0, sum(map(len, self.batches)), False
+        """A batch after the other; one that does not fit in two halves, and those after it no larger than these."""
+        done, of, halved = 0, sum(map(len, self.batches)), self.room.tokens is not None
         waiting = deque(self.batches)
         while waiting:
             texts = waiting.popleft()
+            longest = max(self.encoded.lengths[text] for text in texts)
+            halves = texts[len(texts) // 2 :], texts[: len(texts) // 2]
+            if not self.room.has(len(texts), longest):
+                waiting.extendleft(halves)
+                continue
             run = self._pass(texts)
             began = self._begin(texts)
             try:
@@ -193,7 +203,8 @@ class _Reading:
             except NotEnoughMemoryError:
                 if len(texts) == 1:
                     raise
-                waiting.extendleft((texts[len(texts) // 2 :], texts[: len(texts) // 2]))
+                waiting.extendleft(halves)
+                self.room.lacked(len(texts), longest)
                 give_back_memory()
                 if self.note is not None and not halved:
                     self.note(f"{self.loaded.device} has no room for a batch of {len(texts)} texts: read by halves")

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tmerge.calibration.batches import encode, read_batches
 from tmerge.calibration.features import FeatureWriter
 from tmerge.calibration.positions import token_positions
+from tmerge.calibration.room import Room
 from tmerge.errors import Cancelled, CheckpointError, DeviceError, TmergeError, TokenizerError, UnsupportedModelError
 from tmerge.models import LoadedModel
 from tmerge.models.projections import Architecture, Tap
@@ -83,6 +84,7 @@ def capture(
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     note: Callable[[str], None] | None = None,
+    room: Room | None = None,
 ) -> CaptureReport:
     """Read the pre and post features of some projections over all texts, into a `FeatureStore`.
 
@@ -103,6 +105,7 @@ def capture(
             blocks, with (blocks done, all); may raise to stop, and then there is no store.
         cancelled: Asked before each batch whether to stop.
         note: As for `read_batches`.
+        room: Likewise.
 
     Raises:
         Cancelled: `cancelled` said so.
@@ -137,7 +140,7 @@ def capture(
     with writer if processes.is_first else nullcontext(writer):
         pool = _Pool(loaded, taps, lengths, writer, positions)
         with pool.hooked():
-            for step in read_batches(loaded, encoded, batch_tokens, pool.begin, note, processes):
+            for step in read_batches(loaded, encoded, batch_tokens, pool.begin, note, processes, room):
                 pool.end(step.block)
                 forward_seconds += step.seconds
                 if step.is_first:

@@ -5,15 +5,20 @@ Exit codes: 0 done, 2 the user's mistake or bad input, 1 a fault of ours, 130 in
 
 from __future__ import annotations
 
+import os
 import sys
 
 from tmerge.cli import stopping
+from tmerge.processes import are_several
 
 __all__ = ["main"]
 
 
 def main() -> None:
     """The console script: hear signals first, then import what takes seconds."""
+    if are_several():
+        # torch's own remarks, which each of them would write; read when it is imported. Its errors are errors here too.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with stopping.signals_heard():
         try:
             from tmerge.cli.running import run

@@ -161,9 +161,10 @@ def check(
     loaded = load_recipe(recipe, overrides, settings or ())
     quiet_libraries()
     from tmerge.preflight.check import check as check_models
+    from tmerge.preflight.flavors import with_flavors
 
     when_stopped(nothing_changed)
-    result = check_models(loaded)
+    result = with_flavors(check_models(loaded), loaded)
     measured = _relatedness(loaded, named=dataset) if relatedness else None
     if json_output:
         more = {} if measured is None else {"relatedness": measured.model_dump(mode="json")}
@@ -278,6 +279,7 @@ def _run_remotely(
     from tmerge.cli.show import show_check
     from tmerge.hub.jobs import follow_job, start_job
     from tmerge.preflight.check import check as check_models
+    from tmerge.preflight.flavors import with_flavors
 
     when_stopped(nothing_changed)
     # What cannot be merged is said here, before the job costs anything. The recipe's device is the job's, and this
@@ -285,7 +287,7 @@ def _run_remotely(
     result = check_models(recipe.model_copy(update={"device": "auto"}))
     if dry_run:
         assumes = f"{result.estimate.assumes}; time and memory are those of this machine, not of {flavor}"
-        result = replace(result, estimate=replace(result.estimate, assumes=assumes))
+        result = replace(with_flavors(result, recipe), estimate=replace(result.estimate, assumes=assumes))
         print_json(result.to_dict()) if json_output else show_check(result)
         return
     # The same command again would start another job, so what is said on Ctrl-C is of the job alone.
@@ -347,11 +349,12 @@ def _run(recipe: Any, out: Path, resume: bool, dry_run: bool, json_output: bool,
         _refuse_page(html, out)
     if dry_run:
         from tmerge.preflight.check import check as check_models
+        from tmerge.preflight.flavors import with_flavors
 
         if rank_of_this():
             return None
         when_stopped(nothing_changed)
-        result = check_models(recipe)
+        result = with_flavors(check_models(recipe), recipe)
         if json_output:
             print_json(result.to_dict() | {"recipe": recipe.model_dump(mode="json")})
         else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 
 import typer
 
@@ -11,13 +13,16 @@ import typer
 from tmerge.cli import extending, merging, publishing, serving, training  # noqa: F401
 from tmerge.cli.shared import app
 from tmerge.cli.stopping import raise_if_stopped
-from tmerge.errors import Cancelled, ProcessesError, ProcessLostError, TmergeError, of_the_system
+from tmerge.errors import Cancelled, EndedElsewhereError, ProcessesError, ProcessLostError, TmergeError, of_the_system
 from tmerge.processes import are_several, rank_of_this
 
 __all__ = ["run"]
 
-_TOGETHER = {"demo", "merge"}
+_TOGETHER = ("adapt", "compare", "demo", "merge")
 """Commands that several processes run together."""
+
+# Seconds by which the first of several processes may be behind another, where many are begun at once.
+_BEHIND = 20.0
 
 
 def run() -> int:
@@ -43,17 +48,27 @@ def run() -> int:
 
 def _refuse_what_is_not_shared() -> None:
     """Say which commands several processes can run together, before each of them does all of it."""
-    if are_several() and not _TOGETHER.intersection(sys.argv[1:2]):
+    if are_several() and not set(_TOGETHER).intersection(sys.argv[1:2]):
         raise ProcessesError(
             f"tmerge {' '.join(sys.argv[1:2])} runs in one process, and {os.environ['WORLD_SIZE']} were begun; leave "
-            f"out torchrun or accelerate launch, which are for {' and '.join(sorted(_TOGETHER))}"
+            f"out torchrun or accelerate launch, which are for {', '.join(_TOGETHER[:-1])} and {_TOGETHER[-1]}"
         )
+
+
+def _let_the_first_speak() -> None:
+    """Wait for what the first process has to say: when it ends, its launcher ends this one, and the other way round."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(_BEHIND)
 
 
 def _told(error: Exception) -> int:
     """Say what a user can mend, and give its exit code; raise anything else again."""
     if isinstance(error, TmergeError) and rank_of_this() and not isinstance(error, ProcessLostError):
-        return error.exit_code  # the first process says it
+        _let_the_first_speak()
+        if isinstance(error, EndedElsewhereError):
+            return error.exit_code
+        # The first has not met this error.
+        error = ProcessLostError(f"process {rank_of_this()}: {error}")
     if isinstance(error, TmergeError):
         typer.echo(f"error: {' '.join(str(error).split(chr(10)))}", err=True)  # a file's name may hold a line break
         return error.exit_code

@@ -95,6 +95,8 @@ def show_check(result: Check) -> None:
         f"({estimate.assumes})",
         markup=False,
     )
+    if facts.flavors is not None:
+        console.print(facts.flavors.words, markup=False, highlight=False)
 
 
 def show_push_plan(planned: PushPlan) -> None:

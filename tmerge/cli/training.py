@@ -100,12 +100,15 @@ def adapt(
     words |= _section_words("adaptation", settings or ())
     quiet_libraries()
     from tmerge.cli.show import show_adapted
+    from tmerge.processes import joined
     from tmerge.stages.adapt import adapt_run
 
     folder = out or run.with_name(f"{run.absolute().name}-adapted")
     when_stopped(lambda: _training_kept(folder))
-    with progress() as listener:
-        report = adapt_run(run, folder, words, dataset=dataset, listener=listener)
+    with joined() as processes, progress(heard=processes.is_first) as listener:
+        report = adapt_run(run, folder, words, dataset=dataset, listener=listener, processes=processes)
+    if not processes.is_first:
+        return
     if json_output:
         print_json(report.to_dict())
     else:
@@ -134,10 +137,13 @@ def compare(
     quiet_libraries()
     from tmerge.cli.show import show_comparison
     from tmerge.comparison.compare import compare as run_comparison
+    from tmerge.processes import joined
 
     when_stopped(lambda: _rows_kept(out))
-    with progress() as listener:
-        result = run_comparison(loaded, out, listener=listener)
+    with joined() as processes, progress(heard=processes.is_first) as listener:
+        result = run_comparison(loaded, out, listener=listener, processes=processes)
+    if not processes.is_first:
+        return
     if json_output:
         print_json(result.to_dict())
     else:

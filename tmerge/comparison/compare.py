@@ -33,6 +33,7 @@ from tmerge.errors import OutputExistsError, RecipeError
 from tmerge.evaluation import applied, score_texts
 from tmerge.fusion import Alpha
 from tmerge.models import LoadedModel, load_model, model_commit
+from tmerge.processes import ALONE, Processes
 from tmerge.recipe import Recipe
 from tmerge.report import library_versions
 from tmerge.run import Run, stage_key
@@ -79,13 +80,17 @@ class _Row:
         return {name: value for name, value in facts.items() if value is not None}
 
 
-def compare(recipe: Recipe, out: str | Path, *, listener: Listener | None = None) -> Comparison:
+def compare(
+    recipe: Recipe, out: str | Path, *, listener: Listener | None = None, processes: Processes = ALONE
+) -> Comparison:
     """Run a recipe's comparison, or take it up where it stopped.
 
     Args:
         recipe: Its ``compare`` and ``adaptation`` sections say what is compared.
         out: A folder: ``merge/`` is the run of the merge, ``rows/`` the finished rows.
         listener: Hears every `Step`; may raise `Cancelled`.
+        processes: That run it together, each of which calls this (`tmerge.processes`): the merge, the trainings and the
+            scores on texts are shared out.
 
     Returns:
         What was found; ``to_dict()`` is what compare.json holds.
@@ -99,8 +104,8 @@ def compare(recipe: Recipe, out: str | Path, *, listener: Listener | None = None
             "(tmerge merge scores each alone too), or name one of them as the source"
         )
     folder = Path(out)
-    with _at_work(folder):
-        return _Comparison(recipe, folder, listener or (lambda step: None)).go()
+    with processes.failing_together(), _at_work(folder) if processes.is_first else nullcontext():
+        return _Comparison(recipe, folder, listener or (lambda step: None), processes).go()
 
 
 @contextmanager
@@ -127,12 +132,12 @@ def _at_work(folder: Path) -> Iterator[None]:
 class _Comparison:
     """One comparison at work."""
 
-    def __init__(self, recipe: Recipe, out: Path, listener: Listener) -> None:
+    def __init__(self, recipe: Recipe, out: Path, listener: Listener, processes: Processes) -> None:
         # Its merge is a run of its own, which does not change when only the comparison does.
         evaluation = recipe.evaluation
         if not evaluation.descent:
             evaluation = evaluation.model_copy(update={"descent": _DESCENT_TEXTS})
-        self.recipe, self.out, self.listener = recipe, out, listener
+        self.recipe, self.out, self.listener, self.processes = recipe, out, listener, processes
         plain = type(recipe.compare)()
         self.merge_recipe = recipe.model_copy(
             update={"evaluation": evaluation, "compare": plain, "adaptation": type(recipe.adaptation)()}
@@ -143,15 +148,17 @@ class _Comparison:
 
     def go(self) -> Comparison:
         # Asked first: what is missing is said before the merge has taken its hours.
-        self.data.identify()
-        report = merge(self.merge_recipe, self.out / "merge", listener=self.listener)
-        self.report = report
-        self.rows_folder.mkdir(exist_ok=True)
-        self.data.record.save()
+        first = self.processes.from_first
+        self.data.identities = first(self.data.identify)
+        self.report = merge(self.merge_recipe, self.out / "merge", listener=self.listener, processes=self.processes)
+        first(lambda: self.rows_folder.mkdir(exist_ok=True))
+        first(self.data.record.save)
         rows: list[RowNote] = []
         for row in self._rows(rows):
             rows.append(self._finished(row))
-        result = self._result(rows)
+        return first(lambda: self._written(self._result(rows)))
+
+    def _written(self, result: Comparison) -> Comparison:
         write_json(self.out / "compare.json", result.to_dict())
         write_text(self.out / "compare.md", comparison_table(result))
         from tmerge.plots.comparison import comparison_page
@@ -212,7 +219,7 @@ class _Comparison:
                 yield _Row(label, "sweep", make, merged, alpha=alpha, of=name)
         for source in self.settings.sources:
             label = f"fused with {source}"
-            commit = model_commit(source)
+            commit = self.processes.from_first(partial(model_commit, source))
             make = partial(self._other, source, commit)
             yield _Row(label, "source", make, merged | {"commit": commit}, of=source)
         training = {"adaptation": self.recipe.adaptation.model_dump(mode="json")}
@@ -231,7 +238,7 @@ class _Comparison:
         inputs = {**row.inputs, **row.said} | self.data.facts() | {"versions": library_versions()}
         key = stage_key(f"row {row.name}", **inputs)
         path = self.rows_folder / f"{key[:24]}.json"
-        kept = Run.note(path, key)
+        kept = self.processes.from_first(lambda: Run.note(path, key))
         if kept is not None:
             return RowNote.model_validate(kept)
         self.listener(Step("compare", row.name, 0, 1, "rows"))
@@ -241,7 +248,10 @@ class _Comparison:
         note = RowNote.model_validate(
             {"seconds": seconds, **made.model_dump(), "name": row.name, "kind": row.kind, **row.said}
         )
-        write_json(path, {"key": key, "facts": note.model_dump(exclude_unset=True)})
+        # One note for all: what follows from its seconds is to be the same in all of them.
+        note = self.processes.from_first(lambda: note)
+        if self.processes.is_first:
+            write_json(path, {"key": key, "facts": note.model_dump(exclude_unset=True)})
         self.listener(Step("compare", row.name, 1, 1, "rows"))
         return note
 
@@ -269,7 +279,7 @@ class _Comparison:
         folder = self.out / f"merge-{stage_key('source', source=source)[:8]}"
         recipe = Recipe.from_mapping(self.merge_recipe.model_dump(mode="json") | {"source": source})
         self._release_both()
-        report = merge(recipe, folder, listener=self.listener)
+        report = merge(recipe, folder, listener=self.listener, processes=self.processes)
         # That merge asks for the models anew, by their names.
         refuse_moved(source, commit, report.source.commit)
         refuse_moved(self.recipe.target, self.commits["target"], report.target.commit)
@@ -316,11 +326,12 @@ class _Comparison:
             progress=partial(self._step, f"{name}, seed {seed}", unit="steps"),
             prompts=prompts,
             goals=self._goals() if rest == "sft+transport" else None,
+            processes=self.processes,
         )
         seconds = time.perf_counter() - began
         self.models.release("source")
         result = self._scores(model, name)
-        shutil.rmtree(work, ignore_errors=True)
+        self.processes.from_first(lambda: shutil.rmtree(work, ignore_errors=True))
         return TrainedScores(
             **result.model_dump(),
             tokens=report.tokens,
@@ -354,9 +365,12 @@ class _Comparison:
                 model,
                 texts,
                 batch_tokens=self.recipe.calibration.batch_tokens,
+                processes=self.processes,
                 progress=partial(self._step, where, unit="texts"),
             )
-        tasks = self.data.score_tasks(model, partial(self._step, f"{name}: tasks", 0, 1, unit="models"))
+        began = partial(self._step, f"{name}: tasks", 0, 1, unit="models")
+        # The harness answers in one process.
+        tasks = self.processes.from_first(lambda: self.data.score_tasks(model, began))
         own = TextScores.noted(by_domain.pop(""))
         domains = {domain: TextScores.noted(scores) for domain, scores in by_domain.items()}
         return RowScores(bits=own.bits, bytes=own.bytes, domains=domains, tasks=tasks)

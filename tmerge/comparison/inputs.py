@@ -83,7 +83,7 @@ class ComparedData:
     """Domains and tasks of one comparison.
 
     Attributes:
-        identities: Reference or task's file -> what identified its contents when `identify` was called.
+        identities: Reference or task's file -> what identified its contents, as `identify` said.
     """
 
     def __init__(self, recipe: Recipe, out: Path, listener: Listener) -> None:
@@ -91,14 +91,14 @@ class ComparedData:
         self.record = DatasetRecord(out / "data.json", Progress("compare", listener).note)
         self.identities: dict[str, str] = {}
 
-    def identify(self) -> None:
-        """Ask what all of them are now.
+    def identify(self) -> dict[str, str]:
+        """Ask what all of them are now: reference or task's file -> what identifies its contents.
 
         Raises:
             DatasetError: One is missing, and was never read.
         """
         files = self.settings.task_data.values()
-        self.identities = {
+        return {
             **self.record.identify(self.settings.domains.values(), what="domain"),
             **self.record.identify(files, lambda path: file_identity(Path(path)), what="task file"),
         }

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tmerge.calibration import length_batches, padded, token_limit
+from tmerge.calibration import Room, length_batches, padded, token_limit
 from tmerge.errors import DeviceError, NotEnoughMemoryError, TokenizerError
 from tmerge.models import LoadedModel, available_memory, give_back_memory, refuse_without_rows
 from tmerge.models.blocks import run_passes
@@ -83,6 +83,7 @@ def score_texts(
     processes: Processes = ALONE,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
+    room: Room | None = None,
 ) -> Scores:
     """Score every text under a causal model.
 
@@ -95,6 +96,7 @@ def score_texts(
         progress: Called with (texts done, all that this process scores), or, of a model that is read by blocks, with
             (blocks done, all of them); may raise to stop.
         note: Told that a batch did not fit and was scored by halves.
+        room: What is known of it from before, and is remembered of it for afterwards.
 
     Raises:
         TokenizerError: The tokenizer has neither a begin- nor an end-of-text token to start from, or a text gives a
@@ -130,12 +132,15 @@ def score_texts(
         scored_here = len(windows_left)
 
         batch_bits: list[Tensor] = []
-        halved: list[int] = []
+        fitting = room or Room()
 
         def score(batch: list[int]) -> None:
             batch_bits.append(bits_of(batch))
 
         def bits_of(batch: list[int]) -> Tensor:
+            longest = max(len(encoded[index]) for index in batch)
+            if loaded.block_weights is None and not fitting.has(len(batch), longest):
+                return torch.cat([bits_of(half) for half in _halves(batch)])
             try:
                 return _bits_of(model, [encoded[index] for index in batch], loaded.device)
             except (MemoryError, RuntimeError) as error:
@@ -143,10 +148,10 @@ def score_texts(
                     raise
             # Here the error no longer keeps the batch's tensors alive.
             give_back_memory()
-            if note is not None and not halved:
+            if note is not None and fitting.tokens is None:
                 note(f"{loaded.device} has no room for a batch of {len(batch)} texts: scored by halves")
-            halved.append(len(batch))
-            return torch.cat([bits_of(half) for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :])])
+            fitting.lacked(len(batch), longest)
+            return torch.cat([bits_of(half) for half in _halves(batch)])
 
         def after(number: int) -> None:
             windows_left.subtract(owners[index] for index in batches[number])
@@ -172,6 +177,11 @@ def score_texts(
         _check_finite(loaded, bits)
     sizes = torch.tensor([len(text.encode()) for text in texts], dtype=torch.float64)
     return Scores(bits, sizes, sum(map(len, encoded)) - len(encoded), time.perf_counter() - began)
+
+
+def _halves(batch: list[int]) -> tuple[list[int], list[int]]:
+    """Of a batch of at least two."""
+    return batch[: len(batch) // 2], batch[len(batch) // 2 :]
 
 
 def _logits_at_once(loaded: LoadedModel) -> int:

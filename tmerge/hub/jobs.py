@@ -20,6 +20,7 @@ from tmerge.calibration.files import local_file
 from tmerge.errors import ModelNotFoundError, RemoteError
 from tmerge.hub.failures import pushing, running_jobs
 from tmerge.models import ModelReference
+from tmerge.preflight.hardware import CARDS
 from tmerge.recipe import RECIPE_VARIABLE, Recipe, source_name
 
 __all__ = ["RemoteRun", "follow_job", "start_job"]
@@ -30,8 +31,6 @@ _PATIENCE = 2.0  # seconds between two looks at a job that has stopped talking
 _IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
 _TIMEOUT = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])|([0-9]{1,9})")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-# How a flavor ends that has so many cards: l4x4, a10g-largex2.
-_CARDS = re.compile(r"x([0-9]+)$")
 # What a repo may hold that no run has been pushed to yet.
 _EMPTY = {".gitattributes", "README.md"}
 
@@ -135,7 +134,7 @@ def follow_job(run: RemoteRun, log: Callable[[str], None], *, token: str | None 
 
 def _launched(flavor: str) -> list[str]:
     """What runs tmerge on a flavor: of several cards, a process on each."""
-    cards = _CARDS.search(flavor)
+    cards = CARDS.search(flavor)
     if cards is None or int(cards[1]) == 1:
         return ["tmerge"]
     return ["accelerate", "launch", "--multi_gpu", "--num_processes", cards[1], "-m", "tmerge"]

@@ -167,15 +167,16 @@ def _groups() -> list[Path]:
     return list(dict.fromkeys([*tops, *inside, *around]))
 
 
-def fits(needed: int, device: torch.device, beside: int = 0) -> bool:
+def fits(needed: int, device: torch.device, beside: int = 0, free: int | None = None) -> bool:
     """Whether a model leaves room on a device for what is computed with it.
 
     Args:
         needed: Its bytes.
         device: Where.
         beside: Bytes that will have been taken by then.
+        free: Bytes that can be taken there; None asks the device.
     """
-    return needed <= _OF_WHAT_IS_FREE * (available_memory(device) - beside)
+    return needed <= _OF_WHAT_IS_FREE * ((available_memory(device) if free is None else free) - beside)
 
 
 def give_back_memory() -> None:

@@ -6,12 +6,14 @@ expected to take is in `tmerge.preflight.estimate`.
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from huggingface_hub import constants
 
 from tmerge.errors import NotEnoughDiskError, NotEnoughMemoryError, UnsupportedModelError
@@ -26,12 +28,25 @@ from tmerge.models import (
     output_licence,
     pick_device,
 )
-from tmerge.preflight.document import CheckDocument, CheckedAdapter, CheckedModel, Expected, ForEach, Matched, Sizes
-from tmerge.preflight.estimate import TOKENS_PER_TEXT, Estimate, estimate_run, widths_of
+from tmerge.preflight.counts import TOKENS_PER_TEXT
+from tmerge.preflight.document import (
+    CheckDocument,
+    CheckedAdapter,
+    CheckedModel,
+    Expected,
+    ForEach,
+    Matched,
+    RemoteFlavors,
+    Sizes,
+)
+from tmerge.preflight.estimate import Estimate, estimate_run
+from tmerge.preflight.holding import held_bytes
 from tmerge.preflight.learned import Learned
+from tmerge.preflight.memory import computed_dtype, widths_of
 from tmerge.preflight.models import Models
 from tmerge.preflight.relatives import Relative, Relatives
 from tmerge.preflight.saved_adapter import refuse_no_adapter
+from tmerge.processes import on_this_machine
 from tmerge.quantities import bytes_words
 from tmerge.recipe import Recipe
 
@@ -56,6 +71,7 @@ class Check:
         base_layout: Its projections.
         left_out: What the adapter that is carried changes, and a merge leaves behind.
         sources: Several that are carried; then `source` is their base.
+        flavors: Where on the Hub's hardware it fits, if that was asked (`tmerge.preflight.flavors`).
     """
 
     target: ModelFacts
@@ -71,6 +87,7 @@ class Check:
     base_layout: Architecture | None = None
     left_out: tuple[str, ...] = ()
     sources: tuple[Relative, ...] = ()
+    flavors: RemoteFlavors | None = None
 
     def document(self) -> CheckDocument:
         """What is printed and shown of it."""
@@ -98,6 +115,7 @@ class Check:
                 assumes=estimate.assumes,
                 measured=list(estimate.measured),
             ),
+            flavors=self.flavors,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -206,12 +224,12 @@ def refuse_unfit(result: Check, recipe: Recipe, out: Path) -> None:
     Raises:
         NotEnoughMemoryError, NotEnoughDiskError: With the needed and the free bytes.
     """
-    needed = result.estimate.memory_bytes - psutil.Process().memory_info().rss
     device = pick_device(recipe.device)
+    needed, several = _needed_here(result, recipe, device)
     free = available_memory(device)
     if needed > free:
         raise NotEnoughMemoryError(
-            f"this merge needs about {bytes_words(needed)} on {device}, where {bytes_words(free)} are free; "
+            f"this merge needs about {bytes_words(needed)} on {device}{several}, where {bytes_words(free)} are free; "
             f"{'set memory: auto, ' if recipe.memory == 'resident' else ''}set dtype: bfloat16, choose a smaller "
             "source, or lower calibration.batch_tokens"
         )
@@ -233,6 +251,23 @@ def refuse_unfit(result: Check, recipe: Recipe, out: Path) -> None:
             f"the models to download take {bytes_words(result.estimate.download_bytes)}, and {bytes_words(free)} are "
             "free on the disk of the Hub's cache; make room, or set HF_HOME to another disk"
         )
+
+
+def _needed_here(result: Check, recipe: Recipe, device: torch.device) -> tuple[int, str]:
+    """Bytes that all processes of this machine will take on a device, and, of several, how many in words."""
+    alone = result.estimate.memory_bytes - psutil.Process().memory_info().rss
+    count = on_this_machine()
+    if device.type == "cuda":
+        # A card each, where there are enough.
+        count = math.ceil(count / torch.cuda.device_count())
+    if count == 1:
+        return alone, ""
+    shared = 0
+    if device.type == "cpu" and result.target.reference.kind != "gguf":
+        # What is held as it is stored lies in its file's pages, which are there once for all.
+        dtype = computed_dtype(result.target, recipe, device)
+        shared = held_bytes(result.target, recipe, dtype) if result.target.dtype == dtype else 0
+    return count * alone - (count - 1) * min(shared, alone), f" in {count} processes"
 
 
 def _written_bytes(folder: Path) -> int:

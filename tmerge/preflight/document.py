@@ -8,7 +8,16 @@ from pydantic import BaseModel, ConfigDict
 
 from tmerge.models import OutputLicence
 
-__all__ = ["CheckDocument", "CheckedModel", "Expected", "ForEach", "Matched", "Sizes"]
+__all__ = [
+    "CheckDocument",
+    "CheckedModel",
+    "Expected",
+    "FittingFlavor",
+    "ForEach",
+    "Matched",
+    "RemoteFlavors",
+    "Sizes",
+]
 
 
 class _Frozen(BaseModel):
@@ -107,8 +116,62 @@ class Expected(_Frozen):
     measured: list[str]
 
 
+class FittingFlavor(_Frozen):
+    """A machine of Hugging Face Jobs; as in `tmerge.preflight.hardware.Flavor`.
+
+    Attributes:
+        price_class: Its kind in words: ``CPU``, ``small card``.
+        dollars_an_hour: As they were read; None where they were not.
+    """
+
+    name: str
+    price_class: str
+    dollars_an_hour: float | None
+    memory_bytes: int
+    cards: int
+    card_bytes: int
+
+    @property
+    def words(self) -> str:
+        """``l4x1 (small card, $0.80 an hour)``."""
+        price = "" if self.dollars_an_hour is None else f", ${self.dollars_an_hour:.2f} an hour"
+        return f"{self.name} ({self.price_class}{price})"
+
+
+class RemoteFlavors(_Frozen):
+    """Where a run fits on the Hub's hardware.
+
+    Attributes:
+        smallest: The cheapest that has the memory and the disk, or the smallest where a price is missing; None if none
+            has.
+        with_card: The same of those with an accelerator.
+        source, read_on, is_live: As in `tmerge.preflight.hardware.Offer`.
+    """
+
+    smallest: FittingFlavor | None
+    with_card: FittingFlavor | None
+    source: str
+    read_on: str
+    is_live: bool
+
+    @property
+    def words(self) -> str:
+        """In one line."""
+        asked = "now" if self.is_live else f"on {self.read_on}"
+        listed = f"as {self.source} listed them {asked}"
+        if self.smallest is None:
+            return f"none of Hugging Face Jobs' flavors has the memory and the disk for it, {listed}"
+        also = ""
+        if not self.smallest.cards:
+            also = f"; with a card {'none' if self.with_card is None else self.with_card.words}"
+        return f"the smallest flavor of Hugging Face Jobs that it fits: {self.smallest.words}{also}; {listed}"
+
+
 class CheckDocument(_Frozen):
-    """All of it, in the order in which it is written; `source` is the base of `sources`, where there are several."""
+    """All of it, in the order in which it is written.
+
+    `source` is the base of `sources`, where there are several; of what is not asked for, `flavors` is None.
+    """
 
     target: CheckedModel
     source: CheckedModel
@@ -119,6 +182,7 @@ class CheckDocument(_Frozen):
     licence: OutputLicence
     notes: list[str]
     estimate: Expected
+    flavors: RemoteFlavors | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As ``tmerge check --json`` prints it."""

@@ -14,24 +14,13 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from tmerge.calibration import SAMPLES_PREFIX, sample_texts
-from tmerge.evaluation import LOGITS_AT_ONCE, MOST_KEPT_BYTES, PROJECTION_GROUPS, most_scorings
-from tmerge.models import STREAM, Architecture, ModelFacts, multiplies_fast, pick_device
-from tmerge.preflight.fitting import fitting_bytes, fitting_work, goal_bytes
-from tmerge.preflight.holding import (
-    carried_bytes,
-    carrying_bytes,
-    comparing_bytes,
-    fit_together,
-    held_bytes,
-    itemsize,
-    kept_bytes,
-    read_bytes,
-    replaced_bytes,
-    solving_bytes,
-    unpacked_bytes,
-)
-from tmerge.preflight.joining import alone_scorings, carried_times, joining_bytes, joining_passes
+from tmerge.evaluation import LOGITS_AT_ONCE, PROJECTION_GROUPS, most_scorings
+from tmerge.models import STREAM, Architecture, ModelFacts, pick_device
+from tmerge.preflight.counts import TextCounts
+from tmerge.preflight.fitting import fitting_work, goal_bytes
+from tmerge.preflight.holding import Place, carried_bytes, kept_bytes
+from tmerge.preflight.joining import alone_scorings, carried_times, joining_passes
+from tmerge.preflight.memory import computed_dtype, feature_bytes, peak_bytes, widths_of
 from tmerge.preflight.pieces import Pieces
 from tmerge.preflight.saved_adapter import adapter_bytes, factoring_seconds
 from tmerge.preflight.seconds import (
@@ -46,15 +35,12 @@ from tmerge.preflight.seconds import (
     tokenizer_seconds,
 )
 from tmerge.preflight.speed import SPEED_FILE, Timing
+from tmerge.processes import on_this_machine
 from tmerge.recipe import FITTED_CONTROLS, Recipe, Shared
 from tmerge.transport import ASKED_LAYERS, ASKED_NEURONS
 
-__all__ = ["TOKENS_PER_TEXT", "Estimate", "estimate_run", "scorings", "widths_of"]
+__all__ = ["Estimate", "estimate_run", "scorings"]
 
-# What an estimate assumes of texts that it has not read.
-TOKENS_PER_TEXT = 64
-# Freed blocks that the C library keeps for itself; measured on the demo, where the peak was a tenth above the sum.
-_ALLOCATOR_SLACK = 1.1
 # Beside its pieces a run does what is not counted, and they meet caches that others have emptied (docs/performance.md).
 _BETWEEN = 1.2
 # A run takes so many times the seconds that are expected: texts are shorter or longer than is assumed.
@@ -74,7 +60,7 @@ class Estimate:
 
     Attributes:
         stages: Stage -> its seconds on the idle machine, without download.
-        memory_bytes: Peak of this process.
+        memory_bytes: Peak of one process, of which several may share a machine.
         disk_bytes: In the output folder.
         download_bytes: Still to be fetched from the Hub into its cache.
         assumes: In words.
@@ -133,14 +119,6 @@ def _body_parameters(layout: Architecture) -> int:
     return sum(view.out_features * view.in_features for view in layout.projections())
 
 
-def widths_of(layout: Architecture, projections: list[str]) -> dict[str, list[int]]:
-    """Feature key -> the width in every layer that has it."""
-    widths: dict[str, list[int]] = {}
-    for tap in layout.taps(projections):
-        widths.setdefault(tap.key, []).append(tap.features)
-    return widths
-
-
 def scorings(recipe: Recipe, projections: list[str], held_out: int, choosing: int) -> float:
     """How often all held-out texts are scored with a model of the target's size, at most, the target itself included.
 
@@ -189,13 +167,6 @@ def _fusings(recipe: Recipe, projections: list[str]) -> float:
     return fused
 
 
-def _held_dtype(facts: ModelFacts, recipe: Recipe, device: torch.device) -> torch.dtype:
-    """That a model is computed in here."""
-    dtype = {"float32": torch.float32, "float16": torch.float16}.get(recipe.dtype, torch.bfloat16)
-    slow = not multiplies_fast(dtype, device) or itemsize(facts, recipe, dtype) == 4
-    return torch.float32 if recipe.dtype == "auto" and slow else dtype
-
-
 def estimate_run(
     recipe: Recipe,
     models: tuple[ModelFacts, ModelFacts, ModelFacts | None],
@@ -215,19 +186,10 @@ def estimate_run(
     target, source, _ = models
     target_layout, source_layout = layouts
     device = pick_device(recipe.device)
-    dtype, source_dtype = (_held_dtype(facts, recipe, device) for facts in (target, source))
-    texts = _most_texts(recipe.calibration.dataset, recipe.calibration.texts)
-    held_out = min(recipe.evaluation.texts, round(texts * recipe.calibration.held_out))
-    # With another run's plan nothing is calibrated: the models only read what is held out.
-    apart = round((texts - held_out) * recipe.calibration.choosing) if recipe.fusion.chosen else 0
-    # Those on which ridges are chosen pass beside those that are fitted on.
-    fitted = texts - held_out - (0 if "fusion.ridge" in recipe.fusion.chosen else apart)
-    read = texts - held_out - apart
-    if recipe.calibration.match_on is not None:
-        read = _most_texts(recipe.calibration.match_on, recipe.calibration.texts)
-    if recipe.plan is not None:
-        read = 0
-    tokens_per_text = min(recipe.calibration.max_tokens, TOKENS_PER_TEXT)
+    dtype, source_dtype = (computed_dtype(facts, recipe, device) for facts in (target, source))
+    counts = TextCounts.of(recipe)
+    held_out, apart, read = counts.held_out, counts.apart, counts.read
+    tokens_per_text, rows = counts.tokens_per_text, counts.rows
 
     scored = scorings(recipe, projections, held_out, min(recipe.evaluation.texts, apart))
 
@@ -241,11 +203,9 @@ def estimate_run(
     scoring = forward(target, target_layout, 0, scored - 1)
     # Of seconds, the descent control has no part: it is off unless asked for. A backward pass is two forward ones.
     slopes = 3 * min(recipe.evaluation.descent, read) / max(held_out, 1)
-    fitting = fitting_work(recipe, layouts, fitted)
+    fitting = fitting_work(recipe, layouts, counts.fitted)
 
     target_widths, source_widths = widths_of(target_layout, projections), widths_of(source_layout, projections)
-    by_token = recipe.calibration.rows == "tokens"
-    rows = min(recipe.calibration.token_rows, read * tokens_per_text) if by_token else read
     entries = 0.0 if recipe.plan is not None else _entries_of(recipe, target_widths, source_widths)
 
     pieces, threads = Pieces(device), _threads(device)
@@ -281,15 +241,7 @@ def estimate_run(
     solving = _solving_operations(recipe, entries, rows)
 
     held = [*(facts for facts in models if facts is not None), *sources]
-    vocabulary = max(int(facts.config.get_text_config().vocab_size) for facts in (target, source))
-    logits = min(LOGITS_AT_ONCE, recipe.calibration.batch_tokens * vocabulary) * (torch.finfo(dtype).bits // 8 + 1)
-    sizes = [max(target_widths[key]) * max(source_widths[key]) for key in target_widths if key in source_widths]
-    # Single tokens are stored as they come, means in float32.
-    pooled = sum(
-        sum(map(sum, widths.values())) * (kind.itemsize if by_token else 4)
-        for widths, kind in ((target_widths, dtype), (source_widths, source_dtype))
-    )
-    feature_bytes = 0 if recipe.plan is not None else rows * pooled
+    features = feature_bytes(recipe, models, layouts, projections, counts, device)
     kept = 1 if isinstance(recipe.transport, Shared) else min(recipe.transport.layers_kept, source_layout.num_layers)
     record = sum(
         sum(target_widths[key]) * min(_entries(recipe), max(source_widths[key])) * 4 * kept
@@ -299,43 +251,19 @@ def estimate_run(
     kinds = 1 + len(set(FITTED_CONTROLS) & set(recipe.evaluation.controls))
     own_files = [facts for facts, named in zip(sources, recipe.sources, strict=False) if named.adapter is None]
     packed = [facts for facts in (*models[1:], *own_files) if facts is not None and facts.reference.kind == "gguf"]
-    joining = joining_bytes(recipe, target, target_layout, projections)
-    streamed = texts * tokens_per_text * source_layout.hidden_size * 4
-    own = held_bytes(target, recipe, dtype)
-    reading_source = read_bytes(source, source_layout, recipe, dtype, device, streamed)
-    # Beside the target. A source is there while it is read; the source before its fine-tuning never is,
-    # but for a GGUF file, which is unpacked once for the fusion to read.
-    beside = {
-        "target": unpacked_bytes(target) + logits + min(feature_bytes, 1 << 30),
-        "source": reading_source + logits + min(feature_bytes, 1 << 30),
-        "transport": solving_bytes(recipe, sizes, rows) + min(feature_bytes, 1 << 30),
-        "fuse": joining
-        + carrying_bytes(recipe, source_layout, projections, sizes, carried // target_layout.num_layers),
-        "reconstruct": read_bytes(source, source_layout, recipe, dtype, device, streamed, own)
-        + fitting_bytes(recipe, layouts, texts * tokens_per_text),
-        "base": sum(read_bytes(facts, source_layout, recipe, dtype, device, 0) for facts in packed[-1:]),
-        # And what leaves the layers that nothing changes.
-        "evaluate": joining
-        + logits
-        + replaced_bytes(recipe, target, target_layout, projections)
-        + MOST_KEPT_BYTES * set(target_layout.layers[0]).isdisjoint(projections),
-        "save": comparing_bytes(target, target_layout, recipe, dtype, device) + logits + joining,
-    }
-    # Where the two do not fit beside each other the target is let go while the source is read and transported.
-    together = fit_together(recipe.memory, own + held_bytes(source, recipe, dtype), device)
-    away = set() if together else {"source", "transport"}
-    needed = max(size + (0 if stage in away else own) for stage, size in beside.items())
-    memory = psutil.Process().memory_info().rss + _ALLOCATOR_SLACK * needed
+    needed = peak_bytes(recipe, models, layouts, projections, counts, Place(device), own_files)
+    memory = psutil.Process().memory_info().rss + needed
     unpacked = len(packed) * kept_bytes(recipe, source_layout, projections)
-    goals = goal_bytes(recipe, target_layout, fitted * tokens_per_text)
-    disk = checkpoint + feature_bytes + record + kinds * carried_times(recipe) * carried + unpacked + goals
+    goals = goal_bytes(recipe, target_layout, counts.fitted * tokens_per_text)
+    disk = checkpoint + features + record + kinds * carried_times(recipe) * carried + unpacked + goals
     return Estimate(
         {name: _BETWEEN * seconds for name, seconds in stages.items()},
-        int(memory),
+        memory,
         int(disk),
         # One commit is fetched once.
         sum({_fetched(facts): facts.download_bytes or 0 for facts in held}.values()),
-        f"{read + apart + held_out} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device}, "
+        f"{read + apart + held_out} texts of {tokens_per_text} tokens, {len(projections)} projections, on {device}"
+        f"{_each_words(on_this_machine())}, "
         f"{_measured_words(pieces.timings)}; downloading, and what precedes the first stage, not counted",
         _BETWEEN * (sum(reads) + rescored),
         reading,
@@ -351,18 +279,15 @@ def _fetched(facts: ModelFacts) -> str | None:
     return facts.commit if facts.adapter is None else facts.adapter.base_commit
 
 
+def _each_words(processes: int) -> str:
+    return "" if processes == 1 else f" (the memory in each of {processes} processes here, the time that of one)"
+
+
 def _measured_words(timings: list[Timing]) -> str:
     when = " and ".join(sorted({timing.measured for timing in timings}))
     if not all(timing.settled for timing in timings):
         return f"measured on {when} beside other work, and once more at a later look"
     return f"measured on {when} (delete {SPEED_FILE} in tmerge's cache to measure anew)"
-
-
-def _most_texts(dataset: str, wanted: int) -> int:
-    """As many as are asked for, or as the built-in samples have."""
-    if not dataset.startswith(SAMPLES_PREFIX):
-        return wanted
-    return min(wanted, len(sample_texts(dataset.removeprefix(SAMPLES_PREFIX))))
 
 
 def _threads(device: torch.device) -> int:

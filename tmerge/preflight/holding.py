@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -13,6 +14,7 @@ from tmerge.recipe import Recipe, Shared
 from tmerge.transport import working_dtype
 
 __all__ = [
+    "Place",
     "carried_bytes",
     "carrying_bytes",
     "comparing_bytes",
@@ -27,6 +29,30 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run computes.
+
+    Attributes:
+        device: A kind of device, which need not be on this machine where `free` is given.
+        free: Bytes that can be taken there; None asks this machine.
+        threads: That work beside each other; None takes as many as torch has here.
+    """
+
+    device: torch.device
+    free: int | None = None
+    threads: int | None = None
+
+    def fits(self, needed: int, beside: int = 0) -> bool:
+        """Whether a model leaves room for what is computed with it; as `tmerge.models.fits`."""
+        return fits(needed, self.device, beside, self.free)
+
+    @property
+    def workers(self) -> int:
+        """Threads."""
+        return self.threads or torch.get_num_threads()
+
+
 def itemsize(facts: ModelFacts, recipe: Recipe, dtype: torch.dtype) -> int:
     """Bytes that a model's values are held in: with dtype auto those that they are stored in, if these are more."""
     if recipe.dtype != "auto" or facts.reference.kind == "gguf":
@@ -39,15 +65,15 @@ def held_bytes(facts: ModelFacts, recipe: Recipe, dtype: torch.dtype) -> int:
     return facts.parameters * itemsize(facts, recipe, dtype)
 
 
-def fit_together(memory: str, both: int, device: torch.device) -> bool:
+def fit_together(memory: str, both: int, place: Place) -> bool:
     """Whether target and source are to be in memory beside each other.
 
     Args:
         memory: As the recipe says it.
         both: Bytes of the two.
-        device: Where.
+        place: Where.
     """
-    return fits(both, device) if memory == "auto" else memory == "resident"
+    return place.fits(both) if memory == "auto" else memory == "resident"
 
 
 def unpacked_bytes(facts: ModelFacts) -> int:
@@ -60,7 +86,7 @@ def read_bytes(
     layout: Architecture,
     recipe: Recipe,
     dtype: torch.dtype,
-    device: torch.device,
+    place: Place,
     streamed: int,
     beside: int = 0,
 ) -> int:
@@ -71,13 +97,13 @@ def read_bytes(
         layout: Its projections.
         recipe: Says how it is read.
         dtype: That it is computed in.
-        device: Where.
+        place: Where.
         streamed: Bytes of the residual stream of all texts that it reads.
         beside: Bytes of a model that is in memory at the time.
     """
     whole = held_bytes(facts, recipe, dtype)
     own_code = trusts(recipe.trust_remote_code, facts.reference.text)
-    if recipe.memory == "resident" or own_code or (recipe.memory == "auto" and fits(whole, device, beside)):
+    if recipe.memory == "resident" or own_code or (recipe.memory == "auto" and place.fits(whole, beside)):
         return whole + unpacked_bytes(facts)
     head = layout.hidden_size * int(facts.config.get_text_config().vocab_size)
     ends = head if getattr(facts.config, "tie_word_embeddings", False) else 2 * head
@@ -89,22 +115,25 @@ def read_bytes(
     return held + 2 * max(block, head) + unpacked + min(2 * streamed, STREAM_BYTES)
 
 
-def solving_bytes(recipe: Recipe, sizes: list[int], rows: int) -> int:
+def solving_bytes(recipe: Recipe, sizes: list[int], rows: int, place: Place) -> int:
     """Of the transport stage.
 
     Args:
         recipe: Says which problems there are.
         sizes: Entries of the widest problem of each feature.
         rows: Of the features.
+        place: Where.
     """
     if isinstance(recipe.transport, Shared):
         # Two similarities of the widest feature, and what its matching copies; the stream's sum and one more.
         return 4 * (3 * max(sizes) + 2 * sorted(sizes)[-2:][0]) + 16 * rows * math.isqrt(4 * max(sizes))
     # A cost and a kernel a worker, and what starts and sums take beside them.
-    return 3 * max(sizes) * working_dtype(recipe.transport.epsilon).itemsize * torch.get_num_threads()
+    return 3 * max(sizes) * working_dtype(recipe.transport.epsilon).itemsize * place.workers
 
 
-def carrying_bytes(recipe: Recipe, source: Architecture, projections: list[str], sizes: list[int], layer: int) -> int:
+def carrying_bytes(
+    recipe: Recipe, source: Architecture, projections: list[str], sizes: list[int], layer: int, place: Place
+) -> int:
     """Of the fuse stage: each worker's maps of a target layer, and the source's weights that meet them.
 
     Args:
@@ -113,6 +142,7 @@ def carrying_bytes(recipe: Recipe, source: Architecture, projections: list[str],
         projections: That are fused.
         sizes: Entries of the widest problem of each feature.
         layer: Bytes of what is carried to a target layer.
+        place: Where.
     """
     widest = max(view.in_features * view.out_features for view in source.projections(projections))
     # In float32: the weight, its base's and what lies between; what becomes of a layer, and of the one before.
@@ -120,7 +150,7 @@ def carrying_bytes(recipe: Recipe, source: Architecture, projections: list[str],
     if not isinstance(recipe.transport, Shared):
         # Plans, and what leads through them out and in.
         worker += 8 * sum(sizes) * min(recipe.transport.layers_kept, source.num_layers)
-    return worker * torch.get_num_threads()
+    return worker * place.workers
 
 
 def replaced_bytes(recipe: Recipe, target: ModelFacts, layout: Architecture, projections: list[str]) -> int:
@@ -130,15 +160,13 @@ def replaced_bytes(recipe: Recipe, target: ModelFacts, layout: Architecture, pro
     return carried_bytes(recipe, target, layout, projections) // 4 * itemsize(target, recipe, torch.float32)
 
 
-def comparing_bytes(
-    target: ModelFacts, layout: Architecture, recipe: Recipe, dtype: torch.dtype, device: torch.device
-) -> int:
+def comparing_bytes(target: ModelFacts, layout: Architecture, recipe: Recipe, dtype: torch.dtype, place: Place) -> int:
     """Of the saved checkpoint beside the model: mapped, whole, or, where that does not fit, by blocks."""
-    if device.type == "cpu" and target.reference.kind != "gguf" and target.dtype == dtype:
+    if place.device.type == "cpu" and target.reference.kind != "gguf" and target.dtype == dtype:
         return 0
     own = held_bytes(target, recipe, dtype)
     plain = recipe.model_copy(update={"memory": "auto"})
-    return min(own, read_bytes(target, layout, plain, dtype, device, 0, own))
+    return min(own, read_bytes(target, layout, plain, dtype, place, 0, own))
 
 
 def kept_bytes(recipe: Recipe, layout: Architecture, projections: list[str]) -> int:

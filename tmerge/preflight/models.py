@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tmerge.models import Model, pick_device, pinned, trusts
-from tmerge.preflight.holding import fit_together
+from tmerge.preflight.holding import Place, fit_together
 from tmerge.recipe import Recipe, source_name
 
 __all__ = ["Models"]
@@ -71,7 +71,7 @@ class Models:
     def fit_together(self) -> bool:
         """Whether target and source are to be in memory beside each other."""
         both = self.target.held_bytes + self.source.held_bytes
-        return fit_together(self.target.memory, both, pick_device(self.target.device))
+        return fit_together(self.target.memory, both, Place(pick_device(self.target.device)))
 
     def pinned(self) -> dict[str, str]:
         """Role -> the reference, a Hub repo's at its commit; what is local stays as it was written."""

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tmerge.calibration import FeatureStore, TextSet, normalise, read_texts
 from tmerge.errors import AdaptationError, OutputExistsError
 from tmerge.evaluation import Interval, Scores, difference, resamples, score, verdict
+from tmerge.fusion import Alpha
 from tmerge.hub import write_card
-from tmerge.models import Model
+from tmerge.models import LoadedModel, Model
 from tmerge.preflight.models import Models
+from tmerge.processes import ALONE, Processes
 from tmerge.recipe import Recipe
 from tmerge.report import Report, library_versions
 from tmerge.run import Run, stage_key
@@ -30,6 +34,9 @@ from tmerge.stages.texts import kept_texts, training_texts
 from tmerge.store import read_json, write_json, write_text
 from tmerge.transport import TransportRecord
 
+if TYPE_CHECKING:
+    from tmerge.adaptation import AdaptationReport
+
 __all__ = ["adapt_run"]
 
 
@@ -40,6 +47,7 @@ def adapt_run(
     *,
     dataset: str | None = None,
     listener: Listener | None = None,
+    processes: Processes = ALONE,
 ) -> Report:
     """Train a finished run's target on top of what was transported.
 
@@ -49,6 +57,7 @@ def adapt_run(
         words: Keys of the recipe's ``adaptation`` section that are asked for.
         dataset: To train on, as ``calibration.dataset``; None takes the run's calibration texts.
         listener: Hears every `Step`; may raise `Cancelled`.
+        processes: That train together, each of which calls this (`tmerge.processes`).
 
     Returns:
         The report; ``to_dict()`` is what ``tmerge/report.json`` in `out` holds.
@@ -59,9 +68,21 @@ def adapt_run(
         RunBusyError: Another process trains in `out`.
         RunNotFoundError: Not a finished run, or its cache is gone.
     """
+    with processes.failing_together():
+        return _adapt_run(Run(Path(folder)), Run(Path(out)), words, dataset, listener or (lambda step: None), processes)
+
+
+def _adapt_run(
+    run: Run,
+    adapted: Run,
+    words: Mapping[str, Any],
+    dataset: str | None,
+    listener: Listener,
+    processes: Processes,
+) -> Report:
     from tmerge.adaptation import adapt, feature_goals, refuse_token_rows
 
-    run, listener = Run(Path(folder)), listener or (lambda step: None)
+    first = processes.from_first
     merged = run.report()
     recipe = run.recipe()
     recipe = Recipe.from_mapping(
@@ -79,12 +100,11 @@ def adapt_run(
     if run.transport_path.is_file():
         TransportRecord.load(run.transport_path)  # it goes with the result: damaged, it is said before the training
     commits = {"target": merged.target.commit, "source": merged.source.commit}
-    models, progress = Models.of(recipe, commits), Progress("adapt", listener)
+    models, progress = Models.of(recipe, commits), Progress("adapt", listener, processes)
     calibrated = TextSet.load(run.texts_path)
     kept = kept_texts(recipe, run)
-    texts, prompts, data = _texts(recipe, models.target, calibrated, kept, dataset)
+    texts, prompts, data = first(lambda: _texts(recipe, models.target, calibrated, kept, dataset))
     settings = recipe.adaptation
-    adapted = Run(Path(out))
     merge = run.key(fusing_stage(recipe))
     if isinstance(neurons, JoinedSources):
         merge = neurons.key(merge)
@@ -99,8 +119,8 @@ def adapt_run(
         refuse_token_rows(recipe)
         stores = [FeatureStore(run.features(role)) for role in ("target", "source")]
         goals = feature_goals(TransportRecord.load(run.transport_path), *stores)
-    _open(adapted, key, data)
-    with adapted.at_work():
+    first(lambda: _open(adapted, key, data))
+    with adapted.at_work() if processes.is_first else nullcontext():
         target = load(models.target, progress)
         # Training leaves nothing of it as it was.
         models.target.release()
@@ -116,33 +136,61 @@ def adapt_run(
             goals=goals,
             prompts=prompts,
             progress=progress.counting(settings.objective, "steps"),
+            processes=processes,
         )
-        deciding = held_out(recipe, calibrated)
-        scores = score_in_run(recipe, target, deciding, progress, "adapted: held-out texts")
-        weights = publish(target, adapted, recipe, deciding, progress)
-        adaptation = {
-            **settings.model_dump(mode="json"),
-            "alpha": neurons.strengths if isinstance(neurons, JoinedSources) else alpha,
-            "data": data,
-            "tokens": trained.tokens,
-            "seconds": trained.seconds,
-            "trained_parameters": trained.trained,
-            "aligned_share": trained.aligned,
-            "loss_curve": [list(point) for point in trained.loss_curve],
-        }
-        evaluated = _evaluation(run, recipe, scores)
-        adaptation["verdict"] = verdict(evaluated["difference"])
-        # What the merge's report says of the merge stays as it is.
-        document = merged.to_dict()
-        # Training moves all weights: what is written of it is a whole checkpoint, whatever the merge was written as.
-        document.pop("saved_adapter", None)
-        document["evaluation"]["adapted"] = {name: measured.to_dict() for name, measured in evaluated.items()}
-        report = Report.model_validate(document | {"adaptation": adaptation, "weights": weights})
-        write_text(adapted.work / "recipe.yaml", recipe.to_yaml())
-        if run.transport_path.is_file():
-            shutil.copyfile(run.transport_path, adapted.transport_path)
-        write_json(adapted.work / "report.json", report.to_dict())
-        write_card(adapted, report, recipe)
+        scores = score_in_run(recipe, target, held_out(recipe, calibrated), progress, "adapted: held-out texts")
+        strengths = neurons.strengths if isinstance(neurons, JoinedSources) else alpha
+        return first(
+            lambda: _written(run, adapted, merged, recipe, _Trained(target, trained, strengths, data), scores, progress)
+        )
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What a training made, and of what.
+
+    Attributes:
+        model: In memory.
+        report: Of the training.
+        alpha: Strength of what was transported.
+        data: The texts, as the report names them.
+    """
+
+    model: LoadedModel
+    report: AdaptationReport
+    alpha: Alpha
+    data: Mapping[str, Any]
+
+
+def _written(
+    run: Run, adapted: Run, merged: Report, recipe: Recipe, trained: _Trained, scores: Scores, progress: Progress
+) -> Report:
+    """The checkpoint, the report and the card, written; the report."""
+    deciding = held_out(recipe, TextSet.load(run.texts_path))
+    weights = publish(trained.model, adapted, recipe, deciding, progress)
+    adaptation = {
+        **recipe.adaptation.model_dump(mode="json"),
+        "alpha": trained.alpha,
+        "data": trained.data,
+        "tokens": trained.report.tokens,
+        "seconds": trained.report.seconds,
+        "trained_parameters": trained.report.trained,
+        "aligned_share": trained.report.aligned,
+        "loss_curve": [list(point) for point in trained.report.loss_curve],
+    }
+    evaluated = _evaluation(run, recipe, scores)
+    adaptation["verdict"] = verdict(evaluated["difference"])
+    # What the merge's report says of the merge stays as it is.
+    document = merged.to_dict()
+    # Training moves all weights: what is written of it is a whole checkpoint, whatever the merge was written as.
+    document.pop("saved_adapter", None)
+    document["evaluation"]["adapted"] = {name: measured.to_dict() for name, measured in evaluated.items()}
+    report = Report.model_validate(document | {"adaptation": adaptation, "weights": weights})
+    write_text(adapted.work / "recipe.yaml", recipe.to_yaml())
+    if run.transport_path.is_file():
+        shutil.copyfile(run.transport_path, adapted.transport_path)
+    write_json(adapted.work / "report.json", report.to_dict())
+    write_card(adapted, report, recipe)
     return report
 
 

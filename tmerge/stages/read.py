@@ -98,6 +98,7 @@ class Read:
             processes=progress.processes,
             progress=progress.counting(f"{self.name}: reading features", unit(loaded)),
             note=progress.note,
+            room=progress.room,
         )
         heads = head_facts(loaded.model, views)
         del loaded, views

@@ -80,4 +80,5 @@ def score(
         processes=progress.processes,
         progress=progress.counting(what, unit(model)),
         note=progress.note,
+        room=progress.room,
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from tmerge.calibration import Room
 from tmerge.processes import ALONE, Processes
 from tmerge.recipe import Recipe, Reconstruction
 
@@ -64,11 +65,13 @@ class Progress:
         stage: Its name.
         listener: Hears of it.
         processes: Those that do the stage together.
+        room: What batches fit, as the stage finds out.
     """
 
     stage: str
     listener: Listener
     processes: Processes = ALONE
+    room: Room = field(default_factory=Room)
 
     def step(self, what: str, done: int, total: int, unit: str, row: tuple[str, int, Tensor] | None = None) -> None:
         """Tell of a step; see `Step`."""

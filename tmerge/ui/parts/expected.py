@@ -14,6 +14,7 @@ from typing import Any
 from tmerge.errors import TmergeError
 from tmerge.preflight.check import check
 from tmerge.preflight.document import CheckDocument
+from tmerge.preflight.flavors import with_flavors
 from tmerge.recipe import Recipe
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import check_cards, empty_card, error_card
@@ -122,7 +123,7 @@ def _checked(app: AppContext, recipe: Recipe) -> Here:
 
 def _check(recipe: Recipe, settings: AppSettings) -> Here:
     """In the side process."""
-    checked = check(recipe)
+    checked = with_flavors(check(recipe), recipe)
     gpu = refused = None
     try:
         if settings.zero_gpu:

@@ -76,7 +76,7 @@ class Setting:
     def decides(self) -> bool:
         """Whether other settings' defaults hang on it."""
         section, _, name = self.key.partition(".")
-        return section in _SECTIONS and _SECTIONS[section].chooser == name
+        return self.key == "save.form" or section in _SECTIONS and _SECTIONS[section].chooser == name
 
     @property
     def description(self) -> str:
@@ -111,13 +111,12 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("fusion.density", "Entries that joining keeps"),
         Setting("fusion.ridge", "Ridge penalty of a fit"),
         Setting("fusion.ridges", "Penalties that auto tries"),
-        Setting("fusion.rank", "Rank of a fit"),
+        Setting("fusion.rank", "Rank of a change"),
         Setting("fusion.final_goal", "Goal of the last block"),
         Setting("fusion.keep", "Texts to stay the same on"),
         Setting("fusion.keep_texts", "How many of them"),
         Setting("fusion.keep_share", "Their share of a fit"),
         Setting("source_base", "Source before its fine-tuning"),
-        Setting("adapter", "LoRA of that source"),
         Setting("plan", "Plan of another run"),
     ),
     "Calibration": (
@@ -160,6 +159,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
             (("auto", "in memory where they fit"), ("resident", "in memory"), ("blocks", "block by block")),
         ),
         Setting("seed", "Seed"),
+        Setting("save.form", "Written as", (("merged", "a whole model"), ("adapter", "a LoRA of the target"))),
         Setting("save.max_shard_size", "Largest weights file"),
     ),
 }

@@ -24,6 +24,7 @@ __all__ = [
     "read_yaml",
     "recipe_of",
     "typed_value",
+    "with_adapter",
     "with_value",
     "write_yaml",
 ]
@@ -94,6 +95,23 @@ def with_value(draft: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]
     else:
         holder[name] = value
     return _follow(draft, changed, key) if key in _DECIDING else changed
+
+
+def with_adapter(draft: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The mapping with an adapter of the source, whose change is a task vector; or without one, and what came with it.
+
+    Args:
+        draft: The recipe.
+        name: Of the adapter; empty for none.
+    """
+    before = draft.get("adapter")
+    changed = with_value(draft, "adapter", name)
+    if not name and before and changed.get("source_base") in (None, changed.get("source")):
+        changed.pop("source_base", None)
+        return with_value(changed, "fusion.what", "weights")
+    if name and _value_of(draft, "fusion.what") != "task-vector":
+        return with_value(changed, "fusion.what", "task-vector")
+    return changed
 
 
 def _follow(before: Mapping[str, Any], changed: dict[str, Any], key: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from tmerge.errors import DatasetError
 __all__ = ["DatasetFacts", "HubSearch", "dataset_facts", "file_facts", "offered"]
 
 Choice = tuple[str, str]
+Kind = Literal["model", "adapter", "dataset"]
 
 # The HTTP library under the Hub's client has changed before: its error class is taken from where it is sure to be.
 _TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -48,14 +49,20 @@ class HubSearch:
     def __init__(self, private: bool) -> None:
         self._token = None if private else False
         self._typing: OrderedDict[str, object] = OrderedDict()
-        self._kept: OrderedDict[tuple[str, str], tuple[float, list[str]]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str, str], tuple[float, list[str]]] = OrderedDict()
         self._lock = threading.Lock()
         self._unreachable_until = 0.0
 
-    def find(self, kind: Literal["model", "dataset"], typed: str) -> tuple[list[str], str]:
-        """Repo ids, and one line where the Hub cannot be asked (empty where it can)."""
+    def find(self, kind: Kind, typed: str, base: str = "") -> tuple[list[str], str]:
+        """Repo ids, and one line where the Hub cannot be asked (empty where it can).
+
+        Args:
+            kind: Of the repos.
+            typed: By the visitor.
+            base: Of adapters: the model that they are of, where that is a repo.
+        """
         typed = typed.strip()[:80]
-        key, now = (kind, typed.lower()), time.monotonic()
+        key, now = (kind, typed.lower(), base), time.monotonic()
         with self._lock:
             if key in self._kept and now - self._kept[key][0] < _KEPT_SECONDS:
                 return self._kept[key][1], ""
@@ -64,7 +71,7 @@ class HubSearch:
         try:
             # Asked once and shortly: the client itself tries for half a minute before it says that there is no network.
             get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-            choices = self._search(kind, typed)
+            choices = self._search(kind, typed, base)
         except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, _TransportError, OSError):
             with self._lock:
                 self._unreachable_until = time.monotonic() + _PAUSE_SECONDS
@@ -88,16 +95,19 @@ class HubSearch:
         time.sleep(_SETTLED_SECONDS)
         return self._typing.get(page) is asked
 
-    def _search(self, kind: Literal["model", "dataset"], typed: str) -> list[str]:
+    def _search(self, kind: Kind, typed: str, base: str) -> list[str]:
         api = HfApi(token=self._token)
         if kind == "dataset":
             return [found.id for found in api.list_datasets(search=typed, sort="downloads", limit=_FOUND)]
         options: dict[str, Any] = {"pipeline_tag": "text-generation", "filter": "safetensors"}
+        if kind == "adapter":
+            # As the Hub tags what a card names as its base and as an adapter of it.
+            options = {"filter": f"base_model:adapter:{base}" if base else "peft"}
         return [found.id for found in api.list_models(search=typed, sort="downloads", limit=_FOUND, **options)]
 
 
 def offered(
-    search: HubSearch, kind: Literal["model", "dataset"], typed: str, before: Sequence[Choice]
+    search: HubSearch, kind: Kind, typed: str, before: Sequence[Choice], base: str = ""
 ) -> tuple[list[Choice], str] | None:
     """What a search field offers now: what matches, first, and what it has offered before.
 
@@ -109,7 +119,7 @@ def offered(
     """
     if len(typed.strip()) < _SHORTEST:
         return None
-    names, line = search.find(kind, typed)
+    names, line = search.find(kind, typed, base)
     choices: list[Choice] = [(name, name) for name in names]
     merged = [*choices, *(choice for choice in before if tuple(choice) not in choices)]
     return merged[: max(_OFFERED, len(before))], line

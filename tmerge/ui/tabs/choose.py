@@ -26,6 +26,7 @@ from tmerge.ui.parts.form import (
     holds_value,
     read_yaml,
     typed_value,
+    with_adapter,
     with_value,
     write_yaml,
 )
@@ -42,6 +43,7 @@ _log = logging.getLogger(__name__)
 
 _DEMO = [(f"{name} (built in)", f"{DEMO_PREFIX}{name}") for name in DEMO_MODELS]
 _HINT = "Type to search the Hub: user/name, or user/name@revision"
+_ADAPTER_HINT = "A LoRA: what it changes is carried, and of the source its base alone is read. Type to search"
 # Nobody else is kept waiting by one visitor's typing or checking; the answers come from elsewhere anyway.
 _LIGHT: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 16}
 
@@ -63,6 +65,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     with gr.Row(equal_height=False):
         target = _model_field("target", "Target: the model that is changed", begin)
         source = _model_field("source", "Source: the model that is read", begin)
+        adapter = _adapter_field(begin)
     with gr.Row(equal_height=False):
         preset = gr.Dropdown(
             preset_names(), value="demo", label="Preset", info="The paper's pairs and settings, or the built-in demo"
@@ -102,10 +105,11 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     build_job(app, good, upload)
 
     # Everything that a change of the recipe writes into.
-    written: list[Any] = [target, source, *texts.fields, *fields]
+    written: list[Any] = [target, source, adapter, *texts.fields, *fields]
 
     def fill(draft: Mapping[str, Any]) -> list[Any]:
-        return [str(draft.get("target") or ""), str(draft.get("source") or ""), *shown(draft), *form_values(draft)]
+        named = [str(draft.get(role) or "") for role in ("target", "source", "adapter")]
+        return [*named, *shown(draft), *form_values(draft)]
 
     def complaint(draft: Mapping[str, Any], uploaded: str | None) -> str:
         try:
@@ -124,13 +128,13 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
             return [gr.skip(), note(str(error), bad=True), *(gr.skip() for _ in written)]
         return [draft, complaint(draft, uploaded), *(fill(draft) if draft != before else (gr.skip() for _ in written))]
 
-    def writer(key: str, read: Callable[[Any], Any], *, decides: bool = False) -> Callable[..., list[Any]]:
+    def writer(change: Callable[[dict[str, Any], Any], dict[str, Any]], *, decides: bool = False) -> Any:
         """A field's change, written into the recipe, and into what the other fields show where it `decides` that."""
         others = len(fields) if decides else 0
 
         def write(value: Any, draft: dict[str, Any], uploaded: str | None) -> list[Any]:
             try:
-                changed = with_value(draft, key, read(value))
+                changed = change(draft, value)
             except TmergeError as error:
                 return [gr.skip(), gr.skip(), note(str(error), bad=True), *(gr.skip() for _ in range(others))]
             if changed == draft:
@@ -143,15 +147,24 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     state, into = [good, upload], [code, good, problem]
     # Or what is typed while the change before it is being written would be lost.
     for field, key in ((target, "target"), (source, "source")):
-        gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **_in_turn())
+        gr.on([field.input, field.select, field.blur], writer(_named(key)), [field, *state], into, **_in_turn())
         names = gr.State(_DEMO)
         field.key_up(_finder(search), names, [field, names], trigger_mode="multiple", **_quiet())
+    gr.on(
+        [adapter.input, adapter.select, adapter.blur],
+        writer(lambda draft, value: with_adapter(draft, _stripped(value)), decides=True),
+        [adapter, *state],
+        [*into, *fields],
+        **_in_turn(),
+    )
+    found = gr.State(list[Choice]())
+    adapter.key_up(_adapter_finder(search), [found, good], [adapter, found], trigger_mode="multiple", **_quiet())
     for setting, field in zip(SETTINGS, fields, strict=True):
         # Typed letters are heard at once, what came in by other ways when the field is left.
         heard = [field.input, field.blur] if isinstance(field, gr.Textbox) else [field.input]
         gr.on(
             heard,
-            writer(setting.key, _reader(setting), decides=setting.decides),
+            writer(_set(setting), decides=setting.decides),
             [field, *state],
             [*into, *fields] if setting.decides else into,
             **_in_turn(),
@@ -162,7 +175,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         (texts.split, "calibration.split"),
         (texts.column, "calibration.column"),
     ):
-        gr.on([field.input, field.select, field.blur], writer(key, _stripped), [field, *state], into, **_in_turn())
+        gr.on([field.input, field.select, field.blur], writer(_named(key)), [field, *state], into, **_in_turn())
     _wire_kinds(texts, upload, good, into, complaint)
 
     code.input(edited, [code, good, upload], [good, problem, *written], **_in_turn())
@@ -204,7 +217,8 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         **_quiet(),
     )
 
-    held: list[tuple[Any, Holds]] = [(target, _holds_model("target")), (source, _holds_model("source"))]
+    roles = {"target": target, "source": source, "adapter": adapter}
+    held: list[tuple[Any, Holds]] = [(field, _holds_model(role)) for role, field in roles.items()]
     held += [*holds_texts(texts), *zip(fields, map(_holds_setting, SETTINGS), strict=True)]
     wire_start(app, start, problem, good, upload, code, texts.file, held)
     app.load(lambda draft, uploaded: expected_cards(app, draft, uploaded), [good, upload], expected)
@@ -285,8 +299,12 @@ def _stripped(value: Any) -> str:
     return str(value or "").strip()
 
 
-def _reader(setting: Setting) -> Callable[[Any], Any]:
-    return lambda value: typed_value(setting, value)
+def _named(key: str) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
+    return lambda draft, value: with_value(draft, key, _stripped(value))
+
+
+def _set(setting: Setting) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
+    return lambda draft, value: with_value(draft, setting.key, typed_value(setting, value))
 
 
 def _holds_setting(setting: Setting) -> Holds:
@@ -306,6 +324,33 @@ def _finder(search: HubSearch) -> Callable[..., Any]:
         return [gr.Dropdown(choices=now[0], info=now[1] or _HINT), now[0]]
 
     return find
+
+
+def _adapter_finder(search: HubSearch) -> Callable[..., Any]:
+    """As `_finder`, among the adapters of the source that is named."""
+
+    def find(before: list[Choice], draft: dict[str, Any], event: gr.KeyUpData, request: gr.Request) -> list[Any]:
+        typed, base = str(event.input_value or ""), str(draft.get("source") or "").partition("@")[0]
+        of = "" if base.startswith(DEMO_PREFIX) or base.count("/") != 1 or Path(base).exists() else base
+        now = offered(search, "adapter", typed, before, of) if search.settled(request.session_hash, typed) else None
+        if now is None:
+            return [gr.skip(), gr.skip()]
+        return [gr.Dropdown(choices=now[0], info=now[1] or _ADAPTER_HINT), now[0]]
+
+    return find
+
+
+def _adapter_field(begin: Mapping[str, Any]) -> gr.Dropdown:
+    return gr.Dropdown(
+        [],
+        value=str(begin.get("adapter") or ""),
+        label="Adapter of the source, if it is what you want to carry",
+        info=_ADAPTER_HINT,
+        allow_custom_value=True,
+        filterable=True,
+        elem_id="adapter-model",
+        min_width=280,
+    )
 
 
 def _model_field(role: str, label: str, begin: Mapping[str, Any]) -> gr.Dropdown:

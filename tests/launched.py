@@ -1,0 +1,37 @@
+"""The command line in several processes, begun by `torchrun` as a user begins them."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+__all__ = ["begun", "kill_second"]
+
+ROOT = Path(__file__).parents[1]
+
+
+def begun(words, count=2):
+    """The processes of a run, begun: the launcher."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return subprocess.Popen(
+        [*launcher, "-m", "tmerge", *words],
+        cwd=ROOT,
+        env=os.environ | quiet,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kill_second(launcher):
+    """End the process of rank 1 with no word."""
+    second = next(
+        child
+        for child in psutil.Process(launcher.pid).children(recursive=True)
+        if child.environ().get("RANK") == "1" and "-m" in child.cmdline()
+    )
+    second.send_signal(signal.SIGKILL)
