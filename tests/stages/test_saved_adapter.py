@@ -108,6 +108,22 @@ def test_of_a_source_that_was_trained_whole_at_the_rank_that_is_said(models, tmp
     )
 
 
+def test_an_adapter_is_reconstructed_at_a_rank_and_its_plan_serves_the_next(models, tmp_path):
+    fusion = {"what": "reconstruct", "alpha": 1.0, "rank": 3, "ridge": 0.1}
+    few = {"texts": 8, "controls": ["shrink", "source_base"]}
+    report = merge(carried(models, fusion=fusion, evaluation=few), tmp_path / "lora")
+    # Beside it the control: what its base alone does.
+    assert set(report.evaluation.controls) == {"shrink", "source_base"}
+    assert (report.adapter, report.source.adapter.rank) == (str(models / "lora"), 4)
+    assert report.saved_adapter.rank == 3 and set(report.projections.fused) >= {"k", "o", "up"}
+    own = AutoModelForCausalLM.from_pretrained(models / "target", dtype=torch.float32)
+    assert not torch.equal(logits(by_peft(models / "target", tmp_path / "lora")), logits(own))
+    # The base was matched, and so its plan is of the base.
+    again = merge(carried(models, plan=str(tmp_path / "lora")), tmp_path / "carried")
+    direct = merge(carried(models), tmp_path / "direct")
+    assert again.evaluation.fused.value == pytest.approx(direct.evaluation.fused.value, abs=1e-3)
+
+
 def _no_stream(kind):
     return {"stream": False} if kind == "task-vector" else {}
 
@@ -155,6 +171,10 @@ def test_what_cannot_be_an_adapter(models, tmp_path):
         load_recipe("demo", {"save.form": "adapter"})
     with pytest.raises(RecipeError, match="set fusion.rank, such as 16"):
         Recipe.from_mapping(recipe_for(models).model_dump(exclude={"fusion"}) | _form({"what": "task-vector"}))
+    with pytest.raises(RecipeError, match="set fusion.rank, such as 16"):
+        carried(models, fusion={"what": "reconstruct", "alpha": 1.0})
+    with pytest.raises(RecipeError, match="what its base does with it is reconstructed"):
+        carried(models, fusion={"what": "weights"}, save={"form": "merged"})
     with pytest.raises(RecipeError, match="set fusion.stream: false"):
         Recipe.from_mapping(
             recipe_for(models).model_dump(exclude={"fusion"}) | _form({"what": "task-vector", "stream": True})

@@ -1,7 +1,6 @@
 """The paper's comparisons for a user's own pair, at equal budget: `tmerge compare`.
 
 One merge is run; then every row is a model that is scored on the same held-out texts:
-
 * without training: base, fused, the controls, the source, and fused, shrink and noise over alpha (Figure 5);
 * trained on the texts that the merge read, all in the same order and for the same steps: sft and distill of the base,
   and of the fused model with its transported residual frozen; each for every seed; and sft of the base for as long as

@@ -48,7 +48,7 @@ from tmerge.preflight.relatives import Relative, Relatives
 from tmerge.preflight.saved_adapter import refuse_no_adapter
 from tmerge.processes import on_this_machine
 from tmerge.quantities import bytes_words
-from tmerge.recipe import Recipe
+from tmerge.recipe import Recipe, TaskVector
 
 __all__ = ["TOKENS_PER_TEXT", "Check", "Estimate", "check", "refuse_unfit"]
 
@@ -150,7 +150,7 @@ def check(recipe: Recipe, models: Models | None = None) -> Check:
         )
     notes: list[str] = []
     left_out: tuple[str, ...] = ()
-    if recipe.adapter is not None and source.adapter is not None:
+    if recipe.adapter is not None and source.adapter is not None and isinstance(recipe.fusion, TaskVector):
         learned = Learned.of(source.adapter.parameters, source_layout, projections, stream=recipe.fusion.carries_stream)
         projections, left_out = learned.projections, learned.left_out
         skipped |= dict.fromkeys(learned.untouched, f"the adapter {recipe.adapter} leaves it as it is")

@@ -49,7 +49,8 @@ class Recipe(Section):
     adapter: str | None = Field(
         None,
         description="a LoRA, PEFT repo or folder: what it changes of source_base is carried, and that model alone is "
-        "read for the matching; source is the two together, and need not be named",
+        "read for the matching (with fusion.what: reconstruct, what the two together do is fitted to); source is the "
+        "two together, and need not be named",
     )
     sources: tuple[JoinedSource, ...] = Field(
         (),
@@ -110,7 +111,8 @@ class Recipe(Section):
             raise ValueError("evaluation.controls has source_base, which needs that model: set source_base")
         if learned and self.source_base is None:
             raise ValueError("fusion.what is task-vector, which needs source_base: the source before its fine-tuning")
-        if not learned and "source_base" not in fitted_controls and self.source_base is not None:
+        unread = not learned and "source_base" not in fitted_controls and self.adapter is None
+        if unread and self.source_base is not None:
             raise ValueError(
                 "source_base is only read when fusion.what is task-vector, or for a reconstruction's control of that "
                 "name; set fusion.what, or drop source_base"
@@ -134,10 +136,11 @@ class Recipe(Section):
     def _adapter_has_a_base(self) -> None:
         if self.adapter is None:
             return
-        if not isinstance(self.fusion, TaskVector):
+        if isinstance(self.fusion, Weights):
             raise ValueError(
-                f"fusion.what is {self.fusion.what}, and an adapter is carried as a task-vector; drop fusion.what, or "
-                "drop adapter and name it as the source, which is its base and it together"
+                "fusion.what is weights, and of an adapter its change is carried (task-vector), or what its base does "
+                "with it is reconstructed (reconstruct); drop fusion.what, or drop adapter and name it as the source, "
+                "which is its base and it together"
             )
         if self.source != self.source_base:
             raise ValueError(
@@ -164,7 +167,7 @@ class Recipe(Section):
                 f"save.form is adapter, and fusion.join: {fusion.join} keeps single entries, which have no low rank; "
                 "set fusion.join: sum, or save.form: merged"
             )
-        if fusion.rank is None and self.adapter is None:
+        if fusion.rank is None and (self.adapter is None or isinstance(fusion, Reconstruction)):
             raise ValueError(
                 "save.form is adapter, and what is changed has as high a rank as it comes to; set fusion.rank, such as "
                 "16, or save.form: merged"

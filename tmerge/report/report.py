@@ -192,7 +192,7 @@ class Report(Part):
 
     Attributes:
         source_base_model: Of a task vector; older reports have its reference alone.
-        adapter: The adapter whose changes were carried, of the source; None where its weights were.
+        adapter: That was named beside the source's base, which alone was matched; None where the source was.
         sources: Several that were carried and joined; then `source` is the base of all, as `source_base_model`.
         weights: File -> SHA-256 (hex).
         saved_adapter: What the folder holds is a LoRA of the target; None where it is a whole checkpoint.

@@ -173,8 +173,8 @@ class _Road:
         neurons = carried.neurons
         fused: Finished[FuseNote]
         if isinstance(recipe.fusion, Reconstruction):
-            three = models.target, models.source, models.source_base
-            fused = runner(Reconstruct(recipe, *three, texts, kept, features, solved.key, recorded, run, neurons))
+            four = models.target, models.source, models.source_base, models.matched
+            fused = runner(Reconstruct(recipe, *four, texts, kept, features, solved.key, recorded, run, neurons))
         else:
             two = models.target, carried.sources, models.matched
             fused = runner(Fuse(recipe, *two, features, solved.key, recorded, run, neurons))

@@ -46,6 +46,7 @@ class Reconstruct:
         target: Is changed block by block, and let go.
         source: Read beside it, and let go.
         source_base: Likewise, for the control ``source_base``.
+        matched: That the neurons were matched with: the source, or of one with an adapter its base.
         texts: Whose calibration texts are fitted on.
         kept: Whose calibration texts the target goes on doing on what it does; None without any.
         features: What the transport was solved from.
@@ -59,6 +60,7 @@ class Reconstruct:
     target: Model
     source: Model
     source_base: Model | None
+    matched: Model
     texts: TextSet
     kept: TextSet | None
     features: Features
@@ -225,7 +227,7 @@ class Reconstruct:
                 views = [self.target.layout.layers[layer][name] for layer in layer_map.target_layers]
                 width = views[0].in_features if name in COLUMN_PROJECTIONS else views[0].out_features
                 tensors[f"neurons.{name}"] = torch.arange(width, dtype=torch.int32).expand(len(views), width)
-            commits = self.target.commit, self.source.commit
+            commits = self.target.commit, self.matched.commit
             record_of(self.recipe, transport, self.features, commits, tensors).save(self.run.transport_path)
 
 
