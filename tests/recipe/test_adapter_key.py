@@ -22,6 +22,13 @@ def test_its_base_is_named_once_or_twice(named):
     assert Recipe.from_mapping(recipe.model_dump(mode="json")) == recipe
 
 
+def test_a_reconstruction_with_it_is_held_against_its_base():
+    recipe = Recipe.from_mapping({"target": SMALL, "source": BIG, "adapter": LORA, "fusion": {"what": "reconstruct"}})
+    assert recipe.source_base == BIG and "source_base" in recipe.evaluation.controls
+    without = recipe.model_dump(mode="json") | {"evaluation": {"controls": []}}
+    assert Recipe.from_mapping(without).source_base == BIG
+
+
 @pytest.mark.parametrize("base", ["source", "source_base"])
 def test_on_the_command_line_it_takes_the_place_of_a_recipes_source(base, tmp_path):
     path = tmp_path / "recipe.yaml"
@@ -35,11 +42,7 @@ def test_on_the_command_line_it_takes_the_place_of_a_recipes_source(base, tmp_pa
     [
         ({}, ["'source' is missing"]),
         ({"source": "b/tuned", "source_base": BIG}, ["source is b/tuned and source_base b/big", "drop source"]),
-        ({"source": BIG, "fusion": {"what": "weights"}}, ["fusion.what is weights", "carried as a task-vector"]),
-        (
-            {"source": BIG, "fusion": {"what": "reconstruct"}, "transport": {"structure": "shared"}},
-            ["fusion.what is reconstruct", "name it as the source"],
-        ),
+        ({"source": BIG, "fusion": {"what": "weights"}}, ["fusion.what is weights", "its change is carried"]),
         ({"source": BIG, "compare": {"sources": ["b/other"]}}, ["compare.sources", "adapter is of one source"]),
     ],
 )
