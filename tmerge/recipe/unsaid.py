@@ -59,7 +59,7 @@ def with_unsaid(data: Mapping[str, Any]) -> dict[str, Any]:
     kind = _KINDS.get(what, Weights) if isinstance(what, str) else Weights
     for name, values in kind.beside.items():
         filled[name] = _with(values, data.get(name))
-    if kind is Reconstruction and data.get("source_base") is not None:
+    if kind is Reconstruction and filled.get("source_base") is not None:
         filled["evaluation"] = _with(
             {"controls": ["shrink", "noise", "permuted", "source_base"]}, data.get("evaluation")
         )
