@@ -1,10 +1,12 @@
 """A LoRA of a large relative carried into a smaller one, against rivals and against training; on held-out texts.
 
     python -m tests.bench.adapters --pair FOLDER [--steps 63] [--then 40] [--texts english_train] [--only NAME ...]
+    python -m tests.bench.adapters --pair FOLDER --language javanese
 
 FOLDER is what ``tests.bench.relatives`` wrote; of its source nothing is read. A LoRA of rank 16 on all projections of
 the base is trained on FOLDER/train.jsonl and kept in FOLDER/adapters. Each row is one JSON line, kept in
-FOLDER/adapters/rows.jsonl; a row that is there is not measured again:
+FOLDER/adapters/rows.jsonl; a row that is there is not measured again. With a language it is trained and scored on
+NusaX's texts in that, in FOLDER/adapters-LANGUAGE:
 
     found, truth      carried through the correspondence that was found, and through the true one
     cross-lora        Cross-LoRA (arXiv 2508.05232): U_t U_s^T (B A) V_s V_t^T with the leading singular vectors of both
@@ -36,6 +38,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from tests.bench.pair import ALL, Pair
+from tests.bench.relatives import DATA, split
 from tmerge.evaluation import applied, difference, resamples, score_texts
 from tmerge.fusion import COLUMN_PROJECTIONS, TransportedNeurons, changed_together, module_change
 from tmerge.models import LoadedModel, load_model, save_adapter
@@ -81,16 +84,23 @@ def texts_of(folder: Path) -> list[str]:
     return [json.loads(line)["text"] for line in lines if line.strip()]
 
 
-def adapter_of(pair: Path, steps: int, seed: int) -> Path:
+def adapter_of(pair: Path, steps: int, seed: int, language: str | None, data: Path) -> Path:
     """FOLDER/adapters with the pair's own files, in which the source is the base with the LoRA."""
-    folder = pair / "adapters"
+    folder = pair / ("adapters" if language is None else f"adapters-{language}")
+    if language is not None:
+        folder.mkdir(exist_ok=True)
+        lines = (data / "nusax_valid.jsonl").read_text(encoding="utf-8").split("\n")
+        sides = split([json.loads(line)[language].strip() for line in lines if line.strip()])
+        for name, texts in zip(("train", "held_out"), sides, strict=True):
+            written = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+            (folder / f"{name}.jsonl").write_text(written, encoding="utf-8")
     if not (folder / "source/adapter_model.safetensors").is_file():
         folder.mkdir(exist_ok=True)
         for name in ("base", "target", *(path.name for path in pair.glob("*.json*"))):
             if not (folder / name).exists():
                 (folder / name).symlink_to((pair / name).resolve())
         base = load_model(str(pair / "base"), dtype="float32")
-        peft_model = trained(base, texts_of(pair), steps, seed)
+        peft_model = trained(base, texts_of(folder), steps, seed)
         peft_model.peft_config["default"].base_model_name_or_path = str((pair / "base").resolve())
         peft_model.save_pretrained(folder / "source")
         (folder / "source/README.md").unlink(missing_ok=True)
@@ -214,11 +224,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=63, help="of the base's LoRA, and of one of the target")
     parser.add_argument("--then", type=int, default=40, help="steps on top of what was carried, and from nothing")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--language", help="of NusaX, in place of the pair's own")
+    parser.add_argument("--data", type=Path, default=DATA, help="the folder of shared texts")
     parser.add_argument("--texts", default="english_train", help="what the neurons are matched on")
     parser.add_argument("--only", nargs="*", default=[], help="rows whose names begin so")
     given = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
-    folder = adapter_of(given.pair, given.steps, given.seed)
+    folder = adapter_of(given.pair, given.steps, given.seed, given.language, given.data)
     pair = Pair(folder, 2000, given.texts)
     texts = {"held_out": pair.held_out, "english": pair.english}
     counts = {name: resamples(len(of), 2000, 0) for name, of in texts.items()}
