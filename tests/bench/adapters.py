@@ -227,11 +227,12 @@ def main() -> None:
     parser.add_argument("--language", help="of NusaX, in place of the pair's own")
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of shared texts")
     parser.add_argument("--texts", default="english_train", help="what the neurons are matched on")
+    parser.add_argument("--rows", type=int, default=2000, help="token rows that they are matched on")
     parser.add_argument("--only", nargs="*", default=[], help="rows whose names begin so")
     given = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     folder = adapter_of(given.pair, given.steps, given.seed, given.language, given.data)
-    pair = Pair(folder, 2000, given.texts)
+    pair = Pair(folder, given.rows, given.texts)
     texts = {"held_out": pair.held_out, "english": pair.english}
     counts = {name: resamples(len(of), 2000, 0) for name, of in texts.items()}
     base = {name: score_texts(pair.models["target"], of) for name, of in texts.items()}
