@@ -70,6 +70,7 @@ def test_a_carried_adapter_keeps_its_rank_and_is_the_merged_model(models, tmp_pa
     assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
     stored = load_file(tmp_path / "lora/adapter_model.safetensors")
     assert (report.saved_adapter.rank, report.saved_adapter.modules) == (4, 6) and merged.saved_adapter is None
+    assert report.transport.in_place is None  # of other shapes there is no same number
     assert report.saved_adapter.parameters == sum(tensor.numel() for tensor in stored.values())
     assert not (tmp_path / "lora/config.json").exists() and not (tmp_path / "lora/model.safetensors").exists()
     # What is written is read wherever a model is named.
@@ -146,6 +147,9 @@ def test_biases_transposed_and_fused_modules(family, tmp_path):
     # q, k and v of one module have its three ranks together.
     assert report.saved_adapter.rank == (3 if family == "qwen2" else 9)
     assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["fan_in_fan_out"] == (family == "gpt2")
+    # Source and target are of one shape and order: that what is carried is a copy is found, and said.
+    assert report.transport.in_place == 1
+    assert any("every neuron is matched with the source's of the same number" in note for note in report.notes)
 
 
 def test_nothing_chosen_is_an_adapter_that_changes_nothing(models, tmp_path):

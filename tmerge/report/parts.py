@@ -255,6 +255,8 @@ class Transport(Part):
         seconds: Of the stage.
         eta: Of the layer plans; it, `layer_cost` and `layer_marginals` are None of a shared structure.
         eta_used: Feature key -> eta of its layer plan.
+        in_place: Share of the target's neurons that are matched with the source's of the same number, where both models
+            are of one shape; None elsewhere.
         relatedness: None where it cannot be asked.
     """
 
@@ -275,6 +277,7 @@ class Transport(Part):
     signed: bool = False
     map: str = "plan"
     relatedness: Relatedness | None = None
+    in_place: float | None = None
 
 
 class Projections(Part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -17,6 +18,7 @@ __all__ = [
     "alpha_words",
     "change_words",
     "how_words",
+    "in_place_words",
     "interval_words",
     "kept_words",
     "next_words",
@@ -65,6 +67,15 @@ def relatedness_words(measured: Relatedness) -> str:
         f"{numbers}: two halves of the calibration set do not agree on which neuron is which, so these models share "
         "no correspondence that weights could be carried by; train or distil instead (tmerge adapt)"
     )
+
+
+def in_place_words(share: float | None) -> str | None:
+    """That nothing was to be put in another order, where that is so."""
+    if share is None or share < _CLEAR:
+        return None
+    counted = "every neuron is" if share == 1 else f"{math.floor(1000 * share) / 10:.1f} % of the neurons are"
+    carried = "the plain copy" if share == 1 else "nearly the plain copy"
+    return f"{counted} matched with the source's of the same number: what is carried is {carried}"
 
 
 def solved_words(solved: Transport) -> str:

@@ -99,7 +99,7 @@ class SolveTransport:
         """Solve, and tell the relatedness before anything is fused."""
         if self.recorded is not None:
             solved = self.recorded.report.transport.to_dict()
-            names = ("problems", "iterations", "worst_marginal_violation", "converged", "relatedness")
+            names = ("problems", "iterations", "worst_marginal_violation", "converged", "in_place", "relatedness")
             return TransportNote.model_validate({name: solved.get(name) for name in names})
         with memory_errors("transport", self.device):
             transport = self._solve(progress)

@@ -63,6 +63,13 @@ class Correspondence:
         plan = self.dense().abs()
         return torch.where(plan.amax(1) > 0, plan.argmax(1), -1)
 
+    @property
+    def in_place(self) -> int:
+        """How many target neurons have the source neuron of the same number as their strongest."""
+        largest = torch.zeros(self.shape[0]).scatter_reduce(0, self.rows, self.values.abs(), "amax")
+        is_strongest = self.values.abs() == largest[self.rows]
+        return int((is_strongest & (self.rows == self.columns)).sum())
+
     @classmethod
     def of(cls, plan: Tensor, iterations: int = 0, marginal_error: float = 0.0) -> Correspondence:
         """From a dense plan (n, n')."""

@@ -113,6 +113,8 @@ class Problems:
         max_iterations: Of any.
         worst_marginal_violation: The largest relative one.
         converged: How many met their marginals.
+        in_place: Share of the target's neurons that are matched with the source's of the same number, where one
+            correspondence of models of one shape was solved; else None.
     """
 
     problems: int
@@ -120,14 +122,16 @@ class Problems:
     max_iterations: int
     worst_marginal_violation: float
     converged: int
+    in_place: float | None = None
 
-    def to_dict(self) -> dict[str, int | float | dict[str, int]]:
+    def to_dict(self) -> dict[str, int | float | dict[str, int] | None]:
         """As the report holds it."""
         return {
             "problems": self.problems,
             "iterations": {"median": self.median_iterations, "max": self.max_iterations},
             "worst_marginal_violation": self.worst_marginal_violation,
             "converged": self.converged,
+            "in_place": self.in_place,
         }
 
 

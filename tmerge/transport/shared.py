@@ -181,4 +181,5 @@ def _problems(structure: Structure, tolerance: float) -> Problems:
         max(sweeps),
         max(correspondence.marginal_error for correspondence in correspondences),
         sum(correspondence.marginal_error <= tolerance for correspondence in correspondences),
+        structure.in_place,
     )

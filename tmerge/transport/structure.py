@@ -60,6 +60,21 @@ class Structure:
         return self.stream if key in STREAM_KEYS else self.inner[layer, key]
 
     @property
+    def in_place(self) -> float | None:
+        """The share of the target's neurons that are matched with the source's of the same number.
+
+        None where the two models are not of one shape, or their layers not paired one by one.
+        """
+        shapes = {correspondence.shape for correspondence in self.problems}
+        others = {layer for _, sources in self.layers.values() for layer in sources}
+        if any(own != other for own, other in shapes) or others != self.pairs.keys():
+            return None
+        if any(layer != source for layer, source in self.pairs.items()):
+            return None
+        neurons = sum(correspondence.shape[0] for correspondence in self.problems)
+        return sum(correspondence.in_place for correspondence in self.problems) / neurons
+
+    @property
     def problems(self) -> list[Correspondence]:
         """All of them, the stream's once."""
         return [self.stream, *self.inner.values()]
