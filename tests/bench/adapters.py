@@ -41,6 +41,7 @@ from tests.bench.pair import ALL, Pair
 from tests.bench.relatives import DATA, split
 from tmerge.evaluation import applied, difference, resamples, score_texts
 from tmerge.fusion import COLUMN_PROJECTIONS, TransportedNeurons, changed_together, module_change
+from tmerge.fusion.low_rank import of_rank
 from tmerge.models import LoadedModel, load_model, save_adapter
 from tmerge.recipe import Shared, TaskVector
 
@@ -192,7 +193,9 @@ def rows_of(
 
     def saved() -> Path:
         folder, layers = pair.folder / "carried", pair.layouts["target"].layers
-        changes = (module_change(layers, items, 1.0) for items in changed_together(layers, found()))
+        # Source less base is rounded, so that its rank is all.
+        carried = [replace(item, weight=of_rank(item.weight, RANK)) for item in found()]
+        changes = (module_change(layers, items, 1.0) for items in changed_together(layers, carried))
         save_adapter(folder, changes, target.model, target.reference, target.commit)
         return folder
 
