@@ -122,7 +122,8 @@ def test_a_sweep_is_resumed_and_gives_the_same_bytes(finished, tmp_path):
         (["fusion.projections=[q, gate]"], "holds no gate, only q, k, v, o"),
         (["transport.epsilon=0.2"], "another transport"),
         (["seed=3"], "another seed"),
-        (["calibration.texts=50"], "not those that the plan"),
+        (["calibration.held_out=0.6"], "are among those that the plan"),
+        (["calibration.rows=last"], "calibration.rows is last"),
         (["fusion.alpha=auto"], "give alpha a number"),
     ],
 )

@@ -201,7 +201,8 @@ ALONE = Processes()
 
 def are_several() -> bool:
     """Whether this process was begun as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    said = os.environ.get("WORLD_SIZE", "")
+    return said.isdecimal() and int(said) > 1
 
 
 def on_this_machine() -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from tmerge.calibration import TextSet, text_digest
 from tmerge.errors import CheckpointError, ModelNotFoundError, PlanError, RunNotFoundError
 from tmerge.models import ModelReference, Snapshot, fetch, file_digest, open_repo
 from tmerge.recipe import Recipe
@@ -167,6 +168,14 @@ class RecordedRun:
                 f"the plan of {self.found.reference} was made with another {' and '.join(other)}; only fusion, "
                 "evaluation and save can change with --plan: leave the rest as it is there"
             )
+        own = recipe.calibration
+        for key in ("rows", "token_rows", "match_on"):
+            asked, there = (str(getattr(of, key)).partition("@")[0] for of in (own, self.recipe.calibration))
+            if asked != there:
+                raise PlanError(
+                    f"calibration.{key} is {asked}, and the plan of {self.found.reference} was matched with {there}; "
+                    "nothing is matched with --plan: leave it as it is there"
+                )
         chosen = recipe.fusion.chosen
         if chosen and not self.recipe.fusion.chosen and not self.matched_on_others:
             names = " and ".join(key.partition(".")[2] for key in chosen)
@@ -181,25 +190,28 @@ class RecordedRun:
         """Whether its neurons were matched on another dataset's texts than those that it scores and chooses on."""
         return self.report.calibration.other > 0
 
-    def refuse_other_texts(self, dataset: str, sha256: str) -> None:
-        """Refuse texts other than the run's, whose held-out ones it might have read.
-
-        Where it has matched on another dataset, it has read nothing of any but that.
+    def refuse_other_texts(self, texts: TextSet) -> None:
+        """Refuse texts whose held-out ones, or those to choose on, the run has matched neurons on.
 
         Args:
-            dataset: As the recipe names it.
-            sha256: Of the texts.
+            texts: Those of this run.
 
         Raises:
-            PlanError: They differ, and the transport was solved from texts of that dataset.
+            PlanError: It has; or its record does not say on which, and they are not the run's own.
         """
-        read = self.report.calibration
-        matched_on = str(read.other_dataset if self.matched_on_others else read.dataset)
-        if self.matched_on_others and dataset.partition("@")[0] != matched_on.partition("@")[0]:
-            return
-        if sha256 != read.sha256:
+        read, dataset, sha256 = self.report.calibration, texts.dataset, texts.sha256
+        matched = self.record.facts.get("matched_on")
+        if sha256 != read.sha256 and isinstance(matched, list):
+            away = (*texts.held_out, *texts.choosing)
+            both = len(set(matched).intersection(map(text_digest, away)))
+            if both:
+                raise PlanError(
+                    f"{both} of the {len(away)} texts of {dataset} that are scored or chosen on are among those that "
+                    f"the plan of {self.found.reference} was matched on; give other texts"
+                )
+        elif sha256 != read.sha256:
             raise PlanError(
-                f"the texts of {dataset.partition('@')[0]} are not those that the plan of "
+                f"the texts of {dataset} are not those that the plan of "
                 f"{self.found.reference} was made from, which may have read what is held out here; leave the "
                 "calibration section as it is there, at the dataset's same commit"
             )

@@ -40,6 +40,12 @@ words = ["--adapter", "user/two", "--dataset", "samples:malay", *small]
 case("other", "merge", "--plan", "user/plan", *words, "--out", "other", "--json")
 case("direct", "merge", *pair, *words, "--out", "direct", "--json")
 case("matched on", "merge", "--plan", "user/plan", "--dataset", "samples:english", "--out", "refused")
+from tmerge.calibration import sample_texts
+with open("copied.txt", "w") as file:
+    file.write("\\n".join(" ".join(text.split()) for text in sample_texts("english")))
+case("copied", "merge", "--plan", "user/plan", "--dataset", "copied.txt", *small, "--out", "copied")
+case("other rows", "merge", "--plan", "user/plan", "--dataset", "samples:malay", "--set", "calibration.rows=last",
+     "--out", "rows")
 case("again", "push", "other", "--repo", "user/plan-again", "--plan-only")
 case("twice", "merge", "--plan", "user/plan-again", "--adapter", "user/one", "--dataset", "samples:thai",
      *small, "--out", "twice", "--json")
@@ -118,7 +124,9 @@ def test_the_plan_alone_holds_no_model_and_serves_other_adapters_and_texts(hub, 
     assert files.keys() == planned["files"].keys() | {".gitattributes"}
     assert not [name for name in files if name.endswith(".safetensors") and not name.startswith("tmerge/")]
     card = files["README.md"].decode()
-    assert "tmerge merge --plan user/plan --adapter user/lora --dataset texts.txt" in card
+    assert (
+        "tmerge merge --plan user/plan --source-base user/big --adapter user/lora --set fusion.projections=[q" in card
+    )
     assert "holds that correspondence and no model" in card and "transport-plan" in card
     other, direct = printed(results, "other"), printed(results, "direct")
     assert other["evaluation"]["fused"]["value"] == pytest.approx(direct["evaluation"]["fused"]["value"], abs=1e-3)
@@ -138,7 +146,9 @@ def test_a_carried_adapter_is_reproduced_to_the_bit(results):
     ("name", "words"),
     [
         ("over a model", "holds a model, which a plan alone would take away"),
-        ("matched on", "the texts of samples:english are not those that the plan of user/plan was made from"),
+        ("matched on", "are among those that the plan of user/plan was matched on"),
+        ("copied", "are among those that the plan of user/plan was matched on"),
+        ("other rows", "calibration.rows is last, and the plan of user/plan was matched with tokens"),
         ("reproduce a plan", "holds no weights that a reproduction could be held against"),
     ],
 )

@@ -11,7 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.pico import pico_model
+from tests.models.pico_gguf import save_pico_gguf
+from tests.pico import pico_model, save_pico
 from tests.pico_adapter import save_adapter
 from tests.stages.test_task_vector import _deeper, _shaken, recipe_for, save_all
 from tests.test_cli import run  # noqa: F401 - a fixture
@@ -157,6 +158,47 @@ def test_nothing_chosen_is_an_adapter_that_changes_nothing(models, tmp_path):
     assert (report.saved_adapter.rank, report.evaluation.difference.value) == (1, 0.0)
     own = AutoModelForCausalLM.from_pretrained(models / "target", dtype=torch.float32)
     assert torch.equal(logits(by_peft(models / "target", tmp_path / "lora")), logits(own))
+
+
+def test_of_several_sources_none_of_which_is_carried(models, tmp_path):
+    both = [{"adapter": str(models / "lora")}, {"source": str(models / "source")}]
+    more = {"source": None, "adapter": None, "sources": both, "fusion": {"alpha": 0.0, "rank": 4}}
+    data = carried(models).model_dump(mode="json") | {"evaluation": {"texts": 8, "descent": 4}}
+    report = merge(Recipe.from_mapping(data | more), tmp_path / "lora")
+    assert (report.saved_adapter.rank, report.evaluation.difference.value, report.evaluation.descent) == (1, 0.0, None)
+    own = AutoModelForCausalLM.from_pretrained(models / "target", dtype=torch.float32)
+    assert torch.equal(logits(by_peft(models / "target", tmp_path / "lora")), logits(own))
+
+
+def test_a_rank_that_is_nearly_all(models, tmp_path):
+    # k and v have 32 outputs.
+    data = recipe_for(models).model_dump(mode="json", exclude={"fusion", "save"})
+    recipe = Recipe.from_mapping(data | _form({"what": "task-vector", "alpha": 1.0, "rank": 27}))
+    report = merge(recipe, tmp_path / "lora")
+    assert report.saved_adapter.rank == 27
+
+
+def test_a_target_with_experts(models, tmp_path):
+    save_pico("qwen3_moe", tmp_path / "moe", decoder_sparse_step=2)
+    with pytest.raises(UnsupportedModelError, match=r"the target has experts .* to some of q, k, v and o"):
+        check(carried(models, target=str(tmp_path / "moe")))
+    fusion = {"alpha": 1.0, "projections": ["q", "v"]}
+    report = merge(carried(models, target=str(tmp_path / "moe"), fusion=fusion), tmp_path / "lora")
+    assert report.saved_adapter.modules == 4
+    merge(carried(models, target=str(tmp_path / "moe"), fusion=fusion, save={"form": "merged"}), tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    adapter = by_peft(tmp_path / "moe", tmp_path / "lora")
+    torch.testing.assert_close(logits(adapter), logits(whole), rtol=1e-4, atol=1e-4)
+
+
+def test_a_packed_target(models, tmp_path):
+    packed = save_pico_gguf(tmp_path / "target.gguf", seed=0)
+    report = merge(carried(models, target=str(packed), dtype="float32"), tmp_path / "lora")
+    assert any("PEFT loads it" in note for note in report.notes)
+    assert 'from_pretrained(FOLDER, gguf_file="target.gguf")' in (tmp_path / "lora/README.md").read_text()
+    own = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="target.gguf", dtype=torch.float32)
+    before = logits(own)
+    assert not torch.equal(logits(PeftModel.from_pretrained(own, tmp_path / "lora")), before)
 
 
 def test_card_and_push(models, tmp_path):

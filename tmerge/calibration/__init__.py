@@ -9,7 +9,7 @@ from tmerge.calibration.identity import DatasetRecord, dataset_identity, file_id
 from tmerge.calibration.positions import common_ends, token_positions
 from tmerge.calibration.room import Room
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_language_code, sample_languages, sample_texts
-from tmerge.calibration.texts import TextSet, is_held_out, normalise, of_another, other_texts, read_texts
+from tmerge.calibration.texts import TextSet, is_held_out, normalise, of_another, other_texts, read_texts, text_digest
 
 __all__ = [
     "SAMPLES_PREFIX",
@@ -38,4 +38,5 @@ __all__ = [
     "sample_texts",
     "token_limit",
     "token_positions",
+    "text_digest",
 ]

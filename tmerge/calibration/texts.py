@@ -23,7 +23,16 @@ from tmerge.store import write_text
 
 AnyRow = TypeVar("AnyRow", bound=dict[str, Any])
 
-__all__ = ["MINIMUM_CALIBRATION", "MINIMUM_HELD_OUT", "TextSet", "is_held_out", "normalise", "of_another", "read_texts"]
+__all__ = [
+    "MINIMUM_CALIBRATION",
+    "MINIMUM_HELD_OUT",
+    "TextSet",
+    "is_held_out",
+    "normalise",
+    "of_another",
+    "read_texts",
+    "text_digest",
+]
 
 MINIMUM_CALIBRATION = 16
 """Fewest calibration texts: a correlation over less says nothing."""
@@ -136,6 +145,11 @@ def normalise(text: str) -> str:
     Only for comparing; the models read the text as it was written.
     """
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def text_digest(text: str) -> str:
+    """By which a text is known again, without being told: of SHA-256 (hex) of how it is compared, the first 16."""
+    return hashlib.sha256(normalise(text).encode()).hexdigest()[:16]
 
 
 def is_held_out(text: str, seed: int, share: float) -> bool:

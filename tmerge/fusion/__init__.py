@@ -19,7 +19,7 @@ from tmerge.fusion.merge import (
     read_neurons,
     transport_neurons,
 )
-from tmerge.fusion.module_change import changed_together, module_change
+from tmerge.fusion.module_change import changed_together, module_change, unchanged_modules
 from tmerge.fusion.passage import Passage
 from tmerge.fusion.projection import score_factor
 from tmerge.fusion.reconstruct import reconstruct
@@ -60,5 +60,6 @@ __all__ = [
     "select_neurons",
     "transport_neurons",
     "trimmed",
+    "unchanged_modules",
     "unit_factors",
 ]

@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmerge.errors import FusionError
-
 __all__ = ["factors", "of_rank"]
 
 # Directions beside those asked for, and steps: until what is found of the matrix grows by less than so much of it.
@@ -46,23 +44,20 @@ def factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         (n, r) and (r, m), float32, with orthonormal rows in the second, of the least r whose product is the matrix to
-        float32's rounding; r is 0 where all of it is zero.
-
-    Raises:
-        FusionError: It is of no low rank: r would be more than half of its dimensions.
+        float32's rounding; r is 0 where all of it is zero, and min(n, m) of a matrix of full rank.
     """
     # Products of float32 would leave more than its rounding.
     exact, dtype = matrix.double(), matrix.dtype
-    norm, rank, most = float(torch.linalg.vector_norm(exact)), _BEGIN, min(matrix.shape)
+    norm, most = float(torch.linalg.vector_norm(exact)), min(matrix.shape)
+    rank = min(_BEGIN, most)
     if norm == 0:
         return matrix.new_zeros(matrix.shape[0], 0), matrix.new_zeros(0, matrix.shape[1])
     while True:
-        left, right = _leading(exact, min(rank, most))
-        if float(torch.linalg.vector_norm(exact - left @ right)) <= _NOTHING * norm:
+        left, right = _leading(exact, rank)
+        # With all dimensions it is the matrix itself.
+        if rank == most or float(torch.linalg.vector_norm(exact - left @ right)) <= _NOTHING * norm:
             break
-        if 2 * rank > most:
-            raise FusionError(f"a change of {tuple(matrix.shape)} has no low rank; set fusion.rank")
-        rank *= 2
+        rank = min(2 * rank, most)
     # By falling size: as many are needed as leave no more than rounding.
     sizes = torch.linalg.vector_norm(left, dim=0)
     left_out = sizes.square().flip(0).cumsum(0).flip(0).sqrt()

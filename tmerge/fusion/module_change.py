@@ -18,7 +18,18 @@ from tmerge.fusion.merge import Alpha, TransportedNeurons, alpha_of
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
 from tmerge.models import ModuleChange, Projection
 
-__all__ = ["changed_together", "module_change"]
+__all__ = ["changed_together", "module_change", "unchanged_modules"]
+
+
+def unchanged_modules(layers: Sequence[Mapping[str, Projection]], projections: Sequence[str]) -> Iterator[ModuleChange]:
+    """No change, of every module that stores some of the projections."""
+    seen = set[str]()
+    for view in (layer[name] for layer in layers for name in projections if name in layer):
+        if view.module_name not in seen:
+            seen.add(view.module_name)
+            yield ModuleChange(
+                view.module_name, torch.zeros(view.rows.stored, 0), torch.zeros(0, view.in_features), None
+            )
 
 
 def changed_together(
@@ -52,9 +63,6 @@ def module_change(
         layers: The target's projections, not fused yet.
         items: One of `changed_together`.
         alpha: Fusion strength, or one for each projection.
-
-    Raises:
-        FusionError: The change is of no low rank.
     """
     views = layers[items[0].layer]
     first = views[items[0].projection]
@@ -68,10 +76,7 @@ def module_change(
             if bias is None:
                 bias = view.module.get_parameter("bias").detach().to("cpu", torch.float32, copy=True)
             _add_to_bias(view, bias, item, strength)
-    try:
-        up, down = factors(whole)
-    except FusionError as error:
-        raise FusionError(f"{first.module_name}: {error}") from None
+    up, down = factors(whole)
     return ModuleChange(first.module_name, up, down, bias)
 
 

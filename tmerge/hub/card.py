@@ -121,7 +121,7 @@ def card_text(report: Report, recipe: Recipe, *, repo: str | None = None, figure
         figures=figures,
         repo=repo or ".",
         saved=report.saved_adapter,
-        loaded_on=_hub_id(report.target.ref, report.target.base_commit) or model_name(report.target.ref),
+        loaded_on=_loaded_on(report.target),
         local=", ".join(_local_names(report)),
         seed=report.seed,
         dtype=report.dtype,
@@ -265,6 +265,13 @@ def _label(reference: str, commit: str) -> str:
     """A link to its page, or the name alone of what has none."""
     repo = _hub_id(reference, commit)
     return f"[`{repo}`](https://huggingface.co/{repo})" if repo else f"`{code_text(model_name(reference))}`"
+
+
+def _loaded_on(model: MergedModel) -> str:
+    """What ``from_pretrained`` is given for it, as Python writes it; of a GGUF file, whose folder is the reader's."""
+    if model.ref.endswith(".gguf") or model.ref.startswith("demo:"):
+        return f'FOLDER, gguf_file="{code_text(model_name(model.ref))}.gguf"'
+    return f'"{_hub_id(model.ref, model.base_commit) or code_text(model_name(model.ref))}"'
 
 
 def _repo(model: MergedModel) -> str | None:

@@ -184,7 +184,7 @@ def push(
                 create_pr=create_pr,
                 # A single file that an earlier run left would be loaded instead of this run's shards. What is
                 # uploaded again is not deleted.
-                delete_patterns=list(STALE),
+                delete_patterns=None if plan_only else list(STALE),
                 commit_message=_message(planned),
             )
     url = done.pr_url or f"{constants.ENDPOINT}/{planned.repo}" + (f"/tree/{revision}" if revision else "")
@@ -307,9 +307,9 @@ def _warnings(report: Report, recipe: Recipe, repo: str, *, model: bool = True) 
     # What has a path here has one there: the card quotes the recipe.
     paths = [name for name in named if name and (Path(name).is_absolute() or Path(name).exists())]
     if paths:
-        remarks.append(
-            f"the card, recipe.yaml and report.json name files of this machine: {', '.join(dict.fromkeys(paths))}"
-        )
+        files = ["the card", "recipe.yaml", "report.json", *(["adapter_config.json"] if report.saved_adapter else [])]
+        named_there = f"{', '.join(files[:-1])} and {files[-1]} name files of this machine"
+        remarks.append(f"{named_there}: {', '.join(dict.fromkeys(paths))}")
     return tuple(remarks)
 
 

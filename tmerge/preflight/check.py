@@ -168,6 +168,11 @@ def check(recipe: Recipe, models: Models | None = None) -> Check:
         skipped |= dict.fromkeys(found.untouched, "no adapter among the sources changes it")
         notes += found.notes
     refuse_no_adapter(recipe, models, projections)
+    if recipe.save.form == "adapter" and target.reference.kind == "gguf":
+        notes.append(
+            "the target is a GGUF file, so the adapter is of its weights as transformers unpacks them: PEFT loads it "
+            "on AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME)"
+        )
     # Several sources may have been made from the target itself.
     if target.commit == source.commit and not recipe.sources:
         notes.append("target and source are the same model: nothing new can be transported")

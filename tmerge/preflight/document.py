@@ -145,11 +145,13 @@ class RemoteFlavors(_Frozen):
         smallest: The cheapest that has the memory and the disk, or the smallest where a price is missing; None if none
             has.
         with_card: The same of those with an accelerator.
+        cards_asked: Whether the recipe's device leaves it to run on one.
         source, read_on, is_live: As in `tmerge.preflight.hardware.Offer`.
     """
 
     smallest: FittingFlavor | None
     with_card: FittingFlavor | None
+    cards_asked: bool
     source: str
     read_on: str
     is_live: bool
@@ -162,7 +164,7 @@ class RemoteFlavors(_Frozen):
         if self.smallest is None:
             return f"none of Hugging Face Jobs' flavors has the memory and the disk for it, {listed}"
         also = ""
-        if not self.smallest.cards:
+        if not self.smallest.cards and self.cards_asked:
             also = f"; with a card {'none' if self.with_card is None else self.with_card.words}"
         return f"the smallest flavor of Hugging Face Jobs that it fits: {self.smallest.words}{also}; {listed}"
 

@@ -50,6 +50,7 @@ def smallest_flavors(found: Check, recipe: Recipe, offer: Offer) -> RemoteFlavor
     return RemoteFlavors(
         smallest=_fitting(fitting[0]) if fitting else None,
         with_card=_fitting(carded[0]) if carded else None,
+        cards_asked=kind != "cpu",
         source=offer.source,
         read_on=offer.read_on,
         is_live=offer.is_live,

@@ -24,6 +24,7 @@ from tmerge.preflight.holding import (
     unpacked_bytes,
 )
 from tmerge.preflight.joining import joining_bytes
+from tmerge.preflight.saved_adapter import factoring_bytes
 from tmerge.recipe import Recipe
 
 __all__ = ["computed_dtype", "feature_bytes", "peak_bytes", "widths_of"]
@@ -120,7 +121,12 @@ def peak_bytes(
         + logits
         + replaced_bytes(recipe, target, target_layout, projections)
         + MOST_KEPT_BYTES * set(target_layout.layers[0]).isdisjoint(projections),
-        "save": comparing_bytes(target, target_layout, recipe, dtype, place) + logits + joining,
+        "save": joining
+        + (
+            factoring_bytes(target_layout, projections)
+            if recipe.save.form == "adapter"
+            else comparing_bytes(target, target_layout, recipe, dtype, place) + logits
+        ),
     }
     # Where the two do not fit beside each other the target is let go while the source is read and transported.
     together = fit_together(recipe.memory, own + held_bytes(source, recipe, dtype), place)

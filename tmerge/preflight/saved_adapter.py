@@ -10,7 +10,7 @@ from tmerge.preflight.models import Models
 from tmerge.preflight.pieces import Pieces
 from tmerge.recipe import Recipe, Shared, TaskVector
 
-__all__ = ["adapter_bytes", "factoring_seconds", "refuse_no_adapter"]
+__all__ = ["adapter_bytes", "factoring_bytes", "factoring_seconds", "refuse_no_adapter"]
 
 # Products with a matrix that find its leading directions: of one of low rank, twice over, and of any other.
 _OF_LOW_RANK, _OF_ANY_RANK = 8, 20
@@ -31,6 +31,13 @@ def refuse_no_adapter(recipe: Recipe, models: Models, projections: list[str]) ->
         raise UnsupportedModelError(
             f"save.form is adapter, and the target {recipe.target} is an adapter with its base already: an adapter is "
             "of one model; set save.form: merged, or name the base as the target"
+        )
+    experts = sorted(name for name, _ in models.target.place.empty.named_modules() if name.endswith(".experts"))
+    if experts and {"gate", "up", "down"} & set(projections):
+        raise UnsupportedModelError(
+            f"save.form is adapter, and the target has experts ({experts[0]}), to which PEFT would give what is "
+            "changed of other layers' gate, up and down; set fusion.projections to some of q, k, v and o, or "
+            "save.form: merged"
         )
     changes = models.source.place.changes
     if recipe.adapter is None or changes is None or not isinstance(recipe.fusion, TaskVector):
@@ -61,6 +68,12 @@ def adapter_bytes(
         * _rank(recipe, models[1])
         * sum(view.in_features + view.out_features for view in layout.projections(projections))
     )
+
+
+def factoring_bytes(layout: Architecture, projections: list[str]) -> int:
+    """Of the largest module's change while its factors are found: twice in float32, three times in float64."""
+    views = layout.projections(projections)
+    return 32 * max(view.rows.stored * view.in_features for view in views)
 
 
 def factoring_seconds(

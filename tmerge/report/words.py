@@ -99,12 +99,18 @@ def kept_words(kept: Kept) -> str:
     )
 
 
-def alone_words(alone: Mapping[str, Alone]) -> str:
-    """Whether all together do better than each alone, in a sentence; empty of one source."""
-    if not alone:
-        return ""
+def alone_words(alone: Mapping[str, Alone], sources: Sequence[SeveralSource]) -> str:
+    """Whether all together do better than each alone, in a sentence; empty of one source.
+
+    Args:
+        alone: Of each.
+        sources: Their strengths: what is at 0 is not among those that were joined.
+    """
+    joined = {name: alone[name] for name in (source.name for source in sources if source.strength) if name in alone}
+    if len(joined) < 2:
+        return f"Of the sources {next(iter(joined))} alone has a strength above 0" if joined else ""
     like = []
-    for name, one in alone.items():
+    for name, one in joined.items():
         change = one.fused_minus_alone
         if not change.high < 0:
             like.append(f"{name} ({change_words(change.value)}, 95 % interval {interval_words(change, signed=True)})")

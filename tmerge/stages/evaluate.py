@@ -72,7 +72,11 @@ class Evaluate:
             scores, seconds = dict.fromkeys(names, self.unfused), 0.0
             progress.step("nothing is fused: the scores are the target's", 1, 1, "models")
         descent = None
-        if self.recipe.evaluation.descent:
+        if self.recipe.evaluation.descent and not len(transported):
+            progress.note(
+                "no source is carried, so that the descent control has no direction to hold against the loss's"
+            )
+        elif self.recipe.evaluation.descent:
             began = time.perf_counter()
             descent = progress.processes.from_first(lambda: self._descent(transported, progress))
             seconds += time.perf_counter() - began

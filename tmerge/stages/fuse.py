@@ -24,7 +24,7 @@ from tmerge.stages.notes import FuseNote
 from tmerge.stages.scoring import load
 from tmerge.stages.source_weights import SourceWeights
 from tmerge.stages.step import Progress
-from tmerge.stages.transport import Features, record_of, transport_of
+from tmerge.stages.transport import Features, matched_on, record_of, transport_of
 from tmerge.store import scratch
 from tmerge.transport import Transport
 
@@ -93,7 +93,8 @@ class Fuse:
             first, *others = self.sources
             carried = self._carry(first, key, transport, fusion, vocabulary, folder, progress)
             commits = self.target.commit, self.matched.commit
-            record = record_of(self.recipe, transport, self.features, commits, carried.tensors)
+            known = matched_on(self.run, self.recorded)
+            record = record_of(self.recipe, transport, self.features, commits, carried.tensors, known)
             processes.from_first(lambda: record.save(self.run.transport_path))
         ratios, stream, by_source = carried.norm_ratios, carried.stream, {first.name: carried.norm_ratios}
         for source in others:

@@ -152,7 +152,7 @@ class _Road:
         texts = TextSet.load(run.texts_path)
         kept = kept_texts(recipe, run)
         if recorded is not None:
-            first(lambda: plan.refuse_other_texts(recipe.calibration.dataset, texts.sha256))
+            first(lambda: plan.refuse_other_texts(texts))
 
         folders = {role: run.features(role) for role in ("target", "source")}
         roomy, read = models.fit_together, (texts, projections)

@@ -30,7 +30,7 @@ from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import ReconstructNote
 from tmerge.stages.scoring import opened
 from tmerge.stages.step import Progress
-from tmerge.stages.transport import Features, record_of, transport_of
+from tmerge.stages.transport import Features, matched_on, record_of, transport_of
 from tmerge.store import scratch
 from tmerge.transport import PlanRecorder, Transport
 
@@ -228,7 +228,8 @@ class Reconstruct:
                 width = views[0].in_features if name in COLUMN_PROJECTIONS else views[0].out_features
                 tensors[f"neurons.{name}"] = torch.arange(width, dtype=torch.int32).expand(len(views), width)
             commits = self.target.commit, self.matched.commit
-            record_of(self.recipe, transport, self.features, commits, tensors).save(self.run.transport_path)
+            known = matched_on(self.run, self.recorded)
+            record_of(self.recipe, transport, self.features, commits, tensors, known).save(self.run.transport_path)
 
 
 def _bias_words(layers: Sequence[Mapping[str, Projection]], name: str) -> str:

@@ -159,7 +159,7 @@ def build_report(
             *_remarks(measured),
             *_left_behind(recipe, checked, measured),
             *([] if kept is None else [kept_words(kept)]),
-            *filter(None, [alone_words(evaluation.alone)]),
+            *filter(None, [alone_words(evaluation.alone, base.get("sources", ()))]),
         ),
     )
 

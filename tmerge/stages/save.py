@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tmerge.calibration import TextSet
-from tmerge.fusion import Alpha, TransportedNeurons, changed_together, fuse, module_change
+from tmerge.fusion import Alpha, TransportedNeurons, changed_together, fuse, module_change, unchanged_modules
 from tmerge.models import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG,
     LoadedModel,
     Model,
+    ModuleChange,
     file_digest,
     least_release,
     save_adapter,
@@ -89,7 +90,9 @@ class Save:
         loaded = load(self.target, progress)
         stored, computed = (str(dtype).removeprefix("torch.") for dtype in (loaded.dtype, loaded.model.dtype))
         if self.recipe.save.form == "adapter":
-            adapter, weights = publish_adapter(self.target, self.run, self.neurons.transported, self.alpha, progress)
+            adapter, weights = publish_adapter(
+                self.target, self.run, self.neurons.transported, self.alpha, self.recipe.fusion.projections, progress
+            )
             self.target.release()
             return SaveNote(dtype=stored, computed_in=computed, weights=weights, adapter=adapter)
         fuse(self.target.views.views, self.neurons.transported, self.alpha)
@@ -126,7 +129,12 @@ def publish(loaded: LoadedModel, run: Run, recipe: Recipe, texts: Sequence[str],
 
 
 def publish_adapter(
-    target: Model, run: Run, transported: Sequence[TransportedNeurons], alpha: Alpha, progress: Progress
+    target: Model,
+    run: Run,
+    transported: Sequence[TransportedNeurons],
+    alpha: Alpha,
+    projections: Sequence[str],
+    progress: Progress,
 ) -> tuple[SavedAdapter, dict[str, str]]:
     """Write what fusing changes of a target as a LoRA, hold the two together against the fused model, and move it.
 
@@ -135,6 +143,7 @@ def publish_adapter(
         run: Of the folder.
         transported: Differences of the target's projections.
         alpha: As the recipe says, or as chosen.
+        projections: That were to be changed; an adapter has some modules, whether they are or not.
         progress: Hears of it.
 
     Returns:
@@ -153,7 +162,10 @@ def publish_adapter(
             done += len(items)
             progress.step(what, done, len(transported), "projections")
 
+    changes: Iterable[ModuleChange]
     changes = (module_change(layers, items, alpha) for items in in_turn("factoring the changes"))
+    if not len(transported):
+        changes = unchanged_modules(layers, projections)
     size = save_adapter(fresh, changes, loaded.model, loaded.reference, target.commit)
     fused = (
         (layers[items[0].layer][items[0].projection].parameters, partial(fuse, layers, items, alpha))

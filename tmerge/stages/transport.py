@@ -5,19 +5,20 @@ No model is loaded for it: how the heads divide was noted when the models were r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tmerge.calibration import FeatureStore
+from tmerge.calibration import FeatureStore, TextSet, text_digest
 from tmerge.errors import NoSharedStructureError
 from tmerge.models.device import memory_errors
 from tmerge.recipe import Recipe, Shared
 from tmerge.recorded import RecordedRun
 from tmerge.report import Relatedness, relatedness_words
+from tmerge.run import Run
 from tmerge.stages.notes import TransportNote
 from tmerge.stages.step import Progress
 from tmerge.transport import (
@@ -33,7 +34,7 @@ from tmerge.transport import (
     solve_shared,
 )
 
-__all__ = ["Features", "SolveTransport", "record_of", "transport_of"]
+__all__ = ["Features", "SolveTransport", "matched_on", "record_of", "transport_of"]
 
 # What a run keeps in its cache between being solved and being fused.
 _APART, _SHARED = "plans.safetensors", "structure.safetensors"
@@ -158,6 +159,7 @@ def record_of(
     features: Features,
     commits: tuple[str, str],
     tensors: dict[str, torch.Tensor],
+    matched_on: Sequence[str] | None,
 ) -> TransportRecord:
     """A run's record of the transport that it used, for pictures and later runs.
 
@@ -167,6 +169,7 @@ def record_of(
         features: Names the projections.
         commits: The target's and the source's.
         tensors: Of the layers, the plans and the selected neurons.
+        matched_on: From `matched_on`.
     """
     facts = {
         "schema": 1,
@@ -176,8 +179,20 @@ def record_of(
         "structure": transport.structure,
         "target": {"ref": recipe.target, "commit": commits[0]},
         "source": {"ref": recipe.source, "commit": commits[1]},
+        **({} if matched_on is None else {"matched_on": list(matched_on)}),
     }
     return TransportRecord(facts, tensors)
+
+
+def matched_on(run: Run, recorded: RecordedRun | None) -> list[str] | None:
+    """Digests of the texts that the neurons were matched on, by which later runs keep theirs apart from them.
+
+    None of a recorded transport whose record does not have them.
+    """
+    if recorded is not None:
+        known = recorded.record.facts.get("matched_on")
+        return known if isinstance(known, list) else None
+    return sorted(map(text_digest, TextSet.load(run.texts_path).matched_on))
 
 
 def transport_of(recipe: Recipe, features: Features, recorded: RecordedRun | None) -> Transport:
