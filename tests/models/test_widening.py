@@ -17,7 +17,7 @@ from tmerge.stages.merge import merge
 @pytest.fixture
 def slow(monkeypatch):
     monkeypatch.setattr("tmerge.models.device.multiplies_fast", lambda dtype, device: dtype == torch.float32)
-    monkeypatch.setattr("tmerge.preflight.estimate.multiplies_fast", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr("tmerge.preflight.memory.multiplies_fast", lambda dtype, device: dtype == torch.float32)
 
 
 def test_the_same_values_in_float32(slow, tmp_path):
