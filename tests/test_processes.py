@@ -170,19 +170,32 @@ def test_an_error_of_one_ends_all_wherever_they_wait(failing):
     assert others == [(EndedElsewhereError, f"process {failing} of 3: no such key")] * 2
 
 
-def test_one_within_another_tells_an_error_once():
-    def work(processes):
+def one_fails(processes):
+    if processes.rank:
+        raise RecipeError("no such key")
+    processes.wait()
+
+
+def told_by_two(work):
+    """What ends each of two processes that do this together."""
+
+    def ended(processes):
         try:
             with processes.failing_together():
-                with processes.failing_together():
-                    if processes.rank:
-                        raise RecipeError("no such key")
-                    processes.wait()
+                work(processes)
         except (RecipeError, EndedElsewhereError) as error:
             return type(error)
 
+    return Together(2).run(ended)
+
+
+def test_one_within_another_tells_an_error_once():
+    def work(processes):
+        with processes.failing_together():
+            one_fails(processes)
+
     # A second telling would wait for processes that are gone.
-    assert Together(2).run(work) == [EndedElsewhereError, RecipeError]
+    assert told_by_two(work) == [EndedElsewhereError, RecipeError]
 
 
 @pytest.mark.parametrize(("rank", "told"), [(0, RecipeError), (1, ProcessLostError)])
@@ -195,17 +208,11 @@ def test_where_a_library_waits_nothing_is_told_and_who_is_not_heard_speaks(rank,
 
 def test_after_a_librarys_meetings_ours_tell_again():
     def work(processes):
-        try:
-            with processes.failing_together():
-                with processes.meeting_elsewhere("the training"):
-                    pass
-                if processes.rank:
-                    raise RecipeError("no such key")
-                processes.wait()
-        except (RecipeError, EndedElsewhereError) as error:
-            return type(error)
+        with processes.meeting_elsewhere("the training"):
+            pass
+        one_fails(processes)
 
-    assert Together(2).run(work) == [EndedElsewhereError, RecipeError]
+    assert told_by_two(work) == [EndedElsewhereError, RecipeError]
 
 
 def test_the_others_find_what_the_first_has_kept():

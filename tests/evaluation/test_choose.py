@@ -48,13 +48,17 @@ def trained(model, texts, steps=30):
     return model.eval()
 
 
-def test_alpha_is_chosen_by_group_and_is_zero_where_nothing_gains():
+def pair_of_trained():
+    """Texts, a model that was trained on them, its projections and those of a copy of it, and what draws at random."""
     texts = sample_texts("english")[:40]
     better = trained(pico_model("llama"), texts)
     target = pico_model("llama")
     target.load_state_dict(better.state_dict())
-    layers, best = describe(target).layers, describe(better).layers
-    generator = torch.Generator().manual_seed(0)
+    return texts, target, describe(target).layers, describe(better).layers, torch.Generator().manual_seed(0)
+
+
+def test_alpha_is_chosen_by_group_and_is_zero_where_nothing_gains():
+    texts, target, layers, best, generator = pair_of_trained()
     for views in layers:  # o is spoilt: only for o is there something to gain
         view = views["o"]
         view.write(view.weight() + 0.3 * torch.randn(view.weight().shape, generator=generator))
@@ -173,12 +177,7 @@ def test_luck_among_few_texts_is_hardly_ever_chosen():
 
 
 def test_of_several_sources_each_has_a_strength_and_what_does_not_gain_has_none():
-    texts = sample_texts("english")[:40]
-    better = trained(pico_model("llama"), texts)
-    target = pico_model("llama")
-    target.load_state_dict(better.state_dict())
-    layers, best = describe(target).layers, describe(better).layers
-    generator = torch.Generator().manual_seed(0)
+    texts, target, layers, best, generator = pair_of_trained()
 
     def random(view):
         return torch.randn(view.weight().shape, generator=generator)

@@ -77,7 +77,7 @@ def test_an_adapter_is_of_its_target_alone(run, report):
     report["saved_adapter"] = {"rank": 16, "modules": 14, "parameters": 123456}
     card = ModelCard(card_text(report, run.recipe(), repo="user/fused"))
     assert (card.data.base_model, card.data.get("base_model_relation")) == ("user/target", "adapter")
-    assert card.data.library_name == "peft" and "lora" in card.data.tags
+    assert card.data.to_dict()["library_name"] == "peft" and "lora" in card.data.tags
     assert "rank 16, 14 modules, 123,456 parameters" in card.text
     assert 'AutoModelForCausalLM.from_pretrained("user/target")' in card.text
     assert 'PeftModel.from_pretrained(model, "user/fused")' in card.text
