@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
+from tests.peak import Peak
 from tests.pico import pico_model
 from tmerge.fusion import NeuronWriter, carry
-from tmerge.models import describe, give_back_memory
+from tmerge.models import describe
 from tmerge.recipe import Apart, Weights
 from tmerge.transport import apart_transport, solve_features
 
@@ -29,11 +30,6 @@ target, source = (describe(pico_model("llama", layers=count, **sizes)) for count
 def read(described):
     widths = {(tap.layer, tap.key): tap.features for tap in described.taps(projections)}
     return lambda layer, key: torch.randn(rows, widths[layer, key], generator=torch.Generator().manual_seed(layer))
-
-
-def status(name):
-    words = Path("/proc/self/status").read_text().split()
-    return int(words[words.index(f"{name}:") + 1]) * 1024
 
 
 torch.set_num_threads(2)
@@ -48,13 +44,11 @@ fusion = Weights(alpha=0.5, top_k=64, projections=projections)
 with tempfile.TemporaryDirectory() as folder:
     writer = NeuronWriter(Path(folder) / "n", "key")
     (Path(folder) / "r").mkdir()
-    give_back_memory()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmHWM")
+    peak = Peak()
     carry(
         target, source, transport, fusion, keep=lambda found, permuted: writer.add(found), scratch=Path(folder) / "r"
     )
-    print(status("VmHWM") - before)
+    print(peak.grown())
 """
 
 

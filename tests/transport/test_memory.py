@@ -10,10 +10,10 @@ from tests import forked
 
 _SOLVING = """
 import sys
-from pathlib import Path
 
 import torch
 
+from tests.peak import Peak
 from tmerge.transport import solve_features
 
 layers, wide, wider, rows = int(sys.argv[1]), 1024, 1536, 24
@@ -24,21 +24,15 @@ def features(width):
     return lambda layer: torch.randn(rows, width, generator=drawn)
 
 
-def status(name):
-    words = Path("/proc/self/status").read_text().split()
-    return int(words[words.index(f"{name}:") + 1]) * 1024
-
-
 def solve(layers):
     solve_features("q.post", features(wide), features(wider), range(layers), range(12), epsilon=0.1)
 
 
 torch.set_num_threads(2)
 solve(2)  # what is made once
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-before = status("VmHWM")
+peak = Peak()
 solve(layers)
-print((status("VmHWM") - before) / (4 * wide * wider))
+print(peak.grown() / (4 * wide * wider))
 """
 
 
