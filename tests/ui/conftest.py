@@ -32,7 +32,7 @@ CHROMIUM = os.environ.get("TMERGE_CHROMIUM", shutil.which("chromium") or "/usr/b
 # reads the last such list alone, so Playwright's own is repeated as far as it touches a page of one's own machine.
 _NOT_NEEDED = (
     "WebUIOmniboxPopup,WebUIOmniboxAimPopup,HttpsUpgrades,HttpsFirstBalancedModeAutoEnable,LensOverlay,MediaRouter,"
-    "PaintHolding,ThirdPartyStoragePartitioning,AvoidUnnecessaryBeforeUnloadCheckSync,DestroyProfileOnBrowserClose,"
+    "PaintHolding,AvoidUnnecessaryBeforeUnloadCheckSync,DestroyProfileOnBrowserClose,"
     "AvoidCorsURLLoaderRestartOnRedirect,OptimizationHints,NetworkTimeServiceQuerying,AimEnabled,PreconnectToSearch"
 )
 

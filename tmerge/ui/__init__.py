@@ -12,8 +12,9 @@ import gradio as gr
 
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.quiet import tell_one_field
+from tmerge.ui.parts.returning import keep, wire_returning
 from tmerge.ui.parts.safe import render
-from tmerge.ui.parts.style import CSS, HEAD, SHOW_RUN_IN_URL, markup, theme
+from tmerge.ui.parts.style import CSS, HEAD, markup, theme
 from tmerge.ui.server.aside import Aside
 from tmerge.ui.server.limits import AppSettings, settings_here
 from tmerge.ui.server.runs import RunStore
@@ -57,24 +58,25 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
         run_id = gr.State("")
         # A field, and no State: a State's change is not told to a page by what goes past the queue.
         ended = gr.Number(0, visible="hidden", label="Runs that have ended", elem_id="run-ended")
-        link = gr.Textbox(visible="hidden", label="Run", elem_id="run-link")
+        link = gr.Textbox(
+            label="Link to this run", interactive=False, buttons=["copy"], elem_id="run-link", render=False, max_lines=1
+        )
+        # Not within the tabs, which count all that is in them.
+        kept = keep()
         markup(render("cards.html", "masthead"), elem_id="masthead")
         with gr.Tabs(elem_id="tabs") as tabs:
-            context = AppContext(store, settings, aside, run_id, ended, tabs)
-            with gr.Tab("Choose", id="choose", render_children=True):
+            context = AppContext(store, settings, aside, run_id, ended, tabs, link, kept)
+            with gr.Tab("Choose", id="choose", render_children=True) as choose:
                 build_choose(context, begin)
-            with gr.Tab("Run", id="run", render_children=True):
+            with gr.Tab("Run", id="run", render_children=True) as run:
                 build_running(context)
-            with gr.Tab("Look", id="look"):
+            with gr.Tab("Look", id="look") as look:
                 build_look(context)
-            with gr.Tab("Try", id="try"):
+            with gr.Tab("Try", id="try") as try_out:
                 build_try(context)
-            with gr.Tab("Push", id="push", render_children=True):
+            with gr.Tab("Push", id="push", render_children=True) as push:
                 build_push(context)
-        run_id.change(
-            lambda run: run, run_id, link, queue=False, show_progress="hidden", api_visibility="private"
-        ).then(None, link, None, js=SHOW_RUN_IN_URL, api_visibility="private")
-        context.load(_run_of_the_link, None, [run_id, tabs])
+        wire_returning(context, (choose, run, look, try_out, push))
     tell_one_field(app, ended)
     app.context = context  # type: ignore[attr-defined]
     return app
@@ -128,12 +130,6 @@ def close(app: gr.Blocks) -> None:
     context: AppContext = app.context  # type: ignore[attr-defined]
     context.store.close()
     context.aside.close()
-
-
-def _run_of_the_link(request: gr.Request) -> tuple[str, Any]:
-    """A page that is opened with ``?run=ID`` looks at that run."""
-    run_id = str(request.query_params.get("run") or "")[:64]
-    return run_id, gr.Tabs(selected="run") if run_id else gr.skip()
 
 
 def _use_no_token_of_our_own() -> None:

@@ -14,7 +14,24 @@ from tmerge.ui.server.aside import Aside
 from tmerge.ui.server.limits import AppSettings
 from tmerge.ui.server.runs import RunStore, VisitorRun
 
-__all__ = ["AppContext"]
+__all__ = ["AppContext", "Kept"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the visitor's browser keeps for its next visit, as `tmerge.ui.parts.returning` reads it.
+
+    Attributes:
+        runs: Ids of the runs that it was shown, the last one first.
+        tab: Id of the tab that is open.
+        repo: A run's id, and the name that was typed for its repo.
+        typed: That name, of the run that this page began with; of the page, not of the browser.
+    """
+
+    runs: gr.BrowserState
+    tab: gr.BrowserState
+    repo: gr.BrowserState
+    typed: gr.State
 
 
 @dataclass(frozen=True)
@@ -31,6 +48,8 @@ class AppContext:
             `finished` may now have an answer.
         tabs: The tabs' container, for a tab that sends its visitor to another one: ``choose``, ``run``, ``look``,
             ``try``, ``push``.
+        link: The field of the link of the run that this page looks at, in the Run tab.
+        kept: What the browser keeps.
     """
 
     store: RunStore
@@ -39,6 +58,8 @@ class AppContext:
     run_id: gr.State
     ended: gr.Number
     tabs: gr.Tabs
+    link: gr.Textbox
+    kept: Kept
 
     def load(self, fn: Callable[..., Any], inputs: Any, outputs: Any, **options: Any) -> None:
         """Call a function when a page opens, as ``Blocks.load`` does."""

@@ -21,8 +21,9 @@ from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import note
 from tmerge.ui.parts.expected import fit_to_run
 from tmerge.ui.parts.form import read_yaml, recipe_of, write_yaml
+from tmerge.ui.parts.returning import open_again, under_way
 from tmerge.ui.parts.texts import upload_name
-from tmerge.ui.server.limits import UPLOAD_PREFIX, vetted
+from tmerge.ui.server.limits import UPLOAD_PREFIX, TooManyRunsError, vetted
 from tmerge.ui.server.visitor import visitor_of
 
 __all__ = ["Holds", "ready_recipe", "wire_start"]
@@ -58,6 +59,7 @@ class _Waiting(NamedTuple):
 def wire_start(
     app: AppContext,
     start: gr.Button,
+    other: gr.Button,
     problem: gr.HTML,
     good: gr.State,
     upload: gr.State,
@@ -70,6 +72,7 @@ def wire_start(
     Args:
         app: What the tabs share.
         start: The button.
+        other: Opens the run that is in the way of another one; shown where there is one.
         problem: The line above it.
         good: The recipe's mapping.
         upload: Path of the uploaded file.
@@ -77,6 +80,7 @@ def wire_start(
         file: The field of the uploaded file.
         fields: Each with whether a value of it is what a mapping holds.
     """
+    in_the_way: gr.State = gr.State(None)
     waiting: gr.State = gr.State(None)
     agreed: gr.State = gr.State(None)
     holders = [holds for _, holds in fields]
@@ -106,20 +110,21 @@ def wire_start(
         said = note("Waiting for the last change to be taken in.") if before.look == 0 else gr.skip()
         return [_Waiting(before.look + 1, now, since), gr.skip(), said, gr.skip()]
 
-    def begin(found: tuple[Any, ...] | None, request: gr.Request) -> list[Any]:
+    def begin(found: tuple[Any, ...] | None, runs: Any, request: gr.Request) -> list[Any]:
         if found is None:
-            return [gr.skip() for _ in range(3)]
+            return [gr.skip() for _ in range(5)]
         draft, uploaded, _ = found
         try:
             recipe = ready_recipe(app, draft, uploaded)
             gpu = fit_to_run(app, recipe)
             run_id = app.store.start(recipe, visitor_of(request), Path(uploaded) if uploaded else None, gpu)
         except TmergeError as error:
-            return [gr.skip(), gr.skip(), note(str(error), bad=True)]
+            there = under_way(app, runs) if isinstance(error, TooManyRunsError) else None
+            return [gr.skip(), gr.skip(), note(str(error), bad=True), there, gr.Button(visible=there is not None)]
         except RuntimeError:
             _log.exception("a run could not be started")
-            return [gr.skip(), gr.skip(), note("a fault of ours; the server's log has it", bad=True)]
-        return [run_id, gr.Tabs(selected="run"), note("", keep=True)]
+            return [gr.skip(), gr.skip(), note("a fault of ours; the server's log has it", bad=True), None, gr.skip()]
+        return [run_id, gr.Tabs(selected="run"), note("", keep=True), None, gr.Button(visible=False)]
 
     quiet = {"show_progress": "hidden", **_LIGHT}
     start.click(pressed, None, [waiting, problem, start], trigger_mode="once", **quiet)
@@ -130,8 +135,14 @@ def wire_start(
         **quiet,
     ).failure(released, None, start, **quiet)
     begun = agreed.change(
-        begin, agreed, [app.run_id, app.tabs, problem], show_progress="minimal", show_progress_on=start, **_LIGHT
+        begin,
+        [agreed, app.kept.runs],
+        [app.run_id, app.tabs, problem, in_the_way, other],
+        show_progress="minimal",
+        show_progress_on=start,
+        **_LIGHT,
     )
+    open_again(app, other, in_the_way)
     # Whatever came of it.
     begun.then(released, None, start, **quiet)
 

@@ -8,7 +8,7 @@ import gradio as gr
 
 from tmerge.templates import static_text
 
-__all__ = ["CSS", "HEAD", "SHOW_RUN_IN_URL", "markup", "theme"]
+__all__ = ["CSS", "HEAD", "markup", "theme"]
 
 # The blue of the figures (`tmerge.plots.style`), from pale to deep.
 _BLUE = gr.themes.Color(
@@ -100,7 +100,5 @@ def markup(value: str, **options: Any) -> gr.HTML:
 
 CSS = static_text("tmerge.ui", "app.css")
 
-HEAD = '<meta name="color-scheme" content="light dark">'
-
-SHOW_RUN_IN_URL = static_text("tmerge.ui", "run_in_url.js")
-"""The run's link, in the address bar: a reload comes back to it."""
+HEAD = f"""<meta name="color-scheme" content="light dark">
+<script>{static_text("tmerge.ui", "storage.js")}</script>"""

@@ -100,6 +100,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
             "Upload a recipe", file_types=[".yaml", ".yml"], size="sm", elem_id="upload-recipe", variant="secondary"
         )
     problem = markup(note("", keep=True), elem_id="problem")
+    other = gr.Button("Open the run that is in the way", visible=False, elem_id="open-other")
     start = gr.Button("Start the merge", variant="primary", size="lg", elem_id="start")
     markup(limits_line(app.settings))
     build_job(app, good, upload)
@@ -220,7 +221,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     roles = {"target": target, "source": source, "adapter": adapter}
     held: list[tuple[Any, Holds]] = [(field, _holds_model(role)) for role, field in roles.items()]
     held += [*holds_texts(texts), *zip(fields, map(_holds_setting, SETTINGS), strict=True)]
-    wire_start(app, start, problem, good, upload, code, texts.file, held)
+    wire_start(app, start, other, problem, good, upload, code, texts.file, held)
     app.load(lambda draft, uploaded: expected_cards(app, draft, uploaded), [good, upload], expected)
     good.change(write_yaml, good, kept, trigger_mode="always_last", **_quiet())
 

@@ -17,6 +17,7 @@ from tmerge.report import summary, training_summary
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import empty_card, error_card, heading, note
 from tmerge.ui.parts.push_cards import card_preview, files_card, push_card, verdict_card
+from tmerge.ui.parts.returning import sign_in_button
 from tmerge.ui.parts.style import markup
 from tmerge.ui.server.pushes import account_name, offers_sign_in, own_token, start_push, suggested_name
 
@@ -40,11 +41,16 @@ def build_push(app: AppContext) -> None:
         with gr.Row(equal_height=False):
             with gr.Column(min_width=280):
                 account = markup(note("", keep=True), elem_id="push-account")
-                if offers_sign_in(app.settings):
-                    gr.LoginButton("Sign in with Hugging Face", logout_value="Sign out ({})", elem_id="sign-in")
                 repo = gr.Textbox(
-                    label="Repo", info="user/name; made if it is not there", max_lines=1, elem_id="push-repo"
+                    label="Repo",
+                    info="user/name; made if it is not there",
+                    max_lines=1,
+                    elem_id="push-repo",
+                    render=False,
                 )
+                if offers_sign_in(app.settings):
+                    sign_in_button(app.link, repo)
+                repo.render()
                 private = gr.Checkbox(
                     True, label="Private", info="You can make it public in its settings later", elem_id="push-private"
                 )
@@ -80,7 +86,7 @@ def build_push(app: AppContext) -> None:
                 preview = gr.Markdown("", elem_id="push-markdown", latex_delimiters=[], container=False)
     clock = gr.Timer(_EVERY, active=False)
 
-    def fill(run_id: str, before: str, token: gr.OAuthToken | None) -> list[Any]:
+    def fill(run_id: str, before: str, typed: str, token: gr.OAuthToken | None) -> list[Any]:
         """All of the tab, for the run that is looked at now; once, so that nothing that was typed is undone."""
         run = app.finished(run_id)
         if run is None:
@@ -90,7 +96,7 @@ def build_push(app: AppContext) -> None:
         try:
             report = run.report()
             line, user = _account(app, token)
-            name = f"{user or 'user'}/{suggested_name(report)}"
+            name = typed or f"{user or 'user'}/{suggested_name(report)}"
             text = card_text(report, run.recipe(), repo=name)
             planned = plan_push(run.folder, name, even_if_worse=True, card=text)
         except TmergeError as error:
@@ -135,7 +141,7 @@ def build_push(app: AppContext) -> None:
         seen_before,
     ]
     for event in (app.run_id.change, app.ended.change):
-        event(fill, [app.run_id, seen_before], filled, **_QUIET)
+        event(fill, [app.run_id, seen_before, app.kept.typed], filled, **_QUIET)
 
     def renamed(run_id: str, name: str, text: str, last: str) -> list[Any]:
         """The card names the repo; one that was edited is left as it is."""
@@ -152,6 +158,14 @@ def build_push(app: AppContext) -> None:
         renamed,
         [app.run_id, repo, card, generated],
         [card, generated],
+        trigger_mode="always_last",
+        **_QUIET,
+    )
+
+    repo.input(
+        lambda run_id, name: [run_id, name or ""],
+        [app.run_id, repo],
+        app.kept.repo,
         trigger_mode="always_last",
         **_QUIET,
     )

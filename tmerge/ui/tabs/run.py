@@ -19,6 +19,7 @@ from tmerge.ui.parts.progress import (
     result_cards,
     stages,
 )
+from tmerge.ui.parts.returning import build_links
 from tmerge.ui.parts.style import markup
 from tmerge.ui.server.visitor_run import VisitorRun
 
@@ -38,6 +39,7 @@ def build_running(app: AppContext) -> None:
     """Lay the tab out and wire it. Call it inside its `gr.Tab`."""
     drawn = gr.State(_NOTHING)
     top = markup(no_run_head(), elem_id="run-head")
+    build_links(app)
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=300):
             steps = markup(stages(None), elem_id="run-stages")

@@ -1,0 +1,118 @@
+"""Coming back to a run: within an iframe, whose address is not the visitor's, from a list, and from a refusal."""
+
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+from playwright.sync_api import expect
+
+from tests.ui.test_choose import open_fold
+from tests.ui.test_running import fill, start
+from tmerge.ui.server.limits import TooManyRunsError
+
+
+@pytest.fixture
+def framed(visitors, served):
+    """The app as a Space shows it, within a page of another site, which knows nothing of it."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(f'<iframe src="{served.url}/" style="width: 100%; height: 850px"></iframe>'.encode())
+
+        def log_message(self, *words):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    page = visitors.page(1280, 900)
+    page.goto(f"http://localhost:{server.server_port}/")
+    page.frame_locator("iframe").locator("#start").wait_for()
+    yield page
+    visitors.leave(page, served.url)
+    server.shutdown()
+
+
+def test_in_an_iframe_a_reload_comes_back_to_the_run_and_its_tab(framed, served, gate):
+    gate.close_at("target")
+    frame = framed.frame_locator("iframe")
+    expect(frame.locator("#expected")).not_to_contain_text("Checking the two models")
+    open_fold(frame, "Recipe (YAML)")
+    frame.locator("#recipe-yaml .cm-content").click()
+    framed.keyboard.press("Control+A")
+    framed.keyboard.insert_text(served.recipe().to_yaml())
+    expect(frame.locator("#target-model input")).to_have_value(str(served.root / "target"))
+    frame.locator("#start").click()
+    link = frame.locator("#run-link :is(input, textarea)")
+    expect(link).to_have_value(re.compile(f"^{served.url}/.*run=."), timeout=60_000)
+    run_id = link.input_value().partition("run=")[2]
+    assert not served.context.store.get(run_id).over
+    framed.reload()
+    expect(frame.locator("#run-head")).to_contain_text("Running")
+    frame.locator("#cancel").click()
+    expect(frame.locator("#run-head")).to_contain_text("Cancelled")
+    assert served.ended(run_id).state == "cancelled"
+    frame.get_by_role("tab", name="Look").click()
+    expect(frame.locator("#look-nothing")).to_be_visible()
+    framed.reload()
+    expect(frame.get_by_role("tab", name="Look")).to_have_attribute("aria-selected", "true")
+
+
+def test_a_refusal_leads_to_the_run_in_the_way_and_runs_are_listed(visit, served, gate, monkeypatch):
+    gate.close_at("target")
+    page = visit()
+    first = start(page, served)
+    expect(page.get_by_label("Your runs")).to_have_value(re.compile("running|waiting"))
+    page.goto(f"{served.url}/?__theme=light")
+    expect(page.locator("#run-head")).to_contain_text("Running")
+    page.get_by_role("tab", name="Choose").click()
+
+    def refuse(*words):
+        raise TooManyRunsError("you have 1 run waiting or running, as many as this app gives one visitor")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.context.store, "start", refuse)
+        fill(page, served, seed=3)
+        page.locator("#start").click()
+        expect(page.locator("#problem")).to_contain_text("you have 1 run waiting or running")
+    page.locator("#open-other").click()
+    expect(page.locator("#run-head")).to_contain_text("Running")
+    assert page.url.partition("run=")[2] == first
+    page.get_by_role("tab", name="Choose").click()
+    page.locator("#start").click()
+    page.wait_for_url(lambda url: "run=" in url and first not in url)
+    expect(page.locator("#open-other")).to_be_hidden()
+    second = page.url.partition("run=")[2]
+    expect(page.locator("#run-head")).to_contain_text("1 run before this one")
+    page.get_by_label("Your runs").click()
+    expect(page.get_by_role("option")).to_have_count(2)
+    page.get_by_role("option", name=re.compile("running")).click()
+    page.wait_for_url(f"**run={first}")
+    expect(page.locator("#run-head")).to_contain_text("Running")
+    for run_id in (second, first):
+        served.context.store.cancel(run_id)
+        served.ended(run_id)
+
+
+@pytest.mark.parametrize("kept", [None, "x", [1, None], ["../..", "x" * 500], {"runs": 1}])
+def test_what_a_browser_claims_to_have_kept_is_a_strangers(served, kept):
+    from tmerge.ui.parts.returning import under_way
+
+    assert under_way(served.context, kept) is None
+
+
+def test_a_browser_that_lends_no_storage_is_served_all_the_same(framed):
+    framed.add_init_script(
+        "Object.defineProperty(window, 'localStorage', { configurable: true, get() { throw new DOMException('no'); } })"
+    )
+    framed.reload()
+    frame = framed.frame_locator("iframe")
+    expect(frame.locator("#expected")).to_contain_text("Name a target")
+    open_fold(frame, "Recipe (YAML)")
+    expect(frame.locator("#recipe-yaml .cm-content")).to_be_visible()

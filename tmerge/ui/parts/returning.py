@@ -1,0 +1,160 @@
+"""Coming back: a reload, a sign-in or another visit finds the run, the tab and what was typed.
+
+On a Space the page is in an iframe, whose address is not the visitor's: so the browser keeps what a link would hold. It
+keeps ids of runs that it was shown, which are what their links hold too; the server keeps nothing of a visitor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode
+
+import gradio as gr
+import gradio.context
+
+from tmerge.templates import static_text
+from tmerge.ui.context import AppContext, Kept
+from tmerge.ui.server.visitor_run import VisitorRun
+
+__all__ = ["TABS", "build_links", "keep", "open_again", "sign_in_button", "under_way", "wire_returning"]
+
+TABS = ("choose", "run", "look", "try", "push")
+"""Ids of the tabs, which are their labels in small letters."""
+
+_MOST_RUNS = 10
+_SHOW_RUN = static_text("tmerge.ui", "run_in_url.js")
+_SIGN_IN = static_text("tmerge.ui", "sign_in.js")
+# Not through the queue, and never in the way of what a visitor waits for.
+_LIGHT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# What changes the run: that a State has changed is not told to a page by what goes past the queue.
+_QUEUED: dict[str, Any] = {**_LIGHT, "queue": True, "concurrency_limit": 16}
+
+
+@dataclass(frozen=True)
+class _Back:
+    """Where a page that opens begins.
+
+    Attributes:
+        run: Id of the run that is looked at, or "".
+        tab: One of `TABS`.
+        repo: Name that was typed for the run's repo, or "".
+    """
+
+    run: str
+    tab: str
+    repo: str
+
+
+def sign_in_button(link: gr.Textbox, repo: gr.Textbox) -> gr.LoginButton:
+    """Gradio's sign-in, coming back to the run and the tab that it was pressed on.
+
+    Gradio's own script puts the page's address into the sign-in's as it is, which loses all but its first part.
+
+    Args:
+        link: The field of the run's link.
+        repo: The field of its repo's name.
+    """
+    button = gr.LoginButton("Sign in with Hugging Face", logout_value="Sign out ({})", elem_id="sign-in")
+    block = gr.context.Context.root_block
+    assert block is not None, "the tabs are built within a gr.Blocks"
+    (click,) = (event for event in block.fns.values() if (button._id, "click") in event.targets)
+    click.js, click.inputs = _SIGN_IN.replace("SIGNED_OUT", str(button.value)), [button, link, repo]
+    return button
+
+
+def keep() -> Kept:
+    """What the browser keeps; to be called within the app."""
+    return Kept(
+        runs=gr.BrowserState([], storage_key="tmerge-runs"),
+        tab=gr.BrowserState("", storage_key="tmerge-tab"),
+        repo=gr.BrowserState(["", ""], storage_key="tmerge-repo"),
+        typed=gr.State(""),
+    )
+
+
+def build_links(app: AppContext) -> None:
+    """The link of the run that is looked at, and this browser's other runs; in the Run tab."""
+    with gr.Row(visible=False, elem_id="run-links") as row:
+        app.link.render()
+        mine = gr.Dropdown([], label="Your runs", info="Of this browser, while they are kept", elem_id="your-runs")
+
+    def offer(run_id: str, runs: Any) -> list[Any]:
+        choices = [(_words(run), run.id) for run in _known(app, runs)]
+        shown = run_id if run_id in dict((key, words) for words, key in choices) else None
+        # Gradio asks for a box that holds one of its choices.
+        return [gr.Row(visible=bool(run_id or choices)), gr.Dropdown(choices=choices, value=shown)]
+
+    gr.on(
+        [app.kept.runs.change, app.run_id.change, app.ended.change],
+        offer,
+        [app.run_id, app.kept.runs],
+        [row, mine],
+        **_LIGHT,
+    )
+    mine.input(lambda chosen: chosen or gr.skip(), mine, app.run_id, **_QUEUED)
+
+
+def wire_returning(app: AppContext, tabs: Sequence[gr.Tab]) -> None:
+    """Keep where the visitor is, and begin there again; to be called when the tabs are built."""
+    kept = app.kept
+    app.run_id.change(_link, app.run_id, app.link, **_LIGHT).then(
+        None, app.link, app.link, js=_SHOW_RUN, api_visibility="private"
+    )
+    app.run_id.change(lambda run_id, runs: _with_run(app, run_id, runs), [app.run_id, kept.runs], kept.runs, **_LIGHT)
+    for tab in tabs:
+        tab.select(lambda name=str(tab.id): name, None, kept.tab, **_LIGHT)
+
+    def begin(runs: Any, tab: Any, repo: Any, request: gr.Request) -> list[Any]:
+        back = _back(app, runs, tab, repo, {key: str(value) for key, value in request.query_params.items()})
+        return [back.run, gr.Tabs(selected=back.tab) if back.run else gr.skip(), back.repo]
+
+    app.load(begin, [kept.runs, kept.tab, kept.repo], [app.run_id, app.tabs, kept.typed])
+
+
+def open_again(app: AppContext, button: gr.Button, which: gr.State) -> None:
+    """Have a button open the run of an id."""
+    button.click(lambda run_id: [run_id, gr.Tabs(selected="run")], which, [app.run_id, app.tabs], **_QUEUED)
+
+
+def under_way(app: AppContext, runs: Any) -> str | None:
+    """Id of the first of this browser's runs that is not over; None where there is none."""
+    return next((run.id for run in _known(app, runs) if not run.over), None)
+
+
+def _back(app: AppContext, runs: Any, tab: Any, repo: Any, query: dict[str, str]) -> _Back:
+    asked = query.get("run", "")[:64]
+    known = _known(app, runs)
+    run = asked or (known[0].id if known else "")
+    mine = run in {each.id for each in known}
+    tab = query.get("tab") or (tab if mine else "run")
+    of, name = repo if isinstance(repo, list) and len(repo) == 2 else ("", "")
+    return _Back(run, tab if tab in TABS else "run", query.get("repo", "")[:200] or (str(name) if of == run else ""))
+
+
+def _known(app: AppContext, runs: Any) -> list[VisitorRun]:
+    """The runs of a browser's list that are there still; what a browser sends is a stranger's."""
+    ids = [each for each in runs if isinstance(each, str)] if isinstance(runs, list) else []
+    return [run for each in ids[:_MOST_RUNS] if (run := app.seen(each)) is not None]
+
+
+def _with_run(app: AppContext, run_id: str, runs: Any) -> list[str]:
+    """A browser's list with the run that it is shown now first, and without what is gone."""
+    known = [run.id for run in _known(app, runs)]
+    if app.seen(run_id) is None:
+        return known
+    return [run_id, *(each for each in known if each != run_id)][:_MOST_RUNS]
+
+
+def _words(run: VisitorRun) -> str:
+    recipe = run.recipe
+    pair = f"{recipe.source if not recipe.sources else f'{len(recipe.sources)} sources'} \u2192 {recipe.target}"
+    return f"{pair}, {run.state}"
+
+
+def _link(run_id: str) -> str:
+    """The run's link on a Space, whose page alone a visitor sees; elsewhere the id, of which the page makes one."""
+    space = os.environ.get("SPACE_ID")
+    return f"https://huggingface.co/spaces/{space}?{urlencode({'run': run_id})}" if space and run_id else run_id

@@ -1,0 +1,15 @@
+// Where a browser lends a page in an iframe no storage, asking for it is an error, on which the whole page would stop.
+try {
+  window.localStorage.length;
+} catch {
+  const kept = new Map();
+  const storage = {
+    getItem: (key) => kept.get(String(key)) ?? null,
+    setItem: (key, value) => { kept.set(String(key), String(value)); },
+    removeItem: (key) => { kept.delete(String(key)); },
+    clear: () => { kept.clear(); },
+    key: (place) => [...kept.keys()][place] ?? null,
+    get length() { return kept.size; },
+  };
+  Object.defineProperty(window, "localStorage", { value: storage, configurable: true });
+}
