@@ -21,7 +21,7 @@ from pathlib import Path
 from tmerge.ui import AppSettings, build, close, launch_options, settings_here
 settings = AppSettings(**json.loads(os.environ["APP_SETTINGS"])) if "APP_SETTINGS" in os.environ else settings_here()
 app = build(settings, json.loads(os.environ["APP_BEGIN"]) if "APP_BEGIN" in os.environ else None)
-_, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+_, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **launch_options(app))
 print("root", app.context.store.root, flush=True)
 print("serving", url.rstrip("/"), flush=True)
 try:

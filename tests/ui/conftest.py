@@ -45,6 +45,7 @@ class Served:
     context: AppContext
     root: Path
     hub: SearchHub
+    app: Any
 
     def recipe(self, **changes: Any) -> Recipe:
         """A merge of the two pico models that takes a second."""
@@ -93,8 +94,8 @@ def served(models: Path) -> Iterator[Served]:
         patch.setenv("HF_ENDPOINT", hub.endpoint)
         patch.setenv("OMP_NUM_THREADS", "1")
         app = build(AppSettings(local_root=models), {"target": "", "source": ""} | BEGIN)
-        _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **launch_options())
-        yield Served(url.rstrip("/"), app.context, models, hub)
+        _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **launch_options(app))
+        yield Served(url.rstrip("/"), app.context, models, hub, app)
         app.close()
         close(app)
     patch.undo()

@@ -10,8 +10,10 @@ from tests.pico import save_pico
 from tmerge.recipe import Recipe
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.quiet import tell_one_field
+from tmerge.ui.parts.returning import keep
 from tmerge.ui.parts.style import CSS, HEAD, theme
 from tmerge.ui.server.aside import Aside
+from tmerge.ui.server.examples import Examples
 from tmerge.ui.server.limits import AppSettings
 from tmerge.ui.server.runs import RunStore
 from tmerge.ui.tabs.look import build_look
@@ -52,9 +54,10 @@ def served(store):
     """The address of the two tabs' app; ``?run=ID`` is the run that a page looks at."""
     with gr.Blocks(title="look and try", analytics_enabled=False) as blocks:
         run_id, ended = gr.State(""), gr.Number(0, visible="hidden")
+        link, kept = gr.Textbox(visible="hidden"), keep()
         with gr.Tabs() as tabs:
             # It answers nothing that these tabs ask.
-            app = AppContext(store, AppSettings(), Aside(), run_id, ended, tabs)
+            app = AppContext(store, AppSettings(), Aside(), run_id, ended, tabs, link, kept, Examples())
             with gr.Tab("Look", id="look"):
                 build_look(app)
             with gr.Tab("Try", id="try"):

@@ -61,7 +61,7 @@ def app(hub, tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         app = build(AppSettings(public=True, max_parameters=1000, job_package=PACKAGE), RECIPE)
-        _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+        _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **launch_options(app))
     app.url = url.rstrip("/")
     yield app
     app.close()

@@ -341,12 +341,12 @@ def test_a_path_of_the_server_is_not_taken_for_an_upload(served):
     assert tried >= 2
 
 
-def test_the_server_is_launched_with_the_limit_of_uploads(monkeypatch):
+def test_the_server_is_launched_with_the_limit_of_uploads(served, monkeypatch):
     from tmerge.ui import launch_options
 
-    assert launch_options()["max_file_size"] == settings_here().max_upload_bytes
+    assert launch_options(served.app)["max_file_size"] == settings_here().max_upload_bytes
     monkeypatch.setenv("SPACE_ID", "user/app")
-    options = launch_options()
+    options = launch_options(served.app)
     assert options["max_file_size"] == 50 * 2**20
     assert options["allowed_paths"] == [] and not options["share"] and not options["mcp_server"]
 

@@ -42,7 +42,7 @@ def test_a_run_to_its_end(visit, served):
     expect(result.locator("tbody tr")).to_have_count(6)
     expect(page.locator("#run-files")).to_contain_text("model.safetensors")
     expect(page.locator("#run-log")).to_contain_text("transporting weights")
-    expect(page.locator("#run-stages .step.done .name", has_text="Choose")).to_have_count(1)
+    expect(page.locator("#run-stages .step.done .name", has_text="Pick alpha")).to_have_count(1)
     expect(page.locator("#run-log")).to_contain_text("note: The target states no licence")
     expect(page.locator("#run-map .heatmaplayer image")).to_have_count(1)
     expect(page.locator("#cancel")).to_be_disabled()

@@ -16,6 +16,8 @@ from tmerge.ui.parts.returning import keep, wire_returning
 from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import CSS, HEAD, markup, theme
 from tmerge.ui.server.aside import Aside
+from tmerge.ui.server.downloads import download_routes
+from tmerge.ui.server.examples import Examples
 from tmerge.ui.server.limits import AppSettings, settings_here
 from tmerge.ui.server.runs import RunStore
 from tmerge.ui.tabs.choose import build_choose
@@ -65,7 +67,7 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
         kept = keep()
         markup(render("cards.html", "masthead"), elem_id="masthead")
         with gr.Tabs(elem_id="tabs") as tabs:
-            context = AppContext(store, settings, aside, run_id, ended, tabs, link, kept)
+            context = AppContext(store, settings, aside, run_id, ended, tabs, link, kept, Examples())
             with gr.Tab("Choose", id="choose", render_children=True) as choose:
                 build_choose(context, begin)
             with gr.Tab("Run", id="run", render_children=True) as run:
@@ -82,9 +84,11 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
     return app
 
 
-def launch_options() -> dict[str, Any]:
-    """What ``Blocks.launch`` is given: looks, and nothing shared, served or recorded beyond the app itself."""
+def launch_options(app: gr.Blocks) -> dict[str, Any]:
+    """What ``Blocks.launch`` is given: looks, and nothing shared, served or recorded beyond the app and its runs."""
+    context: AppContext = app.context  # type: ignore[attr-defined]
     return {
+        "app_kwargs": {"routes": download_routes(context.seen)},
         "theme": theme(),
         "css": CSS,
         "head": HEAD,
@@ -116,7 +120,7 @@ def launch(port: int | None = None, *, raise_if_stopped: Callable[[], None] = la
             probe.bind(("127.0.0.1", port))
     app = build()
     try:
-        app.launch(server_port=port, prevent_thread_lock=True, **launch_options())
+        app.launch(server_port=port, prevent_thread_lock=True, **launch_options(app))
         while app.is_running:
             raise_if_stopped()
             time.sleep(0.1)
@@ -130,6 +134,7 @@ def close(app: gr.Blocks) -> None:
     context: AppContext = app.context  # type: ignore[attr-defined]
     context.store.close()
     context.aside.close()
+    context.examples.close()
 
 
 def _use_no_token_of_our_own() -> None:

@@ -11,6 +11,7 @@ import gradio.context
 
 from tmerge.run import Run
 from tmerge.ui.server.aside import Aside
+from tmerge.ui.server.examples import Examples
 from tmerge.ui.server.limits import AppSettings
 from tmerge.ui.server.runs import RunStore, VisitorRun
 
@@ -50,6 +51,7 @@ class AppContext:
             ``try``, ``push``.
         link: The field of the link of the run that this page looks at, in the Run tab.
         kept: What the browser keeps.
+        examples: Recorded runs, which can be looked at as one's own.
     """
 
     store: RunStore
@@ -60,6 +62,7 @@ class AppContext:
     tabs: gr.Tabs
     link: gr.Textbox
     kept: Kept
+    examples: Examples
 
     def load(self, fn: Callable[..., Any], inputs: Any, outputs: Any, **options: Any) -> None:
         """Call a function when a page opens, as ``Blocks.load`` does."""
@@ -68,10 +71,15 @@ class AppContext:
         block.load(fn, inputs, outputs, **{"api_visibility": "private", "show_progress": "hidden", **options})
 
     def seen(self, run_id: str | None) -> VisitorRun | None:
-        """The run of an id; None where there is none (any more)."""
-        return self.store.get(run_id or "")
+        """The run of an id, a recorded one too; None where there is none (any more)."""
+        return self.examples.get(run_id or "") or self.store.get(run_id or "")
 
     def finished(self, run_id: str | None) -> Run | None:
         """The folder of a run that is done; None while it runs, and where it failed or is gone."""
         seen_run = self.seen(run_id)
         return Run(seen_run.folder) if seen_run is not None and seen_run.state == "done" else None
+
+    def with_weights(self, run_id: str | None) -> Run | None:
+        """As `finished`, and None of a recorded run, whose model is not there."""
+        seen_run = self.seen(run_id)
+        return None if seen_run is None or seen_run.example is not None else self.finished(run_id)

@@ -12,11 +12,12 @@ import plotly.graph_objects as go
 
 from tmerge.plots.style import COLOUR_SCALE, feature_name, finish
 from tmerge.quantities import duration_words
-from tmerge.report import alpha_words, next_words, ratio_heading, score_rows, summary, verdict_words
+from tmerge.report import alpha_words, next_words, ratio_heading, score_rows, summary, verdict_tone, verdict_words
 from tmerge.stages.step import STAGES, stage_names
 from tmerge.transport import feature_keys
 from tmerge.ui.parts.cards import empty_card, error_card
 from tmerge.ui.parts.safe import render
+from tmerge.ui.server.downloads import files_of
 from tmerge.ui.server.visitor_run import StageProgress, VisitorRun
 
 __all__ = [
@@ -40,31 +41,36 @@ _STATES = {
     "cancelled": "Cancelled",
 }
 _NAMES = {
-    "texts": "Texts",
-    "target": "Target",
-    "source": "Source",
-    "transport": "Transport",
-    "fuse": "Fuse",
-    "reconstruct": "Reconstruct",
-    "choose": "Choose",
-    "evaluate": "Evaluate",
-    "save": "Save",
+    "texts": "Split texts",
+    "target": "Read target",
+    "source": "Read source",
+    "transport": "Solve plans",
+    "fuse": "Fuse weights",
+    "reconstruct": "Fit blocks",
+    "choose": "Pick alpha",
+    "evaluate": "Score texts",
+    "save": "Write model",
 }
 
 
 def head(run: VisitorRun, position: int) -> str:
     """State, place in the queue, time; which pair."""
     state = _STATES[run.state]
+    tone: str = run.state
     if run.state == "running" and run.cancelling.is_set():
         state = "Stopping"
     facts = []
     if run.report is not None and run.state == "done":
+        # Green is for what beats every control, not for having come to an end.
+        tone = verdict_tone(run.report.verdict)
         facts.append(verdict_words(run.report.verdict))
+    if run.example is not None:
+        facts.append("a recorded run")
     if run.state == "waiting":
         facts.append(f"{position} run{'s' if position != 1 else ''} before this one" if position else "next")
     if run.started is not None:
         facts.append(duration_words((run.ended or time.time()) - run.started))
-    return render(_FILE, "head", run=run, state=state, facts=facts)
+    return render(_FILE, "head", run=run, state=state, tone=tone, facts=facts)
 
 
 def no_run_head() -> str:
@@ -221,10 +227,14 @@ def _median(values: Sequence[float | None]) -> float:
     return float(np.median(known)) if known else np.nan
 
 
-def files_list(run: VisitorRun) -> str:
-    """The files that a finished run has made, with their sizes."""
-    if run.state != "done":
+def files_list(run: VisitorRun, *, local: bool = False) -> str:
+    """The files that a finished run has made, each to be fetched, and all as one.
+
+    Args:
+        run: Whose.
+        local: Whether the app is its visitor's own, who may go to the folder.
+    """
+    if run.state != "done" or run.example is not None:
         return ""
-    cache = run.folder / "tmerge" / "cache"
-    files = sorted(path for path in run.folder.rglob("*") if path.is_file() and cache not in path.parents)
-    return render(_FILE, "files", folder=run.folder, paths=files)
+    sizes = [(path.as_posix(), (run.folder / path).stat().st_size) for path in files_of(run.folder)]
+    return render(_FILE, "files", run=run, sizes=sizes, total=sum(size for _, size in sizes), shown=local)

@@ -114,9 +114,9 @@ def wire_returning(app: AppContext, tabs: Sequence[gr.Tab]) -> None:
     app.load(begin, [kept.runs, kept.tab, kept.repo], [app.run_id, app.tabs, kept.typed])
 
 
-def open_again(app: AppContext, button: gr.Button, which: gr.State) -> None:
-    """Have a button open the run of an id."""
-    button.click(lambda run_id: [run_id, gr.Tabs(selected="run")], which, [app.run_id, app.tabs], **_QUEUED)
+def open_again(app: AppContext, button: gr.Button, which: gr.State, *, tab: str = "run") -> None:
+    """Have a button open the run of an id, on a tab."""
+    button.click(lambda run_id: [run_id, gr.Tabs(selected=tab)], which, [app.run_id, app.tabs], **_QUEUED)
 
 
 def under_way(app: AppContext, runs: Any) -> str | None:
@@ -143,7 +143,9 @@ def _known(app: AppContext, runs: Any) -> list[VisitorRun]:
 def _with_run(app: AppContext, run_id: str, runs: Any) -> list[str]:
     """A browser's list with the run that it is shown now first, and without what is gone."""
     known = [run.id for run in _known(app, runs)]
-    if app.seen(run_id) is None:
+    shown = app.seen(run_id)
+    # A recorded run is found on the first page again.
+    if shown is None or shown.example is not None:
         return known
     return [run_id, *(each for each in known if each != run_id)][:_MOST_RUNS]
 

@@ -16,6 +16,7 @@ from tmerge.report import Report
 from tmerge.stages.step import NOTE, Step
 
 if TYPE_CHECKING:
+    from tmerge.ui.server.examples import Example
     from tmerge.ui.server.pushes import PushUnderWay
 
 __all__ = ["CouplingRow", "StageProgress", "State", "VisitorRun"]
@@ -93,6 +94,7 @@ class VisitorRun:
         fault: Whether that was a fault of ours and not something to be mended.
         report: report.json, once it is done.
         push: Its last push, under way or over.
+        example: What is told of a recorded run, whose weights are not there; None of a visitor's own.
         created, started, ended, looked_at: `time.time`.
         version: Goes up with every change: a page that has seen it has nothing to draw.
     """
@@ -109,6 +111,7 @@ class VisitorRun:
     fault: bool = False
     report: Report | None = None
     push: PushUnderWay | None = None
+    example: Example | None = None
     created: float = field(default_factory=time.time)
     started: float | None = None
     ended: float | None = None

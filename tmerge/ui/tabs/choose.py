@@ -34,6 +34,7 @@ from tmerge.ui.parts.job import build_job
 from tmerge.ui.parts.starting import Holds, ready_recipe, wire_start
 from tmerge.ui.parts.style import markup
 from tmerge.ui.parts.texts import KINDS, TextsPart, build_texts, holds_texts, look_into, shown, upload_name
+from tmerge.ui.parts.ways import begin_with, build_ways
 from tmerge.ui.server.limits import UPLOAD_PREFIX
 from tmerge.ui.server.search import Choice, HubSearch, offered
 
@@ -62,6 +63,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     # Kept by the browser, not by the server: signing in loads the page anew.
     kept = gr.BrowserState("", storage_key="tmerge-recipe")
 
+    ways = build_ways(app)
     with gr.Row(equal_height=False):
         target = _model_field("target", "Target: the model that is changed", begin)
         source = _model_field("source", "Source: the model that is read", begin)
@@ -181,6 +183,14 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
 
     code.input(edited, [code, good, upload], [good, problem, *written], **_in_turn())
     everything = [code, good, problem, *written]
+    for way, button in ways:
+        begun = [way.preset if way.named else None]
+        button.click(
+            lambda uploaded, way=way, begun=begun: [*begun, *replaced(begin_with(way), uploaded)],
+            upload,
+            [preset, *everything],
+            **_in_turn(),
+        )
     demo.click(
         lambda uploaded: ["demo", *replaced(from_preset("demo"), uploaded)], upload, [preset, *everything], **_in_turn()
     )

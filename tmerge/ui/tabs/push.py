@@ -26,6 +26,9 @@ __all__ = ["build_push"]
 _log = logging.getLogger(__name__)
 
 _EVERY = 1.0
+_EXAMPLE = empty_card(
+    "A recorded run cannot be pushed", "Its model is not here. Run the recipe yourself: the Run tab has it to download."
+)
 _EMPTY = empty_card(
     "Nothing to push yet", "When a merge has finished, its model, its card and its report can be pushed from here."
 )
@@ -88,9 +91,11 @@ def build_push(app: AppContext) -> None:
 
     def fill(run_id: str, before: str, typed: str, token: gr.OAuthToken | None) -> list[Any]:
         """All of the tab, for the run that is looked at now; once, so that nothing that was typed is undone."""
-        run = app.finished(run_id)
+        run = app.with_weights(run_id)
         if run is None:
-            return [gr.update(visible=True), gr.update(visible=False), *(gr.skip() for _ in range(13)), ""]
+            why = _EMPTY if app.finished(run_id) is None else _EXAMPLE
+            nothing_yet = gr.update(visible=True, value=why)
+            return [nothing_yet, gr.update(visible=False), *(gr.skip() for _ in range(13)), ""]
         if run_id == before:
             return [gr.skip() for _ in range(16)]
         try:
@@ -189,7 +194,7 @@ def build_push(app: AppContext) -> None:
         run_id: str, name: str, hidden: bool, even_if_worse: bool, text: str, token: gr.OAuthToken | None
     ) -> list[Any]:
         run = app.seen(run_id)
-        if run is None or run.state != "done":
+        if run is None or app.with_weights(run_id) is None:
             return [note("this run is gone or not finished", bad=True), gr.skip(), gr.skip(), gr.skip()]
         signed_in = own_token(app.settings, None if token is None else token.token)
         if signed_in is None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from tmerge.errors import TmergeError
 from tmerge.ui.context import AppContext
+from tmerge.ui.parts.cards import note
 from tmerge.ui.parts.progress import (
     coupling_figure,
     features_begun,
@@ -21,6 +25,7 @@ from tmerge.ui.parts.progress import (
 )
 from tmerge.ui.parts.returning import build_links
 from tmerge.ui.parts.style import markup
+from tmerge.ui.server.downloads import keep_in
 from tmerge.ui.server.visitor_run import VisitorRun
 
 __all__ = ["build_running"]
@@ -30,14 +35,47 @@ _EVERY = 1.0
 _MAP_EVERY = 2.0
 _LATEST = "the one being solved"
 
-# What a page has drawn: (run, version of it, rows in the map, when, feature, whether it was over).
-_Drawn = tuple[str, int, int, float, str, bool]
-_NOTHING: _Drawn = ("", -1, -1, 0.0, _LATEST, False)
+# What a handler changes: component -> its new value, or an update of it.
+_Changes = dict[Any, Any]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What a page has drawn: of which run, its version, rows in the map and when, of which feature, whether over."""
+
+    run: str = ""
+    version: int = -1
+    rows: int = -1
+    when: float = 0.0
+    feature: str = _LATEST
+    over: bool = False
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The tab's components that a run changes."""
+
+    head: gr.HTML
+    stages: gr.HTML
+    log: gr.HTML
+    picture: gr.Plot
+    feature: gr.Dropdown
+    result: gr.HTML
+    files: gr.HTML
+    cancel: gr.Button
+    downloads: gr.Row
+    report: gr.DownloadButton
+    recipe: gr.DownloadButton
+    keeping: gr.Row
+    kept: gr.HTML
+    clock: gr.Timer
+    ended: gr.Number
+    drawn: gr.State
 
 
 def build_running(app: AppContext) -> None:
     """Lay the tab out and wire it. Call it inside its `gr.Tab`."""
-    drawn = gr.State(_NOTHING)
+    drawn = gr.State(_Drawn())
     top = markup(no_run_head(), elem_id="run-head")
     build_links(app)
     with gr.Row(equal_height=False):
@@ -61,33 +99,27 @@ def build_running(app: AppContext) -> None:
         coupling_figure(None, None), label="Layer coupling as it is solved", show_label=False, elem_id="run-map"
     )
     files = markup("", elem_id="run-files")
+    with gr.Row(visible=False, elem_id="run-keep") as keeping:
+        folder = gr.Textbox(
+            label="Keep the model in", info="A new folder of yours", max_lines=1, elem_id="keep-folder", scale=3
+        )
+        keep = gr.Button("Keep the model", elem_id="keep-model", scale=1, min_width=160)
+    kept = markup("", elem_id="keep-note")
     clock = gr.Timer(_EVERY, active=False)
+    parts = _Parts(
+        top, steps, log, picture, feature, result, files, cancel, downloads, report, recipe, keeping, kept, clock,
+        app.ended, drawn,
+    )  # fmt: skip
+    shown = [getattr(parts, name) for name in _Parts.__dataclass_fields__]
 
-    shown = [
-        top,
-        steps,
-        log,
-        picture,
-        feature,
-        result,
-        files,
-        cancel,
-        downloads,
-        report,
-        recipe,
-        clock,
-        app.ended,
-        drawn,
-    ]
-
-    def draw(run_id: str, chosen: str, before: _Drawn, ended: int) -> list[Any]:
+    def draw(run_id: str, chosen: str, before: _Drawn, ended: int) -> _Changes:
         run = app.seen(run_id)
         if run is None:
-            return _without_run(run_id, before, ended)
-        return _with_run(app, run, chosen, before, ended)
+            return _without_run(parts, run_id, before, ended)
+        return _with_run(app, parts, run, chosen, before, ended)
 
-    def anew(run_id: str, chosen: str, ended: int) -> list[Any]:
-        return draw(run_id, _LATEST, _NOTHING, ended)
+    def anew(run_id: str, chosen: str, ended: int) -> _Changes:
+        return draw(run_id, _LATEST, _Drawn(), ended)
 
     # Not through the queue: a page that watches a run holds no place that another visitor needs.
     options: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -105,64 +137,87 @@ def build_running(app: AppContext) -> None:
         return gr.Button("Stopping", interactive=False)
 
     cancel.click(stop, app.run_id, cancel, **options)
+    keep.click(lambda run_id, name: _keep(app, run_id, (name or "").strip()), [app.run_id, folder], kept, **options)
 
 
-def _with_run(app: AppContext, run: VisitorRun, chosen: str, before: _Drawn, ended: int) -> list[Any]:
-    seen_id, seen_version, seen_rows, map_drawn, map_feature, was_over = before
+def _with_run(app: AppContext, parts: _Parts, run: VisitorRun, chosen: str, before: _Drawn, ended: int) -> _Changes:
     over, version, now = run.over, run.version, time.time()
-    same_run = seen_id == run.id
-    top = head(run, app.store.position(run.id))
-    if same_run and seen_version == version and (was_over or not over):
-        return [top, *(gr.skip() for _ in range(13))]
+    same_run = before.run == run.id
+    changes: _Changes = {parts.head: head(run, app.store.position(run.id))}
+    if same_run and before.version == version and (before.over or not over):
+        return changes
     rows = len(run.rows)
     # A map that is behind by less than its period is drawn at a later tick, or with the end of the run.
-    draw_map = not same_run or (rows != seen_rows and (over or now - map_drawn >= _MAP_EVERY))
-    drawn: _Drawn = (
-        run.id,
-        version if draw_map or rows == seen_rows else -1,
-        rows if draw_map else seen_rows,
-        now if draw_map else map_drawn,
-        chosen,
-        over,
-    )
-    just_over = over and not (same_run and was_over)
-    done = run.state == "done"
+    draw_map = not same_run or (rows != before.rows and (over or now - before.when >= _MAP_EVERY))
     stopping = run.cancelling.is_set() and not over
-    work = run.folder / "tmerge"
-    return [
-        top,
-        stages(run),
-        log_lines(run),
-        coupling_figure(run, None if chosen == _LATEST else chosen) if draw_map else gr.skip(),
-        gr.Dropdown(choices=[_LATEST, *features_begun(run)], value=chosen) if draw_map else gr.skip(),
-        result_cards(run) if just_over or not same_run else gr.skip(),
-        files_list(run) if just_over or not same_run else gr.skip(),
-        gr.Button("Stopping" if stopping else "Cancel this run", interactive=not over and not stopping),
-        gr.Row(visible=done) if just_over or not same_run else gr.skip(),
-        gr.DownloadButton(value=str(work / "report.json")) if done and just_over else gr.skip(),
-        gr.DownloadButton(value=str(work / "recipe.yaml")) if done and just_over else gr.skip(),
-        gr.Timer(active=not over) if just_over or not same_run else gr.skip(),
-        ended + 1 if just_over else gr.skip(),
-        drawn,
-    ]
+    changes |= {
+        parts.stages: stages(run),
+        parts.log: log_lines(run),
+        parts.cancel: gr.Button("Stopping" if stopping else "Cancel this run", interactive=not over and not stopping),
+        parts.drawn: _Drawn(
+            run.id,
+            version if draw_map or rows == before.rows else -1,
+            rows if draw_map else before.rows,
+            now if draw_map else before.when,
+            chosen,
+            over,
+        ),
+    }
+    if draw_map:
+        changes |= {
+            parts.picture: coupling_figure(run, None if chosen == _LATEST else chosen),
+            parts.feature: gr.Dropdown(choices=[_LATEST, *features_begun(run)], value=chosen),
+        }
+    just_over = over and not (same_run and before.over)
+    if just_over or not same_run:
+        done, work = run.state == "done", run.folder / "tmerge"
+        changes |= {
+            parts.result: result_cards(run),
+            parts.files: files_list(run, local=not app.settings.public),
+            parts.downloads: gr.Row(visible=done),
+            parts.keeping: gr.Row(visible=done and run.example is None and not app.settings.public),
+            parts.kept: "",
+            parts.clock: gr.Timer(active=not over),
+        }
+        if done:
+            changes[parts.report] = gr.DownloadButton(value=str(work / "report.json"))
+            changes[parts.recipe] = gr.DownloadButton(value=str(work / "recipe.yaml"))
+    if just_over:
+        changes[parts.ended] = ended + 1
+    return changes
 
 
-def _without_run(run_id: str, before: _Drawn, ended: int) -> list[Any]:
-    if before[0] == run_id and before[1] == 0:
-        return [gr.skip() for _ in range(14)]
-    return [
-        gone_head() if run_id else no_run_head(),
-        stages(None),
-        log_lines(None),
-        coupling_figure(None, None),
-        gr.Dropdown(choices=[_LATEST], value=_LATEST),
-        "",
-        "",
-        gr.Button("Cancel this run", interactive=False),
-        gr.Row(visible=False),
-        gr.skip(),
-        gr.skip(),
-        gr.Timer(active=False),
-        ended + 1,
-        (run_id, 0, 0, 0.0, _LATEST, True),
-    ]
+def _without_run(parts: _Parts, run_id: str, before: _Drawn, ended: int) -> _Changes:
+    nothing = _Drawn(run_id, 0, 0, 0.0, _LATEST, True)
+    if before == nothing:
+        return {parts.drawn: nothing}
+    return {
+        parts.head: gone_head() if run_id else no_run_head(),
+        parts.stages: stages(None),
+        parts.log: log_lines(None),
+        parts.picture: coupling_figure(None, None),
+        parts.feature: gr.Dropdown(choices=[_LATEST], value=_LATEST),
+        parts.result: "",
+        parts.files: "",
+        parts.cancel: gr.Button("Cancel this run", interactive=False),
+        parts.downloads: gr.Row(visible=False),
+        parts.keeping: gr.Row(visible=False),
+        parts.kept: "",
+        parts.clock: gr.Timer(active=False),
+        parts.ended: ended + 1,
+        parts.drawn: nothing,
+    }
+
+
+def _keep(app: AppContext, run_id: str, name: str) -> str:
+    """On one's own machine: the model in a folder of one's own."""
+    run = app.seen(run_id)
+    if run is None or app.settings.public or app.with_weights(run_id) is None:
+        return note("this run is gone or not finished", bad=True)
+    if not name:
+        return note("name a folder", bad=True)
+    try:
+        keep_in(run, Path(name).expanduser())
+    except (TmergeError, OSError) as error:
+        return note(str(error), bad=True)
+    return note(f"The model is in {name}; tmerge push, evaluate and adapt read it there.")

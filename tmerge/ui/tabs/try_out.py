@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -11,9 +11,10 @@ from tmerge.errors import TmergeError
 from tmerge.plots.words import score_cells
 from tmerge.report import Report, summary
 from tmerge.ui.context import AppContext
-from tmerge.ui.parts.cards import error_card
+from tmerge.ui.parts.cards import error_card, note
 from tmerge.ui.parts.prompts import offered_prompts
 from tmerge.ui.parts.safe import render
+from tmerge.ui.server.examples import Example
 from tmerge.ui.server.speaking import MOST_CHARACTERS, MOST_TOKENS, ROLES, Question, Said, Speaker
 
 __all__ = ["build_try"]
@@ -54,7 +55,7 @@ def build_try(app: AppContext) -> None:
         )
         with gr.Row(elem_id="try-offered"):
             offered = [gr.Button("", size="sm", min_width=140) for _ in range(_PROMPTS)]
-        with gr.Accordion("How they answer", open=False):
+        with gr.Accordion("How they answer", open=False) as how:
             with gr.Row():
                 tokens = gr.Slider(
                     8, MOST_TOKENS, 64, step=8, label="Most new tokens", elem_id="try-tokens", min_width=200
@@ -64,7 +65,7 @@ def build_try(app: AppContext) -> None:
                 )
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="try-seed", min_width=120)
             chat = gr.Checkbox(True, label="Use a model's chat template, where it has one", elem_id="try-chat")
-        with gr.Row():
+        with gr.Row() as buttons:
             go = gr.Button("Ask all three", variant="primary", elem_id="try-go", min_width=160)
             stop = gr.Button("Stop", interactive=False, elem_id="try-stop", min_width=120)
         fault = gr.HTML(elem_id="try-fault", css_template=_STYLE, apply_default_css=False)
@@ -93,6 +94,8 @@ def build_try(app: AppContext) -> None:
         score = gr.HTML(elem_id="try-scores", css_template=_STYLE, apply_default_css=False)
     pairs = [part for role in ROLES for part in (answers[role], notes[role])]
     silent = ["", _note(Said(note=""))] * len(ROLES)
+    asking_row = [how, buttons]
+    ask_here = [gr.update(interactive=True), *[gr.update(visible=True)] * len(asking_row)]
 
     def fill(run_id: str) -> list[Any]:
         """All of the tab, for the run that is looked at now."""
@@ -104,29 +107,45 @@ def build_try(app: AppContext) -> None:
             report, why = None, error_card("This run cannot be tried", str(error).replace(str(run.folder), "the run"))
         if report is None:
             kept = [gr.skip()] * (_PROMPTS + len(ROLES))
-            return [gr.update(visible=True, value=why), gr.update(visible=False), "", *kept, "", *silent]
-        prompts = offered_prompts(report.calibration.dataset)
+            return [gr.update(visible=True, value=why), gr.update(visible=False), "", *kept, "", *silent, *ask_here]
+        example = _example(app, run_id)
+        if example is not None:
+            prompts = tuple(talk.prompt for talk in example.talks)
+            return [*shown_of(report, prompts), *_recited(example, prompts[0]), *_readings(prompts[0])]
+        return [*shown_of(report, offered_prompts(report.calibration.dataset)), "", *silent, *ask_here]
+
+    def shown_of(report: Report, prompts: Sequence[str]) -> list[Any]:
         return [
             gr.update(visible=False),
             gr.update(visible=True),
             _scores(report),
             *(gr.update(value=text) for text in prompts),
             *(_own_score(report, role) for role in ROLES),
-            "",
-            *silent,
         ]
 
-    everything = [nothing, body, score, *offered, *own.values(), fault, *pairs]
+    everything = [nothing, body, score, *offered, *own.values(), fault, *pairs, prompt, *asking_row]
     for event in (app.run_id.change, app.ended.change):
         event(fill, [app.run_id], everything, show_progress="hidden", api_visibility="private")
+
+    def take(run_id: str, text: str) -> list[Any]:
+        """A prompt that is offered, into the field; and what was recorded of it."""
+        example = _example(app, run_id)
+        return [text, *([gr.skip()] * (1 + len(pairs)) if example is None else _recited(example, text))]
+
     for button in offered:
-        button.click(lambda text: text, [button], [prompt], show_progress="hidden", api_visibility="private")
+        button.click(
+            take,
+            [app.run_id, button],
+            [prompt, fault, *pairs],
+            show_progress="hidden",
+            api_visibility="private",
+        )
 
     def ask(
         run_id: str, text: str, most: float, heat: float, number: float, template: bool, request: gr.Request
     ) -> Iterator[list[Any]]:
         """The three answers as they come."""
-        run = app.finished(run_id)
+        run = app.with_weights(run_id)
         if run is None:
             yield [_fault(_GONE), gr.update(interactive=True), gr.update(interactive=False), *silent]
             return
@@ -158,6 +177,23 @@ def build_try(app: AppContext) -> None:
         speaker.stop(str(request.session_hash))
 
     stop.click(hush, None, None, queue=False, show_progress="hidden", api_visibility="private")
+
+
+def _example(app: AppContext, run_id: str) -> Example | None:
+    seen = app.seen(run_id)
+    return None if seen is None else seen.example
+
+
+def _recited(example: Example, prompt: str) -> list[Any]:
+    """What was recorded of a prompt: a line above, and each model's answer."""
+    talk = next((talk for talk in example.talks if talk.prompt == prompt), example.talks[0])
+    said = {role: Said("done", answer.text, f"recorded: {answer.note}") for role, answer in talk.said.items()}
+    return [note("A recorded run: its models are not here; these are their answers then."), *_shown(said)]
+
+
+def _readings(prompt: str) -> list[Any]:
+    """The field and what asks, where nothing can be asked."""
+    return [gr.update(value=prompt, interactive=False), gr.update(visible=False), gr.update(visible=False)]
 
 
 def _shown(said: Mapping[str, Said]) -> list[str]:

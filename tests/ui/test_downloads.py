@@ -1,0 +1,83 @@
+"""A run's files over HTTP: the zip as it is streamed, single files, and nothing else; kept in a folder of one's own."""
+
+import io
+import os
+import urllib.error
+import urllib.request
+import zipfile
+
+import pytest
+
+from tmerge.errors import OutputExistsError
+from tmerge.ui.server.downloads import files_of, keep_in
+
+
+@pytest.fixture(scope="module")
+def done(served):
+    run_id = served.context.store.start(served.recipe(seed=11), "someone")
+    run = served.ended(run_id)
+    assert run.state == "done", run.error
+    return run
+
+
+def fetch(url):
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return answer.headers, answer.read()
+
+
+def test_the_zip_is_the_run_without_its_cache(served, done):
+    headers, data = fetch(f"{served.url}/run/{done.id}/model.zip")
+    assert "fused.zip" in headers["Content-Disposition"]
+    with zipfile.ZipFile(io.BytesIO(data)) as packed:
+        assert packed.testzip() is None
+        names = {name.removeprefix("fused/") for name in packed.namelist()}
+        assert {"config.json", "model.safetensors", "README.md", "tmerge/report.json"} <= names
+        assert not any(name.startswith("tmerge/cache") for name in names)
+        for name in names:
+            assert packed.read(f"fused/{name}") == (done.folder / name).read_bytes()
+
+
+def test_one_file_is_what_the_run_wrote(served, done):
+    _, data = fetch(f"{served.url}/run/{done.id}/files/tmerge/report.json")
+    assert data == (done.folder / "tmerge/report.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "run/{id}x/model.zip",
+        "run/{id}/files/../texts.txt",
+        "run/{id}/files/tmerge/cache/texts.json",
+        "run/{id}/files/%2e%2e/%2e%2e/etc/passwd",
+        "run/{id}/files//etc/passwd",
+        "run/{id}/files/",
+    ],
+)
+def test_nothing_else_is_served(served, done, path):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        fetch(f"{served.url}/{path.format(id=done.id)}")
+    assert refused.value.code == 404
+
+
+def test_a_kept_model_outlives_the_app_and_replaces_nothing(done, tmp_path):
+    keep_in(done, tmp_path / "new" / "fused")
+    kept = tmp_path / "new" / "fused"
+    assert files_of(kept) == files_of(done.folder)
+    for name in files_of(kept):
+        assert (kept / name).read_bytes() == (done.folder / name).read_bytes()
+    with pytest.raises(OutputExistsError, match="not empty"):
+        keep_in(done, kept)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputExistsError):
+        keep_in(done, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert os.listdir(tmp_path / "new") == ["fused"]
+
+
+def test_across_file_systems_it_is_copied(done, tmp_path, monkeypatch):
+    def no_links(*paths):
+        raise OSError("another file system")
+
+    monkeypatch.setattr(os, "link", no_links)
+    keep_in(done, tmp_path / "fused")
+    assert files_of(tmp_path / "fused") == files_of(done.folder)

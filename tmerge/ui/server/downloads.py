@@ -1,0 +1,124 @@
+"""A finished run's files for who has its link: one at a time, or all as one zip that is written as it is sent."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from tmerge.errors import OutputExistsError, RunNotFoundError
+from tmerge.store import scratch
+from tmerge.ui.server.visitor_run import VisitorRun
+
+__all__ = ["download_routes", "files_of", "keep_in"]
+
+_CHUNK = 1 << 20
+_GONE = "this run is gone or not finished; start it again, or open its link"
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of a run's model and its report, relative to its folder, in order; nothing of its cache."""
+    cache = Path("tmerge/cache")
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in found if cache not in path.parents)
+
+
+def download_routes(seen: Callable[[str], VisitorRun | None]) -> list[Route]:
+    """Where the app serves ``run/ID/model.zip`` and ``run/ID/files/PATH``.
+
+    Args:
+        seen: The run of an id; None where there is none.
+    """
+
+    def finished(request: Request) -> VisitorRun | None:
+        run = seen(request.path_params["run_id"])
+        return run if run is not None and run.state == "done" else None
+
+    def zipped(request: Request) -> Response:
+        run = finished(request)
+        if run is None or run.example is not None:
+            return PlainTextResponse(_GONE, status_code=404)
+        headers = {"Content-Disposition": 'attachment; filename="fused.zip"'}
+        return StreamingResponse(_zip(run), media_type="application/zip", headers=headers)
+
+    def one(request: Request) -> Response:
+        run, name = finished(request), Path(request.path_params["path"])
+        # Of what is listed, so that no path leads elsewhere.
+        if run is None or name not in files_of(run.folder):
+            return PlainTextResponse(_GONE, status_code=404)
+        return FileResponse(run.folder / name, filename=name.name)
+
+    return [
+        Route("/run/{run_id}/model.zip", zipped, methods=["GET"]),
+        Route("/run/{run_id}/files/{path:path}", one, methods=["GET"]),
+    ]
+
+
+def keep_in(run: VisitorRun, folder: Path) -> None:
+    """Have a finished run's files in a folder of one's own, of which the app removes nothing.
+
+    Args:
+        run: Done.
+        folder: New, or empty. Within one file system the files are the same ones, and take no room twice.
+
+    Raises:
+        OutputExistsError: Something is there.
+        RunNotFoundError: The run is gone.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputExistsError(f"{folder} is there and not empty; name a new folder")
+    if not run.folder.is_dir():
+        raise RunNotFoundError(_GONE)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f"{folder.name}.part")
+    with scratch(part):
+        for name in files_of(run.folder):
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(run.folder / name, part / name)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(run.folder / name, part / name)
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+
+
+class _Sink(io.RawIOBase):
+    """Where a zip is written that is sent on: it holds what was not sent yet."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        self._held += data
+        return len(data)
+
+    def taken(self) -> bytes:
+        """What was written since the last time."""
+        data = bytes(self._held)
+        self._held.clear()
+        return data
+
+
+def _zip(run: VisitorRun) -> Iterator[bytes]:
+    """The files as they are: weights do not get smaller by packing."""
+    sink = _Sink()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as packed:
+        for name in files_of(run.folder):
+            with (run.folder / name).open("rb") as file, packed.open(f"fused/{name}", "w", force_zip64=True) as into:
+                while data := file.read(_CHUNK):
+                    into.write(data)
+                    run.looked_at = time.time()  # a run that is being fetched is kept
+                    yield sink.taken()
+    yield sink.taken()
