@@ -7,7 +7,9 @@ from typing import Any
 
 import gradio as gr
 
+from tmerge.errors import TmergeError
 from tmerge.ui.context import AppContext
+from tmerge.ui.parts.cards import error_card
 from tmerge.ui.parts.progress import (
     coupling_figure,
     features_begun,
@@ -98,11 +100,18 @@ def build_running(app: AppContext) -> None:
         **options,
     )
 
-    def stop(run_id: str) -> Any:
-        app.store.cancel(run_id)
-        return gr.Button("Stopping", interactive=False)
+    def stop_or_go_on(run_id: str, chosen: str, ended: int) -> list[Any]:
+        run = app.seen(run_id)
+        try:
+            if run is not None and run.state == "cancelled":
+                app.store.resume(run_id)
+            else:
+                app.store.cancel(run_id)
+        except TmergeError as error:
+            return [error_card("Not continued", str(error)) if item is result else gr.skip() for item in shown]
+        return anew(run_id, chosen, ended)
 
-    cancel.click(stop, app.run_id, cancel, **options)
+    cancel.click(stop_or_go_on, [app.run_id, feature, app.ended], shown, trigger_mode="once", **options)
 
 
 def _with_run(app: AppContext, run: VisitorRun, chosen: str, before: _Drawn, ended: int) -> list[Any]:
@@ -125,7 +134,6 @@ def _with_run(app: AppContext, run: VisitorRun, chosen: str, before: _Drawn, end
     )
     just_over = over and not (same_run and was_over)
     done = run.state == "done"
-    stopping = run.cancelling.is_set() and not over
     work = run.folder / "tmerge"
     return [
         top,
@@ -135,7 +143,7 @@ def _with_run(app: AppContext, run: VisitorRun, chosen: str, before: _Drawn, end
         gr.Dropdown(choices=[_LATEST, *features_begun(run)], value=chosen) if draw_map else gr.skip(),
         result_cards(run) if just_over or not same_run else gr.skip(),
         files_list(run) if just_over or not same_run else gr.skip(),
-        gr.Button("Stopping" if stopping else "Cancel this run", interactive=not over and not stopping),
+        _stop_button(run),
         gr.Row(visible=done) if just_over or not same_run else gr.skip(),
         gr.DownloadButton(value=str(work / "report.json")) if done and just_over else gr.skip(),
         gr.DownloadButton(value=str(work / "recipe.yaml")) if done and just_over else gr.skip(),
@@ -143,6 +151,15 @@ def _with_run(app: AppContext, run: VisitorRun, chosen: str, before: _Drawn, end
         ended + 1 if just_over else gr.skip(),
         drawn,
     ]
+
+
+def _stop_button(run: VisitorRun) -> Any:
+    """Of a run that was cancelled it continues it."""
+    if run.state == "cancelled":
+        return gr.Button("Continue this run", variant="secondary", interactive=True)
+    stopping = run.cancelling.is_set() and not run.over
+    words = "Stopping" if stopping else "Cancel this run"
+    return gr.Button(words, variant="stop", interactive=not run.over and not stopping)
 
 
 def _without_run(run_id: str, before: _Drawn, ended: int) -> list[Any]:
@@ -156,7 +173,7 @@ def _without_run(run_id: str, before: _Drawn, ended: int) -> list[Any]:
         gr.Dropdown(choices=[_LATEST], value=_LATEST),
         "",
         "",
-        gr.Button("Cancel this run", interactive=False),
+        gr.Button("Cancel this run", variant="stop", interactive=False),
         gr.Row(visible=False),
         gr.skip(),
         gr.skip(),
