@@ -31,6 +31,8 @@ _LOOK = 0.1
 # Seconds that it has to end when it is told to.
 _GRACE = 1.0
 
+_START = multiprocessing.get_context("spawn")
+
 # Libraries are to say nothing of their own: what matters comes back as an answer or an error.
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -85,9 +87,8 @@ class Child:
     """
 
     def __init__(self, name: str, prepare: Sequence[str] = ()) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._ours, of_child = context.Pipe()
-        self._process = context.Process(target=_serve, args=(of_child, tuple(prepare)), name=name, daemon=True)
+        self._ours, of_child = _START.Pipe()
+        self._process = _START.Process(target=_serve, args=(of_child, tuple(prepare)), name=name, daemon=True)
         self._process.start()
         of_child.close()
 
