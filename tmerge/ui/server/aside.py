@@ -59,7 +59,7 @@ class Aside:
         """Start a process now, so that the first question does not wait for it."""
         with self._changed:
             if not self._free and not self._busy:
-                self._free.append((Child(_NAME, prepare=["tmerge.ui"]), time.monotonic()))
+                self._free.append((Child(_NAME, prepare=("tmerge.ui", "datasets")), time.monotonic()))
 
     def ask(self, question: Callable[..., Answer], *words: object, wanted: Callable[[], bool] = always) -> Answer:
         """Call a function of a module there.

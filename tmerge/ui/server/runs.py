@@ -16,6 +16,7 @@ import signal
 import tempfile
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 from tmerge.child import Child, ChildFaultError, ChildLostError, Told
-from tmerge.errors import Cancelled, NotEnoughMemoryError, RunNotFoundError, TmergeError
+from tmerge.errors import Cancelled, NotEnoughMemoryError, ProcessLostError, RunNotFoundError, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.report import Report
 from tmerge.stages.merge import merge
@@ -234,9 +235,8 @@ class RunStore:
                     self._current = None
 
     def _run(self, run: VisitorRun) -> None:
-        child = self._take_child()
         try:
-            run.report = self._merge(run, child)
+            run.report = self._merge(run)
             self._hide_upload(run)
             self._end(run, "done", "done")
         except Cancelled:
@@ -244,21 +244,10 @@ class RunStore:
         except TmergeError as error:
             run.error = self._without_paths(run, str(error))
             self._end(run, "failed", run.error)
-        except ChildLostError as error:
-            _log.error("a run's process was lost: %s", error)
-            run.error = str(_lost(error.status))
-            self._end(run, "failed", run.error)
-        except Exception as error:  # noqa: BLE001 - a fault of ours: its traceback goes to the log, the visitor gets its number
-            number = secrets.token_hex(4)
-            if isinstance(error, ChildFaultError):
-                _log.error("run failed, fault %s\n%s", number, error)
-            else:
-                _log.exception("run failed, fault %s", number)
-            run.error = f"a fault of ours, not of your recipe; the server's log has it under {number}"
-            run.fault = True
-            self._end(run, "failed", run.error)
-        finally:
-            child.end()
+        except ChildFaultError as error:
+            self._end_by_fault(run, str(error))
+        except Exception:  # noqa: BLE001 - as one there: the log has it, the visitor its number
+            self._end_by_fault(run, traceback.format_exc())
 
     def _take_child(self) -> Child:
         """The process that is ready, or one that is started now; the next one is made ready meanwhile."""
@@ -270,33 +259,50 @@ class RunStore:
             ready.end()
         return Child(_NAME)
 
-    def _merge(self, run: VisitorRun, child: Child) -> Report:
-        recipe = run.read or run.recipe
+    def _merge(self, run: VisitorRun) -> Report:
+        """In a process of its own, which is gone when this returns or raises."""
+        recipe, child = run.read or run.recipe, self._take_child()
 
         def call(function: Callable[..., Any], *words: Any) -> Any:
-            return child.call(function, recipe, run.folder, *words, hear=heard, pulse=run.stop_if_cancelled)
+            return child.call(
+                function,
+                recipe,
+                run.folder,
+                *words,
+                hear=lambda told: run.hear(_step(told)),
+                pulse=run.stop_if_cancelled,
+            )
 
-        def heard(told: Told) -> None:
-            run.hear(_step(told))
+        try:
+            if run.gpu is not None and run.context is not None:
+                from tmerge.ui.server import zero
 
-        if run.gpu is not None and run.context is not None:
-            from tmerge.ui.server import zero
+                for before, until in (("texts", "source"), (fusing_stage(recipe), "evaluate")):
+                    call(zero.up_to_gpu, before)
+                    run.say(f"asking ZeroGPU for a GPU, for up to {run.gpu[until]:.0f} s")
+                    # By this process: ZeroGPU knows a visitor by the request, which no other has.
+                    zero.on_gpu(
+                        recipe,
+                        str(run.folder),
+                        until,
+                        run.gpu[until],
+                        listener=run.hear,
+                        pulse=run.stop_if_cancelled,
+                        context=run.context,
+                    )
+            report: Report = call(merge)
+            return report
+        except ChildLostError as error:
+            _log.error("a run's process was lost: %s", error)
+            raise _lost(error.status) from None
+        finally:
+            child.end()
 
-            for before, until in (("texts", "source"), (fusing_stage(recipe), "evaluate")):
-                call(zero.up_to_gpu, before)
-                run.say(f"asking ZeroGPU for a GPU, for up to {run.gpu[until]:.0f} s")
-                # By this process: ZeroGPU knows a visitor by the request, which no other has.
-                zero.on_gpu(
-                    recipe,
-                    str(run.folder),
-                    until,
-                    run.gpu[until],
-                    listener=run.hear,
-                    pulse=run.stop_if_cancelled,
-                    context=run.context,
-                )
-        report: Report = call(merge)
-        return report
+    def _end_by_fault(self, run: VisitorRun, details: str) -> None:
+        number = secrets.token_hex(4)
+        _log.error("run failed, fault %s\n%s", number, details)
+        run.error, run.fault = f"a fault of ours, not of your recipe; the server's log has it under {number}", True
+        self._end(run, "failed", run.error)
 
     def _end(self, run: VisitorRun, state: State, line: str) -> None:
         run.ended = time.time()
@@ -355,4 +361,4 @@ def _lost(status: int | None) -> TmergeError:
             "the system ended this run, as it does where memory runs out; choose smaller models or fewer texts"
         )
     how = f"signal {-status}" if status is not None and status < 0 else f"exit code {status}"
-    return TmergeError(f"this run's process ended before the run had ({how}); start it again")
+    return ProcessLostError(f"this run's process ended before the run had ({how}); start it again")
