@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 _BEFORE = ["torch", "torch._dynamo", "torch.distributed.tensor", "scipy.optimize", "tests.forked"]
-_forking = multiprocessing.get_context("forkserver")
-_forking.set_forkserver_preload(_BEFORE)
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(_BEFORE)
 
 
 class Forked:
@@ -31,7 +31,7 @@ class Forked:
         self._folder = tempfile.TemporaryDirectory(prefix="forked-")
         self._streams = [Path(self._folder.name, name) for name in ("out", "err")]
         begin = (list(map(str, words)), script, dict(os.environ if env is None else env), str(cwd or Path.cwd()))
-        self._process = _forking.Process(target=_begin, args=(*begin, *map(str, self._streams)))
+        self._process = FORKING.Process(target=_begin, args=(*begin, *map(str, self._streams)))
         self._process.start()
         self.pid = self._process.pid
 

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "tmerge"
 ORDER = (
     *("version", "errors", "quantities", "processes", "documents", "templates", "store", "recipe", "run"),
     *("models", "calibration", "transport", "fusion", "evaluation", "adaptation"),
-    *("preflight", "report", "recorded", "hub", "stages"),
+    *("preflight", "report", "recorded", "hub", "stages", "child"),
     *("comparison", "plots"),
     *("cli", "ui"),
 )

@@ -30,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, kind in (("run", Path), ("out", Path), ("title", str), ("made", str)):
         parser.add_argument(f"--{name}", type=kind, required=True)
+    parser.add_argument("--plain", action="store_true", help="prompts are put without a chat template")
     given = parser.parse_args()
     run = Run(given.run)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -48,7 +49,7 @@ def main() -> None:
     store = RunStore(AppSettings())
     speaker, talks = Speaker(store), list[Talk]()
     for prompt in offered_prompts(run.report().calibration.dataset):
-        *_, said = speaker.ask("recorder", run.recipe(), run.folder, Question(prompt, True, 48, 0.0, 0))
+        *_, said = speaker.ask("recorder", run.recipe(), run.folder, Question(prompt, not given.plain, 48, 0.0, 0))
         assert all(answer.state == "done" for answer in said.values()), said
         answers = {role: Answer(text=answer.text, note=answer.note) for role, answer in said.items()}
         talks.append(Talk(prompt=prompt, said=answers))

@@ -16,8 +16,9 @@ import pytest
 pytest.importorskip("gradio", reason="the app extra is not installed")
 
 from tests.pico import save_pico
-from tests.ui import looked
+from tests.ui import looked, soon
 from tests.ui.search_hub import SearchHub
+from tmerge import child
 from tmerge.calibration import sample_texts
 from tmerge.recipe import Recipe
 from tmerge.ui import AppSettings, build, close, launch_options
@@ -35,6 +36,13 @@ _NOT_NEEDED = (
     "PaintHolding,AvoidUnnecessaryBeforeUnloadCheckSync,DestroyProfileOnBrowserClose,"
     "AvoidCorsURLLoaderRestartOnRedirect,OptimizationHints,NetworkTimeServiceQuerying,AimEnabled,PreconnectToSearch"
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def soon_started() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child, "_START", soon)
+        yield
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 
@@ -10,6 +11,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import expect
 
 from tests.ui.search_hub import HOSTILE
+from tmerge.ui.server.changes import Change
 
 
 def name_model(page, role, name):
@@ -131,6 +133,32 @@ def test_form_and_yaml_are_in_step_both_ways(visit):
     expect(page.locator("#problem")).to_contain_text("did you mean 'alpha'?")
     write_yaml(page, "target: a/b\nsource: [c\n")
     expect(page.locator("#problem")).to_contain_text("not YAML")
+
+
+def test_a_line_that_is_typed_is_checked_once_at_its_end(visit, picos, served, monkeypatch):
+    page = visit()
+    for role, path in picos.items():
+        name_model(page, role, path)
+    cards = page.locator("#expected")
+    expect(cards).to_contain_text("qwen3", timeout=60_000)
+    open_fold(page, "Advanced settings")
+    asked, ask = [], served.context.aside.ask
+
+    def counting(question, *words, **options):
+        asked.append((question.__name__, words[0]))
+        return ask(question, *words, **options)
+
+    monkeypatch.setattr(served.context.aside, "ask", counting)
+    # However slowly a busy machine takes the letters in.
+    monkeypatch.setattr(Change, "settled", lambda self: time.sleep(3) or self.is_last())
+    alpha = page.get_by_label("Strength (alpha)")
+    alpha.press("Control+A")
+    alpha.press_sequentially("0.12345678", delay=50)
+    page.wait_for_timeout(1000)
+    assert asked == []
+    page.wait_for_timeout(4000)
+    [(question, recipe)] = asked
+    assert (question, recipe.fusion.alpha) == ("_check", 0.12345678)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ pytest.importorskip("gradio", reason="the app extra is not installed")
 
 from tests.hub import LoopbackHub, Repo, run_client
 from tests.pico import save_pico
+from tests.ui import merges
 from tmerge.errors import DatasetError, RecipeError, RemoteError, TmergeError
 from tmerge.preflight.check import check
 from tmerge.recipe import Recipe
@@ -211,26 +212,19 @@ def test_the_owners_token_is_no_visitors(monkeypatch):
 
 
 def test_nothing_of_a_run_that_failed_stays_on_the_disk(tmp_path, monkeypatch):
-    seen = []
-
-    def merge(recipe, folder, *, listener):
-        folder.mkdir()
-        (folder / "features").write_bytes(b"x" * 1000)
-        seen.append(recipe.calibration.dataset)
-        raise DatasetError("no such column")
-
-    monkeypatch.setattr(runs, "merge", merge)
+    monkeypatch.setattr(runs, "merge", merges.failing_with_files)
     texts = tmp_path / "mine.txt"
     texts.write_text("secret")
     store = RunStore(AppSettings())
     run = store.get(
         store.start(Recipe(target="a/b", source="c/d", calibration={"dataset": "upload:mine.txt"}), "me", texts)
     )
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while not run.over and time.monotonic() < until:
         time.sleep(0.01)
     # The upload was copied into the run's folder, which is gone with the copy.
-    assert run.state == "failed" and seen[0].startswith(str(store.root)) and list(store.root.iterdir()) == []
+    assert run.state == "failed" and run.error == "no such column" and list(store.root.iterdir()) == []
+    assert run.stages["target"].what.startswith(str(store.root))
     store.close()
     assert not store.root.exists()
 

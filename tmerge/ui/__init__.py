@@ -51,6 +51,7 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
         zero.prepare()
     store, aside = RunStore(settings), Aside()
     aside.warm()
+    store.warm()
     with gr.Blocks(
         title="tmerge: merge language models by optimal transport",
         analytics_enabled=False,

@@ -7,7 +7,8 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,13 @@ from tmerge.recipe import Recipe
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import check_cards, empty_card, error_card
 from tmerge.ui.parts.form import recipe_of
+from tmerge.ui.server.changes import SupersededError, always
 from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, refuse_large, vetted
 
-__all__ = ["check_facts", "expected_cards", "fit_to_run", "refused_here"]
+__all__ = ["SETTLED_SECONDS", "check_facts", "expected_cards", "fit_to_run", "refused_here"]
+
+SETTLED_SECONDS = 0.5
+"""Of a form that has not changed for so long, what it would be is asked."""
 
 _log = logging.getLogger(__name__)
 
@@ -44,16 +49,30 @@ class Here:
 
 
 _kept: OrderedDict[str, tuple[float, Here]] = OrderedDict()
+# What is being asked: who has the same question meanwhile gets the same answer.
+_asked: dict[str, Future[Here]] = {}
 _lock = threading.Lock()
 
 
-def expected_cards(app: AppContext, draft: Mapping[str, Any], upload: str | None) -> str:
-    """The check's cards for the form's mapping, or a card that says why there are none."""
+def expected_cards(
+    app: AppContext, draft: Mapping[str, Any], upload: str | None, wanted: Callable[[], bool] = always
+) -> str:
+    """The check's cards for the form's mapping, or a card that says why there are none.
+
+    Args:
+        app: What the tabs share.
+        draft: The form's recipe.
+        upload: Path of the uploaded file.
+        wanted: As for `Aside.ask`.
+
+    Raises:
+        SupersededError: It is not wanted any more.
+    """
     roles = [role for role in ("target", "source") if not draft.get(role)]
     if roles:
         return empty_card("What this merge would be", f"Name a {' and a '.join(roles)} model to see it.")
     try:
-        here = _checked(app, vetted(_readable(recipe_of(draft)), app.settings))
+        here = _checked(app, vetted(_readable(recipe_of(draft)), app.settings), wanted)
     except TmergeError as error:
         return error_card("This cannot be merged yet", str(error))
     except RuntimeError:
@@ -86,10 +105,16 @@ def check_facts(app: AppContext, recipe: Recipe) -> CheckDocument:
     return _checked(app, _readable(recipe)).found
 
 
-def refused_here(app: AppContext, recipe: Recipe) -> str | None:
+def refused_here(app: AppContext, recipe: Recipe, wanted: Callable[[], bool] = always) -> str | None:
     """Why this app does not run a recipe that could be merged elsewhere; None where it does.
 
+    Args:
+        app: What the tabs share.
+        recipe: As the form has it.
+        wanted: As for `Aside.ask`.
+
     Raises:
+        SupersededError: It is not wanted any more.
         TmergeError: It could not be merged anywhere.
     """
     try:
@@ -97,7 +122,7 @@ def refused_here(app: AppContext, recipe: Recipe) -> str | None:
     except TmergeError as error:
         vetted(recipe, AppSettings(local_root=app.settings.local_root))
         return str(error)
-    return _checked(app, _readable(recipe)).refused
+    return _checked(app, _readable(recipe), wanted).refused
 
 
 def _readable(recipe: Recipe) -> Recipe:
@@ -108,16 +133,39 @@ def _readable(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"calibration": calibration})
 
 
-def _checked(app: AppContext, recipe: Recipe) -> Here:
+def _checked(app: AppContext, recipe: Recipe, wanted: Callable[[], bool] = always) -> Here:
     key = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
+    while True:
+        with _lock:
+            if key in _kept and time.monotonic() - _kept[key][0] < _KEPT_SECONDS:
+                return _kept[key][1]
+            asked = _asked.get(key)
+            if asked is None:
+                ours = _asked[key] = Future()
+        if asked is None:
+            return _ask(app, recipe, wanted, key, ours)
+        try:
+            return asked.result()
+        except SupersededError:
+            # To who asked first it does not matter any more; to this one it may.
+            if not wanted():
+                raise
+
+
+def _ask(app: AppContext, recipe: Recipe, wanted: Callable[[], bool], key: str, answer: Future[Here]) -> Here:
+    try:
+        here: Here = app.aside.ask(_check, recipe, app.settings, wanted=wanted)
+    except BaseException as error:
+        with _lock:
+            del _asked[key]
+        answer.set_exception(error)
+        raise
     with _lock:
-        if key in _kept and time.monotonic() - _kept[key][0] < _KEPT_SECONDS:
-            return _kept[key][1]
-    here: Here = app.aside.ask(_check, recipe, app.settings)
-    with _lock:
+        del _asked[key]
         _kept[key] = (time.monotonic(), here)
         while len(_kept) > 100:
             _kept.popitem(last=False)
+    answer.set_result(here)
     return here
 
 

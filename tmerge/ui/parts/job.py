@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gradio as gr
@@ -19,10 +19,11 @@ from tmerge.hub.jobs import RemoteRun, start_job
 from tmerge.recipe import Recipe
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import empty_card, error_card, note
-from tmerge.ui.parts.expected import check_facts, refused_here
+from tmerge.ui.parts.expected import SETTLED_SECONDS, check_facts, refused_here
 from tmerge.ui.parts.form import recipe_of
 from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import markup
+from tmerge.ui.server.changes import Changes, always, answering_the_last
 from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, vetted
 from tmerge.ui.server.pushes import account_name, offers_sign_in, own_token
 
@@ -74,12 +75,14 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
         go = gr.Button("Start the job", elem_id="job-go")
         result = markup(note("", keep=True), elem_id="job-result")
 
-    def offered(draft: dict[str, Any], uploaded: str | None) -> list[Any]:
-        refused, card = job_offer(app, draft)
+    def offered(draft: dict[str, Any], uploaded: str | None, *, wanted: Callable[[], bool]) -> list[Any]:
+        refused, card = job_offer(app, draft, wanted)
         return [gr.Accordion(open=True) if refused else gr.skip(), card]
 
-    gr.on([good.change, upload.change], offered, [good, upload], [fold, offer], trigger_mode="always_last", **_QUIET)
-    app.load(offered, [good, upload], [fold, offer])
+    changes = Changes(SETTLED_SECONDS)
+    followed, at_first = (answering_the_last(changes, offered, 2, pause=pause) for pause in (True, False))
+    gr.on([good.change, upload.change], followed, [good, upload], [fold, offer], trigger_mode="multiple", **_QUIET)
+    app.load(at_first, [good, upload], [fold, offer])
 
     def begin(draft: dict[str, Any], flavor: str, name: str, token: gr.OAuthToken | None) -> str:
         try:
@@ -101,18 +104,22 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
     go.click(begin, [good, hardware, repo], result, trigger_mode="once", **{**_QUIET, "show_progress": "minimal"})
 
 
-def job_offer(app: AppContext, draft: Mapping[str, Any]) -> tuple[bool, str]:
+def job_offer(app: AppContext, draft: Mapping[str, Any], wanted: Callable[[], bool] = always) -> tuple[bool, str]:
     """Whether this app refuses the form's recipe as too large or too long, and the card that says what a job would do.
 
     Args:
         app: What the tabs share.
         draft: The form's recipe.
+        wanted: As for `Aside.ask`.
+
+    Raises:
+        SupersededError: It is not wanted any more.
     """
     if not draft.get("target") or not draft.get("source"):
         return False, empty_card("A job on your account", _WHAT)
     try:
         recipe = recipe_of(draft)
-        refused = refused_here(app, recipe)
+        refused = refused_here(app, recipe, wanted)
         _refuse_unreachable(app, recipe)
     except TmergeError as error:
         return False, empty_card("This cannot be run as a job", str(error))

@@ -205,7 +205,7 @@ def result_cards(run: VisitorRun) -> str:
     if run.state == "failed":
         return error_card("A fault of ours" if run.fault else "The run failed", run.error or "")
     if run.state == "cancelled":
-        return empty_card("Cancelled", "Nothing of this run is kept.")
+        return empty_card("Cancelled", "What it had finished is kept for a while, and it can be continued from there.")
     report = run.report
     if run.state != "done" or report is None:
         return ""

@@ -17,6 +17,7 @@ from tmerge.ui.parts.cards import note
 from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import markup
 from tmerge.ui.server.aside import Aside
+from tmerge.ui.server.changes import always
 from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, refuse_dataset_path
 from tmerge.ui.server.search import Choice, DatasetFacts, HubSearch, dataset_facts, file_facts, offered
 
@@ -190,7 +191,11 @@ def upload_name(path: str) -> str:
 
 
 def look_into(
-    aside: Aside, settings: AppSettings, draft: Mapping[str, Any], upload: str | None
+    aside: Aside,
+    settings: AppSettings,
+    draft: Mapping[str, Any],
+    upload: str | None,
+    wanted: Callable[[], bool] = always,
 ) -> tuple[str, list[Any]]:
     """What the texts hold, as a line, and updates of configuration, split and column.
 
@@ -199,6 +204,10 @@ def look_into(
         settings: Whether paths are refused.
         draft: The recipe's mapping.
         upload: Path of the uploaded file.
+        wanted: As for `Aside.ask`.
+
+    Raises:
+        SupersededError: It is not wanted any more.
     """
     same = [gr.skip(), gr.skip(), gr.skip()]
     section, dataset = _section(draft)
@@ -211,10 +220,11 @@ def look_into(
             name = dataset.removeprefix(UPLOAD_PREFIX)
             if upload is None or upload_name(upload) != name:
                 return note(f"Upload {name} again: the recipe names it, and this page does not have it", bad=True), same
-            facts = aside.ask(file_facts, upload, name, words["column"])
+            facts = aside.ask(file_facts, upload, name, words["column"], wanted=wanted)
         else:
             refuse_dataset_path(dataset, settings)
-            facts = aside.ask(dataset_facts, dataset, words["config"], words["split"] or "train", words["column"])
+            split = words["split"] or "train"
+            facts = aside.ask(dataset_facts, dataset, words["config"], split, words["column"], wanted=wanted)
     except TmergeError as error:
         return note(str(error), bad=True), same
     choices = [

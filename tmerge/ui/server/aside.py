@@ -1,24 +1,35 @@
-"""Small questions, answered in a process beside the app: what two configs say of a merge, what a dataset holds.
+"""Small questions, answered in processes beside the app: what two configs say of a merge, what a dataset holds.
 
-``transformers`` sets torch's default dtype, which all threads share, while it lays a model out; a check beside a merge
-could change the merge's numbers. Another process cannot, and one that hangs on the network can be ended.
+``transformers`` sets torch's default dtype, which all threads share, while it lays a model out, and what hangs on the
+network can be ended with its process. There are several of them, so that a slow question holds up nobody else's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import multiprocessing
 import threading
+import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from tmerge.child import Child, ChildFaultError, ChildLostError
 from tmerge.errors import TmergeError
+from tmerge.ui.server.changes import SupersededError, always
 
 __all__ = ["Aside", "TooSlowError"]
 
 _log = logging.getLogger(__name__)
+
+_NAME = "tmerge-aside"
+# Seconds that a question that nobody wants any more may still take before its process is ended: a new one has to
+# import everything.
+_GRACE = 3.0
+# Seconds after which a process that has nothing to do is ended, if it is not the last one.
+_IDLE = 60.0
+# Seconds in which most questions are answered: a new process would not be there sooner.
+_SOON = 1.0
+# Seconds between two looks at whether a question that waits is still wanted.
+_LOOK = 0.1
 
 Answer = TypeVar("Answer")
 
@@ -28,99 +39,130 @@ class TooSlowError(TmergeError):
 
 
 class Aside:
-    """One process that answers one question at a time; it starts with the first one, or with `warm`.
+    """A few processes that answer one question each at a time; they start when they are needed, or with `warm`.
 
     Args:
-        patience: Seconds that an answer may take.
+        patience: Seconds that an answer may take, and to wait for a process that is free.
+        most: Processes.
     """
 
-    def __init__(self, patience: float = 90) -> None:
+    def __init__(self, patience: float = 90, most: int = 3) -> None:
         self.patience = patience
-        self._one = threading.Lock()
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._ours: Connection | None = None
+        self.most = most
+        self._changed = threading.Condition()
+        # The last one was used last.
+        self._free: list[tuple[Child, float]] = []
+        self._busy = 0
+        self._closed = False
 
     def warm(self) -> None:
-        """Start the process now, so that the first question does not wait for it."""
-        threading.Thread(target=self._warm, daemon=True).start()
+        """Start a process now, so that the first question does not wait for it."""
+        with self._changed:
+            if not self._free and not self._busy:
+                self._free.append((Child(_NAME, prepare=("tmerge.ui", "datasets")), time.monotonic()))
 
-    def ask(self, question: Callable[..., Answer], *words: Any) -> Answer:
+    def ask(self, question: Callable[..., Answer], *words: object, wanted: Callable[[], bool] = always) -> Answer:
         """Call a function of a module there.
+
+        Args:
+            question: The function.
+            words: What it is called with.
+            wanted: Whether the answer is wanted still; called several times a second.
 
         Raises:
             TmergeError: As the function raised it; `TooSlowError` where it did not answer in time.
+            SupersededError: It is not wanted any more.
             RuntimeError: It raised anything else, which is in the log.
         """
-        with self._one:
-            connection = self._connection()
-            try:
-                connection.send((question, words))
-                if not connection.poll(self.patience):
-                    self._end()
-                    raise TooSlowError(f"no answer within {self.patience:.0f} s; the Hub may be slow: try again")
-                good, answer = connection.recv()
-            except (EOFError, OSError):
-                self._end()
-                raise TooSlowError("the answer was lost, perhaps for lack of memory; try again") from None
-        if good:
-            return answer
-        if isinstance(answer, TmergeError):
-            raise answer
-        _log.error("a question to the side process failed: %s", answer)
-        raise RuntimeError("a question to the side process failed; its traceback is in the log")
+        child = self._take(wanted)
+        try:
+            answer: Answer = child.call(question, *words, pulse=self._pulse(wanted))
+        except (TmergeError, ChildLostError, ChildFaultError) as error:
+            if not wanted():
+                raise SupersededError from None
+            raise _to_say(error) from None
+        finally:
+            self._give_back(child)
+        return answer
 
     def close(self) -> None:
-        """End the process."""
-        with self._one:
-            self._end()
+        """End the processes."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._busy, 5)
+            for child, _ in self._free:
+                child.end()
+            self._free.clear()
 
-    def _warm(self) -> None:
-        with self._one:
-            self._connection()
+    # -- the processes -------------------------------------------------------------------------------------------
 
-    def _connection(self) -> Connection:
-        if self._ours is None or self._process is None or not self._process.is_alive():
-            self._end()
-            context = multiprocessing.get_context("spawn")
-            self._ours, of_child = context.Pipe()
-            process = context.Process(target=_answer, args=(of_child,), name="tmerge-aside", daemon=True)
-            process.start()
-            self._process = process
-            of_child.close()
-        return self._ours
+    def _take(self, wanted: Callable[[], bool]) -> Child:
+        """A process that is free, or a new one where there may be more."""
+        until, soon = (time.monotonic() + seconds for seconds in (self.patience, _SOON))
+        with self._changed:
+            while True:
+                if self._closed:
+                    raise TooSlowError("the app is being closed; try again")
+                if not wanted():
+                    raise SupersededError
+                while self._free:
+                    child, _ = self._free.pop()
+                    if child.alive:
+                        self._busy += 1
+                        return child
+                if not self._busy or (self._busy < self.most and time.monotonic() > soon):
+                    child = Child(_NAME)
+                    self._busy += 1
+                    return child
+                self._changed.wait(_LOOK)
+                if time.monotonic() > until:
+                    raise TooSlowError("others are asking too; try again in a minute")
 
-    def _end(self) -> None:
-        if self._ours is not None:
-            self._ours.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.join(5)
-        self._process = self._ours = None
+    def _give_back(self, child: Child) -> None:
+        with self._changed:
+            self._busy -= 1
+            if child.alive:
+                self._free.append((child, time.monotonic()))
+            if len(self._free) > 1:
+                timer = threading.Timer(_IDLE, self._end_idle)
+                timer.daemon = True
+                timer.start()
+            self._changed.notify_all()
+
+    def _end_idle(self) -> None:
+        with self._changed:
+            # The last one stays.
+            idle = [each for each in self._free[:-1] if time.monotonic() - each[1] >= _IDLE]
+            self._free = [each for each in self._free if each not in idle]
+        for child, _ in idle:
+            child.end()
+
+    def _pulse(self, wanted: Callable[[], bool]) -> Callable[[], None]:
+        """Raises where a question's process is to be ended."""
+        until = time.monotonic() + self.patience
+        unwanted_until: float | None = None
+
+        def pulse() -> None:
+            nonlocal unwanted_until
+            now = time.monotonic()
+            if now > until:
+                raise TooSlowError(f"no answer within {self.patience:.0f} s; the Hub may be slow: try again")
+            if self._closed:
+                raise TooSlowError("the app is being closed; try again")
+            if not wanted():
+                unwanted_until = unwanted_until or now + _GRACE
+                if now > unwanted_until:
+                    raise SupersededError
+
+        return pulse
 
 
-def _answer(connection: Connection) -> None:
-    """The process: questions in, (True, answer) or (False, why not) out, until the app is gone."""
-    import signal
-    import traceback
-
-    import datasets
-    import transformers
-
-    import tmerge.preflight.check  # noqa: F401 - so that it is there when the first question comes
-
-    # An interrupt on the terminal is the app's to act on.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            question, words = connection.recv()
-            answer: tuple[bool, Any]
-            try:
-                answer = True, question(*words)
-            except TmergeError as error:
-                answer = False, error
-            except Exception:  # noqa: BLE001 - the app logs it
-                answer = False, traceback.format_exc()
-            connection.send(answer)
+def _to_say(error: Exception) -> Exception:
+    """What the asker hears of an error on the way to its answer."""
+    if isinstance(error, ChildLostError):
+        return TooSlowError("the answer was lost, perhaps for lack of memory; try again")
+    if isinstance(error, ChildFaultError):
+        _log.error("a question to the side process failed: %s", error)
+        return RuntimeError("a question to the side process failed; its traceback is in the log")
+    return error

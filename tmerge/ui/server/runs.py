@@ -1,44 +1,45 @@
 """The runs of the app's visitors: one at a time, the others waiting in order, each known by its link alone.
 
 An id cannot be guessed and is never listed, so who has a run's link has the run, and nobody else. All of a run is in a
-temporary folder that goes when the run has not been looked at for a while.
+temporary folder that goes when the run has not been looked at for a while. The work is done in a process of its own,
+which is ended to stop it; what it had finished is in the folder, so that a run that was cancelled can be continued.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-import ctypes
 import logging
 import secrets
 import shutil
+import signal
 import tempfile
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from tmerge.errors import Cancelled, TmergeError
-from tmerge.models import give_back_memory
+import torch
+
+from tmerge.child import Child, ChildFaultError, ChildLostError, Told
+from tmerge.errors import Cancelled, NotEnoughMemoryError, ProcessLostError, RunNotFoundError, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.report import Report
-from tmerge.stages.merge import advance, merge
-from tmerge.stages.step import fusing_stage
+from tmerge.stages.merge import merge
+from tmerge.stages.step import Step, fusing_stage
 from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, BusyError, TooManyRunsError
-from tmerge.ui.server.stopping import watched_modules
 from tmerge.ui.server.visitor_run import CouplingRow, StageProgress, State, VisitorRun
 
 __all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
 
-# Seconds that a cancelled run has to stop by itself, between two steps, before it is interrupted.
-_GRACE = 1.5
+_NAME = "tmerge-run"
+# What a run imports: by far the most of the time that its process takes to start.
+_PREPARED = ("tmerge.stages.merge",)
 
 _log = logging.getLogger(__name__)
-
-
-class _Stopped(BaseException):
-    """Raised within the thread of a run that did not stop by itself; no library's ``except Exception`` holds it."""
 
 
 class RunStore:
@@ -56,13 +57,19 @@ class RunStore:
         self._changed = threading.Condition()
         self._closed = False
         self._current: str | None = None
-        # The run whose merge the worker is inside of, and only there may it be interrupted.
-        self._inside: str | None = None
-        self._guard = threading.Lock()
+        # The next run's process, once one is to be ready; the worker's to take.
+        self._next: Child | None = None
+        self._keeps_next = False
         # Held while a merge runs: see `alone`.
         self._heavy = threading.Lock()
         self._worker = threading.Thread(target=self._work, name="tmerge-runs", daemon=True)
         self._worker.start()
+
+    def warm(self) -> None:
+        """From now on have the next run's process started before there is a run: it takes seconds to import all."""
+        with self._changed:
+            self._keeps_next = True
+            self._next = self._next or _prepared_child()
 
     def start(
         self, recipe: Recipe, visitor: str, upload: Path | None = None, gpu: dict[str, float] | None = None
@@ -83,22 +90,14 @@ class RunStore:
         """
         self.sweep()
         with self._changed:
-            open_runs = [run for run in self._runs.values() if not run.over]
-            has = sum(run.visitor == visitor for run in open_runs)
-            if self.settings.runs_per_visitor is not None and has >= self.settings.runs_per_visitor:
-                raise TooManyRunsError(
-                    f"you have {has} run{'s' if has > 1 else ''} waiting or running, as many as this app gives one "
-                    "visitor; cancel it, or wait for its end"
-                )
-            if self.settings.total_runs is not None and len(open_runs) >= self.settings.total_runs:
-                raise TooManyRunsError(f"{len(open_runs)} runs are waiting, as many as this app takes; try again later")
+            self._refuse_too_many(visitor)
             run_id = secrets.token_urlsafe(18)
             # The folder's name is not the id, which is the key to the run.
             home = Path(tempfile.mkdtemp(dir=self.root))
             run = VisitorRun(run_id, recipe, home / "fused", visitor)
-            run._read = self._with_upload(recipe, home, upload)
+            run.read = self._with_upload(recipe, home, upload)
             if gpu is not None:
-                run._gpu, run._context = gpu, contextvars.copy_context()
+                run.gpu, run.context = gpu, contextvars.copy_context()
             self._runs[run_id] = run
             self._queue.append(run_id)
             self._changed.notify_all()
@@ -119,7 +118,7 @@ class RunStore:
             return self._queue.index(run_id) + (self._current is not None)
 
     def cancel(self, run_id: str) -> None:
-        """Have a run stop: at once where it waits, within seconds where it runs."""
+        """Have a run stop: at once where it waits, within a second where it runs. It can be continued."""
         with self._changed:
             run = self._runs.get(run_id)
             if run is None or run.over:
@@ -130,14 +129,31 @@ class RunStore:
                 self._end(run, "cancelled", "cancelled before it began")
                 return
         run.say("stopping")
-        threading.Thread(target=self._interrupt, args=(run,), daemon=True).start()
+
+    def resume(self, run_id: str) -> None:
+        """Queue a cancelled run again: it goes on after the last stage that it had finished.
+
+        Raises:
+            RunNotFoundError: There is no such run that was cancelled.
+            TooManyRunsError: As for `start`.
+        """
+        with self._changed:
+            run = self._runs.get(run_id)
+            if run is None or run.state != "cancelled":
+                raise RunNotFoundError("this run was not cancelled, or is not here any more; start it again")
+            self._refuse_too_many(run.visitor)
+            if run.gpu is not None:
+                run.context = contextvars.copy_context()
+            run.wait_again()
+            self._queue.append(run_id)
+            self._changed.notify_all()
 
     @contextlib.contextmanager
     def alone(self, patience: float = 0) -> Iterator[None]:
         """For other heavy work, such as loading a model to try it: not beside a merge, nor a merge beside it.
 
-        ``transformers`` sets torch's default dtype, which all threads share, while it loads a model; beside a merge
-        that could change the merge's numbers.
+        Each was told to fit into the memory that is free; and ``transformers`` sets torch's default dtype, which all
+        threads share, while it loads a model: a call that is lent a GPU meanwhile would have it too.
 
         Args:
             patience: Seconds to wait for a merge to end.
@@ -178,7 +194,21 @@ class RunStore:
         for run in running:
             self.cancel(run.id)
         self._worker.join(30)
+        with self._changed:
+            if self._next is not None:
+                self._next.end()
         shutil.rmtree(self.root, ignore_errors=True)
+
+    def _refuse_too_many(self, visitor: str) -> None:
+        open_runs = [run for run in self._runs.values() if not run.over]
+        has = sum(run.visitor == visitor for run in open_runs)
+        if self.settings.runs_per_visitor is not None and has >= self.settings.runs_per_visitor:
+            raise TooManyRunsError(
+                f"you have {has} run{'s' if has > 1 else ''} waiting or running, as many as this app gives one "
+                "visitor; cancel it, or wait for its end"
+            )
+        if self.settings.total_runs is not None and len(open_runs) >= self.settings.total_runs:
+            raise TooManyRunsError(f"{len(open_runs)} runs are waiting, as many as this app takes; try again later")
 
     # -- the worker --------------------------------------------------------------------------------------------
 
@@ -203,79 +233,86 @@ class RunStore:
                     run.say("started: holding the two models' configs against each other")
                     self._run(run)
                     self._current = None
-                    give_back_memory()
 
     def _run(self, run: VisitorRun) -> None:
         try:
             run.report = self._merge(run)
             self._hide_upload(run)
             self._end(run, "done", "done")
-        except (Cancelled, _Stopped):
+        except Cancelled:
             self._end(run, "cancelled", "cancelled")
         except TmergeError as error:
             run.error = self._without_paths(run, str(error))
             self._end(run, "failed", run.error)
-        except Exception:  # noqa: BLE001 - a fault of ours: its traceback goes to the log, the visitor gets its number
-            number = secrets.token_hex(4)
-            _log.exception("run failed, fault %s", number)
-            run.error = f"a fault of ours, not of your recipe; the server's log has it under {number}"
-            run.fault = True
-            self._end(run, "failed", run.error)
+        except ChildFaultError as error:
+            self._end_by_fault(run, str(error))
+        except Exception:  # noqa: BLE001 - as one there: the log has it, the visitor its number
+            self._end_by_fault(run, traceback.format_exc())
+
+    def _take_child(self) -> Child:
+        """The process that is ready, or one that is started now; the next one is made ready meanwhile."""
+        with self._changed:
+            ready, self._next = self._next, _prepared_child() if self._keeps_next and not self._closed else None
+        if ready is not None and ready.alive:
+            return ready
+        if ready is not None:
+            ready.end()
+        return Child(_NAME)
 
     def _merge(self, run: VisitorRun) -> Report:
-        recipe = run._read or run.recipe
-        if run._gpu is not None and run._context is not None:
-            from tmerge.ui.server import zero
+        """In a process of its own, which is gone when this returns or raises."""
+        recipe, child = run.read or run.recipe, self._take_child()
 
-            for before, until in (("texts", "source"), (fusing_stage(recipe), "evaluate")):
-                with self._interruptible(run):
-                    advance(recipe, run.folder, until=before, listener=run.hear)
-                    zero.fetch_weights_of(recipe, run.hear)
-                run.say(f"asking ZeroGPU for a GPU, for up to {run._gpu[until]:.0f} s")
-                zero.on_gpu(
-                    recipe,
-                    str(run.folder),
-                    until,
-                    run._gpu[until],
-                    listener=run.hear,
-                    pulse=run.stop_if_cancelled,
-                    context=run._context,
-                )
-        with self._interruptible(run):
-            return merge(recipe, run.folder, listener=run.hear)
+        def call(function: Callable[..., Any], *words: Any) -> Any:
+            return child.call(
+                function,
+                recipe,
+                run.folder,
+                *words,
+                hear=lambda told: run.hear(_step(told)),
+                pulse=run.stop_if_cancelled,
+            )
 
-    @contextlib.contextmanager
-    def _interruptible(self, run: VisitorRun) -> Iterator[None]:
-        with watched_modules(run.cancelling):
-            try:
-                with self._guard:
-                    self._inside = run.id
-                yield
-            finally:
-                with self._guard:
-                    self._inside = None
+        try:
+            if run.gpu is not None and run.context is not None:
+                from tmerge.ui.server import zero
+
+                for before, until in (("texts", "source"), (fusing_stage(recipe), "evaluate")):
+                    call(zero.up_to_gpu, before)
+                    run.say(f"asking ZeroGPU for a GPU, for up to {run.gpu[until]:.0f} s")
+                    # By this process: ZeroGPU knows a visitor by the request, which no other has.
+                    zero.on_gpu(
+                        recipe,
+                        str(run.folder),
+                        until,
+                        run.gpu[until],
+                        listener=run.hear,
+                        pulse=run.stop_if_cancelled,
+                        context=run.context,
+                    )
+            report: Report = call(merge)
+            return report
+        except ChildLostError as error:
+            _log.error("a run's process was lost: %s", error)
+            raise _lost(error.status) from None
+        finally:
+            child.end()
+
+    def _end_by_fault(self, run: VisitorRun, details: str) -> None:
+        number = secrets.token_hex(4)
+        _log.error("run failed, fault %s\n%s", number, details)
+        run.error, run.fault = f"a fault of ours, not of your recipe; the server's log has it under {number}", True
+        self._end(run, "failed", run.error)
 
     def _end(self, run: VisitorRun, state: State, line: str) -> None:
         run.ended = time.time()
         for stage in run.stages.values():
             stage.ended = stage.ended or run.ended
-        if state != "done":
+        if state == "failed":
             shutil.rmtree(run.folder.parent, ignore_errors=True)
         run.say(line)
         run.state = state
         run.version += 1
-
-    def _interrupt(self, run: VisitorRun) -> None:
-        """Interrupt a run that does not come to its next step by itself: one that loads a large file, say."""
-        time.sleep(_GRACE)
-        while not run.over:
-            with self._guard:
-                if self._inside != run.id or self._worker.ident is None:
-                    return
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(self._worker.ident), ctypes.py_object(_Stopped)
-                )
-            time.sleep(1)
 
     # -- uploads -----------------------------------------------------------------------------------------------
 
@@ -293,7 +330,7 @@ class RunStore:
     @staticmethod
     def _hide_upload(run: VisitorRun) -> None:
         """Put the uploaded file's own name in place of the server's path in what the run wrote."""
-        read = run._read
+        read = run.read
         if read is None or read is run.recipe:
             return
         path = read.calibration.dataset
@@ -306,3 +343,22 @@ class RunStore:
     @staticmethod
     def _without_paths(run: VisitorRun, line: str) -> str:
         return line.replace(str(run.folder), "the run's folder").replace(str(run.folder.parent), "the run's folder")
+
+
+def _prepared_child() -> Child:
+    return Child(_NAME, prepare=_PREPARED)
+
+
+def _step(told: Told) -> Step:
+    row = None if told.row is None else (told.row[0], told.row[1], torch.tensor(told.row[2], dtype=torch.float64))
+    return Step(told.stage, told.what, told.done, told.total, told.unit, row)
+
+
+def _lost(status: int | None) -> TmergeError:
+    """What to say of a run whose process ended with this exit code."""
+    if status == -signal.SIGKILL:
+        return NotEnoughMemoryError(
+            "the system ended this run, as it does where memory runs out; choose smaller models or fewer texts"
+        )
+    how = f"signal {-status}" if status is not None and status < 0 else f"exit code {status}"
+    return ProcessLostError(f"this run's process ended before the run had ({how}); start it again")

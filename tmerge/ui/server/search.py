@@ -18,6 +18,7 @@ from huggingface_hub.utils import get_session
 from tmerge.calibration.columns import Column, choose_column
 from tmerge.calibration.files import read_file
 from tmerge.errors import DatasetError
+from tmerge.ui.server.changes import Changes
 
 __all__ = ["DatasetFacts", "HubSearch", "dataset_facts", "file_facts", "offered"]
 
@@ -48,7 +49,7 @@ class HubSearch:
 
     def __init__(self, private: bool) -> None:
         self._token = None if private else False
-        self._typing: OrderedDict[str, object] = OrderedDict()
+        self._typing = Changes(_SETTLED_SECONDS)
         self._kept: OrderedDict[tuple[str, str, str], tuple[float, list[str]]] = OrderedDict()
         self._lock = threading.Lock()
         self._unreachable_until = 0.0
@@ -85,15 +86,7 @@ class HubSearch:
     def settled(self, page: str | None, typed: str) -> bool:
         """Wait a moment, and say whether nothing more has been typed on this page meanwhile."""
         # Of quick letters the first may be heard last: it is no reason to drop what has been typed since.
-        if len(typed.strip()) < _SHORTEST:
-            return False
-        asked, page = object(), str(page)
-        with self._lock:
-            self._typing[page] = asked
-            while len(self._typing) > 1000:
-                self._typing.popitem(last=False)
-        time.sleep(_SETTLED_SECONDS)
-        return self._typing.get(page) is asked
+        return len(typed.strip()) >= _SHORTEST and self._typing.begin(page).settled()
 
     def _search(self, kind: Kind, typed: str, base: str) -> list[str]:
         api = HfApi(token=self._token)

@@ -97,6 +97,10 @@ class VisitorRun:
         example: What is told of a recorded run, whose weights are not there; None of a visitor's own.
         created, started, ended, looked_at: `time.time`.
         version: Goes up with every change: a page that has seen it has nothing to draw.
+        cancelling: Set once its visitor wants it to stop.
+        read: The recipe that is run, its dataset the copy of an upload; never shown.
+        gpu: On ZeroGPU, seconds that a GPU is asked for, by the stage that its call ends with.
+        context: Likewise, whose request asks.
     """
 
     id: str
@@ -118,10 +122,9 @@ class VisitorRun:
     looked_at: float = field(default_factory=time.time)
     version: int = 0
     cancelling: threading.Event = field(default_factory=threading.Event)
-    _read: Recipe | None = None
-    # On ZeroGPU: seconds that a GPU is asked for, by the stage that its call ends with, and whose request asks.
-    _gpu: dict[str, float] | None = None
-    _context: contextvars.Context | None = None
+    read: Recipe | None = None
+    gpu: dict[str, float] | None = None
+    context: contextvars.Context | None = None
 
     @property
     def over(self) -> bool:
@@ -132,6 +135,17 @@ class VisitorRun:
         """Raise `Cancelled` if the visitor wants it to stop."""
         if self.cancelling.is_set():
             raise Cancelled("stopped by its visitor")
+
+    def wait_again(self) -> None:
+        """Be as it was before it ran, but for what it had finished."""
+        finished = list(self.stages)[:-1]
+        self.stages = {name: self.stages[name] for name in finished}
+        if "transport" not in finished:
+            self.rows = []
+        self.cancelling.clear()
+        self.started = self.ended = None
+        self.state = "waiting"
+        self.say("continued")
 
     def hear(self, step: Step) -> None:
         """Take in one step of the pipeline; raises `Cancelled` if the visitor wants it to stop."""

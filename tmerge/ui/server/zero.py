@@ -1,8 +1,9 @@
 """The forward passes on ZeroGPU, where a Space has a GPU only within calls that are lent one.
 
-A run is taken in turns: texts here, the two models' reading in a call that is lent a GPU, transport and fusion here,
-the scoring in a second such call, and the rest here again. A lent call runs in a process of its own (a fork of this
-one); what passes between the two is small and can be pickled, and the run's folder on the disk is all they share.
+A run is taken in turns: texts in the run's own process, the two models' reading in a call that is lent a GPU, transport
+and fusion in the run's process, the scoring in a second such call, and the rest in the run's process again. A lent call
+is made by the app, and runs in a process of its own too (a fork of the app's); what passes between any two is small and
+can be pickled, and the run's folder on the disk is all they share.
 What a call is counted on is the quota of the visitor who started the run.
 """
 
@@ -17,6 +18,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import tmerge.errors
@@ -36,11 +38,11 @@ __all__ = [
     "GPU_TURNS",
     "GpuLimitError",
     "as_on_zero",
-    "fetch_weights_of",
     "forward_passes",
     "gpu_seconds",
     "on_gpu",
     "prepare",
+    "up_to_gpu",
 ]
 
 GPU_TURNS = ("source", "evaluate")
@@ -103,7 +105,7 @@ def as_on_zero(found: Check, recipe: Recipe, settings: AppSettings) -> tuple[Che
     return dataclasses.replace(found, estimate=estimate), seconds
 
 
-def fetch_weights_of(recipe: Recipe, listener: Callable[[Step], None]) -> None:
+def _fetch_weights_of(recipe: Recipe, listener: Callable[[Step], None]) -> None:
     """Fetch what the lent calls will load: their time is too dear for downloads."""
     named = [(recipe.target, None), (recipe.source, recipe.adapter), (recipe.source_base, None)]
     named += [(source.source or recipe.source, source.adapter) for source in recipe.sources]
@@ -115,6 +117,22 @@ def fetch_weights_of(recipe: Recipe, listener: Callable[[Step], None]) -> None:
                 fetch_weights(place.snapshot)
             if place.adapter is not None:
                 place.adapter.fetch()
+
+
+def up_to_gpu(recipe: Recipe, folder: Path, before: str, *, listener: Callable[[Step], None]) -> None:
+    """Take a run up to the stage before a lent call, and fetch what that call will load.
+
+    Args:
+        recipe: Of the run.
+        folder: Its folder.
+        before: The stage to end with.
+        listener: Hears every step; may raise.
+
+    Raises:
+        TmergeError: As `tmerge.stages.merge.merge`.
+    """
+    advance(recipe, folder, until=before, listener=listener)
+    _fetch_weights_of(recipe, listener)
 
 
 def on_gpu(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tmerge.models.reference import DEMO_PREFIX
 from tmerge.recipe import preset_names
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import empty_card, heading, limits_line, note
-from tmerge.ui.parts.expected import expected_cards
+from tmerge.ui.parts.expected import SETTLED_SECONDS, expected_cards
 from tmerge.ui.parts.fields import GROUPS, SETTINGS, STEP, Setting
 from tmerge.ui.parts.form import (
     form_values,
@@ -35,6 +36,7 @@ from tmerge.ui.parts.starting import Holds, ready_recipe, wire_start
 from tmerge.ui.parts.style import markup
 from tmerge.ui.parts.texts import KINDS, TextsPart, build_texts, holds_texts, look_into, shown, upload_name
 from tmerge.ui.parts.ways import begin_with, build_ways
+from tmerge.ui.server.changes import Changes, always, answering_the_last
 from tmerge.ui.server.limits import UPLOAD_PREFIX
 from tmerge.ui.server.search import Choice, HubSearch, offered
 
@@ -210,21 +212,23 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     take.upload(taken, [take, upload], everything, **_in_turn())
 
     # What is expected follows the recipe, whoever changed it; while it is asked for, the old answer stays.
+    changes, looks = Changes(SETTLED_SECONDS), Changes(SETTLED_SECONDS)
+    expects, looked = partial(expected_cards, app), partial(_looked, app)
     gr.on(
         [good.change],
-        lambda draft, uploaded: expected_cards(app, draft, uploaded),
+        answering_the_last(changes, expects, 1),
         [good, upload],
         expected,
-        trigger_mode="always_last",
+        trigger_mode="multiple",
         show_progress="minimal",
         **_LIGHT,
     )
     gr.on(
         [good.change, upload.change],
-        lambda draft, uploaded: _looked(app, draft, uploaded),
+        answering_the_last(looks, looked, 4),
         [good, upload],
         [texts.found, texts.config, texts.split, texts.column],
-        trigger_mode="always_last",
+        trigger_mode="multiple",
         **_quiet(),
     )
 
@@ -232,7 +236,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     held: list[tuple[Any, Holds]] = [(field, _holds_model(role)) for role, field in roles.items()]
     held += [*holds_texts(texts), *zip(fields, map(_holds_setting, SETTINGS), strict=True)]
     wire_start(app, start, other, problem, good, upload, code, texts.file, held)
-    app.load(lambda draft, uploaded: expected_cards(app, draft, uploaded), [good, upload], expected)
+    app.load(answering_the_last(changes, expects, 1, pause=False), [good, upload], expected)
     good.change(write_yaml, good, kept, trigger_mode="always_last", **_quiet())
 
     def restored(text: Any, draft: dict[str, Any], uploaded: str | None) -> list[Any]:
@@ -246,8 +250,10 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     app.load(restored, [kept, good, upload], everything)
 
 
-def _looked(app: AppContext, draft: Mapping[str, Any], upload: str | None) -> list[Any]:
-    line, offered = look_into(app.aside, app.settings, draft, upload)
+def _looked(
+    app: AppContext, draft: Mapping[str, Any], upload: str | None, wanted: Callable[[], bool] = always
+) -> list[Any]:
+    line, offered = look_into(app.aside, app.settings, draft, upload, wanted)
     return [line, *offered]
 
 

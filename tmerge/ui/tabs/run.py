@@ -11,7 +11,7 @@ import gradio as gr
 
 from tmerge.errors import TmergeError
 from tmerge.ui.context import AppContext
-from tmerge.ui.parts.cards import note
+from tmerge.ui.parts.cards import error_card, note
 from tmerge.ui.parts.progress import (
     coupling_figure,
     features_begun,
@@ -132,11 +132,18 @@ def build_running(app: AppContext) -> None:
         **options,
     )
 
-    def stop(run_id: str) -> Any:
-        app.store.cancel(run_id)
-        return gr.Button("Stopping", interactive=False)
+    def stop_or_go_on(run_id: str, chosen: str, ended: int) -> _Changes:
+        run = app.seen(run_id)
+        try:
+            if run is not None and run.state == "cancelled":
+                app.store.resume(run_id)
+            else:
+                app.store.cancel(run_id)
+        except TmergeError as error:
+            return {result: error_card("Not continued", str(error))}
+        return anew(run_id, chosen, ended)
 
-    cancel.click(stop, app.run_id, cancel, **options)
+    cancel.click(stop_or_go_on, [app.run_id, feature, app.ended], shown, trigger_mode="once", **options)
     keep.click(lambda run_id, name: _keep(app, run_id, (name or "").strip()), [app.run_id, folder], kept, **options)
 
 
@@ -149,11 +156,10 @@ def _with_run(app: AppContext, parts: _Parts, run: VisitorRun, chosen: str, befo
     rows = len(run.rows)
     # A map that is behind by less than its period is drawn at a later tick, or with the end of the run.
     draw_map = not same_run or (rows != before.rows and (over or now - before.when >= _MAP_EVERY))
-    stopping = run.cancelling.is_set() and not over
     changes |= {
         parts.stages: stages(run),
         parts.log: log_lines(run),
-        parts.cancel: gr.Button("Stopping" if stopping else "Cancel this run", interactive=not over and not stopping),
+        parts.cancel: _stop_button(run),
         parts.drawn: _Drawn(
             run.id,
             version if draw_map or rows == before.rows else -1,
@@ -187,6 +193,15 @@ def _with_run(app: AppContext, parts: _Parts, run: VisitorRun, chosen: str, befo
     return changes
 
 
+def _stop_button(run: VisitorRun) -> gr.Button:
+    """Of a run that was cancelled it continues it."""
+    if run.state == "cancelled":
+        return gr.Button("Continue this run", variant="secondary", interactive=True)
+    stopping = run.cancelling.is_set() and not run.over
+    words = "Stopping" if stopping else "Cancel this run"
+    return gr.Button(words, variant="stop", interactive=not run.over and not stopping)
+
+
 def _without_run(parts: _Parts, run_id: str, before: _Drawn, ended: int) -> _Changes:
     nothing = _Drawn(run_id, 0, 0, 0.0, _LATEST, True)
     if before == nothing:
@@ -199,7 +214,7 @@ def _without_run(parts: _Parts, run_id: str, before: _Drawn, ended: int) -> _Cha
         parts.feature: gr.Dropdown(choices=[_LATEST], value=_LATEST),
         parts.result: "",
         parts.files: "",
-        parts.cancel: gr.Button("Cancel this run", interactive=False),
+        parts.cancel: gr.Button("Cancel this run", variant="stop", interactive=False),
         parts.downloads: gr.Row(visible=False),
         parts.keeping: gr.Row(visible=False),
         parts.kept: "",
