@@ -57,7 +57,7 @@ def served(store):
         link, kept = gr.Textbox(visible="hidden"), keep()
         with gr.Tabs() as tabs:
             # It answers nothing that these tabs ask.
-            app = AppContext(store, AppSettings(), Aside(), run_id, ended, tabs, link, kept, Examples())
+            app = AppContext(store, AppSettings(), Aside(), run_id, ended, tabs, link, kept, Examples(), gr.State(None))
             with gr.Tab("Look", id="look"):
                 build_look(app)
             with gr.Tab("Try", id="try"):

@@ -65,10 +65,10 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
             label="Link to this run", interactive=False, buttons=["copy"], elem_id="run-link", render=False, max_lines=1
         )
         # Not within the tabs, which count all that is in them.
-        kept = keep()
+        kept, proposed = keep(), gr.State(None)
         markup(render("cards.html", "masthead"), elem_id="masthead")
         with gr.Tabs(elem_id="tabs") as tabs:
-            context = AppContext(store, settings, aside, run_id, ended, tabs, link, kept, Examples())
+            context = AppContext(store, settings, aside, run_id, ended, tabs, link, kept, Examples(), proposed)
             with gr.Tab("Choose", id="choose", render_children=True) as choose:
                 build_choose(context, begin)
             with gr.Tab("Run", id="run", render_children=True) as run:

@@ -52,6 +52,7 @@ class AppContext:
         link: The field of the link of the run that this page looks at, in the Run tab.
         kept: What the browser keeps.
         examples: Recorded runs, which can be looked at as one's own.
+        proposed: A recipe's mapping that another tab asks the Choose tab to show.
     """
 
     store: RunStore
@@ -63,6 +64,7 @@ class AppContext:
     link: gr.Textbox
     kept: Kept
     examples: Examples
+    proposed: gr.State
 
     def load(self, fn: Callable[..., Any], inputs: Any, outputs: Any, **options: Any) -> None:
         """Call a function when a page opens, as ``Blocks.load`` does."""

@@ -12,7 +12,16 @@ import plotly.graph_objects as go
 
 from tmerge.plots.style import COLOUR_SCALE, feature_name, finish
 from tmerge.quantities import duration_words
-from tmerge.report import alpha_words, next_words, ratio_heading, score_rows, summary, verdict_tone, verdict_words
+from tmerge.report import (
+    alpha_words,
+    next_words,
+    ratio_heading,
+    score_rows,
+    summary,
+    training_summary,
+    verdict_tone,
+    verdict_words,
+)
 from tmerge.stages.step import STAGES, stage_names
 from tmerge.transport import feature_keys
 from tmerge.ui.parts.cards import empty_card, error_card
@@ -50,6 +59,7 @@ _NAMES = {
     "choose": "Pick alpha",
     "evaluate": "Score texts",
     "save": "Write model",
+    "adapt": "Train",
 }
 
 
@@ -62,8 +72,8 @@ def head(run: VisitorRun, position: int) -> str:
     facts = []
     if run.report is not None and run.state == "done":
         # Green is for what beats every control, not for having come to an end.
-        tone = verdict_tone(run.report.verdict)
-        facts.append(verdict_words(run.report.verdict))
+        tone = verdict_tone(run.report.published_verdict)
+        facts.append(verdict_words(run.report.published_verdict))
     if run.example is not None:
         facts.append("a recorded run")
     if run.state == "waiting":
@@ -85,7 +95,7 @@ def gone_head() -> str:
 
 def stages(run: VisitorRun | None) -> str:
     """All stages, each with a bar: done, under way with its rate and what remains, or to come."""
-    names = list(STAGES) if run is None else stage_names(run.recipe)
+    names = list(STAGES) if run is None else ["adapt"] if run.training else stage_names(run.recipe)
     rows = [_stage(name, None if run is None else run.stages.get(name), run) for name in names]
     return render(_FILE, "stages", rows=rows)
 
@@ -213,7 +223,8 @@ def result_cards(run: VisitorRun) -> str:
         _FILE,
         "result",
         report=report,
-        sentence=summary(report),
+        verdict=report.published_verdict,
+        sentence=training_summary(report) or summary(report),
         rows=score_rows(report),
         ratios=[(name, f"{_median(item.norm_ratio):.3g}") for name, item in report.fusion.projections.items()],
         alpha=alpha_words(report.fusion),

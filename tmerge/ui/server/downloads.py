@@ -18,7 +18,7 @@ from tmerge.errors import OutputExistsError, RunNotFoundError
 from tmerge.store import scratch
 from tmerge.ui.server.visitor_run import VisitorRun
 
-__all__ = ["download_routes", "files_of", "keep_in"]
+__all__ = ["download_routes", "files_of", "keep_in", "link_or_copy"]
 
 _CHUNK = 1 << 20
 _GONE = "this run is gone or not finished; start it again, or open its link"
@@ -82,13 +82,18 @@ def keep_in(run: VisitorRun, folder: Path) -> None:
     with scratch(part):
         for name in files_of(run.folder):
             (part / name).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(run.folder / name, part / name)
-            except OSError:  # another file system, or one without links
-                shutil.copyfile(run.folder / name, part / name)
+            link_or_copy(run.folder / name, part / name)
         if folder.exists():
             folder.rmdir()
         part.rename(folder)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A file under a second name, or copied, where that is on another file system, or on one without links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 class _Sink(io.RawIOBase):

@@ -24,17 +24,20 @@ from tmerge.models import ModelReference
 from tmerge.preflight.check import Check
 from tmerge.quantities import bytes_words, number_words
 from tmerge.recipe import Apart, CompareSettings, Recipe, source_name
+from tmerge.report import Report
 from tmerge.version import DISTRIBUTION, VERSION, installs_tmerge
 
 __all__ = [
     "PACKAGE_VARIABLE",
     "UPLOAD_PREFIX",
+    "MOST_STEPS",
     "AppSettings",
     "BusyError",
     "TooManyRunsError",
     "describe_limits",
     "refuse_dataset_path",
     "refuse_large",
+    "refuse_training",
     "settings_here",
     "vetted",
 ]
@@ -45,6 +48,9 @@ private): an address, or a release such as ``tmerge-llm==0.1.0``."""
 
 UPLOAD_PREFIX = "upload:"
 """A recipe of the browser names an uploaded file by this and its name; the server's path of it is never shown."""
+
+MOST_STEPS = 1000
+"""Most optimiser steps of a training that is started in the app."""
 
 _HUB_DATASET = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(@[\w./-]{1,100})?")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,2})?")
@@ -229,6 +235,26 @@ def refuse_large(found: Check, settings: AppSettings) -> None:
         raise RecipeError(
             f"this run takes {_operations_words(operations)}, where this app takes "
             f"{_operations_words(settings.max_operations)}; lower calibration.texts, choose smaller models, {own}"
+        )
+
+
+def refuse_training(report: Report, recipe: Recipe, steps: int, settings: AppSettings) -> None:
+    """Refuse a training that takes longer than a merge may.
+
+    Counted as 6 operations for a parameter and a token (a forward and a backward pass), of texts as long as they may
+    be; so more than it takes.
+
+    Raises:
+        RecipeError: With what it takes and what is allowed.
+    """
+    if not 1 <= steps <= MOST_STEPS:
+        raise RecipeError(f"{steps} steps cannot be trained here; choose from 1 to {MOST_STEPS}")
+    tokens = steps * recipe.adaptation.batch_size * recipe.adaptation.accumulation * recipe.adaptation.max_tokens
+    operations = 6.0 * report.target.parameters * tokens
+    if settings.max_operations is not None and operations > settings.max_operations:
+        raise RecipeError(
+            f"{steps} steps take up to {_operations_words(operations)}, where this app takes "
+            f"{_operations_words(settings.max_operations)}; choose fewer, or download the run and use tmerge adapt"
         )
 
 

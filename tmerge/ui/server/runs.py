@@ -28,16 +28,18 @@ from tmerge.child import Child, ChildFaultError, ChildLostError, Told
 from tmerge.errors import Cancelled, NotEnoughMemoryError, ProcessLostError, RunNotFoundError, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.report import Report
+from tmerge.stages.adapt import adapt_run
 from tmerge.stages.merge import merge
 from tmerge.stages.step import Step, fusing_stage
-from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, BusyError, TooManyRunsError
-from tmerge.ui.server.visitor_run import CouplingRow, StageProgress, State, VisitorRun
+from tmerge.ui.server.downloads import link_or_copy
+from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, BusyError, TooManyRunsError, refuse_training
+from tmerge.ui.server.visitor_run import CouplingRow, Objective, StageProgress, State, Training, VisitorRun
 
 __all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
 
 _NAME = "tmerge-run"
 # What a run imports: by far the most of the time that its process takes to start.
-_PREPARED = ("tmerge.stages.merge",)
+_PREPARED = ("tmerge.stages.merge", "tmerge.stages.adapt")
 
 _log = logging.getLogger(__name__)
 
@@ -91,17 +93,51 @@ class RunStore:
         self.sweep()
         with self._changed:
             self._refuse_too_many(visitor)
-            run_id = secrets.token_urlsafe(18)
             # The folder's name is not the id, which is the key to the run.
             home = Path(tempfile.mkdtemp(dir=self.root))
-            run = VisitorRun(run_id, recipe, home / "fused", visitor)
+            run = VisitorRun(secrets.token_urlsafe(18), recipe, home / "fused", visitor)
             run.read = self._with_upload(recipe, home, upload)
             if gpu is not None:
                 run.gpu, run.context = gpu, contextvars.copy_context()
-            self._runs[run_id] = run
-            self._queue.append(run_id)
-            self._changed.notify_all()
-        return run_id
+            self._enqueue(run)
+        return run.id
+
+    def train(self, run_id: str, steps: int, objective: Objective, visitor: str) -> str:
+        """Queue a training on top of a finished merge, as a run of its own; the merge stays as it is.
+
+        Args:
+            run_id: Of the merge.
+            steps: Of the optimiser.
+            objective: As `adaptation.objective`.
+            visitor: Whom the limits count it for.
+
+        Returns:
+            The training's id.
+
+        Raises:
+            RecipeError: It takes longer than the app allows.
+            RunNotFoundError: No merge of that id is done.
+            TooManyRunsError: As for `start`.
+        """
+        self.sweep()
+        with self._changed:
+            merged = self.get(run_id)
+            if merged is None or merged.report is None or merged.training is not None or merged.state != "done":
+                raise RunNotFoundError("there is no finished merge to train on top of; start it again")
+            refuse_training(merged.report, merged.recipe, steps, self.settings)
+            self._refuse_too_many(visitor)
+            home = Path(tempfile.mkdtemp(dir=self.root))
+            run = VisitorRun(secrets.token_urlsafe(18), merged.recipe, home / "adapted", visitor)
+            # Its own, so that the merge may go meanwhile; the files are the same ones, and take no room twice.
+            shutil.copytree(merged.folder, home / "fused", copy_function=link_or_copy)
+            run.training, run.read = Training(home / "fused", steps, objective), merged.read
+            self._enqueue(run)
+        return run.id
+
+    def _enqueue(self, run: VisitorRun) -> None:
+        self._runs[run.id] = run
+        self._queue.append(run.id)
+        self._changed.notify_all()
 
     def get(self, run_id: str) -> VisitorRun | None:
         """The run of an id; None where there is none, or it is gone."""
@@ -230,7 +266,9 @@ class RunStore:
                     if run is not None:
                         self._current, run.state, run.started = run.id, "running", time.time()
                 if run is not None:
-                    run.say("started: holding the two models' configs against each other")
+                    run.say(
+                        "started" if run.training else "started: holding the two models' configs against each other"
+                    )
                     self._run(run)
                     self._current = None
 
@@ -274,6 +312,11 @@ class RunStore:
             )
 
         try:
+            if run.training is not None:
+                words = {"steps": run.training.steps, "objective": run.training.objective}
+                hear, pulse = (lambda told: run.hear(_step(told))), run.stop_if_cancelled
+                trained: Report = child.call(adapt_run, run.training.merged, run.folder, words, hear=hear, pulse=pulse)
+                return trained
             if run.gpu is not None and run.context is not None:
                 from tmerge.ui.server import zero
 

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from tmerge.ui.server.examples import Example
     from tmerge.ui.server.pushes import PushUnderWay
 
-__all__ = ["CouplingRow", "StageProgress", "State", "VisitorRun"]
+__all__ = ["CouplingRow", "Objective", "StageProgress", "State", "Training", "VisitorRun"]
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
+Objective = Literal["sft", "distill"]
 
 _LOG_LINES = 500
 
@@ -77,6 +78,21 @@ class CouplingRow:
     costs: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Training:
+    """What is done on top of a finished merge, in place of a merge.
+
+    Attributes:
+        merged: The merge's folder with its cache, the training run's own.
+        steps: Of the optimiser.
+        objective: As `adaptation.objective`.
+    """
+
+    merged: Path
+    steps: int
+    objective: Objective
+
+
 @dataclass
 class VisitorRun:
     """One run, as its visitor sees it.
@@ -94,6 +110,7 @@ class VisitorRun:
         fault: Whether that was a fault of ours and not something to be mended.
         report: report.json, once it is done.
         push: Its last push, under way or over.
+        training: What it does where it is no merge; then `folder` is of what the training makes.
         example: What is told of a recorded run, whose weights are not there; None of a visitor's own.
         created, started, ended, looked_at: `time.time`.
         version: Goes up with every change: a page that has seen it has nothing to draw.
@@ -115,6 +132,7 @@ class VisitorRun:
     fault: bool = False
     report: Report | None = None
     push: PushUnderWay | None = None
+    training: Training | None = None
     example: Example | None = None
     created: float = field(default_factory=time.time)
     started: float | None = None

@@ -185,6 +185,12 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
 
     code.input(edited, [code, good, upload], [good, problem, *written], **_in_turn())
     everything = [code, good, problem, *written]
+    app.proposed.change(
+        lambda draft, uploaded: [None, *replaced(draft, uploaded)],
+        [app.proposed, upload],
+        [preset, *everything],
+        **_in_turn(),
+    )
     for way, button in ways:
         begun = [way.preset if way.named else None]
         button.click(

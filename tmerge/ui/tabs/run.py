@@ -12,6 +12,7 @@ import gradio as gr
 from tmerge.errors import TmergeError
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import error_card, note
+from tmerge.ui.parts.going_on import build_going_on
 from tmerge.ui.parts.progress import (
     coupling_figure,
     features_begun,
@@ -85,6 +86,7 @@ def build_running(app: AppContext) -> None:
         with gr.Column(scale=1, min_width=300):
             log = markup(log_lines(None), elem_id="run-log")
     result = markup("", elem_id="run-result")
+    build_going_on(app)
     with gr.Row(visible=False) as downloads:
         report = gr.DownloadButton("Download report.json", elem_id="get-report", size="sm")
         recipe = gr.DownloadButton("Download recipe.yaml", elem_id="get-recipe", size="sm")

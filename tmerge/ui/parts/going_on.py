@@ -1,0 +1,77 @@
+"""A way on from a finished merge: fit the target's weights to the source, or train on top, in the app."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from tmerge.errors import TmergeError
+from tmerge.report import RELATED, Report
+from tmerge.ui.context import AppContext
+from tmerge.ui.parts.cards import note
+from tmerge.ui.parts.form import read_yaml, with_value
+from tmerge.ui.parts.style import markup
+from tmerge.ui.server.limits import MOST_STEPS
+from tmerge.ui.server.visitor import visitor_of
+from tmerge.ui.server.visitor_run import VisitorRun
+
+__all__ = ["build_going_on"]
+
+_OBJECTIVES = [("on the texts (sft)", "sft"), ("towards the source (distill)", "distill")]
+_LIGHT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 16}
+
+
+def build_going_on(app: AppContext) -> None:
+    """Lay it out under a run's verdict and wire it."""
+    with gr.Row(visible=False, elem_id="go-on", equal_height=True) as row:
+        reconstruct = gr.Button(
+            "Set up a reconstruction", visible=False, elem_id="go-reconstruct", min_width=200, size="md"
+        )
+        steps = gr.Number(50, label="Steps", precision=0, minimum=1, maximum=MOST_STEPS, min_width=100)
+        objective = gr.Dropdown(_OBJECTIVES, value="sft", label="Trained", min_width=200)
+        train = gr.Button("Train on top of it", elem_id="go-train", min_width=180, size="md")
+    problem = markup("", elem_id="go-problem")
+
+    def offer(run_id: str) -> list[Any]:
+        run = app.seen(run_id)
+        whole = run is not None and app.with_weights(run_id) is not None
+        merged = run is not None and run.training is None
+        return [gr.Row(visible=whole and merged), gr.Button(visible=run is not None and _fits(run)), ""]
+
+    gr.on([app.run_id.change, app.ended.change], offer, app.run_id, [row, reconstruct, problem], queue=False, **_LIGHT)
+
+    def proposed(run_id: str) -> list[Any]:
+        """The same pair and texts, fitted: with the defaults of a reconstruction."""
+        run = app.seen(run_id)
+        if run is None:
+            return [gr.skip(), gr.skip()]
+        return [with_value(read_yaml(run.recipe.to_yaml()), "fusion.what", "reconstruct"), gr.Tabs(selected="choose")]
+
+    reconstruct.click(proposed, app.run_id, [app.proposed, app.tabs], **_LIGHT)
+
+    def begin(run_id: str, count: Any, how: Any, request: gr.Request) -> list[Any]:
+        try:
+            # A browser may send what the field does not take.
+            wanted = int(count) if isinstance(count, (int, float)) else 0
+            started = app.store.train(run_id, wanted, "distill" if how == "distill" else "sft", visitor_of(request))
+        except TmergeError as error:
+            return [gr.skip(), gr.skip(), note(str(error), bad=True)]
+        return [started, gr.Tabs(selected="run"), ""]
+
+    train.click(
+        begin,
+        [app.run_id, steps, objective],
+        [app.run_id, app.tabs, problem],
+        trigger_mode="once",
+        **_LIGHT,
+    )
+
+
+def _fits(run: VisitorRun) -> bool:
+    """Whether a reconstruction is worth proposing: of relatives, which were not reconstructed."""
+    report: Report | None = run.report
+    if report is None or run.training is not None or run.example is not None or report.fusion.fit is not None:
+        return False
+    related = report.transport.relatedness
+    return related is not None and related.value > RELATED
