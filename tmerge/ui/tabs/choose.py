@@ -19,7 +19,7 @@ from tmerge.recipe import preset_names
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import empty_card, heading, limits_line, note
 from tmerge.ui.parts.expected import expected_cards
-from tmerge.ui.parts.fields import GROUPS, SETTINGS, STEP, Setting
+from tmerge.ui.parts.fields import SETTINGS, Setting
 from tmerge.ui.parts.form import (
     form_values,
     from_preset,
@@ -31,6 +31,7 @@ from tmerge.ui.parts.form import (
     write_yaml,
 )
 from tmerge.ui.parts.job import build_job
+from tmerge.ui.parts.settings import SettingFields
 from tmerge.ui.parts.starting import Holds, ready_recipe, wire_start
 from tmerge.ui.parts.style import markup
 from tmerge.ui.parts.texts import KINDS, TextsPart, build_texts, holds_texts, look_into, shown, upload_name
@@ -62,28 +63,27 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     # Kept by the browser, not by the server: signing in loads the page anew.
     kept = gr.BrowserState("", storage_key="tmerge-recipe")
 
-    with gr.Row(equal_height=False):
+    settings = SettingFields(begin)
+    with gr.Row(equal_height=False, elem_classes="fields wide"):
         target = _model_field("target", "Target: the model that is changed", begin)
         source = _model_field("source", "Source: the model that is read", begin)
         adapter = _adapter_field(begin)
+        settings.make("source_base")
     with gr.Row(equal_height=False):
         preset = gr.Dropdown(
             preset_names(), value="demo", label="Preset", info="The paper's pairs and settings, or the built-in demo"
         )
         demo = gr.Button("Use the built-in demo pair", elem_id="use-demo", scale=0, min_width=230)
     texts = build_texts(search, app.settings)
+    with gr.Row(equal_height=False, elem_classes="fields"):
+        settings.make("fusion.what", "fusion.alpha", "calibration.texts", "fusion.projections")
     markup(heading(2, "What this merge would be"), elem_classes="section")
     expected = markup(
         empty_card("Checking the two models", "from their configs alone; nothing heavy starts before you say so"),
         elem_id="expected",
     )
-    fields: list[Any] = []
-    with gr.Accordion("Advanced settings", open=False, elem_id="advanced"):
-        for group, settings in GROUPS.items():
-            markup(heading(3, group))
-            for first in range(0, len(settings), 3):
-                with gr.Row(equal_height=False):
-                    fields += [_field(setting, begin) for setting in settings[first : first + 3]]
+    settings.make_others()
+    fields = list(settings.all)
     with gr.Accordion("Recipe (YAML)", open=False, elem_id="recipe"):
         code = gr.Code(
             write_yaml(begin),
@@ -364,24 +364,3 @@ def _model_field(role: str, label: str, begin: Mapping[str, Any]) -> gr.Dropdown
         elem_id=f"{role}-model",
         min_width=280,
     )
-
-
-def _field(setting: Setting, begin: Mapping[str, Any]) -> Any:
-    value = form_values(begin)[SETTINGS.index(setting)]
-    shared: dict[str, Any] = {
-        "label": setting.label,
-        "info": setting.description,
-        "elem_id": f"set-{setting.key.replace('.', '-')}",
-        "min_width": 220,
-    }
-    if setting.kind == "choice":
-        return gr.Dropdown(setting.named_choices, value=value, **shared)
-    if setting.kind == "several":
-        return gr.CheckboxGroup(list(setting.choices), value=value, **shared)
-    if setting.kind == "switch":
-        return gr.Checkbox(value, **shared)
-    if setting.kind == "whole":
-        return gr.Number(value, precision=0, **shared)
-    if setting.kind == "number":
-        return gr.Number(value, step=STEP, **shared)
-    return gr.Textbox(value, max_lines=1, **shared)
