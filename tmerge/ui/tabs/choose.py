@@ -6,7 +6,7 @@ The recipe's YAML is what counts. Every field writes into it, and every change o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from tmerge.models.demo import DEMO_MODELS
 from tmerge.models.reference import DEMO_PREFIX
 from tmerge.recipe import preset_names
 from tmerge.ui.context import AppContext
-from tmerge.ui.parts.cards import empty_card, heading, limits_line, note
+from tmerge.ui.parts.cards import empty_card, heading, limits_line
 from tmerge.ui.parts.expected import expected_cards
 from tmerge.ui.parts.fields import SETTINGS, Setting
 from tmerge.ui.parts.form import (
     form_values,
     from_preset,
     holds_value,
+    preset_of,
     read_yaml,
     typed_value,
     with_adapter,
@@ -31,6 +32,7 @@ from tmerge.ui.parts.form import (
     write_yaml,
 )
 from tmerge.ui.parts.job import build_job
+from tmerge.ui.parts.problem import EDITOR, problem, problem_box, problem_of
 from tmerge.ui.parts.settings import SettingFields
 from tmerge.ui.parts.starting import Holds, ready_recipe, wire_start
 from tmerge.ui.parts.style import markup
@@ -71,7 +73,10 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         settings.make("source_base")
     with gr.Row(equal_height=False):
         preset = gr.Dropdown(
-            preset_names(), value="demo", label="Preset", info="The paper's pairs and settings, or the built-in demo"
+            preset_names(),
+            value=preset_of(begin),
+            label="Preset",
+            info="The paper's pairs and settings, or the built-in demo; empty where the recipe is none of them",
         )
         demo = gr.Button("Use the built-in demo pair", elem_id="use-demo", scale=0, min_width=230)
     texts = build_texts(search, app.settings)
@@ -82,6 +87,9 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         empty_card("Checking the two models", "from their configs alone; nothing heavy starts before you say so"),
         elem_id="expected",
     )
+    # In the place of the old answer while there is no recipe to answer for.
+    unread = "Mend it where its mistake is named, to see what this merge would be."
+    markup(empty_card("The recipe cannot be read", unread), elem_id="unread")
     settings.make_others()
     fields = list(settings.all)
     with gr.Accordion("Recipe (YAML)", open=False, elem_id="recipe"):
@@ -94,12 +102,12 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
             interactive=True,
             show_line_numbers=False,
             buttons=["copy", "download"],
-            elem_id="recipe-yaml",
+            elem_id=EDITOR,
         )
         take = gr.UploadButton(
             "Upload a recipe", file_types=[".yaml", ".yml"], size="sm", elem_id="upload-recipe", variant="secondary"
         )
-    problem = markup(note("", keep=True), elem_id="problem")
+    box = problem_box()
     start = gr.Button("Start the merge", variant="primary", size="lg", elem_id="start")
     markup(limits_line(app.settings))
     build_job(app, good, upload)
@@ -111,22 +119,26 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         named = [str(draft.get(role) or "") for role in ("target", "source", "adapter")]
         return [*named, *shown(draft), *form_values(draft)]
 
-    def complaint(draft: Mapping[str, Any], uploaded: str | None) -> str:
+    def complaint(draft: Mapping[str, Any], uploaded: str | None, at: Sequence[str] | None = None) -> str:
         try:
             ready_recipe(app, draft, uploaded)
         except TmergeError as error:
-            return note(str(error), bad=True)
-        return note("", keep=True)
+            return problem_of(error, at)
+        return problem()
 
-    def replaced(draft: dict[str, Any], uploaded: str | None) -> list[Any]:
-        return [write_yaml(draft), draft, complaint(draft, uploaded), *fill(draft)]
+    def replaced(draft: dict[str, Any], uploaded: str | None, at: Sequence[str] | None = None) -> list[Any]:
+        return [write_yaml(draft), draft, complaint(draft, uploaded, at), *fill(draft)]
 
     def edited(text: str, before: dict[str, Any], uploaded: str | None) -> list[Any]:
         try:
             draft = read_yaml(text or "")
         except TmergeError as error:
-            return [gr.skip(), note(str(error), bad=True), *(gr.skip() for _ in written)]
-        return [draft, complaint(draft, uploaded), *(fill(draft) if draft != before else (gr.skip() for _ in written))]
+            return [gr.skip(), problem_of(error, [EDITOR], unread=True), *(gr.skip() for _ in written)]
+        return [
+            draft,
+            complaint(draft, uploaded, [EDITOR]),
+            *(fill(draft) if draft != before else (gr.skip() for _ in written)),
+        ]
 
     def writer(change: Callable[[dict[str, Any], Any], dict[str, Any]], *, decides: bool = False) -> Any:
         """A field's change, written into the recipe, and into what the other fields show where it `decides` that."""
@@ -136,7 +148,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
             try:
                 changed = change(draft, value)
             except TmergeError as error:
-                return [gr.skip(), gr.skip(), note(str(error), bad=True), *(gr.skip() for _ in range(others))]
+                return [gr.skip(), gr.skip(), problem_of(error, unread=True), *(gr.skip() for _ in range(others))]
             if changed == draft:
                 return [gr.skip(), gr.skip(), complaint(draft, uploaded), *(gr.skip() for _ in range(others))]
             shown = form_values(changed) if decides else []
@@ -144,7 +156,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
 
         return write
 
-    state, into = [good, upload], [code, good, problem]
+    state, into = [good, upload], [code, good, box]
     # Or what is typed while the change before it is being written would be lost.
     for field, key in ((target, "target"), (source, "source")):
         gr.on([field.input, field.select, field.blur], writer(_named(key)), [field, *state], into, **_in_turn())
@@ -178,8 +190,8 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         gr.on([field.input, field.select, field.blur], writer(_named(key)), [field, *state], into, **_in_turn())
     _wire_kinds(texts, upload, good, into, complaint)
 
-    code.input(edited, [code, good, upload], [good, problem, *written], **_in_turn())
-    everything = [code, good, problem, *written]
+    code.input(edited, [code, good, upload], [good, box, *written], **_in_turn())
+    everything = [code, good, box, *written]
     demo.click(
         lambda uploaded: ["demo", *replaced(from_preset("demo"), uploaded)], upload, [preset, *everything], **_in_turn()
     )
@@ -193,8 +205,13 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
                 draft = read_yaml(file.read(50_000))
         except (TmergeError, OSError, UnicodeDecodeError) as error:
             line = str(error) if isinstance(error, TmergeError) else "the file is not UTF-8 text"
-            return [gr.skip(), gr.skip(), note(line, bad=True), *(gr.skip() for _ in written)]
-        return replaced(draft, uploaded)
+            return [
+                gr.skip(),
+                gr.skip(),
+                problem(line, bad=True, at=[EDITOR], unread=None),
+                *(gr.skip() for _ in written),
+            ]
+        return replaced(draft, uploaded, [EDITOR])
 
     take.upload(taken, [take, upload], everything, **_in_turn())
 
@@ -220,9 +237,10 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     roles = {"target": target, "source": source, "adapter": adapter}
     held: list[tuple[Any, Holds]] = [(field, _holds_model(role)) for role, field in roles.items()]
     held += [*holds_texts(texts), *zip(fields, map(_holds_setting, SETTINGS), strict=True)]
-    wire_start(app, start, problem, good, upload, code, texts.file, held)
+    wire_start(app, start, box, good, upload, code, texts.file, held)
     app.load(lambda draft, uploaded: expected_cards(app, draft, uploaded), [good, upload], expected)
     good.change(write_yaml, good, kept, trigger_mode="always_last", **_quiet())
+    good.change(preset_of, good, preset, trigger_mode="always_last", **_quiet())
 
     def restored(text: Any, draft: dict[str, Any], uploaded: str | None) -> list[Any]:
         """The recipe that this browser had before the page was loaded anew."""
@@ -274,7 +292,7 @@ def _wire_kinds(texts: TextsPart, upload: gr.State, good: gr.State, into: list[A
         try:
             name = upload_name(path) if path else ""
         except TmergeError as error:
-            return [None, gr.skip(), gr.skip(), note(str(error), bad=True)]
+            return [None, gr.skip(), gr.skip(), problem_of(error, ["texts-file"])]
         return [path, *changed(draft, UPLOAD_PREFIX + name, path)]
 
     gr.on([texts.file.upload, texts.file.clear], uploaded_file, [texts.file, good], [upload, *into], **_in_turn())

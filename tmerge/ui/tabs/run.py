@@ -27,7 +27,8 @@ __all__ = ["build_running"]
 _EVERY = 1.0
 # The map is drawn anew at most so often: the browser has other things to do.
 _MAP_EVERY = 2.0
-_LATEST = "the one being solved"
+# Words that stay true when all are solved.
+_LATEST = "the latest"
 
 # What a page has drawn: (run, version of it, rows in the map, when, feature, whether it was over).
 _Drawn = tuple[str, int, int, float, str, bool]
