@@ -85,7 +85,7 @@ def test_adapters_of_the_source_are_offered_and_what_they_change_is_carried(visi
     option.click()
     yaml = page.locator("#recipe-yaml .cm-content")
     expect(yaml).to_contain_text("adapter: tiny/lora-of-two")
-    open_fold(page, "Advanced settings")
+    open_fold(page, "All settings")
     expect(page.get_by_label("What is transported")).to_have_value("task-vector")
     page.get_by_label("Written as").click()
     page.get_by_role("option", name="a LoRA of the target").click()
@@ -113,7 +113,7 @@ def test_one_line_says_that_the_hub_cannot_be_reached(visit, served, monkeypatch
 
 def test_form_and_yaml_are_in_step_both_ways(visit):
     page = visit()
-    open_fold(page, "Advanced settings")
+    open_fold(page, "All settings")
     open_fold(page, "Recipe (YAML)")
     expect(page.locator("#recipe-yaml .cm-content")).to_contain_text("samples:indonesian")
     alpha = page.get_by_label("Strength (alpha)")
@@ -164,7 +164,7 @@ def test_a_line_that_is_typed_is_checked_once_at_its_end(visit, picos, served, m
 @pytest.mark.slow
 def test_a_recipe_outlives_a_reload_as_when_signing_in(visit, picos):
     page = visit()
-    open_fold(page, "Advanced settings")
+    open_fold(page, "All settings")
     alpha = page.get_by_label("Strength (alpha)")
     alpha.press("Control+A")
     alpha.press_sequentially("0.07")

@@ -179,7 +179,7 @@ def test_start_right_after_an_edit_of_the_recipe_waits_for_it(visit, served, hel
 def test_start_right_after_an_edit_of_a_field_runs_what_the_field_says(visit, served, held_up):
     page = visit()
     fill(page, served)
-    open_fold(page, "Advanced settings")
+    open_fold(page, "All settings")
     expect(page.get_by_label("Strength (alpha)")).to_have_value(str(served.recipe().fusion.alpha))
     hold_up, free = held_up
     hold_up("with_value")

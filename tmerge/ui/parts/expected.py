@@ -72,7 +72,12 @@ def expected_cards(
     if roles:
         return empty_card("What this merge would be", f"Name a {' and a '.join(roles)} model to see it.")
     try:
-        here = _checked(app, vetted(_readable(recipe_of(draft)), app.settings), wanted)
+        recipe = vetted(_readable(recipe_of(draft)), app.settings)
+    except TmergeError:
+        # Which one is said at its field.
+        return empty_card("What this merge would be", "The recipe has a mistake; mend it to see it.")
+    try:
+        here = _checked(app, recipe, wanted)
     except TmergeError as error:
         return error_card("This cannot be merged yet", str(error))
     except RuntimeError:

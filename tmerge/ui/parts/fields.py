@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 from tmerge.recipe import Recipe
 from tmerge.recipe.schema import kind_words, sections_of, top_level
 
-__all__ = ["GROUPS", "SETTINGS", "STEP", "Setting"]
+__all__ = ["FIRST", "GROUPS", "SETTINGS", "STEP", "Setting"]
 
 _SECTIONS = sections_of(Recipe)
 
@@ -36,6 +36,11 @@ class Setting:
     key: str
     label: str
     names: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def element(self) -> str:
+        """The id that its field has on the page."""
+        return f"set-{self.key.replace('.', '-')}"
 
     @property
     def named_choices(self) -> list[tuple[str, str]]:
@@ -95,32 +100,17 @@ class Setting:
         return [kind.keys[name] for kind in _SECTIONS[section].kinds.values() if name in kind.keys]
 
 
+FIRST: tuple[Setting, ...] = (
+    Setting("source_base", "Source before its fine-tuning"),
+    Setting("fusion.what", "What is transported"),
+    Setting("fusion.alpha", "Strength (alpha)"),
+    Setting("calibration.texts", "Number of texts"),
+    Setting("fusion.projections", "Projections"),
+)
+"""What most merges set, beside the models and the texts: always in sight."""
+
 GROUPS: dict[str, tuple[Setting, ...]] = {
-    "Fusion": (
-        Setting("fusion.alpha", "Strength (alpha)"),
-        Setting("fusion.alphas", "Strengths that auto tries"),
-        Setting("fusion.projections", "Projections"),
-        Setting("fusion.top_k", "Neurons per projection and layer"),
-        Setting("fusion.scale", "Scale of the maps"),
-        Setting("fusion.units", "Units"),
-        Setting("fusion.biases", "Biases"),
-        Setting("fusion.affine", "Affine maps"),
-        Setting("fusion.what", "What is transported"),
-        Setting("fusion.stream", "Embeddings and norms"),
-        Setting("fusion.join", "Joining of several sources"),
-        Setting("fusion.density", "Entries that joining keeps"),
-        Setting("fusion.ridge", "Ridge penalty of a fit"),
-        Setting("fusion.ridges", "Penalties that auto tries"),
-        Setting("fusion.rank", "Rank of a change"),
-        Setting("fusion.final_goal", "Goal of the last block"),
-        Setting("fusion.keep", "Texts to stay the same on"),
-        Setting("fusion.keep_texts", "How many of them"),
-        Setting("fusion.keep_share", "Their share of a fit"),
-        Setting("source_base", "Source before its fine-tuning"),
-        Setting("plan", "Plan of another run"),
-    ),
     "Calibration": (
-        Setting("calibration.texts", "Texts"),
         Setting("calibration.max_tokens", "Longest text, tokens"),
         Setting("calibration.batch_tokens", "Tokens of a batch"),
         Setting("calibration.held_out", "Share held out"),
@@ -145,12 +135,33 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("transport.layer_marginals", "Layer marginals"),
         Setting("transport.layers_kept", "Source layers kept"),
         Setting("transport.entries_kept", "Entries kept"),
+        Setting("plan", "Plan of another run"),
     ),
-    "Evaluation and machine": (
+    "Fusion": (
+        Setting("fusion.alphas", "Strengths that auto tries"),
+        Setting("fusion.top_k", "Neurons per projection and layer"),
+        Setting("fusion.scale", "Scale of the maps"),
+        Setting("fusion.units", "Units"),
+        Setting("fusion.biases", "Biases"),
+        Setting("fusion.affine", "Affine maps"),
+        Setting("fusion.stream", "Embeddings and norms"),
+        Setting("fusion.join", "Joining of several sources"),
+        Setting("fusion.density", "Entries that joining keeps"),
+        Setting("fusion.ridge", "Ridge penalty of a fit"),
+        Setting("fusion.ridges", "Penalties that auto tries"),
+        Setting("fusion.rank", "Rank of a change"),
+        Setting("fusion.final_goal", "Goal of the last block"),
+        Setting("fusion.keep", "Texts to stay the same on"),
+        Setting("fusion.keep_texts", "How many of them"),
+        Setting("fusion.keep_share", "Their share of a fit"),
+    ),
+    "Evaluation": (
         Setting("evaluation.texts", "Held-out texts scored"),
         Setting("evaluation.controls", "Controls"),
         Setting("evaluation.bootstrap", "Bootstrap resamples"),
         Setting("evaluation.descent", "Texts of the descent control"),
+    ),
+    "Machine and saving": (
         Setting("dtype", "Number format"),
         Setting("device", "Device"),
         Setting(
@@ -163,7 +174,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("save.max_shard_size", "Largest weights file"),
     ),
 }
-"""The advanced settings, in groups."""
+"""All other settings, by the recipe's sections."""
 
-SETTINGS: tuple[Setting, ...] = tuple(setting for group in GROUPS.values() for setting in group)
+SETTINGS: tuple[Setting, ...] = (*FIRST, *(setting for group in GROUPS.values() for setting in group))
 """All of them, in order."""

@@ -5,6 +5,7 @@ The YAML is what counts. It is short: what equals the default is left out, but f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = [
     "form_values",
     "from_preset",
     "holds_value",
+    "preset_of",
     "read_yaml",
     "recipe_of",
     "typed_value",
@@ -78,6 +80,16 @@ def from_preset(name: str) -> dict[str, Any]:
         raise RecipeError(f"there is no preset {name!r}; there are {', '.join(preset_names())}")
     settings = load_recipe(name).model_dump(mode="json")
     return _short({key: value for key, value in settings.items() if key not in _LEFT_OUT})
+
+
+@functools.cache
+def _preset_yaml() -> dict[str, str]:
+    return {write_yaml(from_preset(name)): name for name in preset_names()}
+
+
+def preset_of(draft: Mapping[str, Any]) -> str | None:
+    """The preset that a mapping is; None where it is none, or none any more."""
+    return _preset_yaml().get(write_yaml(draft))
 
 
 def with_value(draft: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -186,7 +198,7 @@ def typed_value(setting: Setting, value: Any) -> Any:
         try:
             read = read_yaml(f"value: {text}")["value"]
         except TmergeError:
-            raise RecipeError(f"{setting.label}: {value!r} is not a number or a word") from None
+            raise RecipeError(f"{setting.key} is {value!r}: a number or a word is meant") from None
         return float(read) if isinstance(read, str) and _is_number(read) else read
     return value.strip() if isinstance(value, str) else value
 

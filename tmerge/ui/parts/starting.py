@@ -18,9 +18,9 @@ import gradio as gr
 from tmerge.errors import RecipeError, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.ui.context import AppContext
-from tmerge.ui.parts.cards import note
 from tmerge.ui.parts.expected import fit_to_run
 from tmerge.ui.parts.form import read_yaml, recipe_of, write_yaml
+from tmerge.ui.parts.problem import problem, problem_of
 from tmerge.ui.parts.returning import open_again, under_way
 from tmerge.ui.parts.texts import upload_name
 from tmerge.ui.server.limits import UPLOAD_PREFIX, TooManyRunsError, vetted
@@ -35,6 +35,7 @@ _PAUSE = 0.1
 _PATIENCE = 10.0
 # Where something on it cannot be read, which no event will bring into the recipe.
 _PATIENCE_UNREADABLE = 1.0
+_DISAGREE = "the recipe and the form do not agree; mend the recipe, and press Start again"
 _LIGHT: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 16}
 
 
@@ -60,7 +61,7 @@ def wire_start(
     app: AppContext,
     start: gr.Button,
     other: gr.Button,
-    problem: gr.HTML,
+    box: gr.HTML,
     good: gr.State,
     upload: gr.State,
     code: gr.Code,
@@ -73,7 +74,7 @@ def wire_start(
         app: What the tabs share.
         start: The button.
         other: Opens the run that is in the way of another one; shown where there is one.
-        problem: The line above it.
+        box: Where what is wrong is said.
         good: The recipe's mapping.
         upload: Path of the uploaded file.
         code: The recipe's editor.
@@ -86,7 +87,7 @@ def wire_start(
     holders = [holds for _, holds in fields]
 
     def pressed() -> list[Any]:
-        return [_Waiting(0, (), time.monotonic()), note("", keep=True), gr.Button(interactive=False)]
+        return [_Waiting(0, (), time.monotonic()), problem(unread=None), gr.Button(interactive=False)]
 
     def released() -> Any:
         return gr.Button(interactive=True)
@@ -96,18 +97,18 @@ def wire_start(
     ) -> list[Any]:
         if before is None:
             return [gr.skip() for _ in range(4)]
-        patience, why = _PATIENCE, "the recipe and the form do not agree; mend the recipe, and press Start again"
+        patience, said_why = _PATIENCE, problem(_DISAGREE, bad=True, unread=None)
         try:
             if _agree(draft, text, values, holders) and _holds_upload(draft, uploaded, shown):
-                return [None, (draft, uploaded, time.monotonic()), note("", keep=True), gr.skip()]
+                return [None, (draft, uploaded, time.monotonic()), problem(), gr.skip()]
         except TmergeError as error:
-            patience, why = _PATIENCE_UNREADABLE, str(error)
+            patience, said_why = _PATIENCE_UNREADABLE, problem_of(error, unread=None, seek=True)
         now = (draft, uploaded, text, shown, values)
         since = before.since if now == before.seen else time.monotonic()
         if time.monotonic() - since > patience:
-            return [None, gr.skip(), note(why, bad=True), gr.Button(interactive=True)]
+            return [None, gr.skip(), said_why, gr.Button(interactive=True)]
         await asyncio.sleep(_PAUSE)
-        said = note("Waiting for the last change to be taken in.") if before.look == 0 else gr.skip()
+        said = problem("Waiting for the last change to be taken in.", unread=None) if before.look == 0 else gr.skip()
         return [_Waiting(before.look + 1, now, since), gr.skip(), said, gr.skip()]
 
     def begin(found: tuple[Any, ...] | None, runs: Any, request: gr.Request) -> list[Any]:
@@ -116,28 +117,37 @@ def wire_start(
         draft, uploaded, _ = found
         try:
             recipe = ready_recipe(app, draft, uploaded)
+        except TmergeError as error:
+            return [gr.skip(), gr.skip(), problem_of(error, seek=True)]
+        try:
             gpu = fit_to_run(app, recipe)
             run_id = app.store.start(recipe, visitor_of(request), Path(uploaded) if uploaded else None, gpu)
         except TmergeError as error:
             there = under_way(app, runs) if isinstance(error, TooManyRunsError) else None
-            return [gr.skip(), gr.skip(), note(str(error), bad=True), there, gr.Button(visible=there is not None)]
+            return [gr.skip(), gr.skip(), problem(str(error), bad=True), there, gr.Button(visible=there is not None)]
         except RuntimeError:
             _log.exception("a run could not be started")
-            return [gr.skip(), gr.skip(), note("a fault of ours; the server's log has it", bad=True), None, gr.skip()]
-        return [run_id, gr.Tabs(selected="run"), note("", keep=True), None, gr.Button(visible=False)]
+            return [
+                gr.skip(),
+                gr.skip(),
+                problem("a fault of ours; the server's log has it", bad=True),
+                None,
+                gr.skip(),
+            ]
+        return [run_id, gr.Tabs(selected="run"), problem(), None, gr.Button(visible=False)]
 
     quiet = {"show_progress": "hidden", **_LIGHT}
-    start.click(pressed, None, [waiting, problem, start], trigger_mode="once", **quiet)
+    start.click(pressed, None, [waiting, box, start], trigger_mode="once", **quiet)
     waiting.change(
         look,
         [waiting, good, upload, code, file, *(field for field, _ in fields)],
-        [waiting, agreed, problem, start],
+        [waiting, agreed, box, start],
         **quiet,
     ).failure(released, None, start, **quiet)
     begun = agreed.change(
         begin,
         [agreed, app.kept.runs],
-        [app.run_id, app.tabs, problem, in_the_way, other],
+        [app.run_id, app.tabs, box, in_the_way, other],
         show_progress="minimal",
         show_progress_on=start,
         **_LIGHT,
@@ -161,14 +171,14 @@ def ready_recipe(app: AppContext, draft: Mapping[str, Any], upload: str | None) 
     section = draft.get("calibration")
     dataset = section.get("dataset") if isinstance(section, dict) else None
     if dataset == "":
-        raise RecipeError("name a Hub dataset, or choose the built-in samples")
+        raise RecipeError("calibration.dataset is empty; name a Hub dataset, or choose the built-in samples")
     recipe = vetted(recipe_of(draft), app.settings)
     if isinstance(dataset, str) and dataset.startswith(UPLOAD_PREFIX):
         name = dataset.removeprefix(UPLOAD_PREFIX)
         if not name:
-            raise RecipeError("upload a file with the calibration texts, or choose the built-in samples")
+            raise RecipeError("calibration.dataset is empty; upload a file of texts, or choose the built-in samples")
         if upload is None or upload_name(upload) != name:
-            raise RecipeError(f"the recipe reads {name}, which this page does not have: upload it again")
+            raise RecipeError(f"calibration.dataset is {name}, which this page does not have; upload it again")
     return recipe
 
 

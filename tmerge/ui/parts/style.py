@@ -76,9 +76,9 @@ def theme() -> gr.themes.Base:
         input_placeholder_color="#6a7686",
         input_placeholder_color_dark="#8491a2",
         button_primary_background_fill="#1567a3",
-        button_primary_background_fill_dark="#1b7dc2",
+        button_primary_background_fill_dark="#1567a3",
         button_primary_background_fill_hover="#115284",
-        button_primary_background_fill_hover_dark="#1567a3",
+        button_primary_background_fill_hover_dark="#115284",
         button_primary_text_color="#ffffff",
         button_secondary_background_fill="#eef2f6",
         button_secondary_background_fill_dark="#222a36",
@@ -101,4 +101,5 @@ def markup(value: str, **options: Any) -> gr.HTML:
 CSS = static_text("tmerge.ui", "app.css")
 
 HEAD = f"""<meta name="color-scheme" content="light dark">
-<script>{static_text("tmerge.ui", "storage.js")}</script>"""
+<script>{static_text("tmerge.ui", "storage.js")}</script>
+<script>{static_text("tmerge.ui", "reached.js")}</script>"""

@@ -70,16 +70,35 @@ def build_texts(search: HubSearch, settings: AppSettings) -> TextsPart:
         value="indonesian",
         label="Language of the samples",
         info="Sentences that come with tmerge; no network is needed",
+        elem_id="texts-language",
     )
     with gr.Group(visible=False) as hub_rows, gr.Row():
         dataset = gr.Dropdown(
-            [], value=None, label="Hub dataset", info="Type to search", allow_custom_value=True, min_width=240
+            [],
+            value=None,
+            label="Hub dataset",
+            info="Type to search",
+            allow_custom_value=True,
+            min_width=240,
+            elem_id="texts-dataset",
         )
         config = gr.Dropdown(
-            [], value=None, label="Configuration", info="Where it has several", allow_custom_value=True, min_width=120
+            [],
+            value=None,
+            label="Configuration",
+            info="Where it has several",
+            allow_custom_value=True,
+            min_width=120,
+            elem_id="texts-config",
         )
         split = gr.Dropdown(
-            ["train"], value="train", label="Split", info="Part of it", allow_custom_value=True, min_width=120
+            ["train"],
+            value="train",
+            label="Split",
+            info="Part of it",
+            allow_custom_value=True,
+            min_width=120,
+            elem_id="texts-split",
         )
     with gr.Group(visible=False) as upload_rows:
         file = gr.File(file_types=list(FILE_SUFFIXES), label="File of texts", height=140, elem_id="texts-file")
@@ -92,6 +111,7 @@ def build_texts(search: HubSearch, settings: AppSettings) -> TextsPart:
         info="Found by itself where there is no doubt; several are joined as a+b",
         allow_custom_value=True,
         visible=False,
+        elem_id="texts-column",
     )
     found = markup(note(""), elem_id="texts-found")
 
@@ -216,13 +236,17 @@ def look_into(
     if kind == _SAMPLES or dataset in ("", UPLOAD_PREFIX):
         return note(""), same
     try:
+        if kind == _HUB:
+            refuse_dataset_path(dataset, settings)
+    except TmergeError:
+        return note(""), same  # likewise
+    try:
         if kind == _UPLOAD:
             name = dataset.removeprefix(UPLOAD_PREFIX)
             if upload is None or upload_name(upload) != name:
-                return note(f"Upload {name} again: the recipe names it, and this page does not have it", bad=True), same
+                return note(""), same  # the recipe's own complaint, said at the field
             facts = aside.ask(file_facts, upload, name, words["column"], wanted=wanted)
         else:
-            refuse_dataset_path(dataset, settings)
             split = words["split"] or "train"
             facts = aside.ask(dataset_facts, dataset, words["config"], split, words["column"], wanted=wanted)
     except TmergeError as error:

@@ -194,8 +194,9 @@ const take = () => {
   find(".tm-view").textContent = view ? view.words : "";
   root.dataset.words = view ? view.words : "";
   for (const button of find(".tm-tools").children) {
-    const what = { png: "as a picture", csv: "as data" }[button.dataset.do];
-    button.setAttribute("aria-label", `Download ${what}: ${picture.title}`);
+    // What is read out begins with what is seen, so that it can be said to a computer that listens.
+    const what = { png: "PNG: download as a picture", csv: "CSV: download as data" }[button.dataset.do];
+    button.setAttribute("aria-label", `${what}, ${picture.title}`);
   }
   if (!picture.figure) { plot.dataset.drawn = ""; return; }
   plot.setAttribute("aria-label", `${picture.title}. ${picture.subtitle || ""}`);

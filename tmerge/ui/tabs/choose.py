@@ -6,7 +6,7 @@ The recipe's YAML is what counts. Every field writes into it, and every change o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from tmerge.models.demo import DEMO_MODELS
 from tmerge.models.reference import DEMO_PREFIX
 from tmerge.recipe import preset_names
 from tmerge.ui.context import AppContext
-from tmerge.ui.parts.cards import empty_card, heading, limits_line, note
+from tmerge.ui.parts.cards import empty_card, heading, limits_line
 from tmerge.ui.parts.expected import SETTLED_SECONDS, expected_cards
-from tmerge.ui.parts.fields import GROUPS, SETTINGS, STEP, Setting
+from tmerge.ui.parts.fields import SETTINGS, Setting
 from tmerge.ui.parts.form import (
     form_values,
     from_preset,
     holds_value,
+    preset_of,
     read_yaml,
     typed_value,
     with_adapter,
@@ -32,6 +33,8 @@ from tmerge.ui.parts.form import (
     write_yaml,
 )
 from tmerge.ui.parts.job import build_job
+from tmerge.ui.parts.problem import EDITOR, problem, problem_box, problem_of
+from tmerge.ui.parts.settings import SettingFields
 from tmerge.ui.parts.starting import Holds, ready_recipe, wire_start
 from tmerge.ui.parts.style import markup
 from tmerge.ui.parts.texts import KINDS, TextsPart, build_texts, holds_texts, look_into, shown, upload_name
@@ -66,28 +69,33 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     kept = gr.BrowserState("", storage_key="tmerge-recipe")
 
     ways = build_ways(app)
-    with gr.Row(equal_height=False):
+    settings = SettingFields(begin)
+    with gr.Row(equal_height=False, elem_classes="fields wide"):
         target = _model_field("target", "Target: the model that is changed", begin)
         source = _model_field("source", "Source: the model that is read", begin)
         adapter = _adapter_field(begin)
+        settings.make("source_base")
     with gr.Row(equal_height=False):
         preset = gr.Dropdown(
-            preset_names(), value="demo", label="Preset", info="The paper's pairs and settings, or the built-in demo"
+            preset_names(),
+            value=preset_of(begin),
+            label="Preset",
+            info="The paper's pairs and settings, or the built-in demo; empty where the recipe is none of them",
         )
         demo = gr.Button("Use the built-in demo pair", elem_id="use-demo", scale=0, min_width=230)
     texts = build_texts(search, app.settings)
+    with gr.Row(equal_height=False, elem_classes="fields"):
+        settings.make("fusion.what", "fusion.alpha", "calibration.texts", "fusion.projections")
     markup(heading(2, "What this merge would be"), elem_classes="section")
     expected = markup(
         empty_card("Checking the two models", "from their configs alone; nothing heavy starts before you say so"),
         elem_id="expected",
     )
-    fields: list[Any] = []
-    with gr.Accordion("Advanced settings", open=False, elem_id="advanced"):
-        for group, settings in GROUPS.items():
-            markup(heading(3, group))
-            for first in range(0, len(settings), 3):
-                with gr.Row(equal_height=False):
-                    fields += [_field(setting, begin) for setting in settings[first : first + 3]]
+    # In the place of the old answer while there is no recipe to answer for.
+    unread = "Mend it where its mistake is named, to see what this merge would be."
+    markup(empty_card("The recipe cannot be read", unread), elem_id="unread")
+    settings.make_others()
+    fields = list(settings.all)
     with gr.Accordion("Recipe (YAML)", open=False, elem_id="recipe"):
         code = gr.Code(
             write_yaml(begin),
@@ -98,12 +106,12 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
             interactive=True,
             show_line_numbers=False,
             buttons=["copy", "download"],
-            elem_id="recipe-yaml",
+            elem_id=EDITOR,
         )
         take = gr.UploadButton(
             "Upload a recipe", file_types=[".yaml", ".yml"], size="sm", elem_id="upload-recipe", variant="secondary"
         )
-    problem = markup(note("", keep=True), elem_id="problem")
+    box = problem_box()
     other = gr.Button("Open the run that is in the way", visible=False, elem_id="open-other")
     start = gr.Button("Start the merge", variant="primary", size="lg", elem_id="start")
     markup(limits_line(app.settings))
@@ -116,22 +124,26 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         named = [str(draft.get(role) or "") for role in ("target", "source", "adapter")]
         return [*named, *shown(draft), *form_values(draft)]
 
-    def complaint(draft: Mapping[str, Any], uploaded: str | None) -> str:
+    def complaint(draft: Mapping[str, Any], uploaded: str | None, at: Sequence[str] | None = None) -> str:
         try:
             ready_recipe(app, draft, uploaded)
         except TmergeError as error:
-            return note(str(error), bad=True)
-        return note("", keep=True)
+            return problem_of(error, at)
+        return problem()
 
-    def replaced(draft: dict[str, Any], uploaded: str | None) -> list[Any]:
-        return [write_yaml(draft), draft, complaint(draft, uploaded), *fill(draft)]
+    def replaced(draft: dict[str, Any], uploaded: str | None, at: Sequence[str] | None = None) -> list[Any]:
+        return [write_yaml(draft), draft, complaint(draft, uploaded, at), *fill(draft)]
 
     def edited(text: str, before: dict[str, Any], uploaded: str | None) -> list[Any]:
         try:
             draft = read_yaml(text or "")
         except TmergeError as error:
-            return [gr.skip(), note(str(error), bad=True), *(gr.skip() for _ in written)]
-        return [draft, complaint(draft, uploaded), *(fill(draft) if draft != before else (gr.skip() for _ in written))]
+            return [gr.skip(), problem_of(error, [EDITOR], unread=True), *(gr.skip() for _ in written)]
+        return [
+            draft,
+            complaint(draft, uploaded, [EDITOR]),
+            *(fill(draft) if draft != before else (gr.skip() for _ in written)),
+        ]
 
     def writer(change: Callable[[dict[str, Any], Any], dict[str, Any]], *, decides: bool = False) -> Any:
         """A field's change, written into the recipe, and into what the other fields show where it `decides` that."""
@@ -141,7 +153,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
             try:
                 changed = change(draft, value)
             except TmergeError as error:
-                return [gr.skip(), gr.skip(), note(str(error), bad=True), *(gr.skip() for _ in range(others))]
+                return [gr.skip(), gr.skip(), problem_of(error, unread=True), *(gr.skip() for _ in range(others))]
             if changed == draft:
                 return [gr.skip(), gr.skip(), complaint(draft, uploaded), *(gr.skip() for _ in range(others))]
             shown = form_values(changed) if decides else []
@@ -149,7 +161,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
 
         return write
 
-    state, into = [good, upload], [code, good, problem]
+    state, into = [good, upload], [code, good, box]
     # Or what is typed while the change before it is being written would be lost.
     for field, key in ((target, "target"), (source, "source")):
         gr.on([field.input, field.select, field.blur], writer(_named(key)), [field, *state], into, **_in_turn())
@@ -183,22 +195,11 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         gr.on([field.input, field.select, field.blur], writer(_named(key)), [field, *state], into, **_in_turn())
     _wire_kinds(texts, upload, good, into, complaint)
 
-    code.input(edited, [code, good, upload], [good, problem, *written], **_in_turn())
-    everything = [code, good, problem, *written]
-    app.proposed.change(
-        lambda draft, uploaded: [None, *replaced(draft, uploaded)],
-        [app.proposed, upload],
-        [preset, *everything],
-        **_in_turn(),
-    )
+    code.input(edited, [code, good, upload], [good, box, *written], **_in_turn())
+    everything = [code, good, box, *written]
+    gr.on(app.proposed.change, replaced, [app.proposed, upload], everything, **_in_turn())
     for way, button in ways:
-        begun = [way.preset if way.named else None]
-        button.click(
-            lambda uploaded, way=way, begun=begun: [*begun, *replaced(begin_with(way), uploaded)],
-            upload,
-            [preset, *everything],
-            **_in_turn(),
-        )
+        button.click(lambda uploaded, way=way: replaced(begin_with(way), uploaded), upload, everything, **_in_turn())
     demo.click(
         lambda uploaded: ["demo", *replaced(from_preset("demo"), uploaded)], upload, [preset, *everything], **_in_turn()
     )
@@ -212,8 +213,13 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
                 draft = read_yaml(file.read(50_000))
         except (TmergeError, OSError, UnicodeDecodeError) as error:
             line = str(error) if isinstance(error, TmergeError) else "the file is not UTF-8 text"
-            return [gr.skip(), gr.skip(), note(line, bad=True), *(gr.skip() for _ in written)]
-        return replaced(draft, uploaded)
+            return [
+                gr.skip(),
+                gr.skip(),
+                problem(line, bad=True, at=[EDITOR], unread=None),
+                *(gr.skip() for _ in written),
+            ]
+        return replaced(draft, uploaded, [EDITOR])
 
     take.upload(taken, [take, upload], everything, **_in_turn())
 
@@ -241,9 +247,10 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     roles = {"target": target, "source": source, "adapter": adapter}
     held: list[tuple[Any, Holds]] = [(field, _holds_model(role)) for role, field in roles.items()]
     held += [*holds_texts(texts), *zip(fields, map(_holds_setting, SETTINGS), strict=True)]
-    wire_start(app, start, other, problem, good, upload, code, texts.file, held)
+    wire_start(app, start, other, box, good, upload, code, texts.file, held)
     app.load(answering_the_last(changes, expects, 1, pause=False), [good, upload], expected)
     good.change(write_yaml, good, kept, trigger_mode="always_last", **_quiet())
+    good.change(preset_of, good, preset, trigger_mode="always_last", **_quiet())
 
     def restored(text: Any, draft: dict[str, Any], uploaded: str | None) -> list[Any]:
         """The recipe that this browser had before the page was loaded anew."""
@@ -297,7 +304,7 @@ def _wire_kinds(texts: TextsPart, upload: gr.State, good: gr.State, into: list[A
         try:
             name = upload_name(path) if path else ""
         except TmergeError as error:
-            return [None, gr.skip(), gr.skip(), note(str(error), bad=True)]
+            return [None, gr.skip(), gr.skip(), problem_of(error, ["texts-file"])]
         return [path, *changed(draft, UPLOAD_PREFIX + name, path)]
 
     gr.on([texts.file.upload, texts.file.clear], uploaded_file, [texts.file, good], [upload, *into], **_in_turn())
@@ -387,24 +394,3 @@ def _model_field(role: str, label: str, begin: Mapping[str, Any]) -> gr.Dropdown
         elem_id=f"{role}-model",
         min_width=280,
     )
-
-
-def _field(setting: Setting, begin: Mapping[str, Any]) -> Any:
-    value = form_values(begin)[SETTINGS.index(setting)]
-    shared: dict[str, Any] = {
-        "label": setting.label,
-        "info": setting.description,
-        "elem_id": f"set-{setting.key.replace('.', '-')}",
-        "min_width": 220,
-    }
-    if setting.kind == "choice":
-        return gr.Dropdown(setting.named_choices, value=value, **shared)
-    if setting.kind == "several":
-        return gr.CheckboxGroup(list(setting.choices), value=value, **shared)
-    if setting.kind == "switch":
-        return gr.Checkbox(value, **shared)
-    if setting.kind == "whole":
-        return gr.Number(value, precision=0, **shared)
-    if setting.kind == "number":
-        return gr.Number(value, step=STEP, **shared)
-    return gr.Textbox(value, max_lines=1, **shared)

@@ -20,6 +20,7 @@ from tmerge.ui.parts.push_cards import card_preview, files_card, push_card, verd
 from tmerge.ui.parts.returning import sign_in_button
 from tmerge.ui.parts.style import markup
 from tmerge.ui.server.pushes import account_name, offers_sign_in, own_token, start_push, suggested_name
+from tmerge.ui.server.visitor_run import VisitorRun
 
 __all__ = ["build_push"]
 
@@ -195,10 +196,10 @@ def build_push(app: AppContext) -> None:
     ) -> list[Any]:
         run = app.seen(run_id)
         if run is None or app.with_weights(run_id) is None:
-            return [note("this run is gone or not finished", bad=True), gr.skip(), gr.skip(), gr.skip()]
+            return _not_begun(run, "this run is gone or not finished")
         signed_in = own_token(app.settings, None if token is None else token.token)
         if signed_in is None:
-            return [note(_how_to_sign_in(app), bad=True), gr.skip(), gr.skip(), gr.skip()]
+            return _not_begun(run, _how_to_sign_in(app))
         try:
             under_way = start_push(
                 run,
@@ -209,7 +210,7 @@ def build_push(app: AppContext) -> None:
                 token=signed_in,
             )
         except TmergeError as error:
-            return [note(str(error).replace(str(run.folder), "the run"), bad=True), gr.skip(), gr.skip(), gr.skip()]
+            return _not_begun(run, str(error).replace(str(run.folder), "the run"))
         return [note("", keep=True), push_card(under_way), gr.update(interactive=False), gr.Timer(active=True)]
 
     go.click(
@@ -227,6 +228,12 @@ def build_push(app: AppContext) -> None:
         return [push_card(under_way), gr.update(interactive=True) if over else gr.skip(), gr.Timer(active=not over)]
 
     clock.tick(tick, [app.run_id], [progress, go, clock], **{**_QUIET, "queue": False})
+
+
+def _not_begun(run: VisitorRun | None, why: str) -> list[Any]:
+    """Why a push has not begun; what an earlier one came to is no answer to this one, unless it is still under way."""
+    pushing = run is not None and run.push is not None and run.push.state == "pushing"
+    return [note(why, bad=True), gr.skip() if pushing else "", gr.skip(), gr.skip()]
 
 
 def _account(app: AppContext, token: gr.OAuthToken | None) -> tuple[str, str | None]:

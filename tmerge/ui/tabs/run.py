@@ -34,7 +34,8 @@ __all__ = ["build_running"]
 _EVERY = 1.0
 # The map is drawn anew at most so often: the browser has other things to do.
 _MAP_EVERY = 2.0
-_LATEST = "the one being solved"
+# Words that stay true when all are solved.
+_LATEST = "the latest"
 
 # What a handler changes: component -> its new value, or an update of it.
 _Changes = dict[Any, Any]

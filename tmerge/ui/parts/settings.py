@@ -1,0 +1,64 @@
+"""The form's fields for the recipe's settings: a few in sight, all others in one fold, by the recipe's sections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+
+from tmerge.ui.parts.cards import heading
+from tmerge.ui.parts.fields import FIRST, GROUPS, SETTINGS, STEP, Setting
+from tmerge.ui.parts.form import form_values
+from tmerge.ui.parts.style import markup
+
+__all__ = ["SettingFields"]
+
+
+class SettingFields:
+    """Makes each field where the page has it, and gives them all in the order of `SETTINGS`."""
+
+    def __init__(self, begin: Mapping[str, Any]) -> None:
+        """Args: the recipe's mapping that the fields begin with."""
+        self._values = dict(zip(SETTINGS, form_values(begin), strict=True))
+        self._made: dict[Setting, Any] = {}
+
+    def make(self, *keys: str) -> None:
+        """Lay out some of `FIRST`, by their keys, within the row that is open."""
+        for setting in FIRST:
+            if setting.key in keys:
+                self._made[setting] = _field(setting, self._values[setting])
+
+    def make_others(self) -> None:
+        """Lay out `GROUPS`, in a fold."""
+        with gr.Accordion("All settings", open=False, elem_id="settings"):
+            for group, settings in GROUPS.items():
+                markup(heading(3, group))
+                with gr.Row(equal_height=False, elem_classes="fields"):
+                    for setting in settings:
+                        self._made[setting] = _field(setting, self._values[setting])
+
+    @property
+    def all(self) -> Sequence[Any]:
+        """One for each of `SETTINGS`, once all are made."""
+        return [self._made[setting] for setting in SETTINGS]
+
+
+def _field(setting: Setting, value: Any) -> Any:
+    shared: dict[str, Any] = {
+        "label": setting.label,
+        "info": setting.description,
+        "elem_id": setting.element,
+        "min_width": 220,
+    }
+    if setting.kind == "choice":
+        return gr.Dropdown(setting.named_choices, value=value, **shared)
+    if setting.kind == "several":
+        return gr.CheckboxGroup(list(setting.choices), value=value, **shared)
+    if setting.kind == "switch":
+        return gr.Checkbox(value, **shared)
+    if setting.kind == "whole":
+        return gr.Number(value, precision=0, **shared)
+    if setting.kind == "number":
+        return gr.Number(value, step=STEP, **shared)
+    return gr.Textbox(value, max_lines=1, **shared)
