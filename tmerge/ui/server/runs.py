@@ -32,7 +32,8 @@ from tmerge.stages.adapt import adapt_run
 from tmerge.stages.merge import merge
 from tmerge.stages.step import Step, fusing_stage
 from tmerge.ui.server.downloads import link_or_copy
-from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, BusyError, TooManyRunsError, refuse_training
+from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError, refuse_training
+from tmerge.ui.server.uploads import hide_upload, with_upload, without_paths
 from tmerge.ui.server.visitor_run import CouplingRow, Objective, StageProgress, State, Training, VisitorRun
 
 __all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
@@ -96,7 +97,7 @@ class RunStore:
             # The folder's name is not the id, which is the key to the run.
             home = Path(tempfile.mkdtemp(dir=self.root))
             run = VisitorRun(secrets.token_urlsafe(18), recipe, home / "fused", visitor)
-            run.read = self._with_upload(recipe, home, upload)
+            run.read = with_upload(recipe, home, upload)
             if gpu is not None:
                 run.gpu, run.context = gpu, contextvars.copy_context()
             self._enqueue(run)
@@ -275,12 +276,12 @@ class RunStore:
     def _run(self, run: VisitorRun) -> None:
         try:
             run.report = self._merge(run)
-            self._hide_upload(run)
+            hide_upload(run)
             self._end(run, "done", "done")
         except Cancelled:
             self._end(run, "cancelled", "cancelled")
         except TmergeError as error:
-            run.error = self._without_paths(run, str(error))
+            run.error = without_paths(run, str(error))
             self._end(run, "failed", run.error)
         except ChildFaultError as error:
             self._end_by_fault(run, str(error))
@@ -356,36 +357,6 @@ class RunStore:
         run.say(line)
         run.state = state
         run.version += 1
-
-    # -- uploads -----------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _with_upload(recipe: Recipe, home: Path, upload: Path | None) -> Recipe:
-        """The recipe that is run: its dataset the copy of the uploaded file."""
-        if upload is None or not recipe.calibration.dataset.startswith(UPLOAD_PREFIX):
-            return recipe
-        kept = home / "texts" / Path(recipe.calibration.dataset.removeprefix(UPLOAD_PREFIX)).name
-        kept.parent.mkdir()
-        shutil.copyfile(upload, kept)
-        calibration = recipe.calibration.model_copy(update={"dataset": str(kept)})
-        return recipe.model_copy(update={"calibration": calibration})
-
-    @staticmethod
-    def _hide_upload(run: VisitorRun) -> None:
-        """Put the uploaded file's own name in place of the server's path in what the run wrote."""
-        read = run.read
-        if read is None or read is run.recipe:
-            return
-        path = read.calibration.dataset
-        for name in ("tmerge/recipe.yaml", "tmerge/report.json", "README.md"):
-            written = run.folder / name
-            if written.is_file():
-                text = written.read_text(encoding="utf-8")
-                written.write_text(text.replace(path, Path(path).name), encoding="utf-8")
-
-    @staticmethod
-    def _without_paths(run: VisitorRun, line: str) -> str:
-        return line.replace(str(run.folder), "the run's folder").replace(str(run.folder.parent), "the run's folder")
 
 
 def _prepared_child() -> Child:
