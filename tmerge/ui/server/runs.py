@@ -19,6 +19,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from tmerge.child import Child, ChildFaultError, ChildLostError, Told
 from tmerge.errors import Cancelled, NotEnoughMemoryError, ProcessLostError, RunNotFoundError, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.report import Report
-from tmerge.stages.merge import merge
+from tmerge.stages.fetch import fetch_weights_of
+from tmerge.stages.merge import advance, merge
 from tmerge.stages.step import Step, fusing_stage
 from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, BusyError, TooManyRunsError
 from tmerge.ui.server.visitor_run import CouplingRow, StageProgress, State, VisitorRun
@@ -263,22 +265,16 @@ class RunStore:
         """In a process of its own, which is gone when this returns or raises."""
         recipe, child = run.read or run.recipe, self._take_child()
 
-        def call(function: Callable[..., Any], *words: Any) -> Any:
-            return child.call(
-                function,
-                recipe,
-                run.folder,
-                *words,
-                hear=lambda told: run.hear(_step(told)),
-                pulse=run.stop_if_cancelled,
-            )
+        def call(function: Callable[..., Any]) -> Any:
+            return child.call(function, hear=lambda told: run.hear(_step(told)), pulse=run.stop_if_cancelled)
 
         try:
             if run.gpu is not None and run.context is not None:
                 from tmerge.ui.server import zero
 
                 for before, until in (("texts", "source"), (fusing_stage(recipe), "evaluate")):
-                    call(zero.up_to_gpu, before)
+                    call(partial(advance, recipe, run.folder, until=before))
+                    call(partial(fetch_weights_of, recipe))
                     run.say(f"asking ZeroGPU for a GPU, for up to {run.gpu[until]:.0f} s")
                     # By this process: ZeroGPU knows a visitor by the request, which no other has.
                     zero.on_gpu(
@@ -290,7 +286,7 @@ class RunStore:
                         pulse=run.stop_if_cancelled,
                         context=run.context,
                     )
-            report: Report = call(merge)
+            report: Report = call(partial(merge, recipe, run.folder))
             return report
         except ChildLostError as error:
             _log.error("a run's process was lost: %s", error)
