@@ -62,6 +62,17 @@ def at_fault(recipe, folder, *, listener):
     raise ZeroDivisionError("secret detail")
 
 
+def on_a_full_disk(recipe, folder, *, listener):
+    """A real one."""
+    import shutil
+
+    from tmerge.stages.merge import merge
+
+    usage = shutil.disk_usage(folder.parent)
+    shutil.disk_usage = lambda path: usage._replace(free=10)
+    return merge(recipe, folder, listener=listener)
+
+
 def failing_with_files(recipe, folder, *, listener):
     """Leaves files, says which texts it read, and fails."""
     folder.mkdir()

@@ -1,12 +1,10 @@
 """What a public app holds against its visitors, each limit against the real functions, or the real app over HTTP."""
 
 import json
-import shutil
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections import namedtuple
 from dataclasses import replace
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -81,8 +79,7 @@ def test_who_is_refused_hangs_on_the_work_and_not_on_the_machines_speed(models):
 
 
 def test_a_disk_that_is_too_full_is_said_before_anything_is_read(models, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10))
+    monkeypatch.setattr(runs, "merge", merges.on_a_full_disk)
     recipe = Recipe(
         target=str(models / "target"), source=str(models / "source"), calibration={"dataset": str(models / "texts.txt")}
     )

@@ -24,7 +24,7 @@ def test_a_first_letter_that_is_heard_last_does_not_undo_the_search():
     search, said = HubSearch(private=False), []
     thread = threading.Thread(target=lambda: said.append(search.settled("page", "zz")))
     thread.start()
-    while "page" not in search._typing:
+    while "page" not in search._typing._last:
         pass
     assert not search.settled("page", "z")
     thread.join(20)

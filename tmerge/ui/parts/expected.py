@@ -86,11 +86,8 @@ def expected_cards(
     return check_cards(here.found, here.refused)
 
 
-def fit_to_run(app: AppContext, recipe: Recipe) -> dict[str, float] | None:
-    """Refuse a run that is too large for this app.
-
-    Returns:
-        On ZeroGPU, as `tmerge.ui.server.zero.gpu_seconds`.
+def fit_to_run(app: AppContext, recipe: Recipe) -> Here:
+    """What a check finds of a run; one that is too large for this app is refused.
 
     Raises:
         TmergeError: Why.
@@ -98,7 +95,7 @@ def fit_to_run(app: AppContext, recipe: Recipe) -> dict[str, float] | None:
     here = _checked(app, _readable(recipe))
     if here.refused:
         raise TmergeError(here.refused)
-    return here.gpu
+    return here
 
 
 def check_facts(app: AppContext, recipe: Recipe) -> CheckDocument:

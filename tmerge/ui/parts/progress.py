@@ -27,6 +27,7 @@ from tmerge.transport import feature_keys
 from tmerge.ui.parts.cards import empty_card, error_card
 from tmerge.ui.parts.safe import render
 from tmerge.ui.server.downloads import files_of
+from tmerge.ui.server.overall import overall
 from tmerge.ui.server.visitor_run import StageProgress, VisitorRun
 
 __all__ = [
@@ -63,8 +64,14 @@ _NAMES = {
 }
 
 
-def head(run: VisitorRun, position: int) -> str:
-    """State, place in the queue, time; which pair."""
+def head(run: VisitorRun, position: int, wait: float | None = None) -> str:
+    """State, place in the queue, time, how far the whole of it is; which pair.
+
+    Args:
+        run: Whose.
+        position: How many runs are before it.
+        wait: Seconds that those take, if known.
+    """
     state = _STATES[run.state]
     tone: str = run.state
     if run.state == "running" and run.cancelling.is_set():
@@ -78,9 +85,15 @@ def head(run: VisitorRun, position: int) -> str:
         facts.append("a recorded run")
     if run.state == "waiting":
         facts.append(f"{position} run{'s' if position != 1 else ''} before this one" if position else "next")
+        if wait:
+            facts.append(f"begins in about {duration_words(wait)}")
     if run.started is not None:
         facts.append(duration_words((run.ended or time.time()) - run.started))
-    return render(_FILE, "head", run=run, state=state, tone=tone, facts=facts)
+    whole = overall(run)
+    if whole is not None:
+        facts.append(f"about {duration_words(whole.remaining)} to go")
+    percent = None if whole is None else round(100 * whole.share)
+    return render(_FILE, "head", run=run, state=state, tone=tone, facts=facts, percent=percent)
 
 
 def no_run_head() -> str:

@@ -120,8 +120,14 @@ def wire_start(
         except TmergeError as error:
             return [gr.skip(), gr.skip(), problem_of(error, seek=True)]
         try:
-            gpu = fit_to_run(app, recipe)
-            run_id = app.store.start(recipe, visitor_of(request), Path(uploaded) if uploaded else None, gpu)
+            here = fit_to_run(app, recipe)
+            run_id = app.store.start(
+                recipe,
+                visitor_of(request),
+                Path(uploaded) if uploaded else None,
+                here.gpu,
+                here.found.estimate.stages,
+            )
         except TmergeError as error:
             there = under_way(app, runs) if isinstance(error, TooManyRunsError) else None
             return [gr.skip(), gr.skip(), problem(str(error), bad=True), there, gr.Button(visible=there is not None)]

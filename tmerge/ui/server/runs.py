@@ -18,7 +18,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ from tmerge.errors import Cancelled, NotEnoughMemoryError, ProcessLostError, Run
 from tmerge.recipe import Recipe
 from tmerge.report import Report
 from tmerge.stages.adapt import adapt_run
-from tmerge.stages.merge import merge
+from tmerge.stages.fetch import fetch_weights_of
+from tmerge.stages.merge import advance, merge
 from tmerge.stages.step import Step, fusing_stage
 from tmerge.ui.server.downloads import link_or_copy
 from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError, refuse_training
+from tmerge.ui.server.overall import seconds_left
 from tmerge.ui.server.uploads import hide_upload, with_upload, without_paths
 from tmerge.ui.server.visitor_run import CouplingRow, Objective, StageProgress, State, Training, VisitorRun
 
@@ -75,7 +78,12 @@ class RunStore:
             self._next = self._next or _prepared_child()
 
     def start(
-        self, recipe: Recipe, visitor: str, upload: Path | None = None, gpu: dict[str, float] | None = None
+        self,
+        recipe: Recipe,
+        visitor: str,
+        upload: Path | None = None,
+        gpu: dict[str, float] | None = None,
+        expected: Mapping[str, float] | None = None,
     ) -> str:
         """Queue a run.
 
@@ -84,6 +92,7 @@ class RunStore:
             visitor: Whom the limits count it for.
             upload: The calibration file, where the recipe's dataset is ``upload:NAME``; it is copied.
             gpu: On ZeroGPU, as `tmerge.ui.server.zero.gpu_seconds`; the GPU is then asked for in the caller's context.
+            expected: Stage -> seconds, as `check` found; None where it was not asked.
 
         Returns:
             The run's id.
@@ -97,7 +106,7 @@ class RunStore:
             # The folder's name is not the id, which is the key to the run.
             home = Path(tempfile.mkdtemp(dir=self.root))
             run = VisitorRun(secrets.token_urlsafe(18), recipe, home / "fused", visitor)
-            run.read = with_upload(recipe, home, upload)
+            run.read, run.expected = with_upload(recipe, home, upload), expected or {}
             if gpu is not None:
                 run.gpu, run.context = gpu, contextvars.copy_context()
             self._enqueue(run)
@@ -153,6 +162,15 @@ class RunStore:
             if run_id not in self._queue:
                 return 0
             return self._queue.index(run_id) + (self._current is not None)
+
+    def wait_seconds(self, run_id: str) -> float | None:
+        """How long those take that are before a waiting run; None where one of them is not known."""
+        with self._changed:
+            if run_id not in self._queue:
+                return None
+            before = [self._current, *list(self._queue)[: self._queue.index(run_id)]]
+            left = [seconds_left(self._runs[each]) for each in before if each is not None]
+        return None if None in left else sum(seconds for seconds in left if seconds is not None)
 
     def cancel(self, run_id: str) -> None:
         """Have a run stop: at once where it waits, within a second where it runs. It can be continued."""
@@ -267,9 +285,7 @@ class RunStore:
                     if run is not None:
                         self._current, run.state, run.started = run.id, "running", time.time()
                 if run is not None:
-                    run.say(
-                        "started" if run.training else "started: holding the two models' configs against each other"
-                    )
+                    run.say("started")
                     self._run(run)
                     self._current = None
 
@@ -302,27 +318,20 @@ class RunStore:
         """In a process of its own, which is gone when this returns or raises."""
         recipe, child = run.read or run.recipe, self._take_child()
 
-        def call(function: Callable[..., Any], *words: Any) -> Any:
-            return child.call(
-                function,
-                recipe,
-                run.folder,
-                *words,
-                hear=lambda told: run.hear(_step(told)),
-                pulse=run.stop_if_cancelled,
-            )
+        def call(function: Callable[..., Any]) -> Any:
+            return child.call(function, hear=lambda told: run.hear(_step(told)), pulse=run.stop_if_cancelled)
 
         try:
             if run.training is not None:
                 words = {"steps": run.training.steps, "objective": run.training.objective}
-                hear, pulse = (lambda told: run.hear(_step(told))), run.stop_if_cancelled
-                trained: Report = child.call(adapt_run, run.training.merged, run.folder, words, hear=hear, pulse=pulse)
+                trained: Report = call(partial(adapt_run, run.training.merged, run.folder, words))
                 return trained
             if run.gpu is not None and run.context is not None:
                 from tmerge.ui.server import zero
 
                 for before, until in (("texts", "source"), (fusing_stage(recipe), "evaluate")):
-                    call(zero.up_to_gpu, before)
+                    call(partial(advance, recipe, run.folder, until=before))
+                    call(partial(fetch_weights_of, recipe))
                     run.say(f"asking ZeroGPU for a GPU, for up to {run.gpu[until]:.0f} s")
                     # By this process: ZeroGPU knows a visitor by the request, which no other has.
                     zero.on_gpu(
@@ -334,7 +343,7 @@ class RunStore:
                         pulse=run.stop_if_cancelled,
                         context=run.context,
                     )
-            report: Report = call(merge)
+            report: Report = call(partial(merge, recipe, run.folder))
             return report
         except ChildLostError as error:
             _log.error("a run's process was lost: %s", error)

@@ -6,6 +6,7 @@ import contextvars
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -114,6 +115,7 @@ class VisitorRun:
         example: What is told of a recorded run, whose weights are not there; None of a visitor's own.
         created, started, ended, looked_at: `time.time`.
         version: Goes up with every change: a page that has seen it has nothing to draw.
+        expected: Stage -> seconds that `check` expected it to take; empty where it is not known.
         cancelling: Set once its visitor wants it to stop.
         read: The recipe that is run, its dataset the copy of an upload; never shown.
         gpu: On ZeroGPU, seconds that a GPU is asked for, by the stage that its call ends with.
@@ -139,6 +141,7 @@ class VisitorRun:
     ended: float | None = None
     looked_at: float = field(default_factory=time.time)
     version: int = 0
+    expected: Mapping[str, float] = field(default_factory=dict)
     cancelling: threading.Event = field(default_factory=threading.Event)
     read: Recipe | None = None
     gpu: dict[str, float] | None = None

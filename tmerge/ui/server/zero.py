@@ -18,15 +18,12 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import tmerge.errors
 from tmerge.errors import Cancelled, DeviceError, TmergeError
-from tmerge.models import ModelReference, give_back_memory
+from tmerge.models import give_back_memory
 from tmerge.models.device import DEVICE_VARIABLE
-from tmerge.models.place import Place, find_place
-from tmerge.models.remote import fetch_weights
 from tmerge.preflight.check import TOKENS_PER_TEXT, Check
 from tmerge.recipe import Recipe
 from tmerge.stages.merge import advance
@@ -42,7 +39,6 @@ __all__ = [
     "gpu_seconds",
     "on_gpu",
     "prepare",
-    "up_to_gpu",
 ]
 
 GPU_TURNS = ("source", "evaluate")
@@ -103,36 +99,6 @@ def as_on_zero(found: Check, recipe: Recipe, settings: AppSettings) -> tuple[Che
         "for a GPU not counted",
     )
     return dataclasses.replace(found, estimate=estimate), seconds
-
-
-def _fetch_weights_of(recipe: Recipe, listener: Callable[[Step], None]) -> None:
-    """Fetch what the lent calls will load: their time is too dear for downloads."""
-    named = [(recipe.target, None), (recipe.source, recipe.adapter), (recipe.source_base, None)]
-    named += [(source.source or recipe.source, source.adapter) for source in recipe.sources]
-    for reference, adapter in named:
-        if reference is not None and ModelReference.parse(reference).kind == "hub":
-            listener(Step("texts", f"fetching {reference}", 0, 1, "models"))
-            place = find_place(reference, adapter=adapter)
-            if isinstance(place, Place) and place.snapshot is not None:
-                fetch_weights(place.snapshot)
-            if place.adapter is not None:
-                place.adapter.fetch()
-
-
-def up_to_gpu(recipe: Recipe, folder: Path, before: str, *, listener: Callable[[Step], None]) -> None:
-    """Take a run up to the stage before a lent call, and fetch what that call will load.
-
-    Args:
-        recipe: Of the run.
-        folder: Its folder.
-        before: The stage to end with.
-        listener: Hears every step; may raise.
-
-    Raises:
-        TmergeError: As `tmerge.stages.merge.merge`.
-    """
-    advance(recipe, folder, until=before, listener=listener)
-    _fetch_weights_of(recipe, listener)
 
 
 def on_gpu(

@@ -153,7 +153,7 @@ def build_running(app: AppContext) -> None:
 def _with_run(app: AppContext, parts: _Parts, run: VisitorRun, chosen: str, before: _Drawn, ended: int) -> _Changes:
     over, version, now = run.over, run.version, time.time()
     same_run = before.run == run.id
-    changes: _Changes = {parts.head: head(run, app.store.position(run.id))}
+    changes: _Changes = {parts.head: head(run, app.store.position(run.id), app.store.wait_seconds(run.id))}
     if same_run and before.version == version and (before.over or not over):
         return changes
     rows = len(run.rows)
