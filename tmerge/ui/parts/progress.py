@@ -201,7 +201,7 @@ def coupling_figure(run: VisitorRun | None, key: str | None) -> go.Figure:
     finish(
         figure,
         title,
-        f"cost of transporting one layer's features to the other's, lower is closer; {len(costs_of)} of {height} rows",
+        f"cost, lower is closer; {len(costs_of)} of {height} rows",
         440,
         xaxis={"title": {"text": "source layer"}, "range": [-0.5, width - 0.5], **_ticks(width)},
         yaxis={"title": {"text": "target layer"}, "range": [height - 0.5, -0.5], **_ticks(height)},

@@ -75,6 +75,8 @@ def theme() -> gr.themes.Base:
         input_border_color_focus_dark="#4c9bd3",
         input_placeholder_color="#6a7686",
         input_placeholder_color_dark="#8491a2",
+        checkbox_border_color="#7b8794",
+        checkbox_border_color_dark="#7b8797",
         button_primary_background_fill="#1567a3",
         button_primary_background_fill_dark="#1567a3",
         button_primary_background_fill_hover="#115284",

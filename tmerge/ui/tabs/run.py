@@ -95,7 +95,7 @@ def build_running(app: AppContext) -> None:
         [_LATEST],
         value=_LATEST,
         label="Feature of the map",
-        info="Which of the two models' activations are compared",
+        info="Which of the two models' activations are compared; a cell is the cost between two layers'",
         elem_id="run-feature",
     )
     picture = gr.Plot(

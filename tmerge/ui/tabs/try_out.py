@@ -63,7 +63,7 @@ def build_try(app: AppContext) -> None:
                 temperature = gr.Slider(
                     0, 2, 0, step=0.1, label="Temperature (0: the likeliest token)", elem_id="try-heat", min_width=200
                 )
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="try-seed", min_width=120)
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="try-seed", min_width=200)
             chat = gr.Checkbox(True, label="Use a model's chat template, where it has one", elem_id="try-chat")
         with gr.Row() as buttons:
             go = gr.Button("Ask all three", variant="primary", elem_id="try-go", min_width=160)
