@@ -6,7 +6,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from playwright.sync_api import expect
 
-from tests.ui.test_running import start
+from tests.ui.test_running import fill, start
 from tmerge.errors import RecipeError, RunNotFoundError
 from tmerge.run import Run
 from tmerge.ui.server.limits import AppSettings, refuse_training
@@ -62,3 +62,21 @@ def test_a_reconstruction_of_the_same_pair_is_set_up(visit, served, monkeypatch)
     page.get_by_role("button", name="Recipe (YAML)").click()
     expect(page.locator("#recipe-yaml .cm-content")).to_contain_text("what: reconstruct")
     expect(page.locator("#target-model input")).to_have_value(str(served.root / "target"))
+
+
+@pytest.mark.slow
+def test_two_models_are_asked_whether_they_are_related_and_nothing_is_kept(visit, served):
+    page = visit()
+    fill(page, served)
+    page.locator("#relate").click()
+    page.wait_for_url("**run=*", timeout=60_000)
+    run = served.ended(page.url.partition("run=")[2])
+    assert run.state == "done" and run.report is None and not run.folder.exists()
+    assert run.relatedness.value < 0.5
+    expect(page.locator("#run-result .verdict")).to_have_text("Not related")
+    expect(page.locator("#run-result")).to_contain_text(f"Relatedness {run.relatedness.value:.2f}")
+    expect(page.locator("#run-stages .name")).to_have_count(4)
+    expect(page.locator("#go-train")).to_be_hidden()
+    page.get_by_role("tab", name="Look").click()
+    expect(page.locator("#look-nothing")).to_be_visible()
+    assert page.request.get(f"{served.url}/run/{run.id}/model.zip").status == 404

@@ -187,34 +187,11 @@ def recipe() -> None:
 
 def _relatedness(recipe: Any, named: str | None) -> Relatedness:
     """Both models read, and their neurons matched twice; nothing is kept. On the dataset, where one was named."""
-    from tmerge.models import PROJECTIONS
-    from tmerge.recipe import Shared, TaskVector
-    from tmerge.stages.merge import advance
-    from tmerge.stages.notes import TransportNote
+    from tmerge.stages.relatedness import measure_relatedness
 
-    # All projections, read as for a task vector, whatever will be fused: the question is of the models. What the recipe
-    # says of the texts itself stays.
-    reading = dict(TaskVector.beside["calibration"])
-    if named is not None:
-        reading["match_on"] = None
-    elif recipe.calibration.match_on is not None:
-        reading["match_on"] = recipe.calibration.match_on
-    shared = recipe.transport if isinstance(recipe.transport, Shared) else Shared()
-    asked = recipe.model_copy(
-        update={
-            "plan": None,
-            "adapter": None,
-            "sources": (),
-            "fusion": recipe.fusion.model_copy(update={"projections": PROJECTIONS}),
-            "calibration": recipe.calibration.model_copy(update=reading),
-            "transport": shared.model_copy(update={"map": "plan"}),
-        }
-    )
     when_stopped(lambda: f"nothing is kept; to start again: {same_command()}")
     with tempfile.TemporaryDirectory() as folder, progress() as listener:
-        note = advance(asked, Path(folder) / "pair", until="transport", listener=listener)
-    assert isinstance(note, TransportNote) and note.relatedness is not None  # asked of a shared structure
-    return note.relatedness
+        return measure_relatedness(recipe, Path(folder) / "pair", on_dataset=named is not None, listener=listener)
 
 
 @app.command()

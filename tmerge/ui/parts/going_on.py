@@ -36,7 +36,7 @@ def build_going_on(app: AppContext) -> None:
     def offer(run_id: str) -> list[Any]:
         run = app.seen(run_id)
         whole = run is not None and app.with_weights(run_id) is not None
-        merged = run is not None and run.training is None
+        merged = run is not None and run.asks == "merge"
         return [gr.Row(visible=whole and merged), gr.Button(visible=run is not None and _fits(run)), ""]
 
     gr.on([app.run_id.change, app.ended.change], offer, app.run_id, [row, reconstruct, problem], queue=False, **_LIGHT)
@@ -71,7 +71,7 @@ def build_going_on(app: AppContext) -> None:
 def _fits(run: VisitorRun) -> bool:
     """Whether a reconstruction is worth proposing: of relatives, which were not reconstructed."""
     report: Report | None = run.report
-    if report is None or run.training is not None or run.example is not None or report.fusion.fit is not None:
+    if report is None or run.asks != "merge" or run.example is not None or report.fusion.fit is not None:
         return False
     related = report.transport.relatedness
     return related is not None and related.value > RELATED

@@ -13,9 +13,11 @@ import plotly.graph_objects as go
 from tmerge.plots.style import COLOUR_SCALE, feature_name, finish
 from tmerge.quantities import duration_words
 from tmerge.report import (
+    RELATED,
     alpha_words,
     next_words,
     ratio_heading,
+    relatedness_words,
     score_rows,
     summary,
     training_summary,
@@ -108,9 +110,16 @@ def gone_head() -> str:
 
 def stages(run: VisitorRun | None) -> str:
     """All stages, each with a bar: done, under way with its rate and what remains, or to come."""
-    names = list(STAGES) if run is None else ["adapt"] if run.training else stage_names(run.recipe)
+    names = list(STAGES) if run is None else _stage_names(run)
     rows = [_stage(name, None if run is None else run.stages.get(name), run) for name in names]
     return render(_FILE, "stages", rows=rows)
+
+
+def _stage_names(run: VisitorRun) -> list[str]:
+    if run.asks == "training":
+        return ["adapt"]
+    names = list(stage_names(run.recipe))
+    return names[: names.index("transport") + 1] if run.asks == "relatedness" else names
 
 
 @dataclass(frozen=True)
@@ -229,6 +238,9 @@ def result_cards(run: VisitorRun) -> str:
         return error_card("A fault of ours" if run.fault else "The run failed", run.error or "")
     if run.state == "cancelled":
         return empty_card("Cancelled", "What it had finished is kept for a while, and it can be continued from there.")
+    if run.relatedness is not None:
+        tone = "helps" if run.relatedness.value >= RELATED else "none"
+        return render(_FILE, "relatedness", tone=tone, sentence=relatedness_words(run.relatedness))
     report = run.report
     if run.state != "done" or report is None:
         return ""
@@ -258,7 +270,7 @@ def files_list(run: VisitorRun, *, local: bool = False) -> str:
         run: Whose.
         local: Whether the app is its visitor's own, who may go to the folder.
     """
-    if run.state != "done" or run.example is not None:
+    if run.report is None or run.example is not None:
         return ""
     sizes = [(path.as_posix(), (run.folder / path).stat().st_size) for path in files_of(run.folder)]
     return render(_FILE, "files", run=run, sizes=sizes, total=sum(size for _, size in sizes), shown=local)

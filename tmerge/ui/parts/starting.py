@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from tmerge.ui.parts.returning import open_again, under_way
 from tmerge.ui.parts.texts import upload_name
 from tmerge.ui.server.limits import UPLOAD_PREFIX, TooManyRunsError, vetted
 from tmerge.ui.server.visitor import visitor_of
+from tmerge.ui.server.visitor_run import Asks
 
 __all__ = ["Holds", "ready_recipe", "wire_start"]
 
@@ -36,6 +38,7 @@ _PATIENCE = 10.0
 # Where something on it cannot be read, which no event will bring into the recipe.
 _PATIENCE_UNREADABLE = 1.0
 _DISAGREE = "the recipe and the form do not agree; mend the recipe, and press Start again"
+_UNTIL_TRANSPORT = ("texts", "target", "source", "transport")
 _LIGHT: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 16}
 
 
@@ -60,6 +63,7 @@ class _Waiting(NamedTuple):
 def wire_start(
     app: AppContext,
     start: gr.Button,
+    relate: gr.Button,
     other: gr.Button,
     box: gr.HTML,
     good: gr.State,
@@ -68,11 +72,12 @@ def wire_start(
     file: gr.File,
     fields: Sequence[tuple[Any, Holds]],
 ) -> None:
-    """Wire the button.
+    """Wire the buttons.
 
     Args:
         app: What the tabs share.
         start: The button.
+        relate: Asks no more than whether the two models are related.
         other: Opens the run that is in the way of another one; shown where there is one.
         box: Where what is wrong is said.
         good: The recipe's mapping.
@@ -82,12 +87,13 @@ def wire_start(
         fields: Each with whether a value of it is what a mapping holds.
     """
     in_the_way: gr.State = gr.State(None)
+    kind: gr.State = gr.State("merge")
     waiting: gr.State = gr.State(None)
     agreed: gr.State = gr.State(None)
     holders = [holds for _, holds in fields]
 
-    def pressed() -> list[Any]:
-        return [_Waiting(0, (), time.monotonic()), problem(unread=None), gr.Button(interactive=False)]
+    def pressed(asks: Asks) -> list[Any]:
+        return [_Waiting(0, (), time.monotonic()), asks, problem(unread=None), gr.Button(interactive=False)]
 
     def released() -> Any:
         return gr.Button(interactive=True)
@@ -111,39 +117,39 @@ def wire_start(
         said = problem("Waiting for the last change to be taken in.", unread=None) if before.look == 0 else gr.skip()
         return [_Waiting(before.look + 1, now, since), gr.skip(), said, gr.skip()]
 
-    def begin(found: tuple[Any, ...] | None, runs: Any, request: gr.Request) -> list[Any]:
+    def begin(found: tuple[Any, ...] | None, asks: Asks, runs: Any, request: gr.Request) -> dict[Any, Any]:
         if found is None:
-            return [gr.skip() for _ in range(5)]
+            return {in_the_way: None}
         draft, uploaded, _ = found
         try:
             recipe = ready_recipe(app, draft, uploaded)
         except TmergeError as error:
-            return [gr.skip(), gr.skip(), problem_of(error, seek=True)]
+            return {box: problem_of(error, seek=True)}
         try:
             here = fit_to_run(app, recipe)
-            run_id = app.store.start(
-                recipe,
-                visitor_of(request),
-                Path(uploaded) if uploaded else None,
-                here.gpu,
-                here.found.estimate.stages,
-            )
+            file_there = Path(uploaded) if uploaded else None
+            expected = here.found.estimate.stages
+            if asks == "relatedness":
+                expected = {name: seconds for name, seconds in expected.items() if name in _UNTIL_TRANSPORT}
+            run_id = app.store.start(recipe, visitor_of(request), file_there, here.gpu, expected, asks)
         except TmergeError as error:
             there = under_way(app, runs) if isinstance(error, TooManyRunsError) else None
-            return [gr.skip(), gr.skip(), problem(str(error), bad=True), there, gr.Button(visible=there is not None)]
+            return {box: problem(str(error), bad=True), in_the_way: there, other: gr.Button(visible=there is not None)}
         except RuntimeError:
             _log.exception("a run could not be started")
-            return [
-                gr.skip(),
-                gr.skip(),
-                problem("a fault of ours; the server's log has it", bad=True),
-                None,
-                gr.skip(),
-            ]
-        return [run_id, gr.Tabs(selected="run"), problem(), None, gr.Button(visible=False)]
+            return {box: problem("a fault of ours; the server's log has it", bad=True)}
+        return {
+            app.run_id: run_id,
+            app.tabs: gr.Tabs(selected="run"),
+            box: problem(),
+            in_the_way: None,
+            other: gr.Button(visible=False),
+        }
 
     quiet = {"show_progress": "hidden", **_LIGHT}
-    start.click(pressed, None, [waiting, box, start], trigger_mode="once", **quiet)
+    buttons: tuple[tuple[gr.Button, Asks], ...] = ((start, "merge"), (relate, "relatedness"))
+    for button, asked in buttons:
+        button.click(partial(pressed, asked), None, [waiting, kind, box, start], trigger_mode="once", **quiet)
     waiting.change(
         look,
         [waiting, good, upload, code, file, *(field for field, _ in fields)],
@@ -152,7 +158,7 @@ def wire_start(
     ).failure(released, None, start, **quiet)
     begun = agreed.change(
         begin,
-        [agreed, app.kept.runs],
+        [agreed, kind, app.kept.runs],
         [app.run_id, app.tabs, box, in_the_way, other],
         show_progress="minimal",
         show_progress_on=start,

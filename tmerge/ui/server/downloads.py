@@ -40,7 +40,7 @@ def download_routes(seen: Callable[[str], VisitorRun | None]) -> list[Route]:
 
     def finished(request: Request) -> VisitorRun | None:
         run = seen(request.path_params["run_id"])
-        return run if run is not None and run.state == "done" else None
+        return run if run is not None and run.report is not None else None
 
     def zipped(request: Request) -> Response:
         run = finished(request)

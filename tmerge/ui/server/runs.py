@@ -28,16 +28,17 @@ import torch
 from tmerge.child import Child, ChildFaultError, ChildLostError, Told
 from tmerge.errors import Cancelled, NotEnoughMemoryError, ProcessLostError, RunNotFoundError, TmergeError
 from tmerge.recipe import Recipe
-from tmerge.report import Report
+from tmerge.report import Relatedness, Report
 from tmerge.stages.adapt import adapt_run
 from tmerge.stages.fetch import fetch_weights_of
 from tmerge.stages.merge import advance, merge
+from tmerge.stages.relatedness import measure_relatedness
 from tmerge.stages.step import Step, fusing_stage
 from tmerge.ui.server.downloads import link_or_copy
 from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError, refuse_training
 from tmerge.ui.server.overall import seconds_left
 from tmerge.ui.server.uploads import hide_upload, with_upload, without_paths
-from tmerge.ui.server.visitor_run import CouplingRow, Objective, StageProgress, State, Training, VisitorRun
+from tmerge.ui.server.visitor_run import Asks, CouplingRow, Objective, StageProgress, State, Training, VisitorRun
 
 __all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
 
@@ -84,6 +85,7 @@ class RunStore:
         upload: Path | None = None,
         gpu: dict[str, float] | None = None,
         expected: Mapping[str, float] | None = None,
+        asks: Asks = "merge",
     ) -> str:
         """Queue a run.
 
@@ -93,6 +95,7 @@ class RunStore:
             upload: The calibration file, where the recipe's dataset is ``upload:NAME``; it is copied.
             gpu: On ZeroGPU, as `tmerge.ui.server.zero.gpu_seconds`; the GPU is then asked for in the caller's context.
             expected: Stage -> seconds, as `check` found; None where it was not asked.
+            asks: A merge, or no more than whether the two models are related; for a training there is `train`.
 
         Returns:
             The run's id.
@@ -106,7 +109,7 @@ class RunStore:
             # The folder's name is not the id, which is the key to the run.
             home = Path(tempfile.mkdtemp(dir=self.root))
             run = VisitorRun(secrets.token_urlsafe(18), recipe, home / "fused", visitor)
-            run.read, run.expected = with_upload(recipe, home, upload), expected or {}
+            run.read, run.expected, run.asks = with_upload(recipe, home, upload), expected or {}, asks
             if gpu is not None:
                 run.gpu, run.context = gpu, contextvars.copy_context()
             self._enqueue(run)
@@ -140,6 +143,7 @@ class RunStore:
             run = VisitorRun(secrets.token_urlsafe(18), merged.recipe, home / "adapted", visitor)
             # Its own, so that the merge may go meanwhile; the files are the same ones, and take no room twice.
             shutil.copytree(merged.folder, home / "fused", copy_function=link_or_copy)
+            run.asks = "training"
             run.training, run.read = Training(home / "fused", steps, objective), merged.read
             self._enqueue(run)
         return run.id
@@ -291,8 +295,13 @@ class RunStore:
 
     def _run(self, run: VisitorRun) -> None:
         try:
-            run.report = self._merge(run)
-            hide_upload(run)
+            found = self._found(run)
+            if isinstance(found, Relatedness):
+                run.relatedness = found
+                shutil.rmtree(run.folder.parent, ignore_errors=True)
+            else:
+                run.report = found
+                hide_upload(run)
             self._end(run, "done", "done")
         except Cancelled:
             self._end(run, "cancelled", "cancelled")
@@ -314,7 +323,7 @@ class RunStore:
             ready.end()
         return Child(_NAME)
 
-    def _merge(self, run: VisitorRun) -> Report:
+    def _found(self, run: VisitorRun) -> Report | Relatedness:
         """In a process of its own, which is gone when this returns or raises."""
         recipe, child = run.read or run.recipe, self._take_child()
 
@@ -326,6 +335,9 @@ class RunStore:
                 words = {"steps": run.training.steps, "objective": run.training.objective}
                 trained: Report = call(partial(adapt_run, run.training.merged, run.folder, words))
                 return trained
+            if run.asks == "relatedness":
+                related: Relatedness = call(partial(measure_relatedness, recipe, run.folder))
+                return related
             if run.gpu is not None and run.context is not None:
                 from tmerge.ui.server import zero
 

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Literal
 
 from tmerge.errors import Cancelled
 from tmerge.recipe import Recipe
-from tmerge.report import Report
+from tmerge.report import Relatedness, Report
 from tmerge.stages.step import NOTE, Step
 
 if TYPE_CHECKING:
     from tmerge.ui.server.examples import Example
     from tmerge.ui.server.pushes import PushUnderWay
 
-__all__ = ["CouplingRow", "Objective", "StageProgress", "State", "Training", "VisitorRun"]
+__all__ = ["Asks", "CouplingRow", "Objective", "StageProgress", "State", "Training", "VisitorRun"]
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 Objective = Literal["sft", "distill"]
+Asks = Literal["merge", "training", "relatedness"]
 
 _LOG_LINES = 500
 
@@ -111,6 +112,8 @@ class VisitorRun:
         fault: Whether that was a fault of ours and not something to be mended.
         report: report.json, once it is done.
         push: Its last push, under way or over.
+        asks: Whether it is a merge, a training on top of one, or asks whether the two models are related.
+        relatedness: What it found, where it asks that, once it is done.
         training: What it does where it is no merge; then `folder` is of what the training makes.
         example: What is told of a recorded run, whose weights are not there; None of a visitor's own.
         created, started, ended, looked_at: `time.time`.
@@ -134,6 +137,8 @@ class VisitorRun:
     fault: bool = False
     report: Report | None = None
     push: PushUnderWay | None = None
+    asks: Asks = "merge"
+    relatedness: Relatedness | None = None
     training: Training | None = None
     example: Example | None = None
     created: float = field(default_factory=time.time)

@@ -113,7 +113,9 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         )
     box = problem_box()
     other = gr.Button("Open the run that is in the way", visible=False, elem_id="open-other")
-    start = gr.Button("Start the merge", variant="primary", size="lg", elem_id="start")
+    with gr.Row(equal_height=True):
+        relate = gr.Button("Ask only whether they are related", size="lg", elem_id="relate", scale=1, min_width=240)
+        start = gr.Button("Start the merge", variant="primary", size="lg", elem_id="start", scale=3, min_width=240)
     markup(limits_line(app.settings))
     build_job(app, good, upload)
 
@@ -247,7 +249,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     roles = {"target": target, "source": source, "adapter": adapter}
     held: list[tuple[Any, Holds]] = [(field, _holds_model(role)) for role, field in roles.items()]
     held += [*holds_texts(texts), *zip(fields, map(_holds_setting, SETTINGS), strict=True)]
-    wire_start(app, start, other, box, good, upload, code, texts.file, held)
+    wire_start(app, start, relate, other, box, good, upload, code, texts.file, held)
     app.load(answering_the_last(changes, expects, 1, pause=False), [good, upload], expected)
     good.change(write_yaml, good, kept, trigger_mode="always_last", **_quiet())
     good.change(preset_of, good, preset, trigger_mode="always_last", **_quiet())

@@ -179,7 +179,7 @@ def _with_run(app: AppContext, parts: _Parts, run: VisitorRun, chosen: str, befo
         }
     just_over = over and not (same_run and before.over)
     if just_over or not same_run:
-        done, work = run.state == "done", run.folder / "tmerge"
+        done, work = run.report is not None, run.folder / "tmerge"
         changes |= {
             parts.result: result_cards(run),
             parts.files: files_list(run, local=not app.settings.public),
