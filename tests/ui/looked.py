@@ -54,10 +54,10 @@ def served(store):
     """The address of the two tabs' app; ``?run=ID`` is the run that a page looks at."""
     with gr.Blocks(title="look and try", analytics_enabled=False) as blocks:
         run_id, ended = gr.State(""), gr.Number(0, visible="hidden")
-        link, kept = gr.Textbox(visible="hidden"), keep()
+        link, kept, proposed = gr.Textbox(visible="hidden"), keep(), gr.State(None)
         with gr.Tabs() as tabs:
             # It answers nothing that these tabs ask.
-            app = AppContext(store, AppSettings(), Aside(), run_id, ended, tabs, link, kept, Examples(), gr.State(None))
+            app = AppContext(store, AppSettings(), Aside(), run_id, ended, tabs, link, kept, Examples(), proposed)
             with gr.Tab("Look", id="look"):
                 build_look(app)
             with gr.Tab("Try", id="try"):

@@ -141,7 +141,7 @@ def test_a_line_that_is_typed_is_checked_once_at_its_end(visit, picos, served, m
         name_model(page, role, path)
     cards = page.locator("#expected")
     expect(cards).to_contain_text("qwen3", timeout=60_000)
-    open_fold(page, "Advanced settings")
+    open_fold(page, "All settings")
     asked, ask = [], served.context.aside.ask
 
     def counting(question, *words, **options):

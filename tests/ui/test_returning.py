@@ -54,14 +54,14 @@ def test_in_an_iframe_a_reload_comes_back_to_the_run_and_its_tab(framed, served,
     run_id = link.input_value().partition("run=")[2]
     assert not served.context.store.get(run_id).over
     framed.reload()
-    expect(frame.locator("#run-head")).to_contain_text("Running")
+    expect(frame.locator("#run-head")).to_contain_text("Running", timeout=60_000)
     frame.locator("#cancel").click()
     expect(frame.locator("#run-head")).to_contain_text("Cancelled")
     assert served.ended(run_id).state == "cancelled"
     frame.get_by_role("tab", name="Look").click()
     expect(frame.locator("#look-nothing")).to_be_visible()
     framed.reload()
-    expect(frame.get_by_role("tab", name="Look")).to_have_attribute("aria-selected", "true")
+    expect(frame.get_by_role("tab", name="Look")).to_have_attribute("aria-selected", "true", timeout=60_000)
 
 
 def test_a_refusal_leads_to_the_run_in_the_way_and_runs_are_listed(visit, served, gate, monkeypatch):
