@@ -59,7 +59,7 @@ _OUTLINE = """(node) => {
   }
   return 0;
 }"""
-# Text against what is behind it: the WCAG's contrast, of what is written in our own cards.
+# Text against what is behind it: the WCAG's contrast, in our own cards and in the map, which axe does not judge.
 _CONTRAST = """() => {
   const parse = (colour) => (colour.match(/[0-9.]+/g) || []).map(Number);
   const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
@@ -72,11 +72,13 @@ _CONTRAST = """() => {
     }
     return [255, 255, 255];
   };
-  return [...document.querySelectorAll(".card *, .run-head *, .step *, .note")]
+  return [...document.querySelectorAll(".card *, .run-head *, .step *, .note, #run-map text")]
     .filter((node) => node.checkVisibility() && [...node.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
     .filter((node) => !node.closest(".unseen"))
     .map((node) => {
-      const pair = [light(parse(getComputedStyle(node).color)), light(behind(node))].sort((a, b) => b - a);
+      const style = getComputedStyle(node);
+      const ink = parse(node.closest("svg") ? style.fill : style.color);
+      const pair = [light(ink), light(behind(node))].sort((a, b) => b - a);
       return [(pair[0] + 0.05) / (pair[1] + 0.05), node.textContent.trim().slice(0, 40)];
     })
     .filter(([ratio]) => ratio < 4.5);

@@ -9,6 +9,7 @@ from playwright.sync_api import expect
 from tests.ui.test_choose import name_model, open_fold, write_yaml, yaml_text
 from tmerge.ui.parts.form import from_preset, preset_of, with_value
 from tmerge.ui.parts.problem import places_of
+from tmerge.ui.server.pushes import PushUnderWay
 
 
 @pytest.mark.parametrize(
@@ -99,3 +100,18 @@ def test_the_preset_is_empty_once_the_recipe_is_another(visit):
     alpha.press("Control+A")
     alpha.press_sequentially("0.07")
     expect(preset).to_have_value("")
+
+
+def test_an_old_push_that_failed_is_no_answer_to_a_new_one(visit, served):
+    run_id = served.context.store.start(served.recipe(), "pusher")
+    run = served.ended(run_id)
+    run.push = PushUnderWay("a/b", private=True, state="failed", error="the Hub said no", ended=0.0)
+    page = visit(f"&run={run_id}")
+    expect(page.locator("#run-head")).to_contain_text("Done", timeout=30_000)
+    # Nothing is being solved any more.
+    expect(page.locator("#run-feature input")).to_have_value("the latest")
+    page.get_by_role("tab", name="Push", exact=True).click()
+    expect(page.locator("#push-progress")).to_contain_text("Not pushed")
+    page.locator("#push-go").click()
+    expect(page.locator("#push-fault")).to_contain_text("Nobody is signed in")
+    expect(page.locator("#push-progress")).not_to_contain_text("Not pushed")
