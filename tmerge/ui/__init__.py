@@ -40,7 +40,7 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
         begin: The recipe's keys that the form begins with; the built-in demo if None.
 
     Returns:
-        The app; its attribute ``context`` is the `AppContext`, whose store and side process end with `close`.
+        The app; its attribute ``context`` is the `AppContext`, whose store and side processes end with `close`.
     """
     settings = settings or settings_here()
     if settings.public:
@@ -131,7 +131,7 @@ def launch(port: int | None = None, *, raise_if_stopped: Callable[[], None] = la
 
 
 def close(app: gr.Blocks) -> None:
-    """End what an app of `build` has begun: its run, its side process, its folders."""
+    """End what an app of `build` has begun: its run, its side processes, its folders."""
     context: AppContext = app.context  # type: ignore[attr-defined]
     context.store.close()
     context.aside.close()
@@ -139,7 +139,7 @@ def close(app: gr.Blocks) -> None:
 
 
 def _use_no_token_of_our_own() -> None:
-    """On a public app no visitor reads with a token that its owner has set: not here, nor in the side process."""
+    """On a public app no visitor reads with a token that its owner has set: not here, nor in the processes beside."""
     import huggingface_hub.constants
 
     os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"

@@ -1,4 +1,4 @@
-"""What a merge of the chosen pair would be: `tmerge check`, asked in the side process, as cards."""
+"""What a merge of the chosen pair would be: `tmerge check`, asked in a side process, as cards."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def _ask(app: AppContext, recipe: Recipe, wanted: Callable[[], bool], key: str, 
 
 
 def _check(recipe: Recipe, settings: AppSettings) -> Here:
-    """In the side process."""
+    """In a side process."""
     checked = with_flavors(check(recipe), recipe)
     gpu = refused = None
     try:

@@ -395,5 +395,5 @@ def _lost(status: int | None) -> TmergeError:
         return NotEnoughMemoryError(
             "the system ended this run, as it does where memory runs out; choose smaller models or fewer texts"
         )
-    how = f"signal {-status}" if status is not None and status < 0 else f"exit code {status}"
-    return ProcessLostError(f"this run's process ended before the run had ({how}); start it again")
+    how = "" if status is None else f" (signal {-status})" if status < 0 else f" (exit code {status})"
+    return ProcessLostError(f"this run's process ended before the run had{how}; start it again")
