@@ -28,7 +28,7 @@ def build_going_on(app: AppContext) -> None:
         reconstruct = gr.Button(
             "Set up a reconstruction", visible=False, elem_id="go-reconstruct", min_width=200, size="md"
         )
-        steps = gr.Number(50, label="Steps", precision=0, minimum=1, maximum=MOST_STEPS, min_width=100)
+        steps = gr.Number(50, label="Steps", precision=0, minimum=1, maximum=MOST_STEPS, min_width=160)
         objective = gr.Dropdown(_OBJECTIVES, value="sft", label="Trained", min_width=200)
         train = gr.Button("Train on top of it", elem_id="go-train", min_width=180, size="md")
     problem = markup("", elem_id="go-problem")
