@@ -123,22 +123,17 @@ class Child:
             ChildLostError: The process has ended.
         """
         try:
-            self._send((function, words, hear is not None))
+            self._exchange(lambda: self._send((function, words, hear is not None)))
             while True:
                 pulse()
-                if not self._ours.poll(_LOOK):
+                if not self._exchange(lambda: self._ours.poll(_LOOK)):
                     continue
-                kind, said = pickle.loads(self._ours.recv_bytes())
+                kind, said = pickle.loads(self._exchange(self._ours.recv_bytes))
                 if kind != "told":
                     break
                 for told in said:
                     if hear is not None:
                         hear(told)
-        except (EOFError, OSError):
-            # Its own exit code is to be known, and not that of being ended here.
-            self._process.join(_GRACE)
-            self.end()
-            raise ChildLostError(self._process.exitcode) from None
         except BaseException:
             self.end()
             raise
@@ -148,6 +143,15 @@ class Child:
             error, message = said
             raise error(message)
         raise ChildFaultError(said)
+
+    def _exchange(self, step: Callable[[], Any]) -> Any:
+        """One step of the talk with it, in which it may be found to be gone."""
+        try:
+            return step()
+        except (EOFError, OSError):
+            # Its own exit code is to be known, and not that of being ended here.
+            self._process.join(_GRACE)
+            raise ChildLostError(self._process.exitcode) from None
 
     def end(self) -> None:
         """End it: asked first, then by force."""

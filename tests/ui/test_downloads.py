@@ -74,6 +74,20 @@ def test_a_kept_model_outlives_the_app_and_replaces_nothing(done, tmp_path):
     assert os.listdir(tmp_path / "new") == ["fused"]
 
 
+def test_nothing_of_ones_own_beside_it_is_touched(done, tmp_path):
+    mine = tmp_path / "model.part" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    keep_in(done, tmp_path / "model")
+    assert mine.read_text() == "mine" and sorted(os.listdir(tmp_path)) == ["model", "model.part"]
+
+
+def test_asking_for_the_zips_headers_makes_no_zip(served, done):
+    asked = urllib.request.Request(f"{served.url}/run/{done.id}/model.zip", method="HEAD")
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        assert "fused.zip" in answer.headers["Content-Disposition"] and answer.read() == b""
+
+
 def test_across_file_systems_it_is_copied(done, tmp_path, monkeypatch):
     def no_links(*paths):
         raise OSError("another file system")

@@ -20,12 +20,33 @@ def test_what_remains_is_what_was_expected_at_the_pace_so_far(tmp_path):
     run = run_of(tmp_path, {"target": 10.0, "transport": 30.0, "save": 10.0}, state="running", started=100.0)
     run.stages["target"] = StageProgress("target", "", 1, 1, "", 100, 100, ended=120)
     run.stages["transport"] = StageProgress("transport", "", 5, 10, "", 120, 120)
-    # 25 of the 50 expected seconds are done, and they took 50: half as fast.
+    # Half as fast as expected: 60 s for the transport, of which 30 are over, and 20 to write.
     found = overall(run, now=150.0)
     assert found.share == pytest.approx(0.5) and found.remaining == pytest.approx(50.0)
     # Of the first moments nothing is told of the pace.
     early = run_of(tmp_path, {"target": 10.0}, state="running", started=100.0)
     assert overall(early, now=103.0).remaining == pytest.approx(10.0)
+
+
+def test_it_never_goes_back_and_never_says_that_it_is_over(tmp_path):
+    run = run_of(tmp_path, {"target": 10.0, "save": 10.0}, state="running", started=100.0)
+    stage = run.stages["target"] = StageProgress("target", "loading", 1, 1, "", 100, 100)
+    shares = []
+    for now in range(101, 160):
+        # Another piece of the stage begins at nothing again.
+        stage.done, stage.total = (1, 1) if now < 105 else (now % 7, 100)
+        found = overall(run, now=float(now))
+        assert found.remaining >= 10.0
+        shares.append(found.share)
+    assert shares == sorted(shares) and shares[-1] < 0.5
+
+
+def test_a_run_that_was_continued_is_timed_from_there(tmp_path):
+    run = run_of(tmp_path, {"target": 40.0, "transport": 80.0}, state="running", started=1000.0)
+    run.stages["target"] = StageProgress("target", "", 1, 1, "", 100, 100, ended=140)
+    run.stages["transport"] = StageProgress("transport", "", 5, 10, "", 1000, 1000)
+    found = overall(run, now=1020.0)
+    assert found.remaining == pytest.approx(60.0) and found.share == pytest.approx(0.5)
 
 
 def test_nothing_is_made_up_where_nothing_was_expected(tmp_path):

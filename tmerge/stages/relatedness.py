@@ -11,7 +11,7 @@ from tmerge.stages.merge import advance
 from tmerge.stages.notes import TransportNote
 from tmerge.stages.step import Listener
 
-__all__ = ["measure_relatedness"]
+__all__ = ["measure_relatedness", "relatedness_recipe"]
 
 
 def measure_relatedness(
@@ -28,6 +28,19 @@ def measure_relatedness(
     Raises:
         TmergeError: Likewise.
     """
+    asked = relatedness_recipe(recipe, on_dataset=on_dataset)
+    note = advance(asked, folder, until="transport", listener=listener)
+    assert isinstance(note, TransportNote) and note.relatedness is not None  # asked of a shared structure
+    return note.relatedness
+
+
+def relatedness_recipe(recipe: Recipe, *, on_dataset: bool = False) -> Recipe:
+    """The recipe whose stages until its transport say whether two models are related.
+
+    Args:
+        recipe: As for `measure_relatedness`.
+        on_dataset: Likewise.
+    """
     # All projections, read as for a task vector, whatever will be fused: the question is of the models. What the recipe
     # says of the texts itself stays.
     reading = dict(TaskVector.beside["calibration"])
@@ -36,7 +49,7 @@ def measure_relatedness(
     elif recipe.calibration.match_on is not None:
         reading["match_on"] = recipe.calibration.match_on
     shared = recipe.transport if isinstance(recipe.transport, Shared) else Shared()
-    asked = recipe.model_copy(
+    return recipe.model_copy(
         update={
             "plan": None,
             "adapter": None,
@@ -46,6 +59,3 @@ def measure_relatedness(
             "transport": shared.model_copy(update={"map": "plan"}),
         }
     )
-    note = advance(asked, folder, until="transport", listener=listener)
-    assert isinstance(note, TransportNote) and note.relatedness is not None  # asked of a shared structure
-    return note.relatedness

@@ -11,7 +11,7 @@ from tmerge.calibration import Room
 from tmerge.processes import ALONE, Processes
 from tmerge.recipe import Recipe, Reconstruction
 
-__all__ = ["NOTE", "STAGES", "Listener", "Progress", "Step", "fusing_stage", "stage_names"]
+__all__ = ["NOTE", "STAGES", "Listener", "Progress", "Step", "fusing_stage", "stage_names", "stages_until"]
 
 STAGES = ("texts", "target", "source", "transport", "fuse", "evaluate", "save")
 """Of a merge that carries weights at a given alpha; `stage_names` has those of any recipe."""
@@ -51,6 +51,12 @@ def stage_names(recipe: Recipe) -> list[str]:
     if recipe.fusion.alpha == "auto":
         names.insert(names.index("evaluate"), "choose")
     return names
+
+
+def stages_until(recipe: Recipe, last: str) -> list[str]:
+    """A recipe's stages until one of them, in their order."""
+    names = stage_names(recipe)
+    return names[: names.index(last) + 1]
 
 
 Listener = Callable[[Step], None]

@@ -79,7 +79,8 @@ class AppContext:
     def finished(self, run_id: str | None) -> Run | None:
         """The folder of a run that is done; None while it runs, and where it failed or is gone."""
         seen_run = self.seen(run_id)
-        return Run(seen_run.folder) if seen_run is not None and seen_run.report is not None else None
+        done = seen_run is not None and seen_run.state == "done" and seen_run.report is not None
+        return Run(seen_run.folder) if done and seen_run is not None else None
 
     def with_weights(self, run_id: str | None) -> Run | None:
         """As `finished`, and None of a recorded run, whose model is not there."""

@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tmerge.errors import TmergeError
@@ -86,13 +86,18 @@ def expected_cards(
     return check_cards(here.found, here.refused)
 
 
-def fit_to_run(app: AppContext, recipe: Recipe) -> Here:
+def fit_to_run(app: AppContext, recipe: Recipe, *, lent: bool = True) -> Here:
     """What a check finds of a run; one that is too large for this app is refused.
+
+    Args:
+        app: What the tabs share.
+        recipe: Of the run.
+        lent: Whether its models read on a GPU that is lent, where the app has such.
 
     Raises:
         TmergeError: Why.
     """
-    here = _checked(app, _readable(recipe))
+    here = _checked(app, _readable(recipe), lent=lent)
     if here.refused:
         raise TmergeError(here.refused)
     return here
@@ -135,8 +140,9 @@ def _readable(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"calibration": calibration})
 
 
-def _checked(app: AppContext, recipe: Recipe, wanted: Callable[[], bool] = always) -> Here:
-    key = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
+def _checked(app: AppContext, recipe: Recipe, wanted: Callable[[], bool] = always, *, lent: bool = True) -> Here:
+    settings = app.settings if lent else replace(app.settings, zero_gpu=False)
+    key = json.dumps([recipe.model_dump(mode="json"), settings.zero_gpu], sort_keys=True)
     while True:
         with _lock:
             if key in _kept and time.monotonic() - _kept[key][0] < _KEPT_SECONDS:
@@ -145,7 +151,7 @@ def _checked(app: AppContext, recipe: Recipe, wanted: Callable[[], bool] = alway
             if asked is None:
                 ours = _asked[key] = Future()
         if asked is None:
-            return _ask(app, recipe, wanted, key, ours)
+            return _ask(app, recipe, settings, wanted, key, ours)
         try:
             return asked.result()
         except SupersededError:
@@ -154,9 +160,16 @@ def _checked(app: AppContext, recipe: Recipe, wanted: Callable[[], bool] = alway
                 raise
 
 
-def _ask(app: AppContext, recipe: Recipe, wanted: Callable[[], bool], key: str, answer: Future[Here]) -> Here:
+def _ask(
+    app: AppContext,
+    recipe: Recipe,
+    settings: AppSettings,
+    wanted: Callable[[], bool],
+    key: str,
+    answer: Future[Here],
+) -> Here:
     try:
-        here: Here = app.aside.ask(_check, recipe, app.settings, wanted=wanted)
+        here: Here = app.aside.ask(_check, recipe, settings, wanted=wanted)
     except BaseException as error:
         with _lock:
             del _asked[key]

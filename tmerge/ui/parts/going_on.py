@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import gradio as gr
 
 from tmerge.errors import TmergeError
+from tmerge.recipe import Recipe
 from tmerge.report import RELATED, Report
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import note
@@ -19,15 +21,14 @@ from tmerge.ui.server.visitor_run import VisitorRun
 __all__ = ["build_going_on"]
 
 _OBJECTIVES = [("on the texts (sft)", "sft"), ("towards the source (distill)", "distill")]
+_TRAINS = all(find_spec(name) is not None for name in ("trl", "peft"))
 _LIGHT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 16}
 
 
 def build_going_on(app: AppContext) -> None:
     """Lay it out under a run's verdict and wire it."""
+    reconstruct = gr.Button("Set up a reconstruction", visible=False, elem_id="go-reconstruct", size="md")
     with gr.Row(visible=False, elem_id="go-on", equal_height=True) as row:
-        reconstruct = gr.Button(
-            "Set up a reconstruction", visible=False, elem_id="go-reconstruct", min_width=200, size="md"
-        )
         steps = gr.Number(50, label="Steps", precision=0, minimum=1, maximum=MOST_STEPS, min_width=160)
         objective = gr.Dropdown(_OBJECTIVES, value="sft", label="Trained", min_width=200)
         train = gr.Button("Train on top of it", elem_id="go-train", min_width=180, size="md")
@@ -37,7 +38,7 @@ def build_going_on(app: AppContext) -> None:
         run = app.seen(run_id)
         whole = run is not None and app.with_weights(run_id) is not None
         merged = run is not None and run.asks == "merge"
-        return [gr.Row(visible=whole and merged), gr.Button(visible=run is not None and _fits(run)), ""]
+        return [gr.Row(visible=whole and merged and _TRAINS), gr.Button(visible=run is not None and _fits(run)), ""]
 
     gr.on([app.run_id.change, app.ended.change], offer, app.run_id, [row, reconstruct, problem], queue=False, **_LIGHT)
 
@@ -46,7 +47,7 @@ def build_going_on(app: AppContext) -> None:
         run = app.seen(run_id)
         if run is None:
             return [gr.skip(), gr.skip()]
-        return [with_value(read_yaml(run.recipe.to_yaml()), "fusion.what", "reconstruct"), gr.Tabs(selected="choose")]
+        return [_fitted(run.recipe), gr.Tabs(selected="choose")]
 
     reconstruct.click(proposed, app.run_id, [app.proposed, app.tabs], **_LIGHT)
 
@@ -68,10 +69,24 @@ def build_going_on(app: AppContext) -> None:
     )
 
 
+def _fitted(recipe: Recipe) -> dict[str, Any]:
+    """A task vector's recipe as a reconstruction of the same pair: without what a fit does not read."""
+    draft = read_yaml(recipe.to_yaml())
+    for key in ("source_base", "sources", "save", "plan"):
+        draft.pop(key, None)
+    return with_value(draft, "fusion.what", "reconstruct")
+
+
 def _fits(run: VisitorRun) -> bool:
-    """Whether a reconstruction is worth proposing: of relatives, which were not reconstructed."""
+    """Whether a reconstruction is worth proposing: of two relatives, which were not reconstructed."""
     report: Report | None = run.report
-    if report is None or run.asks != "merge" or run.example is not None or report.fusion.fit is not None:
+    if (
+        report is None
+        or run.asks != "merge"
+        or run.example is not None
+        or report.fusion.fit is not None
+        or report.sources
+    ):
         return False
     related = report.transport.relatedness
-    return related is not None and related.value > RELATED
+    return related is not None and related.value >= RELATED

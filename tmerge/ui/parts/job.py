@@ -21,6 +21,7 @@ from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import empty_card, error_card, note
 from tmerge.ui.parts.expected import SETTLED_SECONDS, check_facts, refused_here
 from tmerge.ui.parts.form import recipe_of
+from tmerge.ui.parts.returning import sign_in_button
 from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import markup
 from tmerge.ui.server.changes import Changes, always, answering_the_last
@@ -71,7 +72,7 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
                 min_width=220,
             )
         if offers_sign_in(app.settings):
-            gr.LoginButton("Sign in with Hugging Face", logout_value="Sign out ({})", elem_id="job-sign-in")
+            sign_in_button(app.link, repo, tab="choose", name="job-sign-in")
         go = gr.Button("Start the job", elem_id="job-go")
         result = markup(note("", keep=True), elem_id="job-result")
 

@@ -14,8 +14,8 @@ from tmerge.plots.style import COLOUR_SCALE, feature_name, finish
 from tmerge.quantities import duration_words
 from tmerge.report import (
     RELATED,
+    Report,
     alpha_words,
-    next_words,
     ratio_heading,
     relatedness_words,
     score_rows,
@@ -24,7 +24,7 @@ from tmerge.report import (
     verdict_tone,
     verdict_words,
 )
-from tmerge.stages.step import STAGES, stage_names
+from tmerge.stages.step import STAGES, stage_names, stages_until
 from tmerge.transport import feature_keys
 from tmerge.ui.parts.cards import empty_card, error_card
 from tmerge.ui.parts.safe import render
@@ -51,6 +51,11 @@ _STATES = {
     "done": "Done",
     "failed": "Failed",
     "cancelled": "Cancelled",
+}
+_TRAINED = {
+    "helps": "Better than the target, after training",
+    "no difference": "After training no difference to the target that these texts can show",
+    "hurts": "Worse than the target, after training",
 }
 _NAMES = {
     "texts": "Split texts",
@@ -81,8 +86,8 @@ def head(run: VisitorRun, position: int, wait: float | None = None) -> str:
     facts = []
     if run.report is not None and run.state == "done":
         # Green is for what beats every control, not for having come to an end.
-        tone = verdict_tone(run.report.published_verdict)
-        facts.append(verdict_words(run.report.published_verdict))
+        tone, words = _verdict(run.report)
+        facts.append(words)
     if run.example is not None:
         facts.append("a recorded run")
     if run.state == "waiting":
@@ -96,6 +101,15 @@ def head(run: VisitorRun, position: int, wait: float | None = None) -> str:
         facts.append(f"about {duration_words(whole.remaining)} to go")
     percent = None if whole is None else round(100 * whole.share)
     return render(_FILE, "head", run=run, state=state, tone=tone, facts=facts, percent=percent)
+
+
+def _verdict(report: Report) -> tuple[str, str]:
+    """Tone and words of what a run's folder holds; a training has no control to beat, so none is green."""
+    if report.adaptation is None:
+        return verdict_tone(report.verdict), verdict_words(report.verdict)
+    verdict = report.published_verdict
+    tone = "better" if verdict == "helps" else verdict_tone(verdict)
+    return tone, _TRAINED.get(verdict, verdict_words(verdict))
 
 
 def no_run_head() -> str:
@@ -118,8 +132,7 @@ def stages(run: VisitorRun | None) -> str:
 def _stage_names(run: VisitorRun) -> list[str]:
     if run.asks == "training":
         return ["adapt"]
-    names = list(stage_names(run.recipe))
-    return names[: names.index("transport") + 1] if run.asks == "relatedness" else names
+    return stages_until(run.recipe, "transport") if run.asks == "relatedness" else list(stage_names(run.recipe))
 
 
 @dataclass(frozen=True)
@@ -239,8 +252,8 @@ def result_cards(run: VisitorRun) -> str:
     if run.state == "cancelled":
         return empty_card("Cancelled", "What it had finished is kept for a while, and it can be continued from there.")
     if run.relatedness is not None:
-        tone = "helps" if run.relatedness.value >= RELATED else "none"
-        return render(_FILE, "relatedness", tone=tone, sentence=relatedness_words(run.relatedness))
+        related = run.relatedness.value >= RELATED
+        return render(_FILE, "relatedness", related=related, sentence=relatedness_words(run.relatedness))
     report = run.report
     if run.state != "done" or report is None:
         return ""
@@ -248,13 +261,12 @@ def result_cards(run: VisitorRun) -> str:
         _FILE,
         "result",
         report=report,
-        verdict=report.published_verdict,
+        verdict=_verdict(report),
         sentence=training_summary(report) or summary(report),
         rows=score_rows(report),
         ratios=[(name, f"{_median(item.norm_ratio):.3g}") for name, item in report.fusion.projections.items()],
         alpha=alpha_words(report.fusion),
         ratio=ratio_heading(report.fusion),
-        following=next_words(report),
     )
 
 

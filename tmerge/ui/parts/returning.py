@@ -7,6 +7,7 @@ keeps ids of runs that it was shown, which are what their links hold too; the se
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class _Back:
     repo: str
 
 
-def sign_in_button(link: gr.Textbox, repo: gr.Textbox) -> gr.LoginButton:
+def sign_in_button(link: gr.Textbox, repo: gr.Textbox, *, tab: str = "push", name: str = "sign-in") -> gr.LoginButton:
     """Gradio's sign-in, coming back to the run and the tab that it was pressed on.
 
     Gradio's own script puts the page's address into the sign-in's as it is, which loses all but its first part.
@@ -56,12 +57,15 @@ def sign_in_button(link: gr.Textbox, repo: gr.Textbox) -> gr.LoginButton:
     Args:
         link: The field of the run's link.
         repo: The field of its repo's name.
+        tab: To come back to, one of `TABS`.
+        name: Of the element.
     """
-    button = gr.LoginButton("Sign in with Hugging Face", logout_value="Sign out ({})", elem_id="sign-in")
+    button = gr.LoginButton("Sign in with Hugging Face", logout_value="Sign out ({})", elem_id=name)
     block = gr.context.Context.root_block
     assert block is not None, "the tabs are built within a gr.Blocks"
     (click,) = (event for event in block.fns.values() if (button._id, "click") in event.targets)
-    click.js, click.inputs = _SIGN_IN.replace("SIGNED_OUT", str(button.value)), [button, link, repo]
+    click.js = _SIGN_IN.replace("SIGNED_OUT", str(button.value)).replace("THIS_TAB", tab)
+    click.inputs = [button, link, repo]
     return button
 
 
@@ -137,7 +141,7 @@ def _back(app: AppContext, runs: Any, tab: Any, repo: Any, query: dict[str, str]
 def _known(app: AppContext, runs: Any) -> list[VisitorRun]:
     """The runs of a browser's list that are there still; what a browser sends is a stranger's."""
     ids = [each for each in runs if isinstance(each, str)] if isinstance(runs, list) else []
-    return [run for each in ids[:_MOST_RUNS] if (run := app.seen(each)) is not None]
+    return [run for each in ids[:_MOST_RUNS] if (run := app.store.get(each, looks=False)) is not None]
 
 
 def _with_run(app: AppContext, run_id: str, runs: Any) -> list[str]:
@@ -153,7 +157,7 @@ def _with_run(app: AppContext, run_id: str, runs: Any) -> list[str]:
 def _words(run: VisitorRun) -> str:
     recipe = run.recipe
     pair = f"{recipe.source if not recipe.sources else f'{len(recipe.sources)} sources'} \u2192 {recipe.target}"
-    return f"{pair}, {run.state}"
+    return f"{run.asks} of {time.strftime('%H:%M', time.localtime(run.created))}, {run.state}: {pair}"
 
 
 def _link(run_id: str) -> str:

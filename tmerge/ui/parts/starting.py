@@ -18,6 +18,8 @@ import gradio as gr
 
 from tmerge.errors import RecipeError, TmergeError
 from tmerge.recipe import Recipe
+from tmerge.stages.relatedness import relatedness_recipe
+from tmerge.stages.step import stage_names, stages_until
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.expected import fit_to_run
 from tmerge.ui.parts.form import read_yaml, recipe_of, write_yaml
@@ -38,7 +40,6 @@ _PATIENCE = 10.0
 # Where something on it cannot be read, which no event will bring into the recipe.
 _PATIENCE_UNREADABLE = 1.0
 _DISAGREE = "the recipe and the form do not agree; mend the recipe, and press Start again"
-_UNTIL_TRANSPORT = ("texts", "target", "source", "transport")
 _LIGHT: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 16}
 
 
@@ -93,29 +94,30 @@ def wire_start(
     holders = [holds for _, holds in fields]
 
     def pressed(asks: Asks) -> list[Any]:
-        return [_Waiting(0, (), time.monotonic()), asks, problem(unread=None), gr.Button(interactive=False)]
+        quiet = [gr.Button(interactive=False), gr.Button(interactive=False), gr.Button(visible=False)]
+        return [_Waiting(0, (), time.monotonic()), asks, problem(unread=None), *quiet]
 
-    def released() -> Any:
-        return gr.Button(interactive=True)
+    def released() -> list[Any]:
+        return [gr.Button(interactive=True), gr.Button(interactive=True)]
 
     async def look(
         before: _Waiting | None, draft: dict[str, Any], uploaded: str | None, text: str, shown: str | None, *values: Any
     ) -> list[Any]:
         if before is None:
-            return [gr.skip() for _ in range(4)]
+            return [gr.skip() for _ in range(5)]
         patience, said_why = _PATIENCE, problem(_DISAGREE, bad=True, unread=None)
         try:
             if _agree(draft, text, values, holders) and _holds_upload(draft, uploaded, shown):
-                return [None, (draft, uploaded, time.monotonic()), problem(), gr.skip()]
+                return [None, (draft, uploaded, time.monotonic()), problem(), gr.skip(), gr.skip()]
         except TmergeError as error:
             patience, said_why = _PATIENCE_UNREADABLE, problem_of(error, unread=None, seek=True)
         now = (draft, uploaded, text, shown, values)
         since = before.since if now == before.seen else time.monotonic()
         if time.monotonic() - since > patience:
-            return [None, gr.skip(), said_why, gr.Button(interactive=True)]
+            return [None, gr.skip(), said_why, *released()]
         await asyncio.sleep(_PAUSE)
         said = problem("Waiting for the last change to be taken in.", unread=None) if before.look == 0 else gr.skip()
-        return [_Waiting(before.look + 1, now, since), gr.skip(), said, gr.skip()]
+        return [_Waiting(before.look + 1, now, since), gr.skip(), said, gr.skip(), gr.skip()]
 
     def begin(found: tuple[Any, ...] | None, asks: Asks, runs: Any, request: gr.Request) -> dict[Any, Any]:
         if found is None:
@@ -126,11 +128,12 @@ def wire_start(
         except TmergeError as error:
             return {box: problem_of(error, seek=True)}
         try:
-            here = fit_to_run(app, recipe)
+            relates = asks == "relatedness"
+            # What is read then is another recipe's work, and none of it is lent a GPU.
+            here = fit_to_run(app, relatedness_recipe(recipe) if relates else recipe, lent=not relates)
             file_there = Path(uploaded) if uploaded else None
-            expected = here.found.estimate.stages
-            if asks == "relatedness":
-                expected = {name: seconds for name, seconds in expected.items() if name in _UNTIL_TRANSPORT}
+            names = stages_until(recipe, "transport") if relates else stage_names(recipe)
+            expected = {name: here.found.estimate.stages.get(name, 0.0) for name in names}
             run_id = app.store.start(recipe, visitor_of(request), file_there, here.gpu, expected, asks)
         except TmergeError as error:
             there = under_way(app, runs) if isinstance(error, TooManyRunsError) else None
@@ -149,13 +152,15 @@ def wire_start(
     quiet = {"show_progress": "hidden", **_LIGHT}
     buttons: tuple[tuple[gr.Button, Asks], ...] = ((start, "merge"), (relate, "relatedness"))
     for button, asked in buttons:
-        button.click(partial(pressed, asked), None, [waiting, kind, box, start], trigger_mode="once", **quiet)
+        button.click(
+            partial(pressed, asked), None, [waiting, kind, box, start, relate, other], trigger_mode="once", **quiet
+        )
     waiting.change(
         look,
         [waiting, good, upload, code, file, *(field for field, _ in fields)],
-        [waiting, agreed, box, start],
+        [waiting, agreed, box, start, relate],
         **quiet,
-    ).failure(released, None, start, **quiet)
+    ).failure(released, None, [start, relate], **quiet)
     begun = agreed.change(
         begin,
         [agreed, kind, app.kept.runs],
@@ -166,7 +171,7 @@ def wire_start(
     )
     open_again(app, other, in_the_way)
     # Whatever came of it.
-    begun.then(released, None, start, **quiet)
+    begun.then(released, None, [start, relate], **quiet)
 
 
 def ready_recipe(app: AppContext, draft: Mapping[str, Any], upload: str | None) -> Recipe:

@@ -9,7 +9,7 @@ import gradio as gr
 
 from tmerge.quantities import duration_words
 from tmerge.ui.context import AppContext
-from tmerge.ui.parts.form import from_preset
+from tmerge.ui.parts.form import from_preset, with_value
 from tmerge.ui.parts.returning import open_again
 from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import markup
@@ -28,6 +28,7 @@ class Way:
         button: What it is begun with.
         preset: Whose settings it takes.
         named: Whether it takes the preset's models too; otherwise they are to be named.
+        form: How it writes the result: ``save.form``.
         example: Name of the recorded run of it; None where there is none.
     """
 
@@ -36,14 +37,15 @@ class Way:
     button: str
     preset: str
     named: bool = False
+    form: str = "merged"
     example: str | None = None
 
 
 WAYS = (
     Way(
         "Merge relatives",
-        "Your target was pruned or distilled from the source's family. What the source learned in fine-tuning is "
-        "carried over almost completely, without training.",
+        "Your target was pruned or distilled from the source's family: their neurons correspond, and what the source "
+        "learned in fine-tuning is carried over through that, without training.",
         "Name two relatives",
         "relatives",
         example="relatives",
@@ -54,6 +56,7 @@ WAYS = (
         "a LoRA of the small one, or the merged model.",
         "Name an adapter",
         "relatives",
+        form="adapter",
     ),
     Way(
         "Compare strangers",
@@ -71,7 +74,9 @@ _MODELS = ("target", "source", "source_base", "adapter")
 def begin_with(way: Way) -> dict[str, Any]:
     """The recipe's mapping that a way begins with."""
     draft = from_preset(way.preset)
-    return draft if way.named else {**draft, **dict.fromkeys(_MODELS[:2], ""), **dict.fromkeys(_MODELS[2:])}
+    if not way.named:
+        draft |= {**dict.fromkeys(_MODELS[:2], ""), **dict.fromkeys(_MODELS[2:])}
+    return with_value(draft, "save.form", way.form) if way.form != "merged" else draft
 
 
 def build_ways(app: AppContext) -> list[tuple[Way, gr.Button]]:

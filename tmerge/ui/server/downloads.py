@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,7 +16,6 @@ from starlette.responses import FileResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from tmerge.errors import OutputExistsError, RunNotFoundError
-from tmerge.store import scratch
 from tmerge.ui.server.visitor_run import VisitorRun
 
 __all__ = ["download_routes", "files_of", "keep_in", "link_or_copy"]
@@ -40,13 +40,15 @@ def download_routes(seen: Callable[[str], VisitorRun | None]) -> list[Route]:
 
     def finished(request: Request) -> VisitorRun | None:
         run = seen(request.path_params["run_id"])
-        return run if run is not None and run.report is not None else None
+        return run if run is not None and run.state == "done" and run.report is not None else None
 
     def zipped(request: Request) -> Response:
         run = finished(request)
         if run is None or run.example is not None:
             return PlainTextResponse(_GONE, status_code=404)
         headers = {"Content-Disposition": 'attachment; filename="fused.zip"'}
+        if request.method == "HEAD":
+            return Response(media_type="application/zip", headers=headers)
         return StreamingResponse(_zip(run), media_type="application/zip", headers=headers)
 
     def one(request: Request) -> Response:
@@ -78,14 +80,17 @@ def keep_in(run: VisitorRun, folder: Path) -> None:
     if not run.folder.is_dir():
         raise RunNotFoundError(_GONE)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f"{folder.name}.part")
-    with scratch(part):
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
         for name in files_of(run.folder):
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(run.folder / name, part / name)
         if folder.exists():
             folder.rmdir()
+        part.chmod(0o755)  # it was made for its owner alone
         part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:

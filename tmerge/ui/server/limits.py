@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import constants
 
 from tmerge.calibration import SAMPLES_PREFIX
@@ -21,6 +23,7 @@ from tmerge.errors import (
     TmergeError,
 )
 from tmerge.models import ModelReference
+from tmerge.models.device import available_memory
 from tmerge.preflight.check import Check
 from tmerge.quantities import bytes_words, number_words
 from tmerge.recipe import Apart, CompareSettings, Recipe, source_name
@@ -67,6 +70,9 @@ def _of_apart(key: str) -> Callable[[Recipe], float]:
 # Most that a public Space takes of the numbers that decide how much work a run is.
 _MOST_SOURCES = 4
 _MOST: tuple[tuple[str, Callable[[Recipe], float], float], ...] = (
+    ("adaptation.batch_size", lambda recipe: recipe.adaptation.batch_size, 16),
+    ("adaptation.accumulation", lambda recipe: recipe.adaptation.accumulation, 8),
+    ("adaptation.max_tokens", lambda recipe: recipe.adaptation.max_tokens, 1024),
     ("calibration.max_tokens", lambda recipe: recipe.calibration.max_tokens, 1024),
     ("calibration.batch_tokens", lambda recipe: recipe.calibration.batch_tokens, 16384),
     ("calibration.token_rows", lambda recipe: recipe.calibration.token_rows, 8000),
@@ -238,23 +244,46 @@ def refuse_large(found: Check, settings: AppSettings) -> None:
         )
 
 
-def refuse_training(report: Report, recipe: Recipe, steps: int, settings: AppSettings) -> None:
-    """Refuse a training that takes longer than a merge may.
+def refuse_training(
+    report: Report, recipe: Recipe, folder: Path, steps: int, objective: str, settings: AppSettings
+) -> None:
+    """Refuse a training that takes more than there is room for, or longer than a merge may.
 
-    Counted as 6 operations for a parameter and a token (a forward and a backward pass), of texts as long as they may
-    be; so more than it takes.
+    Counted are 6 operations for a parameter and a token (a forward and a backward pass), of texts as long as they may
+    be, and 2 for one of the source's where it is the teacher of all calibration texts; in memory the weights, their
+    gradients and AdamW's two means in float32, and three copies of a batch's logits.
+
+    Args:
+        report: Of the merge.
+        recipe: Likewise.
+        folder: Likewise; its config says how many tokens the vocabulary has.
+        steps: Of the optimiser.
+        objective: As `adaptation.objective`.
+        settings: What the app allows.
 
     Raises:
-        RecipeError: With what it takes and what is allowed.
+        NotEnoughMemoryError, RecipeError: With what it takes and what is allowed.
     """
     if not 1 <= steps <= MOST_STEPS:
         raise RecipeError(f"{steps} steps cannot be trained here; choose from 1 to {MOST_STEPS}")
-    tokens = steps * recipe.adaptation.batch_size * recipe.adaptation.accumulation * recipe.adaptation.max_tokens
+    asked = recipe.adaptation
+    tokens = steps * asked.batch_size * asked.accumulation * asked.max_tokens
     operations = 6.0 * report.target.parameters * tokens
+    if objective == "distill":
+        operations += 2.0 * report.source.parameters * report.calibration.texts * asked.max_tokens
     if settings.max_operations is not None and operations > settings.max_operations:
         raise RecipeError(
-            f"{steps} steps take up to {_operations_words(operations)}, where this app takes "
-            f"{_operations_words(settings.max_operations)}; choose fewer, or download the run and use tmerge adapt"
+            f"{steps} steps of {objective} take up to {_operations_words(operations)}, where this app takes "
+            f"{_operations_words(settings.max_operations)}; choose fewer, or run tmerge adapt on your own machine"
+        )
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0)
+    needed = 16 * report.target.parameters + 3 * 4 * asked.batch_size * asked.max_tokens * vocabulary
+    free = available_memory(torch.device("cpu"))
+    if needed > free:
+        raise NotEnoughMemoryError(
+            f"this training needs about {bytes_words(needed)} of memory, where {bytes_words(free)} are free; train on "
+            "your own machine with tmerge adapt"
         )
 
 

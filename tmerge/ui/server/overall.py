@@ -11,6 +11,7 @@ __all__ = ["Overall", "overall", "seconds_left"]
 
 # Until so much of what was expected is done, its pace says nothing.
 _TELLING_SECONDS = 2.0
+_NEARLY = 0.9
 
 
 @dataclass(frozen=True)
@@ -29,24 +30,39 @@ class Overall:
 def overall(run: VisitorRun, now: float | None = None) -> Overall | None:
     """Of a run under way; None where it is not, or nothing was expected of its stages.
 
+    The stage under way counts by its time, as what it says of itself is about one piece of it.
+
     Args:
         run: Whose.
         now: `time.time`.
     """
-    if run.state != "running" or run.started is None:
+    total = sum(run.expected.values())
+    if run.state != "running" or run.started is None or total <= 0:
         return None
-    expected = run.expected
-    total = sum(expected.values())
-    if total <= 0:
-        return None
-    done = 0.0
-    for name, seconds in expected.items():
+    now = now or time.time()
+    done = taken = known = 0.0
+    current: tuple[float, float] | None = None
+    for name, seconds in run.expected.items():
         stage = run.stages.get(name)
-        if stage is not None:
-            done += seconds * (1.0 if stage.ended is not None else min(1.0, stage.done / max(stage.total, 1)))
-    taken = (now or time.time()) - run.started
-    pace = taken / done if done >= _TELLING_SECONDS else 1.0
-    return Overall(done / total, (total - done) * pace)
+        if stage is None:
+            continue
+        if stage.ended is None:
+            current = seconds, now - max(stage.began, run.started)
+            continue
+        done += seconds
+        # What was finished before it was continued says nothing of the pace now.
+        if stage.began >= run.started:
+            known, taken = known + seconds, taken + stage.ended - stage.began
+    pace = taken / known if known >= _TELLING_SECONDS and taken > 0 else 1.0
+    remaining = (total - done) * pace
+    if current is not None:
+        seconds, elapsed = current
+        # It may take longer than expected: then there is always a tenth of it to go.
+        whole = max(seconds * pace, elapsed / _NEARLY)
+        if whole > 0:
+            done += seconds * elapsed / whole
+            remaining += whole - elapsed - seconds * pace
+    return Overall(done / total, remaining)
 
 
 def seconds_left(run: VisitorRun) -> float | None:

@@ -12,7 +12,6 @@ import contextvars
 import logging
 import secrets
 import shutil
-import signal
 import tempfile
 import threading
 import time
@@ -23,28 +22,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tmerge.child import Child, ChildFaultError, ChildLostError, Told
-from tmerge.errors import Cancelled, NotEnoughMemoryError, ProcessLostError, RunNotFoundError, TmergeError
+from tmerge.child import Child, ChildFaultError, ChildLostError
+from tmerge.errors import Cancelled, RunNotFoundError, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.report import Relatedness, Report
 from tmerge.stages.adapt import adapt_run
 from tmerge.stages.fetch import fetch_weights_of
 from tmerge.stages.merge import advance, merge
 from tmerge.stages.relatedness import measure_relatedness
-from tmerge.stages.step import Step, fusing_stage
+from tmerge.stages.step import fusing_stage
 from tmerge.ui.server.downloads import link_or_copy
 from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError, refuse_training
 from tmerge.ui.server.overall import seconds_left
+from tmerge.ui.server.run_process import NAME, lost, prepared_child, step_of
 from tmerge.ui.server.uploads import hide_upload, with_upload, without_paths
 from tmerge.ui.server.visitor_run import Asks, CouplingRow, Objective, StageProgress, State, Training, VisitorRun
 
 __all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
-
-_NAME = "tmerge-run"
-# What a run imports: by far the most of the time that its process takes to start.
-_PREPARED = ("tmerge.stages.merge", "tmerge.stages.adapt")
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +70,7 @@ class RunStore:
         """From now on have the next run's process started before there is a run: it takes seconds to import all."""
         with self._changed:
             self._keeps_next = True
-            self._next = self._next or _prepared_child()
+            self._next = self._next or prepared_child()
 
     def start(
         self,
@@ -137,15 +131,23 @@ class RunStore:
             merged = self.get(run_id)
             if merged is None or merged.report is None or merged.training is not None or merged.state != "done":
                 raise RunNotFoundError("there is no finished merge to train on top of; start it again")
-            refuse_training(merged.report, merged.recipe, steps, self.settings)
             self._refuse_too_many(visitor)
-            home = Path(tempfile.mkdtemp(dir=self.root))
-            run = VisitorRun(secrets.token_urlsafe(18), merged.recipe, home / "adapted", visitor)
+        refuse_training(merged.report, merged.recipe, merged.folder, steps, objective, self.settings)
+        home = Path(tempfile.mkdtemp(dir=self.root))
+        run = VisitorRun(secrets.token_urlsafe(18), merged.recipe, home / "adapted", visitor, asks="training")
+        run.training, run.read = Training(home / "fused", steps, objective), merged.read
+        try:
             # Its own, so that the merge may go meanwhile; the files are the same ones, and take no room twice.
             shutil.copytree(merged.folder, home / "fused", copy_function=link_or_copy)
-            run.asks = "training"
-            run.training, run.read = Training(home / "fused", steps, objective), merged.read
-            self._enqueue(run)
+            with self._changed:
+                self._refuse_too_many(visitor)
+                self._enqueue(run)
+        except OSError as error:
+            shutil.rmtree(home, ignore_errors=True)
+            raise RunNotFoundError(f"the merge's files cannot be copied ({error.strerror}); start it again") from None
+        except TmergeError:
+            shutil.rmtree(home, ignore_errors=True)
+            raise
         return run.id
 
     def _enqueue(self, run: VisitorRun) -> None:
@@ -153,10 +155,15 @@ class RunStore:
         self._queue.append(run.id)
         self._changed.notify_all()
 
-    def get(self, run_id: str) -> VisitorRun | None:
-        """The run of an id; None where there is none, or it is gone."""
+    def get(self, run_id: str, *, looks: bool = True) -> VisitorRun | None:
+        """The run of an id; None where there is none, or it is gone.
+
+        Args:
+            run_id: Its id.
+            looks: Whether it is looked at, and kept for it.
+        """
         run = self._runs.get(run_id)
-        if run is not None:
+        if run is not None and looks:
             run.looked_at = time.time()
         return run
 
@@ -300,8 +307,8 @@ class RunStore:
                 run.relatedness = found
                 shutil.rmtree(run.folder.parent, ignore_errors=True)
             else:
-                run.report = found
                 hide_upload(run)
+                run.report = found
             self._end(run, "done", "done")
         except Cancelled:
             self._end(run, "cancelled", "cancelled")
@@ -316,19 +323,19 @@ class RunStore:
     def _take_child(self) -> Child:
         """The process that is ready, or one that is started now; the next one is made ready meanwhile."""
         with self._changed:
-            ready, self._next = self._next, _prepared_child() if self._keeps_next and not self._closed else None
+            ready, self._next = self._next, prepared_child() if self._keeps_next and not self._closed else None
         if ready is not None and ready.alive:
             return ready
         if ready is not None:
             ready.end()
-        return Child(_NAME)
+        return Child(NAME)
 
     def _found(self, run: VisitorRun) -> Report | Relatedness:
         """In a process of its own, which is gone when this returns or raises."""
         recipe, child = run.read or run.recipe, self._take_child()
 
         def call(function: Callable[..., Any]) -> Any:
-            return child.call(function, hear=lambda told: run.hear(_step(told)), pulse=run.stop_if_cancelled)
+            return child.call(function, hear=lambda told: run.hear(step_of(told)), pulse=run.stop_if_cancelled)
 
         try:
             if run.training is not None:
@@ -359,7 +366,7 @@ class RunStore:
             return report
         except ChildLostError as error:
             _log.error("a run's process was lost: %s", error)
-            raise _lost(error.status) from None
+            raise lost(error.status) from None
         finally:
             child.end()
 
@@ -378,22 +385,3 @@ class RunStore:
         run.say(line)
         run.state = state
         run.version += 1
-
-
-def _prepared_child() -> Child:
-    return Child(_NAME, prepare=_PREPARED)
-
-
-def _step(told: Told) -> Step:
-    row = None if told.row is None else (told.row[0], told.row[1], torch.tensor(told.row[2], dtype=torch.float64))
-    return Step(told.stage, told.what, told.done, told.total, told.unit, row)
-
-
-def _lost(status: int | None) -> TmergeError:
-    """What to say of a run whose process ended with this exit code."""
-    if status == -signal.SIGKILL:
-        return NotEnoughMemoryError(
-            "the system ended this run, as it does where memory runs out; choose smaller models or fewer texts"
-        )
-    how = "" if status is None else f" (signal {-status})" if status < 0 else f" (exit code {status})"
-    return ProcessLostError(f"this run's process ended before the run had{how}; start it again")

@@ -1,10 +1,11 @@
 (label, link, repo) => {
-  // Back to this page with all that its address says, to the run and to the tab that pushes it.
+  // Back to this page with all that its address says, to the run and to the tab.
   const back = new URLSearchParams(window.location.search);
   const run = link && link.includes("run=") ? new URL(link).searchParams.get("run") : "";
   if (run) { back.set("run", run); }
-  if (repo) { back.set("repo", repo); }
-  back.set("tab", "push");
+  // Of a run: the name for a job's result is not one for its repo.
+  if (repo && "THIS_TAB" === "push") { back.set("repo", repo); }
+  back.set("tab", "THIS_TAB");
   const way = label === "SIGNED_OUT" ? "/login/huggingface" : "/logout";
   window.parent?.postMessage({ type: "SET_SCROLLING", enabled: true }, "*");
   window.location.assign(way + "?_target_url=" + encodeURIComponent("/?" + back));

@@ -14,7 +14,7 @@ from tmerge.errors import TmergeError
 from tmerge.models import feature_key
 from tmerge.plots import Order, Side, kept_layers, pair_place
 from tmerge.plots.words import findings
-from tmerge.report import verdict_tone
+from tmerge.report import training_summary, verdict_tone
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import error_card
 from tmerge.ui.parts.figure import Reader, figure_box
@@ -271,6 +271,8 @@ def _head(looked: Looked) -> str:
     target = _name(report.target.ref)
     source = " and ".join(_name(each.reference) for each in report.sources) or _name(report.source.ref)
     tone, sentences = verdict_tone(report.verdict), findings(report)
+    if trained := training_summary(report):
+        sentences = [*sentences, f"These are the merge's figures. Trained on top of it: {trained}"]
     return render(_FILE, "head", tone=tone, target=target, source=source, sentences=sentences)
 
 

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 _EVERY = 1.0
 _EXAMPLE = empty_card(
-    "A recorded run cannot be pushed", "Its model is not here. Run the recipe yourself: the Run tab has it to download."
+    "A recorded run cannot be pushed", "Its model is not here; the Run tab says how it was made, and has its recipe."
 )
 _EMPTY = empty_card(
     "Nothing to push yet", "When a merge has finished, its model, its card and its report can be pushed from here."

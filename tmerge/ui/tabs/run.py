@@ -235,7 +235,8 @@ def _keep(app: AppContext, run_id: str, name: str) -> str:
     if not name:
         return note("name a folder", bad=True)
     try:
-        keep_in(run, Path(name).expanduser())
-    except (TmergeError, OSError) as error:
-        return note(str(error), bad=True)
-    return note(f"The model is in {name}; tmerge push, evaluate and adapt read it there.")
+        folder = Path(name).expanduser().resolve()
+        keep_in(run, folder)
+    except (TmergeError, OSError, ValueError, RuntimeError) as error:
+        return note(f"{name} cannot be used: {error}", bad=True)
+    return note(f"The model is in {folder}; tmerge push and tmerge evaluate read it there.")

@@ -9,7 +9,7 @@ import gradio as gr
 
 from tmerge.errors import TmergeError
 from tmerge.plots.words import score_cells
-from tmerge.report import Report, summary
+from tmerge.report import Report, summary, training_summary
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import error_card, note
 from tmerge.ui.parts.prompts import offered_prompts
@@ -216,15 +216,18 @@ def _fault(line: str) -> str:
 def _scores(report: Report) -> str:
     """The verdict with its interval, and every model's held-out score."""
     texts = report.evaluation.texts
-    return render(_FILE, "scores", sentence=summary(report), texts=texts, rows=score_cells(report))
+    return render(
+        _FILE, "scores", sentence=training_summary(report) or summary(report), texts=texts, rows=score_cells(report)
+    )
 
 
 def _own_score(report: Report, role: str) -> str:
     """One model's held-out score, to stand beside what it says."""
     evaluation = report.evaluation
-    score = {"target": evaluation.base, "fused": evaluation.fused, "source": evaluation.source}[role]
+    score = {"target": evaluation.base, "fused": report.published_score, "source": evaluation.source}[role]
     line = f"held out: {score.value:.4f} bits per byte"
     if role == "fused":
-        change = evaluation.difference
-        line += f", {change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}] to the target: {report.verdict}"
+        change = report.published_difference
+        line += f", {change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}] to the target"
+        line += f": {report.verdict}" if report.adaptation is None else ", after training"
     return render(_FILE, "own_score", line=line)
