@@ -96,9 +96,11 @@ def test_two_models_are_asked_whether_they_are_related_and_nothing_is_kept(visit
     assert page.request.get(f"{served.url}/run/{run.id}/model.zip").status == 404
 
 
-@pytest.mark.parametrize("more", [{}, {"save": {"form": "adapter"}}, {"plan": "user/run"}])
+@pytest.mark.parametrize(
+    "more", [{}, {"save": {"form": "adapter"}, "fusion": {"what": "task-vector", "rank": 16}}, {"plan": "user/run"}]
+)
 def test_a_task_vectors_recipe_becomes_a_reconstruction_that_is_one(more):
     named = {"target": "a/small", "source": "a/big-tuned", "source_base": "a/big"}
-    fitted = recipe_of(_fitted(Recipe.from_mapping({**named, "fusion": {"what": "task-vector"}, **more})))
+    fitted = recipe_of(_fitted(Recipe.from_mapping({**named, **more})))
     assert fitted.fusion.what == "reconstruct" and fitted.source_base is None and fitted.save.form == "merged"
     assert (fitted.target, fitted.source) == ("a/small", "a/big-tuned")
