@@ -101,6 +101,6 @@ def test_two_models_are_asked_whether_they_are_related_and_nothing_is_kept(visit
 )
 def test_a_task_vectors_recipe_becomes_a_reconstruction_that_is_one(more):
     named = {"target": "a/small", "source": "a/big-tuned", "source_base": "a/big"}
-    fitted = recipe_of(_fitted(Recipe.from_mapping({**named, **more})))
+    fitted = recipe_of(_fitted(Recipe.from_mapping({**named, "fusion": {"what": "task-vector"}, **more})))
     assert fitted.fusion.what == "reconstruct" and fitted.source_base is None and fitted.save.form == "merged"
     assert (fitted.target, fitted.source) == ("a/small", "a/big-tuned")
