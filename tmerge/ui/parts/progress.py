@@ -16,6 +16,7 @@ from tmerge.report import (
     RELATED,
     Report,
     alpha_words,
+    next_words,
     ratio_heading,
     relatedness_words,
     score_rows,
@@ -52,6 +53,7 @@ _STATES = {
     "failed": "Failed",
     "cancelled": "Cancelled",
 }
+_NEXT = "Next: train a little on top of it, 50 steps, with the button below"
 _TRAINED = {
     "helps": "Better than the target, after training",
     "no difference": "After training no difference to the target that these texts can show",
@@ -267,6 +269,7 @@ def result_cards(run: VisitorRun) -> str:
         ratios=[(name, f"{_median(item.norm_ratio):.3g}") for name, item in report.fusion.projections.items()],
         alpha=alpha_words(report.fusion),
         ratio=ratio_heading(report.fusion),
+        following=_NEXT if next_words(report) else "",
     )
 
 
