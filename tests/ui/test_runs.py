@@ -21,7 +21,7 @@ from tmerge.calibration import sample_texts
 from tmerge.errors import RunNotFoundError
 from tmerge.recipe import Recipe
 from tmerge.run import Run
-from tmerge.ui.server import runs
+from tmerge.ui.server import run_process, runs
 from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError
 from tmerge.ui.server.runs import RunStore
 from tmerge.ui.server.visitor_run import VisitorRun
@@ -126,7 +126,7 @@ def test_an_id_is_long_and_not_the_name_of_the_folder(store, monkeypatch):
 
 def test_the_next_process_is_ready_before_its_run_and_gone_with_the_app(monkeypatch):
     monkeypatch.setattr(runs, "merge", merges.named)
-    monkeypatch.setattr(runs, "_PREPARED", ("tmerge.errors",))
+    monkeypatch.setattr(run_process, "_PREPARED", ("tmerge.errors",))
     store = RunStore(AppSettings())
     store.warm()
     ready = store._next.pid
