@@ -3,7 +3,7 @@
     python -m tests.bench.examples --run FOLDER --out tmerge/ui/examples/relatives --title WORDS --made SENTENCES
 
 Run it where the recipe's references can be read. Of the transport, what only another merge would read (potentials,
-deviations and magnitudes of features) is left out.
+features' deviations and magnitudes, and all but one layer's means) is left out.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ def main() -> None:
         for name, tensor in record.tensors.items()
         if not name.startswith(_NOT_SHOWN) and not name.endswith(_NOT_SHOWN_ENDS)
     }
+    for name in record.tensors:
+        if name.startswith("statistics."):  # a page asks only how many neurons there are
+            record.tensors[name] = record.tensors[name][:1].contiguous()
     with tempfile.TemporaryDirectory() as folder:
         record.save(Path(folder) / "t")
         packed = lzma.compress((Path(folder) / "t").read_bytes(), preset=9)

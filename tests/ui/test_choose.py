@@ -254,7 +254,7 @@ def test_a_preset_fills_the_form(visit):
     page.get_by_role("option", name="malay").click()
     expect(page.locator("#target-model input")).to_have_value("mesolitica/Malaysian-Llama-3.2-1B-Instruct")
     expect(page.get_by_label("Hub dataset", exact=True).nth(1)).to_have_value("mesolitica/Malaysian-SFT")
-    page.locator("#use-demo").click()
+    page.locator("#way-strangers").click()
     expect(page.locator("#target-model input")).to_have_value(re.compile("smollm2"))
 
 

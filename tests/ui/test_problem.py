@@ -94,7 +94,7 @@ def test_the_preset_is_empty_once_the_recipe_is_another(visit):
     preset = page.get_by_label("Preset")
     # The tests' own beginning is none.
     expect(preset).to_have_value("")
-    page.locator("#use-demo").click()
+    page.locator("#way-strangers").click()
     expect(preset).to_have_value("demo")
     alpha = page.get_by_label("Strength (alpha)")
     alpha.press("Control+A")

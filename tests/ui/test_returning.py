@@ -84,7 +84,7 @@ def test_a_refusal_leads_to_the_run_in_the_way_and_runs_are_listed(visit, served
     expect(page.locator("#run-head")).to_contain_text("Running")
     page.get_by_role("tab", name="Choose").click()
 
-    def refuse(*words):
+    def refuse(*words, **named):
         raise TooManyRunsError("you have 1 run waiting or running, as many as this app gives one visitor")
 
     with monkeypatch.context() as patch:

@@ -219,9 +219,9 @@ def test_start_right_after_another_upload_reads_that_file(visit, served, held_up
     read = []
     begin = served.context.store.start
 
-    def start(recipe, visitor, upload, *more):
+    def start(recipe, visitor, upload, *more, **named):
         read.append(upload.read_text())
-        return begin(recipe, visitor, upload, *more)
+        return begin(recipe, visitor, upload, *more, **named)
 
     monkeypatch.setattr(served.context.store, "start", start)
     page = visit()

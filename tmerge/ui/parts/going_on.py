@@ -53,8 +53,8 @@ def build_going_on(app: AppContext) -> None:
 
     def begin(run_id: str, count: Any, how: Any, request: gr.Request) -> list[Any]:
         try:
-            # A browser may send what the field does not take.
-            wanted = int(count) if isinstance(count, (int, float)) else 0
+            # An emptied field sends nothing.
+            wanted = int(count or 0)
             started = app.store.train(run_id, wanted, "distill" if how == "distill" else "sft", visitor_of(request))
         except TmergeError as error:
             return [gr.skip(), gr.skip(), note(str(error), bad=True)]

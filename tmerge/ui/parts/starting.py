@@ -28,7 +28,6 @@ from tmerge.ui.parts.returning import open_again, under_way
 from tmerge.ui.parts.texts import upload_name
 from tmerge.ui.server.limits import UPLOAD_PREFIX, TooManyRunsError, vetted
 from tmerge.ui.server.visitor import visitor_of
-from tmerge.ui.server.visitor_run import Asks
 
 __all__ = ["Holds", "ready_recipe", "wire_start"]
 
@@ -88,14 +87,14 @@ def wire_start(
         fields: Each with whether a value of it is what a mapping holds.
     """
     in_the_way: gr.State = gr.State(None)
-    kind: gr.State = gr.State("merge")
+    kind: gr.State = gr.State(False)
     waiting: gr.State = gr.State(None)
     agreed: gr.State = gr.State(None)
     holders = [holds for _, holds in fields]
 
-    def pressed(asks: Asks) -> list[Any]:
+    def pressed(relates: bool) -> list[Any]:
         quiet = [gr.Button(interactive=False), gr.Button(interactive=False), gr.Button(visible=False)]
-        return [_Waiting(0, (), time.monotonic()), asks, problem(unread=None), *quiet]
+        return [_Waiting(0, (), time.monotonic()), relates, problem(unread=None), *quiet]
 
     def released() -> list[Any]:
         return [gr.Button(interactive=True), gr.Button(interactive=True)]
@@ -119,7 +118,7 @@ def wire_start(
         said = problem("Waiting for the last change to be taken in.", unread=None) if before.look == 0 else gr.skip()
         return [_Waiting(before.look + 1, now, since), gr.skip(), said, gr.skip(), gr.skip()]
 
-    def begin(found: tuple[Any, ...] | None, asks: Asks, runs: Any, request: gr.Request) -> dict[Any, Any]:
+    def begin(found: tuple[Any, ...] | None, relates: bool, runs: Any, request: gr.Request) -> dict[Any, Any]:
         if found is None:
             return {in_the_way: None}
         draft, uploaded, _ = found
@@ -128,13 +127,12 @@ def wire_start(
         except TmergeError as error:
             return {box: problem_of(error, seek=True)}
         try:
-            relates = asks == "relatedness"
             # What is read then is another recipe's work, and none of it is lent a GPU.
             here = fit_to_run(app, relatedness_recipe(recipe) if relates else recipe, lent=not relates)
             file_there = Path(uploaded) if uploaded else None
             names = stages_until(recipe, "transport") if relates else stage_names(recipe)
             expected = {name: here.found.estimate.stages.get(name, 0.0) for name in names}
-            run_id = app.store.start(recipe, visitor_of(request), file_there, here.gpu, expected, asks)
+            run_id = app.store.start(recipe, visitor_of(request), file_there, here.gpu, expected, relates=relates)
         except TmergeError as error:
             there = under_way(app, runs) if isinstance(error, TooManyRunsError) else None
             return {box: problem(str(error), bad=True), in_the_way: there, other: gr.Button(visible=there is not None)}
@@ -150,8 +148,7 @@ def wire_start(
         }
 
     quiet = {"show_progress": "hidden", **_LIGHT}
-    buttons: tuple[tuple[gr.Button, Asks], ...] = ((start, "merge"), (relate, "relatedness"))
-    for button, asked in buttons:
+    for button, asked in ((start, False), (relate, True)):
         button.click(
             partial(pressed, asked), None, [waiting, kind, box, start, relate, other], trigger_mode="once", **quiet
         )

@@ -73,33 +73,9 @@ def build_texts(search: HubSearch, settings: AppSettings) -> TextsPart:
         elem_id="texts-language",
     )
     with gr.Group(visible=False) as hub_rows, gr.Row():
-        dataset = gr.Dropdown(
-            [],
-            value=None,
-            label="Hub dataset",
-            info="Type to search",
-            allow_custom_value=True,
-            min_width=240,
-            elem_id="texts-dataset",
-        )
-        config = gr.Dropdown(
-            [],
-            value=None,
-            label="Configuration",
-            info="Where it has several",
-            allow_custom_value=True,
-            min_width=120,
-            elem_id="texts-config",
-        )
-        split = gr.Dropdown(
-            ["train"],
-            value="train",
-            label="Split",
-            info="Part of it",
-            allow_custom_value=True,
-            min_width=120,
-            elem_id="texts-split",
-        )
+        dataset = _box("dataset", "Hub dataset", "Type to search", min_width=240)
+        config = _box("config", "Configuration", "Where it has several")
+        split = _box("split", "Split", "Part of it", value="train")
     with gr.Group(visible=False) as upload_rows:
         file = gr.File(file_types=list(FILE_SUFFIXES), label="File of texts", height=140, elem_id="texts-file")
         hint = render("choose.html", "upload_hint", suffixes=FILE_SUFFIXES, most=settings.max_upload_bytes)
@@ -134,6 +110,19 @@ def build_texts(search: HubSearch, settings: AppSettings) -> TextsPart:
         api_visibility="private",
     )
     return TextsPart(kind, language, dataset, config, split, column, file, hub_rows, upload_rows, found)
+
+
+def _box(name: str, label: str, info: str, *, value: str | None = None, min_width: int = 120) -> gr.Dropdown:
+    """A field of a Hub dataset: what is found is offered, and anything can be typed."""
+    return gr.Dropdown(
+        [value] if value else [],
+        value=value,
+        label=label,
+        info=info,
+        allow_custom_value=True,
+        min_width=min_width,
+        elem_id=f"texts-{name}",
+    )
 
 
 def kind_of(dataset: str) -> str:

@@ -23,6 +23,7 @@ class Way:
     """One way in.
 
     Attributes:
+        name: Of its button's element.
         title: What is done.
         line: For whom, and what to expect.
         button: What it is begun with.
@@ -32,6 +33,7 @@ class Way:
         example: Name of the recorded run of it; None where there is none.
     """
 
+    name: str
     title: str
     line: str
     button: str
@@ -43,6 +45,7 @@ class Way:
 
 WAYS = (
     Way(
+        "relatives",
         "Merge relatives",
         "Your target was pruned or distilled from the source's family: their neurons correspond, and what the source "
         "learned in fine-tuning is carried over through that, without training.",
@@ -51,6 +54,7 @@ WAYS = (
         example="relatives",
     ),
     Way(
+        "adapter",
         "Carry an adapter",
         "You have a LoRA of a large model, and a small model of the same family. Only the large base is read; you get "
         "a LoRA of the small one, or the merged model.",
@@ -59,6 +63,7 @@ WAYS = (
         form="adapter",
     ),
     Way(
+        "strangers",
         "Compare strangers",
         "Any two architectures, as in the paper. It rarely helps, and often a control gains as much: the report says "
         "so before you publish.",
@@ -91,7 +96,7 @@ def build_ways(app: AppContext) -> list[tuple[Way, gr.Button]]:
             with gr.Column(min_width=260, elem_classes="card"):
                 markup(render("cards.html", "way", title=way.title, line=way.line, told=_told(way)))
                 with gr.Row():
-                    buttons.append((way, gr.Button(way.button, min_width=120, size="sm")))
+                    buttons.append((way, gr.Button(way.button, min_width=120, size="sm", elem_id=f"way-{way.name}")))
                     if way.example is not None:
                         see = gr.Button("See a run", min_width=120, size="sm", elem_id=f"see-{way.example}")
                         open_again(app, see, gr.State(example_id(way.example)), tab="look")

@@ -36,7 +36,7 @@ from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError, re
 from tmerge.ui.server.overall import seconds_left
 from tmerge.ui.server.run_process import NAME, lost, prepared_child, step_of
 from tmerge.ui.server.uploads import hide_upload, with_upload, without_paths
-from tmerge.ui.server.visitor_run import Asks, CouplingRow, Objective, StageProgress, State, Training, VisitorRun
+from tmerge.ui.server.visitor_run import CouplingRow, Objective, StageProgress, State, Training, VisitorRun
 
 __all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
 
@@ -79,7 +79,8 @@ class RunStore:
         upload: Path | None = None,
         gpu: dict[str, float] | None = None,
         expected: Mapping[str, float] | None = None,
-        asks: Asks = "merge",
+        *,
+        relates: bool = False,
     ) -> str:
         """Queue a run.
 
@@ -89,7 +90,7 @@ class RunStore:
             upload: The calibration file, where the recipe's dataset is ``upload:NAME``; it is copied.
             gpu: On ZeroGPU, as `tmerge.ui.server.zero.gpu_seconds`; the GPU is then asked for in the caller's context.
             expected: Stage -> seconds, as `check` found; None where it was not asked.
-            asks: A merge, or no more than whether the two models are related; for a training there is `train`.
+            relates: Whether no more is asked than whether the two models are related.
 
         Returns:
             The run's id.
@@ -103,7 +104,7 @@ class RunStore:
             # The folder's name is not the id, which is the key to the run.
             home = Path(tempfile.mkdtemp(dir=self.root))
             run = VisitorRun(secrets.token_urlsafe(18), recipe, home / "fused", visitor)
-            run.read, run.expected, run.asks = with_upload(recipe, home, upload), expected or {}, asks
+            run.read, run.expected, run.relates = with_upload(recipe, home, upload), expected or {}, relates
             if gpu is not None:
                 run.gpu, run.context = gpu, contextvars.copy_context()
             self._enqueue(run)
@@ -134,7 +135,7 @@ class RunStore:
             self._refuse_too_many(visitor)
         refuse_training(merged.report, merged.recipe, merged.folder, steps, objective, self.settings)
         home = Path(tempfile.mkdtemp(dir=self.root))
-        run = VisitorRun(secrets.token_urlsafe(18), merged.recipe, home / "adapted", visitor, asks="training")
+        run = VisitorRun(secrets.token_urlsafe(18), merged.recipe, home / "adapted", visitor)
         run.training, run.read = Training(home / "fused", steps, objective), merged.read
         try:
             # Its own, so that the merge may go meanwhile; the files are the same ones, and take no room twice.
@@ -342,7 +343,7 @@ class RunStore:
                 words = {"steps": run.training.steps, "objective": run.training.objective}
                 trained: Report = call(partial(adapt_run, run.training.merged, run.folder, words))
                 return trained
-            if run.asks == "relatedness":
+            if run.relates:
                 related: Relatedness = call(partial(measure_relatedness, recipe, run.folder))
                 return related
             if run.gpu is not None and run.context is not None:

@@ -112,7 +112,7 @@ class VisitorRun:
         fault: Whether that was a fault of ours and not something to be mended.
         report: report.json, once it is done.
         push: Its last push, under way or over.
-        asks: Whether it is a merge, a training on top of one, or asks whether the two models are related.
+        relates: Whether it asks no more than whether the two models are related.
         relatedness: What it found, where it asks that, once it is done.
         training: What it does where it is no merge; then `folder` is of what the training makes.
         example: What is told of a recorded run, whose weights are not there; None of a visitor's own.
@@ -137,7 +137,7 @@ class VisitorRun:
     fault: bool = False
     report: Report | None = None
     push: PushUnderWay | None = None
-    asks: Asks = "merge"
+    relates: bool = False
     relatedness: Relatedness | None = None
     training: Training | None = None
     example: Example | None = None
@@ -151,6 +151,11 @@ class VisitorRun:
     read: Recipe | None = None
     gpu: dict[str, float] | None = None
     context: contextvars.Context | None = None
+
+    @property
+    def asks(self) -> Asks:
+        """What it is."""
+        return "training" if self.training is not None else "relatedness" if self.relates else "merge"
 
     @property
     def over(self) -> bool:

@@ -75,14 +75,12 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         source = _model_field("source", "Source: the model that is read", begin)
         adapter = _adapter_field(begin)
         settings.make("source_base")
-    with gr.Row(equal_height=False):
-        preset = gr.Dropdown(
-            preset_names(),
-            value=preset_of(begin),
-            label="Preset",
-            info="The paper's pairs and settings, or the built-in demo; empty where the recipe is none of them",
-        )
-        demo = gr.Button("Use the built-in demo pair", elem_id="use-demo", scale=0, min_width=230)
+    preset = gr.Dropdown(
+        preset_names(),
+        value=preset_of(begin),
+        label="Preset",
+        info="The paper's pairs and settings, or the built-in demo; empty where the recipe is none of them",
+    )
     texts = build_texts(search, app.settings)
     with gr.Row(equal_height=False, elem_classes="fields"):
         settings.make("fusion.what", "fusion.alpha", "calibration.texts", "fusion.projections")
@@ -202,9 +200,6 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     gr.on(app.proposed.change, replaced, [app.proposed, upload], everything, **_in_turn())
     for way, button in ways:
         button.click(lambda uploaded, way=way: replaced(begin_with(way), uploaded), upload, everything, **_in_turn())
-    demo.click(
-        lambda uploaded: ["demo", *replaced(from_preset("demo"), uploaded)], upload, [preset, *everything], **_in_turn()
-    )
     preset.input(
         lambda name, uploaded: replaced(from_preset(name), uploaded), [preset, upload], everything, **_in_turn()
     )
