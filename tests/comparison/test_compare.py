@@ -110,6 +110,8 @@ def test_tasks_of_every_row(pair, tmp_path):
         task = row.tasks["xcopa_id"]
         assert task.questions == 4 and task.metric == "acc" and 0 <= task.value <= 1
         assert ("difference" in task.to_dict()) == (row.name != "base")
+        assert ("difference" in task.margin.to_dict()) == (row.name != "base")
     table = (tmp_path / "c" / "compare.md").read_text()
-    assert "xcopa_id: acc on 4 questions" in table and "| XCOPA | 1 | 2 | 3 |" in table
+    assert "xcopa_id: acc on 4 questions" in table and "xcopa_id: margin of the right answer" in table
+    assert "| XCOPA | 1 | 2 | 3 |" in table
     assert "Benchmarks" in (tmp_path / "c" / "compare.html").read_text()

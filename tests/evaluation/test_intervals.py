@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from tmerge.evaluation import Interval, Scores, difference, resamples, score, verdict
+from tmerge.evaluation import Interval, Scores, detectable, difference, resamples, score, verdict
 from tmerge.evaluation.intervals import chance_to_gain, clearly_gains, upper_bound
 
 
@@ -175,3 +175,24 @@ def test_a_gain_that_is_clear_in_the_end_was_likely_all_along(seed):
     assert chance_to_gain(worse.first(40), base.first(40), of=160, level=0.025 / 20) < 0.025
     assert chance_to_gain(worse.first(40), fused.first(40), of=160, level=0.5) < 0.025
     assert chance_to_gain(base.first(40), base.first(40), of=160, level=0.5) == 0
+
+
+def test_a_detectable_difference_is_shown_four_times_in_five():
+    """Drawn anew often: a t-test of scipy finds a true difference of that size at the power it was given for."""
+    generator = np.random.default_rng(0)
+    texts, spread = 200, 0.7
+    zeros, ones = torch.zeros(texts, dtype=torch.float64), torch.ones(texts, dtype=torch.float64)
+    seen = torch.tensor(generator.normal(0.3, spread, texts))
+    found = detectable(Scores(seen, ones, 0, 0.0), Scores(zeros, ones, 0, 0.0))
+    assert found == pytest.approx(2.8016 * float(seen.std()) / texts**0.5, rel=1e-4)
+    draws = generator.normal(found, float(seen.std()), (4000, texts))
+    shown = (stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05) & (draws.mean(1) > 0)
+    assert shown.mean() == pytest.approx(0.8, abs=0.03)
+
+
+def test_texts_that_all_say_the_same_tell_nothing_of_how_texts_vary():
+    generator = np.random.default_rng(0)
+    sizes = torch.tensor(generator.integers(10, 90, 30), dtype=torch.float64)
+    base = Scores(torch.tensor(generator.normal(300, 9, 30)), sizes, 0, 0.0)
+    assert detectable(base, base) is None
+    assert detectable(Scores(base.bits - 0.1 * sizes, sizes, 0, 0.0), base) is None

@@ -1,6 +1,7 @@
 """Benchmarks: the harness on local files gives what a plain computation gives."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tests.evaluation.test_choose import loaded
 from tests.pico import pico_model
 from tmerge.errors import DatasetError, RecipeError
 from tmerge.evaluation import resamples
+from tmerge.evaluation.margins import question_margins
 from tmerge.evaluation.tasks import TASK_GROUPS, expand_tasks, run_tasks, task_difference, task_score
 
 pytest.importorskip("lm_eval")
@@ -52,6 +54,15 @@ def by_hand(one, questions):
     return right
 
 
+def margins_by_hand(one, questions):
+    margins = []
+    for context, choices, answer in questions:
+        scores = [likelihood(one, context, " " + choice) / math.log(2) / len(choice.encode()) for choice in choices]
+        right = scores.pop(answer)
+        margins.append(right - max(scores))
+    return margins
+
+
 def xcopa_questions(rows, language):
     for row in rows:
         context = f"{row['premise'].strip()[:-1]} {CONNECTORS[language][row['question']]}"
@@ -66,6 +77,7 @@ def test_xcopa_from_a_file_is_what_a_loop_finds(tmp_path):
     one = loaded(pico_model("llama"))
     found = run_tasks(one, ["xcopa_id"], data={"xcopa_id": path})["xcopa_id"]
     assert found.metric == "acc" and found.items.tolist() == by_hand(one, xcopa_questions(rows, "id"))
+    assert found.margins.tolist() == pytest.approx(margins_by_hand(one, xcopa_questions(rows, "id")), abs=1e-4)
     assert run_tasks(one, ["xcopa_id"], data={"xcopa_id": path}, limit=2)["xcopa_id"].items.tolist() == (
         found.items[:2].tolist()
     )
@@ -97,6 +109,8 @@ def test_our_own_definitions_from_files(tmp_path):
     ]
     assert found["yue_mmlu"].items.tolist() == by_hand(one, yue_questions)
     assert found["malaymmlu"].items.tolist() == by_hand(one, malay_questions)
+    assert found["yue_mmlu"].margins.tolist() == pytest.approx(margins_by_hand(one, yue_questions), abs=1e-4)
+    assert found["malaymmlu: STEM"].margins.tolist() == found["malaymmlu"].margins[1:].tolist()
     assert found["malaymmlu: Humanities"].items.tolist() == found["malaymmlu"].items[:1].tolist()
     assert found["malaymmlu: STEM"].items.tolist() == found["malaymmlu"].items[1:].tolist()
 
@@ -122,6 +136,45 @@ def test_pairs_of_scores():
     change = task_difference(better, base, counts)
     assert change.value == 5 / 8 and change.low > 0
     assert task_difference(base, base, counts).high == 0
+
+
+def sample(target, likelihoods, acc, answers=("A", "BB", "CCCC")):
+    """As the harness logs a question."""
+    choices = [(likelihood, False) for likelihood in likelihoods]
+    return {
+        "target": target,
+        "acc": acc,
+        "filtered_resps": choices,
+        "arguments": [("question", f" {word}") for word in answers[: len(choices)]],
+    }
+
+
+def test_a_margin_is_of_the_best_right_answer_over_the_best_wrong_one():
+    found = question_margins(
+        [
+            sample(0, (-1.0, -3.0, -2.0), 1.0),
+            sample("BB", (-1.0, -3.0, -2.0), 0.0),
+            sample([1, 2], (-1.0, -3.0, -0.5), 1.0),
+            sample(1, (-1.0, -1.0, -2.0), 0.0),  # level: the harness takes the first
+        ]
+    )
+    by_the_byte = [-1.0 + 0.5, -1.5 + 0.5, -0.125 + 1.0, -0.5 + 0.5]
+    assert found == pytest.approx([margin / math.log(2) for margin in by_the_byte])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        sample(0, (-1.0, -3.0), 0.0),  # judged otherwise than by likelihood
+        sample("D", (-1.0, -3.0, -2.0), 1.0),  # no such answer
+        {"target": 0, "acc": 1.0, "filtered_resps": ["words"]},  # written, not chosen
+        {"target": 0, "exact_match": 1.0, "filtered_resps": [(-1.0, False), (-2.0, False)]},
+        sample([0, 1], (-1.0, -2.0), 1.0),  # nothing is wrong
+        sample(0, (-1.0, -math.inf), 1.0),
+    ],
+)
+def test_a_task_of_another_kind_has_no_margins(other):
+    assert question_margins([sample(0, (-1.0, -3.0), 1.0), other]) is None
 
 
 def test_groups_and_mistakes(tmp_path):

@@ -12,7 +12,15 @@ from rich.table import Table
 from tmerge.comparison.evaluate import Evaluation
 from tmerge.comparison.result import Comparison
 from tmerge.comparison.scores import Compared
-from tmerge.comparison.tables import ROW_HEADINGS, added_words, change_cells, row_cells
+from tmerge.comparison.tables import (
+    DETECTABLE_WORDS,
+    MARGIN_WORDS,
+    ROW_HEADINGS,
+    added_words,
+    change_cells,
+    detectable_cell,
+    row_cells,
+)
 from tmerge.hub import PushPlan
 from tmerge.preflight.check import Check
 from tmerge.quantities import bytes_words
@@ -203,14 +211,20 @@ def show_evaluation(result: Evaluation) -> None:
     for name, task in first.tasks.items():
         title = f"{name}: {task.metric} on {task.questions} questions, higher is better"
         measures.append((title, [model.tasks[name] for model in result.models]))
+        margins = [model.tasks[name].margin for model in result.models]
+        if None not in margins:
+            measures.append((f"{name}: {MARGIN_WORDS}", margins))
     for title, scores in measures:
         table = Table(title=title, title_justify="left")
-        for heading in ("model", "value", "95 % interval", "difference to the first", "95 % interval"):
+        for heading in ("model", "value", "95 % interval", "difference to the first", "95 % interval", "detectable"):
             table.add_column(heading)
         for model, score in zip(result.models, scores, strict=True):
             assert score is not None  # all were scored on the same
-            table.add_row(model.model, score_words(score.value), interval_words(score), *change_cells(score.difference))
+            own = (score_words(score.value), interval_words(score))
+            table.add_row(model.model, *own, *change_cells(score.difference), detectable_cell(score))
         console.print(table)
+    if len(result.models) > 1:
+        console.print(DETECTABLE_WORDS, markup=False, highlight=False)
 
 
 def _descent(control: Descent) -> Table:

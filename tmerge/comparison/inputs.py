@@ -148,7 +148,7 @@ class ComparedData:
         scores = run_tasks(model, self.settings.tasks, data=data, limit=self.settings.task_limit, seed=self.recipe.seed)
         # The harness reads the file itself, so what it read is known only if it is the same before and after.
         self._refuse_changed_files()
-        return {task: Answers(metric=score.metric, items=score.items.tolist()) for task, score in scores.items()}
+        return {task: Answers.noted(score) for task, score in scores.items()}
 
     def _refuse_changed_files(self) -> None:
         for path in dict.fromkeys(self.settings.task_data.values()):

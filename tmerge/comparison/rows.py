@@ -38,10 +38,17 @@ class TextScores(_Frozen):
 
 
 class Answers(_Frozen):
-    """Every question's own result on a task."""
+    """Every question's own result on a task, and its margin where it has one, in bits per byte."""
 
     metric: str
     items: list[float]
+    margins: list[float] | None = None
+
+    @classmethod
+    def noted(cls, scores: TaskScore) -> Answers:
+        """What is kept of scores."""
+        margins = None if scores.margins is None else scores.margins.tolist()
+        return cls(metric=scores.metric, items=scores.items.tolist(), margins=margins)
 
 
 class RowScores(TextScores):
@@ -153,9 +160,19 @@ def _mean(scores: Sequence[TextScores]) -> Scores:
 
 def _answers(group: Sequence[RowNote]) -> dict[str, TaskScore]:
     """Questions averaged over the seeds of a row."""
-    return {
-        task: TaskScore(
-            answers.metric, torch.tensor([note.tasks[task].items for note in group], dtype=torch.float64).mean(0), 0.0
+    averaged = {}
+    for task, answers in group[0].tasks.items():
+        of_seeds = [note.tasks[task] for note in group]
+        margins = [seed.margins for seed in of_seeds if seed.margins is not None]
+        averaged[task] = TaskScore(
+            answers.metric,
+            _mean_of([seed.items for seed in of_seeds]),
+            0.0,
+            _mean_of(margins) if len(margins) == len(of_seeds) else None,
         )
-        for task, answers in group[0].tasks.items()
-    }
+    return averaged
+
+
+def _mean_of(seeds: Sequence[Sequence[float]]) -> torch.Tensor:
+    """(N,) float64 of (seeds, N)."""
+    return torch.tensor(seeds, dtype=torch.float64).mean(0)

@@ -7,24 +7,37 @@ from typing import Any
 
 from torch import Tensor
 
-from tmerge.evaluation import Interval, Scores, difference, resamples, score
-from tmerge.evaluation.tasks import TaskScore, task_difference, task_score
+from tmerge.evaluation import Interval, Scores, detectable, difference, resamples, score
+from tmerge.evaluation.tasks import TaskScore, task_detectable, task_difference, task_score
 from tmerge.report import Measured
 
 __all__ = ["Compared", "TaskResult", "compared", "measured", "task_results"]
 
 
 class Compared(Measured):
-    """A value, and its paired difference to the first model's; None of the first model itself."""
+    """A value, and its paired difference to the first model's.
+
+    Attributes:
+        difference: None of the first model itself.
+        detectable: The smallest true difference that so many texts or questions would show four times in five
+            (`tmerge.evaluation.detectable`); None of the first model, and where no text told the two apart.
+    """
 
     difference: Measured | None = None
+    detectable: float | None = None
 
 
 class TaskResult(Compared):
-    """A benchmark task's: the metric of the harness, over so many questions."""
+    """A benchmark task's: the metric of the harness, over so many questions.
+
+    Attributes:
+        margin: The same questions by how far ahead the right answer is, in bits per byte (`question_margins`); None of
+            a task that is not multiple choice.
+    """
 
     metric: str
     questions: int
+    margin: Compared | None = None
 
 
 def measured(interval: Interval) -> Measured:
@@ -40,10 +53,10 @@ def compared(scores: Scores, first: Scores | None, counts: Tensor) -> Compared:
         first: Of the model that it is held against; None of that one itself.
         counts: (B, N) from `resamples`.
     """
-    own = measured(score(scores, counts))
+    own = score(scores, counts)
     if first is None:
-        return Compared(value=own.value, ci95=own.ci95)
-    return Compared(value=own.value, ci95=own.ci95, difference=measured(difference(scores, first, counts)))
+        return _compared(own)
+    return _compared(own, difference(scores, first, counts), detectable(scores, first))
 
 
 def task_results(
@@ -60,9 +73,24 @@ def task_results(
     results = {}
     for name, task_scores in scores.items():
         counts = resamples(len(task_scores.items), bootstrap, seed)
-        own = measured(task_score(task_scores, counts))
-        known: dict[str, Any] = {"value": own.value, "ci95": own.ci95}
-        if first is not None:
-            known["difference"] = measured(task_difference(task_scores, first[name], counts))
+        before = None if first is None else first[name]
+        ahead, ahead_before = task_scores.by_margin, None if before is None else before.by_margin
+        known = _task_compared(task_scores, before, counts).to_dict()
+        if ahead is not None and (before is None or ahead_before is not None):
+            known["margin"] = _task_compared(ahead, ahead_before, counts)
         results[name] = TaskResult(metric=task_scores.metric, questions=len(task_scores.items), **known)
     return results
+
+
+def _task_compared(scores: TaskScore, first: TaskScore | None, counts: Tensor) -> Compared:
+    own = task_score(scores, counts)
+    if first is None:
+        return _compared(own)
+    return _compared(own, task_difference(scores, first, counts), task_detectable(scores, first))
+
+
+def _compared(own: Interval, change: Interval | None = None, smallest: float | None = None) -> Compared:
+    """What applies only: a document leaves out what was not given."""
+    known: dict[str, Any] = {} if change is None else {"difference": measured(change)}
+    known |= {} if smallest is None else {"detectable": smallest}
+    return Compared(value=own.value, ci95=(own.low, own.high), **known)

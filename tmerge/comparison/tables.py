@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tmerge.comparison.result import Added, Comparison, Published, Row
+from tmerge.comparison.scores import Compared
 from tmerge.report import Measured, change_words, interval_words, score_words
 
-__all__ = ["ROW_HEADINGS", "added_words", "change_cells", "comparison_table", "row_cells"]
+__all__ = [
+    "DETECTABLE_WORDS",
+    "MARGIN_WORDS",
+    "ROW_HEADINGS",
+    "added_words",
+    "change_cells",
+    "comparison_table",
+    "detectable_cell",
+    "row_cells",
+]
 
 ROW_HEADINGS = ("row", "bits per byte", "difference to base", "95 % interval", "tokens", "steps", "seconds")
 """Of `row_cells`."""
+
+MARGIN_WORDS = "margin of the right answer over the best wrong one, in bits per byte, higher is better"
+DETECTABLE_WORDS = "detectable: the smallest true difference that so many texts or questions show four times in five"
 
 
 def row_cells(row: Row) -> tuple[str, ...]:
@@ -30,21 +43,37 @@ def change_cells(change: Measured | None) -> tuple[str, str]:
     return ("", "") if change is None else (change_words(change.value), interval_words(change, signed=True))
 
 
+def detectable_cell(result: Compared) -> str:
+    """The smallest difference that these texts or questions show; empty where there is none."""
+    return "" if result.detectable is None else score_words(result.detectable)
+
+
 def comparison_table(comparison: Comparison) -> str:
     """The rows as Markdown tables; differences are to the base, with their paired 95 % intervals."""
     lines = [f"Bits per byte on {comparison.texts} held-out texts, lower is better.", "", *_table(ROW_HEADINGS)]
     lines += map(_line, map(row_cells, comparison.rows))
     if comparison.added:
         lines += ["", *(f"- {_cell(added_words(added))}" for added in comparison.added)]
+    if comparison.rows[0].tasks:
+        lines += ["", f"Benchmarks; {DETECTABLE_WORDS}."]
     for task, first in comparison.rows[0].tasks.items():
         lines += ["", f"{_cell(task)}: {first.metric} on {first.questions} questions, higher is better.", ""]
-        lines += _table(("row", first.metric, "difference to base", "95 % interval"))
-        for row in comparison.rows:
-            result = row.tasks[task]
-            lines.append(_line((row.name, score_words(result.value), *change_cells(result.difference))))
+        lines += _task_table(first.metric, {row.name: row.tasks[task] for row in comparison.rows})
+        margins = {row.name: row.tasks[task].margin for row in comparison.rows}
+        known = {name: margin for name, margin in margins.items() if margin is not None}
+        if len(known) == len(margins):
+            lines += ["", f"{_cell(task)}: {MARGIN_WORDS}.", "", *_task_table("margin", known)]
     if comparison.published is not None:
         lines += _published(comparison.published)
     return "\n".join(lines) + "\n"
+
+
+def _task_table(metric: str, results: Mapping[str, Compared]) -> list[str]:
+    lines = _table(("row", metric, "difference to base", "95 % interval", "detectable"))
+    for name, result in results.items():
+        cells = (name, score_words(result.value), *change_cells(result.difference), detectable_cell(result))
+        lines.append(_line(cells))
+    return lines
 
 
 def added_words(added: Added) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tmerge.evaluation.choose import PROJECTION_GROUPS, choose_alpha, choose_strengths
 from tmerge.evaluation.controls import Control, applied, noise, shrink
 from tmerge.evaluation.descent import Descent, descent_cosines
-from tmerge.evaluation.intervals import Interval, Verdict, difference, resamples, score, verdict
+from tmerge.evaluation.intervals import Interval, Verdict, detectable, difference, resamples, score, verdict
 from tmerge.evaluation.likelihood import LOGITS_AT_ONCE, Scores, score_texts
 from tmerge.evaluation.race import Choice, Race, Trial, most_scorings
 from tmerge.evaluation.unchanged import MOST_KEPT_BYTES, unchanged_layers, without_unchanged_layers
@@ -20,6 +20,7 @@ __all__ = [
     "choose_alpha",
     "choose_strengths",
     "descent_cosines",
+    "detectable",
     "Control",
     "Interval",
     "Race",

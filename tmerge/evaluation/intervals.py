@@ -23,6 +23,7 @@ __all__ = [
     "Verdict",
     "chance_to_gain",
     "clearly_gains",
+    "detectable",
     "difference",
     "resamples",
     "score",
@@ -81,6 +82,34 @@ def difference(scores: Scores, base: Scores, counts: Tensor) -> Interval:
     """
     change = _paired(scores, base)
     return _interval(float(change.sum() / base.bytes.sum()), counts @ change / (counts @ base.bytes))
+
+
+def detectable(scores: Scores, base: Scores) -> float | None:
+    """The smallest true difference that texts as many and as different as these would show four times in five.
+
+        delta = (z_0.975 + z_0.8) se
+
+    se the linearised standard error of the paired difference (Miller, Adding Error Bars to Evals, arXiv 2411.00640,
+    section 5, with the variance that was seen): a true difference of delta gives a 95 % interval clear of zero with
+    power 0.8. A smaller one may be there, and these texts will mostly not show it.
+
+    Args:
+        scores: Of the model, on N texts.
+        base: Of the base, on the same texts.
+
+    Returns:
+        In the scores' own unit; None where every text says the same, and nothing can be told of how texts vary.
+
+    Raises:
+        ValueError: The two were not scored on the same bytes.
+    """
+    change, sizes = _paired(scores, base), base.bytes
+    residual = change - change.sum() / sizes.sum() * sizes
+    error = float(_standard_error(residual.square().sum(), sizes.sum(), len(change)))
+    normal = NormalDist()
+    # Where all are alike, what is left is rounding.
+    alike = error <= 1e-12 * float(change.abs().sum() / sizes.sum())
+    return None if alike else (normal.inv_cdf(0.975) + normal.inv_cdf(0.8)) * error
 
 
 def clearly_gains(scores: Scores, base: Scores, *, chances: int, seed: int) -> bool:

@@ -23,12 +23,13 @@ import torch
 import yaml
 
 from tmerge.errors import DatasetError, MissingExtraError, RecipeError
-from tmerge.evaluation.intervals import Interval, difference, score
+from tmerge.evaluation.intervals import Interval, detectable, difference, score
 from tmerge.evaluation.likelihood import Scores
+from tmerge.evaluation.margins import question_margins
 from tmerge.models import LoadedModel
 from tmerge.version import DISTRIBUTION
 
-__all__ = ["TASK_GROUPS", "TaskScore", "expand_tasks", "run_tasks", "task_difference", "task_score"]
+__all__ = ["TASK_GROUPS", "TaskScore", "expand_tasks", "run_tasks", "task_detectable", "task_difference", "task_score"]
 
 TASK_GROUPS: dict[str, tuple[str, ...]] = {
     "malay": ("malaymmlu",),
@@ -58,16 +59,24 @@ class TaskScore:
         metric: Of the harness: ``acc``, ``exact_match``, ...
         items: (N,) float64, each question's own value.
         seconds: Wall time of the harness's run that this task was part of.
+        margins: (N,) float64 in bits per byte, how far ahead the right answer is (`question_margins`); None of a task
+            that has no such thing.
     """
 
     metric: str
     items: torch.Tensor
     seconds: float
+    margins: torch.Tensor | None = None
 
     @property
     def value(self) -> float:
         """Mean over questions."""
         return float(self.items.mean())
+
+    @property
+    def by_margin(self) -> TaskScore | None:
+        """The same questions by their margins."""
+        return None if self.margins is None else TaskScore("margin", self.margins, self.seconds)
 
 
 def expand_tasks(names: Sequence[str]) -> list[str]:
@@ -171,7 +180,9 @@ def run_tasks(
             parts[f"{name}: {category}"] = [sample for sample in chosen if str(sample["doc"].get(column)) == category]
         for part, judged_samples in parts.items():
             values = [float(sample[metric]) for sample in judged_samples]
-            scores[part] = TaskScore(metric, torch.tensor(values, dtype=torch.float64), seconds)
+            margins = question_margins(judged_samples)
+            ahead = None if margins is None else torch.tensor(margins, dtype=torch.float64)
+            scores[part] = TaskScore(metric, torch.tensor(values, dtype=torch.float64), seconds, ahead)
     return scores
 
 
@@ -183,6 +194,11 @@ def task_score(scores: TaskScore, counts: torch.Tensor) -> Interval:
 def task_difference(scores: TaskScore, base: TaskScore, counts: torch.Tensor) -> Interval:
     """Mean minus the base's, paired by question; positive is better than the base."""
     return difference(_paired(scores), _paired(base), counts)
+
+
+def task_detectable(scores: TaskScore, base: TaskScore) -> float | None:
+    """The smallest true difference that so many questions would show (`detectable`)."""
+    return detectable(_paired(scores), _paired(base))
 
 
 def _paired(scores: TaskScore) -> Scores:
