@@ -9,11 +9,7 @@ FOLDER/adapters/rows.jsonl; a row that is there is not measured again. With a la
 NusaX's texts in that, in FOLDER/adapters-LANGUAGE:
 
     found, truth      carried through the correspondence that was found, and through the true one
-    cross-lora        Cross-LoRA (arXiv 2508.05232): U_t U_s^T (B A) V_s V_t^T with the leading singular vectors of both
-                      models' own weights, paired by their rank; it is told the true layers
-    lorasuite         LoRASuite (arXiv 2505.13515), before its training: the stream by E_s^+ E_t of the two embeddings,
-                      MLP neurons by the up projections, heads by the cosine of their weights; told the true layers
-    copy              as it is, where the shapes are the base's
+    theseus, ...      as others carry it (`tests.bench.rivals`), told the true layers
     lora-N            a LoRA trained on the target itself, N steps
     found+N           N steps that begin with what was carried
 """
@@ -34,18 +30,18 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
+from torch import nn
 
 from tests.bench.pair import ALL, Pair
 from tests.bench.relatives import DATA, split
+from tests.bench.rivals import Rivals
 from tmerge.evaluation import applied, difference, resamples, score_texts
-from tmerge.fusion import COLUMN_PROJECTIONS, TransportedNeurons, changed_together, module_change
+from tmerge.fusion import TransportedNeurons, changed_together, module_change
 from tmerge.fusion.low_rank import of_rank
 from tmerge.models import LoadedModel, load_model, save_adapter
 from tmerge.recipe import Shared, TaskVector
 
-RANK, BATCH, TOKENS, RATE, SUBSPACE = 16, 8, 256, 1e-3, 320
+RANK, BATCH, TOKENS, RATE = 16, 8, 256, 1e-3
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -108,79 +104,6 @@ def adapter_of(pair: Path, steps: int, seed: int, language: str | None, data: Pa
     return folder
 
 
-class Rivals:
-    """Other ways to carry a LoRA, each told the true layers."""
-
-    def __init__(self, pair: Pair) -> None:
-        self.pair = pair
-        self.layers = pair.truth["layers"]
-        self.own, self.base, self.source = (pair.layouts[role] for role in ("target", "base", "source"))
-
-    def items(self, change: Callable[[int, int, str], Tensor]) -> list[TransportedNeurons]:
-        """What a way gives for each (target layer, base layer, projection)."""
-        items = []
-        for layer, views in enumerate(self.own.layers):
-            for name in ALL:
-                weight = change(layer, self.layers[layer], name)
-                neurons = torch.arange(weight.shape[name in COLUMN_PROJECTIONS])
-                assert weight.shape == (views[name].out_features, views[name].in_features)
-                items.append(TransportedNeurons(layer, name, neurons, weight.contiguous(), None, True))
-        return items
-
-    def learned(self, layer: int, name: str) -> Tensor:
-        """(out, in) B A of the base's layer."""
-        return self.source.layers[layer][name].weight() - self.base.layers[layer][name].weight()
-
-    def copy(self) -> list[TransportedNeurons]:
-        return self.items(lambda layer, other, name: self.learned(other, name))
-
-    def cross_lora(self) -> list[TransportedNeurons]:
-        def change(layer: int, other: int, name: str) -> Tensor:
-            left, right = [], []
-            for weight in (self.own.layers[layer][name].weight(), self.base.layers[other][name].weight()):
-                outputs, _, inputs = torch.linalg.svd(weight.float(), full_matrices=False)
-                left.append(outputs)
-                right.append(inputs)
-            rank = min(SUBSPACE, *(len(vectors) for vectors in right))
-            up, down = (left[index][:, :rank] for index in (0, 1)), (right[index][:rank] for index in (0, 1))
-            (own_out, out), (own_in, into) = tuple(up), tuple(down)
-            return own_out @ (out.T @ self.learned(other, name) @ into.T) @ own_in
-
-        return self.items(change)
-
-    def lorasuite(self) -> list[TransportedNeurons]:
-        embeddings = [self.pair.models[role].model.get_input_embeddings().weight.float() for role in ("base", "target")]
-        stream = torch.linalg.lstsq(embeddings[0], embeddings[1]).solution  # (h_s, h_t)
-        dim = self.pair.models["base"].model.config.head_dim
-        made: dict[tuple[int, str], Tensor] = {}
-
-        def neurons(layer: int, other: int) -> Tensor:
-            """(i_t, i_s): W_up of the target by the base's."""
-            if (layer, "mlp") not in made:
-                read = self.base.layers[other]["up"].weight() @ stream
-                made[layer, "mlp"] = torch.linalg.lstsq(read.T, self.own.layers[layer]["up"].weight().T).solution.T
-            return made[layer, "mlp"]
-
-        def heads(layer: int, other: int, name: str) -> list[int]:
-            read = (self.base.layers[other][name].weight() @ stream).unflatten(0, (-1, dim)).flatten(1)
-            own = self.own.layers[layer][name].weight().unflatten(0, (-1, dim)).flatten(1)
-            cosine = nn.functional.normalize(own, dim=1) @ nn.functional.normalize(read, dim=1).T
-            return linear_sum_assignment(-cosine.numpy())[1].tolist()
-
-        def change(layer: int, other: int, name: str) -> Tensor:
-            learned = self.learned(other, name)
-            if name in ("gate", "up"):
-                return neurons(layer, other) @ learned @ stream
-            if name == "down":
-                return stream.T @ learned @ neurons(layer, other).T
-            if name == "o":
-                chosen = learned.unflatten(1, (-1, dim))[:, heads(layer, other, "q")].flatten(1)
-                return stream.T @ chosen
-            return learned.unflatten(0, (-1, dim))[heads(layer, other, name)].flatten(0, 1) @ stream
-
-        return self.items(change)
-
-
 def rows_of(
     pair: Pair, texts: Sequence[str], steps: int, then: int, seed: int
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -208,14 +131,7 @@ def rows_of(
 
     yield "found", found
     yield "truth", lambda: pair.oracle(ALL, False, "task-vector")
-    yield "cross-lora", rivals.cross_lora
-    yield "lorasuite", rivals.lorasuite
-    shapes = [
-        [tuple(view.weight().shape) for layer in pair.layouts[role].layers for view in layer.values()]
-        for role in ("target", "base")
-    ]
-    if shapes[0] == shapes[1]:
-        yield "copy", rivals.copy
+    yield from rivals.ways().items()
     for count in dict.fromkeys((steps, then)):
         yield f"lora-{count}", fresh(count)
     yield f"found+{then}", lambda: fresh(then, saved())()

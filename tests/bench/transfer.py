@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from tests.bench.pair import ALL, ATTENTION, Pair
+from tests.bench.rivals import Rivals
 from tmerge.evaluation import applied, difference, noise, resamples, score_texts, shrink
 from tmerge.fusion import TransportedNeurons
 from tmerge.recipe import Apart, Shared, TaskVector, TransportSettings, Weights
@@ -126,6 +127,12 @@ def rows_of(pair: Pair) -> Iterator[tuple[str, Callable[[], Any]]]:
         for alpha in (1.0, 1.5):
             yield f"affine/all/alpha-{alpha:g}", merge("tokens", shared(), alpha=alpha, affine=True)
             yield f"affine/all+stream/alpha-{alpha:g}", merge("tokens", shared(), alpha=alpha, affine=True, stream=True)
+    if pair.truth is not None:
+        rivals = Rivals(pair)
+        yield "rival/weight-matching/found", rivals.found_by_weights
+        for name, way in rivals.ways().items():
+            for alpha in (0.5, 1.0, 2.0, 4.0):
+                yield f"rival/{name}/alpha-{alpha:g}", lambda way=way, alpha=alpha: (way(), alpha)
     yield from apart(pair, merge)
 
 
