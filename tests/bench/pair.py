@@ -124,17 +124,21 @@ class Pair:
         return ends
 
     @cache
-    def sides(self, kind: str) -> tuple[Side, Side]:
-        return tuple(self._side(role, kind) for role in ("target", "source"))  # type: ignore[return-value]
+    def sides(self, kind: str, by_weights: bool = False) -> tuple[Side, Side]:
+        return tuple(self._side(role, kind, by_weights) for role in ("target", "source"))  # type: ignore[return-value]
 
-    def _side(self, role: str, kind: str) -> Side:
+    def _side(self, role: str, kind: str, by_weights: bool) -> Side:
         store = self.store(role, kind)
         facts = head_facts(self.models[role].model, self.layouts[role])
-        return Side.of(store, {str(layer): item for layer, item in facts.items()})
+
+        def weight(layer: int, name: str) -> torch.Tensor:
+            return self.layouts[role].layers[layer][name].weight()
+
+        return Side.of(store, {str(layer): item for layer, item in facts.items()}, weight if by_weights else None)
 
     @cache
-    def structure(self, kind: str, epsilon: float | None, signed: bool) -> Structure:
-        target, source = self.sides(kind)
+    def structure(self, kind: str, epsilon: float | None, signed: bool, by_weights: bool = False) -> Structure:
+        target, source = self.sides(kind, by_weights)
         pairs, cost, layers = pair_layers(target, source, feature_keys(list(ALL)), signed=signed)
         return Structure(pairs, cost, layers, *solve_structure(target, source, pairs, epsilon=epsilon, signed=signed))
 
@@ -159,7 +163,7 @@ class Pair:
         projections = list(fusion.projections)
         if isinstance(transport, Shared):
             epsilon = transport.epsilon if transport.matching == "entropic" else None
-            found = self.structure(kind, epsilon, transport.signed)
+            found = self.structure(kind, epsilon, transport.signed, transport.weights)
             solved = shared_transport(found, *reads, projections, transport)
         else:
             solved = apart_transport(self.plans(kind, transport.epsilon), *reads, projections, transport)
@@ -201,9 +205,11 @@ class Pair:
             items += carry_stream(*layouts, pairs, (out, out.T), self.vocabulary)
         return items
 
-    def found(self, kind: str, epsilon: float | None, signed: bool = False) -> dict[str, float]:
+    def found(
+        self, kind: str, epsilon: float | None, signed: bool = False, by_weights: bool = False
+    ) -> dict[str, float]:
         """The share of layers, and by feature of neurons, for which the true one was found."""
-        structure = self.structure(kind, epsilon, signed)
+        structure = self.structure(kind, epsilon, signed, by_weights)
         layers = [structure.pairs[layer] == other for layer, other in enumerate(self.truth["layers"])]
         keys = {"q": "q.post", "k": "k.post", "v": "v.post", "o": "o.pre", "mlp": "up.post"}
         shares: dict[str, list[float]] = {name: [] for name in keys}

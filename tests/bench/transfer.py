@@ -80,6 +80,7 @@ def rows_of(pair: Pair) -> Iterator[tuple[str, Callable[[], Any]]]:
     if pair.truth is not None:
         for kind in ("tokens", "texts"):
             yield f"found/{kind}", lambda kind=kind: pair.found(kind, None)
+        yield "found/by-weights", lambda: pair.found("tokens", None, False, True)
         yield "found/signed", lambda: pair.found("tokens", None, True)
         yield "found/entropic-0.03", lambda: pair.found("tokens", 0.03)
     for kind in ("tokens", "texts"):

@@ -242,6 +242,11 @@ class Recipe(Section):
             amiss = error.object[max(0, error.start - 20) : error.end]
             raise RecipeError(f"{where}: {amiss!r} is not UTF-8; write it so") from None
 
+    @property
+    def matches_by_weights(self) -> bool:
+        """Whether neurons are matched here, and by both models' weights beside their activations."""
+        return isinstance(self.transport, Shared) and self.transport.weights and self.plan is None
+
     def to_yaml(self) -> str:
         """The recipe with every default of what it chose written out; reading it back gives an equal recipe."""
         return yaml.dump(self.model_dump(mode="json"), Dumper=StrictDumper, sort_keys=False, allow_unicode=True)

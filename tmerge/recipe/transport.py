@@ -59,6 +59,7 @@ class Shared(_Carried):
     matching: Literal["one-to-one", "entropic"] = Field(
         "one-to-one", description="the limit of epsilon towards 0, or plans at epsilon"
     )
+    weights: bool = Field(True, description="neurons are matched by their weights too, beside their activations")
     signed: bool = Field(False, description="a neuron may meet another's negative, and takes its sign along")
 
 

@@ -46,11 +46,13 @@ class WhatIsCarried:
     Attributes:
         sources: One, or several.
         neurons: Where what is fused comes to be, of several joined.
-        outlives: What of the model that is read for the transport is needed when that has been let go.
+        matched: The weights of the model that is read for the transport.
+        outlives: What of that model is needed when it has been let go.
     """
 
     sources: tuple[CarriedSource, ...]
     neurons: Neurons
+    matched: SourceWeights
     outlives: SourceWeights | LearnedWeights
 
     @classmethod
@@ -75,7 +77,8 @@ class WhatIsCarried:
         # An adapter's change is a difference already.
         learned = LearnedWeights(matched, models.source) if recipe.adapter is not None else None
         before = None if learned is not None or base is None else weights(base, "source-base")
-        return cls((CarriedSource("", learned or matched, before, neurons),), neurons, learned or matched)
+        outlives = matched if recipe.matches_by_weights else learned or matched
+        return cls((CarriedSource("", learned or matched, before, neurons),), neurons, matched, outlives)
 
     @classmethod
     def _several(
@@ -88,7 +91,7 @@ class WhatIsCarried:
     ) -> WhatIsCarried:
         """All of one base."""
         neurons, sources = JoinedSources.of_recipe(recipe, models, cache), list[CarriedSource]()
-        outlives: SourceWeights | LearnedWeights | None = None
+        outlives: SourceWeights | LearnedWeights | None = base if recipe.matches_by_weights else None
         for number, model in enumerate(models.sources, start=1):
             name = source_name(number)
             if model.adapter is None:
@@ -100,4 +103,4 @@ class WhatIsCarried:
             if outlives is None or learned.reads_base:
                 outlives = base if learned.reads_base else learned
         assert outlives is not None  # the recipe names a source at least
-        return cls(tuple(sources), neurons, outlives)
+        return cls(tuple(sources), neurons, base, outlives)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tmerge.fusion import Carried, TransportedNeurons, carry, generator_for, norm_ratio
-from tmerge.models import PROJECTIONS, Architecture, Model, shared_vocabulary
+from tmerge.models import PROJECTIONS, Model, shared_vocabulary
 from tmerge.processes import Processes
 from tmerge.recipe import CarriedSettings, Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
@@ -22,7 +22,7 @@ from tmerge.stages.learned_weights import LearnedWeights
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.notes import FuseNote
 from tmerge.stages.scoring import load
-from tmerge.stages.source_weights import SourceWeights
+from tmerge.stages.source_weights import read_once
 from tmerge.stages.step import Progress
 from tmerge.stages.transport import Features, matched_on, record_of, transport_of
 from tmerge.store import scratch
@@ -136,11 +136,11 @@ class Fuse:
             return torch.randperm(neurons, generator=generator_for(seed, "permuted", layer, feature))
 
         transported, permuted = source.neurons.write(key, processes)
-        weights, base = self._weights(source.weights, progress), None
+        weights, base = read_once(source.weights, progress), None
         if isinstance(source.weights, LearnedWeights):
             base = source.weights.nothing()
         elif source.base is not None:
-            base = self._weights(source.base, progress)
+            base = read_once(source.base, progress)
 
         def keep(matched: Sequence[TransportedNeurons], shuffled: Sequence[TransportedNeurons]) -> None:
             transported.add(matched)
@@ -174,16 +174,6 @@ class Fuse:
                 ratios.setdefault(projection, []).append(norm_ratio(own, transported[done]))
             progress.step("joining what the sources learned", done + 1, len(transported), "weights")
         return ratios
-
-    def _weights(self, of: SourceWeights | LearnedWeights, progress: Progress) -> Architecture:
-        """The weights that are fused from; what has to be written for them the first process writes."""
-        processes = progress.processes
-        if not processes.is_first:
-            processes.wait()
-        weights = of.read(progress)
-        if processes.is_first:
-            processes.wait()
-        return weights
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from tmerge.stages.reporting import Measurements, build_report
 from tmerge.stages.runner import Finished, Runner
 from tmerge.stages.save import Save
 from tmerge.stages.several import JoinedSources
+from tmerge.stages.source_weights import SourceWeights
 from tmerge.stages.step import STAGES, Listener, Progress, Step, stage_names
 from tmerge.stages.texts import Texts, kept_texts
 from tmerge.stages.transport import Features, SolveTransport
@@ -167,7 +168,9 @@ class _Road:
 
         heads = {"target": target.note.heads, "source": source.note.heads}
         features, keys = Features(projections, folders, heads, cache), {"target": target.key, "source": source.key}
-        solved = runner(SolveTransport(recipe, features, keys, device, recorded))
+        own = SourceWeights(models.target, projections, False, cache / "target-weights.safetensors")
+        compared = models.target, (own, carried.matched)
+        solved = runner(SolveTransport(recipe, features, *compared, keys, device, recorded))
         yield solved
 
         neurons = carried.neurons

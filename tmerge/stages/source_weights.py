@@ -1,4 +1,4 @@
-"""What is fused from: a source's weights, read from files and never from the loaded model.
+"""What is fused from, and matched by: a model's weights, read from files and never from the loaded model.
 
 Most are read from the model's own files (`Model.weights`). Where these hold something else than the model has (GGUF, or
 what ``transformers`` puts together while it loads), the weights that the fusion reads are written once to the run's
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -19,12 +20,12 @@ from tmerge.run import stage_key
 from tmerge.stages.scoring import opened
 from tmerge.stages.step import Progress
 
-__all__ = ["SourceWeights"]
+__all__ = ["SourceWeights", "read_once"]
 
 
 @dataclass(frozen=True)
 class SourceWeights:
-    """Of the source, or of the source before its fine-tuning.
+    """Of the source, of the source before its fine-tuning, or of the target where it is matched.
 
     Attributes:
         model: Whose they are.
@@ -76,3 +77,18 @@ class SourceWeights:
     def _key(self) -> str:
         facts = {"commit": self.model.commit, "dtype": self.model.dtype, "names": sorted(self._names)}
         return stage_key("weights", versions=library_versions(), **facts)
+
+
+class _Readable(Protocol):
+    def read(self, progress: Progress) -> Architecture: ...
+
+
+def read_once(of: _Readable, progress: Progress) -> Architecture:
+    """The weights of a model that several processes read; what has to be written for them the first one writes."""
+    processes = progress.processes
+    if not processes.is_first:
+        processes.wait()
+    weights = of.read(progress)
+    if processes.is_first:
+        processes.wait()
+    return weights

@@ -6,7 +6,7 @@ No model is loaded for it: how the heads divide was noted when the models were r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,17 @@ import torch
 
 from tmerge.calibration import FeatureStore, TextSet, text_digest
 from tmerge.errors import NoSharedStructureError
+from tmerge.models import Architecture, Model
 from tmerge.models.device import memory_errors
 from tmerge.recipe import Recipe, Shared
 from tmerge.recorded import RecordedRun
 from tmerge.report import Relatedness, relatedness_words
 from tmerge.run import Run
 from tmerge.stages.notes import TransportNote
+from tmerge.stages.source_weights import SourceWeights, read_once
 from tmerge.stages.step import Progress
 from tmerge.transport import (
+    ReadWeight,
     Side,
     Transport,
     TransportRecord,
@@ -57,7 +60,7 @@ class Features:
     cache: Path
 
     def sides(self) -> tuple[Side, Side]:
-        """The target and the source, as solvers read them."""
+        """The target and the source, as solvers read them, by their features alone."""
         return self._side("target"), self._side("source")
 
     @property
@@ -76,6 +79,8 @@ class SolveTransport:
     Attributes:
         recipe: Of the run.
         features: Of both models.
+        target: Whose neurons are matched.
+        weights: Of the target and of the source, by which neurons are matched beside their features.
         read: ``target`` and ``source`` -> the key of the stage that read it.
         device: Where plans are solved.
         recorded: A recorded transport, with which nothing is solved.
@@ -83,6 +88,8 @@ class SolveTransport:
 
     recipe: Recipe
     features: Features
+    target: Model
+    weights: tuple[SourceWeights, SourceWeights]
     read: Mapping[str, str]
     device: torch.device
     recorded: RecordedRun | None
@@ -116,6 +123,8 @@ class SolveTransport:
         target, source = features.sides()
         if isinstance(settings, Shared):
             path = features.cache / _SHARED
+            if self.recipe.matches_by_weights:
+                target, source = self._with_weights(target, source, progress)
             return solve_shared(
                 target, source, features.projections, settings, path, heard=progress.step, processes=progress.processes
             )
@@ -130,6 +139,13 @@ class SolveTransport:
             heard=progress.step,
             note=progress.note,
             processes=progress.processes,
+        )
+
+    def _with_weights(self, target: Side, source: Side, progress: Progress) -> tuple[Side, Side]:
+        own, theirs = self.weights
+        of_target = self.target.views if self.target.is_loaded else read_once(own, progress)
+        return replace(target, weights=_reading(of_target)), replace(
+            source, weights=_reading(read_once(theirs, progress))
         )
 
     def _relatedness(self, transport: Transport, progress: Progress) -> Relatedness | None:
@@ -151,6 +167,11 @@ class SolveTransport:
         except NoSharedStructureError:
             return None
         return Relatedness.model_validate(measured.to_dict())
+
+
+def _reading(weights: Architecture) -> ReadWeight:
+    """(layer, projection) -> its weight, on the CPU, where features are."""
+    return lambda layer, projection: weights.layers[layer][projection].weight().cpu()
 
 
 def record_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tmerge.transport.agreement import ReadWeight
 from tmerge.transport.apart import apart_transport, layer_maps, layer_plans, read_apart, solve_apart
 from tmerge.transport.cost import correlation_cost, standardise
 from tmerge.transport.heads import Heads
@@ -49,6 +50,7 @@ __all__ = [
     "LayerPlan",
     "PlanRecorder",
     "Problems",
+    "ReadWeight",
     "Relatedness",
     "Side",
     "SinkhornResult",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tmerge.calibration import FeatureStore
 from tmerge.models import feature_key
+from tmerge.transport.agreement import ReadWeight
 from tmerge.transport.heads import Heads
 
 __all__ = ["Heard", "Read", "Side", "feature_keys"]
@@ -35,28 +36,31 @@ class Heard(Protocol):
 
 @dataclass(frozen=True)
 class Side:
-    """One model, as far as its features tell.
+    """One model, as far as its features tell, and its weights.
 
     Attributes:
         read: (layer, key) -> (T, n) features.
         keys: layer -> the feature keys it has.
         heads: layer -> how its attention divides; layers that are not named have none that is known.
+        weights: (layer, projection) -> (out, in) weight; None where neurons are compared by their features alone.
     """
 
     read: Read
     keys: Mapping[int, Sequence[str]]
     heads: Mapping[int, Heads]
+    weights: ReadWeight | None = None
 
     @classmethod
-    def of(cls, store: FeatureStore, heads: Mapping[str, Mapping[str, Any]]) -> Side:
+    def of(cls, store: FeatureStore, heads: Mapping[str, Mapping[str, Any]], weights: ReadWeight | None = None) -> Side:
         """A model whose features are on disk.
 
         Args:
             store: Its features.
             heads: layer -> facts, as `tmerge.models.head_facts` noted them when the model was read.
+            weights: As the attribute.
         """
         known_heads = {int(layer): Heads.of(facts) for layer, facts in heads.items()}
-        return cls(store.get, {layer: store.keys(layer) for layer in store.layers}, known_heads)
+        return cls(store.get, {layer: store.keys(layer) for layer in store.layers}, known_heads, weights)
 
     def layers_with(self, key: str) -> tuple[int, ...]:
         """The layers that have a feature, ascending."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, safe_open
@@ -21,8 +22,10 @@ from torch import Tensor
 
 from tmerge.documents import parse_json
 from tmerge.errors import NoSharedStructureError
+from tmerge.models import PROJECTIONS, SIDES, feature_key
 from tmerge.processes import ALONE, Processes
 from tmerge.store import write_tensors
+from tmerge.transport.agreement import weight_cosines
 from tmerge.transport.cost import standardise
 from tmerge.transport.heads import match_heads
 from tmerge.transport.matching import Correspondence, couple
@@ -205,50 +208,98 @@ def solve_structure(
             pair of layers does either.
     """
     solve = partial(couple, epsilon=epsilon, max_iterations=max_iterations, tolerance=tolerance)
-    stream: Tensor | None = None
-    inner: dict[tuple[int, str], Correspondence] = {}
-    counted, mine = 0, processes.mine(list(pairs.items()))
-    for done, (layer, source_layer) in enumerate(mine, start=1):
 
-        def alike(key: str, layer: int = layer, source_layer: int = source_layer) -> Tensor:
-            return _correlation(target.read(layer, key), source.read(source_layer, key))
+    def of_stream(similarity: Tensor) -> Correspondence:
+        return solve(similarity.abs()).signed(similarity) if signed else solve(similarity)
 
-        keys = [key for key in target.keys[layer] if key in source.keys[source_layer]]
-        for key in filter(STREAM_KEYS.__contains__, keys):
-            similarity = alike(key)
-            if stream is not None and stream.shape != similarity.shape:
-                raise NoSharedStructureError(
-                    f"{key} of layer {layer} has {tuple(similarity.shape)} neurons, other features of the residual "
-                    f"stream {tuple(stream.shape)}: set transport.structure: none"
-                )
-            stream, counted = similarity if stream is None else stream.add_(similarity), counted + 1
-        inner |= {
-            (layer, key): correspondence
-            for key, correspondence in _layer(alike, keys, layer, source_layer, target, source, solve, signed).items()
-        }
-        if progress is not None:
-            progress(done, len(mine))
-    if processes.count > 1:
-        stream, counted, inner = _joined(processes, stream, counted, inner)
-    if stream is None:
+    mine, total = processes.mine(list(pairs.items())), _Sum()
+    for layer, source_layer in mine:
+        for key in filter(STREAM_KEYS.__contains__, _common(target, source, layer, source_layer)):
+            total.add(_correlation(target.read(layer, key), source.read(source_layer, key)), f"{key} of layer {layer}")
+    alike = total.of_all(processes)
+    if alike is None:
         raise NoSharedStructureError(
             "no pair of layers reads or writes a residual stream; set transport.structure: none"
         )
-    stream = stream / counted
-    return solve(stream.abs()).signed(stream) if signed else solve(stream), inner
+    stream = of_stream(alike)
+
+    inner: dict[tuple[int, str], Correspondence] = {}
+    of_all_layers, agreement = dict.fromkeys(STREAM_KEYS, stream), _Sum()
+    for done, (layer, source_layer) in enumerate(mine, start=1):
+        keys = _common(target, source, layer, source_layer)
+        compare = _by_weights(target, source, layer, source_layer, keys)
+
+        def similar(
+            key: str, layer: int = layer, source_layer: int = source_layer, compare: _ByWeights = compare
+        ) -> Tensor:
+            correlation = _correlation(target.read(layer, key), source.read(source_layer, key))
+            cosines = compare(key, matched=of_all_layers)
+            return correlation if cosines is None else correlation.add_(cosines).div_(2)
+
+        found = _layer(similar, keys, layer, source_layer, target, source, solve, signed)
+        inner |= {(layer, key): correspondence for key, correspondence in found.items()}
+        for key in filter(STREAM_KEYS.__contains__, keys):
+            cosines = compare(key, matched=found)
+            if cosines is not None:
+                agreement.add(cosines, f"{key} of layer {layer}")
+        if progress is not None:
+            progress(done, len(mine))
+    cosines = agreement.of_all(processes)
+    if cosines is not None:
+        stream = of_stream((alike + cosines) / 2)
+    if processes.count > 1:
+        shares = processes.gathered(inner)
+        together = {name: correspondence for some in shares for name, correspondence in some.items()}
+        inner = dict(sorted(together.items(), key=lambda item: item[0][0]))
+    return stream, inner
 
 
-def _joined(
-    processes: Processes, stream: Tensor | None, counted: int, inner: dict[tuple[int, str], Correspondence]
-) -> tuple[Tensor | None, int, dict[tuple[int, str], Correspondence]]:
-    """What each process found of its pairs, together; layers in their order."""
-    shares = processes.gathered((stream, counted, inner))
-    streams = [share for share, _, _ in shares if share is not None]
-    if len({share.shape for share in streams}) > 1:
-        raise NoSharedStructureError("the residual stream is of several widths: set transport.structure: none")
-    found = {name: correspondence for _, _, some in shares for name, correspondence in some.items()}
-    ordered = dict(sorted(found.items(), key=lambda item: item[0][0]))
-    return (torch.stack(streams).sum(0) if streams else None), sum(count for _, count, _ in shares), ordered
+class _ByWeights(Protocol):
+    """`weight_cosines` of a pair of layers; None of everything where a side has no weights."""
+
+    def __call__(self, key: str, *, matched: Mapping[str, Correspondence]) -> Tensor | None: ...
+
+
+class _Sum:
+    """The mean of similarities of the residual stream's neurons, taken one after the other."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._count = 0
+
+    def add(self, similarity: Tensor, of: str) -> None:
+        if self._total is not None and self._total.shape != similarity.shape:
+            raise NoSharedStructureError(
+                f"{of} has {tuple(similarity.shape)} neurons, other features of the residual stream "
+                f"{tuple(self._total.shape)}: set transport.structure: none"
+            )
+        self._total = similarity if self._total is None else self._total.add_(similarity)
+        self._count += 1
+
+    def of_all(self, processes: Processes) -> Tensor | None:
+        """The mean over what all processes have added; None where there is nothing."""
+        if processes.count == 1:
+            return None if self._total is None else self._total / self._count
+        shares = processes.gathered((self._total, self._count))
+        totals = [total for total, _ in shares if total is not None]
+        if len({total.shape for total in totals}) > 1:
+            raise NoSharedStructureError("the residual stream is of several widths: set transport.structure: none")
+        return torch.stack(totals).sum(0) / sum(count for _, count in shares) if totals else None
+
+
+def _common(target: Side, source: Side, layer: int, source_layer: int) -> list[str]:
+    """The feature keys that a pair of layers has in common, in the target's order."""
+    return [key for key in target.keys[layer] if key in source.keys[source_layer]]
+
+
+def _by_weights(target: Side, source: Side, layer: int, source_layer: int, keys: Sequence[str]) -> _ByWeights:
+    if target.weights is None or source.weights is None:
+        return lambda key, *, matched: None
+    read, read_source = target.weights, source.weights
+    projections = [name for name in PROJECTIONS if all(feature_key(name, side) in keys for side in SIDES)]
+    return lambda key, *, matched: weight_cosines(
+        key, projections, partial(read, layer), partial(read_source, source_layer), matched
+    )
 
 
 def _layer(
