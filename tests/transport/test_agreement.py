@@ -11,7 +11,7 @@ import torch
 from tests.planted import PLANTED_FAMILIES, planted_case, side_of
 from tmerge.models import PROJECTIONS, describe, feature_key
 from tmerge.transport import STREAM_KEYS, Correspondence, match, pair_layers, solve_structure
-from tmerge.transport.agreement import weight_cosines
+from tmerge.transport.agreement import weight_rows
 
 
 def weights_of(model):
@@ -30,8 +30,9 @@ def test_cosines_are_those_of_a_plain_loop():
     rows, columns = torch.tensor([0, 0, 1, 2, 3]), torch.tensor([6, 2, 0, 5, 7])
     stream = Correspondence(rows, columns, torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0]), (5, 8))
     names = list(shapes)
-    cosines = partial(weight_cosines, projections=names, target=target.__getitem__, source=source.__getitem__)
-    found = cosines("up.post", matched=dict.fromkeys(STREAM_KEYS, stream))
+    rows_of = partial(weight_rows, projections=names, target=target.__getitem__, source=source.__getitem__)
+    mine, theirs = rows_of("up.post", matched=dict.fromkeys(STREAM_KEYS, stream))
+    found = mine @ theirs.T
     for neuron in range(7):
         for other in range(11):
             mine, theirs = target["up"][neuron].double(), torch.zeros(5, dtype=torch.float64)
@@ -41,7 +42,8 @@ def test_cosines_are_those_of_a_plain_loop():
             assert float(found[neuron, other]) == pytest.approx(float(expected), abs=1e-6)
     units = match(torch.randn(7, 11, generator=generator))
     assert len(units.rows) == 7
-    found = cosines("mlp.pre", matched={"gate.post": units, "up.post": units})
+    mine, theirs = rows_of("mlp.pre", matched={"gate.post": units, "up.post": units})
+    found = mine @ theirs.T
     order = units.columns[units.rows.argsort()]
     for neuron in range(5):
         for other in range(8):
@@ -49,8 +51,8 @@ def test_cosines_are_those_of_a_plain_loop():
             theirs = torch.cat([source[name][order, other] for name in ("gate", "up")]).double()
             expected = mine @ theirs / mine.norm() / theirs.norm()
             assert float(found[neuron, other]) == pytest.approx(float(expected), abs=1e-6)
-    assert cosines("q.post", matched=dict.fromkeys(STREAM_KEYS, stream)) is None
-    assert cosines("up.post", matched={}) is None
+    assert rows_of("q.post", matched=dict.fromkeys(STREAM_KEYS, stream)) is None
+    assert rows_of("up.post", matched={}) is None
 
 
 @pytest.mark.parametrize("family", PLANTED_FAMILIES)

@@ -181,6 +181,7 @@ def _solved(solved: Transport) -> Iterable[Sequence[str]]:
     shared = solved.structure == "shared"
     if shared:
         kind = "one to one" if solved.matching == "one-to-one" else f"entropic, epsilon {solved.epsilon}"
+        kind += ", by activations and weights" if solved.weights else ", by activations"
         yield "structure", f"one residual stream, whole heads, MLP neurons as units, layers in order; {kind}"
     if not shared or solved.matching == "entropic":
         yield (

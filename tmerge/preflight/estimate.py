@@ -224,12 +224,14 @@ def estimate_run(
     if recipe.save.form == "adapter":
         checkpoint = adapter_bytes(recipe, (target, source), target_layout, projections)
     reducing, factoring = factoring_seconds(pieces, recipe, source, target_layout, projections, threads)
+    # A neuron's weights are compared as its features are: mostly as many as the stream is wide.
+    compared = rows + (target_layout.hidden_size if recipe.matches_by_weights else 0)
     stages = {
         "texts": sum(tokenizer_seconds(pieces, facts) for facts in (target, source)),
         "target": loading_seconds(pieces, target, dtype) + reads[0],
         # With an adapter it is read without it, and scored with it.
         "source": (1 + (recipe.adapter is not None)) * loading_seconds(pieces, source, source_dtype) + reads[1],
-        "transport": solving_seconds(pieces, recipe, entries, rows, threads) if entries else 0.0,
+        "transport": solving_seconds(pieces, recipe, entries, compared, threads) if entries else 0.0,
         "fuse": carried_times(recipe) * carrying_seconds(pieces, recipe, layouts, projections, rows) + reducing,
         "evaluate": rescored
         + fusing_seconds(pieces, carried / 4, _fusings(recipe, projections), threads, joining_passes(recipe)),
@@ -238,7 +240,7 @@ def estimate_run(
     if fitting.passes:
         stages["reconstruct"] = fitting_seconds(pieces, fitting, paces[0], tokens_per_text, threads)
         del stages["fuse"]
-    solving = _solving_operations(recipe, entries, rows)
+    solving = _solving_operations(recipe, entries, compared)
 
     held = [*(facts for facts in models if facts is not None), *sources]
     features = feature_bytes(recipe, models, layouts, projections, counts, device)
@@ -315,7 +317,7 @@ def _is_matched(recipe: Recipe) -> bool:
 
 
 def _solving_operations(recipe: Recipe, entries: float, rows: int) -> float:
-    """Of the transport stage."""
+    """Of the transport stage, of which `rows` of every two neurons are compared."""
     solved = _SEARCH_OPERATIONS if _is_matched(recipe) else _SWEEP_OPERATIONS * recipe.transport.max_iterations
     return entries * (2 * rows + solved)
 

@@ -115,18 +115,22 @@ def read_bytes(
     return held + 2 * max(block, head) + unpacked + min(2 * streamed, STREAM_BYTES)
 
 
-def solving_bytes(recipe: Recipe, sizes: list[int], rows: int, place: Place) -> int:
+def solving_bytes(recipe: Recipe, sizes: list[int], weights: int, rows: int, place: Place) -> int:
     """Of the transport stage.
 
     Args:
         recipe: Says which problems there are.
         sizes: Entries of the widest problem of each feature.
+        weights: Of the source's largest projection.
         rows: Of the features.
         place: Where.
     """
     if isinstance(recipe.transport, Shared):
+        # In float32: of gate and up together, as read, in the target's order and of length one; the target's are fewer.
+        compared = 4 * 6 * weights if recipe.matches_by_weights else 0
         # Two similarities of the widest feature, and what its matching copies; the stream's sum and one more.
-        return 4 * (3 * max(sizes) + 2 * sorted(sizes)[-2:][0]) + 16 * rows * math.isqrt(4 * max(sizes))
+        similar = 4 * (3 * max(sizes) + 2 * sorted(sizes)[-2:][0]) + 16 * rows * math.isqrt(4 * max(sizes))
+        return similar + compared
     # A cost and a kernel a worker, and what starts and sums take beside them.
     return 3 * max(sizes) * working_dtype(recipe.transport.epsilon).itemsize * place.workers
 

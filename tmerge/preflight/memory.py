@@ -97,6 +97,7 @@ def peak_bytes(
     vocabulary = max(int(facts.config.get_text_config().vocab_size) for facts in (target, source))
     logits = min(LOGITS_AT_ONCE, recipe.calibration.batch_tokens * vocabulary) * (torch.finfo(dtype).bits // 8 + 1)
     sizes = [max(target_widths[key]) * max(source_widths[key]) for key in target_widths if key in source_widths]
+    largest = max(view.in_features * view.out_features for view in source_layout.projections(projections))
     features = min(feature_bytes(recipe, models, layouts, projections, counts, device), 1 << 30)
     packed = [facts for facts in (*models[1:], *sources) if facts is not None and facts.reference.kind == "gguf"]
     joining = joining_bytes(recipe, target, target_layout, projections)
@@ -110,7 +111,7 @@ def peak_bytes(
     beside = {
         "target": unpacked_bytes(target) + logits + features,
         "source": reading_source + logits + features,
-        "transport": solving_bytes(recipe, sizes, counts.rows, place) + features,
+        "transport": solving_bytes(recipe, sizes, largest, counts.rows, place) + features,
         "fuse": joining
         + carrying_bytes(recipe, source_layout, projections, sizes, carried // target_layout.num_layers, place),
         "reconstruct": read_bytes(source, source_layout, recipe, dtype, place, streamed, own)

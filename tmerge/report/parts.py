@@ -255,6 +255,7 @@ class Transport(Part):
         seconds: Of the stage.
         eta: Of the layer plans; it, `layer_cost` and `layer_marginals` are None of a shared structure.
         eta_used: Feature key -> eta of its layer plan.
+        weights: Whether neurons were matched by their weights too, beside their activations.
         in_place: Share of the target's neurons that are matched with the source's of the same number, where both models
             are of one shape; None elsewhere.
         relatedness: None where it cannot be asked.
@@ -274,6 +275,7 @@ class Transport(Part):
     rows: str = "texts"
     structure: str = "none"
     matching: str = "entropic"
+    weights: bool = False
     signed: bool = False
     map: str = "plan"
     relatedness: Relatedness | None = None

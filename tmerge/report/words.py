@@ -81,7 +81,8 @@ def in_place_words(share: float | None) -> str | None:
 def solved_words(solved: Transport) -> str:
     """How many problems the transport solved, and how well."""
     if solved.structure == "shared" and solved.matching == "one-to-one":
-        return f"{solved.problems} correspondences, matched one to one: the residual stream's, each layer's own"
+        by = "activations and weights" if solved.weights else "activations"
+        return f"{solved.problems} correspondences, matched one to one by {by}: the residual stream's, each layer's own"
     steps = solved.iterations
     return (
         f"{solved.problems} feature plans, {solved.converged} converged, {steps.median} iterations in the "

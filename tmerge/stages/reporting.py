@@ -47,7 +47,7 @@ from tmerge.stages.runner import Finished
 __all__ = ["Measurements", "build_report"]
 
 # Of the recipe's transport, where its kind has it.
-_QUOTED = {"structure", "matching", "signed", "map", "epsilon", "eta", "layer_cost", "layer_marginals"}
+_QUOTED = {"structure", "matching", "weights", "signed", "map", "epsilon", "eta", "layer_cost", "layer_marginals"}
 
 
 @dataclass(frozen=True)

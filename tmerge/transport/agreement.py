@@ -18,20 +18,22 @@ from torch import Tensor
 from tmerge.models import SIDES, feature_key
 from tmerge.transport.matching import Correspondence
 
-__all__ = ["ReadWeight", "weight_cosines"]
+__all__ = ["ReadWeight", "weight_rows"]
 
 ReadWeight = Callable[[int, str], Tensor]
 """(layer, projection) -> (out, in) weight of one model."""
 
 
-def weight_cosines(
+def weight_rows(
     key: str,
     projections: Collection[str],
     target: Callable[[str], Tensor],
     source: Callable[[str], Tensor],
     matched: Mapping[str, Correspondence],
-) -> Tensor | None:
-    """Cosines of every target neuron's weights with every source neuron's, over all projections that it is part of.
+) -> tuple[Tensor, Tensor] | None:
+    """Every neuron's weights, over all projections that it is part of, as a row of length one.
+
+    The products of the two are cosines, and are left to the caller, who has somewhere to add them.
 
     Args:
         key: Which neurons: a feature key.
@@ -41,8 +43,8 @@ def weight_cosines(
         matched: Feature key -> the correspondence of the neurons on the other side.
 
     Returns:
-        (n, n') float32 in [-1, 1]; None where no projection has these neurons on one side and matched ones on the
-        other.
+        (n, d) float32 of the target's neurons, and (n', d) of the source's with their neighbours in the target's
+        order; None where no projection has these neurons on one side and matched ones on the other.
     """
     own, theirs = [], []
     for projection in projections:
@@ -57,7 +59,7 @@ def weight_cosines(
             theirs.append(_in_order_of(weights[1], other))
     if not own:
         return None
-    return _unit(torch.cat(own, 1)) @ _unit(torch.cat(theirs, 1)).T
+    return _unit(torch.cat(own, 1)), _unit(torch.cat(theirs, 1))
 
 
 def _in_order_of(weight: Tensor, matched: Correspondence) -> Tensor:

@@ -25,7 +25,7 @@ from tmerge.errors import NoSharedStructureError
 from tmerge.models import PROJECTIONS, SIDES, feature_key
 from tmerge.processes import ALONE, Processes
 from tmerge.store import write_tensors
-from tmerge.transport.agreement import weight_cosines
+from tmerge.transport.agreement import weight_rows
 from tmerge.transport.cost import standardise
 from tmerge.transport.heads import match_heads
 from tmerge.transport.matching import Correspondence, couple
@@ -233,15 +233,16 @@ def solve_structure(
             key: str, layer: int = layer, source_layer: int = source_layer, compare: _ByWeights = compare
         ) -> Tensor:
             correlation = _correlation(target.read(layer, key), source.read(source_layer, key))
-            cosines = compare(key, matched=of_all_layers)
-            return correlation if cosines is None else correlation.add_(cosines).div_(2)
+            rows = compare(key, matched=of_all_layers)
+            # Where the correlations are: an MLP's similarities are the largest that is held.
+            return correlation if rows is None else correlation.addmm_(rows[0], rows[1].T).div_(2)
 
         found = _layer(similar, keys, layer, source_layer, target, source, solve, signed)
         inner |= {(layer, key): correspondence for key, correspondence in found.items()}
         for key in filter(STREAM_KEYS.__contains__, keys):
-            cosines = compare(key, matched=found)
-            if cosines is not None:
-                agreement.add(cosines, f"{key} of layer {layer}")
+            rows = compare(key, matched=found)
+            if rows is not None:
+                agreement.add(rows[0] @ rows[1].T, f"{key} of layer {layer}")
         if progress is not None:
             progress(done, len(mine))
     cosines = agreement.of_all(processes)
@@ -255,9 +256,9 @@ def solve_structure(
 
 
 class _ByWeights(Protocol):
-    """`weight_cosines` of a pair of layers; None of everything where a side has no weights."""
+    """`weight_rows` of a pair of layers; None of everything where a side has no weights."""
 
-    def __call__(self, key: str, *, matched: Mapping[str, Correspondence]) -> Tensor | None: ...
+    def __call__(self, key: str, *, matched: Mapping[str, Correspondence]) -> tuple[Tensor, Tensor] | None: ...
 
 
 class _Sum:
@@ -297,7 +298,7 @@ def _by_weights(target: Side, source: Side, layer: int, source_layer: int, keys:
         return lambda key, *, matched: None
     read, read_source = target.weights, source.weights
     projections = [name for name in PROJECTIONS if all(feature_key(name, side) in keys for side in SIDES)]
-    return lambda key, *, matched: weight_cosines(
+    return lambda key, *, matched: weight_rows(
         key, projections, partial(read, layer), partial(read_source, source_layer), matched
     )
 

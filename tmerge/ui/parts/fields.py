@@ -122,6 +122,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
     "Transport": (
         Setting("transport.structure", "Structure"),
         Setting("transport.matching", "Matching"),
+        Setting("transport.weights", "Match by weights too"),
         Setting("transport.signed", "Signed matching"),
         Setting("transport.map", "Map"),
         Setting("transport.ridge", "Ridge penalty"),
