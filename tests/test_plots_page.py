@@ -15,6 +15,7 @@ import torch
 from tests.plotted import TARGET_LAYERS, WIDTHS, record, report  # noqa: F401 - two fixtures
 from tests.reported import typed
 from tmerge.plots import (
+    TEMPLATES,
     page,
     plan_blocks,
     plan_entries,
@@ -66,7 +67,7 @@ def test_page_is_whole_and_fetches_nothing(report, record):
     # every element that the script looks for is there
     ids = {attrs["id"] for _, attrs in seen.tags if "id" in attrs}
     pictures = ["scores", "norms", "mass", "timing", "coupling", "flow", "plan"]
-    assert {f"{name}{part}" for name in pictures for part in ("", "-title", "-subtitle")} <= ids
+    assert {f"{name}{part}" for name in pictures for part in ("", "-figure")} <= ids
     assert {f"choose-{name}" for name in ("projection", "which", "feature", "layer", "order")} <= ids
     body = " ".join(seen.text)
     for words in ("The merge hurts", "3.1000", "2.8500 to 2.9500", "apache-2.0", "not stated", "134,515,008", "a" * 40):
@@ -155,20 +156,23 @@ def test_page_draws_in_a_browser(report, record, tmp_path):
         for width, scheme in ((380, "dark"), (1600, "light")):
             context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
             tab = context.new_page()
+            tab.set_default_timeout(20_000)
             faults = []
             tab.on("pageerror", lambda error, faults=faults: faults.append(str(error)))
             tab.on("console", lambda line, faults=faults: faults.append(line.text))
             tab.goto((tmp_path / "report.html").as_uri())
-            tab.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 7")
+            for name in ("scores", "norms", "mass", "timing", "coupling", "flow", "plan"):
+                tab.locator(f"#{name}[data-drawn=tmerge-{name}] .main-svg").first.wait_for()
             assert tab.evaluate("document.documentElement.scrollWidth") <= width
             assert tab.locator("#coupling .hm image").count() == 1 and tab.locator("#flow .sankey-link").count() == 12
-            titles = [tab.inner_text("#plan-title"), tab.inner_text("#coupling-title")]
+            titles = [tab.inner_text("#plan-figure h3"), tab.inner_text("#coupling-figure h3")]
             tab.select_option("#choose-feature", "o.post")
             tab.select_option("#choose-layer", "7")
             tab.select_option("#choose-order", "natural")
             tab.select_option("#choose-projection", "o")
-            assert tab.inner_text("#plan-title") == "Output of o: target layer 7 and source layer 5"
-            assert titles != [tab.inner_text("#plan-title"), tab.inner_text("#coupling-title")]
+            assert tab.inner_text("#plan-figure h3") == "Output of o: target layer 7 and source layer 5"
+            assert titles != [tab.inner_text("#plan-figure h3"), tab.inner_text("#coupling-figure h3")]
+            tab.locator("#plan[data-drawn=tmerge-plan]").wait_for()
             # A hand on the map's first cell.
             surface = tab.locator("#plan .nsewdrag").first
             surface.scroll_into_view_if_needed()
@@ -179,6 +183,21 @@ def test_page_draws_in_a_browser(report, record, tmp_path):
             assert "Share" not in " ".join(
                 tab.evaluate("[...document.querySelectorAll('.modebar-btn')].map(button => button.dataset.title)")
             )
+            # Another width and the other colours, while it is out of sight.
+            tab.evaluate("document.querySelector('main').style.display = 'none'")
+            tab.set_viewport_size({"width": width - 40, "height": 900})
+            other = "light" if scheme == "dark" else "dark"
+            tab.emulate_media(color_scheme=other)
+            tab.wait_for_timeout(300)
+            tab.evaluate("document.querySelector('main').style.display = ''")
+            wide = tab.locator("#scores").bounding_box()["width"]
+            tab.locator(f"#scores .main-svg[width='{wide:.0f}']").first.wait_for()
+            assert tab.evaluate("document.getElementById('scores')._fullLayout.font.color") == (
+                TEMPLATES[other].layout.font.color
+            )
+            tab.locator("#scores").scroll_into_view_if_needed()
+            box = tab.locator("#scores .main-svg").first.bounding_box()
+            assert box["width"] > 250 and 0 <= box["x"] and box["x"] + box["width"] <= width - 40 and box["y"] < 900
             assert faults == []
             context.close()
         browser.close()

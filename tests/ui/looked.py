@@ -108,4 +108,4 @@ def opened(visitors, url, run_id, tab, width=1280, dark=False, **device):
     finally:
         told = list(faults)
         visitors.leave(page, url)
-    assert told == []
+    assert told == [], told

@@ -230,6 +230,23 @@ def test_every_figure_fits_and_follows_the_theme(visitors, url, run, width, dark
         )
 
 
+def test_a_tab_out_of_sight_is_right_when_it_is_shown_again(visitors, url, run):
+    with opened(visitors, url, run[1], "Look") as page:
+        drawn(page, "scores")
+        page.get_by_role("tab", name="Try").click()
+        page.locator("#look").wait_for(state="hidden")
+        page.set_viewport_size({"width": 1000, "height": 900})
+        page.evaluate("document.body.classList.add('dark')")
+        page.wait_for_timeout(300)  # what would be drawn out of sight is drawn by then
+        page.get_by_role("tab", name="Look").click()
+        box = page.locator("#look-scores .tm-plot")
+        box.scroll_into_view_if_needed()
+        place = box.bounding_box()
+        page.locator(f"#look-scores .main-svg[width='{place['width']:.0f}']").first.wait_for()
+        assert shown(page, "scores", "_fullLayout.font.color") == TEMPLATES["dark"].layout.font.color
+        assert place["width"] > 300 and place["x"] + place["width"] <= 1000 and 0 <= place["y"] < 900
+
+
 def test_nothing_of_a_run_without_its_id(browser, url):
     context = browser.new_context()
     page = context.new_page()

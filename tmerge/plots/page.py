@@ -82,7 +82,7 @@ def report_page(report: Report, record: TransportRecord, folder_name: str | None
         book=_json(book),
         style=static_text("tmerge.plots", "report.css"),
         plotly=get_plotlyjs(),
-        script=static_text("tmerge.plots", "report.js"),
+        script=static_text("tmerge.plots", "figure.js") + static_text("tmerge.plots", "report.js"),
     )
 
 

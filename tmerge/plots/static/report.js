@@ -2,31 +2,11 @@
   "use strict";
   const book = JSON.parse(document.getElementById("book").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const narrow = matchMedia("(max-width: 640px)");
-  // plotly.js shows a button that uploads the picture unless it is told not to.
-  const offline = { showSendToCloud: false, plotlyServerURL: "" };
-  const config = { ...offline, responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
-  const chosen = {};
-
-  // A colour bar beside the picture takes a quarter of a phone's width: there it lies on top.
-  const fitted = (trace) => {
-    if (!narrow.matches || !trace.colorbar) return trace;
-    const place = { x: 0.5, xanchor: "center", y: 1, yref: "container", yanchor: "top" };
-    const bar = { orientation: "h", thickness: 10, title: { text: "" }, ...place };
-    return { ...trace, colorbar: { ...trace.colorbar, ...bar } };
-  };
+  const chosen = {}, figures = {};
 
   const draw = (id, picture) => {
-    const slot = document.getElementById(id);
-    const template = book.templates[dark.matches ? "dark" : "light"];
-    const data = picture.figure.data.map(fitted);
-    const layout = { ...picture.figure.layout, template };
-    if (data.some((trace) => trace.colorbar && trace.colorbar.orientation)) layout.margin = { ...layout.margin, t: 60 };
-    const toImageButtonOptions = { filename: `tmerge-${id}`, scale: 2 };
-    Plotly.react(slot, data, layout, { ...config, toImageButtonOptions });
-    slot.setAttribute("aria-label", `${picture.title}. ${picture.subtitle}`);
-    document.getElementById(`${id}-title`).textContent = picture.title;
-    document.getElementById(`${id}-subtitle`).textContent = picture.subtitle;
+    figures[id] ||= tmergeFigure(document.getElementById(`${id}-figure`), book.templates);
+    figures[id].show({ ...picture, file: `tmerge-${id}` });
   };
 
   const select = (name) => document.getElementById(`choose-${name}`);
@@ -71,12 +51,6 @@
     fill("layer", feature.pairs.map((pair) => [String(pair.target), words(pair)]));
     draw("plan", plan(feature.pairs[select("layer").selectedIndex], chosen.order));
   };
-  const drawAll = () => {
-    for (const [id, picture] of Object.entries(book.pictures)) draw(id, picture);
-    drawCoupling();
-    drawPlan();
-  };
-
   fill("projection", Object.keys(book.coupling).map((name) => [name, name]));
   fill("which", [["effective", "both (effective weight)"], ["pre", "input (pre)"], ["post", "output (post)"]]);
   fill("feature", book.features.list.map((feature) => [feature.key, `${feature.name} (${feature.key})`]));
@@ -86,7 +60,10 @@
   })) {
     select(name).addEventListener("change", () => { chosen[name] = select(name).value; redraw(); });
   }
-  dark.addEventListener("change", drawAll);
-  narrow.addEventListener("change", drawAll);
-  drawAll();
+  const follow = () => document.body.classList.toggle("dark", dark.matches);
+  dark.addEventListener("change", follow);
+  follow();
+  for (const [id, picture] of Object.entries(book.pictures)) draw(id, picture);
+  drawCoupling();
+  drawPlan();
 })();
