@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import plotly.graph_objects as go
+
 from tmerge.models import feature_key
 from tmerge.plots import (
     Entries,
@@ -32,10 +34,14 @@ from tmerge.plots.comparison import descent_bars
 from tmerge.plots.style import percent
 from tmerge.plots.words import CAPTIONS
 from tmerge.quantities import count_words
+from tmerge.report import Report
 from tmerge.ui.parts.figure import figure_message, figure_value
 from tmerge.ui.parts.look_data import Looked, entries_of, orders_of
 
 __all__ = ["FIGURES", "Choice", "data_of", "picture_of", "zoomed"]
+
+# Makes a figure box's value of a figure and its caption, and of its ``cells`` or ``view`` (`figure_value`).
+_Show = Callable[..., str]
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,12 @@ class Choice:
 
 
 def picture_of(name: str, looked: Looked, choice: Choice) -> str:
-    """A figure box's value, by the figure's name, one of `FIGURES`."""
-    return FIGURES[name](looked, choice, {"figure": name, **asdict(choice)}, _file(name, choice))
+    """A figure box's value, by the figure's name, one of `FIGURES`; empty where the run has none."""
+
+    def show(figure: go.Figure, caption: str, **more: Any) -> str:
+        return figure_value(figure, _file(name, choice), caption, {"figure": name, **asdict(choice)}, **more)
+
+    return FIGURES[name].draw(looked, choice, show)
 
 
 def zoomed(looked: Looked, ref: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,21 +122,22 @@ def zoomed(looked: Looked, ref: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def data_of(looked: Looked, ref: Mapping[str, Any]) -> dict[str, str]:
-    """A figure's numbers: ``file``, a name without ending, and ``text``, CSV. ValueError where there is none."""
+    """A figure's numbers: ``file``, a name without ending, and ``text``, CSV; ValueError or KeyError where none is."""
     choice, name = Choice.from_ref(ref, looked), str(ref["figure"])
-    if name not in _DATA:
-        raise ValueError("no such figure")
-    return {"file": _file(name, choice), "text": _DATA[name](looked, choice)}
+    text = FIGURES[name].data(looked, choice)
+    if text is None:
+        raise ValueError("that run has no such figure")
+    return {"file": _file(name, choice), "text": text}
 
 
-def _coupling(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
+def _coupling(looked: Looked, choice: Choice, show: _Show) -> str:
     figure = layer_coupling(looked.record, choice.projection, choice.side)
     heat = figure.data[0]
     cells = {"rows": [int(layer) for layer in heat.y], "columns": [int(layer) for layer in heat.x]}
-    return figure_value(figure, file, f"{CAPTIONS['coupling']} Click a cell for its neurons.", ref, cells=cells)
+    return show(figure, f"{CAPTIONS['coupling']} Click a cell for its neurons.", cells=cells)
 
 
-def _flow(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
+def _flow(looked: Looked, choice: Choice, show: _Show) -> str:
     record = looked.record
     places = record.tensors[f"layers.source.{feature_key(choice.projection, 'post')}"].tolist()
     # As the streams are drawn: by target layer, and within one by source layer.
@@ -136,111 +147,105 @@ def _flow(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> 
         for source in sorted((source for source, _ in sources), key=places.index)
     ]
     caption = f"{CAPTIONS['flow']} Click a stream for its neurons."
-    return figure_value(layer_flow(record, choice.projection), file, caption, ref, cells={"links": links})
+    return show(layer_flow(record, choice.projection), caption, cells={"links": links})
 
 
-def _map(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
+def _map(looked: Looked, choice: Choice, show: _Show) -> str:
     entries, pair = _entries(looked, choice)
     title = f"{feature_name(choice.key).capitalize()}: target layer {choice.target} and source layer {choice.source}"
     if entries is None or pair is None:
         return figure_message(title, _not_stored(looked, choice))
     n, m = entries.shape
     view = plan_view(entries, orders_of(looked.folder, choice.key, *pair, choice.order))
-    figure = map_figure(
-        choice.order,
-        entries.shape,
-        title,
-        f"{n:,} by {m:,} neurons; the stored entries hold {percent(float(entries.mass.sum()))} of the plan",
-    )
-    caption = CAPTIONS["plan"].rsplit(" Drawn is", 1)[0]
-    shown = {"kind": "density", "shape": [n, m], "view": view.to_dict()}
-    return figure_value(figure, file, f"{caption} Drag over a part of it to see that part closer.", ref, view=shown)
+    subtitle = f"{n:,} by {m:,} neurons; the stored entries hold {percent(float(entries.mass.sum()))} of the plan"
+    figure = map_figure(choice.order, entries.shape, title, subtitle)
+    caption = f"{CAPTIONS['plan'].rsplit(' Drawn is', 1)[0]} Drag over a part of it to see that part closer."
+    return show(figure, caption, view={"kind": "density", "shape": [n, m], "view": view.to_dict()})
 
 
-def _mass(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
+def _mass(looked: Looked, choice: Choice, show: _Show) -> str:
     if choice.lines == "feature":
-        return figure_value(top_mass(looked.record), file, CAPTIONS["mass"], ref)
-    caption = CAPTIONS["mass"].rsplit(" Dashed", 1)[0]
-    return figure_value(top_mass(looked.record, "projection"), file, caption, ref)
+        return show(top_mass(looked.record), CAPTIONS["mass"])
+    return show(top_mass(looked.record, "projection"), CAPTIONS["mass"].rsplit(" Dashed", 1)[0])
 
 
-def _norms(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
-    return figure_value(norm_ratios(looked.report), file, CAPTIONS["norms"], ref)
-
-
-def _fit(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
-    if looked.report.fusion.fit is None:
-        return ""  # its box is not shown
-    return figure_value(fit_errors(looked.report), file, CAPTIONS["fit"], ref)
-
-
-def _neurons(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
+def _neurons(looked: Looked, choice: Choice, show: _Show) -> str:
     view = neurons_view(looked.record, choice.projection)
     shown = {"kind": "share", "shape": [len(view.rows), int(view.x[-1])], "view": view.to_dict()}
-    figure = neurons_figure(looked.record, choice.projection)
-    return figure_value(figure, file, CAPTIONS["neurons"], ref, view=shown)
+    return show(neurons_figure(looked.record, choice.projection), CAPTIONS["neurons"], view=shown)
 
 
-def _scores(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
-    return figure_value(scores(looked.report), file, CAPTIONS["scores"], ref)
-
-
-def _descent(looked: Looked, choice: Choice, ref: Mapping[str, Any], file: str) -> str:
+def _descent(looked: Looked, choice: Choice, show: _Show) -> str:
     descent = looked.report.evaluation.descent
-    if descent is None:
-        return figure_message(
-            "Does the merge point where the loss falls?",
-            "This run did not measure it, as it takes backward passes: set evaluation.descent to a number of texts, "
-            "such as 64, and run the merge again.",
-        )
-    return figure_value(descent_bars(descent), file, CAPTIONS["descent"], ref)
+    if descent is not None:
+        return show(descent_bars(descent), CAPTIONS["descent"])
+    return figure_message(
+        "Does the merge point where the loss falls?",
+        "This run did not measure it, as it takes backward passes: set evaluation.descent to a number of texts, "
+        "such as 64, and run the merge again.",
+    )
 
 
-FIGURES: Mapping[str, Callable[[Looked, Choice, Mapping[str, Any], str], str]] = {
-    "coupling": _coupling,
-    "flow": _flow,
-    "map": _map,
-    "mass": _mass,
-    "norms": _norms,
-    "fit": _fit,
-    "neurons": _neurons,
-    "scores": _scores,
-    "descent": _descent,
-}
-"""Figure name -> what makes it of a run, a choice, the figure's ref and its file name; empty where it has none."""
-
-
-def _plan_data(looked: Looked, choice: Choice) -> str:
+def _plan_data(looked: Looked, choice: Choice) -> str | None:
     entries, _ = _entries(looked, choice)
-    if entries is None:
-        raise ValueError("that pair has no stored plan")
-    return tables.plan_data(entries)
+    return None if entries is None else tables.plan_data(entries)
 
 
-def _fit_data(looked: Looked, choice: Choice) -> str:
-    if looked.report.fusion.fit is None:
-        raise ValueError("that run fitted nothing")
-    return tables.fit_data(looked.report)
-
-
-def _descent_data(looked: Looked, choice: Choice) -> str:
+def _descent_data(looked: Looked, choice: Choice) -> str | None:
     descent = looked.report.evaluation.descent
-    if descent is None:
-        raise ValueError("that run did not measure it")
-    return tables.descent_data(descent)
+    return None if descent is None else tables.descent_data(descent)
 
 
-_DATA: Mapping[str, Callable[[Looked, Choice], str]] = {
-    "coupling": lambda looked, choice: tables.coupling_data(looked.record, choice.projection, choice.side),
-    "flow": lambda looked, choice: tables.flow_data(looked.record, choice.projection),
-    "map": _plan_data,
-    "mass": lambda looked, choice: tables.mass_data(looked.record),
-    "norms": lambda looked, choice: tables.norms_data(looked.report),
-    "fit": _fit_data,
-    "neurons": lambda looked, choice: tables.neurons_data(looked.record, choice.projection),
-    "scores": lambda looked, choice: tables.scores_data(looked.report),
-    "descent": _descent_data,
+@dataclass(frozen=True)
+class _Figure:
+    """One of the tab's figures.
+
+    Attributes:
+        draw: Gives its box's value of a run and a choice, by the function that it is handed; empty where it has none.
+        data: Its numbers as CSV; None where it has none.
+        follows: What of the choice it changes with, besides the run.
+    """
+
+    draw: Callable[[Looked, Choice, _Show], str]
+    data: Callable[[Looked, Choice], str | None]
+    follows: tuple[str, ...] = ()
+
+    def drawn_from(self, choice: Choice) -> tuple[Any, ...]:
+        """What of a choice decides it."""
+        return tuple(getattr(choice, field) for field in ("run", *self.follows))
+
+
+def _of_report(
+    name: str,
+    draw: Callable[[Report], go.Figure],
+    data: Callable[[Report], str],
+    has: Callable[[Report], bool] = lambda report: True,
+) -> _Figure:
+    """A figure that a run's report alone decides, where it has it."""
+    return _Figure(
+        lambda looked, choice, show: show(draw(looked.report), CAPTIONS[name]) if has(looked.report) else "",
+        lambda looked, choice: data(looked.report) if has(looked.report) else None,
+    )
+
+
+FIGURES: Mapping[str, _Figure] = {
+    "coupling": _Figure(
+        _coupling,
+        lambda looked, choice: tables.coupling_data(looked.record, choice.projection, choice.side),
+        ("projection", "side"),
+    ),
+    "flow": _Figure(_flow, lambda looked, choice: tables.flow_data(looked.record, choice.projection), ("projection",)),
+    "map": _Figure(_map, _plan_data, ("projection", "target", "source", "part", "order")),
+    "mass": _Figure(_mass, lambda looked, choice: tables.mass_data(looked.record), ("lines",)),
+    "norms": _of_report("norms", norm_ratios, tables.norms_data),
+    "neurons": _Figure(
+        _neurons, lambda looked, choice: tables.neurons_data(looked.record, choice.projection), ("projection",)
+    ),
+    "fit": _of_report("fit", fit_errors, tables.fit_data, lambda report: report.fusion.fit is not None),
+    "scores": _of_report("scores", scores, tables.scores_data),
+    "descent": _Figure(_descent, _descent_data),
 }
+"""By their names."""
 
 
 def _entries(looked: Looked, choice: Choice) -> tuple[Entries | None, tuple[int, int] | None]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import gradio as gr
 
-from tmerge.errors import TmergeError
+from tmerge.errors import RunNotFoundError, TmergeError
 from tmerge.models import feature_key
 from tmerge.plots import Order, Side, kept_layers, pair_place
 from tmerge.plots.words import findings
@@ -41,22 +41,106 @@ p { margin: 4px 0; max-width: 110ch; overflow-wrap: anywhere; }
 .tm-soft { color: color-mix(in srgb, var(--body-text-color) 74%, transparent); font-size: .875rem; }
 """
 _GONE = "this run is gone or not finished; start it again, or open its link"
-# The choices that a figure changes with, besides the run.
-_CHANGES_WITH: Mapping[str, tuple[str, ...]] = {
-    "coupling": ("projection", "side"),
-    "flow": ("projection",),
-    "map": ("projection", "target", "source", "part", "order"),
-    "mass": ("lines",),
-    "neurons": ("projection",),
-}
 _TO_MAP = "() => document.getElementById('look-map')?.scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 
 _log = logging.getLogger(__name__)
 
 
+# What a handler changes: component -> its new value, or an update of it.
+_Changes = dict[Any, Any]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The tab's components; `held` is the `Choice` that its figures were drawn from."""
+
+    nothing: gr.HTML
+    body: gr.Column
+    head: gr.HTML
+    fitted: gr.Column
+    projection: gr.Radio
+    side: gr.Radio
+    target: gr.Dropdown
+    source: gr.Dropdown
+    part: gr.Radio
+    order: gr.Radio
+    lines: gr.Radio
+    held: gr.State
+    boxes: Mapping[str, gr.HTML]
+
+
 def build_look(app: AppContext) -> None:
     """Fill the tab; it follows the run that the page looks at."""
-    readers = {"zoom": _reader(app, zoomed), "data": _reader(app, data_of)}
+    parts = _laid_out(app)
+    choices: list[Any] = [
+        parts.projection, parts.side, parts.target, parts.source, parts.part, parts.order, parts.lines,
+    ]  # fmt: skip
+    figures = [parts.held, *choices, *parts.boxes.values()]
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def fill(run_id: str) -> _Changes:
+        """All of the tab, for the run that is looked at now."""
+        try:
+            looked = _looked(app, run_id)
+        except TmergeError as error:
+            there = app.finished(run_id) is not None
+            return {
+                parts.nothing: gr.HTML(
+                    error_card("This run cannot be shown", str(error)) if there else _NOTHING, visible=True
+                ),
+                parts.body: gr.Column(visible=False),
+                parts.held: None,
+                **dict.fromkeys(parts.boxes.values(), ""),
+            }
+        choice = _first_choice(looked, run_id)
+        return {
+            parts.nothing: gr.HTML(visible=False),
+            parts.body: gr.Column(visible=True),
+            parts.head: _head(looked),
+            parts.fitted: gr.Column(visible=looked.report.fusion.fit is not None),
+            parts.projection: gr.Radio(looked.record.projections, value=choice.projection),
+            **{getattr(parts, name): getattr(choice, name) for name in ("side", "part", "order", "lines")},
+            **_drawn(parts, looked, choice, None),
+        }
+
+    for event in (app.run_id.change, app.ended.change):
+        event(fill, app.run_id, [parts.nothing, parts.body, parts.head, parts.fitted, *figures], **quiet)
+
+    def redraw(held: Choice | None, *values: Any) -> _Changes:
+        """What the boxes' new values change, whichever of them were changed since the last time."""
+        looked, choice = _chosen(app, *values)
+        if held is None or (held.projection, held.target) != (choice.projection, choice.target):
+            # Another projection or target layer: its own source layers, not one that was asked for with the last.
+            choice = _with_kept_source(looked, choice)
+        return _drawn(parts, looked, choice, held)
+
+    # One listener for all: of two changes in quick succession, no answer to the first may come after the second's.
+    changed = [control.input for control in choices]
+    asked = [parts.held, app.run_id, *choices]
+    gr.on(changed, redraw, asked, figures, trigger_mode="always_last", **quiet)
+
+    def open_pair(event: gr.EventData, held: Choice | None, *values: Any) -> _Changes:
+        """The map of the cell or stream that was clicked, of the side that the coupling shows."""
+        run_id, name, shown, _, _, part, *rest = values
+        part = part if shown == "effective" else shown
+        looked, choice = _chosen(app, run_id, name, shown, event.target_layer, event.source_layer, part, *rest)
+        return {parts.part: part, **_drawn(parts, looked, choice, held)}
+
+    for name in ("coupling", "flow"):
+        clicked = parts.boxes[name].cell(open_pair, asked, figures, trigger_mode="always_last", **quiet)
+        clicked.then(None, None, None, js=_TO_MAP, api_visibility="private")
+
+
+def _laid_out(app: AppContext) -> _Parts:
+    boxes: dict[str, gr.HTML] = {}
+
+    def place(*names: str) -> None:
+        """Figures beside each other, where there is room."""
+        with gr.Row(equal_height=False):
+            for name in names:
+                with gr.Column(min_width=320):
+                    boxes[name] = figure_box(f"look-{name}", zoom=_reader(app, zoomed), data=_reader(app, data_of))
+
     nothing = gr.HTML(_NOTHING, elem_id="look-nothing")
     with gr.Column(visible=False, elem_id="look") as body:
         head = gr.HTML(elem_id="look-head", css_template=_HEAD_STYLE, apply_default_css=False)
@@ -64,11 +148,7 @@ def build_look(app: AppContext) -> None:
         with gr.Row():
             projection = gr.Radio([], label="Projection", elem_id="look-projection", min_width=220)
             side = gr.Radio(list(_SIDES), value="effective", label="Side", elem_id="look-side", min_width=220)
-        boxes: dict[str, gr.HTML] = {}
-        with gr.Row(equal_height=False):
-            for name in ("coupling", "flow"):
-                with gr.Column(min_width=320):
-                    boxes[name] = figure_box(f"look-{name}", **readers)
+        place("coupling", "flow")
         gr.Markdown("## Which neurons meet")
         with gr.Row():
             target = gr.Dropdown([], label="Target layer", elem_id="look-target", min_width=160)
@@ -77,120 +157,46 @@ def build_look(app: AppContext) -> None:
             order = gr.Radio(
                 list(_ORDERS), value="structure", label="Order of neurons", elem_id="look-order", scale=3, min_width=220
             )
-        boxes["map"] = figure_box("look-map", **readers)
+        place("map")
         gr.Markdown("## How concentrated")
         lines = gr.Radio(list(_LINES), value="projection", label="Lines", elem_id="look-lines")
-        boxes["mass"] = figure_box("look-mass", **readers)
+        place("mass")
         gr.Markdown("## How much arrived")
-        with gr.Row(equal_height=False):
-            for name in ("norms", "neurons"):
-                with gr.Column(min_width=320):
-                    boxes[name] = figure_box(f"look-{name}", **readers)
+        place("norms", "neurons")
         with gr.Column(visible=False, elem_id="look-fitted") as fitted:
             gr.Markdown("## How well it was fitted")
-            boxes["fit"] = figure_box("look-fit", **readers)
+            place("fit")
         gr.Markdown("## Did it help?")
-        with gr.Row(equal_height=False):
-            for name in ("scores", "descent"):
-                with gr.Column(min_width=320):
-                    boxes[name] = figure_box(f"look-{name}", **readers)
+        place("scores", "descent")
     assert boxes.keys() == FIGURES.keys()
-    # Figure name -> what it was drawn from, so that only what changes is drawn anew.
-    held = gr.State({})
-    controls: list[Any] = [projection, side, target, source, part, order, lines]
-    chosen = [app.run_id, *controls]
-
-    def fill(run_id: str) -> list[Any]:
-        """All of the tab, for the run that is looked at now."""
-        looked = _looked(app, run_id)
-        if looked is None:
-            nothing_yet = gr.update(visible=True, value=_why_nothing(app, run_id))
-            return [nothing_yet, gr.update(visible=False), *[gr.skip()] * 9, {}, *[""] * len(boxes)]
-        choice = _first_choice(looked, run_id)
-        return [
-            gr.update(visible=False),
-            gr.update(visible=True),
-            gr.update(visible=looked.report.fusion.fit is not None),
-            _head(looked),
-            gr.update(choices=looked.record.projections, value=choice.projection),
-            choice.side,
-            *_pair_boxes(looked, choice),
-            choice.part,
-            choice.order,
-            choice.lines,
-            {name: _drawn_from(name, choice) for name in boxes},
-            *(picture_of(name, looked, choice) for name in boxes),
-        ]
-
-    everything = [nothing, body, fitted, head, *controls, held, *boxes.values()]
-    for event in (app.run_id.change, app.ended.change):
-        event(fill, [app.run_id], everything, show_progress="hidden", api_visibility="private")
-
-    def redraw(held: dict[str, Any], *values: Any) -> list[Any]:
-        """What the boxes' new values change, whichever of them were changed since the last time."""
-        looked, choice = _chosen(app, *values)
-        if held.get("map", ())[:3] != _drawn_from("map", choice)[:3]:
-            # Another projection or target layer: its own source layers, not one that was asked for with the last.
-            choice = _with_kept_source(looked, choice)
-        wanted = {name: _drawn_from(name, choice) for name in boxes}
-        pictures = [gr.skip() if held.get(name) == wanted[name] else picture_of(name, looked, choice) for name in boxes]
-        return [wanted, *_pair_boxes(looked, choice), *pictures]
-
-    # One listener for all: of two changes in quick succession, no answer to the first may come after the second's.
-    gr.on(
-        [control.input for control in controls],
-        redraw,
-        [held, *chosen],
-        [held, target, source, *boxes.values()],
-        trigger_mode="always_last",
-        show_progress="hidden",
-        api_visibility="private",
+    return _Parts(
+        nothing, body, head, fitted, projection, side, target, source, part, order, lines, gr.State(None), boxes
     )
 
-    def open_pair(event: gr.EventData, held: dict[str, Any], *values: Any) -> list[Any]:
-        """The map of the cell or stream that was clicked, of the side that the coupling shows."""
-        run_id, name, shown, _, _, part, *rest = values
-        part = part if shown == "effective" else shown
-        looked, choice = _chosen(app, run_id, name, shown, event.target_layer, event.source_layer, part, *rest)
-        drawn = {**held, "map": _drawn_from("map", choice)}
-        return [drawn, *_pair_boxes(looked, choice), part, picture_of("map", looked, choice)]
 
-    for name in ("coupling", "flow"):
-        clicked = boxes[name].cell(
-            open_pair,
-            [held, *chosen],
-            [held, target, source, part, boxes["map"]],
-            trigger_mode="always_last",
-            show_progress="hidden",
-            api_visibility="private",
-        )
-        clicked.then(None, None, None, js=_TO_MAP, api_visibility="private")
+def _drawn(parts: _Parts, looked: Looked, choice: Choice, held: Choice | None) -> _Changes:
+    """The figures that are others than those of the choice they were drawn from, and the lists of layers."""
+    drawn = {
+        box: picture_of(name, looked, choice)
+        for name, box in parts.boxes.items()
+        if held is None or FIGURES[name].drawn_from(held) != FIGURES[name].drawn_from(choice)
+    }
+    return {parts.held: choice, **_pair_boxes(parts, looked, choice), **drawn}
 
 
-def _drawn_from(name: str, choice: Choice) -> tuple[Any, ...]:
-    return tuple(getattr(choice, field) for field in ("run", *_CHANGES_WITH.get(name, ())))
+def _looked(app: AppContext, run_id: str) -> Looked:
+    """The finished run of an id.
 
-
-def _looked(app: AppContext, run_id: str) -> Looked | None:
+    Raises:
+        RunNotFoundError: There is none, or it cannot be read.
+    """
     run = app.finished(run_id)
     if run is None:
-        return None
+        raise RunNotFoundError(_GONE)
     try:
         return looked_at(run.folder)
-    except TmergeError:
-        return None
-
-
-def _why_nothing(app: AppContext, run_id: str) -> str:
-    """That there is no run yet, or what is wrong with the one there is."""
-    run = app.finished(run_id)
-    if run is None:
-        return _NOTHING
-    try:
-        looked_at(run.folder)
     except TmergeError as error:
-        return error_card("This run cannot be shown", str(error).replace(str(run.folder), "the run"))
-    return _NOTHING
+        raise RunNotFoundError(str(error).replace(str(run.folder), "the run")) from None
 
 
 def _reader(app: AppContext, read: Callable[[Looked, Mapping[str, Any]], dict[str, Any]]) -> Reader:
@@ -198,8 +204,7 @@ def _reader(app: AppContext, read: Callable[[Looked, Mapping[str, Any]], dict[st
 
     def answer(ref: Any) -> dict[str, Any]:
         try:
-            looked = _looked(app, str(ref["run"]))
-            return {"fault": _GONE} if looked is None else read(looked, ref)
+            return read(_looked(app, str(ref["run"])), ref)
         except TmergeError as error:
             return {"fault": str(error)}
         except (TypeError, ValueError, KeyError) as error:
@@ -212,9 +217,10 @@ def _reader(app: AppContext, read: Callable[[Looked, Mapping[str, Any]], dict[st
 def _chosen(app: AppContext, *values: Any) -> tuple[Looked, Choice]:
     """The run, and the boxes' values as a choice: the first layer pair where one of them has none."""
     run_id, name, side, target, source, part, order, lines = values
-    looked = _looked(app, run_id)
-    if looked is None:
-        raise gr.Error(_GONE)
+    try:
+        looked = _looked(app, run_id)
+    except TmergeError as error:
+        raise gr.Error(str(error)) from None
     first = _first_choice(looked, run_id)
     if name not in looked.record.projections:
         name = first.projection
@@ -235,7 +241,7 @@ def _first_choice(looked: Looked, run_id: str) -> Choice:
     return Choice(run_id, name, side, target, kept[target][0][0], "post", order, "projection")
 
 
-def _pair_boxes(looked: Looked, choice: Choice) -> list[Any]:
+def _pair_boxes(parts: _Parts, looked: Looked, choice: Choice) -> _Changes:
     """The two lists of layers, the source layers that were kept for this target layer first."""
     kept = kept_layers(looked.record, choice.projection)
     shares = dict(kept[choice.target])
@@ -249,10 +255,11 @@ def _pair_boxes(looked: Looked, choice: Choice) -> list[Any]:
         return f"{layer}: kept by another projection" if stored else f"{layer}: not kept, no plan stored"
 
     others = [layer for layer in _sources(looked, choice.projection, choice.part) if layer not in shares]
-    return [
-        gr.update(choices=[(str(layer), layer) for layer in kept], value=choice.target),
-        gr.update(choices=[(words(layer), layer) for layer in (*shares, *others)], value=choice.source),
-    ]
+    listed = [(words(layer), layer) for layer in (*shares, *others)]
+    return {
+        parts.target: gr.Dropdown([(str(layer), layer) for layer in kept], value=choice.target),
+        parts.source: gr.Dropdown(listed, value=choice.source),
+    }
 
 
 def _with_kept_source(looked: Looked, choice: Choice) -> Choice:
