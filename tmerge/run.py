@@ -132,6 +132,10 @@ class Run:
             write_json(request, recipe.model_dump(mode="json"))
         return run
 
+    def take_over(self, recipe: Recipe) -> None:
+        """Let a copy of a run's folder be another recipe's run, which keeps of its stages those that decide alike."""
+        write_json(self.cache / "request.json", recipe.model_dump(mode="json"))
+
     def finished(self, stage: str, key: str) -> dict[str, Any] | None:
         """What a stage noted when it finished under this key; None where it has not."""
         return self.note(self.cache / f"{stage}.json", key)

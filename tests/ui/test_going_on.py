@@ -1,4 +1,4 @@
-"""A way on in the app: training on top of a finished merge, and a reconstruction of the same pair."""
+"""Ways on in the app: a finished merge trained on top of, or compared with trainings; a reconstruction of its pair."""
 
 import pytest
 
@@ -7,13 +7,16 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import expect
 
 from tests.ui.test_running import fill, start
+from tmerge.comparison.result import read_comparison
+from tmerge.comparison.tables import added_words, row_cells
 from tmerge.errors import NotEnoughMemoryError, RecipeError, RunNotFoundError
 from tmerge.recipe import Recipe
 from tmerge.run import Run
 from tmerge.ui.parts.form import recipe_of
 from tmerge.ui.parts.going_on import _fitted
-from tmerge.ui.server import limits
-from tmerge.ui.server.limits import AppSettings, refuse_training
+from tmerge.ui.server import further
+from tmerge.ui.server.further import refuse_further
+from tmerge.ui.server.limits import AppSettings
 
 
 @pytest.mark.slow
@@ -46,21 +49,91 @@ def test_what_cannot_be_trained_is_one_line(served, monkeypatch):
     run = served.ended(store.start(served.recipe(seed=12), "someone else"))
     for steps in (0, -3, 10**9):
         with pytest.raises(RecipeError, match="choose from 1 to 1000"):
-            store.train(run.id, steps, "sft", "someone else")
+            store.go_on(run.id, steps, "sft", "someone else")
     for run_id in ("none", "example-relatives"):
-        with pytest.raises(RunNotFoundError, match="no finished merge"):
-            store.train(run_id, 5, "sft", "someone else")
+        with pytest.raises(RunNotFoundError, match="no finished merge to go on from"):
+            store.go_on(run_id, 5, "sft", "someone else")
     asked = (run.report, run.recipe, run.folder, 50)
     most = 6.0 * run.report.target.parameters * 50 * 8 * 256
     with pytest.raises(RecipeError, match=r"50 steps of sft take up to .* trillion operations, where this app takes"):
-        refuse_training(*asked, "sft", AppSettings(public=True, max_operations=most - 1))
-    refuse_training(*asked, "sft", AppSettings(public=True, max_operations=most))
+        refuse_further(*asked, "sft", AppSettings(public=True, max_operations=most - 1))
+    refuse_further(*asked, "sft", AppSettings(public=True, max_operations=most))
     # The teacher reads all texts.
     with pytest.raises(RecipeError, match="steps of distill take up to"):
-        refuse_training(*asked, "distill", AppSettings(public=True, max_operations=most))
-    monkeypatch.setattr(limits, "available_memory", lambda device: 1000)
-    with pytest.raises(NotEnoughMemoryError, match=r"needs about .* are free"):
-        refuse_training(*asked, "sft", AppSettings())
+        refuse_further(*asked, "distill", AppSettings(public=True, max_operations=most))
+    monkeypatch.setattr(further, "available_memory", lambda device: 1000)
+    with pytest.raises(NotEnoughMemoryError, match=r"sft needs about .* are free"):
+        refuse_further(*asked, "sft", AppSettings())
+
+
+@pytest.mark.slow
+def test_a_merge_is_compared_with_trainings_stopped_and_continued(visit, served, gate):
+    store = served.context.store
+    merged = served.ended(store.start(served.recipe(seed=14), "a fourth"))
+    before = (merged.folder / "model.safetensors").read_bytes()
+    page = visit(f"&run={merged.id}")
+    gate.close_at("compare")
+    page.get_by_label("Steps").fill("2")
+    page.locator("#go-compare").click()
+    page.wait_for_url(lambda url: "run=" in url and merged.id not in url)
+    run = store.get(page.url.partition("run=")[2])
+    # The merge is not done again, but for what it was not asked: whether it points where the loss falls.
+    expect(page.locator("#run-stages .step.now .name")).to_have_text("Compare", timeout=60_000)
+    assert not {"texts", "target", "source", "transport", "fuse"} & {*run.stages}
+    expect(page.locator("#run-head")).to_contain_text("the merge beside trainings")
+    page.locator("#cancel").click()
+    expect(page.locator("#run-head")).to_contain_text("Cancelled")
+    gate.open()
+    page.locator("#cancel").click()
+    assert served.ended(run.id, 240).state == "done", run.error
+    expect(page.locator("#run-head")).to_contain_text("Done", timeout=60_000)
+    expect(page.locator("#go-compare")).to_be_hidden()
+    found = read_comparison(run.folder.parent / "compare.json")
+    assert [row.name for row in found.rows if row.kind == "trained"] == ["sft", "distill", "fused+sft", "fused+distill"]
+    assert {row.steps for row in found.rows if row.kind == "trained"} == {2}
+    assert found.rows[1].score.value == pytest.approx(merged.report.evaluation.fused.value)
+    page.get_by_role("tab", name="Look").click()
+    shown = page.locator("#look-table tbody tr")
+    expect(shown).to_have_count(len(found.rows))
+    sft = next(row for row in found.rows if row.name == "sft")
+    assert page.locator("#look-table tr", has_text="sft").first.locator("td, th").all_inner_texts() == list(
+        row_cells(sft)
+    )
+    expect(page.locator("#look-table")).to_contain_text(added_words(found.added[0]))
+    for name in ("ways", "losses", "sweep"):
+        box = page.locator(f"#look-{name} .tm-plot")
+        box.locator(".main-svg").first.wait_for()
+        box.scroll_into_view_if_needed()
+        place = box.bounding_box()
+        assert place["width"] > 300 and place["height"] > 200 and 0 <= place["y"] < page.viewport_size["height"]
+    table = page.request.get(f"{served.url}/run/{run.id}/compare.html")
+    assert table.status == 200 and str(served.context.store.root) not in table.text()
+    assert page.request.get(f"{served.url}/run/{merged.id}/compare.html").status == 404
+    assert (merged.folder / "model.safetensors").read_bytes() == before
+    # Another run of this page is no comparison.
+    page.goto(f"{served.url}/?run={merged.id}")
+    page.get_by_role("tab", name="Look").click()
+    page.locator("#look-scores .main-svg").first.wait_for()
+    expect(page.locator("#look-compared")).to_be_hidden()
+
+
+def test_a_comparison_that_does_not_fit_is_one_line(served, monkeypatch):
+    run = served.ended(served.context.store.start(served.recipe(seed=15), "a fifth"))
+    asked, report = (run.recipe, run.folder, 50, "compare"), run.report
+    texts, tokens = report.calibration.texts, 256
+    # Four trainings, two with a teacher; base, fused, three controls, fifteen of the sweep and the trained ones scored.
+    most = 4 * 6.0 * report.target.parameters * 50 * 8 * tokens + 2 * 2.0 * report.source.parameters * texts * tokens
+    scored = (2 + 3 + 15 + 4) * report.target.parameters + report.source.parameters
+    most += 2.0 * scored * report.evaluation.texts * run.recipe.calibration.max_tokens
+    refuse_further(report, *asked, AppSettings(public=True, max_operations=most))
+    with pytest.raises(RecipeError, match=r"50 steps of compare take up to .*, or run it .* with tmerge compare$"):
+        refuse_further(report, *asked, AppSettings(public=True, max_operations=most - 1))
+    several = report.model_copy(update={"sources": (report.source,) * 2})
+    with pytest.raises(RecipeError, match="takes one source, and this merge has 2"):
+        refuse_further(several, *asked, AppSettings())
+    monkeypatch.setattr(further, "available_memory", lambda device: 16 * report.target.parameters)
+    with pytest.raises(NotEnoughMemoryError, match=r"compare needs about .* are free"):
+        refuse_further(report, *asked, AppSettings())
 
 
 def test_a_reconstruction_of_the_same_pair_is_set_up(visit, served, monkeypatch):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tmerge.calibration import FeatureStore, TextSet
-from tmerge.comparison.inputs import ComparedData, MergedModels, refuse_moved
+from tmerge.comparison.inputs import ComparedData, MergedModels, merge_recipe, refuse_moved
 from tmerge.comparison.result import SCHEMA, Comparison
 from tmerge.comparison.rows import RowNote, RowScores, TextScores, TrainedScores, added, grouped, summed_up
 from tmerge.comparison.tables import comparison_table
@@ -45,9 +45,6 @@ from tmerge.store import LOCK_FILES, locked, write_json, write_text
 from tmerge.transport import TransportRecord
 
 __all__ = ["compare"]
-
-# The comparison's merge always says whether it points downhill: on this many calibration texts.
-_DESCENT_TEXTS = 64
 
 
 @dataclass(frozen=True)
@@ -132,15 +129,8 @@ class _Comparison:
     """One comparison at work."""
 
     def __init__(self, recipe: Recipe, out: Path, listener: Listener, processes: Processes) -> None:
-        # Its merge is a run of its own, which does not change when only the comparison does.
-        evaluation = recipe.evaluation
-        if not evaluation.descent:
-            evaluation = evaluation.model_copy(update={"descent": _DESCENT_TEXTS})
         self.recipe, self.out, self.listener, self.processes = recipe, out, listener, processes
-        plain = type(recipe.compare)()
-        self.merge_recipe = recipe.model_copy(
-            update={"evaluation": evaluation, "compare": plain, "adaptation": type(recipe.adaptation)()}
-        )
+        self.merge_recipe = merge_recipe(recipe)
         self.rows_folder = out / "rows"
         self.data = ComparedData(recipe, out, listener)
         self.settings = recipe.compare

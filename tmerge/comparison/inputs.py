@@ -21,7 +21,19 @@ from tmerge.recipe import Recipe
 from tmerge.stages.scoring import load
 from tmerge.stages.step import Listener, Progress
 
-__all__ = ["ComparedData", "MergedModels", "refuse_moved"]
+__all__ = ["ComparedData", "MergedModels", "merge_recipe", "refuse_moved"]
+
+# The comparison's merge always says whether it points downhill: on this many calibration texts.
+_DESCENT_TEXTS = 64
+
+
+def merge_recipe(recipe: Recipe) -> Recipe:
+    """Of a comparison's merge, which does not change when only the comparison does."""
+    evaluation = recipe.evaluation
+    if not evaluation.descent:
+        evaluation = evaluation.model_copy(update={"descent": _DESCENT_TEXTS})
+    plain = {"compare": type(recipe.compare)(), "adaptation": type(recipe.adaptation)()}
+    return recipe.model_copy(update={"evaluation": evaluation, **plain})
 
 
 class MergedModels:

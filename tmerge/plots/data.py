@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
+from tmerge.comparison.result import Comparison
 from tmerge.models import feature_key
 from tmerge.plots.blocks import Entries
 from tmerge.plots.heatmaps import Side, kept_layers
@@ -16,10 +17,12 @@ __all__ = [
     "coupling_data",
     "descent_data",
     "flow_data",
+    "losses_data",
     "mass_data",
     "neurons_data",
     "norms_data",
     "plan_data",
+    "rows_data",
     "scores_data",
 ]
 
@@ -118,6 +121,22 @@ def descent_data(descent: Descent) -> str:
         for values in zip(item.layers, item.cosine, item.noise, item.noise_sd, strict=True)
     )
     return _csv(("projection", "target_layer", "cosine", "noise_mean", "noise_sd"), rows)
+
+
+def rows_data(comparison: Comparison) -> str:
+    """A comparison's rows: held-out bits per byte with paired differences to the base, and what they took."""
+    rows = (
+        (row.name, row.value, *row.ci95, *_difference_cells(row.difference), row.tokens, row.steps, row.seconds)
+        for row in comparison.rows
+    )
+    header = ("row", "bits_per_byte", "low", "high", "difference", "difference_low", "difference_high")
+    return _csv((*header, "tokens", "steps", "seconds"), rows)
+
+
+def losses_data(comparison: Comparison) -> str:
+    """Training loss of every trained row and seed, over steps."""
+    rows = ((row.name, seed.seed, *point) for row in comparison.rows for seed in row.seeds for point in seed.loss)
+    return _csv(("row", "seed", "step", "loss"), rows)
 
 
 def _difference_cells(change: Measured | None) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""A way on from a finished merge: fit the target's weights to the source, or train on top, in the app."""
+"""Ways on from a finished merge: fit the target's weights to the source, train on top, or compare it with trainings."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import note
 from tmerge.ui.parts.form import read_yaml, with_value
 from tmerge.ui.parts.style import markup
-from tmerge.ui.server.limits import MOST_STEPS
+from tmerge.ui.server.further import MOST_STEPS
 from tmerge.ui.server.visitor import visitor_of
-from tmerge.ui.server.visitor_run import VisitorRun
+from tmerge.ui.server.visitor_run import VisitorRun, Way
 
 __all__ = ["build_going_on"]
 
@@ -32,41 +32,34 @@ def build_going_on(app: AppContext) -> None:
         steps = gr.Number(50, label="Steps", precision=0, minimum=1, maximum=MOST_STEPS, min_width=160)
         objective = gr.Dropdown(_OBJECTIVES, value="sft", label="Trained", min_width=200)
         train = gr.Button("Train on top of it", elem_id="go-train", min_width=180, size="md")
+        compare = gr.Button("Compare it with trainings", elem_id="go-compare", min_width=180, size="md")
     problem = markup("", elem_id="go-problem")
 
-    def offer(run_id: str) -> list[Any]:
+    def offer(run_id: str) -> dict[Any, Any]:
         run = app.seen(run_id)
-        whole = run is not None and app.with_weights(run_id) is not None
-        merged = run is not None and run.asks == "merge"
-        return [gr.Row(visible=whole and merged and _TRAINS), gr.Button(visible=run is not None and _fits(run)), ""]
+        merged = run is not None and run.asks == "merge" and app.with_weights(run_id) is not None
+        fits = run is not None and _fits(run)
+        return {row: gr.Row(visible=merged and _TRAINS), reconstruct: gr.Button(visible=fits), problem: ""}
 
     gr.on([app.run_id.change, app.ended.change], offer, app.run_id, [row, reconstruct, problem], queue=False, **_LIGHT)
 
-    def proposed(run_id: str) -> list[Any]:
+    def proposed(run_id: str) -> dict[Any, Any]:
         """The same pair and texts, fitted: with the defaults of a reconstruction."""
         run = app.seen(run_id)
-        if run is None:
-            return [gr.skip(), gr.skip()]
-        return [_fitted(run.recipe), gr.Tabs(selected="choose")]
+        return {} if run is None else {app.proposed: _fitted(run.recipe), app.tabs: gr.Tabs(selected="choose")}
 
     reconstruct.click(proposed, app.run_id, [app.proposed, app.tabs], **_LIGHT)
 
-    def begin(run_id: str, count: Any, how: Any, request: gr.Request) -> list[Any]:
+    def begin(run_id: str, count: Any, way: Way, request: gr.Request) -> dict[Any, Any]:
         try:
             # An emptied field sends nothing.
-            wanted = int(count or 0)
-            started = app.store.train(run_id, wanted, "distill" if how == "distill" else "sft", visitor_of(request))
+            started = app.store.go_on(run_id, int(count or 0), way, visitor_of(request))
         except TmergeError as error:
-            return [gr.skip(), gr.skip(), note(str(error), bad=True)]
-        return [started, gr.Tabs(selected="run"), ""]
+            return {problem: note(str(error), bad=True)}
+        return {app.run_id: started, app.tabs: gr.Tabs(selected="run"), problem: ""}
 
-    train.click(
-        begin,
-        [app.run_id, steps, objective],
-        [app.run_id, app.tabs, problem],
-        trigger_mode="once",
-        **_LIGHT,
-    )
+    for button, way in ((train, objective), (compare, gr.State("compare"))):
+        button.click(begin, [app.run_id, steps, way], [app.run_id, app.tabs, problem], trigger_mode="once", **_LIGHT)
 
 
 def _fitted(recipe: Recipe) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import safe_open
 from torch import Tensor
 
+from tmerge.comparison.result import Comparison, read_comparison
 from tmerge.documents import parse_json
 from tmerge.errors import RunNotFoundError
 from tmerge.plots import Entries, Order, plan_entries, plan_orders
@@ -31,11 +32,13 @@ class Looked:
         folder: The run's.
         report: report.json.
         record: Its transport; its tensors are read on demand.
+        comparison: Of the merge with trainings, where the run is one.
     """
 
     folder: Path
     report: Report
     record: TransportRecord
+    comparison: Comparison | None = None
 
 
 class _StoredTensors(dict[str, Tensor]):
@@ -61,6 +64,7 @@ def looked_at(folder: Path) -> Looked:
     """The finished run in a folder; the last few stay in memory.
 
     Raises:
+        ComparisonError: The comparison that its merge is of cannot be read.
         RunNotFoundError: It is not finished, or gone.
     """
     run = Run(folder)
@@ -70,7 +74,9 @@ def looked_at(folder: Path) -> Looked:
             facts = parse_json((stored.metadata() or {})["tmerge"])
     except (OSError, KeyError, ValueError):
         raise RunNotFoundError("this run has no transport plans to look at; run the merge again") from None
-    return Looked(folder, report, TransportRecord(facts, _StoredTensors(run.transport_path)))
+    compared = folder.parent / "compare.json"
+    comparison = read_comparison(compared) if compared.is_file() else None
+    return Looked(folder, report, TransportRecord(facts, _StoredTensors(run.transport_path)), comparison)
 
 
 @functools.lru_cache(maxsize=4)

@@ -9,6 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from tmerge.comparison.result import Comparison
 from tmerge.models import feature_key
 from tmerge.plots import (
     Entries,
@@ -30,7 +31,7 @@ from tmerge.plots import (
     top_mass,
 )
 from tmerge.plots import data as tables
-from tmerge.plots.comparison import descent_bars
+from tmerge.plots.comparison import alpha_sweep, descent_bars, losses, rows_figure
 from tmerge.plots.style import percent
 from tmerge.plots.words import CAPTIONS
 from tmerge.quantities import count_words
@@ -175,6 +176,10 @@ def _neurons(looked: Looked, choice: Choice, show: _Show) -> str:
     return show(neurons_figure(looked.record, choice.projection), CAPTIONS["neurons"], view=shown)
 
 
+def _fit(looked: Looked, choice: Choice, show: _Show) -> str:
+    return "" if looked.report.fusion.fit is None else show(fit_errors(looked.report), CAPTIONS["fit"])
+
+
 def _descent(looked: Looked, choice: Choice, show: _Show) -> str:
     descent = looked.report.evaluation.descent
     if descent is not None:
@@ -189,6 +194,10 @@ def _descent(looked: Looked, choice: Choice, show: _Show) -> str:
 def _plan_data(looked: Looked, choice: Choice) -> str | None:
     entries, _ = _entries(looked, choice)
     return None if entries is None else tables.plan_data(entries)
+
+
+def _fit_data(looked: Looked, choice: Choice) -> str | None:
+    return None if looked.report.fusion.fit is None else tables.fit_data(looked.report)
 
 
 def _descent_data(looked: Looked, choice: Choice) -> str | None:
@@ -215,17 +224,22 @@ class _Figure:
         return tuple(getattr(choice, field) for field in ("run", *self.follows))
 
 
-def _of_report(
-    name: str,
-    draw: Callable[[Report], go.Figure],
-    data: Callable[[Report], str],
-    has: Callable[[Report], bool] = lambda report: True,
-) -> _Figure:
-    """A figure that a run's report alone decides, where it has it."""
+def _of_report(name: str, draw: Callable[[Report], go.Figure], data: Callable[[Report], str]) -> _Figure:
+    """A figure that a run's report alone decides."""
     return _Figure(
-        lambda looked, choice, show: show(draw(looked.report), CAPTIONS[name]) if has(looked.report) else "",
-        lambda looked, choice: data(looked.report) if has(looked.report) else None,
+        lambda looked, choice, show: show(draw(looked.report), CAPTIONS[name]),
+        lambda looked, choice: data(looked.report),
     )
+
+
+def _of_comparison(draw: Callable[[Comparison], go.Figure | None], data: Callable[[Comparison], str]) -> _Figure:
+    """A figure that a comparison alone decides, where it has it."""
+
+    def drawn(looked: Looked, choice: Choice, show: _Show) -> str:
+        figure = None if looked.comparison is None else draw(looked.comparison)
+        return "" if figure is None else show(figure, "")
+
+    return _Figure(drawn, lambda looked, choice: None if looked.comparison is None else data(looked.comparison))
 
 
 FIGURES: Mapping[str, _Figure] = {
@@ -241,9 +255,12 @@ FIGURES: Mapping[str, _Figure] = {
     "neurons": _Figure(
         _neurons, lambda looked, choice: tables.neurons_data(looked.record, choice.projection), ("projection",)
     ),
-    "fit": _of_report("fit", fit_errors, tables.fit_data, lambda report: report.fusion.fit is not None),
+    "fit": _Figure(_fit, _fit_data),
     "scores": _of_report("scores", scores, tables.scores_data),
     "descent": _Figure(_descent, _descent_data),
+    "ways": _of_comparison(rows_figure, tables.rows_data),
+    "sweep": _of_comparison(alpha_sweep, tables.rows_data),
+    "losses": _of_comparison(losses, tables.losses_data),
 }
 """By their names."""
 

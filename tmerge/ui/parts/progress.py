@@ -54,6 +54,7 @@ _STATES = {
     "cancelled": "Cancelled",
 }
 _NEXT = "Next: train a little on top of it, 50 steps, with the button below"
+_COMPARED = "Trainings with the merge and without it, at equal budget, are beside it in the Look tab"
 _TRAINED = {
     "helps": "Better than the target, after training",
     "no difference": "After training no difference to the target that these texts can show",
@@ -70,6 +71,7 @@ _NAMES = {
     "evaluate": "Score texts",
     "save": "Write model",
     "adapt": "Train",
+    "compare": "Compare",
 }
 
 
@@ -134,7 +136,11 @@ def stages(run: VisitorRun | None) -> str:
 def _stage_names(run: VisitorRun) -> list[str]:
     if run.asks == "training":
         return ["adapt"]
-    return stages_until(run.recipe, "transport") if run.asks == "relatedness" else list(stage_names(run.recipe))
+    if run.asks == "relatedness":
+        return stages_until(run.recipe, "transport")
+    names = stage_names(run.recipe)
+    # A comparison does those again that the merge was not asked for.
+    return names if run.asks == "merge" else [*(name for name in names if name in run.stages), "compare"]
 
 
 @dataclass(frozen=True)
@@ -269,7 +275,7 @@ def result_cards(run: VisitorRun) -> str:
         ratios=[(name, f"{_median(item.norm_ratio):.3g}") for name, item in report.fusion.projections.items()],
         alpha=alpha_words(report.fusion),
         ratio=ratio_heading(report.fusion),
-        following=_NEXT if next_words(report) else "",
+        following=_COMPARED if run.asks == "comparison" else _NEXT if next_words(report) else "",
     )
 
 

@@ -32,7 +32,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def download_routes(seen: Callable[[str], VisitorRun | None]) -> list[Route]:
-    """Where the app serves ``run/ID/model.zip`` and ``run/ID/files/PATH``.
+    """Where the app serves ``run/ID/model.zip``, ``run/ID/files/PATH`` and a comparison's ``run/ID/compare.html``.
 
     Args:
         seen: The run of an id; None where there is none.
@@ -58,7 +58,14 @@ def download_routes(seen: Callable[[str], VisitorRun | None]) -> list[Route]:
             return PlainTextResponse(_GONE, status_code=404)
         return FileResponse(run.folder / name, filename=name.name)
 
+    def compared(request: Request) -> Response:
+        run = finished(request)
+        if run is None or run.asks != "comparison":
+            return PlainTextResponse(_GONE, status_code=404)
+        return FileResponse(run.folder.parent / "compare.html", filename="compare.html")
+
     return [
+        Route("/run/{run_id}/compare.html", compared, methods=["GET"]),
         Route("/run/{run_id}/model.zip", zipped, methods=["GET"]),
         Route("/run/{run_id}/files/{path:path}", one, methods=["GET"]),
     ]

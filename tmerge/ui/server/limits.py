@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import constants
 
 from tmerge.calibration import SAMPLES_PREFIX
@@ -23,24 +21,21 @@ from tmerge.errors import (
     TmergeError,
 )
 from tmerge.models import ModelReference
-from tmerge.models.device import available_memory
 from tmerge.preflight.check import Check
 from tmerge.quantities import bytes_words, number_words
 from tmerge.recipe import Apart, CompareSettings, Recipe, source_name
-from tmerge.report import Report
 from tmerge.version import DISTRIBUTION, VERSION, installs_tmerge
 
 __all__ = [
     "PACKAGE_VARIABLE",
     "UPLOAD_PREFIX",
-    "MOST_STEPS",
     "AppSettings",
     "BusyError",
     "TooManyRunsError",
     "describe_limits",
+    "operations_words",
     "refuse_dataset_path",
     "refuse_large",
-    "refuse_training",
     "settings_here",
     "vetted",
 ]
@@ -51,9 +46,6 @@ private): an address, or a release such as ``tmerge-llm==0.1.0``."""
 
 UPLOAD_PREFIX = "upload:"
 """A recipe of the browser names an uploaded file by this and its name; the server's path of it is never shown."""
-
-MOST_STEPS = 1000
-"""Most optimiser steps of a training that is started in the app."""
 
 _HUB_DATASET = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(@[\w./-]{1,100})?")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,2})?")
@@ -239,55 +231,13 @@ def refuse_large(found: Check, settings: AppSettings) -> None:
     operations = found.estimate.operations
     if settings.max_operations is not None and operations > settings.max_operations:
         raise RecipeError(
-            f"this run takes {_operations_words(operations)}, where this app takes "
-            f"{_operations_words(settings.max_operations)}; lower calibration.texts, choose smaller models, {own}"
+            f"this run takes {operations_words(operations)}, where this app takes "
+            f"{operations_words(settings.max_operations)}; lower calibration.texts, choose smaller models, {own}"
         )
 
 
-def refuse_training(
-    report: Report, recipe: Recipe, folder: Path, steps: int, objective: str, settings: AppSettings
-) -> None:
-    """Refuse a training that takes more than there is room for, or longer than a merge may.
-
-    Counted are 6 operations for a parameter and a token (a forward and a backward pass), of texts as long as they may
-    be, and 2 for one of the source's where it is the teacher of all calibration texts; in memory the weights, their
-    gradients and AdamW's two means in float32, and three copies of a batch's logits.
-
-    Args:
-        report: Of the merge.
-        recipe: Likewise.
-        folder: Likewise; its config says how many tokens the vocabulary has.
-        steps: Of the optimiser.
-        objective: As `adaptation.objective`.
-        settings: What the app allows.
-
-    Raises:
-        NotEnoughMemoryError, RecipeError: With what it takes and what is allowed.
-    """
-    if not 1 <= steps <= MOST_STEPS:
-        raise RecipeError(f"{steps} steps cannot be trained here; choose from 1 to {MOST_STEPS}")
-    asked = recipe.adaptation
-    tokens = steps * asked.batch_size * asked.accumulation * asked.max_tokens
-    operations = 6.0 * report.target.parameters * tokens
-    if objective == "distill":
-        operations += 2.0 * report.source.parameters * report.calibration.texts * asked.max_tokens
-    if settings.max_operations is not None and operations > settings.max_operations:
-        raise RecipeError(
-            f"{steps} steps of {objective} take up to {_operations_words(operations)}, where this app takes "
-            f"{_operations_words(settings.max_operations)}; choose fewer, or run tmerge adapt on your own machine"
-        )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0)
-    needed = 16 * report.target.parameters + 3 * 4 * asked.batch_size * asked.max_tokens * vocabulary
-    free = available_memory(torch.device("cpu"))
-    if needed > free:
-        raise NotEnoughMemoryError(
-            f"this training needs about {bytes_words(needed)} of memory, where {bytes_words(free)} are free; train on "
-            "your own machine with tmerge adapt"
-        )
-
-
-def _operations_words(count: float) -> str:
+def operations_words(count: float) -> str:
+    """A number of floating-point operations."""
     return f"{count / 1e12:,.3g} trillion operations"
 
 
@@ -348,7 +298,7 @@ def describe_limits(settings: AppSettings) -> list[tuple[str, Any]]:
     if settings.max_texts is not None:
         rows.append(("calibration texts", f"{settings.max_texts:,}"))
     if settings.max_operations is not None:
-        rows.append(("work", _operations_words(settings.max_operations)))
+        rows.append(("work", operations_words(settings.max_operations)))
     if settings.zero_gpu and settings.max_gpu_seconds is not None:
         rows.append(("time that a GPU is asked for", f"{settings.max_gpu_seconds:.0f} s"))
     if settings.runs_per_visitor is not None:

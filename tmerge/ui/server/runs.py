@@ -26,17 +26,17 @@ from tmerge.child import Child, ChildFaultError, ChildLostError
 from tmerge.errors import Cancelled, RunNotFoundError, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.report import Relatedness, Report
-from tmerge.stages.adapt import adapt_run
 from tmerge.stages.fetch import fetch_weights_of
 from tmerge.stages.merge import advance, merge
 from tmerge.stages.relatedness import measure_relatedness
 from tmerge.stages.step import fusing_stage
 from tmerge.ui.server.downloads import link_or_copy
-from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError, refuse_training
+from tmerge.ui.server.further import go_further, refuse_further
+from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError
 from tmerge.ui.server.overall import seconds_left
 from tmerge.ui.server.run_process import NAME, lost, prepared_child, step_of
 from tmerge.ui.server.uploads import hide_upload, with_upload, without_paths
-from tmerge.ui.server.visitor_run import CouplingRow, Objective, StageProgress, State, Training, VisitorRun
+from tmerge.ui.server.visitor_run import CouplingRow, Further, StageProgress, State, VisitorRun, Way
 
 __all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
 
@@ -110,36 +110,37 @@ class RunStore:
             self._enqueue(run)
         return run.id
 
-    def train(self, run_id: str, steps: int, objective: Objective, visitor: str) -> str:
-        """Queue a training on top of a finished merge, as a run of its own; the merge stays as it is.
+    def go_on(self, run_id: str, steps: int, way: Way, visitor: str) -> str:
+        """Queue what is to be done with a finished merge, as a run of its own; the merge stays as it is.
 
         Args:
             run_id: Of the merge.
-            steps: Of the optimiser.
-            objective: As `adaptation.objective`.
+            steps: Of the optimiser, in every training.
+            way: What is to be done.
             visitor: Whom the limits count it for.
 
         Returns:
-            The training's id.
+            The new run's id.
 
         Raises:
-            RecipeError: It takes longer than the app allows.
+            NotEnoughMemoryError, RecipeError: It takes more than there is, or longer than the app allows.
             RunNotFoundError: No merge of that id is done.
             TooManyRunsError: As for `start`.
         """
         self.sweep()
         with self._changed:
             merged = self.get(run_id)
-            if merged is None or merged.report is None or merged.training is not None or merged.state != "done":
-                raise RunNotFoundError("there is no finished merge to train on top of; start it again")
+            if merged is None or merged.report is None or merged.further is not None or merged.state != "done":
+                raise RunNotFoundError("there is no finished merge to go on from; start it again")
             self._refuse_too_many(visitor)
-        refuse_training(merged.report, merged.recipe, merged.folder, steps, objective, self.settings)
+        refuse_further(merged.report, merged.recipe, merged.folder, steps, way, self.settings)
         home = Path(tempfile.mkdtemp(dir=self.root))
-        run = VisitorRun(secrets.token_urlsafe(18), merged.recipe, home / "adapted", visitor)
-        run.training, run.read = Training(home / "fused", steps, objective), merged.read
+        compares = way == "compare"
+        run = VisitorRun(secrets.token_urlsafe(18), merged.recipe, home / ("merge" if compares else "adapted"), visitor)
+        run.further, run.read = Further(home / "merge", steps, way), merged.read
         try:
             # Its own, so that the merge may go meanwhile; the files are the same ones, and take no room twice.
-            shutil.copytree(merged.folder, home / "fused", copy_function=link_or_copy)
+            shutil.copytree(merged.folder, run.further.merged, copy_function=link_or_copy)
             with self._changed:
                 self._refuse_too_many(visitor)
                 self._enqueue(run)
@@ -339,10 +340,8 @@ class RunStore:
             return child.call(function, hear=lambda told: run.hear(step_of(told)), pulse=run.stop_if_cancelled)
 
         try:
-            if run.training is not None:
-                words = {"steps": run.training.steps, "objective": run.training.objective}
-                trained: Report = call(partial(adapt_run, run.training.merged, run.folder, words))
-                return trained
+            if run.further is not None:
+                return go_further(run.further, recipe, run.folder, call)
             if run.relates:
                 related: Relatedness = call(partial(measure_relatedness, recipe, run.folder))
                 return related

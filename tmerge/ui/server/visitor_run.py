@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from tmerge.ui.server.examples import Example
     from tmerge.ui.server.pushes import PushUnderWay
 
-__all__ = ["Asks", "CouplingRow", "Objective", "StageProgress", "State", "Training", "VisitorRun"]
+__all__ = ["Asks", "CouplingRow", "Further", "StageProgress", "State", "VisitorRun", "Way"]
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
-Objective = Literal["sft", "distill"]
-Asks = Literal["merge", "training", "relatedness"]
+Way = Literal["sft", "distill", "compare"]
+Asks = Literal["merge", "training", "comparison", "relatedness"]
 
 _LOG_LINES = 500
 
@@ -81,18 +81,18 @@ class CouplingRow:
 
 
 @dataclass(frozen=True)
-class Training:
-    """What is done on top of a finished merge, in place of a merge.
+class Further:
+    """What is done with a finished merge, in place of a merge.
 
     Attributes:
-        merged: The merge's folder with its cache, the training run's own.
-        steps: Of the optimiser.
-        objective: As `adaptation.objective`.
+        merged: The merge's folder with its cache, this run's own.
+        steps: Of the optimiser, in every training.
+        way: Trained on top as `adaptation.objective` says, or compared with trainings.
     """
 
     merged: Path
     steps: int
-    objective: Objective
+    way: Way
 
 
 @dataclass
@@ -114,7 +114,7 @@ class VisitorRun:
         push: Its last push, under way or over.
         relates: Whether it asks no more than whether the two models are related.
         relatedness: What it found, where it asks that, once it is done.
-        training: What it does where it is no merge; then `folder` is of what the training makes.
+        further: What it does with a finished merge; then `folder` is of what a training makes, or the merge compared.
         example: What is told of a recorded run, whose weights are not there; None of a visitor's own.
         created, started, ended, looked_at: `time.time`.
         version: Goes up with every change: a page that has seen it has nothing to draw.
@@ -139,7 +139,7 @@ class VisitorRun:
     push: PushUnderWay | None = None
     relates: bool = False
     relatedness: Relatedness | None = None
-    training: Training | None = None
+    further: Further | None = None
     example: Example | None = None
     created: float = field(default_factory=time.time)
     started: float | None = None
@@ -155,7 +155,9 @@ class VisitorRun:
     @property
     def asks(self) -> Asks:
         """What it is."""
-        return "training" if self.training is not None else "relatedness" if self.relates else "merge"
+        if self.further is not None:
+            return "comparison" if self.further.way == "compare" else "training"
+        return "relatedness" if self.relates else "merge"
 
     @property
     def over(self) -> bool:

@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import gradio as gr
 
+from tmerge.comparison.result import Comparison
+from tmerge.comparison.tables import ROW_HEADINGS, added_words, row_cells
 from tmerge.errors import RunNotFoundError, TmergeError
 from tmerge.models import feature_key
 from tmerge.plots import Order, Side, kept_layers, pair_place
@@ -21,6 +23,7 @@ from tmerge.ui.parts.figure import Reader, figure_box
 from tmerge.ui.parts.look_data import Looked, looked_at
 from tmerge.ui.parts.look_pictures import FIGURES, Choice, data_of, picture_of, zoomed
 from tmerge.ui.parts.safe import render
+from tmerge.ui.parts.style import markup
 
 __all__ = ["build_look"]
 
@@ -58,6 +61,8 @@ class _Parts:
     body: gr.Column
     head: gr.HTML
     fitted: gr.Column
+    compared: gr.Column
+    table: gr.HTML
     projection: gr.Radio
     side: gr.Radio
     target: gr.Dropdown
@@ -75,6 +80,7 @@ def build_look(app: AppContext) -> None:
     choices: list[Any] = [
         parts.projection, parts.side, parts.target, parts.source, parts.part, parts.order, parts.lines,
     ]  # fmt: skip
+    shown = [parts.nothing, parts.body, parts.head, parts.fitted, parts.compared, parts.table]
     figures = [parts.held, *choices, *parts.boxes.values()]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -98,13 +104,15 @@ def build_look(app: AppContext) -> None:
             parts.body: gr.Column(visible=True),
             parts.head: _head(looked),
             parts.fitted: gr.Column(visible=looked.report.fusion.fit is not None),
+            parts.compared: gr.Column(visible=looked.comparison is not None),
+            parts.table: "" if looked.comparison is None else _table(looked.comparison, run_id),
             parts.projection: gr.Radio(looked.record.projections, value=choice.projection),
             **{getattr(parts, name): getattr(choice, name) for name in ("side", "part", "order", "lines")},
             **_drawn(parts, looked, choice, None),
         }
 
     for event in (app.run_id.change, app.ended.change):
-        event(fill, app.run_id, [parts.nothing, parts.body, parts.head, parts.fitted, *figures], **quiet)
+        event(fill, app.run_id, [*shown, *figures], **quiet)
 
     def redraw(held: Choice | None, *values: Any) -> _Changes:
         """What the boxes' new values change, whichever of them were changed since the last time."""
@@ -144,6 +152,11 @@ def _laid_out(app: AppContext) -> _Parts:
     nothing = gr.HTML(_NOTHING, elem_id="look-nothing")
     with gr.Column(visible=False, elem_id="look") as body:
         head = gr.HTML(elem_id="look-head", css_template=_HEAD_STYLE, apply_default_css=False)
+        with gr.Column(visible=False, elem_id="look-compared") as compared:
+            gr.Markdown("## The merge beside trainings")
+            table = markup("", elem_id="look-table")
+            place("ways", "losses")
+            place("sweep")
         gr.Markdown("## Which layers meet")
         with gr.Row():
             projection = gr.Radio([], label="Projection", elem_id="look-projection", min_width=220)
@@ -170,8 +183,9 @@ def _laid_out(app: AppContext) -> _Parts:
         place("scores", "descent")
     assert boxes.keys() == FIGURES.keys()
     return _Parts(
-        nothing, body, head, fitted, projection, side, target, source, part, order, lines, gr.State(None), boxes
-    )
+        nothing, body, head, fitted, compared, table, projection, side, target, source, part, order, lines,
+        gr.State(None), boxes,
+    )  # fmt: skip
 
 
 def _drawn(parts: _Parts, looked: Looked, choice: Choice, held: Choice | None) -> _Changes:
@@ -281,6 +295,14 @@ def _head(looked: Looked) -> str:
     if trained := training_summary(report):
         sentences = [*sentences, f"These are the merge's figures. Trained on top of it: {trained}"]
     return render(_FILE, "head", tone=tone, target=target, source=source, sentences=sentences)
+
+
+def _table(comparison: Comparison, run_id: str) -> str:
+    """A comparison's rows, and what the merge adds to each training."""
+    rows, added = map(row_cells, comparison.rows), map(added_words, comparison.added)
+    return render(
+        _FILE, "compared", run=run_id, texts=comparison.texts, headings=ROW_HEADINGS, rows=rows, sentences=added
+    )
 
 
 def _name(reference: str) -> str:
