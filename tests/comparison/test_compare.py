@@ -34,8 +34,10 @@ def rows_of(result):
 
 def test_rows_without_training(pair, tmp_path):
     recipe = asked(pair, domains={"Malay": "samples:malay"}, sources=[str(pair / "other")])
-    result = compare(recipe, tmp_path / "c")
+    told = []
+    result = compare(recipe, tmp_path / "c", listener=lambda step: told.append(step) if step.unit == "rows" else None)
     rows = rows_of(result)
+    assert [(step.done, step.total) for step in told[1::2]] == [(done + 1, len(rows)) for done in range(len(rows))]
     assert list(rows)[:6] == ["base", "fused", "shrink", "noise", "permuted", "source"]
     assert {"fused, alpha 0.1", "shrink, alpha 1", "noise, alpha 0.1", f"fused with {pair / 'other'}"} <= set(rows)
     # The merge's own report is an independent path to the same numbers.
@@ -62,7 +64,7 @@ def test_a_stopped_comparison_continues_and_gives_the_same(pair, tmp_path):
     recipe = asked(pair)
 
     def stop(step):
-        if step.what == "permuted" and step.stage == "compare":
+        if step.what == "permuted: held-out texts" and step.stage == "compare":
             raise Cancelled("stopped")
 
     with pytest.raises(Cancelled):

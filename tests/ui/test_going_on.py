@@ -81,10 +81,13 @@ def test_a_merge_is_compared_with_trainings_stopped_and_continued(visit, served,
     expect(page.locator("#run-stages .step.now .name")).to_have_text("Compare", timeout=60_000)
     assert not {"texts", "target", "source", "transport", "fuse"} & {*run.stages}
     expect(page.locator("#run-head")).to_contain_text("the merge beside trainings")
+    expect(page.get_by_role("progressbar", name="The whole run")).to_be_visible()
     page.locator("#cancel").click()
     expect(page.locator("#run-head")).to_contain_text("Cancelled")
     gate.open()
+    expect(page.locator("#cancel")).to_have_text("Continue this run")
     page.locator("#cancel").click()
+    expect(page.locator("#run-head")).not_to_contain_text("Cancelled")
     assert served.ended(run.id, 240).state == "done", run.error
     expect(page.locator("#run-head")).to_contain_text("Done", timeout=60_000)
     expect(page.locator("#go-compare")).to_be_hidden()

@@ -41,6 +41,11 @@ def looked(run):
     return looked_at(store.get(run_id).folder)
 
 
+# Figures of reconstructions and of comparisons; and those of the merge that is looked at here.
+OF_OTHERS = ("fit", "ways", "losses", "sweep")
+OF_A_MERGE = [name for name in FIGURES if name not in OF_OTHERS]
+
+
 def drawn(page, name, file=None):
     """Wait until a figure is there: any, or the one of that file name."""
     wanted = f'[data-drawn="{file}"]' if file else '[data-drawn]:not([data-drawn=""])'
@@ -215,7 +220,8 @@ def test_every_figure_fits_and_follows_the_theme(visitors, url, run, width, dark
     touch = {"has_touch": True, "is_mobile": True} if width == 380 else {}
     with opened(visitors, url, run[1], "Look", width, dark, **touch) as page:
         assert not page.locator("#look-fitted").is_visible()  # it is no reconstruction
-        for name in (name for name in FIGURES if name != "fit"):
+        assert not page.locator("#look-compared").is_visible()  # nor a comparison
+        for name in OF_A_MERGE:
             drawn(page, name)
             assert page.locator(f"#look-{name} .tm-plot").get_attribute("aria-label")
             template = TEMPLATES["dark" if dark else "light"].layout.font.color
@@ -320,8 +326,10 @@ def pair_of(store, run_id):
 def test_every_figure_has_its_data(run, looked):
     chosen = choice(run[1], **pair_of(*run))
     read = look._reader(App(run[0]), data_of)
-    assert picture_of("fit", looked, chosen) == "" and set(read(fit_of(chosen))) == {"fault"}
-    for name in (name for name in FIGURES if name != "fit"):
+    for name in OF_OTHERS:
+        assert picture_of(name, looked, chosen) == ""
+        assert set(read({"figure": name, **asdict(chosen)})) == {"fault"}
+    for name in OF_A_MERGE:
         value = json.loads(picture_of(name, looked, chosen))
         assert value["title"] and value["caption"] and value["figure"]["data"]
         found = data_of(looked, value["ref"])

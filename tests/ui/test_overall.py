@@ -4,8 +4,10 @@ import pytest
 
 from tests.ui.test_running import start
 from tmerge.recipe import Recipe
-from tmerge.ui.server.overall import overall, seconds_left
-from tmerge.ui.server.visitor_run import StageProgress, VisitorRun
+from tmerge.stages.step import Step
+from tmerge.ui.server import visitor_run
+from tmerge.ui.server.overall import Overall, overall, seconds_left
+from tmerge.ui.server.visitor_run import Further, StageProgress, VisitorRun
 
 
 def run_of(tmp_path, expected, **changes):
@@ -54,6 +56,36 @@ def test_nothing_is_made_up_where_nothing_was_expected(tmp_path):
     assert overall(run_of(tmp_path, {"save": 1.0}, state="done", started=1.0)) is None
     assert seconds_left(run_of(tmp_path, {})) is None
     assert seconds_left(run_of(tmp_path, {"target": 2.0, "save": 1.0})) == 3.0
+
+
+def test_a_training_is_as_far_as_its_steps_at_their_pace(tmp_path, monkeypatch):
+    clock = iter((100.0, 110.0, 112.0, 114.0, 115.0))
+    monkeypatch.setattr(visitor_run.time, "time", lambda: next(clock))
+    run = run_of(tmp_path, {}, state="running", started=90.0, further=Further(tmp_path, 9, "sft"))
+    monkeypatch.setattr(run, "say", lambda line: None)
+    run.hear(Step("adapt", "loading", 1, 1, "models"))
+    assert overall(run, now=101.0) is None
+    # Continued at its fifth step: those before it say nothing of the pace.
+    run.hear(Step("adapt", "sft", 5, 9, "steps"))
+    assert overall(run, now=110.0) == Overall(0.5, None)
+    run.hear(Step("adapt", "sft", 6, 9, "steps"))
+    assert overall(run, now=113.0) == Overall(0.6, 5.0)
+    run.hear(Step("adapt", "sft", 9, 9, "steps"))
+    # It is scored and written then.
+    assert overall(run, now=114.0) == Overall(0.9, None)
+    run.hear(Step("adapt", "adapted: held-out texts", 1, 4, "texts"))
+    assert overall(run, now=120.0) == Overall(0.9, None)
+
+
+def test_a_comparison_is_as_far_as_its_rows_and_tells_no_time(tmp_path):
+    run = run_of(tmp_path, {}, state="running", started=90.0, further=Further(tmp_path, 9, "compare"))
+    for done in (3, 5):
+        run.hear(Step("compare", "rows", done, 19, "rows"))
+        run.hear(Step("compare", "sft, seed 0", 1, 9, "steps"))
+        assert overall(run) == Overall(done / 20, None)
+        assert run.stages["compare"].what == "sft, seed 0"
+    run.wait_again()
+    assert run.counted is None
 
 
 def test_a_page_shows_the_whole_of_it_and_when_the_next_begins(visit, served, gate):

@@ -144,7 +144,7 @@ class _Comparison:
         first(self.data.record.save)
         rows: list[RowNote] = []
         for row in self._rows(rows):
-            rows.append(self._finished(row))
+            rows.append(self._finished(row, len(rows)))
         return first(lambda: self._written(self._result(rows)))
 
     def _written(self, result: Comparison) -> Comparison:
@@ -222,15 +222,22 @@ class _Comparison:
                     inputs |= {"steps": steps}
                 yield _Row(name, "trained", partial(self._trained, name, seed, steps), inputs, seed=seed)
 
-    def _finished(self, row: _Row) -> RowNote:
-        """The row from an earlier call, or made now."""
+    @property
+    def _count(self) -> int:
+        """Of all rows."""
+        asked = self.settings
+        still = 3 + len(self.recipe.evaluation.controls) + 3 * len(asked.alphas) + len(asked.sources)
+        return still + len(asked.rows) * len(asked.seeds)
+
+    def _finished(self, row: _Row, before: int) -> RowNote:
+        """The row from an earlier call, or made now; so many are before it."""
         inputs = {**row.inputs, **row.said} | self.data.facts() | {"versions": library_versions()}
         key = stage_key(f"row {row.name}", **inputs)
         path = self.rows_folder / f"{key[:24]}.json"
         kept = self.processes.from_first(lambda: Run.note(path, key))
         if kept is not None:
             return RowNote.model_validate(kept)
-        self.listener(Step("compare", row.name, 0, 1, "rows"))
+        self._step("rows", before, self._count, "rows")
         began = time.perf_counter()
         made = row.make()
         seconds = time.perf_counter() - began
@@ -241,7 +248,7 @@ class _Comparison:
         note = self.processes.from_first(lambda: note)
         if self.processes.is_first:
             write_json(path, {"key": key, "facts": note.model_dump(exclude_unset=True)})
-        self.listener(Step("compare", row.name, 1, 1, "rows"))
+        self._step("rows", before + 1, self._count, "rows")
         return note
 
     def _step(self, what: str, done: int, total: int, unit: str) -> None:

@@ -101,7 +101,7 @@ def head(run: VisitorRun, position: int, wait: float | None = None) -> str:
     if run.started is not None:
         facts.append(duration_words((run.ended or time.time()) - run.started))
     whole = overall(run)
-    if whole is not None:
+    if whole is not None and whole.remaining is not None:
         facts.append(f"about {duration_words(whole.remaining)} to go")
     percent = None if whole is None else round(100 * whole.share)
     return render(_FILE, "head", run=run, state=state, tone=tone, facts=facts, percent=percent)

@@ -1,11 +1,15 @@
-"""How far a whole run is and how long it still takes: as `check` expected it, corrected by how fast it went so far."""
+"""How far a whole run is and how long it still takes.
+
+Of a merge as `check` expected it, corrected by how fast it went so far; of a training by its steps and their pace; of a
+comparison by its rows, whose paces differ.
+"""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 
-from tmerge.ui.server.visitor_run import VisitorRun
+from tmerge.ui.server.visitor_run import Counted, VisitorRun
 
 __all__ = ["Overall", "overall", "seconds_left"]
 
@@ -19,16 +23,16 @@ class Overall:
     """A run under way.
 
     Attributes:
-        share: Of the expected work that is done, in [0, 1].
-        remaining: Seconds.
+        share: Of the work that is done, in [0, 1].
+        remaining: Seconds; None where there is no pace that tells.
     """
 
     share: float
-    remaining: float
+    remaining: float | None
 
 
 def overall(run: VisitorRun, now: float | None = None) -> Overall | None:
-    """Of a run under way; None where it is not, or nothing was expected of its stages.
+    """Of a run under way; None where it is not, or nothing is known of it.
 
     The stage under way counts by its time, as what it says of itself is about one piece of it.
 
@@ -36,10 +40,12 @@ def overall(run: VisitorRun, now: float | None = None) -> Overall | None:
         run: Whose.
         now: `time.time`.
     """
+    now = now or time.time()
+    if run.state == "running" and run.counted is not None:
+        return _counted(run.counted, now, tells_time=run.asks == "training")
     total = sum(run.expected.values())
     if run.state != "running" or run.started is None or total <= 0:
         return None
-    now = now or time.time()
     done = taken = known = 0.0
     current: tuple[float, float] | None = None
     for name, seconds in run.expected.items():
@@ -63,6 +69,12 @@ def overall(run: VisitorRun, now: float | None = None) -> Overall | None:
             done += seconds * elapsed / whole
             remaining += whole - elapsed - seconds * pace
     return Overall(done / total, remaining)
+
+
+def _counted(counted: Counted, now: float, *, tells_time: bool) -> Overall:
+    """What follows the last of them, scoring and writing, counts as one more."""
+    left = counted.remaining if tells_time else None
+    return Overall(counted.done / (counted.total + 1), None if left is None else max(0.0, left - (now - counted.heard)))
 
 
 def seconds_left(run: VisitorRun) -> float | None:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tmerge.ui.server.examples import Example
     from tmerge.ui.server.pushes import PushUnderWay
 
-__all__ = ["Asks", "CouplingRow", "Further", "StageProgress", "State", "VisitorRun", "Way"]
+__all__ = ["Asks", "Counted", "CouplingRow", "Further", "StageProgress", "State", "VisitorRun", "Way"]
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 Way = Literal["sft", "distill", "compare"]
@@ -94,6 +94,36 @@ class Further:
     steps: int
     way: Way
 
+    @property
+    def counted(self) -> str:
+        """The unit that says how far all of it is."""
+        return "rows" if self.way == "compare" else "steps"
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How far a run is by what is counted in it: a training's steps, a comparison's rows.
+
+    Attributes:
+        first: How many were done when they were first heard of, since the run was begun or continued.
+        since: When that was, `time.time`.
+        done: How many are by now.
+        total: How many there are.
+        heard: When that was heard, `time.time`.
+    """
+
+    first: int
+    since: float
+    done: int
+    total: int
+    heard: float
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds from `heard` on, at the pace since `first`; None before there is one, and when all are done."""
+        made, left = self.done - self.first, self.total - self.done
+        return left * (self.heard - self.since) / made if made and left else None
+
 
 @dataclass
 class VisitorRun:
@@ -115,6 +145,7 @@ class VisitorRun:
         relates: Whether it asks no more than whether the two models are related.
         relatedness: What it found, where it asks that, once it is done.
         further: What it does with a finished merge; then `folder` is of what a training makes, or the merge compared.
+        counted: How far that is, once it is heard.
         example: What is told of a recorded run, whose weights are not there; None of a visitor's own.
         created, started, ended, looked_at: `time.time`.
         version: Goes up with every change: a page that has seen it has nothing to draw.
@@ -140,6 +171,7 @@ class VisitorRun:
     relates: bool = False
     relatedness: Relatedness | None = None
     further: Further | None = None
+    counted: Counted | None = None
     example: Example | None = None
     created: float = field(default_factory=time.time)
     started: float | None = None
@@ -176,7 +208,7 @@ class VisitorRun:
         if "transport" not in finished:
             self.rows = []
         self.cancelling.clear()
-        self.started = self.ended = None
+        self.started = self.ended = self.counted = None
         self.state = "waiting"
         self.say("continued")
 
@@ -194,10 +226,15 @@ class VisitorRun:
             for earlier in self.stages.values():
                 earlier.ended = earlier.ended or now
             stage = self.stages[step.stage] = StageProgress(step.stage, "", 0, 1, step.unit, now, now)
-        if stage.what != step.what:
-            self.say(step.what)
-            stage.piece_began = now
-        stage.what, stage.done, stage.total, stage.unit = step.what, step.done, step.total, step.unit
+        if self.further is not None and step.unit == self.further.counted:
+            first = self.counted or Counted(step.done, now, step.done, step.total, now)
+            self.counted = replace(first, done=step.done, total=step.total, heard=now)
+        # A comparison's rows are told of piece by piece as well.
+        if step.unit != "rows":
+            if stage.what != step.what:
+                self.say(step.what)
+                stage.piece_began = now
+            stage.what, stage.done, stage.total, stage.unit = step.what, step.done, step.total, step.unit
         if step.row is not None:
             key, layer, costs = step.row
             self.rows.append(CouplingRow(key, layer, tuple(costs.tolist())))
