@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from tmerge.answers import MOST_CHARACTERS, MOST_TOKENS, Question, Said
 from tmerge.errors import TmergeError
 from tmerge.plots.words import score_cells
 from tmerge.report import Report, summary, training_summary
@@ -15,7 +16,7 @@ from tmerge.ui.parts.cards import error_card, note
 from tmerge.ui.parts.prompts import offered_prompts
 from tmerge.ui.parts.safe import render
 from tmerge.ui.server.examples import Example
-from tmerge.ui.server.speaking import MOST_CHARACTERS, MOST_TOKENS, ROLES, Question, Said, Speaker
+from tmerge.ui.server.speaking import ROLES, Speaker
 
 __all__ = ["build_try"]
 
