@@ -76,12 +76,12 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
         go = gr.Button("Start the job", elem_id="job-go")
         result = markup(note("", keep=True), elem_id="job-result")
 
-    def offered(draft: dict[str, Any], uploaded: str | None, *, wanted: Callable[[], bool]) -> list[Any]:
+    def offered(draft: dict[str, Any], uploaded: str | None, *, wanted: Callable[[], bool]) -> dict[Any, Any]:
         refused, card = job_offer(app, draft, wanted)
-        return [gr.Accordion(open=True) if refused else gr.skip(), card]
+        return {offer: card} | ({fold: gr.Accordion(open=True)} if refused else {})
 
     changes = Changes(SETTLED_SECONDS)
-    followed, at_first = (answering_the_last(changes, offered, 2, pause=pause) for pause in (True, False))
+    followed, at_first = (answering_the_last(changes, offered, pause=pause) for pause in (True, False))
     gr.on([good.change, upload.change], followed, [good, upload], [fold, offer], trigger_mode="multiple", **_QUIET)
     app.load(at_first, [good, upload], [fold, offer])
 

@@ -66,27 +66,24 @@ class Change:
         return self.is_last()
 
 
-def answering_the_last(
-    changes: Changes, answer: Callable[..., Any], outputs: int, *, pause: bool = True
-) -> Callable[..., Any]:
+def answering_the_last(changes: Changes, answer: Callable[..., Any], *, pause: bool = True) -> Callable[..., Any]:
     """A function of (recipe's mapping, upload's path, request) for an event that every change fires.
 
     Args:
         changes: Where they are counted.
-        answer: Called with the mapping, the path and the keyword ``wanted``; may raise `SupersededError`.
-        outputs: How many components it answers for: they stay as they are if it is not the last change.
+        answer: Called with the mapping, the path and the keyword ``wanted``; may raise `SupersededError`. What it
+            answers for stays as it is if it is not the last change.
         pause: Whether a pause is waited for.
     """
-    skipped: Any = gr.skip() if outputs == 1 else [gr.skip() for _ in range(outputs)]
 
     def answered(draft: dict[str, Any], uploaded: str | None, request: gr.Request) -> Any:
         change = changes.begin(request.session_hash)
         if pause and not change.settled():
-            return skipped
+            return gr.skip()
         try:
             found = answer(draft, uploaded, wanted=change.is_last)
         except SupersededError:
-            return skipped
-        return found if change.is_last() else skipped
+            return gr.skip()
+        return found if change.is_last() else gr.skip()
 
     return answered
