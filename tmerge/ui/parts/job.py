@@ -19,12 +19,14 @@ from tmerge.hub.jobs import RemoteRun, start_job
 from tmerge.recipe import Recipe
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import empty_card, error_card, note
-from tmerge.ui.parts.expected import SETTLED_SECONDS, check_facts, refused_here
+from tmerge.ui.parts.expected import check_facts, refused_here
+from tmerge.ui.parts.following import follow
 from tmerge.ui.parts.form import recipe_of
 from tmerge.ui.parts.returning import sign_in_button
 from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import markup
-from tmerge.ui.server.changes import Changes, always, answering_the_last
+from tmerge.ui.server.aside import StillAskingError
+from tmerge.ui.server.changes import always
 from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, vetted
 from tmerge.ui.server.pushes import account_name, offers_sign_in, own_token
 
@@ -80,10 +82,7 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
         refused, card = job_offer(app, draft, wanted)
         return {offer: card} | ({fold: gr.Accordion(open=True)} if refused else {})
 
-    changes = Changes(SETTLED_SECONDS)
-    followed, at_first = (answering_the_last(changes, offered, pause=pause) for pause in (True, False))
-    gr.on([good.change, upload.change], followed, [good, upload], [fold, offer], trigger_mode="multiple", **_QUIET)
-    app.load(at_first, [good, upload], [fold, offer])
+    follow(app, [good.change, upload.change], offered, [good, upload], [fold, offer], {})
 
     def begin(draft: dict[str, Any], flavor: str, name: str, token: gr.OAuthToken | None) -> str:
         try:
@@ -114,6 +113,7 @@ def job_offer(app: AppContext, draft: Mapping[str, Any], wanted: Callable[[], bo
         wanted: As for `Aside.ask`.
 
     Raises:
+        StillAskingError: It is not known yet.
         SupersededError: It is not wanted any more.
     """
     if not draft.get("target") or not draft.get("source"):
@@ -122,6 +122,8 @@ def job_offer(app: AppContext, draft: Mapping[str, Any], wanted: Callable[[], bo
         recipe = recipe_of(draft)
         refused = refused_here(app, recipe, wanted)
         _refuse_unreachable(app, recipe)
+    except StillAskingError:
+        raise
     except TmergeError as error:
         return False, empty_card("This cannot be run as a job", str(error))
     except RuntimeError:

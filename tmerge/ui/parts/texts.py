@@ -16,7 +16,7 @@ from tmerge.errors import DatasetError, TmergeError
 from tmerge.ui.parts.cards import note
 from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import markup
-from tmerge.ui.server.aside import Aside
+from tmerge.ui.server.aside import Aside, StillAskingError
 from tmerge.ui.server.changes import always
 from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, refuse_dataset_path
 from tmerge.ui.server.search import dataset_facts, file_facts
@@ -71,6 +71,7 @@ class TextsPart:
         settings: AppSettings,
         draft: Mapping[str, Any],
         upload: str | None,
+        *,
         wanted: Callable[[], bool] = always,
     ) -> dict[Any, Any]:
         """What the texts hold, as a line, and what there is to choose as configuration, split and column.
@@ -83,6 +84,7 @@ class TextsPart:
             wanted: As for `Aside.ask`.
 
         Raises:
+            StillAskingError: It is not known yet.
             SupersededError: It is not wanted any more.
         """
         section, dataset = _section(draft)
@@ -104,6 +106,8 @@ class TextsPart:
             else:
                 name = dataset.removeprefix(UPLOAD_PREFIX)
                 facts = aside.ask(file_facts, upload, name, words["column"], wanted=wanted)
+        except StillAskingError:
+            raise
         except TmergeError as error:
             return {self.found: note(str(error), bad=True)}
         found = render("choose.html", "texts_found", facts=facts) if facts.column else note(facts.why, bad=True)

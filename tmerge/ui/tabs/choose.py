@@ -19,9 +19,10 @@ from tmerge.models.demo import DEMO_MODELS
 from tmerge.models.reference import DEMO_PREFIX
 from tmerge.recipe import preset_names
 from tmerge.ui.context import AppContext
-from tmerge.ui.parts.cards import empty_card, heading, limits_line
-from tmerge.ui.parts.expected import SETTLED_SECONDS, expected_cards
+from tmerge.ui.parts.cards import empty_card, heading, limits_line, note
+from tmerge.ui.parts.expected import STILL, expected_cards
 from tmerge.ui.parts.fields import Setting
+from tmerge.ui.parts.following import follow
 from tmerge.ui.parts.form import (
     from_preset,
     holds_value,
@@ -40,7 +41,6 @@ from tmerge.ui.parts.starting import Holds, ready_recipe, wire_start
 from tmerge.ui.parts.style import markup
 from tmerge.ui.parts.texts import KINDS, build_texts, holds_texts, upload_name
 from tmerge.ui.parts.ways import begin_with, build_ways
-from tmerge.ui.server.changes import Changes, answering_the_last
 from tmerge.ui.server.limits import UPLOAD_PREFIX
 from tmerge.ui.server.search import Choice, HubSearch, Kind, offered
 
@@ -232,29 +232,27 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     take.upload(taken, [take, upload], everything, **_in_turn())
 
     # What is expected follows the recipe, whoever changed it; while it is asked for, the old answer stays.
-    changes, looks = Changes(SETTLED_SECONDS), Changes(SETTLED_SECONDS)
-    expects = partial(expected_cards, app)
-    good.change(
-        answering_the_last(changes, expects),
+    follow(
+        app,
+        [good.change],
+        lambda draft, _, wanted: {expected: expected_cards(app, draft, wanted)},
         [good, upload],
-        expected,
-        trigger_mode="multiple",
+        [expected],
+        {expected: STILL},
         show_progress="minimal",
-        **_LIGHT,
     )
-    gr.on(
+    follow(
+        app,
         [good.change, upload.change],
-        answering_the_last(looks, partial(texts.look_into, app.aside, app.settings)),
+        partial(texts.look_into, app.aside, app.settings),
         [good, upload],
         [texts.found, texts.config, texts.split, texts.column],
-        trigger_mode="multiple",
-        **_quiet(),
+        {texts.found: note("Still asking what these texts hold.")},
     )
 
     held: list[tuple[Any, Holds]] = [(field, _holds_model(role)) for role, field in models.items()]
     held += [*holds_texts(texts), *((field, _holds_setting(setting)) for setting, field in settings.made.items())]
     wire_start(app, start, relate, other, box, good, upload, code, texts.file, held)
-    app.load(answering_the_last(changes, expects, pause=False), [good, upload], expected)
     good.change(write_yaml, good, kept, trigger_mode="always_last", **_quiet())
     good.change(preset_of, good, preset, trigger_mode="always_last", **_quiet())
 
