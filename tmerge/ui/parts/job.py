@@ -39,6 +39,7 @@ _LONGEST = 4 * 3600
 # A sign-in that ends sooner than this is renewed first: the job pushes with it at its end.
 _SHORTEST = 3600
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 16}
+_TITLE = "A job on your account"
 _WHAT = (
     "The same recipe on hardware of Hugging Face that your account pays for; its result goes to a private repo of "
     "yours, whatever the verdict, with its report and its card."
@@ -56,7 +57,7 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
     if app.settings.job_package is None:
         return
     with gr.Accordion("Run it as a job on your own account", open=False, elem_id="job") as fold:
-        offer = markup(empty_card("A job on your account", _WHAT), elem_id="job-offer")
+        offer = markup(empty_card(_TITLE, _WHAT), elem_id="job-offer")
         with gr.Row(equal_height=False):
             hardware = gr.Dropdown(
                 [item.value for item in JobHardware],
@@ -117,18 +118,24 @@ def job_offer(app: AppContext, draft: Mapping[str, Any], wanted: Callable[[], bo
         SupersededError: It is not wanted any more.
     """
     if not draft.get("target") or not draft.get("source"):
-        return False, empty_card("A job on your account", _WHAT)
+        return False, empty_card(_TITLE, _WHAT)
     try:
         recipe = recipe_of(draft)
         refused = refused_here(app, recipe, wanted)
+    except StillAskingError:
+        raise
+    except TmergeError:
+        # Which one is said at its field, or in the place of the two models' cards.
+        return False, empty_card(_TITLE, "The recipe has a mistake; mend it, and a job can run it.")
+    except RuntimeError:
+        _log.exception("a check failed")
+        return False, empty_card(_TITLE, _WHAT)
+    try:
         _refuse_unreachable(app, recipe)
     except StillAskingError:
         raise
     except TmergeError as error:
         return False, empty_card("This cannot be run as a job", str(error))
-    except RuntimeError:
-        _log.exception("a check failed")
-        return False, empty_card("A job on your account", _WHAT)
     if refused is None:
         return False, empty_card("This app can run it; so can a job on your account", _WHAT)
     return True, empty_card("Too large for this app, and not for a job on your account", _WHAT)

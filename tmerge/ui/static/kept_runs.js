@@ -1,5 +1,5 @@
-// Runs that this browser was shown, on all its pages: id -> when, read again before it is written. Gradio's BrowserState is
-// read as a page opens and written whole, so that of two pages each undid what the other had kept.
+// Runs that this browser was shown, on all its pages: id -> when, read again before it is written. Gradio's BrowserState
+// is read as a page opens and written whole, so that of two pages each undid what the other had kept.
 window.keptRuns = (() => {
   const KEY = "tmerge-shown-runs", MOST = 10, FRESH_MS = 60_000;
   const read = () => {
@@ -18,7 +18,8 @@ window.keptRuns = (() => {
     for (const id of Object.keys(kept)) if (!known.includes(id) && now - kept[id] > FRESH_MS) delete kept[id];
     if (known.some((id) => !(kept[known[0]] >= (kept[id] ?? 0)))) kept[known[0]] = now;
     known.forEach((id, place) => { kept[id] ??= now - place; });
-    localStorage.setItem(KEY, JSON.stringify(Object.fromEntries(newestFirst(kept).slice(0, MOST).map((id) => [id, kept[id]]))));
+    const last = newestFirst(kept).slice(0, MOST).map((id) => [id, kept[id]]);
+    localStorage.setItem(KEY, JSON.stringify(Object.fromEntries(last)));
     return all();
   };
   // Told to a page when another one writes.

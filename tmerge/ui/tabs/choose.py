@@ -5,7 +5,6 @@ The recipe's YAML is what counts. Every field writes into it, and every change o
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -45,8 +44,6 @@ from tmerge.ui.server.limits import UPLOAD_PREFIX
 from tmerge.ui.server.search import Choice, HubSearch, Kind, offered
 
 __all__ = ["build_choose"]
-
-_log = logging.getLogger(__name__)
 
 _DEMO = [(f"{name} (built in)", f"{DEMO_PREFIX}{name}") for name in DEMO_MODELS]
 _HINT = "Type to search the Hub: user/name, or user/name@revision"
