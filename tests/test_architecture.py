@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "tmerge"
 ORDER = (
     *("version", "errors", "quantities", "processes", "documents", "templates", "store", "recipe", "run"),
     *("models", "calibration", "transport", "fusion", "evaluation", "adaptation"),
-    *("preflight", "report", "recorded", "hub", "stages", "child"),
+    *("preflight", "report", "recorded", "hub", "stages", "child", "answers"),
     *("comparison", "plots"),
     *("cli", "ui"),
 )

@@ -10,7 +10,7 @@ import pytest
 from tests import forked
 from tests.ui import merges
 from tmerge.child import Child, ChildFaultError, ChildLostError
-from tmerge.errors import DatasetError, TmergeError
+from tmerge.errors import Cancelled, DatasetError, TmergeError
 
 
 @pytest.fixture
@@ -65,6 +65,28 @@ def test_what_its_listener_raises_ends_it(child, tmp_path, way):
     assert not process.is_running() and not child.alive and time.monotonic() - began < 20
     with pytest.raises(ChildLostError):
         child.call(max, 3, 5)
+
+
+def test_one_that_is_stopped_goes_on_to_the_next_question(child, tmp_path):
+    told = []
+
+    def stop_once():
+        if len(told) == 1:
+            child.stop()
+            told.append(None)
+
+    pid = child.pid
+    with pytest.raises(Cancelled):
+        child.call(merges.stepping, None, tmp_path, hear=lambda step: told or told.append(step), pulse=stop_once)
+    assert child.call(os.getpid) == pid
+
+    # One that has answered meanwhile is not told of it later.
+    def stop():
+        child.stop()
+
+    assert child.call(time.sleep, 0.3, pulse=stop) is None
+    heard = []
+    assert child.call(merges.hasty, None, tmp_path, hear=heard.append) > 0 and heard
 
 
 def test_one_that_is_gone_says_how(child, tmp_path):

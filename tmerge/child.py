@@ -17,19 +17,21 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from tmerge.errors import TmergeError
+from tmerge.errors import Cancelled, TmergeError
 
 if TYPE_CHECKING:
     from tmerge.stages.step import Step
 
-__all__ = ["Child", "ChildFaultError", "ChildLostError", "Told"]
+__all__ = ["Child", "ChildFaultError", "ChildLostError", "Message", "Told"]
 
 # Seconds between two looks at whether the answer is still wanted, and between two messages of progress.
 _LOOK = 0.1
 # Seconds that it has to end when it is told to.
 _GRACE = 1.0
+# What is sent to one that is to stop what it does.
+_STOP = b""
 
 _START = multiprocessing.get_context("spawn")
 
@@ -55,6 +57,14 @@ class ChildLostError(Exception):
 
 class ChildFaultError(Exception):
     """The function raised what no user can mend; the text is its traceback."""
+
+
+@runtime_checkable
+class Message(Protocol):
+    """What a function may tell its listener, beside steps: it can be pickled, and holds no tensors."""
+
+    def replaces(self, earlier: Any) -> bool:
+        """Whether who hears this one has no need of the one before it."""
 
 
 class Told(NamedTuple):
@@ -106,7 +116,7 @@ class Child:
         self,
         function: Callable[..., Any],
         *words: Any,
-        hear: Callable[[Told], None] | None = None,
+        hear: Callable[[Any], None] | None = None,
         pulse: Callable[[], None] = lambda: None,
     ) -> Any:
         """Call a function of a module there.
@@ -114,7 +124,8 @@ class Child:
         Args:
             function: It takes `words`, and the keyword ``listener`` where `hear` is given.
             words: Sent there.
-            hear: Hears here what the function tells its listener, a moment later, of quick steps the last; may raise.
+            hear: Hears here what the function tells its listener, a moment later, of quick ones the last; may raise.
+                A step arrives as `Told`, a `Message` as it is.
             pulse: Called several times a second; may raise. Whatever the two raise ends the process.
 
         Raises:
@@ -143,6 +154,10 @@ class Child:
             error, message = said
             raise error(message)
         raise ChildFaultError(said)
+
+    def stop(self) -> None:
+        """Within a call's `pulse`: have the function raise `Cancelled` when it next tells its listener anything."""
+        self._exchange(lambda: self._ours.send_bytes(_STOP))
 
     def _exchange(self, step: Callable[[], Any]) -> Any:
         """One step of the talk with it, in which it may be found to be gone."""
@@ -179,7 +194,9 @@ def _serve(connection: Connection, prepare: tuple[str, ...]) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             asked = connection.recv_bytes()
-            connection.send_bytes(_answer(asked, connection))
+            # What was to stop may have ended meanwhile.
+            if asked != _STOP:
+                connection.send_bytes(_answer(asked, connection))
 
 
 def _answer(asked: bytes, connection: Connection) -> bytes:
@@ -208,14 +225,17 @@ class _Telling:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._told: list[Told] = []
+        self._told: list[Message] = []
         self._some = threading.Event()
         self._lock = threading.Lock()
         self._over = False
         self._sender = threading.Thread(target=self._send, daemon=True)
 
-    def __call__(self, step: Step) -> None:
-        told = Told.of(step)
+    def __call__(self, step: Step | Message) -> None:
+        if self._connection.poll():
+            self._connection.recv_bytes()
+            raise Cancelled("stopped by who asked")
+        told: Message = step if isinstance(step, Message) else Told.of(step)
         with self._lock:
             if self._told and told.replaces(self._told[-1]):
                 self._told.pop()

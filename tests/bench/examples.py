@@ -14,13 +14,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from tmerge.answers import Question
 from tmerge.run import Run
 from tmerge.transport import TransportRecord
 from tmerge.ui.parts.prompts import offered_prompts
 from tmerge.ui.server.examples import Answer, Example, Talk
 from tmerge.ui.server.limits import AppSettings
 from tmerge.ui.server.runs import RunStore
-from tmerge.ui.server.speaking import Question, Speaker
+from tmerge.ui.server.speaking import Speaker
 
 _NOT_SHOWN = ("f.", "g.")
 _NOT_SHOWN_ENDS = (".deviation", ".magnitude")

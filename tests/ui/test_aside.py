@@ -12,11 +12,14 @@ import pytest
 
 pytest.importorskip("gradio", reason="the app extra is not installed")
 
+import gradio as gr
+
 from tests.ui import questions
 from tmerge.errors import DatasetError
+from tmerge.ui.parts.following import follow
 from tmerge.ui.server import aside as asides
-from tmerge.ui.server.aside import Aside, TooSlowError
-from tmerge.ui.server.changes import Changes, SupersededError, answering_the_last
+from tmerge.ui.server.aside import Aside, StillAskingError, TooSlowError
+from tmerge.ui.server.changes import Changes, SupersededError
 
 HANGS = 600.0
 
@@ -49,24 +52,24 @@ def pid_in(path):
 
 
 def test_an_answer_an_error_and_a_fault_come_of_one_process(aside, caplog):
-    first = aside.ask(questions.here)
+    first = aside.call(questions.here)
     assert first != os.getpid()
     with pytest.raises(DatasetError, match="no such column"):
-        aside.ask(questions.mistaken)
+        aside.call(questions.mistaken)
     with caplog.at_level(logging.ERROR), pytest.raises(RuntimeError, match="its traceback is in the log"):
-        aside.ask(questions.at_fault)
+        aside.call(questions.at_fault)
     assert "secret detail" in caplog.text
-    assert aside.ask(questions.here) == first
+    assert aside.call(questions.here) == first
     with pytest.raises(TooSlowError, match="the answer was lost"):
-        aside.ask(questions.lost)
-    assert aside.ask(questions.here) != first
+        aside.call(questions.lost)
+    assert aside.call(questions.here) != first
 
 
 def test_one_that_hangs_holds_up_no_other_and_is_ended_when_its_time_is_over(aside, pool, tmp_path):
     aside.patience = 10.0
-    hanging = pool.submit(aside.ask, questions.slow, tmp_path / "begun", HANGS)
+    hanging = pool.submit(aside.call, questions.slow, tmp_path / "begun", HANGS)
     process = psutil.Process(pid_in(tmp_path / "begun"))
-    others = {aside.ask(questions.here) for _ in range(3)}
+    others = {aside.call(questions.here) for _ in range(3)}
     assert len(others) == 1 and process.pid not in others and not hanging.done()
     with pytest.raises(TooSlowError, match="no answer within 10 s"):
         hanging.result(60)
@@ -74,9 +77,9 @@ def test_one_that_hangs_holds_up_no_other_and_is_ended_when_its_time_is_over(asi
 
 
 def test_where_all_are_busy_one_waits_for_the_first_that_is_free(aside, pool, tmp_path):
-    busy = [pool.submit(aside.ask, questions.slow, tmp_path / str(i), 1.0) for i in range(2)]
+    busy = [pool.submit(aside.call, questions.slow, tmp_path / str(i), 1.0) for i in range(2)]
     pids = {pid_in(tmp_path / str(i)) for i in range(2)}
-    assert len(pids) == 2 and aside.ask(questions.here) in pids
+    assert len(pids) == 2 and aside.call(questions.here) in pids
     assert {one.result(60) for one in busy} == pids
     aside.patience = 0.3
     aside.most = 0
@@ -84,7 +87,7 @@ def test_where_all_are_busy_one_waits_for_the_first_that_is_free(aside, pool, tm
         aside._busy += 1
         try:
             aside._free.clear()
-            aside.ask(questions.here)
+            aside.call(questions.here)
         finally:
             aside._busy -= 1
 
@@ -93,10 +96,10 @@ def test_one_that_is_superseded_is_not_answered_and_its_process_is_freed(aside, 
     monkeypatch.setattr(asides, "_GRACE", 0.2)
     wanted = threading.Event()
     wanted.set()
-    asked = [pool.submit(aside.ask, questions.slow, tmp_path / str(i), HANGS, wanted=wanted.is_set) for i in range(2)]
+    asked = [pool.submit(aside.call, questions.slow, tmp_path / str(i), HANGS, wanted=wanted.is_set) for i in range(2)]
     processes = [psutil.Process(pid_in(tmp_path / str(i))) for i in range(2)]
     # This one waits, and is not asked at all.
-    asked.append(pool.submit(aside.ask, questions.slow, tmp_path / "waits", HANGS, wanted=wanted.is_set))
+    asked.append(pool.submit(aside.call, questions.slow, tmp_path / "waits", HANGS, wanted=wanted.is_set))
     time.sleep(0.3)
     began = time.monotonic()
     wanted.clear()
@@ -105,59 +108,155 @@ def test_one_that_is_superseded_is_not_answered_and_its_process_is_freed(aside, 
             one.result(60)
     assert time.monotonic() - began < 10 and not (tmp_path / "waits").exists()
     assert not any(process.is_running() for process in processes)
-    assert aside.ask(questions.here) not in {process.pid for process in processes}
+    assert aside.call(questions.here) not in {process.pid for process in processes}
 
 
 def test_one_that_ends_soon_after_it_was_superseded_keeps_its_process(aside, pool, tmp_path):
     wanted = threading.Event()
     wanted.set()
-    asked = pool.submit(aside.ask, questions.slow, tmp_path / "begun", 0.5, wanted=wanted.is_set)
+    asked = pool.submit(aside.call, questions.slow, tmp_path / "begun", 0.5, wanted=wanted.is_set)
     process = pid_in(tmp_path / "begun")
     wanted.clear()
     asked.exception(60)
-    assert aside.ask(questions.here) == process
+    assert aside.call(questions.here) == process
 
 
 def test_of_those_that_have_nothing_to_do_one_stays(aside, pool, tmp_path, monkeypatch):
     monkeypatch.setattr(asides, "_IDLE", 0.3)
-    busy = [pool.submit(aside.ask, questions.slow, tmp_path / str(i), 0.5) for i in range(2)]
+    busy = [pool.submit(aside.call, questions.slow, tmp_path / str(i), 0.5) for i in range(2)]
     processes = [psutil.Process(one.result(60)) for one in busy]
     until(lambda: len(aside._free) == 1)
     until(lambda: sum(process.is_running() for process in processes) == 1)
 
 
-def test_only_the_last_of_quick_changes_on_a_page_is_answered(pool):
+def test_who_asks_the_same_gets_the_same_answer_for_a_while(aside, pool, tmp_path, monkeypatch):
+    asked = [pool.submit(aside.ask, questions.slow, tmp_path / "begun", 1.0, seconds=60.0) for _ in range(3)]
+    assert len({one.result(60) for one in asked}) == 1 and aside._busy == 0
+    (tmp_path / "begun").unlink()
+    aside.ask(questions.slow, tmp_path / "begun", 1.0)
+    assert not (tmp_path / "begun").exists()
+    monkeypatch.setattr(asides, "_ERROR_SECONDS", 0.0)
+    for _ in range(2):
+        with pytest.raises(DatasetError, match="no such column"):
+            aside.ask(questions.mistaken)
+
+
+def test_no_page_waits_for_a_slow_answer_and_it_is_there_later(aside, tmp_path):
+    began = time.monotonic()
+    with pytest.raises(StillAskingError, match="still asking"):
+        aside.ask(questions.slow, tmp_path / "begun", 2.0, seconds=0.3)
+    assert time.monotonic() - began < 1.5
+
+    def ask_again():
+        try:
+            return aside.ask(questions.slow, tmp_path / "begun", 2.0, seconds=0.3)
+        except StillAskingError:
+            return None
+
+    until(ask_again)
+    assert ask_again() == pid_in(tmp_path / "begun")
+
+
+def test_slow_questions_do_not_keep_the_next_visitor_waiting(aside, pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(asides, "_SHARE", 1.0)
+    slow = [pool.submit(aside.ask, questions.slow, tmp_path / str(i), HANGS, seconds=60.0) for i in range(2)]
+    for i in range(2):
+        pid_in(tmp_path / str(i))
+    began = time.monotonic()
+    assert aside.ask(questions.here, seconds=60.0)
+    assert time.monotonic() - began < 20
+    until(lambda: any(one.done() for one in slow))
+    for one in slow:
+        if one.done():
+            with pytest.raises(TooSlowError, match="no answer within 1 s"):
+                one.result()
+
+
+def test_a_pages_newer_question_ends_its_older_one_if_nobody_else_asks_it(aside, pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(asides, "_GRACE", 0.2)
+    pages, changes = ("one", "two"), Changes(0.0)
+    asked = [
+        pool.submit(
+            aside.ask, questions.slow, tmp_path / "begun", HANGS, wanted=changes.begin(page).is_last, seconds=60.0
+        )
+        for page in pages
+    ]
+    process = psutil.Process(pid_in(tmp_path / "begun"))
+    changes.begin("one")
+    with pytest.raises(SupersededError):
+        asked[0].result(20)
+    time.sleep(0.5)
+    assert process.is_running() and not asked[1].done()
+    changes.begin("two")
+    with pytest.raises(SupersededError):
+        asked[1].result(20)
+    until(lambda: not process.is_running())
+
+
+@pytest.fixture
+def following(monkeypatch):
+    """`follow` with an answer of one's own: its functions by name, and the component that it answers for."""
+
+    def following(answer, pause):
+        monkeypatch.setattr("tmerge.ui.parts.following._SETTLED_SECONDS", pause)
+        with gr.Blocks() as blocks:
+            state, shown, button = [gr.State(), gr.State()], gr.HTML(), gr.Button()
+            app = SimpleNamespace(load=lambda *words: None)
+            told = lambda draft, uploaded, wanted: {shown: answer(draft, wanted)}  # noqa: E731
+            follow(app, [button.click], told, state, [shown], {shown: "still"})
+        return {event.fn.__name__: event.fn for event in blocks.fns.values()}, shown
+
+    return following
+
+
+def test_only_the_last_of_quick_changes_on_a_page_is_answered(pool, following):
     answered = []
 
-    def answer(draft, uploaded, *, wanted):
+    def answer(draft, wanted):
         answered.append(draft)
         return draft
 
-    follow = answering_the_last(Changes(1.0), answer, 1)
+    functions, shown = following(answer, 1.0)
     pages = [SimpleNamespace(session_hash=name) for name in ("one", "two")]
     given = []
     for i in range(3):
-        given += [pool.submit(follow, f"{page.session_hash} {i}", None, page) for page in pages]
+        given += [pool.submit(functions["settled"], f"{page.session_hash} {i}", None, page) for page in pages]
         time.sleep(0.05)
     kept = [one.result(20) for one in given]
-    assert sorted(answered) == ["one 2", "two 2"] and kept[-2:] == ["one 2", "two 2"]
-    assert all(isinstance(one, dict) for one in kept[:-2])
+    assert sorted(answered) == ["one 2", "two 2"] and [one[shown] for one in kept[-2:]] == ["one 2", "two 2"]
+    assert kept[:-2] == [gr.skip()] * 4
 
 
-def test_an_answer_that_comes_after_a_later_change_is_not_shown(pool):
+def test_an_answer_that_comes_after_a_later_change_is_not_shown(pool, following):
     began, free = threading.Event(), threading.Event()
 
-    def answer(draft, uploaded, *, wanted):
+    def answer(draft, wanted):
         if draft == "slow":
             began.set()
             free.wait(20)
             assert not wanted()
         return draft
 
-    follow = answering_the_last(Changes(0.0), answer, 2)
+    functions, shown = following(answer, 0.0)
     page = SimpleNamespace(session_hash="one")
-    slow = pool.submit(follow, "slow", None, page)
+    slow = pool.submit(functions["settled"], "slow", None, page)
     assert began.wait(20)
-    assert follow("quick", None, page) == "quick"
+    assert functions["settled"]("quick", None, page)[shown] == "quick"
     free.set()
-    assert slow.result(20) != "slow" and len(slow.result()) == 2
+    assert slow.result(20) == gr.skip()
+
+
+def test_what_takes_longer_is_asked_again_until_it_is_there(following):
+    answers = [StillAskingError("later"), StillAskingError("later"), "there"]
+
+    def answer(draft, wanted):
+        told = answers.pop(0)
+        if isinstance(told, Exception):
+            raise told
+        return told
+
+    functions, shown = following(answer, 0.0)
+    page = SimpleNamespace(session_hash="one")
+    told = [functions[name]("draft", None, page) for name in ("settled", "asked_again", "asked_again")]
+    assert [one.pop(shown) for one in told] == ["still", "still", "there"]
+    assert [timer.active for one in told for timer in one.values()] == [True, True, False]

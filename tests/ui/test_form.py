@@ -14,7 +14,7 @@ OF = {setting.key: setting for setting in SETTINGS}
 
 
 def shown(data):
-    return dict(zip(OF, form_values(data), strict=True))
+    return {setting.key: value for setting, value in form_values(data).items()}
 
 
 def learned(**more):

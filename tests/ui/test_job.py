@@ -119,6 +119,23 @@ def test_a_refused_run_is_offered_as_a_job_and_started_by_who_signs_in(app, hub,
     assert TOKEN not in page.content() and TOKEN not in words
 
 
+def test_what_is_wrong_with_the_recipe_is_said_once_at_its_field(page):
+    # The fold opens by itself.
+    expect(page.locator("#job-offer")).to_contain_text("Too large for this app", timeout=60_000)
+    open_fold(page, "Recipe (YAML)")
+    write_yaml(page, json.dumps({**RECIPE, "target": "/etc/hostname"}))
+    expect(page.locator("#job-offer")).to_contain_text("The recipe has a mistake", timeout=60_000)
+    said = page.get_by_text("is a path, and the browser reads none")
+    expect(page.locator("#recipe-yaml #problem")).to_contain_text("is a path, and the browser reads none")
+    expect(said).to_have_count(1)
+    # What a check finds is said once as well, beside the two models.
+    write_yaml(page, json.dumps({**RECIPE, "source": "user/nowhere"}))
+    expect(page.locator("#expected").get_by_role("alert")).to_contain_text("user/nowhere", timeout=60_000)
+    expect(page.locator("#problem")).not_to_contain_text("is a path")
+    expect(page.locator("#job-offer")).to_contain_text("The recipe has a mistake")
+    expect(page.locator("#job-offer")).not_to_contain_text("user/nowhere")
+
+
 def start(app, ends=None, **changes):
     return start_as_job(app.context, {**RECIPE, **changes}, "l4x1", "user/fused", TOKEN, ends)
 

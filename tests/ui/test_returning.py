@@ -111,7 +111,37 @@ def test_a_refusal_leads_to_the_run_in_the_way_and_runs_are_listed(visit, served
         served.ended(run_id)
 
 
-@pytest.mark.parametrize("kept", [None, "x", [1, None], ["../..", "x" * 500], {"runs": 1}])
+def test_two_pages_of_a_browser_keep_each_others_runs(visit, served):
+    page = visit()
+    other = page.context.new_page()
+    other.set_default_timeout(20_000)
+    other.goto(f"{served.url}/?__theme=light")
+    other.wait_for_selector("#start", state="attached")
+    expect(other.locator("#expected")).not_to_contain_text("Checking the two models")
+    page.bring_to_front()
+    first = start(page, served, seed=11)
+    served.ended(first)
+    # It is offered on the other page without its doing.
+    other.bring_to_front()
+    other.get_by_role("tab", name="Run", exact=True).click()
+    other.get_by_label("Your runs").click()
+    expect(other.get_by_role("option")).to_have_count(1)
+    other.keyboard.press("Escape")
+    other.get_by_role("tab", name="Choose").click()
+    second = start(other, served, seed=12)
+    served.ended(second)
+    # Neither has undone what the other has kept.
+    for each, opened in ((page, first), (other, second)):
+        each.bring_to_front()
+        each.reload()
+        expect(each.locator("#run-head")).to_contain_text("Done", timeout=60_000)
+        assert each.url.endswith(opened)
+        each.get_by_label("Your runs").click()
+        expect(each.get_by_role("option")).to_have_count(2)
+    other.close()
+
+
+@pytest.mark.parametrize("kept", [None, "x", ["x"], f"../.. {'x' * 500}", {"runs": 1}])
 def test_what_a_browser_claims_to_have_kept_is_a_strangers(served, kept):
     from tmerge.ui.parts.returning import under_way
 

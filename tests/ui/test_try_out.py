@@ -1,23 +1,27 @@
 """The Try tab: three models answer, one at a time and heard as they speak, and nothing that is typed or said acts."""
 
-import gc
+import shutil
 import threading
 import time
-import weakref
 
+import psutil
 import pytest
-import torch
 
 pytest.importorskip("gradio", reason="the app extra is not installed")
 
+from tests.pico import save_pico
+from tests.ui import answering, merges
 from tests.ui.looked import opened
+from tmerge.answers import MOST_CHARACTERS, MOST_TOKENS, PromptError, Question, Said
 from tmerge.calibration import sample_languages
-from tmerge.errors import ModelNotFoundError
 from tmerge.models import load_model
+from tmerge.recipe import Recipe
 from tmerge.run import Run
 from tmerge.ui.parts.prompts import offered_prompts
-from tmerge.ui.server import speaking
-from tmerge.ui.server.speaking import MOST_CHARACTERS, MOST_TOKENS, ROLES, PromptError, Question, Said, Speaker
+from tmerge.ui.server import runs, speaking
+from tmerge.ui.server.limits import AppSettings
+from tmerge.ui.server.runs import RunStore
+from tmerge.ui.server.speaking import ROLES, Speaker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Gradio's own, from its server's threads
 
@@ -33,6 +37,25 @@ def asked(run):
     return found.recipe(), found.folder
 
 
+@pytest.fixture
+def speaker(run):
+    speaker = Speaker(run[0])
+    yield speaker
+    speaker.let_go()
+    assert speaker._child is None
+
+
+def until(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def process_of(speaker):
+    return psutil.Process(speaker._child.pid)
+
+
 def heard(speaker, asked, question, visitor="a"):
     """All that was heard, the last of it what was said in the end."""
     return list(speaker.ask(visitor, *asked, question))
@@ -43,9 +66,9 @@ def heard(speaker, asked, question, visitor="a"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chat", [True, False])
-def test_each_model_says_what_transformers_would(run, asked, chat):
+def test_each_model_says_what_transformers_would(speaker, asked, chat):
     question = Question("Ibu kota Indonesia adalah", chat=chat, tokens=12)
-    steps = heard(Speaker(run[0]), asked, question)
+    steps = heard(speaker, asked, question)
     said = steps[-1]
     assert [said[role].state for role in ROLES] == ["done"] * 3
     for role, reference in zip(ROLES, (asked[0].target, str(asked[1]), asked[0].source), strict=True):
@@ -68,33 +91,16 @@ def test_each_model_says_what_transformers_would(run, asked, chat):
 
 
 @pytest.mark.slow
-def test_a_seed_repeats_what_was_drawn(run, asked):
-    speaker = Speaker(run[0])
-
+def test_a_seed_repeats_what_was_drawn(speaker, asked):
     def texts(**settings):
         said = heard(speaker, asked, Question("Kucing itu", tokens=16, **settings))[-1]
         return [said[role].text for role in ROLES]
 
-    state = torch.get_rng_state()
     hot = texts(temperature=1.5, seed=7)
     assert hot == texts(temperature=1.5, seed=7) != texts(temperature=1.5, seed=8)
-    assert torch.equal(state, torch.get_rng_state())  # the draws of others are theirs
 
 
-@pytest.mark.slow
-def test_one_model_at_a_time_for_all_visitors_and_none_afterwards(run, asked, monkeypatch):
-    alive, most, ever = weakref.WeakSet(), [], []
-
-    def counted(*args, **options):
-        gc.collect()
-        loaded = load_model(*args, **options)
-        alive.add(loaded.model)
-        ever.append(1)
-        most.append(len(alive))
-        return loaded
-
-    monkeypatch.setattr(speaking, "load_model", counted)
-    speaker = Speaker(run[0])
+def test_visitors_who_ask_at_once_are_answered_in_turn(speaker, asked):
     results = {}
     threads = [
         threading.Thread(
@@ -106,51 +112,105 @@ def test_one_model_at_a_time_for_all_visitors_and_none_afterwards(run, asked, mo
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert all(said[role].state == "done" for said in results.values() for role in ROLES) and len(results) == 3
-    assert len(ever) == 9 and max(most) == 1
-    gc.collect()
-    assert not alive
+    assert len(results) == 3 and len({said["source"].text for said in results.values()}) == 1
+    assert all(said[role].state == "done" for said in results.values() for role in ROLES)
 
 
-def test_not_beside_a_merge(run, asked):
+def test_models_stay_beside_the_app_and_not_in_it(run, tmp_path):
+    folder = save_pico("llama", tmp_path / "large", layers=2, hidden_size=512, intermediate_size=8192)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert size > 100e6
+    recipe = Recipe(target=str(folder), source=str(folder), dtype="float32")
+    speaker, app = Speaker(run[0]), psutil.Process()
+    before, steps = app.memory_info().rss, [({}, 0)]
+    for step in speaker.ask("a", recipe, folder, Question("Kota", tokens=4)):
+        steps.append((step, app.memory_info().rss))
+    said, most = steps[-1][0], max(held for _, held in steps)
+    assert [said[role].state for role in ROLES] == ["done"] * 3
+    assert most - before < size / 3
+    # The next question is answered with what is in memory there.
+    process = process_of(speaker)
+    shutil.rmtree(folder)
+    again = heard(speaker, (recipe, folder), Question("Kota", tokens=4))[-1]
+    assert [again[role].text for role in ROLES] == [said[role].text for role in ROLES]
+    assert process_of(speaker) == process
+    speaker.let_go()
+    assert not process.is_running()
+    lost = heard(speaker, (recipe, folder), Question("Kota", tokens=4))[-1]
+    assert lost["target"].state == "failed"
+    speaker.let_go()
+
+
+def test_the_process_of_another_run_or_of_none_is_ended(speaker, asked, tmp_path, monkeypatch):
+    heard(speaker, asked, Question("Kota", tokens=2))
+    first = process_of(speaker)
+    shutil.copytree(asked[1], tmp_path / "fused")
+    said = heard(speaker, (asked[0], tmp_path / "fused"), Question("Kota", tokens=2))[-1]
+    assert said["fused"].state == "done" and not first.is_running()
+    second = process_of(speaker)
+    monkeypatch.setattr(speaking, "_IDLE", 0.3)
+    heard(speaker, (asked[0], tmp_path / "fused"), Question("Kota", tokens=2))
+    until(lambda: not second.is_running())
+
+
+def test_a_merge_takes_the_place_of_the_models(asked, monkeypatch):
+    monkeypatch.setattr(runs, "merge", merges.done)
+    store = RunStore(AppSettings())
+    try:
+        speaker = Speaker(store)
+        heard(speaker, asked, Question("Kota", tokens=2))
+        process = process_of(speaker)
+        run_id = store.start(asked[0], "visitor")
+        until(lambda: store.get(run_id).over)
+        assert not process.is_running()
+        heard(speaker, asked, Question("Kota", tokens=2))
+        process = process_of(speaker)
+    finally:
+        store.close()
+    assert not process.is_running()
+
+
+def test_not_beside_a_merge(run, speaker, asked):
     with run[0].alone():
-        said = heard(Speaker(run[0]), asked, Question("Kota"))[-1]
+        said = heard(speaker, asked, Question("Kota"))[-1]
     assert {item.state for item in said.values()} == {"failed"}
     assert "a merge is running" in said["target"].note and "\n" not in said["target"].note
 
 
-def test_stop_ends_a_model_between_two_tokens(run, asked, monkeypatch):
-    monkeypatch.setattr(speaking._Heard, "put", slowly(speaking._Heard.put))
-    speaker = Speaker(run[0])
-    for said in speaker.ask("a", *asked, Question("Kota", tokens=MOST_TOKENS)):
-        if len(said["target"].text) > 3:
-            speaker.stop("b")  # another visitor's
-            speaker.stop("a")
+def test_stop_ends_a_model_between_two_tokens(run, speaker, asked, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(speaking, "answer", answering.slowly)
+        for said in speaker.ask("a", *asked, Question("Kota", tokens=MOST_TOKENS)):
+            if len(said["target"].text) > 3:
+                speaker.stop("b")  # another visitor's
+                speaker.stop("a")
     assert [said[role].state for role in ROLES] == ["stopped"] * 3
     assert said["target"].note.endswith("stopped") and said["fused"].text == ""
     with run[0].alone():  # nothing holds on to it
         assert not speaker._one.locked() and not speaker._talks
+    # Its model is there for the next question.
+    process = process_of(speaker)
+    assert heard(speaker, asked, Question("Kota", tokens=2))[-1]["target"].state == "done"
+    assert process_of(speaker) == process
 
 
-def test_a_model_that_nobody_hears_falls_silent(run, asked, monkeypatch):
+def test_stop_ends_what_does_not_come_to_a_token(speaker, asked, monkeypatch):
+    monkeypatch.setattr(speaking, "_GRACE", 0.5)
+    monkeypatch.setattr(speaking, "answer", answering.never)
+    for said in speaker.ask("a", *asked, Question("Kota")):
+        if said["target"].state == "speaking":
+            speaker.stop("a")
+    assert [said[role].state for role in ROLES] == ["stopped"] * 3
+    assert not psutil.pid_exists(int(said["target"].text))
+
+
+def test_a_model_that_nobody_hears_falls_silent(speaker, asked, monkeypatch):
     monkeypatch.setattr(speaking, "_UNHEARD", 0.4)
-    monkeypatch.setattr(speaking._Heard, "put", slowly(speaking._Heard.put))
-    speaker = Speaker(run[0])
+    monkeypatch.setattr(speaking, "answer", answering.slowly)
     listening = speaker.ask("a", *asked, Question("Kota", tokens=MOST_TOKENS))
     next(listening)  # and then the page is closed
-    end = time.monotonic() + 20
-    while speaker._one.locked() or not speaker._talks["a"].over.is_set():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    until(lambda: not speaker._one.locked() and speaker._talks["a"].over.is_set())
     assert speaker._talks["a"].said["source"].state == "stopped"
-
-
-def slowly(put):
-    def slow(self, value):
-        time.sleep(0.05)
-        put(self, value)
-
-    return slow
 
 
 @pytest.mark.parametrize(
@@ -165,29 +225,23 @@ def slowly(put):
         (Question("x", seed=-1), "seed is -1"),
     ],
 )
-def test_a_question_that_cannot_be_put_is_refused_in_one_line(run, asked, question, line):
+def test_a_question_that_cannot_be_put_is_refused_in_one_line(speaker, asked, question, line):
     with pytest.raises(PromptError, match=line) as caught:
-        heard(Speaker(run[0]), asked, question)
+        heard(speaker, asked, question)
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_that_fails_says_so_and_the_others_speak(run, asked, monkeypatch):
-    def broken(reference, **options):
-        if reference == asked[0].source:
-            raise ModelNotFoundError("it is gone; name another")
-        if reference == str(asked[1]):
-            raise RuntimeError(f"secret in {asked[1]}")
-        return load_model(reference, **options)
-
-    monkeypatch.setattr(speaking, "load_model", broken)
-    said = heard(Speaker(run[0]), asked, Question("Kota", tokens=4))[-1]
-    assert said["target"].state == "done"
+def test_a_model_that_fails_says_so_and_the_others_are_asked(speaker, asked, monkeypatch, caplog):
+    monkeypatch.setattr(speaking, "answer", answering.broken)
+    said = heard(speaker, asked, Question("Kota", tokens=4))[-1]
     assert said["source"] == Said("failed", "", "it is gone; name another")
     assert said["fused"].state == "failed" and "secret" not in said["fused"].note
+    assert said["fused"].note.rpartition(" ")[2] in caplog.text and "secret" in caplog.text
+    assert said["target"].state == "failed" and "where memory runs out" in said["target"].note
 
 
-def test_a_prompt_longer_than_a_model_reads_is_that_models_fault(run, asked):
-    said = heard(Speaker(run[0]), asked, Question("x,y;" * 900, tokens=8))[-1]
+def test_a_prompt_longer_than_a_model_reads_is_that_models_fault(speaker, asked):
+    said = heard(speaker, asked, Question("x,y;" * 900, tokens=8))[-1]
     assert {item.state for item in said.values()} == {"failed"}
     assert "tokens long, where this model reads" in said["target"].note
 
@@ -227,22 +281,7 @@ def test_answers_stream_side_by_side(visitors, url, run):
 
 @pytest.mark.slow
 def test_stop_on_the_page(visitors, url, run, monkeypatch):
-    put, stop, pressed = speaking._Heard.put, Speaker.stop, threading.Event()
-
-    def held(self, value):
-        """Some tokens, and no more before the visitor has pressed Stop."""
-        assert len(self.ids) < 8 or pressed.wait(60)
-        put(self, value)
-
-    def heard_stop(self, visitor):
-        """Whoever asks ends his own earlier question first; that is not the button."""
-        answering = visitor in self._talks
-        stop(self, visitor)
-        if answering:
-            pressed.set()
-
-    monkeypatch.setattr(speaking._Heard, "put", held)
-    monkeypatch.setattr(Speaker, "stop", heard_stop)
+    monkeypatch.setattr(speaking, "answer", answering.slowly)
     with opened(visitors, url, run[1], "Try") as page:
         page.locator("#try-prompt textarea").fill("Kota")
         page.locator("#try-go").click()

@@ -114,6 +114,15 @@ def test_the_result_is_that_of_a_plain_merge_to_the_byte(store, lent, recipe, tm
         assert getattr(run.report, key) == getattr(report, key), key
 
 
+def test_what_is_tried_speaks_without_a_gpu(store, lent, recipe, models):
+    from tmerge.answers import Question
+    from tmerge.ui.server.speaking import ROLES, Speaker
+
+    *_, said = Speaker(store).ask("me", recipe, models / "target", Question("Kota", tokens=2))
+    assert [said[role].state for role in ROLES] == ["done"] * 3, said
+    assert lent.asked == []
+
+
 def _start_as(request, store, recipe):
     LocalContext.request.set(request)
     return store.start(recipe, "me", gpu=GPU)

@@ -23,13 +23,14 @@ class Kept:
     """What the visitor's browser keeps for its next visit, as `tmerge.ui.parts.returning` reads it.
 
     Attributes:
-        runs: Ids of the runs that it was shown, the last one first.
+        runs: Ids of the runs that it was shown on any of its pages, the last one first, with spaces between them. A
+            field, and no BrowserState, which knows nothing of other pages.
         tab: Id of the tab that is open.
         repo: A run's id, and the name that was typed for its repo.
         typed: That name, of the run that this page began with; of the page, not of the browser.
     """
 
-    runs: gr.BrowserState
+    runs: gr.Textbox
     tab: gr.BrowserState
     repo: gr.BrowserState
     typed: gr.State

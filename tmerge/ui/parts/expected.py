@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,17 +15,20 @@ from tmerge.recipe import Recipe
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import check_cards, empty_card, error_card
 from tmerge.ui.parts.form import recipe_of
-from tmerge.ui.server.changes import SupersededError, always
+from tmerge.ui.server.aside import TURN_SECONDS, StillAskingError
+from tmerge.ui.server.changes import always
 from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, refuse_large, vetted
 
-__all__ = ["SETTLED_SECONDS", "check_facts", "expected_cards", "fit_to_run", "refused_here"]
+__all__ = ["STILL", "check_facts", "expected_cards", "fit_to_run", "refused_here"]
 
-SETTLED_SECONDS = 0.5
-"""Of a form that has not changed for so long, what it would be is asked."""
+_TITLE = "What this merge would be"
+STILL = empty_card(_TITLE, "Still asking: others ask too, or the Hub is slow. This page asks again by itself.")
+"""In the place of the cards while they take longer."""
+
+# Whoever has pressed Start waits longer for them.
+_BEFORE_A_START = 30.0
 
 _log = logging.getLogger(__name__)
-
-_KEPT_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -48,36 +46,30 @@ class Here:
     gpu: dict[str, float] | None
 
 
-_kept: OrderedDict[str, tuple[float, Here]] = OrderedDict()
-# What is being asked: who has the same question meanwhile gets the same answer.
-_asked: dict[str, Future[Here]] = {}
-_lock = threading.Lock()
-
-
-def expected_cards(
-    app: AppContext, draft: Mapping[str, Any], upload: str | None, wanted: Callable[[], bool] = always
-) -> str:
+def expected_cards(app: AppContext, draft: Mapping[str, Any], wanted: Callable[[], bool] = always) -> str:
     """The check's cards for the form's mapping, or a card that says why there are none.
 
     Args:
         app: What the tabs share.
         draft: The form's recipe.
-        upload: Path of the uploaded file.
         wanted: As for `Aside.ask`.
 
     Raises:
-        SupersededError: It is not wanted any more.
+        StillAskingError: They are not there yet.
+        SupersededError: They are not wanted any more.
     """
     roles = [role for role in ("target", "source") if not draft.get(role)]
     if roles:
-        return empty_card("What this merge would be", f"Name a {' and a '.join(roles)} model to see it.")
+        return empty_card(_TITLE, f"Name a {' and a '.join(roles)} model to see it.")
     try:
         recipe = vetted(_readable(recipe_of(draft)), app.settings)
     except TmergeError:
         # Which one is said at its field.
-        return empty_card("What this merge would be", "The recipe has a mistake; mend it to see it.")
+        return empty_card(_TITLE, "The recipe has a mistake; mend it to see it.")
     try:
         here = _checked(app, recipe, wanted)
+    except StillAskingError:
+        raise
     except TmergeError as error:
         return error_card("This cannot be merged yet", str(error))
     except RuntimeError:
@@ -97,7 +89,7 @@ def fit_to_run(app: AppContext, recipe: Recipe, *, lent: bool = True) -> Here:
     Raises:
         TmergeError: Why.
     """
-    here = _checked(app, _readable(recipe), lent=lent)
+    here = _checked(app, recipe, lent=lent, seconds=_BEFORE_A_START)
     if here.refused:
         raise TmergeError(here.refused)
     return here
@@ -109,7 +101,7 @@ def check_facts(app: AppContext, recipe: Recipe) -> CheckDocument:
     Raises:
         TmergeError: The two cannot be merged, or not be read.
     """
-    return _checked(app, _readable(recipe)).found
+    return _checked(app, recipe).found
 
 
 def refused_here(app: AppContext, recipe: Recipe, wanted: Callable[[], bool] = always) -> str | None:
@@ -129,7 +121,7 @@ def refused_here(app: AppContext, recipe: Recipe, wanted: Callable[[], bool] = a
     except TmergeError as error:
         vetted(recipe, AppSettings(local_root=app.settings.local_root))
         return str(error)
-    return _checked(app, _readable(recipe), wanted).refused
+    return _checked(app, recipe, wanted).refused
 
 
 def _readable(recipe: Recipe) -> Recipe:
@@ -140,48 +132,16 @@ def _readable(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"calibration": calibration})
 
 
-def _checked(app: AppContext, recipe: Recipe, wanted: Callable[[], bool] = always, *, lent: bool = True) -> Here:
-    settings = app.settings if lent else replace(app.settings, zero_gpu=False)
-    key = json.dumps([recipe.model_dump(mode="json"), settings.zero_gpu], sort_keys=True)
-    while True:
-        with _lock:
-            if key in _kept and time.monotonic() - _kept[key][0] < _KEPT_SECONDS:
-                return _kept[key][1]
-            asked = _asked.get(key)
-            if asked is None:
-                ours = _asked[key] = Future()
-        if asked is None:
-            return _ask(app, recipe, settings, wanted, key, ours)
-        try:
-            return asked.result()
-        except SupersededError:
-            # To who asked first it does not matter any more; to this one it may.
-            if not wanted():
-                raise
-
-
-def _ask(
+def _checked(
     app: AppContext,
     recipe: Recipe,
-    settings: AppSettings,
-    wanted: Callable[[], bool],
-    key: str,
-    answer: Future[Here],
+    wanted: Callable[[], bool] = always,
+    *,
+    lent: bool = True,
+    seconds: float = TURN_SECONDS,
 ) -> Here:
-    try:
-        here: Here = app.aside.ask(_check, recipe, settings, wanted=wanted)
-    except BaseException as error:
-        with _lock:
-            del _asked[key]
-        answer.set_exception(error)
-        raise
-    with _lock:
-        del _asked[key]
-        _kept[key] = (time.monotonic(), here)
-        while len(_kept) > 100:
-            _kept.popitem(last=False)
-    answer.set_result(here)
-    return here
+    settings = app.settings if lent else replace(app.settings, zero_gpu=False)
+    return app.aside.ask(_check, _readable(recipe), settings, wanted=wanted, seconds=seconds)
 
 
 def _check(recipe: Recipe, settings: AppSettings) -> Here:

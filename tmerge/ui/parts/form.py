@@ -27,6 +27,7 @@ __all__ = [
     "recipe_of",
     "typed_value",
     "with_adapter",
+    "with_dataset",
     "with_value",
     "write_yaml",
 ]
@@ -36,6 +37,8 @@ _LONGEST = 20_000
 _ALWAYS = ("target", "source", "calibration.dataset", "calibration.texts", "fusion.alpha", "fusion.projections")
 # Only `tmerge compare` and `tmerge adapt` read these.
 _LEFT_OUT = ("compare", "published", "adaptation")
+
+_OF_IT = ("dataset", "config", "split", "column")
 
 _SECTIONS = sections_of(Recipe)
 _DECIDING = {setting.key for setting in SETTINGS if setting.decides}
@@ -126,6 +129,13 @@ def with_adapter(draft: Mapping[str, Any], name: str) -> dict[str, Any]:
     return changed
 
 
+def with_dataset(draft: Mapping[str, Any], dataset: str) -> dict[str, Any]:
+    """The mapping with another dataset, and without what was said of the one before."""
+    section = draft.get("calibration")
+    kept = {key: value for key, value in (section if isinstance(section, dict) else {}).items() if key not in _OF_IT}
+    return {**draft, "calibration": {"dataset": dataset, **kept}}
+
+
 def _follow(before: Mapping[str, Any], changed: dict[str, Any], key: str) -> dict[str, Any]:
     """Without the settings that said what was the default before, which follow to what is the default now.
 
@@ -164,9 +174,9 @@ _Dumper.add_representer(
 )
 
 
-def form_values(draft: Mapping[str, Any]) -> list[Any]:
-    """What the form shows for a mapping, setting by setting in the order of `SETTINGS`."""
-    return [_shown(setting, _value_of(draft, setting.key)) for setting in SETTINGS]
+def form_values(draft: Mapping[str, Any]) -> dict[Setting, Any]:
+    """What the form shows for a mapping, by setting."""
+    return {setting: _shown(setting, _value_of(draft, setting.key)) for setting in SETTINGS}
 
 
 def holds_value(setting: Setting, draft: Mapping[str, Any], value: Any) -> bool:

@@ -19,12 +19,14 @@ from tmerge.hub.jobs import RemoteRun, start_job
 from tmerge.recipe import Recipe
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import empty_card, error_card, note
-from tmerge.ui.parts.expected import SETTLED_SECONDS, check_facts, refused_here
+from tmerge.ui.parts.expected import check_facts, refused_here
+from tmerge.ui.parts.following import follow
 from tmerge.ui.parts.form import recipe_of
 from tmerge.ui.parts.returning import sign_in_button
 from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import markup
-from tmerge.ui.server.changes import Changes, always, answering_the_last
+from tmerge.ui.server.aside import StillAskingError
+from tmerge.ui.server.changes import always
 from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, vetted
 from tmerge.ui.server.pushes import account_name, offers_sign_in, own_token
 
@@ -37,6 +39,7 @@ _LONGEST = 4 * 3600
 # A sign-in that ends sooner than this is renewed first: the job pushes with it at its end.
 _SHORTEST = 3600
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 16}
+_TITLE = "A job on your account"
 _WHAT = (
     "The same recipe on hardware of Hugging Face that your account pays for; its result goes to a private repo of "
     "yours, whatever the verdict, with its report and its card."
@@ -54,7 +57,7 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
     if app.settings.job_package is None:
         return
     with gr.Accordion("Run it as a job on your own account", open=False, elem_id="job") as fold:
-        offer = markup(empty_card("A job on your account", _WHAT), elem_id="job-offer")
+        offer = markup(empty_card(_TITLE, _WHAT), elem_id="job-offer")
         with gr.Row(equal_height=False):
             hardware = gr.Dropdown(
                 [item.value for item in JobHardware],
@@ -76,14 +79,11 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
         go = gr.Button("Start the job", elem_id="job-go")
         result = markup(note("", keep=True), elem_id="job-result")
 
-    def offered(draft: dict[str, Any], uploaded: str | None, *, wanted: Callable[[], bool]) -> list[Any]:
+    def offered(draft: dict[str, Any], uploaded: str | None, *, wanted: Callable[[], bool]) -> dict[Any, Any]:
         refused, card = job_offer(app, draft, wanted)
-        return [gr.Accordion(open=True) if refused else gr.skip(), card]
+        return {offer: card} | ({fold: gr.Accordion(open=True)} if refused else {})
 
-    changes = Changes(SETTLED_SECONDS)
-    followed, at_first = (answering_the_last(changes, offered, 2, pause=pause) for pause in (True, False))
-    gr.on([good.change, upload.change], followed, [good, upload], [fold, offer], trigger_mode="multiple", **_QUIET)
-    app.load(at_first, [good, upload], [fold, offer])
+    follow(app, [good.change, upload.change], offered, [good, upload], [fold, offer], {})
 
     def begin(draft: dict[str, Any], flavor: str, name: str, token: gr.OAuthToken | None) -> str:
         try:
@@ -114,19 +114,28 @@ def job_offer(app: AppContext, draft: Mapping[str, Any], wanted: Callable[[], bo
         wanted: As for `Aside.ask`.
 
     Raises:
+        StillAskingError: It is not known yet.
         SupersededError: It is not wanted any more.
     """
     if not draft.get("target") or not draft.get("source"):
-        return False, empty_card("A job on your account", _WHAT)
+        return False, empty_card(_TITLE, _WHAT)
     try:
         recipe = recipe_of(draft)
         refused = refused_here(app, recipe, wanted)
-        _refuse_unreachable(app, recipe)
-    except TmergeError as error:
-        return False, empty_card("This cannot be run as a job", str(error))
+    except StillAskingError:
+        raise
+    except TmergeError:
+        # Which one is said at its field, or in the place of the two models' cards.
+        return False, empty_card(_TITLE, "The recipe has a mistake; mend it, and a job can run it.")
     except RuntimeError:
         _log.exception("a check failed")
-        return False, empty_card("A job on your account", _WHAT)
+        return False, empty_card(_TITLE, _WHAT)
+    try:
+        _refuse_unreachable(app, recipe)
+    except StillAskingError:
+        raise
+    except TmergeError as error:
+        return False, empty_card("This cannot be run as a job", str(error))
     if refused is None:
         return False, empty_card("This app can run it; so can a job on your account", _WHAT)
     return True, empty_card("Too large for this app, and not for a job on your account", _WHAT)

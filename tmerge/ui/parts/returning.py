@@ -72,7 +72,7 @@ def sign_in_button(link: gr.Textbox, repo: gr.Textbox, *, tab: str = "push", nam
 def keep() -> Kept:
     """What the browser keeps; to be called within the app."""
     return Kept(
-        runs=gr.BrowserState([], storage_key="tmerge-runs"),
+        runs=gr.Textbox("", visible="hidden", label="Runs of this browser", elem_id="kept-runs"),
         tab=gr.BrowserState("", storage_key="tmerge-tab"),
         repo=gr.BrowserState(["", ""], storage_key="tmerge-repo"),
         typed=gr.State(""),
@@ -85,11 +85,12 @@ def build_links(app: AppContext) -> None:
         app.link.render()
         mine = gr.Dropdown([], label="Your runs", info="Of this browser, while they are kept", elem_id="your-runs")
 
-    def offer(run_id: str, runs: Any) -> list[Any]:
-        choices = [(_words(run), run.id) for run in _known(app, runs)]
-        shown = run_id if run_id in dict((key, words) for words, key in choices) else None
+    def offer(run_id: str, runs: Any) -> dict[Any, Any]:
+        known = _known(app, runs)
         # Gradio asks for a box that holds one of its choices.
-        return [gr.Row(visible=bool(run_id or choices)), gr.Dropdown(choices=choices, value=shown)]
+        shown = run_id if any(run.id == run_id for run in known) else None
+        choices = [(_words(run), run.id) for run in known]
+        return {row: gr.Row(visible=bool(run_id or known)), mine: gr.Dropdown(choices=choices, value=shown)}
 
     gr.on(
         [app.kept.runs.change, app.run_id.change, app.ended.change],
@@ -107,20 +108,30 @@ def wire_returning(app: AppContext, tabs: Sequence[gr.Tab]) -> None:
     app.run_id.change(_link, app.run_id, app.link, **_LIGHT).then(
         None, app.link, app.link, js=_SHOW_RUN, api_visibility="private"
     )
-    app.run_id.change(lambda run_id, runs: _with_run(app, run_id, runs), [app.run_id, kept.runs], kept.runs, **_LIGHT)
+    app.run_id.change(
+        lambda run_id, runs: _with_run(app, run_id, runs), [app.run_id, kept.runs], kept.runs, **_LIGHT
+    ).then(None, kept.runs, kept.runs, js="window.keptRuns.keep", api_visibility="private")
     for tab in tabs:
         tab.select(lambda name=str(tab.id): name, None, kept.tab, **_LIGHT)
 
-    def begin(runs: Any, tab: Any, repo: Any, request: gr.Request) -> list[Any]:
+    def begin(runs: Any, tab: Any, repo: Any, request: gr.Request) -> dict[Any, Any]:
         back = _back(app, runs, tab, repo, {key: str(value) for key, value in request.query_params.items()})
-        return [back.run, gr.Tabs(selected=back.tab) if back.run else gr.skip(), back.repo]
+        where = {app.tabs: gr.Tabs(selected=back.tab)} if back.run else {}
+        return {kept.runs: runs, app.run_id: back.run, kept.typed: back.repo, **where}
 
-    app.load(begin, [kept.runs, kept.tab, kept.repo], [app.run_id, app.tabs, kept.typed])
+    app.load(
+        begin,
+        [kept.runs, kept.tab, kept.repo],
+        [kept.runs, app.run_id, app.tabs, kept.typed],
+        js="(runs, tab, repo) => [window.keptRuns.all(), tab, repo]",
+    )
 
 
 def open_again(app: AppContext, button: gr.Button, which: gr.State, *, tab: str = "run") -> None:
     """Have a button open the run of an id, on a tab."""
-    button.click(lambda run_id: [run_id, gr.Tabs(selected=tab)], which, [app.run_id, app.tabs], **_QUEUED)
+    button.click(
+        lambda run_id: {app.run_id: run_id, app.tabs: gr.Tabs(selected=tab)}, which, [app.run_id, app.tabs], **_QUEUED
+    )
 
 
 def under_way(app: AppContext, runs: Any) -> str | None:
@@ -140,18 +151,18 @@ def _back(app: AppContext, runs: Any, tab: Any, repo: Any, query: dict[str, str]
 
 def _known(app: AppContext, runs: Any) -> list[VisitorRun]:
     """The runs of a browser's list that are there still; what a browser sends is a stranger's."""
-    ids = [each for each in runs if isinstance(each, str)] if isinstance(runs, list) else []
+    ids = runs.split() if isinstance(runs, str) else []
     return [run for each in ids[:_MOST_RUNS] if (run := app.store.get(each, looks=False)) is not None]
 
 
-def _with_run(app: AppContext, run_id: str, runs: Any) -> list[str]:
+def _with_run(app: AppContext, run_id: str, runs: Any) -> str:
     """A browser's list with the run that it is shown now first, and without what is gone."""
     known = [run.id for run in _known(app, runs)]
     shown = app.seen(run_id)
     # A recorded run is found on the first page again.
-    if shown is None or shown.example is not None:
-        return known
-    return [run_id, *(each for each in known if each != run_id)][:_MOST_RUNS]
+    if shown is not None and shown.example is None:
+        known = [run_id, *(each for each in known if each != run_id)]
+    return " ".join(known[:_MOST_RUNS])
 
 
 def _words(run: VisitorRun) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
 
 from tmerge.ui.parts.cards import heading
-from tmerge.ui.parts.fields import FIRST, GROUPS, SETTINGS, STEP, Setting
+from tmerge.ui.parts.fields import FIRST, GROUPS, STEP, Setting
 from tmerge.ui.parts.form import form_values
 from tmerge.ui.parts.style import markup
 
@@ -16,18 +16,22 @@ __all__ = ["SettingFields"]
 
 
 class SettingFields:
-    """Makes each field where the page has it, and gives them all in the order of `SETTINGS`."""
+    """Makes each field where the page has it.
+
+    Attributes:
+        made: Setting -> its field, so far.
+    """
 
     def __init__(self, begin: Mapping[str, Any]) -> None:
         """Args: the recipe's mapping that the fields begin with."""
-        self._values = dict(zip(SETTINGS, form_values(begin), strict=True))
-        self._made: dict[Setting, Any] = {}
+        self._values = form_values(begin)
+        self.made: dict[Setting, Any] = {}
 
     def make(self, *keys: str) -> None:
         """Lay out some of `FIRST`, by their keys, within the row that is open."""
         for setting in FIRST:
             if setting.key in keys:
-                self._made[setting] = _field(setting, self._values[setting])
+                self.made[setting] = _field(setting, self._values[setting])
 
     def make_others(self) -> None:
         """Lay out `GROUPS`, in a fold."""
@@ -36,12 +40,12 @@ class SettingFields:
                 markup(heading(3, group))
                 with gr.Row(equal_height=False, elem_classes="fields"):
                     for setting in settings:
-                        self._made[setting] = _field(setting, self._values[setting])
+                        self.made[setting] = _field(setting, self._values[setting])
 
-    @property
-    def all(self) -> Sequence[Any]:
-        """One for each of `SETTINGS`, once all are made."""
-        return [self._made[setting] for setting in SETTINGS]
+    def shown(self, draft: Mapping[str, Any]) -> dict[Any, Any]:
+        """Field -> what it shows for a recipe's mapping."""
+        values = form_values(draft)
+        return {field: values[setting] for setting, field in self.made.items()}
 
 
 def _field(setting: Setting, value: Any) -> Any:

@@ -16,10 +16,10 @@ from tmerge.errors import DatasetError, TmergeError
 from tmerge.ui.parts.cards import note
 from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import markup
-from tmerge.ui.server.aside import Aside
+from tmerge.ui.server.aside import Aside, StillAskingError
 from tmerge.ui.server.changes import always
 from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, refuse_dataset_path
-from tmerge.ui.server.search import Choice, DatasetFacts, HubSearch, dataset_facts, file_facts, offered
+from tmerge.ui.server.search import dataset_facts, file_facts
 
 __all__ = ["KINDS", "TextsPart", "build_texts", "holds_texts", "kind_of", "upload_name"]
 
@@ -44,20 +44,82 @@ class TextsPart:
 
     @property
     def fields(self) -> list[Any]:
-        """Those that `shown` gives values for, in its order."""
-        return [
-            self.kind,
-            self.language,
-            self.dataset,
-            self.config,
-            self.split,
-            self.column,
-            self.hub_rows,
-            self.upload_rows,
-        ]
+        """Those that `shown` is about."""
+        named = [self.kind, self.language, self.dataset, self.config, self.split, self.column]
+        return [*named, self.hub_rows, self.upload_rows]
+
+    def shown(self, draft: Mapping[str, Any]) -> dict[Any, Any]:
+        """Field -> what it shows for a recipe's mapping."""
+        section, dataset = _section(draft)
+        kind, words = kind_of(dataset), _words(section)
+        language = dataset.removeprefix(SAMPLES_PREFIX) if kind == _SAMPLES else None
+        known = language in sample_languages()
+        return {
+            self.kind: kind,
+            self.language: gr.Dropdown(value=language if known else None, visible=kind == _SAMPLES),
+            self.dataset: dataset if kind == _HUB else None,
+            self.config: words["config"],
+            self.split: words["split"] or "train",
+            self.column: gr.Dropdown(value=words["column"], visible=kind != _SAMPLES),
+            self.hub_rows: gr.Group(visible=kind == _HUB),
+            self.upload_rows: gr.Group(visible=kind == _UPLOAD),
+        }
+
+    def look_into(
+        self,
+        aside: Aside,
+        settings: AppSettings,
+        draft: Mapping[str, Any],
+        upload: str | None,
+        *,
+        wanted: Callable[[], bool] = always,
+    ) -> dict[Any, Any]:
+        """What the texts hold, as a line, and what there is to choose as configuration, split and column.
+
+        Args:
+            aside: Where the rows are read.
+            settings: Whether paths are refused.
+            draft: The recipe's mapping.
+            upload: Path of the uploaded file.
+            wanted: As for `Aside.ask`.
+
+        Raises:
+            StillAskingError: It is not known yet.
+            SupersededError: It is not wanted any more.
+        """
+        section, dataset = _section(draft)
+        kind, words = kind_of(dataset), _words(section)
+        if kind == _SAMPLES or dataset in ("", UPLOAD_PREFIX):
+            return {self.found: note("")}
+        try:
+            # What the recipe's own complaint is about is said at the field.
+            if kind == _HUB:
+                refuse_dataset_path(dataset, settings)
+            elif upload is None or upload_name(upload) != dataset.removeprefix(UPLOAD_PREFIX):
+                return {self.found: note("")}
+        except TmergeError:
+            return {self.found: note("")}
+        try:
+            if kind == _HUB:
+                split = words["split"] or "train"
+                facts = aside.ask(dataset_facts, dataset, words["config"], split, words["column"], wanted=wanted)
+            else:
+                name = dataset.removeprefix(UPLOAD_PREFIX)
+                facts = aside.ask(file_facts, upload, name, words["column"], wanted=wanted)
+        except StillAskingError:
+            raise
+        except TmergeError as error:
+            return {self.found: note(str(error), bad=True)}
+        found = render("choose.html", "texts_found", facts=facts) if facts.column else note(facts.why, bad=True)
+        return {
+            self.found: found,
+            self.config: gr.Dropdown(choices=facts.configs),
+            self.split: gr.Dropdown(choices=facts.splits or ["train"]),
+            self.column: gr.Dropdown(choices=facts.columns),
+        }
 
 
-def build_texts(search: HubSearch, settings: AppSettings) -> TextsPart:
+def build_texts(settings: AppSettings) -> TextsPart:
     """Lay the part out; what its fields do to the recipe is wired by the caller."""
     kind = gr.Radio(
         KINDS,
@@ -90,25 +152,6 @@ def build_texts(search: HubSearch, settings: AppSettings) -> TextsPart:
         elem_id="texts-column",
     )
     found = markup(note(""), elem_id="texts-found")
-
-    names = gr.State([])
-
-    def offer(before: list[Choice], event: gr.KeyUpData, request: gr.Request) -> list[Any]:
-        typed = str(event.input_value or "")
-        now = offered(search, "dataset", typed, before) if search.settled(request.session_hash, typed) else None
-        if now is None:
-            return [gr.skip(), gr.skip()]
-        return [gr.Dropdown(choices=now[0], info=now[1] or "Type to search"), now[0]]
-
-    dataset.key_up(
-        offer,
-        names,
-        [dataset, names],
-        show_progress="hidden",
-        trigger_mode="multiple",
-        concurrency_limit=16,
-        api_visibility="private",
-    )
     return TextsPart(kind, language, dataset, config, split, column, file, hub_rows, upload_rows, found)
 
 
@@ -130,25 +173,6 @@ def kind_of(dataset: str) -> str:
     if dataset.startswith(SAMPLES_PREFIX):
         return _SAMPLES
     return _UPLOAD if dataset.startswith(UPLOAD_PREFIX) else _HUB
-
-
-def shown(draft: Mapping[str, Any]) -> list[Any]:
-    """What the part's `fields` show for a recipe's mapping."""
-    section, dataset = _section(draft)
-    kind = kind_of(dataset)
-    language = dataset.removeprefix(SAMPLES_PREFIX) if kind == _SAMPLES else None
-    known = language in sample_languages()
-    words = {key: str(section[key]) if section.get(key) else None for key in ("config", "split", "column")}
-    return [
-        kind,
-        gr.Dropdown(value=language if known else None, visible=kind == _SAMPLES),
-        dataset if kind == _HUB else None,
-        words["config"],
-        words["split"] or "train",
-        gr.Dropdown(value=words["column"], visible=kind != _SAMPLES),
-        gr.Group(visible=kind == _HUB),
-        gr.Group(visible=kind == _UPLOAD),
-    ]
 
 
 def holds_texts(part: TextsPart) -> list[tuple[Any, Callable[[Mapping[str, Any], Any], bool]]]:
@@ -186,6 +210,10 @@ def _section(draft: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     return section, dataset if isinstance(dataset, str) else ""
 
 
+def _words(section: Mapping[str, Any]) -> dict[str, str | None]:
+    return {key: str(section[key]) if section.get(key) else None for key in ("config", "split", "column")}
+
+
 def upload_name(path: str) -> str:
     """A file's own name with nothing in it that a path, YAML or a page would act on.
 
@@ -197,58 +225,3 @@ def upload_name(path: str) -> str:
     if suffix not in FILE_SUFFIXES:
         raise DatasetError(f"{name!r} is not a kind of file that is read; upload {', '.join(FILE_SUFFIXES)}")
     return (re.sub(r"[^\w.-]+", "-", stem).strip("-.")[:60] or "texts") + suffix
-
-
-def look_into(
-    aside: Aside,
-    settings: AppSettings,
-    draft: Mapping[str, Any],
-    upload: str | None,
-    wanted: Callable[[], bool] = always,
-) -> tuple[str, list[Any]]:
-    """What the texts hold, as a line, and updates of configuration, split and column.
-
-    Args:
-        aside: Where the rows are read.
-        settings: Whether paths are refused.
-        draft: The recipe's mapping.
-        upload: Path of the uploaded file.
-        wanted: As for `Aside.ask`.
-
-    Raises:
-        SupersededError: It is not wanted any more.
-    """
-    same = [gr.skip(), gr.skip(), gr.skip()]
-    section, dataset = _section(draft)
-    words = {key: str(section[key]) if section.get(key) else None for key in ("config", "split", "column")}
-    kind = kind_of(dataset)
-    if kind == _SAMPLES or dataset in ("", UPLOAD_PREFIX):
-        return note(""), same
-    try:
-        if kind == _HUB:
-            refuse_dataset_path(dataset, settings)
-    except TmergeError:
-        return note(""), same  # likewise
-    try:
-        if kind == _UPLOAD:
-            name = dataset.removeprefix(UPLOAD_PREFIX)
-            if upload is None or upload_name(upload) != name:
-                return note(""), same  # the recipe's own complaint, said at the field
-            facts = aside.ask(file_facts, upload, name, words["column"], wanted=wanted)
-        else:
-            split = words["split"] or "train"
-            facts = aside.ask(dataset_facts, dataset, words["config"], split, words["column"], wanted=wanted)
-    except TmergeError as error:
-        return note(str(error), bad=True), same
-    choices = [
-        gr.Dropdown(choices=facts.configs),
-        gr.Dropdown(choices=facts.splits or ["train"]),
-        gr.Dropdown(choices=facts.columns),
-    ]
-    return _found_line(facts), choices
-
-
-def _found_line(facts: DatasetFacts) -> str:
-    if not facts.column:
-        return note(facts.why, bad=True)
-    return render("choose.html", "texts_found", facts=facts)

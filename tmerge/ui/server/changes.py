@@ -5,13 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import gradio as gr
-
-__all__ = ["Change", "Changes", "SupersededError", "always", "answering_the_last"]
+__all__ = ["Change", "Changes", "SupersededError", "always"]
 
 _PAGES = 1000
 
@@ -47,6 +43,10 @@ class Changes:
                 self._last.popitem(last=False)
         return change
 
+    def last(self, page: str | None) -> Change:
+        """The last change on a page, or a first one."""
+        return self._last.get(str(page)) or self.begin(page)
+
 
 @dataclass(frozen=True, eq=False)
 class Change:
@@ -64,29 +64,3 @@ class Change:
         """Wait for a pause, and say whether this is the change before it."""
         time.sleep(self.changes.seconds)
         return self.is_last()
-
-
-def answering_the_last(
-    changes: Changes, answer: Callable[..., Any], outputs: int, *, pause: bool = True
-) -> Callable[..., Any]:
-    """A function of (recipe's mapping, upload's path, request) for an event that every change fires.
-
-    Args:
-        changes: Where they are counted.
-        answer: Called with the mapping, the path and the keyword ``wanted``; may raise `SupersededError`.
-        outputs: How many components it answers for: they stay as they are if it is not the last change.
-        pause: Whether a pause is waited for.
-    """
-    skipped: Any = gr.skip() if outputs == 1 else [gr.skip() for _ in range(outputs)]
-
-    def answered(draft: dict[str, Any], uploaded: str | None, request: gr.Request) -> Any:
-        change = changes.begin(request.session_hash)
-        if pause and not change.settled():
-            return skipped
-        try:
-            found = answer(draft, uploaded, wanted=change.is_last)
-        except SupersededError:
-            return skipped
-        return found if change.is_last() else skipped
-
-    return answered

@@ -63,6 +63,7 @@ class RunStore:
         self._keeps_next = False
         # Held while a merge runs: see `alone`.
         self._heavy = threading.Lock()
+        self._let_go: list[Callable[[], None]] = []
         self._worker = threading.Thread(target=self._work, name="tmerge-runs", daemon=True)
         self._worker.start()
 
@@ -133,6 +134,7 @@ class RunStore:
             if merged is None or merged.report is None or merged.further is not None or merged.state != "done":
                 raise RunNotFoundError("there is no finished merge to go on from; start it again")
             self._refuse_too_many(visitor)
+        self._make_room()
         refuse_further(merged.report, merged.recipe, merged.folder, steps, way, self.settings)
         home = Path(tempfile.mkdtemp(dir=self.root))
         compares = way == "compare"
@@ -216,12 +218,17 @@ class RunStore:
             self._queue.append(run_id)
             self._changed.notify_all()
 
+    def asks_for_room(self, let_go: Callable[[], None]) -> None:
+        """Have a function called before a merge or a training begins, and at the end: it lets go of kept memory."""
+        self._let_go.append(let_go)
+
+    def _make_room(self) -> None:
+        for let_go in self._let_go:
+            let_go()
+
     @contextlib.contextmanager
     def alone(self, patience: float = 0) -> Iterator[None]:
-        """For other heavy work, such as loading a model to try it: not beside a merge, nor a merge beside it.
-
-        Each was told to fit into the memory that is free; and ``transformers`` sets torch's default dtype, which all
-        threads share, while it loads a model: a call that is lent a GPU meanwhile would have it too.
+        """For other heavy work, which was told to fit into free memory: not beside a merge, nor a merge beside it.
 
         Args:
             patience: Seconds to wait for a merge to end.
@@ -262,6 +269,7 @@ class RunStore:
         for run in running:
             self.cancel(run.id)
         self._worker.join(30)
+        self._make_room()
         with self._changed:
             if self._next is not None:
                 self._next.end()
@@ -299,6 +307,7 @@ class RunStore:
                         self._current, run.state, run.started = run.id, "running", time.time()
                 if run is not None:
                     run.say("started")
+                    self._make_room()
                     self._run(run)
                     self._current = None
 

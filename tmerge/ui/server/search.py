@@ -20,7 +20,7 @@ from tmerge.calibration.files import read_file
 from tmerge.errors import DatasetError
 from tmerge.ui.server.changes import Changes
 
-__all__ = ["DatasetFacts", "HubSearch", "dataset_facts", "file_facts", "offered"]
+__all__ = ["Choice", "DatasetFacts", "HubSearch", "Kind", "dataset_facts", "file_facts", "offered"]
 
 Choice = tuple[str, str]
 Kind = Literal["model", "adapter", "dataset"]

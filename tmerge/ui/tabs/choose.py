@@ -5,7 +5,6 @@ The recipe's YAML is what counts. Every field writes into it, and every change o
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,22 +12,24 @@ from typing import Any
 
 import gradio as gr
 
+from tmerge.calibration import SAMPLES_PREFIX
 from tmerge.errors import TmergeError
 from tmerge.models.demo import DEMO_MODELS
 from tmerge.models.reference import DEMO_PREFIX
 from tmerge.recipe import preset_names
 from tmerge.ui.context import AppContext
-from tmerge.ui.parts.cards import empty_card, heading, limits_line
-from tmerge.ui.parts.expected import SETTLED_SECONDS, expected_cards
-from tmerge.ui.parts.fields import SETTINGS, Setting
+from tmerge.ui.parts.cards import empty_card, heading, limits_line, note
+from tmerge.ui.parts.expected import STILL, expected_cards
+from tmerge.ui.parts.fields import Setting
+from tmerge.ui.parts.following import follow
 from tmerge.ui.parts.form import (
-    form_values,
     from_preset,
     holds_value,
     preset_of,
     read_yaml,
     typed_value,
     with_adapter,
+    with_dataset,
     with_value,
     write_yaml,
 )
@@ -37,21 +38,21 @@ from tmerge.ui.parts.problem import EDITOR, problem, problem_box, problem_of
 from tmerge.ui.parts.settings import SettingFields
 from tmerge.ui.parts.starting import Holds, ready_recipe, wire_start
 from tmerge.ui.parts.style import markup
-from tmerge.ui.parts.texts import KINDS, TextsPart, build_texts, holds_texts, look_into, shown, upload_name
+from tmerge.ui.parts.texts import KINDS, build_texts, holds_texts, upload_name
 from tmerge.ui.parts.ways import begin_with, build_ways
-from tmerge.ui.server.changes import Changes, always, answering_the_last
 from tmerge.ui.server.limits import UPLOAD_PREFIX
-from tmerge.ui.server.search import Choice, HubSearch, offered
+from tmerge.ui.server.search import Choice, HubSearch, Kind, offered
 
 __all__ = ["build_choose"]
-
-_log = logging.getLogger(__name__)
 
 _DEMO = [(f"{name} (built in)", f"{DEMO_PREFIX}{name}") for name in DEMO_MODELS]
 _HINT = "Type to search the Hub: user/name, or user/name@revision"
 _ADAPTER_HINT = "A LoRA: what it changes is carried, and of the source its base alone is read. Type to search"
 # Nobody else is kept waiting by one visitor's typing or checking; the answers come from elsewhere anyway.
 _LIGHT: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 16}
+
+# What a handler changes: component -> its new value, or an update of it.
+_Changes = dict[Any, Any]
 
 
 def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> None:
@@ -71,9 +72,10 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     ways = build_ways(app)
     settings = SettingFields(begin)
     with gr.Row(equal_height=False, elem_classes="fields wide"):
-        target = _model_field("target", "Target: the model that is changed", begin)
-        source = _model_field("source", "Source: the model that is read", begin)
-        adapter = _adapter_field(begin)
+        target = _model_field("target", "Target: the model that is changed", begin, _DEMO)
+        source = _model_field("source", "Source: the model that is read", begin, _DEMO)
+        label = "Adapter of the source, if it is what you want to carry"
+        adapter = _model_field("adapter", label, begin, [], _ADAPTER_HINT)
         settings.make("source_base")
     preset = gr.Dropdown(
         preset_names(),
@@ -81,7 +83,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         label="Preset",
         info="The paper's pairs and settings, or the built-in demo; empty where the recipe is none of them",
     )
-    texts = build_texts(search, app.settings)
+    texts = build_texts(app.settings)
     with gr.Row(equal_height=False, elem_classes="fields"):
         settings.make("fusion.what", "fusion.alpha", "calibration.texts", "fusion.projections")
     markup(heading(2, "What this merge would be"), elem_classes="section")
@@ -93,7 +95,6 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     unread = "Mend it where its mistake is named, to see what this merge would be."
     markup(empty_card("The recipe cannot be read", unread), elem_id="unread")
     settings.make_others()
-    fields = list(settings.all)
     with gr.Accordion("Recipe (YAML)", open=False, elem_id="recipe"):
         code = gr.Code(
             write_yaml(begin),
@@ -117,12 +118,10 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     markup(limits_line(app.settings))
     build_job(app, good, upload)
 
-    # Everything that a change of the recipe writes into.
-    written: list[Any] = [target, source, adapter, *texts.fields, *fields]
-
-    def fill(draft: Mapping[str, Any]) -> list[Any]:
-        named = [str(draft.get(role) or "") for role in ("target", "source", "adapter")]
-        return [*named, *shown(draft), *form_values(draft)]
+    models = {"target": target, "source": source, "adapter": adapter}
+    # What a field's change writes into, what it may decide, and all that another recipe does.
+    recipe, fields = [code, good, box], list(settings.made.values())
+    everything = [*recipe, *models.values(), *texts.fields, *fields]
 
     def complaint(draft: Mapping[str, Any], uploaded: str | None, at: Sequence[str] | None = None) -> str:
         try:
@@ -131,183 +130,138 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
             return problem_of(error, at)
         return problem()
 
-    def replaced(draft: dict[str, Any], uploaded: str | None, at: Sequence[str] | None = None) -> list[Any]:
-        return [write_yaml(draft), draft, complaint(draft, uploaded, at), *fill(draft)]
+    def written(draft: dict[str, Any], uploaded: str | None, at: Sequence[str] | None = None) -> _Changes:
+        return {code: write_yaml(draft), good: draft, box: complaint(draft, uploaded, at)}
 
-    def edited(text: str, before: dict[str, Any], uploaded: str | None) -> list[Any]:
+    def filled(draft: Mapping[str, Any]) -> _Changes:
+        named = {field: str(draft.get(role) or "") for role, field in models.items()}
+        return {**named, **texts.shown(draft), **settings.shown(draft)}
+
+    def replaced(draft: dict[str, Any], uploaded: str | None, at: Sequence[str] | None = None) -> _Changes:
+        return written(draft, uploaded, at) | filled(draft)
+
+    def edited(text: str, before: dict[str, Any], uploaded: str | None) -> _Changes:
         try:
             draft = read_yaml(text or "")
         except TmergeError as error:
-            return [gr.skip(), problem_of(error, [EDITOR], unread=True), *(gr.skip() for _ in written)]
-        return [
-            draft,
-            complaint(draft, uploaded, [EDITOR]),
-            *(fill(draft) if draft != before else (gr.skip() for _ in written)),
-        ]
+            return {box: problem_of(error, [EDITOR], unread=True)}
+        return {good: draft, box: complaint(draft, uploaded, [EDITOR])} | (filled(draft) if draft != before else {})
 
-    def writer(change: Callable[[dict[str, Any], Any], dict[str, Any]], *, decides: bool = False) -> Any:
-        """A field's change, written into the recipe, and into what the other fields show where it `decides` that."""
-        others = len(fields) if decides else 0
+    def writes(
+        field: Any,
+        change: Callable[[dict[str, Any], Any], dict[str, Any]],
+        *ways: str,
+        decides: bool = False,
+    ) -> None:
+        """Write a field's changes, heard in these ways, into the recipe, and into the settings where it `decides`."""
 
-        def write(value: Any, draft: dict[str, Any], uploaded: str | None) -> list[Any]:
+        def write(value: Any, draft: dict[str, Any], uploaded: str | None) -> _Changes:
             try:
                 changed = change(draft, value)
             except TmergeError as error:
-                return [gr.skip(), gr.skip(), problem_of(error, unread=True), *(gr.skip() for _ in range(others))]
+                return {box: problem_of(error, unread=True)}
             if changed == draft:
-                return [gr.skip(), gr.skip(), complaint(draft, uploaded), *(gr.skip() for _ in range(others))]
-            shown = form_values(changed) if decides else []
-            return [write_yaml(changed), changed, complaint(changed, uploaded), *shown]
+                return {box: complaint(draft, uploaded)}
+            return written(changed, uploaded) | (settings.shown(changed) if decides else {})
 
-        return write
+        outputs = [*recipe, *fields] if decides else recipe
+        gr.on([getattr(field, way) for way in ways], write, [field, good, upload], outputs, **_in_turn())
 
-    state, into = [good, upload], [code, good, box]
-    # Or what is typed while the change before it is being written would be lost.
-    for field, key in ((target, "target"), (source, "source")):
-        gr.on([field.input, field.select, field.blur], writer(_named(key)), [field, *state], into, **_in_turn())
-        names = gr.State(_DEMO)
-        field.key_up(_finder(search), names, [field, names], trigger_mode="multiple", **_quiet())
-    gr.on(
-        [adapter.input, adapter.select, adapter.blur],
-        writer(lambda draft, value: with_adapter(draft, _stripped(value)), decides=True),
-        [adapter, *state],
-        [*into, *fields],
-        **_in_turn(),
-    )
-    found = gr.State(list[Choice]())
-    adapter.key_up(_adapter_finder(search), [found, good], [adapter, found], trigger_mode="multiple", **_quiet())
-    for setting, field in zip(SETTINGS, fields, strict=True):
-        # Typed letters are heard at once, what came in by other ways when the field is left.
-        heard = [field.input, field.blur] if isinstance(field, gr.Textbox) else [field.input]
-        gr.on(
-            heard,
-            writer(_set(setting), decides=setting.decides),
-            [field, *state],
-            [*into, *fields] if setting.decides else into,
-            **_in_turn(),
-        )
-    for field, key in (
-        (texts.dataset, "calibration.dataset"),
-        (texts.config, "calibration.config"),
-        (texts.split, "calibration.split"),
-        (texts.column, "calibration.column"),
-    ):
-        gr.on([field.input, field.select, field.blur], writer(_named(key)), [field, *state], into, **_in_turn())
-    _wire_kinds(texts, upload, good, into, complaint)
+    # Typed letters are heard at once, what came in by other ways when the field is left: or what is typed while the
+    # change before it is being written would be lost.
+    typed = ("input", "select", "blur")
+    for role in ("target", "source"):
+        writes(models[role], partial(_named, role), *typed)
+    writes(adapter, lambda draft, value: with_adapter(draft, _stripped(value)), *typed, decides=True)
+    for name in ("dataset", "config", "split", "column"):
+        writes(getattr(texts, name), partial(_named, f"calibration.{name}"), *typed)
+    writes(texts.language, lambda draft, value: with_dataset(draft, f"{SAMPLES_PREFIX}{value}"), "input")
+    for setting, field in settings.made.items():
+        heard = ("input", "blur") if isinstance(field, gr.Textbox) else ("input",)
+        writes(field, partial(_set, setting), *heard, decides=setting.decides)
 
-    code.input(edited, [code, good, upload], [good, box, *written], **_in_turn())
-    everything = [code, good, box, *written]
-    gr.on(app.proposed.change, replaced, [app.proposed, upload], everything, **_in_turn())
+    def chosen(
+        kind: str, language: str | None, dataset: str | None, draft: dict[str, Any], uploaded: str | None
+    ) -> _Changes:
+        named = {
+            KINDS[0]: f"{SAMPLES_PREFIX}{language or 'english'}",
+            KINDS[1]: dataset or "",
+            KINDS[2]: UPLOAD_PREFIX + (upload_name(uploaded) if uploaded else ""),
+        }[kind]
+        changed = with_dataset(draft, named)
+        return written(changed, uploaded) | texts.shown(changed)
+
+    of_texts = [texts.kind, texts.language, texts.dataset, good, upload]
+    texts.kind.input(chosen, of_texts, [*recipe, *texts.fields], **_in_turn())
+
+    def uploaded_file(path: str | None, draft: dict[str, Any]) -> _Changes:
+        try:
+            name = upload_name(path) if path else ""
+        except TmergeError as error:
+            return {upload: None, box: problem_of(error, ["texts-file"])}
+        return {upload: path} | written(with_dataset(draft, UPLOAD_PREFIX + name), path)
+
+    gr.on([texts.file.upload, texts.file.clear], uploaded_file, [texts.file, good], [upload, *recipe], **_in_turn())
+
+    searched: list[tuple[Any, Kind]] = [(target, "model"), (source, "model"), (adapter, "adapter")]
+    for field, kind in [*searched, (texts.dataset, "dataset")]:
+        names: gr.State = gr.State(list[Choice](field.choices))
+        find = _finder(search, kind, field, names)
+        field.key_up(find, [names, good], [field, names], trigger_mode="multiple", **_quiet())
+
+    code.input(edited, [code, good, upload], everything, **_in_turn())
+    app.proposed.change(replaced, [app.proposed, upload], everything, **_in_turn())
     for way, button in ways:
         button.click(lambda uploaded, way=way: replaced(begin_with(way), uploaded), upload, everything, **_in_turn())
     preset.input(
         lambda name, uploaded: replaced(from_preset(name), uploaded), [preset, upload], everything, **_in_turn()
     )
 
-    def taken(path: str, uploaded: str | None) -> list[Any]:
+    def taken(path: str, uploaded: str | None) -> _Changes:
         try:
             with Path(path).open(encoding="utf-8") as file:
                 draft = read_yaml(file.read(50_000))
         except (TmergeError, OSError, UnicodeDecodeError) as error:
             line = str(error) if isinstance(error, TmergeError) else "the file is not UTF-8 text"
-            return [
-                gr.skip(),
-                gr.skip(),
-                problem(line, bad=True, at=[EDITOR], unread=None),
-                *(gr.skip() for _ in written),
-            ]
+            return {box: problem(line, bad=True, at=[EDITOR], unread=None)}
         return replaced(draft, uploaded, [EDITOR])
 
     take.upload(taken, [take, upload], everything, **_in_turn())
 
     # What is expected follows the recipe, whoever changed it; while it is asked for, the old answer stays.
-    changes, looks = Changes(SETTLED_SECONDS), Changes(SETTLED_SECONDS)
-    expects, looked = partial(expected_cards, app), partial(_looked, app)
-    gr.on(
+    follow(
+        app,
         [good.change],
-        answering_the_last(changes, expects, 1),
+        lambda draft, _, wanted: {expected: expected_cards(app, draft, wanted)},
         [good, upload],
-        expected,
-        trigger_mode="multiple",
+        [expected],
+        {expected: STILL},
         show_progress="minimal",
-        **_LIGHT,
     )
-    gr.on(
+    follow(
+        app,
         [good.change, upload.change],
-        answering_the_last(looks, looked, 4),
+        partial(texts.look_into, app.aside, app.settings),
         [good, upload],
         [texts.found, texts.config, texts.split, texts.column],
-        trigger_mode="multiple",
-        **_quiet(),
+        {texts.found: note("Still asking what these texts hold.")},
     )
 
-    roles = {"target": target, "source": source, "adapter": adapter}
-    held: list[tuple[Any, Holds]] = [(field, _holds_model(role)) for role, field in roles.items()]
-    held += [*holds_texts(texts), *zip(fields, map(_holds_setting, SETTINGS), strict=True)]
+    held: list[tuple[Any, Holds]] = [(field, _holds_model(role)) for role, field in models.items()]
+    held += [*holds_texts(texts), *((field, _holds_setting(setting)) for setting, field in settings.made.items())]
     wire_start(app, start, relate, other, box, good, upload, code, texts.file, held)
-    app.load(answering_the_last(changes, expects, 1, pause=False), [good, upload], expected)
     good.change(write_yaml, good, kept, trigger_mode="always_last", **_quiet())
     good.change(preset_of, good, preset, trigger_mode="always_last", **_quiet())
 
-    def restored(text: Any, draft: dict[str, Any], uploaded: str | None) -> list[Any]:
+    def restored(text: Any, draft: dict[str, Any], uploaded: str | None) -> _Changes:
         """The recipe that this browser had before the page was loaded anew."""
         try:
             before = read_yaml(text) if isinstance(text, str) and text else draft
         except TmergeError:
             before = draft
-        return replaced(before, uploaded) if before != draft else [gr.skip() for _ in everything]
+        return replaced(before, uploaded) if before != draft else gr.skip()
 
     app.load(restored, [kept, good, upload], everything)
-
-
-def _looked(
-    app: AppContext, draft: Mapping[str, Any], upload: str | None, wanted: Callable[[], bool] = always
-) -> list[Any]:
-    line, offered = look_into(app.aside, app.settings, draft, upload, wanted)
-    return [line, *offered]
-
-
-def _wire_kinds(texts: TextsPart, upload: gr.State, good: gr.State, into: list[Any], complaint: Any) -> None:
-    """Samples, Hub dataset or upload: each choice writes the recipe's dataset."""
-
-    def changed(draft: dict[str, Any], dataset: str, uploaded: str | None) -> list[Any]:
-        section = draft.get("calibration")
-        kept = {k: v for k, v in (section if isinstance(section, dict) else {}).items() if k not in _OF_A_DATASET}
-        draft = {**draft, "calibration": {"dataset": dataset, **kept}}
-        return [write_yaml(draft), draft, complaint(draft, uploaded)]
-
-    def chosen(
-        kind: str, language: str | None, dataset: str | None, draft: dict[str, Any], uploaded: str | None
-    ) -> Any:
-        named = {
-            KINDS[0]: f"samples:{language or 'english'}",
-            KINDS[1]: dataset or "",
-            KINDS[2]: UPLOAD_PREFIX + (upload_name(uploaded) if uploaded else ""),
-        }[kind]
-        written = changed(draft, named, uploaded)
-        return [*written, *shown(written[1])]
-
-    texts.kind.input(
-        chosen, [texts.kind, texts.language, texts.dataset, good, upload], [*into, *texts.fields], **_in_turn()
-    )
-    texts.language.input(
-        lambda language, draft, uploaded: changed(draft, f"samples:{language}", uploaded),
-        [texts.language, good, upload],
-        into,
-        **_in_turn(),
-    )
-
-    def uploaded_file(path: str | None, draft: dict[str, Any]) -> list[Any]:
-        try:
-            name = upload_name(path) if path else ""
-        except TmergeError as error:
-            return [None, gr.skip(), gr.skip(), problem_of(error, ["texts-file"])]
-        return [path, *changed(draft, UPLOAD_PREFIX + name, path)]
-
-    gr.on([texts.file.upload, texts.file.clear], uploaded_file, [texts.file, good], [upload, *into], **_in_turn())
-
-
-_OF_A_DATASET = ("dataset", "config", "split", "column")
 
 
 def _quiet() -> dict[str, Any]:
@@ -326,12 +280,12 @@ def _stripped(value: Any) -> str:
     return str(value or "").strip()
 
 
-def _named(key: str) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
-    return lambda draft, value: with_value(draft, key, _stripped(value))
+def _named(key: str, draft: dict[str, Any], value: Any) -> dict[str, Any]:
+    return with_value(draft, key, _stripped(value))
 
 
-def _set(setting: Setting) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
-    return lambda draft, value: with_value(draft, setting.key, typed_value(setting, value))
+def _set(setting: Setting, draft: dict[str, Any], value: Any) -> dict[str, Any]:
+    return with_value(draft, setting.key, typed_value(setting, value))
 
 
 def _holds_setting(setting: Setting) -> Holds:
@@ -342,50 +296,29 @@ def _holds_model(role: str) -> Holds:
     return lambda draft, value: _stripped(value) == _stripped(draft.get(role))
 
 
-def _finder(search: HubSearch) -> Callable[..., Any]:
-    def find(before: list[Choice], event: gr.KeyUpData, request: gr.Request) -> list[Any]:
-        typed = str(event.input_value or "")
-        now = offered(search, "model", typed, before) if search.settled(request.session_hash, typed) else None
-        if now is None:
-            return [gr.skip(), gr.skip()]
-        return [gr.Dropdown(choices=now[0], info=now[1] or _HINT), now[0]]
+def _finder(search: HubSearch, kind: Kind, field: gr.Dropdown, names: gr.State) -> Callable[..., _Changes]:
+    """What a field offers as it is typed in; of adapters, those of the source that is named."""
+    hint = field.info
 
-    return find
-
-
-def _adapter_finder(search: HubSearch) -> Callable[..., Any]:
-    """As `_finder`, among the adapters of the source that is named."""
-
-    def find(before: list[Choice], draft: dict[str, Any], event: gr.KeyUpData, request: gr.Request) -> list[Any]:
+    def find(before: list[Choice], draft: dict[str, Any], event: gr.KeyUpData, request: gr.Request) -> _Changes:
         typed, base = str(event.input_value or ""), str(draft.get("source") or "").partition("@")[0]
-        of = "" if base.startswith(DEMO_PREFIX) or base.count("/") != 1 or Path(base).exists() else base
-        now = offered(search, "adapter", typed, before, of) if search.settled(request.session_hash, typed) else None
+        of = base if kind == "adapter" and base.count("/") == 1 and not Path(base).exists() else ""
+        now = offered(search, kind, typed, before, of) if search.settled(request.session_hash, typed) else None
         if now is None:
-            return [gr.skip(), gr.skip()]
-        return [gr.Dropdown(choices=now[0], info=now[1] or _ADAPTER_HINT), now[0]]
+            return gr.skip()
+        return {field: gr.Dropdown(choices=now[0], info=now[1] or hint), names: now[0]}
 
     return find
 
 
-def _adapter_field(begin: Mapping[str, Any]) -> gr.Dropdown:
+def _model_field(
+    role: str, label: str, begin: Mapping[str, Any], choices: Sequence[Choice], hint: str = _HINT
+) -> gr.Dropdown:
     return gr.Dropdown(
-        [],
-        value=str(begin.get("adapter") or ""),
-        label="Adapter of the source, if it is what you want to carry",
-        info=_ADAPTER_HINT,
-        allow_custom_value=True,
-        filterable=True,
-        elem_id="adapter-model",
-        min_width=280,
-    )
-
-
-def _model_field(role: str, label: str, begin: Mapping[str, Any]) -> gr.Dropdown:
-    return gr.Dropdown(
-        _DEMO,
-        value=begin[role],
+        choices,
+        value=str(begin.get(role) or ""),
         label=label,
-        info=_HINT,
+        info=hint,
         allow_custom_value=True,
         filterable=True,
         elem_id=f"{role}-model",

@@ -6,14 +6,14 @@ that it makes for them (scope ``contribute-repos``); on one's own machine the to
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import gradio as gr
 
-from tmerge.errors import TmergeError
+from tmerge.errors import PushError, RunNotFoundError, TmergeError
 from tmerge.hub import card_text, plan_push
 from tmerge.report import summary, training_summary
+from tmerge.run import Run
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import empty_card, error_card, heading, note
 from tmerge.ui.parts.push_cards import card_preview, files_card, push_card, verdict_card
@@ -23,8 +23,6 @@ from tmerge.ui.server.pushes import account_name, offers_sign_in, own_token, sta
 from tmerge.ui.server.visitor_run import VisitorRun
 
 __all__ = ["build_push"]
-
-_log = logging.getLogger(__name__)
 
 _EVERY = 1.0
 _EXAMPLE = empty_card(
@@ -39,7 +37,7 @@ _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"
 def build_push(app: AppContext) -> None:
     """Lay the tab out and wire it. Call it inside its `gr.Tab`."""
     nothing = markup(_EMPTY, elem_id="push-nothing")
-    generated, seen_before = gr.State(""), gr.State("")
+    generated, filled_for = gr.State(""), gr.State("")
     with gr.Column(visible=False, elem_id="push") as body:
         verdict = markup("", elem_id="push-verdict")
         with gr.Row(equal_height=False):
@@ -90,15 +88,13 @@ def build_push(app: AppContext) -> None:
                 preview = gr.Markdown("", elem_id="push-markdown", latex_delimiters=[], container=False)
     clock = gr.Timer(_EVERY, active=False)
 
-    def fill(run_id: str, before: str, typed: str, token: gr.OAuthToken | None) -> list[Any]:
+    def fill(run_id: str, before: str, typed: str, token: gr.OAuthToken | None) -> dict[Any, Any]:
         """All of the tab, for the run that is looked at now; once, so that nothing that was typed is undone."""
-        run = app.with_weights(run_id)
-        if run is None:
-            why = _EMPTY if app.finished(run_id) is None else _EXAMPLE
-            nothing_yet = gr.update(visible=True, value=why)
-            return [nothing_yet, gr.update(visible=False), *(gr.skip() for _ in range(13)), ""]
+        seen, run = app.seen(run_id), app.with_weights(run_id)
+        if seen is None or run is None:
+            return without(_EMPTY if app.finished(run_id) is None else _EXAMPLE)
         if run_id == before:
-            return [gr.skip() for _ in range(16)]
+            return gr.skip()
         try:
             report = run.report()
             line, user = _account(app, token)
@@ -106,57 +102,58 @@ def build_push(app: AppContext) -> None:
             text = card_text(report, run.recipe(), repo=name)
             planned = plan_push(run.folder, name, even_if_worse=True, card=text)
         except TmergeError as error:
-            return [error_card("This run cannot be pushed", str(error)), *(gr.skip() for _ in range(15))]
-        hurts = report.published_verdict == "hurts"
-        seen = app.seen(run_id)
-        pushing = seen is not None and seen.push is not None and seen.push.state == "pushing"
-        return [
-            gr.update(visible=False),
-            gr.update(visible=True),
-            verdict_card(planned.verdict, training_summary(report) or summary(report)),
-            line,
-            name,
-            gr.update(visible=hurts, value=False),
-            gr.update(interactive=not pushing),
-            note("", keep=True),
-            push_card(None if seen is None else seen.push),
-            files_card(planned),
-            text,
-            text,
-            *card_preview(text, run.folder),
-            gr.Timer(active=pushing),
-            run_id,
-        ]
+            return without(error_card("This run cannot be pushed", str(error)))
+        return {
+            nothing: gr.HTML(visible=False),
+            body: gr.Column(visible=True),
+            verdict: verdict_card(planned.verdict, training_summary(report) or summary(report)),
+            account: line,
+            repo: name,
+            worse: gr.Checkbox(visible=report.published_verdict == "hurts", value=False),
+            fault: note("", keep=True),
+            files: files_card(planned),
+            **written(text),
+            **previewed(text, run),
+            **under_way(seen),
+            filled_for: run_id,
+        }
 
-    filled = [
-        nothing,
-        body,
-        verdict,
-        account,
-        repo,
-        worse,
-        go,
-        fault,
-        progress,
-        files,
-        card,
-        generated,
-        metadata,
-        preview,
-        clock,
-        seen_before,
-    ]
-    for event in (app.run_id.change, app.ended.change):
-        event(fill, [app.run_id, seen_before, app.kept.typed], filled, **_QUIET)
+    def without(why: str) -> dict[Any, Any]:
+        return {nothing: gr.HTML(why, visible=True), body: gr.Column(visible=False), filled_for: ""}
 
-    def renamed(run_id: str, name: str, text: str, last: str) -> list[Any]:
+    def written(text: str) -> dict[Any, Any]:
+        return {card: text, generated: text}
+
+    def previewed(text: str, run: Run | None) -> dict[Any, Any]:
+        front, text = card_preview(text or "", None if run is None else run.folder)
+        return {metadata: front, preview: text}
+
+    def under_way(run: VisitorRun | None) -> dict[Any, Any]:
+        pushed = None if run is None else run.push
+        pushing = pushed is not None and pushed.state == "pushing"
+        return {progress: push_card(pushed), go: gr.Button(interactive=not pushing), clock: gr.Timer(active=pushing)}
+
+    gr.on(
+        [app.run_id.change, app.ended.change],
+        fill,
+        [app.run_id, filled_for, app.kept.typed],
+        [
+            *(nothing, body, verdict, account, repo, worse, fault, files, card, generated, metadata, preview),
+            *(progress, go, clock, filled_for),
+        ],
+        **_QUIET,
+    )
+
+    def renamed(run_id: str, name: str, text: str, last: str) -> dict[Any, Any]:
         """The card names the repo; one that was edited is left as it is."""
-        run = app.finished(run_id)
         # The editor gives a last line end or none.
-        if run is None or text.strip() != last.strip():
-            return [gr.skip(), gr.skip()]
-        text = card_text(run.report(), run.recipe(), repo=(name or "").strip() or "user/name")
-        return [text, text]
+        return written_anew(run_id, name) if text.strip() == last.strip() else gr.skip()
+
+    def written_anew(run_id: str, name: str) -> dict[Any, Any]:
+        run = app.finished(run_id)
+        if run is None:
+            return gr.skip()
+        return written(card_text(run.report(), run.recipe(), repo=(name or "").strip() or "user/name"))
 
     # Typed letters are heard at once, what came in by other ways when the field is left.
     gr.on(
@@ -167,7 +164,6 @@ def build_push(app: AppContext) -> None:
         trigger_mode="always_last",
         **_QUIET,
     )
-
     repo.input(
         lambda run_id, name: [run_id, name or ""],
         [app.run_id, repo],
@@ -175,33 +171,26 @@ def build_push(app: AppContext) -> None:
         trigger_mode="always_last",
         **_QUIET,
     )
-
-    def written_anew(run_id: str, name: str) -> list[Any]:
-        run = app.finished(run_id)
-        if run is None:
-            return [gr.skip(), gr.skip()]
-        text = card_text(run.report(), run.recipe(), repo=(name or "").strip() or "user/name")
-        return [text, text]
-
     anew.click(written_anew, [app.run_id, repo], [card, generated], **_QUIET)
-
-    def shown(run_id: str, text: str) -> tuple[str, str]:
-        run = app.finished(run_id)
-        return card_preview(text or "", None if run is None else run.folder)
-
-    card.change(shown, [app.run_id, card], [metadata, preview], trigger_mode="always_last", **_QUIET)
+    card.change(
+        lambda run_id, text: previewed(text, app.finished(run_id)),
+        [app.run_id, card],
+        [metadata, preview],
+        trigger_mode="always_last",
+        **_QUIET,
+    )
 
     def begin(
         run_id: str, name: str, hidden: bool, even_if_worse: bool, text: str, token: gr.OAuthToken | None
-    ) -> list[Any]:
+    ) -> dict[Any, Any]:
         run = app.seen(run_id)
-        if run is None or app.with_weights(run_id) is None:
-            return _not_begun(run, "this run is gone or not finished")
-        signed_in = own_token(app.settings, None if token is None else token.token)
-        if signed_in is None:
-            return _not_begun(run, _how_to_sign_in(app))
         try:
-            under_way = start_push(
+            if run is None or app.with_weights(run_id) is None:
+                raise RunNotFoundError("this run is gone or not finished")
+            signed_in = own_token(app.settings, None if token is None else token.token)
+            if signed_in is None:
+                raise PushError(_how_to_sign_in(app))
+            start_push(
                 run,
                 (name or "").strip(),
                 private=bool(hidden),
@@ -210,8 +199,11 @@ def build_push(app: AppContext) -> None:
                 token=signed_in,
             )
         except TmergeError as error:
-            return _not_begun(run, str(error).replace(str(run.folder), "the run"))
-        return [note("", keep=True), push_card(under_way), gr.update(interactive=False), gr.Timer(active=True)]
+            line = str(error) if run is None else str(error).replace(str(run.folder), "the run")
+            # What an earlier push came to is no answer to this one, unless it is still under way.
+            pushing = run is not None and run.push is not None and run.push.state == "pushing"
+            return {fault: note(line, bad=True)} | ({} if pushing else {progress: ""})
+        return {fault: note("", keep=True), **under_way(run)}
 
     go.click(
         begin,
@@ -220,20 +212,12 @@ def build_push(app: AppContext) -> None:
         trigger_mode="once",
         **_QUIET,
     )
-
-    def tick(run_id: str) -> list[Any]:
-        run = app.seen(run_id)
-        under_way = None if run is None else run.push
-        over = under_way is None or under_way.state != "pushing"
-        return [push_card(under_way), gr.update(interactive=True) if over else gr.skip(), gr.Timer(active=not over)]
-
-    clock.tick(tick, [app.run_id], [progress, go, clock], **{**_QUIET, "queue": False})
-
-
-def _not_begun(run: VisitorRun | None, why: str) -> list[Any]:
-    """Why a push has not begun; what an earlier one came to is no answer to this one, unless it is still under way."""
-    pushing = run is not None and run.push is not None and run.push.state == "pushing"
-    return [note(why, bad=True), gr.skip() if pushing else "", gr.skip(), gr.skip()]
+    clock.tick(
+        lambda run_id: under_way(app.seen(run_id)),
+        [app.run_id],
+        [progress, go, clock],
+        **{**_QUIET, "queue": False},
+    )
 
 
 def _account(app: AppContext, token: gr.OAuthToken | None) -> tuple[str, str | None]:

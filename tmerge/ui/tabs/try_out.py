@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gradio as gr
 
-from tmerge.errors import TmergeError
+from tmerge.answers import MOST_CHARACTERS, MOST_TOKENS, Question, Said
+from tmerge.errors import RunNotFoundError, TmergeError
 from tmerge.plots.words import score_cells
 from tmerge.report import Report, summary, training_summary
 from tmerge.ui.context import AppContext
@@ -15,15 +16,16 @@ from tmerge.ui.parts.cards import error_card, note
 from tmerge.ui.parts.prompts import offered_prompts
 from tmerge.ui.parts.safe import render
 from tmerge.ui.server.examples import Example
-from tmerge.ui.server.speaking import MOST_CHARACTERS, MOST_TOKENS, ROLES, Question, Said, Speaker
+from tmerge.ui.server.speaking import ROLES, Speaker
 
 __all__ = ["build_try"]
 
 _FILE = "try_out.html"
 _NOTHING = render(_FILE, "nothing")
-_GONE = "This run is gone or not finished; start it again, or open its link."
 _LABELS = {"target": "Target, unchanged", "fused": "Fused", "source": "Source"}
 _PROMPTS = 4
+_SILENT: Mapping[str, Said] = {role: Said(note="") for role in ROLES}
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _STYLE = """
 .html-container:has(> &) { padding: 0; }
 .tm-mine { margin: 0; font-size: .875rem; font-variant-numeric: tabular-nums; color: var(--body-text-color); }
@@ -85,119 +87,109 @@ def build_try(app: AppContext) -> None:
                     )
                     own[role] = gr.HTML(elem_id=f"try-{role}-score", css_template=_STYLE, apply_default_css=False)
                     notes[role] = gr.HTML(
-                        _note(Said(note="")),
+                        _note(_SILENT[role]),
                         elem_id=f"try-{role}-note",
                         css_template=_STYLE,
                         apply_default_css=False,
                     )
         gr.Markdown("## What the held-out texts say")
         score = gr.HTML(elem_id="try-scores", css_template=_STYLE, apply_default_css=False)
-    pairs = [part for role in ROLES for part in (answers[role], notes[role])]
-    silent = ["", _note(Said(note=""))] * len(ROLES)
-    asking_row = [how, buttons]
-    ask_here = [gr.update(interactive=True), *[gr.update(visible=True)] * len(asking_row)]
+    said_parts = [*answers.values(), *notes.values()]
 
-    def fill(run_id: str) -> list[Any]:
+    def told(said: Mapping[str, Said]) -> dict[Any, Any]:
+        return {answers[role]: _printable(said[role].text) for role in ROLES} | {
+            notes[role]: _note(said[role]) for role in ROLES
+        }
+
+    def recited(example: Example, text: str) -> dict[Any, Any]:
+        """What was recorded of a prompt: a line above, and each model's answer."""
+        talk = next((talk for talk in example.talks if talk.prompt == text), example.talks[0])
+        said = {role: Said("done", each.text, f"recorded: {each.note}") for role, each in talk.said.items()}
+        return {fault: note("A recorded run: its models are not here; these are their answers then."), **told(said)}
+
+    def without(why: str) -> dict[Any, Any]:
+        return {nothing: gr.HTML(why, visible=True), body: gr.Column(visible=False)}
+
+    def fill(run_id: str) -> dict[Any, Any]:
         """All of the tab, for the run that is looked at now."""
-        run, why = app.finished(run_id), _NOTHING
+        seen, run = app.seen(run_id), app.finished(run_id)
+        if seen is None or run is None:
+            return without(_NOTHING)
         try:
-            report = None if run is None else run.report()
+            report = run.report()
         except TmergeError as error:
-            assert run is not None  # it was its report that could not be read
-            report, why = None, error_card("This run cannot be tried", str(error).replace(str(run.folder), "the run"))
-        if report is None:
-            kept = [gr.skip()] * (_PROMPTS + len(ROLES))
-            return [gr.update(visible=True, value=why), gr.update(visible=False), "", *kept, "", *silent, *ask_here]
-        example = _example(app, run_id)
-        if example is not None:
-            prompts = tuple(talk.prompt for talk in example.talks)
-            return [*shown_of(report, prompts), *_recited(example, prompts[0]), *_readings(prompts[0])]
-        return [*shown_of(report, offered_prompts(report.calibration.dataset)), "", *silent, *ask_here]
+            line = str(error).replace(str(run.folder), "the run")
+            return without(error_card("This run cannot be tried", line))
+        shown = {
+            nothing: gr.HTML(visible=False),
+            body: gr.Column(visible=True),
+            score: _scores(report),
+            how: gr.Accordion(visible=seen.example is None),
+            buttons: gr.Row(visible=seen.example is None),
+            **{own[role]: _own_score(report, role) for role in ROLES},
+        }
+        if seen.example is None:
+            prompts = offered_prompts(report.calibration.dataset)
+            shown |= {prompt: gr.Textbox(interactive=True), fault: "", **told(_SILENT)}
+        else:
+            prompts = tuple(talk.prompt for talk in seen.example.talks)
+            shown |= {prompt: gr.Textbox(prompts[0], interactive=False), **recited(seen.example, prompts[0])}
+        return shown | dict(zip(offered, prompts, strict=True))
 
-    def shown_of(report: Report, prompts: Sequence[str]) -> list[Any]:
-        return [
-            gr.update(visible=False),
-            gr.update(visible=True),
-            _scores(report),
-            *(gr.update(value=text) for text in prompts),
-            *(_own_score(report, role) for role in ROLES),
-        ]
+    gr.on(
+        [app.run_id.change, app.ended.change],
+        fill,
+        app.run_id,
+        [nothing, body, score, how, buttons, *own.values(), prompt, fault, *said_parts, *offered],
+        **_QUIET,
+    )
 
-    everything = [nothing, body, score, *offered, *own.values(), fault, *pairs, prompt, *asking_row]
-    for event in (app.run_id.change, app.ended.change):
-        event(fill, [app.run_id], everything, show_progress="hidden", api_visibility="private")
-
-    def take(run_id: str, text: str) -> list[Any]:
+    def take(run_id: str, text: str) -> dict[Any, Any]:
         """A prompt that is offered, into the field; and what was recorded of it."""
-        example = _example(app, run_id)
-        return [text, *([gr.skip()] * (1 + len(pairs)) if example is None else _recited(example, text))]
+        seen = app.seen(run_id)
+        return {prompt: text} | (recited(seen.example, text) if seen is not None and seen.example is not None else {})
 
     for button in offered:
-        button.click(
-            take,
-            [app.run_id, button],
-            [prompt, fault, *pairs],
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        button.click(take, [app.run_id, button], [prompt, fault, *said_parts], **_QUIET)
 
     def ask(
         run_id: str, text: str, most: float, heat: float, number: float, template: bool, request: gr.Request
-    ) -> Iterator[list[Any]]:
+    ) -> Iterator[dict[Any, Any]]:
         """The three answers as they come."""
-        run = app.with_weights(run_id)
-        if run is None:
-            yield [_fault(_GONE), gr.update(interactive=True), gr.update(interactive=False), *silent]
-            return
-        said = {role: Said() for role in ROLES}
+        said, why = _SILENT, ""
         try:
-            question = Question(text or "", bool(template), int(most), float(heat), int(number or 0)).checked()
+            run = app.with_weights(run_id)
+            if run is None:
+                raise RunNotFoundError("This run is gone or not finished; start it again, or open its link.")
+            question = Question(text or "", bool(template), int(most), float(heat), int(number or 0))
             for said in speaker.ask(str(request.session_hash), run.recipe(), run.folder, question):
-                yield ["", gr.update(interactive=False), gr.update(interactive=True), *_shown(said)]
-        except (TmergeError, TypeError, ValueError, OverflowError) as error:
-            line = str(error) if isinstance(error, TmergeError) else "the settings are no numbers that can be used"
-            yield [_fault(line), gr.update(interactive=True), gr.update(interactive=False), *silent]
-            return
-        yield ["", gr.update(interactive=True), gr.update(interactive=False), *_shown(said)]
+                yield {fault: "", go: gr.Button(interactive=False), stop: gr.Button(interactive=True), **told(said)}
+        except TmergeError as error:
+            said, why = _SILENT, str(error)
+        except (TypeError, ValueError, OverflowError):
+            said, why = _SILENT, "the settings are no numbers that can be used"
+        yield {
+            fault: render(_FILE, "fault", line=why) if why else "",
+            go: gr.Button(interactive=True),
+            stop: gr.Button(interactive=False),
+            **told(said),
+        }
 
-    asking = [app.run_id, prompt, tokens, temperature, seed, chat]
-    for event in (go.click, prompt.submit):
-        event(
-            ask,
-            asking,
-            [fault, go, stop, *pairs],
-            show_progress="hidden",
-            concurrency_limit=1,
-            concurrency_id="try",
-            api_visibility="private",
-        )
+    gr.on(
+        [go.click, prompt.submit],
+        ask,
+        [app.run_id, prompt, tokens, temperature, seed, chat],
+        [fault, go, stop, *said_parts],
+        concurrency_limit=1,
+        concurrency_id="try",
+        **_QUIET,
+    )
 
     def hush(request: gr.Request) -> None:
         """Stop this page's answers."""
         speaker.stop(str(request.session_hash))
 
-    stop.click(hush, None, None, queue=False, show_progress="hidden", api_visibility="private")
-
-
-def _example(app: AppContext, run_id: str) -> Example | None:
-    seen = app.seen(run_id)
-    return None if seen is None else seen.example
-
-
-def _recited(example: Example, prompt: str) -> list[Any]:
-    """What was recorded of a prompt: a line above, and each model's answer."""
-    talk = next((talk for talk in example.talks if talk.prompt == prompt), example.talks[0])
-    said = {role: Said("done", answer.text, f"recorded: {answer.note}") for role, answer in talk.said.items()}
-    return [note("A recorded run: its models are not here; these are their answers then."), *_shown(said)]
-
-
-def _readings(prompt: str) -> list[Any]:
-    """The field and what asks, where nothing can be asked."""
-    return [gr.update(value=prompt, interactive=False), gr.update(visible=False), gr.update(visible=False)]
-
-
-def _shown(said: Mapping[str, Said]) -> list[str]:
-    return [part for role in ROLES for part in (_printable(said[role].text), _note(said[role]))]
+    stop.click(hush, None, None, queue=False, **_QUIET)
 
 
 def _printable(text: str) -> str:
@@ -207,10 +199,6 @@ def _printable(text: str) -> str:
 
 def _note(said: Said) -> str:
     return render(_FILE, "note", said=said)
-
-
-def _fault(line: str) -> str:
-    return render(_FILE, "fault", line=line)
 
 
 def _scores(report: Report) -> str:
