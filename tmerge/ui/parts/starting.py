@@ -92,31 +92,34 @@ def wire_start(
     agreed: gr.State = gr.State(None)
     holders = [holds for _, holds in fields]
 
-    def pressed(relates: bool) -> list[Any]:
-        quiet = [gr.Button(interactive=False), gr.Button(interactive=False), gr.Button(visible=False)]
-        return [_Waiting(0, (), time.monotonic()), relates, problem(unread=None), *quiet]
+    def pressed(relates: bool) -> dict[Any, Any]:
+        quiet = {button: gr.Button(interactive=False) for button in (start, relate)}
+        began = {waiting: _Waiting(0, (), time.monotonic()), kind: relates}
+        return {**began, box: problem(unread=None), other: gr.Button(visible=False), **quiet}
 
-    def released() -> list[Any]:
-        return [gr.Button(interactive=True), gr.Button(interactive=True)]
+    def released() -> dict[Any, Any]:
+        return {button: gr.Button(interactive=True) for button in (start, relate)}
 
     async def look(
         before: _Waiting | None, draft: dict[str, Any], uploaded: str | None, text: str, shown: str | None, *values: Any
-    ) -> list[Any]:
+    ) -> dict[Any, Any]:
         if before is None:
-            return [gr.skip() for _ in range(5)]
+            return {}
         patience, said_why = _PATIENCE, problem(_DISAGREE, bad=True, unread=None)
         try:
             if _agree(draft, text, values, holders) and _holds_upload(draft, uploaded, shown):
-                return [None, (draft, uploaded, time.monotonic()), problem(), gr.skip(), gr.skip()]
+                return {waiting: None, agreed: (draft, uploaded, time.monotonic()), box: problem()}
         except TmergeError as error:
             patience, said_why = _PATIENCE_UNREADABLE, problem_of(error, unread=None, seek=True)
         now = (draft, uploaded, text, shown, values)
         since = before.since if now == before.seen else time.monotonic()
         if time.monotonic() - since > patience:
-            return [None, gr.skip(), said_why, *released()]
+            return {waiting: None, box: said_why, **released()}
         await asyncio.sleep(_PAUSE)
-        said = problem("Waiting for the last change to be taken in.", unread=None) if before.look == 0 else gr.skip()
-        return [_Waiting(before.look + 1, now, since), gr.skip(), said, gr.skip(), gr.skip()]
+        again = {waiting: _Waiting(before.look + 1, now, since)}
+        if before.look == 0:
+            return {**again, box: problem("Waiting for the last change to be taken in.", unread=None)}
+        return again
 
     def begin(found: tuple[Any, ...] | None, relates: bool, runs: Any, request: gr.Request) -> dict[Any, Any]:
         if found is None:
