@@ -63,8 +63,7 @@ def follow(
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 16}
     shown = [*outputs, again]
     app.load(at_once, state, shown)
-    gr.on(
-        events, settled, state, shown, trigger_mode="multiple", show_progress=show_progress,
-        show_progress_on=list(outputs), **options,
-    )  # fmt: skip
+    where = None if show_progress == "hidden" else list(outputs)
+    said: dict[str, Any] = {"show_progress": show_progress, "show_progress_on": where}
+    gr.on(events, settled, state, shown, trigger_mode="multiple", **said, **options)
     again.tick(asked_again, state, shown, trigger_mode="once", show_progress="hidden", **options)

@@ -46,7 +46,9 @@ def build_going_on(app: AppContext) -> None:
     def proposed(run_id: str) -> dict[Any, Any]:
         """The same pair and texts, fitted: with the defaults of a reconstruction."""
         run = app.seen(run_id)
-        return {} if run is None else {app.proposed: _fitted(run.recipe), app.tabs: gr.Tabs(selected="choose")}
+        if run is None:
+            return {app.proposed: gr.skip()}
+        return {app.proposed: _fitted(run.recipe), app.tabs: gr.Tabs(selected="choose")}
 
     reconstruct.click(proposed, app.run_id, [app.proposed, app.tabs], **_LIGHT)
 

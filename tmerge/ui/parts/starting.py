@@ -104,7 +104,8 @@ def wire_start(
         before: _Waiting | None, draft: dict[str, Any], uploaded: str | None, text: str, shown: str | None, *values: Any
     ) -> dict[Any, Any]:
         if before is None:
-            return {}
+            # Of no component at all, Gradio would ask for one value each.
+            return {waiting: gr.skip()}
         patience, said_why = _PATIENCE, problem(_DISAGREE, bad=True, unread=None)
         try:
             if _agree(draft, text, values, holders) and _holds_upload(draft, uploaded, shown):
