@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
+from tests.peak import Peak, return_what_is_freed
 from tests.planted import PLANTED_FAMILIES, planted_case, side_of
 from tmerge.models import PROJECTIONS, describe, feature_key
 from tmerge.transport import STREAM_KEYS, Correspondence, match, pair_layers, solve_structure
-from tmerge.transport.agreement import weight_rows
+from tmerge.transport.agreement import add_cosines
+
+return_what_is_freed()
 
 
 def weights_of(model):
@@ -29,10 +31,14 @@ def test_cosines_are_those_of_a_plain_loop():
     # Two neurons of the source stand for the first of the target's, one with its sign turned; the last has none.
     rows, columns = torch.tensor([0, 0, 1, 2, 3]), torch.tensor([6, 2, 0, 5, 7])
     stream = Correspondence(rows, columns, torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0]), (5, 8))
-    names = list(shapes)
-    rows_of = partial(weight_rows, projections=names, target=target.__getitem__, source=source.__getitem__)
-    mine, theirs = rows_of("up.post", matched=dict.fromkeys(STREAM_KEYS, stream))
-    found = mine @ theirs.T
+
+    def cosines(key, matched, shape):
+        found = torch.zeros(shape)
+        said = add_cosines(found, key, list(shapes), target.__getitem__, source.__getitem__, matched)
+        return found if said else None
+
+    before = {name: weight.clone() for name, weight in target.items()}
+    found = cosines("up.post", dict.fromkeys(STREAM_KEYS, stream), (7, 11))
     for neuron in range(7):
         for other in range(11):
             mine, theirs = target["up"][neuron].double(), torch.zeros(5, dtype=torch.float64)
@@ -42,8 +48,7 @@ def test_cosines_are_those_of_a_plain_loop():
             assert float(found[neuron, other]) == pytest.approx(float(expected), abs=1e-6)
     units = match(torch.randn(7, 11, generator=generator))
     assert len(units.rows) == 7
-    mine, theirs = rows_of("mlp.pre", matched={"gate.post": units, "up.post": units})
-    found = mine @ theirs.T
+    found = cosines("mlp.pre", {"gate.post": units, "up.post": units}, (5, 8))
     order = units.columns[units.rows.argsort()]
     for neuron in range(5):
         for other in range(8):
@@ -51,8 +56,25 @@ def test_cosines_are_those_of_a_plain_loop():
             theirs = torch.cat([source[name][order, other] for name in ("gate", "up")]).double()
             expected = mine @ theirs / mine.norm() / theirs.norm()
             assert float(found[neuron, other]) == pytest.approx(float(expected), abs=1e-6)
-    assert rows_of("q.post", matched=dict.fromkeys(STREAM_KEYS, stream)) is None
-    assert rows_of("up.post", matched={}) is None
+    assert cosines("q.post", dict.fromkeys(STREAM_KEYS, stream), (7, 11)) is None
+    assert cosines("up.post", {}, (7, 11)) is None
+    assert all(torch.equal(weight, before[name]) for name, weight in target.items())
+
+
+def test_a_plan_of_many_entries_takes_no_more_than_the_weights():
+    """An entropic plan at epsilon 0.1 keeps nearly all of its entries: 400 x 500 here, each of 700 neurons' weights."""
+    generator = torch.Generator().manual_seed(0)
+    plan = torch.rand(400, 500, generator=generator) / 500
+    target, source = torch.randn(600, 400, generator=generator), torch.randn(700, 500, generator=generator)
+    matched = {"qkv.pre": Correspondence.of(plan), "mlp.pre": Correspondence.of(plan)}
+    found = torch.zeros(600, 700)
+    peak = Peak()
+    assert add_cosines(found, "up.post", ["up"], lambda name: target, lambda name: source, matched)
+    grown = peak.grown()
+    carried = source.double() @ plan.double().T
+    expected = target.double() @ carried.T / target.double().norm(dim=1)[:, None] / carried.norm(dim=1)
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+    assert grown < 40e6  # by its entries: 700 x 200,000 x 4 bytes
 
 
 @pytest.mark.parametrize("family", PLANTED_FAMILIES)

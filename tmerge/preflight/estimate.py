@@ -252,7 +252,8 @@ def estimate_run(
     )
     kinds = 1 + len(set(FITTED_CONTROLS) & set(recipe.evaluation.controls))
     own_files = [facts for facts, named in zip(sources, recipe.sources, strict=False) if named.adapter is None]
-    packed = [facts for facts in (*models[1:], *own_files) if facts is not None and facts.reference.kind == "gguf"]
+    read_from_files = (*models[1 - recipe.matches_by_weights :], *own_files)
+    packed = [facts for facts in read_from_files if facts is not None and facts.reference.kind == "gguf"]
     needed = peak_bytes(recipe, models, layouts, projections, counts, Place(device), own_files)
     memory = psutil.Process().memory_info().rss + needed
     unpacked = len(packed) * kept_bytes(recipe, source_layout, projections)

@@ -121,13 +121,13 @@ def solving_bytes(recipe: Recipe, sizes: list[int], weights: int, rows: int, pla
     Args:
         recipe: Says which problems there are.
         sizes: Entries of the widest problem of each feature.
-        weights: Of the source's largest projection.
+        weights: Of either model's largest projection.
         rows: Of the features.
         place: Where.
     """
     if isinstance(recipe.transport, Shared):
-        # In float32: of gate and up together, as read, in the target's order and of length one; the target's are fewer.
-        compared = 4 * 6 * weights if recipe.matches_by_weights else 0
+        # In float32: the source's as read, its matched columns and they in order; or these and the target's twice.
+        compared = 4 * 4 * weights if recipe.matches_by_weights else 0
         # Two similarities of the widest feature, and what its matching copies; the stream's sum and one more.
         similar = 4 * (3 * max(sizes) + 2 * sorted(sizes)[-2:][0]) + 16 * rows * math.isqrt(4 * max(sizes))
         return similar + compared

@@ -97,7 +97,7 @@ def peak_bytes(
     vocabulary = max(int(facts.config.get_text_config().vocab_size) for facts in (target, source))
     logits = min(LOGITS_AT_ONCE, recipe.calibration.batch_tokens * vocabulary) * (torch.finfo(dtype).bits // 8 + 1)
     sizes = [max(target_widths[key]) * max(source_widths[key]) for key in target_widths if key in source_widths]
-    largest = max(view.in_features * view.out_features for view in source_layout.projections(projections))
+    largest = max(view.in_features * view.out_features for of in layouts for view in of.projections(projections))
     features = min(feature_bytes(recipe, models, layouts, projections, counts, device), 1 << 30)
     packed = [facts for facts in (*models[1:], *sources) if facts is not None and facts.reference.kind == "gguf"]
     joining = joining_bytes(recipe, target, target_layout, projections)
@@ -132,5 +132,8 @@ def peak_bytes(
     # Where the two do not fit beside each other the target is let go while the source is read and transported.
     together = fit_together(recipe.memory, own + held_bytes(source, recipe, dtype), place)
     away = set() if together else {"source", "transport"}
+    if recipe.matches_by_weights and target.reference.kind == "gguf":
+        # Its weights are unpacked once, to be matched by.
+        away -= {"transport"}
     needed = max(size + (0 if stage in away else own) for stage, size in beside.items())
     return int(_ALLOCATOR_SLACK * needed)

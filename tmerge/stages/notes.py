@@ -104,6 +104,7 @@ class TransportNote(Note):
         iterations: ``median`` and ``max`` over them.
         worst_marginal_violation: Largest over them.
         converged: How many reached the tolerance.
+        weights: Whether neurons were matched by their weights too.
         in_place: Share of the target's neurons that are matched with the source's of the same number; None where the
             two are not of one shape, or no one correspondence was solved.
         relatedness: None where it cannot be asked.
@@ -113,6 +114,7 @@ class TransportNote(Note):
     iterations: dict[str, int]
     worst_marginal_violation: float
     converged: int
+    weights: bool = False
     in_place: float | None = None
     relatedness: Relatedness | None = None
 

@@ -47,7 +47,7 @@ from tmerge.stages.runner import Finished
 __all__ = ["Measurements", "build_report"]
 
 # Of the recipe's transport, where its kind has it.
-_QUOTED = {"structure", "matching", "weights", "signed", "map", "epsilon", "eta", "layer_cost", "layer_marginals"}
+_QUOTED = {"structure", "matching", "signed", "map", "epsilon", "eta", "layer_cost", "layer_marginals"}
 
 
 @dataclass(frozen=True)
@@ -263,6 +263,7 @@ def _transport(recipe: Recipe, measured: Measurements) -> Transport:
         converged=solved.converged,
         seconds=measured.transport.seconds,
         **recipe.transport.model_dump(mode="json", include=_QUOTED),
+        weights=solved.weights,
         eta_used=fused.eta,
         layer_plans_converged=fused.layer_plans_converged,
         rows=recipe.calibration.rows,

@@ -107,15 +107,18 @@ class SolveTransport:
         """Solve, and tell the relatedness before anything is fused."""
         if self.recorded is not None:
             solved = self.recorded.report.transport.to_dict()
-            names = ("problems", "iterations", "worst_marginal_violation", "converged", "in_place", "relatedness")
-            return TransportNote.model_validate({name: solved.get(name) for name in names})
+            return TransportNote.model_validate(
+                {name: solved[name] for name in TransportNote.model_fields & solved.keys()}
+            )
         with memory_errors("transport", self.device):
             transport = self._solve(progress)
         assert transport.problems is not None  # it was solved here
         noted_relatedness = self._relatedness(transport, progress)
         if noted_relatedness is not None:
             progress.note(relatedness_words(noted_relatedness))
-        return TransportNote.model_validate({**transport.problems.to_dict(), "relatedness": noted_relatedness})
+        by_weights = self.recipe.matches_by_weights
+        noted = {**transport.problems.to_dict(), "weights": by_weights, "relatedness": noted_relatedness}
+        return TransportNote.model_validate(noted)
 
     def _solve(self, progress: Progress) -> Transport:
         """Solve, and keep in the run's cache what `transport_of` makes the transport from."""
@@ -143,7 +146,9 @@ class SolveTransport:
 
     def _with_weights(self, target: Side, source: Side, progress: Progress) -> tuple[Side, Side]:
         own, theirs = self.weights
-        of_target = self.target.views if self.target.is_loaded else read_once(own, progress)
+        # Together, as reading is: one process may have had room for the target where another had none.
+        loaded = all(progress.processes.gathered(self.target.is_loaded))
+        of_target = self.target.views if loaded else read_once(own, progress)
         return replace(target, weights=_reading(of_target)), replace(
             source, weights=_reading(read_once(theirs, progress))
         )

@@ -18,24 +18,29 @@ from torch import Tensor
 from tmerge.models import SIDES, feature_key
 from tmerge.transport.matching import Correspondence
 
-__all__ = ["ReadWeight", "weight_rows"]
+__all__ = ["ReadWeight", "add_cosines"]
 
 ReadWeight = Callable[[int, str], Tensor]
 """(layer, projection) -> (out, in) weight of one model."""
 
 
-def weight_rows(
+def add_cosines(
+    similarity: Tensor,
     key: str,
     projections: Collection[str],
     target: Callable[[str], Tensor],
     source: Callable[[str], Tensor],
     matched: Mapping[str, Correspondence],
-) -> tuple[Tensor, Tensor] | None:
-    """Every neuron's weights, over all projections that it is part of, as a row of length one.
+) -> bool:
+    """Add the cosines of every target neuron's weights with every source neuron's, over all that it is part of.
 
-    The products of the two are cosines, and are left to the caller, who has somewhere to add them.
+        cos(i, j) = sum_p <a_pi, b_pj> / (|a_i| |b_j|),   |a_i|^2 = sum_p |a_pi|^2
+
+    over projections p, a_pi the target neuron's row or column and b_pj the source neuron's, its entries in the order of
+    the target's neurons on the other side. One projection of each model is in memory at a time.
 
     Args:
+        similarity: (n, n') float32, changed in place.
         key: Which neurons: a feature key.
         projections: That both layers have.
         target: Projection -> (out, in) weight of the target's layer, read when it is asked for.
@@ -43,32 +48,51 @@ def weight_rows(
         matched: Feature key -> the correspondence of the neurons on the other side.
 
     Returns:
-        (n, d) float32 of the target's neurons, and (n', d) of the source's with their neighbours in the target's
-        order; None where no projection has these neurons on one side and matched ones on the other.
+        Whether there was anything to add: a projection with these neurons on one side and matched ones on the other.
     """
-    own, theirs = [], []
-    for projection in projections:
-        for side, other_side in (SIDES, SIDES[::-1]):
-            other = matched.get(feature_key(projection, other_side))
-            if feature_key(projection, side) != key or other is None:
-                continue
-            weights = [read(projection).float() for read in (target, source)]
-            if side == "pre":
-                weights = [weight.T for weight in weights]
-            own.append(weights[0])
-            theirs.append(_in_order_of(weights[1], other))
-    if not own:
-        return None
-    return _unit(torch.cat(own, 1)), _unit(torch.cat(theirs, 1))
+    parts = [
+        (projection, side == "pre", matched[feature_key(projection, other_side)])
+        for projection in projections
+        for side, other_side in (SIDES, SIDES[::-1])
+        if feature_key(projection, side) == key and feature_key(projection, other_side) in matched
+    ]
+
+    def rows(projection: str, by_columns: bool, others: Correspondence) -> tuple[Tensor, Tensor]:
+        theirs = _in_order_of(_float(source(projection), by_columns), others)
+        return _float(target(projection), by_columns), theirs
+
+    if len(parts) == 1:
+        own, theirs = rows(*parts[0])
+        theirs /= _at_least(torch.linalg.vector_norm(theirs, dim=1))[:, None]
+        # What was read may be the model's own.
+        similarity.addmm_(own / _at_least(torch.linalg.vector_norm(own, dim=1))[:, None], theirs.T)
+    elif parts:
+        total = torch.zeros_like(similarity)
+        squares, source_squares = torch.zeros(len(total)), torch.zeros(total.shape[1])
+        for part in parts:
+            own, theirs = rows(*part)
+            squares += torch.linalg.vector_norm(own, dim=1).square_()
+            source_squares += torch.linalg.vector_norm(theirs, dim=1).square_()
+            total.addmm_(own, theirs.T)
+            del own, theirs
+        similarity.add_(total.div_(_at_least(squares.sqrt_())[:, None]).div_(_at_least(source_squares.sqrt_())))
+    return bool(parts)
+
+
+def _float(weight: Tensor, by_columns: bool) -> Tensor:
+    return weight.float().T if by_columns else weight.float()
 
 
 def _in_order_of(weight: Tensor, matched: Correspondence) -> Tensor:
     """(m, n') of the source's neurons as (m, n) of the target's, through their correspondence."""
-    n, _ = matched.shape
+    n, m = matched.shape
+    if len(matched.rows) > n + m:
+        # A plan with many entries a row: by its entries it would take as many columns.
+        return weight @ matched.dense().T
     carried = torch.zeros(len(weight), n)
-    return carried.index_add_(1, matched.rows, weight[:, matched.columns] * matched.values)
+    return carried.index_add_(1, matched.rows, weight[:, matched.columns].mul_(matched.values))
 
 
-def _unit(rows: Tensor) -> Tensor:
-    """Of length one each; rows of zeros as they are."""
-    return torch.nn.functional.normalize(rows, dim=1)
+def _at_least(norms: Tensor) -> Tensor:
+    """That can be divided by: of rows of zeros, nothing is alike."""
+    return norms.clamp_min(torch.finfo(norms.dtype).tiny)

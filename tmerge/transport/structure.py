@@ -25,7 +25,7 @@ from tmerge.errors import NoSharedStructureError
 from tmerge.models import PROJECTIONS, SIDES, feature_key
 from tmerge.processes import ALONE, Processes
 from tmerge.store import write_tensors
-from tmerge.transport.agreement import weight_rows
+from tmerge.transport.agreement import add_cosines
 from tmerge.transport.cost import standardise
 from tmerge.transport.heads import match_heads
 from tmerge.transport.matching import Correspondence, couple
@@ -233,21 +233,20 @@ def solve_structure(
             key: str, layer: int = layer, source_layer: int = source_layer, compare: _ByWeights = compare
         ) -> Tensor:
             correlation = _correlation(target.read(layer, key), source.read(source_layer, key))
-            rows = compare(key, matched=of_all_layers)
             # Where the correlations are: an MLP's similarities are the largest that is held.
-            return correlation if rows is None else correlation.addmm_(rows[0], rows[1].T).div_(2)
+            return correlation.div_(2) if compare(correlation, key, matched=of_all_layers) else correlation
 
         found = _layer(similar, keys, layer, source_layer, target, source, solve, signed)
         inner |= {(layer, key): correspondence for key, correspondence in found.items()}
         for key in filter(STREAM_KEYS.__contains__, keys):
-            rows = compare(key, matched=found)
-            if rows is not None:
-                agreement.add(rows[0] @ rows[1].T, f"{key} of layer {layer}")
+            cosines = torch.zeros_like(alike)
+            if compare(cosines, key, matched=found):
+                agreement.add(cosines, f"{key} of layer {layer}")
         if progress is not None:
             progress(done, len(mine))
-    cosines = agreement.of_all(processes)
-    if cosines is not None:
-        stream = of_stream((alike + cosines) / 2)
+    agreed = agreement.of_all(processes)
+    if agreed is not None:
+        stream = of_stream((alike + agreed) / 2)
     if processes.count > 1:
         shares = processes.gathered(inner)
         together = {name: correspondence for some in shares for name, correspondence in some.items()}
@@ -256,9 +255,9 @@ def solve_structure(
 
 
 class _ByWeights(Protocol):
-    """`weight_rows` of a pair of layers; None of everything where a side has no weights."""
+    """`add_cosines` of a pair of layers; nothing is added where a side has no weights."""
 
-    def __call__(self, key: str, *, matched: Mapping[str, Correspondence]) -> tuple[Tensor, Tensor] | None: ...
+    def __call__(self, similarity: Tensor, key: str, *, matched: Mapping[str, Correspondence]) -> bool: ...
 
 
 class _Sum:
@@ -295,11 +294,11 @@ def _common(target: Side, source: Side, layer: int, source_layer: int) -> list[s
 
 def _by_weights(target: Side, source: Side, layer: int, source_layer: int, keys: Sequence[str]) -> _ByWeights:
     if target.weights is None or source.weights is None:
-        return lambda key, *, matched: None
+        return lambda similarity, key, *, matched: False
     read, read_source = target.weights, source.weights
     projections = [name for name in PROJECTIONS if all(feature_key(name, side) in keys for side in SIDES)]
-    return lambda key, *, matched: weight_rows(
-        key, projections, partial(read, layer), partial(read_source, source_layer), matched
+    return lambda similarity, key, *, matched: add_cosines(
+        similarity, key, projections, partial(read, layer), partial(read_source, source_layer), matched
     )
 
 
