@@ -237,7 +237,7 @@ class _Comparison:
         kept = self.processes.from_first(lambda: Run.note(path, key))
         if kept is not None:
             return RowNote.model_validate(kept)
-        self._step("rows", before, self._count, "rows")
+        self._step(row.name, before, self._count, "rows")
         began = time.perf_counter()
         made = row.make()
         seconds = time.perf_counter() - began
@@ -248,7 +248,7 @@ class _Comparison:
         note = self.processes.from_first(lambda: note)
         if self.processes.is_first:
             write_json(path, {"key": key, "facts": note.model_dump(exclude_unset=True)})
-        self._step("rows", before + 1, self._count, "rows")
+        self._step(row.name, before + 1, self._count, "rows")
         return note
 
     def _step(self, what: str, done: int, total: int, unit: str) -> None:
