@@ -289,3 +289,19 @@ def test_the_number_of_a_bad_row_of_a_table(tmp_path: Path) -> None:
     rows = "".join(f'{n},"over\ntwo lines {n}"\n' for n in range(3))
     (tmp_path / "a.csv").write_text(f"id,text\n{rows}\n9,last\n")
     assert [row.where for row in read_file(tmp_path / "a.csv")] == ["line 2", "line 4", "line 6", "line 9"]
+
+
+def test_a_set_that_serves_one_purpose_may_fall_on_one_side(tmp_path):
+    """As a file of texts that were held out elsewhere, by the same hash."""
+    settings = CalibrationSettings(dataset="samples:english", texts=64, held_out=0.35)
+    held_out = read_texts(settings, seed=0).held_out
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in held_out), encoding="utf-8")
+    same = settings.model_copy(update={"dataset": str(path)})
+    with pytest.raises(TooFewTextsError, match="0 to calibrate on"):
+        read_texts(same, seed=0)
+    whole = read_texts(same, seed=0, whole=True)
+    assert not whole.texts and sorted(whole.held_out) == sorted(held_out)
+    path.write_text(json.dumps({"text": held_out[0]}) + "\n", encoding="utf-8")
+    with pytest.raises(TooFewTextsError, match=r"leaves 1 texts \(8 needed\)"):
+        read_texts(same, seed=0, whole=True)

@@ -170,6 +170,7 @@ def read_texts(
     chat_tokenizer: Any | None = None,
     progress: Callable[[int, int], None] | None = None,
     key: str = "calibration.texts",
+    whole: bool = False,
 ) -> TextSet:
     """Read, de-duplicate and split the calibration texts.
 
@@ -183,11 +184,12 @@ def read_texts(
         chat_tokenizer: The target's tokenizer, whose chat template writes conversations for both models.
         progress: Called with texts found and texts asked for.
         key: Where the recipe says how many texts; named where they are too few.
+        whole: All texts serve one purpose, however they fall on the sides: a side may be empty.
 
     Raises:
         DatasetError: The dataset, its configuration, split or column cannot be found or read.
         TooFewTextsError: Fewer than `MINIMUM_CALIBRATION` calibration texts, or than `MINIMUM_HELD_OUT` held-out
-            ones, or ones to choose on.
+            ones, or ones to choose on; of a whole set, fewer than `MINIMUM_HELD_OUT` in all.
     """
     buffer = max(1000, 4 * settings.texts)
     source = _open(settings, seed, buffer)
@@ -245,7 +247,13 @@ def read_texts(
         prompts=tuple(before[text] for text in texts),
         file_sha256=source.file_sha256,
     )
-    _check_enough(text_set, settings, choosing, key)
+    if not whole:
+        _check_enough(text_set, settings, choosing, key)
+    elif len(kept) < MINIMUM_HELD_OUT:
+        raise TooFewTextsError(
+            f"dataset {text_set.dataset!r}: {read} rows read, {empty} empty, {text_set.duplicates} duplicates; that "
+            f"leaves {len(kept)} texts ({MINIMUM_HELD_OUT} needed): use a dataset with more texts"
+        )
     return text_set
 
 
@@ -318,7 +326,8 @@ def other_texts(
     Raises:
         DatasetError, TooFewTextsError: As `read_texts`.
     """
-    text_set = read_texts(of_another(settings, str(settings.match_on)), seed=seed, chat_tokenizer=chat_tokenizer)
+    another = of_another(settings, str(settings.match_on))
+    text_set = read_texts(another, seed=seed, chat_tokenizer=chat_tokenizer, whole=True)
     # As it was named, and a Hub dataset with the commit that was read.
     name = settings.match_on or ""
     if text_set.revision is not None:

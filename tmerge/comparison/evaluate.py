@@ -90,11 +90,14 @@ def evaluate_models(
     read: list[str] = []
     identities = {str(path): file_identity(path) for path in (data or {}).values()}
     if dataset is not None:
-        # The reader splits by hash; all texts count here, and enough must lie on either side for it.
         identities[dataset] = dataset_identity(dataset)
-        words = {"dataset": pinned(dataset, identities[dataset]), "texts": max(texts, 64), "held_out": 0.35}
+        words = {
+            "dataset": pinned(dataset, identities[dataset]),
+            "texts": max(texts, 64),
+            "held_out": 0.35,
+        }  # of both sides, all count
         settings = CalibrationSettings.model_validate(words)
-        text_set = read_texts(settings, seed=seed, chat_tokenizer=load_tokenizer(references[0]))
+        text_set = read_texts(settings, seed=seed, chat_tokenizer=load_tokenizer(references[0]), whole=True)
         limit_characters = 4 * settings.max_tokens
         read = [text[:limit_characters] for text in (*text_set.held_out, *text_set.texts)][:texts]
     likelihoods: list[Scores] = []

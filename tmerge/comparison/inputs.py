@@ -136,7 +136,7 @@ class ComparedData:
         for name, reference in self.settings.domains.items():
             identity = self.identities[reference]
             asked = {"dataset": pinned(reference, identity), "config": None, "column": None}
-            texts = read_texts(self.recipe.calibration.model_copy(update=asked), seed=self.recipe.seed)
+            texts = read_texts(self.recipe.calibration.model_copy(update=asked), seed=self.recipe.seed, whole=True)
             if texts.file_sha256 is not None:
                 _refuse_another("domain", reference, identity, f"sha256:{texts.file_sha256}")
             domains[name] = [*texts.held_out, *texts.texts]
