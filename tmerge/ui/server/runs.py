@@ -35,7 +35,7 @@ from tmerge.ui.server.further import go_further, refuse_for_memory, refuse_furth
 from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError
 from tmerge.ui.server.overall import seconds_left
 from tmerge.ui.server.run_process import NAME, lost, prepared_child, step_of
-from tmerge.ui.server.uploads import hide_upload, with_upload, without_paths
+from tmerge.ui.server.uploads import hears_without_paths, hide_upload, with_upload, without_paths
 from tmerge.ui.server.visitor_run import CouplingRow, Further, StageProgress, State, VisitorRun, Way
 
 __all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
@@ -326,7 +326,7 @@ class RunStore:
         except Cancelled:
             self._end(run, "cancelled", "cancelled")
         except TmergeError as error:
-            run.error = without_paths(run, str(error))
+            run.error = without_paths(str(error), self.root)
             self._end(run, "failed", run.error)
         except ChildFaultError as error:
             self._end_by_fault(run, str(error))
@@ -346,9 +346,10 @@ class RunStore:
     def _found(self, run: VisitorRun) -> Report | Relatedness:
         """In a process of its own, which is gone when this returns or raises."""
         recipe, child = run.read or run.recipe, self._take_child()
+        hear = hears_without_paths(run, self.root)
 
         def call(function: Callable[..., Any]) -> Any:
-            return child.call(function, hear=lambda told: run.hear(step_of(told)), pulse=run.stop_if_cancelled)
+            return child.call(function, hear=lambda told: hear(step_of(told)), pulse=run.stop_if_cancelled)
 
         try:
             if run.further is not None:
@@ -369,7 +370,7 @@ class RunStore:
                         str(run.folder),
                         until,
                         run.gpu[until],
-                        listener=run.hear,
+                        listener=hear,
                         pulse=run.stop_if_cancelled,
                         context=run.context,
                     )
