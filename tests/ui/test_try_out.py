@@ -66,7 +66,9 @@ def heard(speaker, asked, question, visitor="a"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chat", [True, False])
-def test_each_model_says_what_transformers_would(speaker, asked, chat):
+def test_each_model_says_what_transformers_would(speaker, asked, chat, monkeypatch):
+    # A pico says all that it has to say between two looks at it.
+    monkeypatch.setattr(speaking, "answer", answering.slowly)
     question = Question("Ibu kota Indonesia adalah", chat=chat, tokens=12)
     steps = heard(speaker, asked, question)
     said = steps[-1]
@@ -86,8 +88,8 @@ def test_each_model_says_what_transformers_would(speaker, asked, chat):
         new = loaded.model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
         assert said[role].text == tokenizer.decode(new, skip_special_tokens=True).rstrip("\ufffd")
         assert ("chat template" in said[role].note) == (template or chat) and f"{len(new)} tokens" in said[role].note
-    # It was heard as it was said.
-    assert len({len(step["target"].text) for step in steps}) > 1 or len(steps) > 3
+        # It was heard as it was said, and not at its end alone.
+        assert len({step[role].text for step in steps} - {""}) > 1
 
 
 @pytest.mark.slow
