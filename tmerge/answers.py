@@ -18,13 +18,12 @@ from transformers.generation.streamers import BaseStreamer
 from tmerge.errors import NotEnoughMemoryError, TmergeError
 from tmerge.models import LoadedModel, available_memory, give_back_memory, load_model
 
-__all__ = ["MOST_CHARACTERS", "MOST_TOKENS", "PromptError", "Question", "Said", "answer"]
+__all__ = ["MOST_CHARACTERS", "MOST_TOKENS", "SPEAKING_SECONDS", "PromptError", "Question", "Said", "answer"]
 
 MOST_CHARACTERS = 4000
 MOST_TOKENS = 256
-
-# Seconds that a model may speak.
-_SPEAKING = 180.0
+SPEAKING_SECONDS = 180.0
+"""That a model may speak: it ends by itself at the next token."""
 
 State = Literal["waiting", "loading", "speaking", "done", "stopped", "failed"]
 
@@ -78,11 +77,13 @@ class Said:
         state: How far it is.
         text: What it said.
         note: In words: how it was asked and how fast it spoke, or why it did not.
+        tokens: How many the text is of; a token may be no text yet.
     """
 
     state: State = "waiting"
     text: str = ""
     note: str = "waiting"
+    tokens: int = 0
 
     def replaces(self, earlier: object) -> bool:
         """As `tmerge.child.Message`: all that was said so far is in the last of them."""
@@ -111,6 +112,8 @@ def answer(reference: str, dtype: str, device: str, question: Question, *, liste
         TmergeError: As `tmerge.models.load_model`.
     """
     loaded = _model(reference, dtype, device)
+    # Before anything of the prompt: the chat template and the tokenizer are the model's, and may take any time.
+    listener(Said("speaking", "", "reading the prompt"))
     try:
         return _answered(loaded, question, listener)
     finally:
@@ -149,7 +152,7 @@ def _answered(loaded: LoadedModel, question: Question, listener: Callable[[Said]
     listener(Said("speaking", "", how))
     settings = GenerationConfig(
         max_new_tokens=tokens,
-        max_time=_SPEAKING,
+        max_time=SPEAKING_SECONDS,
         do_sample=question.temperature > 0,
         **({"temperature": question.temperature, "top_k": 0} if question.temperature > 0 else {}),
         eos_token_id=model.generation_config.eos_token_id if model.generation_config else None,
@@ -158,9 +161,9 @@ def _answered(loaded: LoadedModel, question: Question, listener: Callable[[Said]
     heard = _Heard(loaded, how, listener)
     torch.manual_seed(question.seed)
     model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=heard)
-    if heard.seconds > _SPEAKING:
+    if heard.seconds > SPEAKING_SECONDS:
         said = heard.said("stopped")
-        return replace(said, note=f"{said.note}, stopped after {_SPEAKING:.0f} s")
+        return replace(said, note=f"{said.note}, stopped after {SPEAKING_SECONDS:.0f} s")
     return heard.said("done")
 
 
@@ -224,4 +227,4 @@ class _Heard(BaseStreamer):
         number = len(self._ids)
         note = f"{number} token{'' if number == 1 else 's'} in {self.seconds:.1f} s, {self._how}"
         # Half of a letter: the rest of its bytes is in the next token.
-        return Said(state, text.rstrip("\ufffd"), note)
+        return Said(state, text.rstrip("\ufffd"), note, number)

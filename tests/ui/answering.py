@@ -25,6 +25,28 @@ def never(reference, dtype, device, question, *, listener):
     time.sleep(600)
 
 
+def target_unloaded(reference, dtype, device, question, *, listener):
+    """The target is never loaded; of the others nothing is asked."""
+    if reference.endswith("target"):
+        time.sleep(600)
+    return Said("done", "said", "", 1)
+
+
+def target_unbegun(reference, dtype, device, question, *, listener):
+    """The target comes to no token, as where its chat template never ends."""
+    if reference.endswith("target"):
+        never(reference, dtype, device, question, listener=listener)
+    return Said("done", "said", "", 1)
+
+
+def target_unended(reference, dtype, device, question, *, listener):
+    """The target says one token, and no other."""
+    if reference.endswith("target"):
+        listener(Said("speaking", "one", "", 1))
+        time.sleep(600)
+    return Said("done", "said", "", 1)
+
+
 def broken(reference, dtype, device, question, *, listener):
     """One that cannot be found, one that fails, one that ends its process; the last of them after that."""
     if reference.endswith("source"):

@@ -81,6 +81,14 @@ def failing_with_files(recipe, folder, *, listener):
     raise DatasetError("no such column")
 
 
+def complaining(recipe, folder, *, listener):
+    """Says which texts it reads whenever it says anything."""
+    dataset = recipe.calibration.dataset
+    listener(step(f"{dataset} has few texts", stage="note"))
+    listener(step(f"reading {dataset}"))
+    raise DatasetError(f"dataset {dataset!r} changed; see {folder.parent / 'data.json'}")
+
+
 def hasty(recipe, folder, *, listener):
     """Takes more steps in a second than anyone looks at, ten of which bring a row of costs."""
     began = time.monotonic()

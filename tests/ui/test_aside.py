@@ -129,6 +129,56 @@ def test_of_those_that_have_nothing_to_do_one_stays(aside, pool, tmp_path, monke
     until(lambda: sum(process.is_running() for process in processes) == 1)
 
 
+def test_however_often_processes_come_back_one_timer_looks_for_idle_ones(aside, pool, tmp_path):
+    processes = [pool.submit(aside.call, questions.slow, tmp_path / str(i), 0.5) for i in range(2)]
+    assert len({one.result(60) for one in processes}) == 2
+    for _ in range(5):
+        aside.call(questions.here)
+    until(lambda: len(aside._free) == 2)
+    timers = [each for each in threading.enumerate() if getattr(each, "function", None) == aside._end_idle]
+    assert timers == [aside._idle]
+    aside.close()
+    timers[0].join(10)
+    assert not timers[0].is_alive()
+
+
+def test_beyond_so_many_unanswered_questions_none_is_taken(aside, monkeypatch):
+    monkeypatch.setattr(asides, "_MOST_UNANSWERED", 3)
+    answered = threading.Event()
+
+    def call(question, *words, wanted):
+        answered.wait(60)
+        return words
+
+    monkeypatch.setattr(aside, "call", call)
+    before = threading.active_count()
+    for i in range(3):
+        with pytest.raises(StillAskingError):
+            aside.ask(questions.slow, i, seconds=0.0)
+    for i in range(3, 20):
+        with pytest.raises(TooSlowError, match="too many questions wait for their answers here; try again"):
+            aside.ask(questions.slow, i)
+    assert threading.active_count() <= before + 3
+    with pytest.raises(StillAskingError):  # one that was taken is asked for all
+        aside.ask(questions.slow, 0, seconds=0.0)
+    answered.set()
+    assert aside.ask(questions.slow, 0) == (0,)
+    until(lambda: all(each.answer.done() for each in aside._asked.values()))
+    assert aside.ask(questions.slow, 20) == (20,)
+
+
+def test_a_question_for_which_there_is_no_thread_is_asked_anew_later(aside, monkeypatch):
+    def none(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none)
+        with pytest.raises(TooSlowError, match="too many questions"):
+            aside.ask(questions.slow, 0)
+    monkeypatch.setattr(aside, "call", lambda question, *words, wanted: words)
+    assert aside.ask(questions.slow, 0) == (0,)
+
+
 def test_who_asks_the_same_gets_the_same_answer_for_a_while(aside, pool, tmp_path, monkeypatch):
     asked = [pool.submit(aside.ask, questions.slow, tmp_path / "begun", 1.0, seconds=60.0) for _ in range(3)]
     assert len({one.result(60) for one in asked}) == 1 and aside._busy == 0

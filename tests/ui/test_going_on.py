@@ -7,6 +7,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import expect
 
 from tests.ui.test_running import fill, start
+from tmerge.comparison.inputs import merge_recipe
 from tmerge.comparison.result import read_comparison
 from tmerge.comparison.tables import added_words, row_cells
 from tmerge.errors import NotEnoughMemoryError, RecipeError, RunNotFoundError
@@ -15,7 +16,7 @@ from tmerge.run import Run
 from tmerge.ui.parts.form import recipe_of
 from tmerge.ui.parts.going_on import _fitted
 from tmerge.ui.server import further
-from tmerge.ui.server.further import refuse_further
+from tmerge.ui.server.further import refuse_for_memory, refuse_further
 from tmerge.ui.server.limits import AppSettings
 
 
@@ -53,7 +54,7 @@ def test_what_cannot_be_trained_is_one_line(served, monkeypatch):
     for run_id in ("none", "example-relatives"):
         with pytest.raises(RunNotFoundError, match="no finished merge to go on from"):
             store.go_on(run_id, 5, "sft", "someone else")
-    asked = (run.report, run.recipe, run.folder, 50)
+    asked = (run.report, run.recipe, 50)
     most = 6.0 * run.report.target.parameters * 50 * 8 * 256
     with pytest.raises(RecipeError, match=r"50 steps of sft take up to .* trillion operations, where this app takes"):
         refuse_further(*asked, "sft", AppSettings(public=True, max_operations=most - 1))
@@ -63,7 +64,7 @@ def test_what_cannot_be_trained_is_one_line(served, monkeypatch):
         refuse_further(*asked, "distill", AppSettings(public=True, max_operations=most))
     monkeypatch.setattr(further, "available_memory", lambda device: 1000)
     with pytest.raises(NotEnoughMemoryError, match=r"sft needs about .* are free"):
-        refuse_further(*asked, "sft", AppSettings())
+        refuse_for_memory(run.report, run.recipe, run.folder, "sft")
 
 
 @pytest.mark.slow
@@ -122,21 +123,55 @@ def test_a_merge_is_compared_with_trainings_stopped_and_continued(visit, served,
 
 def test_a_comparison_that_does_not_fit_is_one_line(served, monkeypatch):
     run = served.ended(served.context.store.start(served.recipe(seed=15), "a fifth"))
-    asked, report = (run.recipe, run.folder, 50, "compare"), run.report
+    asked, report = (run.recipe, 50, "compare"), run.report
     texts, tokens = report.calibration.texts, 256
     # Four trainings, two with a teacher; base, fused, three controls, fifteen of the sweep and the trained ones scored.
     most = 4 * 6.0 * report.target.parameters * 50 * 8 * tokens + 2 * 2.0 * report.source.parameters * texts * tokens
     scored = (2 + 3 + 15 + 4) * report.target.parameters + report.source.parameters
-    most += 2.0 * scored * report.evaluation.texts * run.recipe.calibration.max_tokens
+    # The merge was not asked whether it points downhill: its fused model and controls are scored again, and the target
+    # is differentiated on the texts of that.
+    assert run.recipe.evaluation.descent == 0
+    scored += (1 + 3) * report.target.parameters
+    downhill = 6.0 * report.target.parameters * merge_recipe(run.recipe).evaluation.descent
+    most += (2.0 * scored * report.evaluation.texts + downhill) * run.recipe.calibration.max_tokens
     refuse_further(report, *asked, AppSettings(public=True, max_operations=most))
     with pytest.raises(RecipeError, match=r"50 steps of compare take up to .*, or run it .* with tmerge compare$"):
         refuse_further(report, *asked, AppSettings(public=True, max_operations=most - 1))
+    # One that was asked is not evaluated again.
+    evaluation = run.recipe.evaluation.model_copy(update={"descent": 64})
+    known = run.recipe.model_copy(update={"evaluation": evaluation})
+    less = 8.0 * report.target.parameters * report.evaluation.texts + downhill
+    less *= run.recipe.calibration.max_tokens
+    refuse_further(report, known, 50, "compare", AppSettings(public=True, max_operations=most - less))
     several = report.model_copy(update={"sources": (report.source,) * 2})
     with pytest.raises(RecipeError, match="takes one source, and this merge has 2"):
         refuse_further(several, *asked, AppSettings())
     monkeypatch.setattr(further, "available_memory", lambda device: 16 * report.target.parameters)
     with pytest.raises(NotEnoughMemoryError, match=r"compare needs about .* are free"):
-        refuse_further(report, *asked, AppSettings())
+        refuse_for_memory(report, run.recipe, run.folder, "compare")
+
+
+def test_kept_models_are_let_go_for_what_may_be_done_alone(served, monkeypatch, tmp_path):
+    store, asked = served.context.store, []
+    run = served.ended(store.start(served.recipe(seed=16), "a sixth"))
+    monkeypatch.setattr(store, "_make_room", lambda: asked.append("room"))
+    several = run.report.model_copy(update={"sources": (run.report.source,) * 2})
+    for changed, value, words in (
+        (run, run.report, (10**9, "sft")),
+        (run, several, (5, "compare")),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(RecipeError):
+            patch.setattr(changed, "report", value)
+            store.go_on(run.id, *words, "a sixth")
+    with monkeypatch.context() as patch, pytest.raises(RecipeError, match="trillion operations"):
+        patch.setattr(store, "settings", AppSettings(public=True, max_operations=1.0))
+        store.go_on(run.id, 5, "sft", "a sixth")
+    assert asked == []
+    # Its files may be swept between two looks at it.
+    with monkeypatch.context() as patch, pytest.raises(RunNotFoundError, match="cannot be read .*; start it again"):
+        patch.setattr(run, "folder", tmp_path / "gone")
+        store.go_on(run.id, 5, "sft", "a sixth")
+    assert asked == ["room"]
 
 
 def test_a_reconstruction_of_the_same_pair_is_set_up(visit, served, monkeypatch):

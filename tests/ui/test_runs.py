@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tmerge.run import Run
 from tmerge.ui.server import run_process, runs
 from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError
 from tmerge.ui.server.runs import RunStore
+from tmerge.ui.server.uploads import without_paths
 from tmerge.ui.server.visitor_run import VisitorRun
 
 RECIPE = Recipe(target="a/b", source="c/d")
@@ -189,6 +191,43 @@ def test_a_mistake_is_its_one_line(store, monkeypatch):
     run = over(store, store.start(RECIPE, "me"))
     assert (run.state, run.fault) == ("failed", False)
     assert run.error == "dataset 'x' in the run's folder is empty; choose another"
+
+
+def test_what_is_done_with_a_merge_says_no_path_of_its_upload(store, monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "merge", merges.done)
+    for refuse in ("refuse_further", "refuse_for_memory"):
+        monkeypatch.setattr(runs, refuse, lambda *asked: None)
+    monkeypatch.setattr(
+        runs, "go_further", lambda further, recipe, folder, call: call(partial(merges.complaining, recipe, folder))
+    )
+    (tmp_path / "mine.txt").write_text("text")
+    recipe = Recipe(target="a/b", source="c/d", calibration={"dataset": "upload:mine.txt"})
+    merged = over(store, store.start(recipe, "me", tmp_path / "mine.txt"))
+    run = over(store, store.go_on(merged.id, 5, "compare", "me"))
+    # The upload is in the merge's folder, which is not the comparison's.
+    assert Path(run.read.calibration.dataset).parents[1] == merged.folder.parent != run.folder.parent
+    assert run.error == "dataset 'mine.txt' changed; see the run's folder/data.json"
+    assert run.stages["target"].what == "reading mine.txt"
+    assert any(line.endswith("note: mine.txt has few texts") for line in run.log)
+    assert str(store.root) not in "".join(run.log)
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("{root}/tmpa_b1/texts/my file.txt is empty", "my file.txt is empty"),
+        ("see {root}/tmpa_b1/fused/tmerge/x.json", "see the run's folder/tmerge/x.json"),
+        ("{root}/tmpa_b1/merge, {root}/tmpc/adapted", "the run's folder, the run's folder"),
+        ("'{root}/tmpa_b1' and '{root}/tmpa_b1/merged'", "'the run's folder' and 'the run's folder/merged'"),
+        ("no room in {root}", "no room in the app's folder"),
+        ("/elsewhere/texts/x.txt", "/elsewhere/texts/x.txt"),
+    ],
+)
+def test_no_path_under_the_folder_of_all_runs_is_shown(line, shown, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "runs", target_is_directory=True)
+    for root in ((tmp_path / "runs").resolve(), tmp_path / "link"):
+        assert without_paths(line.format(root=root), tmp_path / "link") == shown
 
 
 def test_a_fault_of_ours_is_a_number_whose_traceback_is_in_the_log_alone(store, monkeypatch, caplog):

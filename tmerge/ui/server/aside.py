@@ -47,6 +47,10 @@ _SHARE = 20.0
 _KEPT_SECONDS = 120.0
 _ERROR_SECONDS = 10.0
 _MOST_KEPT = 100
+# Each question that is not answered yet has a thread that waits for a process.
+_MOST_UNANSWERED = 50
+
+_TOO_MANY = "too many questions wait for their answers here; try again in a minute"
 
 Answer = TypeVar("Answer")
 
@@ -89,6 +93,7 @@ class Aside:
         self._busy = 0
         self._waiting = 0
         self._closed = False
+        self._idle: threading.Timer | None = None
         self._asked: OrderedDict[str, _Asked] = OrderedDict()
         self._asking = threading.Lock()
 
@@ -115,6 +120,7 @@ class Aside:
 
         Raises:
             StillAskingError: It is not there yet.
+            TooSlowError: So many others are not answered yet that this one is not asked.
             TmergeError, SupersededError, RuntimeError: As `call`.
         """
         asked = self._the_same(question, words, wanted)
@@ -139,9 +145,15 @@ class Aside:
         with self._asking:
             asked = self._asked.get(key)
             if asked is None or time.monotonic() > asked.until:
-                asked = self._asked[key] = _Asked({wanted})
-                worker = threading.Thread(target=self._answer, args=(asked, question, words), daemon=True)
-                worker.start()
+                if sum(not each.answer.done() for each in self._asked.values()) >= _MOST_UNANSWERED:
+                    raise TooSlowError(_TOO_MANY)
+                asked = _Asked({wanted})
+                try:
+                    threading.Thread(target=self._answer, args=(asked, question, words), daemon=True).start()
+                except RuntimeError:
+                    # The system has no thread for it, and who asks the same later is not to wait for its answer.
+                    raise TooSlowError(_TOO_MANY) from None
+                self._asked[key] = asked
             self._asked.move_to_end(key)
             asked.wanted.add(wanted)
             over = [name for name, each in self._asked.items() if each.answer.done()]
@@ -187,6 +199,8 @@ class Aside:
         """End the processes."""
         with self._changed:
             self._closed = True
+            if self._idle is not None:
+                self._idle.cancel()
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._busy, 5)
             for child, _ in self._free:
@@ -226,17 +240,24 @@ class Aside:
             self._busy -= 1
             if child.alive:
                 self._free.append((child, time.monotonic()))
-            if len(self._free) > 1:
-                timer = threading.Timer(_IDLE, self._end_idle)
-                timer.daemon = True
-                timer.start()
+            self._end_later()
             self._changed.notify_all()
+
+    def _end_later(self) -> None:
+        """Look again when the first of those that are too many has been idle for long enough: one timer for all."""
+        if len(self._free) > 1 and self._idle is None and not self._closed:
+            left = self._free[0][1] + _IDLE - time.monotonic()
+            self._idle = threading.Timer(max(left, 0.0), self._end_idle)
+            self._idle.daemon = True
+            self._idle.start()
 
     def _end_idle(self) -> None:
         with self._changed:
+            self._idle = None
             # The last one stays.
             idle = [each for each in self._free[:-1] if time.monotonic() - each[1] >= _IDLE]
             self._free = [each for each in self._free if each not in idle]
+            self._end_later()
         for child, _ in idle:
             child.end()
 

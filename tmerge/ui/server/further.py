@@ -12,7 +12,7 @@ import torch
 
 from tmerge.comparison.compare import compare
 from tmerge.comparison.inputs import merge_recipe
-from tmerge.errors import NotEnoughMemoryError, RecipeError
+from tmerge.errors import NotEnoughMemoryError, RecipeError, RunNotFoundError
 from tmerge.models.device import available_memory
 from tmerge.quantities import bytes_words
 from tmerge.recipe import Recipe
@@ -22,27 +22,25 @@ from tmerge.stages.adapt import adapt_run
 from tmerge.ui.server.limits import AppSettings, operations_words
 from tmerge.ui.server.visitor_run import Further, Way
 
-__all__ = ["MOST_STEPS", "go_further", "refuse_further"]
+__all__ = ["MOST_STEPS", "go_further", "refuse_for_memory", "refuse_further"]
 
 MOST_STEPS = 1000
 """Most optimiser steps of a training that is started in the app."""
 
 
-def refuse_further(report: Report, recipe: Recipe, folder: Path, steps: int, way: Way, settings: AppSettings) -> None:
-    """Refuse what takes more than there is room for, or longer than a merge may.
+def refuse_further(report: Report, recipe: Recipe, steps: int, way: Way, settings: AppSettings) -> None:
+    """Refuse what cannot be done, or takes longer than a merge may.
 
     Args:
         report: Of the merge.
         recipe: Likewise.
-        folder: Likewise; its config says how many tokens the vocabulary has.
         steps: Of the optimiser, in every training.
         way: What is asked for.
         settings: What the app allows.
 
     Raises:
-        NotEnoughMemoryError, RecipeError: With what it takes and what is allowed.
+        RecipeError: With what it takes and what is allowed.
     """
-    own = f"on your own machine with tmerge {'compare' if way == 'compare' else 'adapt'}"
     if not 1 <= steps <= MOST_STEPS:
         raise RecipeError(f"{steps} steps cannot be trained here; choose from 1 to {MOST_STEPS}")
     if way == "compare" and report.sources:
@@ -51,19 +49,39 @@ def refuse_further(report: Report, recipe: Recipe, folder: Path, steps: int, way
     if settings.max_operations is not None and operations > settings.max_operations:
         raise RecipeError(
             f"{steps} steps of {way} take up to {operations_words(operations)}, where this app takes "
-            f"{operations_words(settings.max_operations)}; choose fewer, or run it {own}"
+            f"{operations_words(settings.max_operations)}; choose fewer, or run it {_own(way)}"
         )
+
+
+def refuse_for_memory(report: Report, recipe: Recipe, folder: Path, way: Way) -> None:
+    """Refuse what takes more memory than is free now, as `refuse_further`.
+
+    Args:
+        report: Of the merge.
+        recipe: Likewise.
+        folder: Likewise; its config says how many tokens the vocabulary has.
+        way: What is asked for.
+
+    Raises:
+        NotEnoughMemoryError: With what it takes and what is free.
+        RunNotFoundError: The merge's files are gone.
+    """
     needed, free = _memory(report, recipe, folder, way), available_memory(torch.device("cpu"))
     if needed > free:
         raise NotEnoughMemoryError(
-            f"{way} needs about {bytes_words(needed)} of memory, where {bytes_words(free)} are free; run it {own}"
+            f"{way} needs about {bytes_words(needed)} of memory, where {bytes_words(free)} are free; run it {_own(way)}"
         )
+
+
+def _own(way: Way) -> str:
+    return f"on your own machine with tmerge {'compare' if way == 'compare' else 'adapt'}"
 
 
 def _operations(report: Report, recipe: Recipe, steps: int, way: Way) -> float:
     """6 for a parameter and a token that is trained on (a forward and a backward pass), 2 for one that is only read.
 
-    Texts are as long as they may be. Where the source is the teacher, it reads all calibration texts.
+    Texts are as long as they may be. Where the source is the teacher, it reads all calibration texts. A comparison's
+    merge is evaluated anew where it did not ask whether the merge points downhill, which takes backward passes.
     """
     asked, target, source = recipe.adaptation, report.target.parameters, report.source.parameters
     training = 6.0 * target * steps * asked.batch_size * asked.accumulation * asked.max_tokens
@@ -74,7 +92,11 @@ def _operations(report: Report, recipe: Recipe, steps: int, way: Way) -> float:
     trained = len(compared.seeds) * sum(training + teaching * row.endswith("distill") for row in compared.rows)
     still = 2 + len(recipe.evaluation.controls) + 3 * len(compared.alphas)
     models = (still + len(compared.seeds) * len(compared.rows)) * target + source
-    return trained + 2.0 * models * report.evaluation.texts * recipe.calibration.max_tokens
+    read, downhill = 2.0 * models * report.evaluation.texts, 0.0
+    if not recipe.evaluation.descent:
+        read += 2.0 * (1 + len(recipe.evaluation.controls)) * target * report.evaluation.texts
+        downhill = 6.0 * target * merge_recipe(recipe).evaluation.descent
+    return trained + (read + downhill) * recipe.calibration.max_tokens
 
 
 def _memory(report: Report, recipe: Recipe, folder: Path, way: Way) -> int:
@@ -82,7 +104,11 @@ def _memory(report: Report, recipe: Recipe, folder: Path, way: Way) -> int:
 
     A comparison's teacher is in memory as a whole.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        # It may have been swept since it was found.
+        raise RunNotFoundError(f"the merge's files cannot be read ({error.strerror}); start it again") from None
     vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0)
     logits = 3 * 4 * recipe.adaptation.batch_size * recipe.adaptation.max_tokens * vocabulary
     teacher = 4 * report.source.parameters if way == "compare" else 0

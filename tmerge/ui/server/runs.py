@@ -31,11 +31,11 @@ from tmerge.stages.merge import advance, merge
 from tmerge.stages.relatedness import measure_relatedness
 from tmerge.stages.step import fusing_stage
 from tmerge.ui.server.downloads import link_or_copy
-from tmerge.ui.server.further import go_further, refuse_further
+from tmerge.ui.server.further import go_further, refuse_for_memory, refuse_further
 from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError
 from tmerge.ui.server.overall import seconds_left
 from tmerge.ui.server.run_process import NAME, lost, prepared_child, step_of
-from tmerge.ui.server.uploads import hide_upload, with_upload, without_paths
+from tmerge.ui.server.uploads import hears_without_paths, hide_upload, with_upload, without_paths
 from tmerge.ui.server.visitor_run import CouplingRow, Further, StageProgress, State, VisitorRun, Way
 
 __all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
@@ -125,7 +125,7 @@ class RunStore:
 
         Raises:
             NotEnoughMemoryError, RecipeError: It takes more than there is, or longer than the app allows.
-            RunNotFoundError: No merge of that id is done.
+            RunNotFoundError: No merge of that id is done, or it is gone.
             TooManyRunsError: As for `start`.
         """
         self.sweep()
@@ -134,8 +134,10 @@ class RunStore:
             if merged is None or merged.report is None or merged.further is not None or merged.state != "done":
                 raise RunNotFoundError("there is no finished merge to go on from; start it again")
             self._refuse_too_many(visitor)
+        # Nobody's models are let go for what is refused whatever is free.
+        refuse_further(merged.report, merged.recipe, steps, way, self.settings)
         self._make_room()
-        refuse_further(merged.report, merged.recipe, merged.folder, steps, way, self.settings)
+        refuse_for_memory(merged.report, merged.recipe, merged.folder, way)
         home = Path(tempfile.mkdtemp(dir=self.root))
         compares = way == "compare"
         run = VisitorRun(secrets.token_urlsafe(18), merged.recipe, home / ("merge" if compares else "adapted"), visitor)
@@ -324,7 +326,7 @@ class RunStore:
         except Cancelled:
             self._end(run, "cancelled", "cancelled")
         except TmergeError as error:
-            run.error = without_paths(run, str(error))
+            run.error = without_paths(str(error), self.root)
             self._end(run, "failed", run.error)
         except ChildFaultError as error:
             self._end_by_fault(run, str(error))
@@ -344,9 +346,10 @@ class RunStore:
     def _found(self, run: VisitorRun) -> Report | Relatedness:
         """In a process of its own, which is gone when this returns or raises."""
         recipe, child = run.read or run.recipe, self._take_child()
+        hear = hears_without_paths(run, self.root)
 
         def call(function: Callable[..., Any]) -> Any:
-            return child.call(function, hear=lambda told: run.hear(step_of(told)), pulse=run.stop_if_cancelled)
+            return child.call(function, hear=lambda told: hear(step_of(told)), pulse=run.stop_if_cancelled)
 
         try:
             if run.further is not None:
@@ -367,7 +370,7 @@ class RunStore:
                         str(run.folder),
                         until,
                         run.gpu[until],
-                        listener=run.hear,
+                        listener=hear,
                         pulse=run.stop_if_cancelled,
                         context=run.context,
                     )

@@ -3,7 +3,8 @@
 They speak in a process beside the app, which has the models of one run and keeps them for its next question. It is
 ended when it has had nothing to say for a while, when another run's models are asked, and before a merge begins: the
 two are never in memory together (`RunStore.alone`). The thread that asks it holds the locks, not the page that listens,
-and stops by itself when nobody listens any more.
+and stops by itself when nobody listens any more. No model holds the others up without end: it has so long to be loaded,
+to its first token and to its last, and its process is ended where it takes longer.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import logging
 import secrets
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tmerge.answers import Question, Said, answer
+from tmerge.answers import SPEAKING_SECONDS, Question, Said, answer
 from tmerge.child import Child, ChildFaultError, ChildLostError
 from tmerge.errors import Cancelled, TmergeError
 from tmerge.recipe import Recipe
+from tmerge.ui.server.aside import TooSlowError
 from tmerge.ui.server.limits import BusyError
 from tmerge.ui.server.runs import RunStore
 
@@ -33,6 +36,11 @@ _UNHEARD = 15.0
 _PATIENCE = 30.0
 # Seconds that a model which is to stop has until its process is ended: it may be within the loading of a large one.
 _GRACE = 2.0
+# Seconds that a model may take to be loaded, from there to its first token, and from there to its end, which comes by
+# itself but for what hangs within one token.
+_LOADING = 300.0
+_FIRST_TOKEN = 120.0
+_TO_THE_END = SPEAKING_SECONDS + 30.0
 # Seconds after which a process that has nothing to say is ended.
 _IDLE = 120.0
 # Seconds between two looks of the page at what was said.
@@ -71,6 +79,38 @@ class _Talk:
                 self.tell(role, replace(said, state="stopped", note=note))
 
 
+class _Patience:
+    """How long one model may still take; a hostile one, whose chat template is a program, would take for ever."""
+
+    def __init__(self) -> None:
+        self._until = ""
+        self._begin("loaded", _LOADING)
+
+    def _begin(self, until: str, seconds: float) -> None:
+        if self._until != until:
+            self._until, self._seconds, self._began = until, seconds, time.monotonic()
+
+    def hear(self, said: Said) -> None:
+        """Take in how far it is."""
+        if said.tokens:
+            self._begin("ended", _TO_THE_END)
+        elif said.state == "speaking":
+            self._begin("begun", _FIRST_TOKEN)
+
+    def check(self) -> None:
+        """Raise `TooSlowError` where it has taken too long."""
+        if time.monotonic() - self._began <= self._seconds:
+            return
+        no_answer = f"no answer within {self._seconds:.0f} s"
+        raise TooSlowError(
+            {
+                "loaded": f"{no_answer}: it was not loaded by then; try again later",
+                "begun": f"{no_answer} of being loaded; try a shorter prompt, or without its chat template",
+                "ended": f"{no_answer} of its first token; ask for fewer tokens",
+            }[self._until]
+        )
+
+
 class Speaker:
     """Has models answer, one at a time.
 
@@ -106,9 +146,9 @@ class Speaker:
         talk = _Talk(recipe, folder, question.checked())
         self.stop(visitor)
         self._talks[visitor] = talk
-        threading.Thread(target=self._work, args=(talk,), name=_NAME, daemon=True).start()
         seen = None
         try:
+            threading.Thread(target=self._work, args=(talk,), name=_NAME, daemon=True).start()
             while True:
                 talk.heard = time.monotonic()
                 over, said = talk.over.is_set(), talk.said
@@ -156,6 +196,11 @@ class Speaker:
         except TmergeError as error:
             for role in ROLES:
                 talk.fail(role, str(error))
+        except Exception:  # noqa: BLE001 - the log has it, the visitor its number; the page is not to say "stopped"
+            why = _fault(traceback.format_exc())
+            for role, said in talk.said.items():
+                if said.state in ("waiting", "loading", "speaking"):
+                    talk.fail(role, why)
         finally:
             talk.end()
             talk.over.set()
@@ -175,8 +220,12 @@ class Speaker:
         talk.tell(role, Said("loading", "", "loading the model"))
         recipe = talk.recipe
         reference = str(talk.folder) if role == "fused" else getattr(recipe, role)
-        child = self._process(talk.folder)
+        patience = _Patience()
         stopping: float | None = None
+
+        def hear(said: Said) -> None:
+            patience.hear(said)
+            talk.tell(role, said)
 
         def pulse() -> None:
             nonlocal stopping
@@ -185,15 +234,19 @@ class Speaker:
                 child.stop()
             elif stopping is not None and time.monotonic() - stopping > _GRACE:
                 raise Cancelled("stopped by its visitor")
+            elif stopping is None:
+                patience.check()
 
         try:
+            # The system may have neither memory nor a number for it.
+            child = self._process(talk.folder)
             said = child.call(
                 answer,
                 reference,
                 recipe.dtype,
                 recipe.device,
                 talk.question,
-                hear=lambda said: talk.tell(role, said),
+                hear=hear,
                 pulse=pulse,
             )
             talk.tell(role, said)
@@ -205,9 +258,9 @@ class Speaker:
             _log.error("the process of a model that was to answer was lost: %s", error)
             talk.fail(role, "the system ended this model, as it does where memory runs out; try again later")
         except ChildFaultError as error:
-            number = secrets.token_hex(4)
-            _log.error("a model could not answer, fault %s\n%s", number, error)
-            talk.fail(role, f"this model could not answer; the server's log has it under {number}")
+            talk.fail(role, _fault(str(error)))
+        except OSError:
+            talk.fail(role, _fault(traceback.format_exc()))
 
     # -- the process ---------------------------------------------------------------------------------------------
 
@@ -229,3 +282,10 @@ class Speaker:
             if time.monotonic() - self._used >= _IDLE:
                 self._end_process()
             self._one.release()
+
+
+def _fault(details: str) -> str:
+    """What a visitor is told of what is not theirs to mend; the log has its details."""
+    number = secrets.token_hex(4)
+    _log.error("a model could not answer, fault %s\n%s", number, details)
+    return f"this model could not answer; the server's log has it under {number}"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tmerge.recipe import Recipe
+from tmerge.stages.step import Step
 from tmerge.ui.server.limits import UPLOAD_PREFIX
 from tmerge.ui.server.visitor_run import VisitorRun
 
-__all__ = ["hide_upload", "with_upload", "without_paths"]
+__all__ = ["hears_without_paths", "hide_upload", "with_upload", "without_paths"]
 
 
 def with_upload(recipe: Recipe, home: Path, upload: Path | None) -> Recipe:
@@ -36,6 +40,21 @@ def hide_upload(run: VisitorRun) -> None:
             written.write_text(text.replace(path, Path(path).name), encoding="utf-8")
 
 
-def without_paths(run: VisitorRun, line: str) -> str:
-    """A line without the server's path of the run."""
-    return line.replace(str(run.folder), "the run's folder").replace(str(run.folder.parent), "the run's folder")
+def without_paths(line: str, root: Path) -> str:
+    """A line without the server's paths.
+
+    Args:
+        line: What a run says. A comparison reads the upload of the merge that it came from, in the folder of another
+            run, so it is not its own folder's path alone that it may say.
+        root: The folder that all runs' folders are in.
+    """
+    roots = "|".join(re.escape(str(each)) for each in (root.resolve(), root))
+    home = rf"(?:{roots})[\\/]\w+"
+    line = re.sub(rf"{home}[\\/]texts[\\/]", "", line)
+    line = re.sub(rf"{home}(?:[\\/](?:fused|merge|adapted)\b)?", "the run's folder", line)
+    return re.sub(roots, "the app's folder", line)
+
+
+def hears_without_paths(run: VisitorRun, root: Path) -> Callable[[Step], None]:
+    """A listener through which a run hears its steps, none of which says a path of the server (`without_paths`)."""
+    return lambda step: run.hear(replace(step, what=without_paths(step.what, root)))
