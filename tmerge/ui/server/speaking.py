@@ -38,8 +38,8 @@ _PATIENCE = 30.0
 _GRACE = 2.0
 # Seconds that a model may take to be loaded, from there to its first token, and from there to its end, which comes by
 # itself but for what hangs within one token.
-_LOADING = 300.0
-_FIRST_TOKEN = 120.0
+_LOADING = 900.0
+_FIRST_TOKEN = 300.0
 _TO_THE_END = SPEAKING_SECONDS + 30.0
 # Seconds after which a process that has nothing to say is ended.
 _IDLE = 120.0
