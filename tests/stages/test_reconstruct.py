@@ -332,7 +332,7 @@ def test_terminal_page_and_app_say_what_to_do_next(finished, capsys):
     assert "the last block to the source's logits" in said
     assert f"tmerge adapt {folder} --steps 50" in said and "change's norm over own norm" in said
     assert any("tmerge adapt RUN --steps 50" in line for line in findings(report))
-    card = result_cards(SimpleNamespace(state="done", report=report, relatedness=None))
+    card = result_cards(SimpleNamespace(state="done", report=report, relatedness=None, asks="merge"))
     assert (
         "train a little on top of it, 50 steps, with the button" in card
         and "Change&#39;s norm over own norm, median" in card
