@@ -9,6 +9,7 @@ FOLDER/adapters/rows.jsonl; a row that is there is not measured again. With a la
 NusaX's texts in that, in FOLDER/adapters-LANGUAGE:
 
     found, truth      carried through the correspondence that was found, and through the true one
+    permuted          carried through shuffled correspondences
     theseus, ...      as others carry it (`tests.bench.rivals`), told the true layers
     lora-N            a LoRA trained on the target itself, N steps
     found+N           N steps that begin with what was carried
@@ -130,6 +131,7 @@ def rows_of(
         return train
 
     yield "found", found
+    yield "permuted", lambda: pair.carried("tokens", Shared(), settings, True).permuted
     yield "truth", lambda: pair.oracle(ALL, False, "task-vector")
     yield from rivals.ways().items()
     for count in dict.fromkeys((steps, then)):
