@@ -134,7 +134,8 @@ class Pair:
         def weight(layer: int, name: str) -> torch.Tensor:
             return self.layouts[role].layers[layer][name].weight()
 
-        return Side.of(store, {str(layer): item for layer, item in facts.items()}, weight if by_weights else None)
+        side = Side.of(store, {str(layer): item for layer, item in facts.items()})
+        return replace(side, weights=weight) if by_weights else side
 
     @cache
     def structure(self, kind: str, epsilon: float | None, signed: bool, by_weights: bool = False) -> Structure:

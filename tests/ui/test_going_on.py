@@ -56,14 +56,16 @@ def test_what_cannot_be_trained_is_one_line(served, monkeypatch):
             store.go_on(run_id, 5, "sft", "someone else")
     asked = (run.report, run.recipe, 50)
     most = 6.0 * run.report.target.parameters * 50 * 8 * 256
-    with pytest.raises(RecipeError, match=r"50 steps of sft take up to .* trillion operations, where this app takes"):
+    with pytest.raises(
+        RecipeError, match=r"a training of 50 steps takes up to .* trillion operations, where this app takes"
+    ):
         refuse_further(*asked, "sft", AppSettings(public=True, max_operations=most - 1))
     refuse_further(*asked, "sft", AppSettings(public=True, max_operations=most))
     # The teacher reads all texts.
-    with pytest.raises(RecipeError, match="steps of distill take up to"):
+    with pytest.raises(RecipeError, match="a training of .* steps takes up to"):
         refuse_further(*asked, "distill", AppSettings(public=True, max_operations=most))
     monkeypatch.setattr(further, "available_memory", lambda device: 1000)
-    with pytest.raises(NotEnoughMemoryError, match=r"sft needs about .* are free"):
+    with pytest.raises(NotEnoughMemoryError, match=r"a training needs about .* are free"):
         refuse_for_memory(run.report, run.recipe, run.folder, "sft")
 
 
@@ -135,7 +137,9 @@ def test_a_comparison_that_does_not_fit_is_one_line(served, monkeypatch):
     downhill = 6.0 * report.target.parameters * merge_recipe(run.recipe).evaluation.descent
     most += (2.0 * scored * report.evaluation.texts + downhill) * run.recipe.calibration.max_tokens
     refuse_further(report, *asked, AppSettings(public=True, max_operations=most))
-    with pytest.raises(RecipeError, match=r"50 steps of compare take up to .*, or run it .* with tmerge compare$"):
+    with pytest.raises(
+        RecipeError, match=r"a comparison with trainings of 50 steps takes up to .*, or run it .* with tmerge compare$"
+    ):
         refuse_further(report, *asked, AppSettings(public=True, max_operations=most - 1))
     # One that was asked is not evaluated again.
     evaluation = run.recipe.evaluation.model_copy(update={"descent": 64})
@@ -147,7 +151,7 @@ def test_a_comparison_that_does_not_fit_is_one_line(served, monkeypatch):
     with pytest.raises(RecipeError, match="takes one source, and this merge has 2"):
         refuse_further(several, *asked, AppSettings())
     monkeypatch.setattr(further, "available_memory", lambda device: 16 * report.target.parameters)
-    with pytest.raises(NotEnoughMemoryError, match=r"compare needs about .* are free"):
+    with pytest.raises(NotEnoughMemoryError, match=r"a comparison with trainings needs about .* are free"):
         refuse_for_memory(report, run.recipe, run.folder, "compare")
 
 

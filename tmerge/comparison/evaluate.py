@@ -91,11 +91,8 @@ def evaluate_models(
     identities = {str(path): file_identity(path) for path in (data or {}).values()}
     if dataset is not None:
         identities[dataset] = dataset_identity(dataset)
-        words = {
-            "dataset": pinned(dataset, identities[dataset]),
-            "texts": max(texts, 64),
-            "held_out": 0.35,
-        }  # of both sides, all count
+        # Texts of both sides count, so the share is only the order in which they come.
+        words = {"dataset": pinned(dataset, identities[dataset]), "texts": max(texts, 64), "held_out": 0.35}
         settings = CalibrationSettings.model_validate(words)
         text_set = read_texts(settings, seed=seed, chat_tokenizer=load_tokenizer(references[0]), whole=True)
         limit_characters = 4 * settings.max_tokens

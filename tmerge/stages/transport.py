@@ -149,9 +149,8 @@ class SolveTransport:
         # Together, as reading is: one process may have had room for the target where another had none.
         loaded = all(progress.processes.gathered(self.target.is_loaded))
         of_target = self.target.views if loaded else read_once(own, progress)
-        return replace(target, weights=_reading(of_target)), replace(
-            source, weights=_reading(read_once(theirs, progress))
-        )
+        of_source = read_once(theirs, progress)
+        return replace(target, weights=_reading(of_target)), replace(source, weights=_reading(of_source))
 
     def _relatedness(self, transport: Transport, progress: Progress) -> Relatedness | None:
         """Whether the two models' neurons correspond at all.

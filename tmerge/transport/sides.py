@@ -51,16 +51,15 @@ class Side:
     weights: ReadWeight | None = None
 
     @classmethod
-    def of(cls, store: FeatureStore, heads: Mapping[str, Mapping[str, Any]], weights: ReadWeight | None = None) -> Side:
+    def of(cls, store: FeatureStore, heads: Mapping[str, Mapping[str, Any]]) -> Side:
         """A model whose features are on disk.
 
         Args:
             store: Its features.
             heads: layer -> facts, as `tmerge.models.head_facts` noted them when the model was read.
-            weights: As the attribute.
         """
         known_heads = {int(layer): Heads.of(facts) for layer, facts in heads.items()}
-        return cls(store.get, {layer: store.keys(layer) for layer in store.layers}, known_heads, weights)
+        return cls(store.get, {layer: store.keys(layer) for layer in store.layers}, known_heads)
 
     def layers_with(self, key: str) -> tuple[int, ...]:
         """The layers that have a feature, ascending."""

@@ -48,7 +48,7 @@ def refuse_further(report: Report, recipe: Recipe, steps: int, way: Way, setting
     operations = _operations(report, recipe, steps, way)
     if settings.max_operations is not None and operations > settings.max_operations:
         raise RecipeError(
-            f"{steps} steps of {way} take up to {operations_words(operations)}, where this app takes "
+            f"{_what(way)} of {steps} steps takes up to {operations_words(operations)}, where this app takes "
             f"{operations_words(settings.max_operations)}; choose fewer, or run it {_own(way)}"
         )
 
@@ -69,8 +69,13 @@ def refuse_for_memory(report: Report, recipe: Recipe, folder: Path, way: Way) ->
     needed, free = _memory(report, recipe, folder, way), available_memory(torch.device("cpu"))
     if needed > free:
         raise NotEnoughMemoryError(
-            f"{way} needs about {bytes_words(needed)} of memory, where {bytes_words(free)} are free; run it {_own(way)}"
+            f"{_what(way)} needs about {bytes_words(needed)} of memory, where {bytes_words(free)} are free; run it "
+            f"{_own(way)}"
         )
+
+
+def _what(way: Way) -> str:
+    return "a comparison with trainings" if way == "compare" else "a training"
 
 
 def _own(way: Way) -> str:
