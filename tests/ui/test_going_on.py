@@ -56,9 +56,7 @@ def test_what_cannot_be_trained_is_one_line(served, monkeypatch):
             store.go_on(run_id, 5, "sft", "someone else")
     asked = (run.report, run.recipe, 50)
     most = 6.0 * run.report.target.parameters * 50 * 8 * 256
-    with pytest.raises(
-        RecipeError, match=r"a training of 50 steps takes up to .* trillion operations, where this app takes"
-    ):
+    with pytest.raises(RecipeError, match=r"training of 50 steps takes up to .* operations, where this app takes"):
         refuse_further(*asked, "sft", AppSettings(public=True, max_operations=most - 1))
     refuse_further(*asked, "sft", AppSettings(public=True, max_operations=most))
     # The teacher reads all texts.
@@ -137,9 +135,7 @@ def test_a_comparison_that_does_not_fit_is_one_line(served, monkeypatch):
     downhill = 6.0 * report.target.parameters * merge_recipe(run.recipe).evaluation.descent
     most += (2.0 * scored * report.evaluation.texts + downhill) * run.recipe.calibration.max_tokens
     refuse_further(report, *asked, AppSettings(public=True, max_operations=most))
-    with pytest.raises(
-        RecipeError, match=r"a comparison with trainings of 50 steps takes up to .*, or run it .* with tmerge compare$"
-    ):
+    with pytest.raises(RecipeError, match=r"comparison .* of 50 steps takes up to .* tmerge compare$"):
         refuse_further(report, *asked, AppSettings(public=True, max_operations=most - 1))
     # One that was asked is not evaluated again.
     evaluation = run.recipe.evaluation.model_copy(update={"descent": 64})
