@@ -195,7 +195,7 @@ def test_a_recipe_outlives_a_reload_as_when_signing_in(visit, picos):
         "(bytes) => atob(localStorage.getItem('tmerge-recipe')?.split(':')[1] ?? '').length >= bytes",
         arg=16 * (blocks + 1),
     )
-    page.reload()
+    visit.reload(page)
     expect(page.locator("#target-model input")).to_have_value(picos["target"], timeout=20_000)
     open_fold(page, "Recipe (YAML)")
     expect(page.locator("#recipe-yaml .cm-content")).to_contain_text("alpha: 0.07")

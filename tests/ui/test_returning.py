@@ -133,7 +133,7 @@ def test_two_pages_of_a_browser_keep_each_others_runs(visit, served):
     # Neither has undone what the other has kept.
     for each, opened in ((page, first), (other, second)):
         each.bring_to_front()
-        each.reload()
+        visit.reload(each)
         expect(each.locator("#run-head")).to_contain_text("Done", timeout=60_000)
         assert each.url.endswith(opened)
         each.get_by_label("Your runs").click()

@@ -59,7 +59,7 @@ def test_progress_is_shown_and_a_reload_comes_back_to_the_run(visit, served, gat
     expect(page.locator("#run-stages .step.now")).to_have_count(1)
     expect(page.locator("#run-map .heatmaplayer image")).to_have_count(1, timeout=40_000)
     assert not served.context.store.get(run_id).over
-    page.reload()
+    visit.reload(page)
     expect(page.locator("#run-head")).to_contain_text("Running", timeout=15_000)
     expect(page.locator("#run-log")).to_contain_text("started")
     gate.open()
