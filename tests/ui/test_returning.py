@@ -1,8 +1,6 @@
 """Coming back to a run: within an iframe, whose address is not the visitor's, from a list, and from a refusal."""
 
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -10,6 +8,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from playwright.sync_api import TimeoutError, expect
 
+from tests.ui.framed import framing
 from tests.ui.test_choose import open_fold
 from tests.ui.test_running import fill, start
 from tmerge.ui.server.limits import TooManyRunsError
@@ -18,25 +17,12 @@ from tmerge.ui.server.limits import TooManyRunsError
 @pytest.fixture
 def framed(visitors, served):
     """The app as a Space shows it, within a page of another site, which knows nothing of it."""
-
-    class Page(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.end_headers()
-            self.wfile.write(f'<iframe src="{served.url}/" style="width: 100%; height: 850px"></iframe>'.encode())
-
-        def log_message(self, *words):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     page = visitors.page(1280, 900)
-    page.goto(f"http://localhost:{server.server_port}/")
-    page.frame_locator("iframe").locator("#start").wait_for()
-    yield page
-    visitors.leave(page, served.url)
-    server.shutdown()
+    with framing(f"{served.url}/") as address:
+        page.goto(address)
+        page.frame_locator("iframe").locator("#start").wait_for()
+        yield page
+        visitors.leave(page, served.url)
 
 
 def come_back(page):
