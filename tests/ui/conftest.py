@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ pytest.importorskip("gradio", reason="the app extra is not installed")
 
 from tests.pico import save_pico
 from tests.ui import looked, soon
+from tests.ui.chromium import CHROMIUM
 from tests.ui.search_hub import SearchHub
 from tmerge import child
 from tmerge.calibration import sample_texts
@@ -28,14 +27,6 @@ from tmerge.ui.server.visitor_run import VisitorRun
 
 # The form begins without the demo's models, which take a quarter of a minute to check and are not always installed.
 BEGIN: dict[str, Any] = {"calibration": {"dataset": "samples:indonesian"}, "dtype": "float32"}
-CHROMIUM = os.environ.get("TMERGE_CHROMIUM", shutil.which("chromium") or "/usr/bin/chromium")
-# The windows below an address bar that nobody sees: two pages loaded for each of ours, a quarter of its cost. Chromium
-# reads the last such list alone, so Playwright's own is repeated as far as it touches a page of one's own machine.
-_NOT_NEEDED = (
-    "WebUIOmniboxPopup,WebUIOmniboxAimPopup,HttpsUpgrades,HttpsFirstBalancedModeAutoEnable,LensOverlay,MediaRouter,"
-    "PaintHolding,AvoidUnnecessaryBeforeUnloadCheckSync,DestroyProfileOnBrowserClose,"
-    "AvoidCorsURLLoaderRestartOnRedirect,OptimizationHints,NetworkTimeServiceQuerying,AimEnabled,PreconnectToSearch"
-)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -112,15 +103,12 @@ def served(models: Path) -> Iterator[Served]:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not Path(CHROMIUM).exists():
+    if not Path(CHROMIUM["executable_path"]).exists():
         pytest.skip("Chromium is not installed")
     # The machine may be busy with other things.
     sync_api.expect.set_options(timeout=20_000)
     with sync_api.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", f"--disable-features={_NOT_NEEDED}"],
-        )
+        browser = driver.chromium.launch(**CHROMIUM)
         yield browser
         browser.close()
 

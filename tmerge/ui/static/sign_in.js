@@ -1,4 +1,4 @@
-(label, link, repo) => {
+async (label, link, repo) => {
   // Back to this page with all that its address says, to the run and to the tab.
   const back = new URLSearchParams(window.location.search);
   const run = link && link.includes("run=") ? new URL(link).searchParams.get("run") : "";
@@ -7,6 +7,13 @@
   if (repo && "THIS_TAB" === "push") { back.set("repo", repo); }
   back.set("tab", "THIS_TAB");
   const way = label === "SIGNED_OUT" ? "/login/huggingface" : "/logout";
+  const address = way + "?_target_url=" + encodeURIComponent("/?" + back);
+  // Where a browser lends no cookies to a page within another site's (Safari's way, and that of private windows), nobody
+  // would be signed in there: the app comes back as a page of its own.
+  if (window.parent !== window && !(await document.hasStorageAccess())) {
+    window.open(address, "_blank", "noopener");
+    return;
+  }
   window.parent?.postMessage({ type: "SET_SCROLLING", enabled: true }, "*");
-  window.location.assign(way + "?_target_url=" + encodeURIComponent("/?" + back));
+  window.location.assign(address);
 }
