@@ -18,6 +18,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,15 @@ from tmerge.child import Child, ChildFaultError, ChildLostError
 from tmerge.errors import Cancelled, RunNotFoundError, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.report import Relatedness, Report
-from tmerge.stages.fetch import fetch_weights_of
-from tmerge.stages.merge import advance, merge
+from tmerge.stages.merge import merge
 from tmerge.stages.relatedness import measure_relatedness
-from tmerge.stages.step import fusing_stage
+from tmerge.stages.step import Step
 from tmerge.ui.server.downloads import link_or_copy
 from tmerge.ui.server.further import go_further, refuse_for_memory, refuse_further
 from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError
 from tmerge.ui.server.overall import seconds_left
 from tmerge.ui.server.run_process import NAME, lost, prepared_child, step_of
-from tmerge.ui.server.uploads import hears_without_paths, hide_upload, with_upload, without_paths
+from tmerge.ui.server.uploads import hide_upload, with_upload, without_paths
 from tmerge.ui.server.visitor_run import CouplingRow, Further, StageProgress, State, VisitorRun, Way
 
 __all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
@@ -217,8 +217,7 @@ class RunStore:
             if run.gpu is not None:
                 run.context = contextvars.copy_context()
             run.wait_again()
-            self._queue.append(run_id)
-            self._changed.notify_all()
+            self._enqueue(run)
 
     def asks_for_room(self, let_go: Callable[[], None]) -> None:
         """Have a function called before a merge or a training begins, and at the end: it lets go of kept memory."""
@@ -280,12 +279,12 @@ class RunStore:
     def _refuse_too_many(self, visitor: str) -> None:
         open_runs = [run for run in self._runs.values() if not run.over]
         has = sum(run.visitor == visitor for run in open_runs)
-        if self.settings.runs_per_visitor is not None and has >= self.settings.runs_per_visitor:
+        if has >= self.settings.runs_per_visitor:
             raise TooManyRunsError(
                 f"you have {has} run{'s' if has > 1 else ''} waiting or running, as many as this app gives one "
                 "visitor; cancel it, or wait for its end"
             )
-        if self.settings.total_runs is not None and len(open_runs) >= self.settings.total_runs:
+        if len(open_runs) >= self.settings.total_runs:
             raise TooManyRunsError(f"{len(open_runs)} runs are waiting, as many as this app takes; try again later")
 
     # -- the worker --------------------------------------------------------------------------------------------
@@ -328,10 +327,12 @@ class RunStore:
         except TmergeError as error:
             run.error = without_paths(str(error), self.root)
             self._end(run, "failed", run.error)
-        except ChildFaultError as error:
-            self._end_by_fault(run, str(error))
-        except Exception:  # noqa: BLE001 - as one there: the log has it, the visitor its number
-            self._end_by_fault(run, traceback.format_exc())
+        except Exception as error:  # noqa: BLE001 - a fault of ours: the log has it, the visitor its number
+            number = secrets.token_hex(4)
+            details = str(error) if isinstance(error, ChildFaultError) else traceback.format_exc()
+            _log.error("run failed, fault %s\n%s", number, details)
+            run.error, run.fault = f"a fault of ours, not of your recipe; the server's log has it under {number}", True
+            self._end(run, "failed", run.error)
 
     def _take_child(self) -> Child:
         """The process that is ready, or one that is started now; the next one is made ready meanwhile."""
@@ -346,7 +347,9 @@ class RunStore:
     def _found(self, run: VisitorRun) -> Report | Relatedness:
         """In a process of its own, which is gone when this returns or raises."""
         recipe, child = run.read or run.recipe, self._take_child()
-        hear = hears_without_paths(run, self.root)
+
+        def hear(step: Step) -> None:
+            run.hear(replace(step, what=without_paths(step.what, self.root)))
 
         def call(function: Callable[..., Any]) -> Any:
             return child.call(function, hear=lambda told: hear(step_of(told)), pulse=run.stop_if_cancelled)
@@ -360,20 +363,7 @@ class RunStore:
             if run.gpu is not None and run.context is not None:
                 from tmerge.ui.server import zero
 
-                for before, until in (("texts", "source"), (fusing_stage(recipe), "evaluate")):
-                    call(partial(advance, recipe, run.folder, until=before))
-                    call(partial(fetch_weights_of, recipe))
-                    run.say(f"asking ZeroGPU for a GPU, for up to {run.gpu[until]:.0f} s")
-                    # By this process: ZeroGPU knows a visitor by the request, which no other has.
-                    zero.on_gpu(
-                        recipe,
-                        str(run.folder),
-                        until,
-                        run.gpu[until],
-                        listener=hear,
-                        pulse=run.stop_if_cancelled,
-                        context=run.context,
-                    )
+                zero.in_turns(run, recipe, call, hear)
             report: Report = call(partial(merge, recipe, run.folder))
             return report
         except ChildLostError as error:
@@ -381,12 +371,6 @@ class RunStore:
             raise lost(error.status) from None
         finally:
             child.end()
-
-    def _end_by_fault(self, run: VisitorRun, details: str) -> None:
-        number = secrets.token_hex(4)
-        _log.error("run failed, fault %s\n%s", number, details)
-        run.error, run.fault = f"a fault of ours, not of your recipe; the server's log has it under {number}", True
-        self._end(run, "failed", run.error)
 
     def _end(self, run: VisitorRun, state: State, line: str) -> None:
         run.ended = time.time()

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from tmerge.recipe import Recipe
-from tmerge.stages.step import Step
 from tmerge.ui.server.limits import UPLOAD_PREFIX
 from tmerge.ui.server.visitor_run import VisitorRun
 
-__all__ = ["hears_without_paths", "hide_upload", "with_upload", "without_paths"]
+__all__ = ["hide_upload", "with_upload", "without_paths"]
 
 
 def with_upload(recipe: Recipe, home: Path, upload: Path | None) -> Recipe:
@@ -53,8 +50,3 @@ def without_paths(line: str, root: Path) -> str:
     line = re.sub(rf"{home}[\\/]texts[\\/]", "", line)
     line = re.sub(rf"{home}(?:[\\/](?:fused|merge|adapted)\b)?", "the run's folder", line)
     return re.sub(roots, "the app's folder", line)
-
-
-def hears_without_paths(run: VisitorRun, root: Path) -> Callable[[Step], None]:
-    """A listener through which a run hears its steps, none of which says a path of the server (`without_paths`)."""
-    return lambda step: run.hear(replace(step, what=without_paths(step.what, root)))

@@ -9,7 +9,7 @@ What a call is counted on is the quota of the visitor who started the run.
 
 from __future__ import annotations
 
-import contextvars
+import contextlib
 import dataclasses
 import functools
 import math
@@ -20,26 +20,21 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
+
 import tmerge.errors
 from tmerge.errors import Cancelled, DeviceError, TmergeError
 from tmerge.models import give_back_memory
 from tmerge.models.device import DEVICE_VARIABLE
 from tmerge.preflight.check import TOKENS_PER_TEXT, Check
 from tmerge.recipe import Recipe
+from tmerge.stages.fetch import fetch_weights_of
 from tmerge.stages.merge import advance
-from tmerge.stages.step import Step
+from tmerge.stages.step import Listener, Step, fusing_stage
 from tmerge.ui.server.limits import AppSettings
-from tmerge.ui.server.stopping import watched_modules
+from tmerge.ui.server.visitor_run import VisitorRun
 
-__all__ = [
-    "GPU_TURNS",
-    "GpuLimitError",
-    "as_on_zero",
-    "forward_passes",
-    "gpu_seconds",
-    "on_gpu",
-    "prepare",
-]
+__all__ = ["GPU_TURNS", "GpuLimitError", "as_on_zero", "forward_passes", "gpu_seconds", "in_turns", "prepare"]
 
 GPU_TURNS = ("source", "evaluate")
 """The stages that the two lent calls end with."""
@@ -84,7 +79,7 @@ def as_on_zero(found: Check, recipe: Recipe, settings: AppSettings) -> tuple[Che
     """
     seconds = gpu_seconds(found, recipe)
     total = sum(seconds.values())
-    if settings.max_gpu_seconds is not None and total > settings.max_gpu_seconds:
+    if total > settings.max_gpu_seconds:
         raise GpuLimitError(
             f"this run asks for up to {total:.0f} s of a GPU, where this app asks for {settings.max_gpu_seconds:.0f} s "
             "at most; lower calibration.texts, choose smaller models, or run it as a job on your own account"
@@ -101,45 +96,44 @@ def as_on_zero(found: Check, recipe: Recipe, settings: AppSettings) -> tuple[Che
     return dataclasses.replace(found, estimate=estimate), seconds
 
 
-def on_gpu(
-    recipe: Recipe,
-    folder: str,
-    until: str,
-    seconds: float,
-    *,
-    listener: Callable[[Step], None],
-    pulse: Callable[[], None],
-    context: contextvars.Context,
-) -> None:
-    """Take a run up to a stage in a call that is lent a GPU.
+def in_turns(run: VisitorRun, recipe: Recipe, call: Callable[[Callable[..., Any]], Any], hear: Listener) -> None:
+    """Take a run up to its scoring: the forward passes in calls that are lent a GPU, the rest in the run's process.
 
     Args:
-        recipe: Of the run.
-        folder: Its folder.
-        until: The stage to end with.
-        seconds: Most that it takes.
-        listener: Hears every step; may raise.
-        pulse: Called several times a second; may raise, which stops the call.
-        context: Of the visitor's request, by which ZeroGPU knows whose quota it is.
+        run: With the seconds of GPU and the request's context that it asks with.
+        recipe: That is run.
+        call: Calls a function with a listener, in the run's process.
+        hear: Hears every step of the lent calls; may raise.
 
     Raises:
         GpuLimitError: No GPU was lent, or for too short a time.
         TmergeError: As `tmerge.stages.merge.merge`.
     """
+    for before, until in zip(("texts", fusing_stage(recipe)), GPU_TURNS, strict=True):
+        call(functools.partial(advance, recipe, run.folder, until=before))
+        call(functools.partial(fetch_weights_of, recipe))
+        _on_gpu(run, recipe, until, hear)
+
+
+def _on_gpu(run: VisitorRun, recipe: Recipe, until: str, hear: Listener) -> None:
+    """Take it up to a stage in a lent call, which this process makes: ZeroGPU knows a visitor by the request."""
+    assert run.gpu is not None and run.context is not None
+    seconds, context = run.gpu[until], run.context
+    run.say(f"asking ZeroGPU for a GPU, for up to {seconds:.0f} s")
     import gradio as gr
 
     settings = recipe.model_dump(mode="json")
-    call = _lent()(settings, folder, until, seconds)
+    call = _lent()(settings, str(run.folder), until, seconds)
     try:
         while True:
             # The package reads the request, and all else that it knows of the visitor, from the context of each step.
             said = context.run(next, call, ("ended",))
-            pulse()
+            run.stop_if_cancelled()
             if said is None:
                 continue
             kind, *words = said
             if kind == "step":
-                listener(Step(*words))
+                hear(Step(*words))
             elif kind == "done":
                 return
             elif kind == "error":
@@ -187,7 +181,7 @@ def forward_passes(
 
     def work() -> None:
         try:
-            with watched_modules(stop):
+            with _watched_modules(stop):
                 advance(Recipe.from_mapping(recipe), folder, until=until, listener=listen)
             said.put(("done",))
         except Cancelled:
@@ -219,6 +213,26 @@ def forward_passes(
             # It does not come to its next step, within a large file perhaps; this process is of no other use.
             os._exit(1)
         give_back_memory()
+
+
+@contextlib.contextmanager
+def _watched_modules(stop: threading.Event) -> Iterator[None]:
+    """Ask before each module's forward pass in this thread whether to stop: a batch may take longer than one waits.
+
+    Raises:
+        Cancelled: From within a forward pass, once the event is set.
+    """
+    thread = threading.get_ident()
+
+    def ask(module: torch.nn.Module, inputs: Any) -> None:
+        if stop.is_set() and threading.get_ident() == thread:
+            raise Cancelled("stopped by its visitor")
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(ask)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _seconds(recipe: Mapping[str, Any], folder: str, until: str, seconds: float) -> float:
