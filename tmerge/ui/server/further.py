@@ -46,7 +46,7 @@ def refuse_further(report: Report, recipe: Recipe, steps: int, way: Way, setting
     if way == "compare" and report.sources:
         raise RecipeError(f"a comparison takes one source, and this merge has {len(report.sources)}; name one of them")
     operations = _operations(report, recipe, steps, way)
-    if settings.max_operations is not None and operations > settings.max_operations:
+    if operations > settings.max_operations:
         raise RecipeError(
             f"{_what(way)} of {steps} steps takes up to {operations_words(operations)}, where this app takes "
             f"{operations_words(settings.max_operations)}; choose fewer, or run it {_own(way)}"

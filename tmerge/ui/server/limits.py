@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import constants
 
@@ -90,7 +90,7 @@ class BusyError(TmergeError):
 
 @dataclass(frozen=True)
 class AppSettings:
-    """What the app allows; `settings_here` knows where it runs.
+    """What the app allows, ``math.inf`` being no limit; `settings_here` knows where it runs.
 
     Attributes:
         public: Whether strangers use it: then the limits below hold.
@@ -110,18 +110,23 @@ class AppSettings:
     """
 
     public: bool = False
-    max_parameters: int | None = None
-    max_download_bytes: int | None = None
-    max_texts: int | None = None
+    max_parameters: float = math.inf
+    max_download_bytes: float = math.inf
+    max_texts: float = math.inf
     max_upload_bytes: int = 50 * 2**20
-    max_operations: float | None = None
-    runs_per_visitor: int | None = None
-    total_runs: int | None = None
+    max_operations: float = math.inf
+    runs_per_visitor: float = math.inf
+    total_runs: float = math.inf
     runs_kept_seconds: float = 6 * 3600
     zero_gpu: bool = False
-    max_gpu_seconds: float | None = None
+    max_gpu_seconds: float = math.inf
     job_package: str | None = None
     local_root: Path | None = None
+
+    @property
+    def elsewhere(self) -> AppSettings:
+        """What holds of a run elsewhere, such as a job: no limit of this app, and still no path or code."""
+        return AppSettings(local_root=self.local_root)
 
 
 def settings_here() -> AppSettings:
@@ -183,10 +188,9 @@ def vetted(recipe: Recipe, settings: AppSettings) -> Recipe:
     for number, source in enumerate(recipe.sources, start=1):
         _refuse_path(source_name(number), source.reference, settings, demo=True)
     refuse_dataset_path(recipe.calibration.dataset, settings)
-    if recipe.calibration.match_on is not None:
-        refuse_dataset_path(recipe.calibration.match_on, settings, "calibration.match_on")
-    if recipe.fusion.kept_on is not None:
-        refuse_dataset_path(recipe.fusion.kept_on, settings, "fusion.keep")
+    for key, texts in (("calibration.match_on", recipe.calibration.match_on), ("fusion.keep", recipe.fusion.kept_on)):
+        if texts is not None:
+            refuse_dataset_path(texts, settings, key)
     if not _DEVICE.fullmatch(recipe.device):
         raise RecipeError(f"device is {recipe.device!r}; choose auto, cpu, cuda or mps")
     if settings.zero_gpu and recipe.device != "auto":
@@ -196,7 +200,7 @@ def vetted(recipe: Recipe, settings: AppSettings) -> Recipe:
             f"save.max_shard_size is {recipe.save.max_shard_size!r}, where this app takes "
             f"{_LEAST_SHARD_BYTES // 10**6}MB at least; raise it, or run `tmerge merge` on your own machine"
         )
-    if settings.max_texts is not None and recipe.calibration.texts > settings.max_texts:
+    if recipe.calibration.texts > settings.max_texts:
         raise RecipeError(_too_much("calibration.texts", recipe.calibration.texts, settings.max_texts))
     if settings.public:
         for name, read, most in _MOST:
@@ -215,7 +219,7 @@ def refuse_large(found: Check, settings: AppSettings) -> None:
     several = [(relative.name, relative.facts) for relative in found.sources]
     models = [("target", found.target), ("source", found.source), *several]
     for role, facts in models:
-        if settings.max_parameters is not None and facts.parameters > settings.max_parameters:
+        if facts.parameters > settings.max_parameters:
             raise NotEnoughMemoryError(
                 f"the {role} {facts.reference.text!r} has {number_words(facts.parameters)} parameters, where this "
                 f"app takes {number_words(settings.max_parameters)}; choose a smaller model, {own}"
@@ -223,13 +227,13 @@ def refuse_large(found: Check, settings: AppSettings) -> None:
     # What several adapters are joined to is fetched once.
     on_hub = {facts.reference.text: facts.weight_bytes for _, facts in models if facts.reference.kind == "hub"}
     fetched = sum(on_hub.values())
-    if settings.max_download_bytes is not None and fetched > settings.max_download_bytes:
+    if fetched > settings.max_download_bytes:
         raise NotEnoughDiskError(
             f"the {len(on_hub)} models are {bytes_words(fetched)} to fetch, where this app takes "
             f"{bytes_words(settings.max_download_bytes)}; choose smaller models, {own}"
         )
     operations = found.estimate.operations
-    if settings.max_operations is not None and operations > settings.max_operations:
+    if operations > settings.max_operations:
         raise RecipeError(
             f"this run takes {operations_words(operations)}, where this app takes "
             f"{operations_words(settings.max_operations)}; lower calibration.texts, choose smaller models, {own}"
@@ -288,19 +292,15 @@ def _is_below(reference: str, root: Path | None) -> bool:
     return Path(reference).resolve().is_relative_to(root.resolve())
 
 
-def describe_limits(settings: AppSettings) -> list[tuple[str, Any]]:
+def describe_limits(settings: AppSettings) -> list[tuple[str, str]]:
     """The limits in words, for the page that shows them."""
-    rows: list[tuple[str, Any]] = []
-    if settings.max_parameters is not None:
-        rows.append(("parameters of either model", number_words(settings.max_parameters)))
-    if settings.max_download_bytes is not None:
-        rows.append(("weights fetched", bytes_words(settings.max_download_bytes)))
-    if settings.max_texts is not None:
-        rows.append(("calibration texts", f"{settings.max_texts:,}"))
-    if settings.max_operations is not None:
-        rows.append(("work", operations_words(settings.max_operations)))
-    if settings.zero_gpu and settings.max_gpu_seconds is not None:
-        rows.append(("time that a GPU is asked for", f"{settings.max_gpu_seconds:.0f} s"))
-    if settings.runs_per_visitor is not None:
-        rows.append(("runs at once", str(settings.runs_per_visitor)))
-    return rows
+    gpu_seconds = settings.max_gpu_seconds if settings.zero_gpu else math.inf
+    limits: list[tuple[str, float, Callable[[float], str]]] = [
+        ("parameters of either model", settings.max_parameters, number_words),
+        ("weights fetched", settings.max_download_bytes, bytes_words),
+        ("calibration texts", settings.max_texts, "{:,}".format),
+        ("work", settings.max_operations, operations_words),
+        ("time that a GPU is asked for", gpu_seconds, "{:.0f} s".format),
+        ("runs at once", settings.runs_per_visitor, str),
+    ]
+    return [(name, words(most)) for name, most, words in limits if most < math.inf]
