@@ -105,7 +105,7 @@ def test_the_preset_is_empty_once_the_recipe_is_another(visit):
 def test_an_old_push_that_failed_is_no_answer_to_a_new_one(visit, served):
     run_id = served.context.store.start(served.recipe(), "pusher")
     run = served.ended(run_id)
-    run.push = PushUnderWay("a/b", private=True, state="failed", error="the Hub said no", ended=0.0)
+    run.push = PushUnderWay("a/b", error="the Hub said no", ended=0.0)
     page = visit(f"&run={run_id}")
     expect(page.locator("#run-head")).to_contain_text("Done", timeout=30_000)
     # Nothing is being solved any more.

@@ -87,17 +87,14 @@ def keep_in(run: VisitorRun, folder: Path) -> None:
     if not run.folder.is_dir():
         raise RunNotFoundError(_GONE)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as holder:
+        part = Path(holder) / folder.name
         for name in files_of(run.folder):
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(run.folder / name, part / name)
         if folder.exists():
             folder.rmdir()
-        part.chmod(0o755)  # it was made for its owner alone
         part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:

@@ -8,7 +8,6 @@ tests.bench.examples`` writes one.
 from __future__ import annotations
 
 import lzma
-import shutil
 import tempfile
 import threading
 from importlib import resources
@@ -32,25 +31,25 @@ EXAMPLES = ("relatives", "strangers")
 """Names of those that ship."""
 
 
-class Answer(BaseModel):
-    """What one model said to a prompt, and how it was asked."""
-
+class _Shipped(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Answer(_Shipped):
+    """What one model said to a prompt, and how it was asked."""
 
     text: str
     note: str
 
 
-class Talk(BaseModel):
+class Talk(_Shipped):
     """A prompt, and each role's answer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: str
     said: dict[str, Answer]
 
 
-class Example(BaseModel):
+class Example(_Shipped):
     """What is told of a recorded run beside its report.
 
     Attributes:
@@ -58,8 +57,6 @@ class Example(BaseModel):
         made: How, with which models, on which machine: sentences.
         talks: Prompts and answers.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     title: str
     made: str
@@ -80,7 +77,7 @@ class Examples:
     """The recorded runs, each unpacked when it is first looked at; they go with `close`."""
 
     def __init__(self) -> None:
-        self._home: Path | None = None
+        self._home = tempfile.TemporaryDirectory(prefix="tmerge-examples-")
         self._runs: dict[str, VisitorRun] = {}
         self._one = threading.Lock()
 
@@ -98,16 +95,11 @@ class Examples:
         """Remove what was unpacked."""
         with self._one:
             self._runs.clear()
-            if self._home is not None:
-                shutil.rmtree(self._home, ignore_errors=True)
-                self._home = None
+            self._home.cleanup()
 
     def _opened(self, name: str) -> VisitorRun:
-        if self._home is None:
-            self._home = Path(tempfile.mkdtemp(prefix="tmerge-examples-"))
-        folder = self._home / name
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "tmerge").mkdir(parents=True)
+        folder = Path(self._home.name) / name
+        (folder / "tmerge").mkdir(parents=True, exist_ok=True)
         shipped = resources.files(_PACKAGE) / _FOLDER / name
         for file in ("recipe.yaml", "report.json"):
             (folder / "tmerge" / file).write_bytes((shipped / file).read_bytes())

@@ -39,8 +39,6 @@ class PushUnderWay:
 
     Attributes:
         repo: As asked for.
-        private: Likewise.
-        state: Where it is.
         lines: What it has done so far, the last one being what it does now.
         pushed: Where the run has gone, once it is there.
         error: Why it failed, in one line.
@@ -48,13 +46,16 @@ class PushUnderWay:
     """
 
     repo: str
-    private: bool
-    state: Literal["pushing", "done", "failed"] = "pushing"
     lines: list[str] = field(default_factory=list)
     pushed: Pushed | None = None
     error: str | None = None
     began: float = field(default_factory=time.time)
     ended: float | None = None
+
+    @property
+    def state(self) -> Literal["pushing", "done", "failed"]:
+        """Where it is."""
+        return "pushing" if self.ended is None else "failed" if self.pushed is None else "done"
 
 
 def start_push(
@@ -81,7 +82,7 @@ def start_push(
     with _lock:
         if run.push is not None and run.push.state == "pushing":
             raise BusyError("this run is being pushed already")
-        under_way = run.push = PushUnderWay(repo, private)
+        under_way = run.push = PushUnderWay(repo)
 
     def work() -> None:
         try:
@@ -94,15 +95,13 @@ def start_push(
                 token=token,
                 listener=under_way.lines.append,
             )
-            ended: Literal["done", "failed"] = "done"
         except TmergeError as error:
-            under_way.error, ended = _for_the_page(run, str(error)), "failed"
+            under_way.error = _for_the_page(run, str(error))
         except Exception:  # noqa: BLE001 - a fault of ours: the log has it, the visitor its number
             number = secrets.token_hex(4)
             _log.exception("a push failed, fault %s", number)
-            under_way.error, ended = f"a fault of ours; the server's log has it under {number}", "failed"
+            under_way.error = f"a fault of ours; the server's log has it under {number}"
         under_way.ended = time.time()
-        under_way.state = ended
 
     threading.Thread(target=work, name="tmerge-push", daemon=True).start()
     return under_way

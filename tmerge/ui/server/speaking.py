@@ -71,44 +71,42 @@ class _Talk:
     def fail(self, role: str, why: str) -> None:
         self.tell(role, replace(self.said[role], state="failed", note=why.replace(str(self.folder), "the fused model")))
 
+    @property
+    def unended(self) -> dict[str, Said]:
+        """Of the models that have not spoken to their end."""
+        return {role: said for role, said in self.said.items() if said.state in ("waiting", "loading", "speaking")}
+
+    def fail_all(self, why: str) -> None:
+        for role in self.unended:
+            self.fail(role, why)
+
     def end(self) -> None:
-        """Of all models that have not spoken to their end."""
-        for role, said in self.said.items():
-            if said.state in ("waiting", "loading", "speaking"):
-                note = "stopped" if said.state == "waiting" else f"{said.note}, stopped"
-                self.tell(role, replace(said, state="stopped", note=note))
+        for role, said in self.unended.items():
+            note = "stopped" if said.state == "waiting" else f"{said.note}, stopped"
+            self.tell(role, replace(said, state="stopped", note=note))
 
 
 class _Patience:
     """How long one model may still take; a hostile one, whose chat template is a program, would take for ever."""
 
     def __init__(self) -> None:
-        self._until = ""
-        self._begin("loaded", _LOADING)
-
-    def _begin(self, until: str, seconds: float) -> None:
-        if self._until != until:
-            self._until, self._seconds, self._began = until, seconds, time.monotonic()
+        self._far, self._began = 0, time.monotonic()
 
     def hear(self, said: Said) -> None:
-        """Take in how far it is."""
-        if said.tokens:
-            self._begin("ended", _TO_THE_END)
-        elif said.state == "speaking":
-            self._begin("begun", _FIRST_TOKEN)
+        """Take in how far it is: not loaded, not begun, or speaking."""
+        far = 2 if said.tokens else 1 if said.state == "speaking" else self._far
+        if far != self._far:
+            self._far, self._began = far, time.monotonic()
 
     def check(self) -> None:
         """Raise `TooSlowError` where it has taken too long."""
-        if time.monotonic() - self._began <= self._seconds:
-            return
-        no_answer = f"no answer within {self._seconds:.0f} s"
-        raise TooSlowError(
-            {
-                "loaded": f"{no_answer}: it was not loaded by then; try again later",
-                "begun": f"{no_answer} of being loaded; try a shorter prompt, or without its chat template",
-                "ended": f"{no_answer} of its first token; ask for fewer tokens",
-            }[self._until]
-        )
+        seconds, why = (
+            (_LOADING, ": it was not loaded by then; try again later"),
+            (_FIRST_TOKEN, " of being loaded; try a shorter prompt, or without its chat template"),
+            (_TO_THE_END, " of its first token; ask for fewer tokens"),
+        )[self._far]
+        if time.monotonic() - self._began > seconds:
+            raise TooSlowError(f"no answer within {seconds:.0f} s{why}")
 
 
 class Speaker:
@@ -194,13 +192,9 @@ class Speaker:
                 idle.daemon = True
                 idle.start()
         except TmergeError as error:
-            for role in ROLES:
-                talk.fail(role, str(error))
+            talk.fail_all(str(error))
         except Exception:  # noqa: BLE001 - the log has it, the visitor its number; the page is not to say "stopped"
-            why = _fault(traceback.format_exc())
-            for role, said in talk.said.items():
-                if said.state in ("waiting", "loading", "speaking"):
-                    talk.fail(role, why)
+            talk.fail_all(_fault(traceback.format_exc()))
         finally:
             talk.end()
             talk.over.set()
@@ -240,15 +234,7 @@ class Speaker:
         try:
             # The system may have neither memory nor a number for it.
             child = self._process(talk.folder)
-            said = child.call(
-                answer,
-                reference,
-                recipe.dtype,
-                recipe.device,
-                talk.question,
-                hear=hear,
-                pulse=pulse,
-            )
+            said = child.call(answer, reference, recipe.dtype, recipe.device, talk.question, hear=hear, pulse=pulse)
             talk.tell(role, said)
         except Cancelled:
             return
