@@ -15,7 +15,16 @@ from tmerge.ui.server.examples import Examples
 from tmerge.ui.server.limits import AppSettings
 from tmerge.ui.server.runs import RunStore, VisitorRun
 
-__all__ = ["AppContext", "Kept"]
+__all__ = ["QUIET", "SHARED", "UNQUEUED", "AppContext", "Kept"]
+
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""Options of an event that shows no progress."""
+
+SHARED: dict[str, Any] = {**QUIET, "concurrency_limit": 16}
+"""Likewise, and nobody is kept waiting by another visitor's."""
+
+UNQUEUED: dict[str, Any] = {**QUIET, "queue": False}
+"""Likewise, in no queue: for what is there at once, and never in the way of what a visitor waits for."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class AppContext:
         """Call a function when a page opens, as ``Blocks.load`` does."""
         block = gr.context.Context.root_block
         assert block is not None, "the tabs are built within a gr.Blocks"
-        block.load(fn, inputs, outputs, **{"api_visibility": "private", "show_progress": "hidden", **options})
+        block.load(fn, inputs, outputs, **{**QUIET, **options})
 
     def seen(self, run_id: str | None) -> VisitorRun | None:
         """The run of an id, a recorded one too; None where there is none (any more)."""
@@ -79,11 +88,10 @@ class AppContext:
 
     def finished(self, run_id: str | None) -> Run | None:
         """The folder of a run that is done; None while it runs, and where it failed or is gone."""
-        seen_run = self.seen(run_id)
-        done = seen_run is not None and seen_run.state == "done" and seen_run.report is not None
-        return Run(seen_run.folder) if done and seen_run is not None else None
+        run = self.seen(run_id)
+        return Run(run.folder) if run is not None and run.state == "done" and run.report is not None else None
 
     def with_weights(self, run_id: str | None) -> Run | None:
         """As `finished`, and None of a recorded run, whose model is not there."""
-        seen_run = self.seen(run_id)
-        return None if seen_run is None or seen_run.example is not None else self.finished(run_id)
+        run = self.seen(run_id)
+        return None if run is None or run.example is not None else self.finished(run_id)

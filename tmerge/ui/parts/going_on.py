@@ -9,8 +9,8 @@ import gradio as gr
 
 from tmerge.errors import TmergeError
 from tmerge.recipe import Recipe
-from tmerge.report import RELATED, Report
-from tmerge.ui.context import AppContext
+from tmerge.report import RELATED
+from tmerge.ui.context import SHARED, UNQUEUED, AppContext
 from tmerge.ui.parts.cards import note
 from tmerge.ui.parts.form import read_yaml, with_value
 from tmerge.ui.parts.style import markup
@@ -22,7 +22,6 @@ __all__ = ["build_going_on"]
 
 _OBJECTIVES = [("on the texts (sft)", "sft"), ("towards the source (distill)", "distill")]
 _TRAINS = all(find_spec(name) is not None for name in ("trl", "peft"))
-_LIGHT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 16}
 
 
 def build_going_on(app: AppContext) -> None:
@@ -41,7 +40,7 @@ def build_going_on(app: AppContext) -> None:
         fits = run is not None and _fits(run)
         return {row: gr.Row(visible=merged and _TRAINS), reconstruct: gr.Button(visible=fits), problem: ""}
 
-    gr.on([app.run_id.change, app.ended.change], offer, app.run_id, [row, reconstruct, problem], queue=False, **_LIGHT)
+    gr.on([app.run_id.change, app.ended.change], offer, app.run_id, [row, reconstruct, problem], **UNQUEUED)
 
     def proposed(run_id: str) -> dict[Any, Any]:
         """The same pair and texts, fitted: with the defaults of a reconstruction."""
@@ -50,7 +49,7 @@ def build_going_on(app: AppContext) -> None:
             return {app.proposed: gr.skip()}
         return {app.proposed: _fitted(run.recipe), app.tabs: gr.Tabs(selected="choose")}
 
-    reconstruct.click(proposed, app.run_id, [app.proposed, app.tabs], **_LIGHT)
+    reconstruct.click(proposed, app.run_id, [app.proposed, app.tabs], **SHARED)
 
     def begin(run_id: str, count: Any, way: Way, request: gr.Request) -> dict[Any, Any]:
         try:
@@ -61,7 +60,7 @@ def build_going_on(app: AppContext) -> None:
         return {app.run_id: started, app.tabs: gr.Tabs(selected="run"), problem: ""}
 
     for button, way in ((train, objective), (compare, gr.State("compare"))):
-        button.click(begin, [app.run_id, steps, way], [app.run_id, app.tabs, problem], trigger_mode="once", **_LIGHT)
+        button.click(begin, [app.run_id, steps, way], [app.run_id, app.tabs, problem], trigger_mode="once", **SHARED)
 
 
 def _fitted(recipe: Recipe) -> dict[str, Any]:
@@ -74,14 +73,9 @@ def _fitted(recipe: Recipe) -> dict[str, Any]:
 
 def _fits(run: VisitorRun) -> bool:
     """Whether a reconstruction is worth proposing: of two relatives, which were not reconstructed."""
-    report: Report | None = run.report
-    if (
-        report is None
-        or run.asks != "merge"
-        or run.example is not None
-        or report.fusion.fit is not None
-        or report.sources
-    ):
+    report = run.report
+    if report is None or run.asks != "merge" or run.example is not None:
         return False
     related = report.transport.relatedness
-    return related is not None and related.value >= RELATED
+    fitted = report.fusion.fit is not None or bool(report.sources)
+    return not fitted and related is not None and related.value >= RELATED

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
@@ -17,7 +16,7 @@ import gradio as gr
 import gradio.context
 
 from tmerge.templates import static_text
-from tmerge.ui.context import AppContext, Kept
+from tmerge.ui.context import SHARED, UNQUEUED, AppContext, Kept
 from tmerge.ui.server.visitor_run import VisitorRun
 
 __all__ = ["TABS", "build_links", "keep", "open_again", "sign_in_button", "under_way", "wire_returning"]
@@ -28,25 +27,6 @@ TABS = ("choose", "run", "look", "try", "push")
 _MOST_RUNS = 10
 _SHOW_RUN = static_text("tmerge.ui", "run_in_url.js")
 _SIGN_IN = static_text("tmerge.ui", "sign_in.js")
-# Not through the queue, and never in the way of what a visitor waits for.
-_LIGHT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-# What changes the run: that a State has changed is not told to a page by what goes past the queue.
-_QUEUED: dict[str, Any] = {**_LIGHT, "queue": True, "concurrency_limit": 16}
-
-
-@dataclass(frozen=True)
-class _Back:
-    """Where a page that opens begins.
-
-    Attributes:
-        run: Id of the run that is looked at, or "".
-        tab: One of `TABS`.
-        repo: Name that was typed for the run's repo, or "".
-    """
-
-    run: str
-    tab: str
-    repo: str
 
 
 def sign_in_button(link: gr.Textbox, repo: gr.Textbox, *, tab: str = "push", name: str = "sign-in") -> gr.LoginButton:
@@ -97,27 +77,33 @@ def build_links(app: AppContext) -> None:
         offer,
         [app.run_id, app.kept.runs],
         [row, mine],
-        **_LIGHT,
+        **UNQUEUED,
     )
-    mine.input(lambda chosen: chosen or gr.skip(), mine, app.run_id, **_QUEUED)
+    # That a State has changed is not told to a page by what goes past the queue.
+    mine.input(lambda chosen: chosen or gr.skip(), mine, app.run_id, **SHARED)
 
 
 def wire_returning(app: AppContext, tabs: Sequence[gr.Tab]) -> None:
     """Keep where the visitor is, and begin there again; to be called when the tabs are built."""
     kept = app.kept
-    app.run_id.change(_link, app.run_id, app.link, **_LIGHT).then(
+    app.run_id.change(_link, app.run_id, app.link, **UNQUEUED).then(
         None, app.link, app.link, js=_SHOW_RUN, api_visibility="private"
     )
     app.run_id.change(
-        lambda run_id, runs: _with_run(app, run_id, runs), [app.run_id, kept.runs], kept.runs, **_LIGHT
+        lambda run_id, runs: _with_run(app, run_id, runs), [app.run_id, kept.runs], kept.runs, **UNQUEUED
     ).then(None, kept.runs, kept.runs, js="window.keptRuns.keep", api_visibility="private")
     for tab in tabs:
-        tab.select(lambda name=str(tab.id): name, None, kept.tab, **_LIGHT)
+        tab.select(lambda name=str(tab.id): name, None, kept.tab, **UNQUEUED)
 
     def begin(runs: Any, tab: Any, repo: Any, request: gr.Request) -> dict[Any, Any]:
-        back = _back(app, runs, tab, repo, {key: str(value) for key, value in request.query_params.items()})
-        where = {app.tabs: gr.Tabs(selected=back.tab)} if back.run else {}
-        return {kept.runs: runs, app.run_id: back.run, kept.typed: back.repo, **where}
+        query = {key: str(value) for key, value in request.query_params.items()}
+        known = [run.id for run in _known(app, runs)]
+        run_id = query.get("run", "")[:64] or next(iter(known), "")
+        last = query.get("tab") or (tab if run_id in known else "run")
+        of, name = repo if isinstance(repo, list) and len(repo) == 2 else ("", "")
+        typed = query.get("repo", "")[:200] or (str(name) if of == run_id else "")
+        where = {app.tabs: gr.Tabs(selected=last if last in TABS else "run")} if run_id else {}
+        return {kept.runs: runs, app.run_id: run_id, kept.typed: typed, **where}
 
     app.load(
         begin,
@@ -130,23 +116,13 @@ def wire_returning(app: AppContext, tabs: Sequence[gr.Tab]) -> None:
 def open_again(app: AppContext, button: gr.Button, which: gr.State, *, tab: str = "run") -> None:
     """Have a button open the run of an id, on a tab."""
     button.click(
-        lambda run_id: {app.run_id: run_id, app.tabs: gr.Tabs(selected=tab)}, which, [app.run_id, app.tabs], **_QUEUED
+        lambda run_id: {app.run_id: run_id, app.tabs: gr.Tabs(selected=tab)}, which, [app.run_id, app.tabs], **SHARED
     )
 
 
 def under_way(app: AppContext, runs: Any) -> str | None:
     """Id of the first of this browser's runs that is not over; None where there is none."""
     return next((run.id for run in _known(app, runs) if not run.over), None)
-
-
-def _back(app: AppContext, runs: Any, tab: Any, repo: Any, query: dict[str, str]) -> _Back:
-    asked = query.get("run", "")[:64]
-    known = _known(app, runs)
-    run = asked or (known[0].id if known else "")
-    mine = run in {each.id for each in known}
-    tab = query.get("tab") or (tab if mine else "run")
-    of, name = repo if isinstance(repo, list) and len(repo) == 2 else ("", "")
-    return _Back(run, tab if tab in TABS else "run", query.get("repo", "")[:200] or (str(name) if of == run else ""))
 
 
 def _known(app: AppContext, runs: Any) -> list[VisitorRun]:
