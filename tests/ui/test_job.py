@@ -163,7 +163,8 @@ def test_a_gated_model_is_not_for_this_sign_in(app, monkeypatch):
     from tmerge.ui.parts import job
 
     model = SimpleNamespace(gated=True, private=False, ref="user/gated")
-    monkeypatch.setattr(job, "check_facts", lambda app, recipe: SimpleNamespace(target=model, source=model))
+    found = SimpleNamespace(target=model, source=model)
+    monkeypatch.setattr(job, "check_here", lambda app, recipe: SimpleNamespace(found=found))
     with pytest.raises(RemoteError, match="'user/gated' is gated or private"):
         start(app)
 

@@ -15,18 +15,15 @@ from tmerge.recipe import Recipe
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import check_cards, empty_card, error_card
 from tmerge.ui.parts.form import recipe_of
-from tmerge.ui.server.aside import TURN_SECONDS, StillAskingError
+from tmerge.ui.server.aside import TURN_SECONDS
 from tmerge.ui.server.changes import always
 from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, refuse_large, vetted
 
-__all__ = ["STILL", "check_facts", "expected_cards", "fit_to_run", "refused_here"]
+__all__ = ["STILL", "check_here", "expected_cards", "refused_here"]
 
 _TITLE = "What this merge would be"
 STILL = empty_card(_TITLE, "Still asking: others ask too, or the Hub is slow. This page asks again by itself.")
 """In the place of the cards while they take longer."""
-
-# Whoever has pressed Start waits longer for them.
-_BEFORE_A_START = 30.0
 
 _log = logging.getLogger(__name__)
 
@@ -67,9 +64,7 @@ def expected_cards(app: AppContext, draft: Mapping[str, Any], wanted: Callable[[
         # Which one is said at its field.
         return empty_card(_TITLE, "The recipe has a mistake; mend it to see it.")
     try:
-        here = _checked(app, recipe, wanted)
-    except StillAskingError:
-        raise
+        here = check_here(app, recipe, wanted)
     except TmergeError as error:
         return error_card("This cannot be merged yet", str(error))
     except RuntimeError:
@@ -78,30 +73,30 @@ def expected_cards(app: AppContext, draft: Mapping[str, Any], wanted: Callable[[
     return check_cards(here.found, here.refused)
 
 
-def fit_to_run(app: AppContext, recipe: Recipe, *, lent: bool = True) -> Here:
-    """What a check finds of a run; one that is too large for this app is refused.
+def check_here(
+    app: AppContext,
+    recipe: Recipe,
+    wanted: Callable[[], bool] = always,
+    *,
+    lent: bool = True,
+    seconds: float = TURN_SECONDS,
+) -> Here:
+    """What a check of a recipe finds, whether or not this app runs it.
 
     Args:
         app: What the tabs share.
         recipe: Of the run.
+        wanted: As for `Aside.ask`.
         lent: Whether its models read on a GPU that is lent, where the app has such.
+        seconds: To wait for it.
 
     Raises:
-        TmergeError: Why.
-    """
-    here = _checked(app, recipe, lent=lent, seconds=_BEFORE_A_START)
-    if here.refused:
-        raise TmergeError(here.refused)
-    return here
-
-
-def check_facts(app: AppContext, recipe: Recipe) -> CheckDocument:
-    """What a check of a recipe finds, whether or not this app runs it.
-
-    Raises:
+        StillAskingError: It is not known yet.
+        SupersededError: It is not wanted any more.
         TmergeError: The two cannot be merged, or not be read.
     """
-    return _checked(app, recipe).found
+    settings = app.settings if lent else replace(app.settings, zero_gpu=False)
+    return app.aside.ask(_check, _readable(recipe), settings, wanted=wanted, seconds=seconds)
 
 
 def refused_here(app: AppContext, recipe: Recipe, wanted: Callable[[], bool] = always) -> str | None:
@@ -119,9 +114,9 @@ def refused_here(app: AppContext, recipe: Recipe, wanted: Callable[[], bool] = a
     try:
         recipe = vetted(recipe, app.settings)
     except TmergeError as error:
-        vetted(recipe, AppSettings(local_root=app.settings.local_root))
+        vetted(recipe, app.settings.elsewhere)
         return str(error)
-    return _checked(app, recipe, wanted).refused
+    return check_here(app, recipe, wanted).refused
 
 
 def _readable(recipe: Recipe) -> Recipe:
@@ -130,18 +125,6 @@ def _readable(recipe: Recipe) -> Recipe:
         return recipe
     calibration = recipe.calibration.model_copy(update={"dataset": "uploaded/texts"})
     return recipe.model_copy(update={"calibration": calibration})
-
-
-def _checked(
-    app: AppContext,
-    recipe: Recipe,
-    wanted: Callable[[], bool] = always,
-    *,
-    lent: bool = True,
-    seconds: float = TURN_SECONDS,
-) -> Here:
-    settings = app.settings if lent else replace(app.settings, zero_gpu=False)
-    return app.aside.ask(_check, _readable(recipe), settings, wanted=wanted, seconds=seconds)
 
 
 def _check(recipe: Recipe, settings: AppSettings) -> Here:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import gradio as gr
 
-from tmerge.ui.context import AppContext
+from tmerge.ui.context import SHARED, AppContext
 from tmerge.ui.server.aside import AGAIN_SECONDS, StillAskingError
 from tmerge.ui.server.changes import Change, Changes, SupersededError
 
@@ -24,7 +24,8 @@ def follow(
     state: Sequence[gr.State],
     outputs: Sequence[Any],
     meanwhile: Mapping[Any, Any],
-    show_progress: Literal["minimal", "hidden"] = "hidden",
+    *,
+    shows_progress: bool = False,
 ) -> None:
     """Answer as the page opens and after each of some events.
 
@@ -36,7 +37,7 @@ def follow(
         state: The recipe's mapping, and that path.
         outputs: The components.
         meanwhile: Component -> what it shows while the answer takes longer; then the page asks again.
-        show_progress: On the outputs.
+        shows_progress: On the outputs.
     """
     changes, again = Changes(_SETTLED_SECONDS), gr.Timer(AGAIN_SECONDS, active=False)
 
@@ -59,11 +60,8 @@ def follow(
     def asked_again(draft: dict[str, Any], uploaded: str | None, request: gr.Request) -> dict[Any, Any]:
         return answered(changes.last(request.session_hash), draft, uploaded)
 
-    # Nobody else is kept waiting by one visitor's changes.
-    options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 16}
     shown = [*outputs, again]
     app.load(at_once, state, shown)
-    where = None if show_progress == "hidden" else list(outputs)
-    said: dict[str, Any] = {"show_progress": show_progress, "show_progress_on": where}
-    gr.on(events, settled, state, shown, trigger_mode="multiple", **said, **options)
-    again.tick(asked_again, state, shown, trigger_mode="once", show_progress="hidden", **options)
+    said = {"show_progress": "minimal", "show_progress_on": list(outputs)} if shows_progress else {}
+    gr.on(events, settled, state, shown, trigger_mode="multiple", **{**SHARED, **said})
+    again.tick(asked_again, state, shown, trigger_mode="once", **SHARED)

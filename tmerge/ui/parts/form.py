@@ -25,6 +25,7 @@ __all__ = [
     "preset_of",
     "read_yaml",
     "recipe_of",
+    "section_of",
     "typed_value",
     "with_adapter",
     "with_dataset",
@@ -95,6 +96,12 @@ def preset_of(draft: Mapping[str, Any]) -> str | None:
     return _preset_yaml().get(write_yaml(draft))
 
 
+def section_of(draft: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section of the mapping; empty where it says nothing, or what is no mapping."""
+    section = draft.get(name)
+    return section if isinstance(section, dict) else {}
+
+
 def with_value(draft: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     """The mapping with one dotted key set, or without it where the value says nothing."""
     changed = {name: dict(inner) if isinstance(inner, dict) else inner for name, inner in draft.items()}
@@ -131,8 +138,7 @@ def with_adapter(draft: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def with_dataset(draft: Mapping[str, Any], dataset: str) -> dict[str, Any]:
     """The mapping with another dataset, and without what was said of the one before."""
-    section = draft.get("calibration")
-    kept = {key: value for key, value in (section if isinstance(section, dict) else {}).items() if key not in _OF_IT}
+    kept = {key: value for key, value in section_of(draft, "calibration").items() if key not in _OF_IT}
     return {**draft, "calibration": {"dataset": dataset, **kept}}
 
 
@@ -209,17 +215,12 @@ def typed_value(setting: Setting, value: Any) -> Any:
             read = read_yaml(f"value: {text}")["value"]
         except TmergeError:
             raise RecipeError(f"{setting.key} is {value!r}: a number or a word is meant") from None
-        return float(read) if isinstance(read, str) and _is_number(read) else read
+        try:
+            # YAML reads 1e-6, without a point, as a word.
+            return float(read) if isinstance(read, str) else read
+        except ValueError:
+            return read
     return value.strip() if isinstance(value, str) else value
-
-
-def _is_number(text: str) -> bool:
-    """YAML reads 1e-6, without a point, as a word."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _refuse_anchors(text: str) -> None:
@@ -237,8 +238,8 @@ def _value_of(draft: Mapping[str, Any], key: str) -> Any:
     section, dot, name = key.partition(".")
     if not dot:
         return draft[section] if section in draft else _default(key, draft)
-    inner = draft.get(section)
-    return inner[name] if isinstance(inner, dict) and name in inner else _default(key, draft)
+    inner = section_of(draft, section)
+    return inner[name] if name in inner else _default(key, draft)
 
 
 def _shown(setting: Setting, value: Any) -> Any:
@@ -295,14 +296,5 @@ def _short(draft: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_default(key: str, value: Any, draft: Mapping[str, Any]) -> bool:
     default = _default(key, draft)
-    return (
-        type(value) is type(default)
-        and value == default
-        or (
-            isinstance(value, (int, float))
-            and isinstance(default, (int, float))
-            and not isinstance(value, bool)
-            and not isinstance(default, bool)
-            and value == default
-        )
-    )
+    # Of a switch, 1 is no way to say yes.
+    return bool(value == default) and isinstance(value, bool) == isinstance(default, bool)

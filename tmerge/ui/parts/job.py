@@ -17,9 +17,9 @@ from huggingface_hub import JobHardware, constants
 from tmerge.errors import RemoteError, TmergeError
 from tmerge.hub.jobs import RemoteRun, start_job
 from tmerge.recipe import Recipe
-from tmerge.ui.context import AppContext
+from tmerge.ui.context import SHARED, AppContext
 from tmerge.ui.parts.cards import empty_card, error_card, note
-from tmerge.ui.parts.expected import check_facts, refused_here
+from tmerge.ui.parts.expected import check_here, refused_here
 from tmerge.ui.parts.following import follow
 from tmerge.ui.parts.form import recipe_of
 from tmerge.ui.parts.returning import sign_in_button
@@ -27,7 +27,7 @@ from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import markup
 from tmerge.ui.server.aside import StillAskingError
 from tmerge.ui.server.changes import always
-from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, vetted
+from tmerge.ui.server.limits import UPLOAD_PREFIX, vetted
 from tmerge.ui.server.pushes import account_name, offers_sign_in, own_token
 
 __all__ = ["build_job", "job_offer", "job_timeout", "start_as_job"]
@@ -38,7 +38,6 @@ _USUAL = JobHardware.L4X1.value
 _LONGEST = 4 * 3600
 # A sign-in that ends sooner than this is renewed first: the job pushes with it at its end.
 _SHORTEST = 3600
-_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 16}
 _TITLE = "A job on your account"
 _WHAT = (
     "The same recipe on hardware of Hugging Face that your account pays for; its result goes to a private repo of "
@@ -95,14 +94,15 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
                     else "this app does not offer to sign in; run `tmerge merge --remote` on your own machine"
                 )
             ends = None if token is None else token.expires_at
-            return _started(start_as_job(app, draft, flavor, name, signed_in, ends))
-        except TmergeError as error:
+            job = start_as_job(app, draft, flavor, name, signed_in, ends)
+            return render("choose.html", "job_started", job=job, result=f"{constants.ENDPOINT}/{job.repo}")
+        except (TmergeError, StillAskingError) as error:
             return error_card("No job was started", str(error))
         except Exception:  # noqa: BLE001 - a fault of ours: the log has it, and the visitor a card
             _log.exception("a job could not be started")
             return error_card("No job was started", "a fault of ours; the server's log has it")
 
-    go.click(begin, [good, hardware, repo], result, trigger_mode="once", **{**_QUIET, "show_progress": "minimal"})
+    go.click(begin, [good, hardware, repo], result, trigger_mode="once", **{**SHARED, "show_progress": "minimal"})
 
 
 def job_offer(app: AppContext, draft: Mapping[str, Any], wanted: Callable[[], bool] = always) -> tuple[bool, str]:
@@ -122,8 +122,6 @@ def job_offer(app: AppContext, draft: Mapping[str, Any], wanted: Callable[[], bo
     try:
         recipe = recipe_of(draft)
         refused = refused_here(app, recipe, wanted)
-    except StillAskingError:
-        raise
     except TmergeError:
         # Which one is said at its field, or in the place of the two models' cards.
         return False, empty_card(_TITLE, "The recipe has a mistake; mend it, and a job can run it.")
@@ -132,8 +130,6 @@ def job_offer(app: AppContext, draft: Mapping[str, Any], wanted: Callable[[], bo
         return False, empty_card(_TITLE, _WHAT)
     try:
         _refuse_unreachable(app, recipe)
-    except StillAskingError:
-        raise
     except TmergeError as error:
         return False, empty_card("This cannot be run as a job", str(error))
     if refused is None:
@@ -170,7 +166,7 @@ def start_as_job(
         name = f"{user}/{name}"
     assert app.settings.job_package is not None
     return start_job(
-        vetted(recipe, _elsewhere(app)),
+        vetted(recipe, app.settings.elsewhere),
         flavor,
         name,
         package=app.settings.job_package,
@@ -192,11 +188,6 @@ def job_timeout(ends: float | None) -> str:
     return f"{int(left // 60)}m"
 
 
-def _elsewhere(app: AppContext) -> AppSettings:
-    """What holds of a job: no limit of this app, and still no path or code."""
-    return AppSettings(local_root=app.settings.local_root)
-
-
 def _refuse_unreachable(app: AppContext, recipe: Recipe) -> None:
     """Refuse what a job on the visitor's account could not read, before it costs anything."""
     if recipe.calibration.dataset.startswith(UPLOAD_PREFIX):
@@ -204,14 +195,10 @@ def _refuse_unreachable(app: AppContext, recipe: Recipe) -> None:
             "an uploaded file stays on this server, and the job runs elsewhere; push the file as a dataset to the Hub, "
             "and name its id"
         )
-    facts = check_facts(app, recipe)
+    facts = check_here(app, recipe).found
     for role, model in (("target", facts.target), ("source", facts.source)):
         if model.gated or model.private:
             raise RemoteError(
                 f"the {role} {model.ref!r} is gated or private, and your sign-in here lets a job make repos, "
                 "not read yours; run `tmerge merge --remote` on your own machine for that"
             )
-
-
-def _started(job: RemoteRun) -> str:
-    return render("choose.html", "job_started", job=job, result=f"{constants.ENDPOINT}/{job.repo}")

@@ -15,7 +15,7 @@ from tmerge.errors import TmergeError
 from tmerge.templates import static_text
 from tmerge.ui.parts.fields import SETTINGS
 
-__all__ = ["EDITOR", "places_of", "problem", "problem_box", "problem_of"]
+__all__ = ["EDITOR", "places_of", "problem", "problem_box"]
 
 EDITOR = "recipe-yaml"
 """The element of the recipe's editor."""
@@ -43,34 +43,29 @@ def problem_box() -> gr.HTML:
 
 
 def problem(
-    line: str = "", *, bad: bool = False, at: Sequence[str] = (), unread: bool | None = False, seek: bool = False
+    said: str | TmergeError = "",
+    at: Sequence[str] | None = None,
+    *,
+    bad: bool = False,
+    unread: bool | None = False,
+    seek: bool = False,
 ) -> str:
     """The box's value.
 
     Args:
-        line: Empty for none.
-        bad: Whether it says what has to be mended.
-        at: Elements that it is about; it stands at the first that is in sight.
+        said: A line, empty for none; or what is wrong with the recipe.
+        at: Elements that it is about; it stands at the first that is in sight. Of an error, if None, those of the field
+            whose key its line names first.
+        bad: Whether a line says what has to be mended, as an error does.
         unread: Whether the recipe on the page cannot be read, so that what was expected of the one before is not shown;
             None leaves that as it is.
         seek: Whether the page goes to where it stands.
     """
-    return json.dumps({"line": line, "bad": bad and bool(line), "at": list(at), "unread": unread, "seek": seek})
-
-
-def problem_of(
-    error: TmergeError, at: Sequence[str] | None = None, *, unread: bool | None = False, seek: bool = False
-) -> str:
-    """The box's value for an error, at the field whose key it names first, or where it is said to be.
-
-    Args:
-        error: What is wrong with the recipe.
-        at: As `problem`; by the error's words if None.
-        unread: As `problem`.
-        seek: Likewise.
-    """
-    line = str(error).removeprefix("recipe: ")
-    return problem(line, bad=True, at=places_of(line) if at is None else at, unread=unread, seek=seek)
+    line = str(said)
+    if isinstance(said, TmergeError):
+        line, bad = line.removeprefix("recipe: "), True
+        at = places_of(line) if at is None else at
+    return json.dumps({"line": line, "bad": bad, "at": list(at or ()), "unread": unread, "seek": seek})
 
 
 def places_of(line: str) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import gradio as gr
 
-from tmerge.ui.parts.cards import heading
 from tmerge.ui.parts.fields import FIRST, GROUPS, STEP, Setting
 from tmerge.ui.parts.form import form_values
 from tmerge.ui.parts.style import markup
@@ -37,7 +36,7 @@ class SettingFields:
         """Lay out `GROUPS`, in a fold."""
         with gr.Accordion("All settings", open=False, elem_id="settings"):
             for group, settings in GROUPS.items():
-                markup(heading(3, group))
+                markup(f"<h3>{group}</h3>")
                 with gr.Row(equal_height=False, elem_classes="fields"):
                     for setting in settings:
                         self.made[setting] = _field(setting, self._values[setting])

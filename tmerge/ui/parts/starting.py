@@ -20,16 +20,17 @@ from tmerge.errors import RecipeError, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.stages.relatedness import relatedness_recipe
 from tmerge.stages.step import stage_names, stages_until
-from tmerge.ui.context import AppContext
-from tmerge.ui.parts.expected import fit_to_run
-from tmerge.ui.parts.form import read_yaml, recipe_of, write_yaml
-from tmerge.ui.parts.problem import problem, problem_of
+from tmerge.ui.context import SHARED, AppContext
+from tmerge.ui.parts.expected import check_here
+from tmerge.ui.parts.form import read_yaml, recipe_of, section_of, write_yaml
+from tmerge.ui.parts.problem import problem
 from tmerge.ui.parts.returning import open_again, under_way
 from tmerge.ui.parts.texts import upload_name
+from tmerge.ui.server.aside import StillAskingError
 from tmerge.ui.server.limits import UPLOAD_PREFIX, TooManyRunsError, vetted
 from tmerge.ui.server.visitor import visitor_of
 
-__all__ = ["Holds", "ready_recipe", "wire_start"]
+__all__ = ["Holds", "build_start", "ready_recipe"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +39,9 @@ _PAUSE = 0.1
 _PATIENCE = 10.0
 # Where something on it cannot be read, which no event will bring into the recipe.
 _PATIENCE_UNREADABLE = 1.0
+# For the check: who has pressed Start waits longer for it than a page that shows it.
+_PATIENCE_TO_START = 30.0
 _DISAGREE = "the recipe and the form do not agree; mend the recipe, and press Start again"
-_LIGHT: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 16}
 
 
 Holds = Callable[[Mapping[str, Any], Any], bool]
@@ -60,11 +62,8 @@ class _Waiting(NamedTuple):
     since: float
 
 
-def wire_start(
+def build_start(
     app: AppContext,
-    start: gr.Button,
-    relate: gr.Button,
-    other: gr.Button,
     box: gr.HTML,
     good: gr.State,
     upload: gr.State,
@@ -72,13 +71,10 @@ def wire_start(
     file: gr.File,
     fields: Sequence[tuple[Any, Holds]],
 ) -> None:
-    """Wire the buttons.
+    """Lay the buttons out and wire them.
 
     Args:
         app: What the tabs share.
-        start: The button.
-        relate: Asks no more than whether the two models are related.
-        other: Opens the run that is in the way of another one; shown where there is one.
         box: Where what is wrong is said.
         good: The recipe's mapping.
         upload: Path of the uploaded file.
@@ -86,6 +82,10 @@ def wire_start(
         file: The field of the uploaded file.
         fields: Each with whether a value of it is what a mapping holds.
     """
+    other = gr.Button("Open the run that is in the way", visible=False, elem_id="open-other")
+    with gr.Row(equal_height=True):
+        relate = gr.Button("Ask only whether they are related", size="lg", elem_id="relate", scale=1, min_width=240)
+        start = gr.Button("Start the merge", variant="primary", size="lg", elem_id="start", scale=3, min_width=240)
     in_the_way: gr.State = gr.State(None)
     kind: gr.State = gr.State(False)
     waiting: gr.State = gr.State(None)
@@ -111,7 +111,7 @@ def wire_start(
             if _agree(draft, text, values, holders) and _holds_upload(draft, uploaded, shown):
                 return {waiting: None, agreed: (draft, uploaded, time.monotonic()), box: problem()}
         except TmergeError as error:
-            patience, said_why = _PATIENCE_UNREADABLE, problem_of(error, unread=None, seek=True)
+            patience, said_why = _PATIENCE_UNREADABLE, problem(error, unread=None, seek=True)
         now = (draft, uploaded, text, shown, values)
         since = before.since if now == before.seen else time.monotonic()
         if time.monotonic() - since > patience:
@@ -129,15 +129,18 @@ def wire_start(
         try:
             recipe = ready_recipe(app, draft, uploaded)
         except TmergeError as error:
-            return {box: problem_of(error, seek=True)}
+            return {box: problem(error, seek=True)}
         try:
             # What is read then is another recipe's work, and none of it is lent a GPU.
-            here = fit_to_run(app, relatedness_recipe(recipe) if relates else recipe, lent=not relates)
+            asked = relatedness_recipe(recipe) if relates else recipe
+            here = check_here(app, asked, lent=not relates, seconds=_PATIENCE_TO_START)
+            if here.refused:
+                raise TmergeError(here.refused)
             file_there = Path(uploaded) if uploaded else None
             names = stages_until(recipe, "transport") if relates else stage_names(recipe)
             expected = {name: here.found.estimate.stages.get(name, 0.0) for name in names}
             run_id = app.store.start(recipe, visitor_of(request), file_there, here.gpu, expected, relates=relates)
-        except TmergeError as error:
+        except (TmergeError, StillAskingError) as error:
             there = under_way(app, runs) if isinstance(error, TooManyRunsError) else None
             return {box: problem(str(error), bad=True), in_the_way: there, other: gr.Button(visible=there is not None)}
         except RuntimeError:
@@ -151,28 +154,25 @@ def wire_start(
             other: gr.Button(visible=False),
         }
 
-    quiet = {"show_progress": "hidden", **_LIGHT}
     for button, asked in ((start, False), (relate, True)):
         button.click(
-            partial(pressed, asked), None, [waiting, kind, box, start, relate, other], trigger_mode="once", **quiet
+            partial(pressed, asked), None, [waiting, kind, box, start, relate, other], trigger_mode="once", **SHARED
         )
     waiting.change(
         look,
         [waiting, good, upload, code, file, *(field for field, _ in fields)],
         [waiting, agreed, box, start, relate],
-        **quiet,
-    ).failure(released, None, [start, relate], **quiet)
+        **SHARED,
+    ).failure(released, None, [start, relate], **SHARED)
     begun = agreed.change(
         begin,
         [agreed, kind, app.kept.runs],
         [app.run_id, app.tabs, box, in_the_way, other],
-        show_progress="minimal",
-        show_progress_on=start,
-        **_LIGHT,
+        **{**SHARED, "show_progress": "minimal", "show_progress_on": start},
     )
     open_again(app, other, in_the_way)
     # Whatever came of it.
-    begun.then(released, None, [start, relate], **quiet)
+    begun.then(released, None, [start, relate], **SHARED)
 
 
 def ready_recipe(app: AppContext, draft: Mapping[str, Any], upload: str | None) -> Recipe:
@@ -186,12 +186,12 @@ def ready_recipe(app: AppContext, draft: Mapping[str, Any], upload: str | None) 
     Raises:
         TmergeError: Why not.
     """
-    section = draft.get("calibration")
-    dataset = section.get("dataset") if isinstance(section, dict) else None
-    if dataset == "":
+    recipe = recipe_of(draft)
+    dataset = recipe.calibration.dataset
+    if not dataset:
         raise RecipeError("calibration.dataset is empty; name a Hub dataset, or choose the built-in samples")
-    recipe = vetted(recipe_of(draft), app.settings)
-    if isinstance(dataset, str) and dataset.startswith(UPLOAD_PREFIX):
+    recipe = vetted(recipe, app.settings)
+    if dataset.startswith(UPLOAD_PREFIX):
         name = dataset.removeprefix(UPLOAD_PREFIX)
         if not name:
             raise RecipeError("calibration.dataset is empty; upload a file of texts, or choose the built-in samples")
@@ -208,8 +208,7 @@ def _holds_upload(draft: Mapping[str, Any], uploaded: str | None, shown: str | N
     Raises:
         DatasetError: The field shows what is no file of texts, and no event will take it in.
     """
-    section = draft.get("calibration")
-    dataset = section.get("dataset") if isinstance(section, dict) else None
+    dataset = section_of(draft, "calibration").get("dataset")
     if not isinstance(dataset, str) or not dataset.startswith(UPLOAD_PREFIX) or (shown or None) == (uploaded or None):
         return True
     if shown:

@@ -14,9 +14,10 @@ from tmerge.calibration import SAMPLES_PREFIX, sample_languages
 from tmerge.calibration.files import FILE_SUFFIXES
 from tmerge.errors import DatasetError, TmergeError
 from tmerge.ui.parts.cards import note
+from tmerge.ui.parts.form import section_of
 from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import markup
-from tmerge.ui.server.aside import Aside, StillAskingError
+from tmerge.ui.server.aside import Aside
 from tmerge.ui.server.changes import always
 from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, refuse_dataset_path
 from tmerge.ui.server.search import dataset_facts, file_facts
@@ -88,26 +89,22 @@ class TextsPart:
             SupersededError: It is not wanted any more.
         """
         section, dataset = _section(draft)
-        kind, words = kind_of(dataset), _words(section)
-        if kind == _SAMPLES or dataset in ("", UPLOAD_PREFIX):
-            return {self.found: note("")}
+        kind, words, name = kind_of(dataset), _words(section), dataset.removeprefix(UPLOAD_PREFIX)
         try:
             # What the recipe's own complaint is about is said at the field.
             if kind == _HUB:
                 refuse_dataset_path(dataset, settings)
-            elif upload is None or upload_name(upload) != dataset.removeprefix(UPLOAD_PREFIX):
-                return {self.found: note("")}
+            there = kind == _HUB or (kind == _UPLOAD and upload is not None and upload_name(upload) == name)
         except TmergeError:
+            there = False
+        if not there or not name:
             return {self.found: note("")}
         try:
             if kind == _HUB:
                 split = words["split"] or "train"
                 facts = aside.ask(dataset_facts, dataset, words["config"], split, words["column"], wanted=wanted)
             else:
-                name = dataset.removeprefix(UPLOAD_PREFIX)
                 facts = aside.ask(file_facts, upload, name, words["column"], wanted=wanted)
-        except StillAskingError:
-            raise
         except TmergeError as error:
             return {self.found: note(str(error), bad=True)}
         found = render("choose.html", "texts_found", facts=facts) if facts.column else note(facts.why, bad=True)
@@ -136,35 +133,23 @@ def build_texts(settings: AppSettings) -> TextsPart:
     )
     with gr.Group(visible=False) as hub_rows, gr.Row():
         dataset = _box("dataset", "Hub dataset", "Type to search", min_width=240)
-        config = _box("config", "Configuration", "Where it has several")
-        split = _box("split", "Split", "Part of it", value="train")
+        config = _box("config", "Configuration", "Where it has several", min_width=120)
+        split = _box("split", "Split", "Part of it", value="train", min_width=120)
     with gr.Group(visible=False) as upload_rows:
         file = gr.File(file_types=list(FILE_SUFFIXES), label="File of texts", height=140, elem_id="texts-file")
         hint = render("choose.html", "upload_hint", suffixes=FILE_SUFFIXES, most=settings.max_upload_bytes)
         markup(hint)
-    column = gr.Dropdown(
-        [],
-        value=None,
-        label="Text column",
-        info="Found by itself where there is no doubt; several are joined as a+b",
-        allow_custom_value=True,
-        visible=False,
-        elem_id="texts-column",
-    )
+    about_column = "Found by itself where there is no doubt; several are joined as a+b"
+    column = _box("column", "Text column", about_column, visible=False)
     found = markup(note(""), elem_id="texts-found")
     return TextsPart(kind, language, dataset, config, split, column, file, hub_rows, upload_rows, found)
 
 
-def _box(name: str, label: str, info: str, *, value: str | None = None, min_width: int = 120) -> gr.Dropdown:
-    """A field of a Hub dataset: what is found is offered, and anything can be typed."""
+def _box(name: str, label: str, info: str, *, value: str | None = None, **options: Any) -> gr.Dropdown:
+    """A field about a data set: what is found is offered, and anything can be typed."""
+    choices = [value] if value else []
     return gr.Dropdown(
-        [value] if value else [],
-        value=value,
-        label=label,
-        info=info,
-        allow_custom_value=True,
-        min_width=min_width,
-        elem_id=f"texts-{name}",
+        choices, value=value, label=label, info=info, allow_custom_value=True, elem_id=f"texts-{name}", **options
     )
 
 
@@ -185,15 +170,12 @@ def holds_texts(part: TextsPart) -> list[tuple[Any, Callable[[Mapping[str, Any],
 
         return holds
 
-    def kind(draft: Mapping[str, Any], value: Any) -> bool:
-        return value == kind_of(_section(draft)[1])
-
     def language(draft: Mapping[str, Any], value: Any) -> bool:
         name = _section(draft)[1].removeprefix(SAMPLES_PREFIX)
         return name not in sample_languages() or value == name
 
     return [
-        (part.kind, kind),
+        (part.kind, lambda draft, value: value == kind_of(_section(draft)[1])),
         (part.language, language),
         (part.dataset, word("dataset")),
         (part.config, word("config")),
@@ -204,8 +186,7 @@ def holds_texts(part: TextsPart) -> list[tuple[Any, Callable[[Mapping[str, Any],
 
 def _section(draft: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     """The calibration section, and its dataset; "" is one that is still to be named."""
-    section = draft.get("calibration")
-    section = section if isinstance(section, dict) else {}
+    section = section_of(draft, "calibration")
     dataset = section.get("dataset", "samples:english")
     return section, dataset if isinstance(dataset, str) else ""
 

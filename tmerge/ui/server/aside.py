@@ -59,8 +59,8 @@ class TooSlowError(TmergeError):
     """An answer took longer than a visitor would wait."""
 
 
-class StillAskingError(TmergeError):
-    """There is no answer yet; who asks the same again gets it when it is there."""
+class StillAskingError(Exception):
+    """There is no answer yet; who asks the same again gets it when it is there. Nobody's mistake."""
 
 
 @dataclass

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
-from tmerge.calibration.columns import Column, choose_column
+from tmerge.calibration.columns import choose_column
 from tmerge.calibration.files import read_file
 from tmerge.errors import DatasetError
 from tmerge.ui.server.changes import Changes
@@ -50,8 +49,8 @@ class HubSearch:
     def __init__(self, private: bool) -> None:
         self._token = None if private else False
         self._typing = Changes(_SETTLED_SECONDS)
-        self._kept: OrderedDict[tuple[str, str, str], tuple[float, list[str]]] = OrderedDict()
-        self._lock = threading.Lock()
+        # What was found in this period of `_KEPT_SECONDS`: of the next one the Hub is asked anew.
+        self._found = functools.lru_cache(maxsize=500)(self._search)
         self._unreachable_until = 0.0
 
     def find(self, kind: Kind, typed: str, base: str = "") -> tuple[list[str], str]:
@@ -62,33 +61,23 @@ class HubSearch:
             typed: By the visitor.
             base: Of adapters: the model that they are of, where that is a repo.
         """
-        typed = typed.strip()[:80]
-        key, now = (kind, typed.lower(), base), time.monotonic()
-        with self._lock:
-            if key in self._kept and now - self._kept[key][0] < _KEPT_SECONDS:
-                return self._kept[key][1], ""
-            if now < self._unreachable_until:
-                return [], _UNREACHABLE
         try:
-            # Asked once and shortly: the client itself tries for half a minute before it says that there is no network.
-            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-            choices = self._search(kind, typed, base)
+            return self._found(kind, typed.strip()[:80].lower(), base, int(time.monotonic() // _KEPT_SECONDS)), ""
         except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, _TransportError, OSError):
-            with self._lock:
+            if time.monotonic() >= self._unreachable_until:
                 self._unreachable_until = time.monotonic() + _PAUSE_SECONDS
             return [], _UNREACHABLE
-        with self._lock:
-            self._kept[key] = (now, choices)
-            while len(self._kept) > 500:
-                self._kept.popitem(last=False)
-        return choices, ""
 
     def settled(self, page: str | None, typed: str) -> bool:
-        """Wait a moment, and say whether nothing more has been typed on this page meanwhile."""
+        """Wait a moment, and say whether enough has been typed on this page, and nothing more meanwhile."""
         # Of quick letters the first may be heard last: it is no reason to drop what has been typed since.
         return len(typed.strip()) >= _SHORTEST and self._typing.begin(page).settled()
 
-    def _search(self, kind: Kind, typed: str, base: str) -> list[str]:
+    def _search(self, kind: Kind, typed: str, base: str, _period: int) -> list[str]:
+        if time.monotonic() < self._unreachable_until:
+            raise OSError("the Hub could not be reached a moment ago")
+        # Asked once and shortly: the client itself tries for half a minute before it says that there is no network.
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
         api = HfApi(token=self._token)
         if kind == "dataset":
             return [found.id for found in api.list_datasets(search=typed, sort="downloads", limit=_FOUND)]
@@ -101,17 +90,15 @@ class HubSearch:
 
 def offered(
     search: HubSearch, kind: Kind, typed: str, before: Sequence[Choice], base: str = ""
-) -> tuple[list[Choice], str] | None:
+) -> tuple[list[Choice], str]:
     """What a search field offers now: what matches, first, and what it has offered before.
 
     The list never gets shorter: Gradio's dropdown, open as it is while one types, looks its entries up by their place
     in the list before, and stops working where that place is gone.
 
     Returns:
-        Choices and the line of `HubSearch.find`; None where too little is typed to search for.
+        Choices and the line of `HubSearch.find`.
     """
-    if len(typed.strip()) < _SHORTEST:
-        return None
     names, line = search.find(kind, typed, base)
     choices: list[Choice] = [(name, name) for name in names]
     merged = [*choices, *(choice for choice in before if tuple(choice) not in choices)]
@@ -183,15 +170,13 @@ def dataset_facts(repo: str, config: str | None, split: str, wanted: str | None)
     if not rows:
         raise DatasetError(f"dataset {repo!r} has no rows in this split; choose another")
     columns = remote.columns or tuple(dict.fromkeys(key for row in rows for key in row))
-    facts = _facts(rows, columns, repo, wanted)
-    return DatasetFacts(facts.columns, facts.column, facts.why, facts.example, configs, splits)
+    return replace(_facts(rows, columns, repo, wanted), configs=configs, splits=splits)
 
 
 def _facts(rows: Sequence[dict[str, Any]], columns: tuple[str, ...], name: str, wanted: str | None) -> DatasetFacts:
+    names = [str(one) for one in columns][:200]
     try:
-        column: Column | None = choose_column(wanted or None, columns, rows, repr(name))
-        why = ""
+        column = choose_column(wanted or None, columns, rows, repr(name))
     except DatasetError as error:
-        column, why = None, str(error)
-    shown = "" if column is None else str(rows[0].get(column.names[0]) or "").strip()[:_PREVIEW]
-    return DatasetFacts([str(one) for one in columns][:200], "" if column is None else str(column), why, shown)
+        return DatasetFacts(names, "", str(error))
+    return DatasetFacts(names, str(column), example=str(rows[0].get(column.names[0]) or "").strip()[:_PREVIEW])

@@ -17,8 +17,8 @@ from tmerge.errors import TmergeError
 from tmerge.models.demo import DEMO_MODELS
 from tmerge.models.reference import DEMO_PREFIX
 from tmerge.recipe import preset_names
-from tmerge.ui.context import AppContext
-from tmerge.ui.parts.cards import empty_card, heading, limits_line, note
+from tmerge.ui.context import QUIET, SHARED, AppContext
+from tmerge.ui.parts.cards import empty_card, limits_line, note
 from tmerge.ui.parts.expected import STILL, expected_cards
 from tmerge.ui.parts.fields import Setting
 from tmerge.ui.parts.following import follow
@@ -34,10 +34,10 @@ from tmerge.ui.parts.form import (
     write_yaml,
 )
 from tmerge.ui.parts.job import build_job
-from tmerge.ui.parts.problem import EDITOR, problem, problem_box, problem_of
+from tmerge.ui.parts.problem import EDITOR, problem, problem_box
 from tmerge.ui.parts.settings import SettingFields
-from tmerge.ui.parts.starting import Holds, ready_recipe, wire_start
-from tmerge.ui.parts.style import markup
+from tmerge.ui.parts.starting import Holds, build_start, ready_recipe
+from tmerge.ui.parts.style import editor, markup
 from tmerge.ui.parts.texts import KINDS, build_texts, holds_texts, upload_name
 from tmerge.ui.parts.ways import begin_with, build_ways
 from tmerge.ui.server.limits import UPLOAD_PREFIX
@@ -48,8 +48,9 @@ __all__ = ["build_choose"]
 _DEMO = [(f"{name} (built in)", f"{DEMO_PREFIX}{name}") for name in DEMO_MODELS]
 _HINT = "Type to search the Hub: user/name, or user/name@revision"
 _ADAPTER_HINT = "A LoRA: what it changes is carried, and of the source its base alone is read. Type to search"
-# Nobody else is kept waiting by one visitor's typing or checking; the answers come from elsewhere anyway.
-_LIGHT: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 16}
+# For what changes the recipe: one after the other, or two quick changes would each start from the old one. By default a
+# second change is dropped, unheard, while the first is being taken in: here the last one is, after it.
+_IN_TURN = {**QUIET, "concurrency_limit": 1, "concurrency_id": "recipe", "trigger_mode": "always_last"}
 
 # What a handler changes: component -> its new value, or an update of it.
 _Changes = dict[Any, Any]
@@ -86,7 +87,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     texts = build_texts(app.settings)
     with gr.Row(equal_height=False, elem_classes="fields"):
         settings.make("fusion.what", "fusion.alpha", "calibration.texts", "fusion.projections")
-    markup(heading(2, "What this merge would be"), elem_classes="section")
+    markup("<h2>What this merge would be</h2>", elem_classes="section")
     expected = markup(
         empty_card("Checking the two models", "from their configs alone; nothing heavy starts before you say so"),
         elem_id="expected",
@@ -96,29 +97,19 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     markup(empty_card("The recipe cannot be read", unread), elem_id="unread")
     settings.make_others()
     with gr.Accordion("Recipe (YAML)", open=False, elem_id="recipe"):
-        code = gr.Code(
-            write_yaml(begin),
-            language="yaml",
-            label="The recipe that will run; edit it here or in the form",
-            lines=10,
-            max_lines=30,
-            interactive=True,
-            show_line_numbers=False,
-            buttons=["copy", "download"],
-            elem_id=EDITOR,
-        )
+        label = "The recipe that will run; edit it here or in the form"
+        code = editor(write_yaml(begin), language="yaml", label=label, lines=10, name=EDITOR)
         take = gr.UploadButton(
             "Upload a recipe", file_types=[".yaml", ".yml"], size="sm", elem_id="upload-recipe", variant="secondary"
         )
     box = problem_box()
-    other = gr.Button("Open the run that is in the way", visible=False, elem_id="open-other")
-    with gr.Row(equal_height=True):
-        relate = gr.Button("Ask only whether they are related", size="lg", elem_id="relate", scale=1, min_width=240)
-        start = gr.Button("Start the merge", variant="primary", size="lg", elem_id="start", scale=3, min_width=240)
+    models = {"target": target, "source": source, "adapter": adapter}
+    held: list[tuple[Any, Holds]] = [(field, _holds_model(role)) for role, field in models.items()]
+    held += [*holds_texts(texts), *((field, partial(holds_value, setting)) for setting, field in settings.made.items())]
+    build_start(app, box, good, upload, code, texts.file, held)
     markup(limits_line(app.settings))
     build_job(app, good, upload)
 
-    models = {"target": target, "source": source, "adapter": adapter}
     # What a field's change writes into, what it may decide, and all that another recipe does.
     recipe, fields = [code, good, box], list(settings.made.values())
     everything = [*recipe, *models.values(), *texts.fields, *fields]
@@ -127,7 +118,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         try:
             ready_recipe(app, draft, uploaded)
         except TmergeError as error:
-            return problem_of(error, at)
+            return problem(error, at)
         return problem()
 
     def written(draft: dict[str, Any], uploaded: str | None, at: Sequence[str] | None = None) -> _Changes:
@@ -144,14 +135,11 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         try:
             draft = read_yaml(text or "")
         except TmergeError as error:
-            return {box: problem_of(error, [EDITOR], unread=True)}
+            return {box: problem(error, [EDITOR], unread=True)}
         return {good: draft, box: complaint(draft, uploaded, [EDITOR])} | (filled(draft) if draft != before else {})
 
     def writes(
-        field: Any,
-        change: Callable[[dict[str, Any], Any], dict[str, Any]],
-        *ways: str,
-        decides: bool = False,
+        field: Any, change: Callable[[dict[str, Any], Any], dict[str, Any]], *ways: str, decides: bool = False
     ) -> None:
         """Write a field's changes, heard in these ways, into the recipe, and into the settings where it `decides`."""
 
@@ -159,13 +147,13 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
             try:
                 changed = change(draft, value)
             except TmergeError as error:
-                return {box: problem_of(error, unread=True)}
+                return {box: problem(error, unread=True)}
             if changed == draft:
                 return {box: complaint(draft, uploaded)}
             return written(changed, uploaded) | (settings.shown(changed) if decides else {})
 
         outputs = [*recipe, *fields] if decides else recipe
-        gr.on([getattr(field, way) for way in ways], write, [field, good, upload], outputs, **_in_turn())
+        gr.on([getattr(field, way) for way in ways], write, [field, good, upload], outputs, **_IN_TURN)
 
     # Typed letters are heard at once, what came in by other ways when the field is left: or what is typed while the
     # change before it is being written would be lost.
@@ -192,30 +180,28 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         return written(changed, uploaded) | texts.shown(changed)
 
     of_texts = [texts.kind, texts.language, texts.dataset, good, upload]
-    texts.kind.input(chosen, of_texts, [*recipe, *texts.fields], **_in_turn())
+    texts.kind.input(chosen, of_texts, [*recipe, *texts.fields], **_IN_TURN)
 
     def uploaded_file(path: str | None, draft: dict[str, Any]) -> _Changes:
         try:
             name = upload_name(path) if path else ""
         except TmergeError as error:
-            return {upload: None, box: problem_of(error, ["texts-file"])}
+            return {upload: None, box: problem(error, ["texts-file"])}
         return {upload: path} | written(with_dataset(draft, UPLOAD_PREFIX + name), path)
 
-    gr.on([texts.file.upload, texts.file.clear], uploaded_file, [texts.file, good], [upload, *recipe], **_in_turn())
+    gr.on([texts.file.upload, texts.file.clear], uploaded_file, [texts.file, good], [upload, *recipe], **_IN_TURN)
 
     searched: list[tuple[Any, Kind]] = [(target, "model"), (source, "model"), (adapter, "adapter")]
     for field, kind in [*searched, (texts.dataset, "dataset")]:
         names: gr.State = gr.State(list[Choice](field.choices))
         find = _finder(search, kind, field, names)
-        field.key_up(find, [names, good], [field, names], trigger_mode="multiple", **_quiet())
+        field.key_up(find, [names, good], [field, names], trigger_mode="multiple", **SHARED)
 
-    code.input(edited, [code, good, upload], everything, **_in_turn())
-    app.proposed.change(replaced, [app.proposed, upload], everything, **_in_turn())
+    code.input(edited, [code, good, upload], everything, **_IN_TURN)
+    app.proposed.change(replaced, [app.proposed, upload], everything, **_IN_TURN)
     for way, button in ways:
-        button.click(lambda uploaded, way=way: replaced(begin_with(way), uploaded), upload, everything, **_in_turn())
-    preset.input(
-        lambda name, uploaded: replaced(from_preset(name), uploaded), [preset, upload], everything, **_in_turn()
-    )
+        button.click(lambda uploaded, way=way: replaced(begin_with(way), uploaded), upload, everything, **_IN_TURN)
+    preset.input(lambda name, uploaded: replaced(from_preset(name), uploaded), [preset, upload], everything, **_IN_TURN)
 
     def taken(path: str, uploaded: str | None) -> _Changes:
         try:
@@ -226,7 +212,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
             return {box: problem(line, bad=True, at=[EDITOR], unread=None)}
         return replaced(draft, uploaded, [EDITOR])
 
-    take.upload(taken, [take, upload], everything, **_in_turn())
+    take.upload(taken, [take, upload], everything, **_IN_TURN)
 
     # What is expected follows the recipe, whoever changed it; while it is asked for, the old answer stays.
     follow(
@@ -236,7 +222,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         [good, upload],
         [expected],
         {expected: STILL},
-        show_progress="minimal",
+        shows_progress=True,
     )
     follow(
         app,
@@ -247,33 +233,18 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         {texts.found: note("Still asking what these texts hold.")},
     )
 
-    held: list[tuple[Any, Holds]] = [(field, _holds_model(role)) for role, field in models.items()]
-    held += [*holds_texts(texts), *((field, _holds_setting(setting)) for setting, field in settings.made.items())]
-    wire_start(app, start, relate, other, box, good, upload, code, texts.file, held)
-    good.change(write_yaml, good, kept, trigger_mode="always_last", **_quiet())
-    good.change(preset_of, good, preset, trigger_mode="always_last", **_quiet())
+    good.change(write_yaml, good, kept, trigger_mode="always_last", **SHARED)
+    good.change(preset_of, good, preset, trigger_mode="always_last", **SHARED)
 
     def restored(text: Any, draft: dict[str, Any], uploaded: str | None) -> _Changes:
         """The recipe that this browser had before the page was loaded anew."""
         try:
-            before = read_yaml(text) if isinstance(text, str) and text else draft
+            before = read_yaml(str(text or ""))
         except TmergeError:
-            before = draft
-        return replaced(before, uploaded) if before != draft else gr.skip()
+            return gr.skip()
+        return replaced(before, uploaded) if before and before != draft else gr.skip()
 
     app.load(restored, [kept, good, upload], everything)
-
-
-def _quiet() -> dict[str, Any]:
-    return {"show_progress": "hidden", **_LIGHT}
-
-
-def _in_turn() -> dict[str, Any]:
-    """For what changes the recipe: one after the other, or two quick changes would each start from the old one.
-
-    By default a second change is dropped, unheard, while the first is being taken in: here the last one is, after it.
-    """
-    return {**_quiet(), "concurrency_limit": 1, "concurrency_id": "recipe", "trigger_mode": "always_last"}
 
 
 def _stripped(value: Any) -> str:
@@ -288,10 +259,6 @@ def _set(setting: Setting, draft: dict[str, Any], value: Any) -> dict[str, Any]:
     return with_value(draft, setting.key, typed_value(setting, value))
 
 
-def _holds_setting(setting: Setting) -> Holds:
-    return lambda draft, value: holds_value(setting, draft, value)
-
-
 def _holds_model(role: str) -> Holds:
     return lambda draft, value: _stripped(value) == _stripped(draft.get(role))
 
@@ -303,10 +270,10 @@ def _finder(search: HubSearch, kind: Kind, field: gr.Dropdown, names: gr.State) 
     def find(before: list[Choice], draft: dict[str, Any], event: gr.KeyUpData, request: gr.Request) -> _Changes:
         typed, base = str(event.input_value or ""), str(draft.get("source") or "").partition("@")[0]
         of = base if kind == "adapter" and base.count("/") == 1 and not Path(base).exists() else ""
-        now = offered(search, kind, typed, before, of) if search.settled(request.session_hash, typed) else None
-        if now is None:
+        if not search.settled(request.session_hash, typed):
             return gr.skip()
-        return {field: gr.Dropdown(choices=now[0], info=now[1] or hint), names: now[0]}
+        choices, line = offered(search, kind, typed, before, of)
+        return {field: gr.Dropdown(choices=choices, info=line or hint), names: choices}
 
     return find
 
