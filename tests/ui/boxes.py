@@ -9,14 +9,14 @@ __all__ = ["assert_roomy", "crowded"]
 
 _PATIENCE = 10.0
 # What is wide by nature scrolls sideways within its frame, and what a figure draws is its own affair.
-_SIDEWAYS = ".scroll, .tm-scores, .cm-scroller, table, pre, .tm-plot, .js-plotly-plot"
+_SIDEWAYS = ".scroll, .cm-scroller, table, pre, .tm-plot, .js-plotly-plot"
 # What a visitor sees as one thing; none of it lies within another of them.
 _THINGS = (
     ".card, .block:not(:has(.block)):not(:has(.card)):not(.hide-container), .tm-figure, button:not(.block *), .step, "
     "main h1, main h2, main h3:not(.tm-figure *)"
 )
 # What has to lie within the card or the field that it is part of, and what is worked with there.
-_FRAMES = ".card, .block, .form, .tm-verdict"
+_FRAMES = ".card, .block, .form"
 _PARTS = "input:not([type=file]), textarea, button, label, table, dl, ul, p, figure, .bar, .cm-editor, .wrap-inner"
 # Names that may break anywhere.
 _BREAKABLE = ".break, code, pre, .cm-editor, svg, a, .pairname, .log, .unseen, .sr-only, #push-markdown td"

@@ -9,6 +9,7 @@ import gradio as gr
 from tests.pico import save_pico
 from tmerge.recipe import Recipe
 from tmerge.ui.context import AppContext
+from tmerge.ui.parts.figure import plotly_route
 from tmerge.ui.parts.quiet import tell_one_field
 from tmerge.ui.parts.returning import keep
 from tmerge.ui.parts.style import CSS, HEAD, theme
@@ -76,6 +77,7 @@ def served(store):
         server_port=port,
         prevent_thread_lock=True,
         quiet=True,
+        app_kwargs={"routes": [plotly_route()]},
         theme=theme(),
         css=CSS,
         head=HEAD,

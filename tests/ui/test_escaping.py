@@ -8,7 +8,7 @@ pytest.importorskip("gradio", reason="the app extra is not installed")
 from tests.ui.search_hub import HOSTILE
 from tmerge.preflight.document import CheckDocument
 from tmerge.recipe import Recipe
-from tmerge.ui.parts import cards, push_cards
+from tmerge.ui.parts import cards
 from tmerge.ui.parts.progress import log_lines, result_cards
 from tmerge.ui.parts.safe import escape, render
 from tmerge.ui.server import runs
@@ -69,7 +69,7 @@ def test_what_others_wrote_is_escaped_on_every_card():
         cards.error_card(ATTACK, ATTACK),
         cards.empty_card(ATTACK, ATTACK),
         cards.note(ATTACK, bad=True),
-        push_cards.verdict_card("hurts", ATTACK),
+        render("push_cards.html", "verdict_card", verdict="hurts", line=ATTACK),
         escape(HOSTILE),
     ):
         assert harmless(page), page

@@ -390,6 +390,6 @@ def test_texts_of_a_figure_are_json_and_its_page_names_no_folder(run, looked):
     hostile = "</script><img src=x onerror=alert(1)>"
     assert json.loads(figure_message(hostile, hostile)) == {"title": hostile, "message": hostile}
     with gr.Blocks() as blocks:
-        figure_box("x", zoom=lambda ref: {}, data=lambda ref: {})
+        figure_box("x")
     text = json.dumps(blocks.config, default=str)
     assert str(looked.folder) not in text and "site-packages" not in text and "cdn" not in text

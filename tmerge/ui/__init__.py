@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from tmerge.ui.context import AppContext
+from tmerge.ui.parts.figure import plotly_route
 from tmerge.ui.parts.quiet import tell_one_field
 from tmerge.ui.parts.returning import keep, wire_returning
 from tmerge.ui.parts.safe import render
@@ -89,7 +90,7 @@ def launch_options(app: gr.Blocks) -> dict[str, Any]:
     """What ``Blocks.launch`` is given: looks, and nothing shared, served or recorded beyond the app and its runs."""
     context: AppContext = app.context  # type: ignore[attr-defined]
     return {
-        "app_kwargs": {"routes": download_routes(context.seen)},
+        "app_kwargs": {"routes": [*download_routes(context.seen), plotly_route()]},
         "theme": theme(),
         "css": CSS,
         "head": HEAD,

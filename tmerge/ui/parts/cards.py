@@ -6,14 +6,9 @@ from tmerge.preflight.document import CheckDocument
 from tmerge.ui.parts.safe import render
 from tmerge.ui.server.limits import AppSettings, describe_limits
 
-__all__ = ["check_cards", "empty_card", "error_card", "heading", "limits_line", "note"]
+__all__ = ["check_cards", "empty_card", "error_card", "limits_line", "note"]
 
 _FILE = "cards.html"
-
-
-def heading(level: int, text: str) -> str:
-    """A heading of the page."""
-    return render(_FILE, "heading", level=level, text=text)
 
 
 def empty_card(title: str, line: str) -> str:
@@ -47,9 +42,13 @@ def check_cards(facts: CheckDocument, refused: str | None = None) -> str:
         refused: Why this app does not run it, if it does not.
     """
     # What the licences ask has a card of its own.
-    told = {*facts.licence.refusals, *facts.licence.unknown}
-    notes = [line for line in facts.notes if line not in told]
-    return render(_FILE, "check_cards", facts=facts, notes=notes, refused=refused)
+    elsewhere = {*facts.licence.refusals, *facts.licence.unknown}
+    told = [line for line in facts.notes if line not in elsewhere]
+    told += [f"{name} is left out: {why}" for name, why in facts.projections.skipped.items()]
+    told += [f"{role}: {line}" for role in ("target", "source") for line in getattr(facts.left_alone, role)]
+    matched = facts.projections.matched.items()
+    sizes = [(name, *(" \u00d7 ".join(map(str, size)) for size in (of.target, of.source))) for name, of in matched]
+    return render(_FILE, "check_cards", facts=facts, sizes=sizes, told=told, refused=refused)
 
 
 def limits_line(settings: AppSettings) -> str:

@@ -7,11 +7,7 @@ new value leaves the drawn picture alone and the script changes it.
 
 from __future__ import annotations
 
-import atexit
-import functools
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,30 +15,33 @@ from typing import Any
 import gradio as gr
 import plotly
 import plotly.graph_objects as go
+from starlette.responses import FileResponse
+from starlette.routing import Route
 
 from tmerge.plots import TEMPLATES, picture
 from tmerge.templates import static_text
 
-__all__ = ["Reader", "figure_box", "figure_message", "figure_value"]
+__all__ = ["Reader", "figure_box", "figure_message", "figure_value", "plotly_route"]
+
+_PLOTLY = f"/plotly-{plotly.__version__}.min.js"
 
 Reader = Callable[[Any], dict[str, Any]]
 """Answers a figure's question, the JSON value that the browser sends; ``{"fault": line}`` where it cannot."""
 
 
-def figure_box(name: str, *, zoom: Reader, data: Reader) -> gr.HTML:
+def figure_box(name: str, *readers: Reader) -> gr.HTML:
     """A place for figures.
 
     Its ``cell`` event tells of a click on a layer pair, as ``target`` and ``source`` of `gr.EventData`.
 
     Args:
         name: Its element id.
-        zoom: Given a map's ``ref`` with the ``x`` and ``y`` ranges looked at, returns the view of them.
-        data: Given a figure's ``ref``, returns ``file`` (a name without ending) and ``text`` (CSV).
+        readers: Known to the script by their names. ``zoomed``, given a map's ``ref`` with the ``x`` and ``y`` ranges
+            looked at, returns the view of them; ``data_of``, given a figure's ``ref``, returns ``file`` (a name without
+            ending) and ``text`` (CSV).
     """
-    # The component finds them by their names.
-    named_zoom, named_data = _named("zoom", zoom), _named("data", data)
     settings = {
-        "plotly": _plotly_url(),
+        "plotly": _PLOTLY,
         "templates": {name: TEMPLATES[name].to_plotly_json() for name in ("light", "dark")},
     }
     return gr.HTML(
@@ -52,7 +51,7 @@ def figure_box(name: str, *, zoom: Reader, data: Reader) -> gr.HTML:
         css_template=static_text("tmerge.ui", "figure.css"),
         js_on_load=static_text("tmerge.ui", "figure.js").replace("__SETTINGS__", json.dumps(settings)),
         apply_default_css=False,
-        server_functions=[named_zoom, named_data],
+        server_functions=list(readers),
     )
 
 
@@ -90,21 +89,7 @@ def figure_message(title: str, text: str) -> str:
     return json.dumps({"title": title, "message": text})
 
 
-def _named(name: str, reader: Reader) -> Reader:
-    def read(question: Any) -> dict[str, Any]:
-        return reader(question)
-
-    read.__name__ = name
-    return read
-
-
-@functools.lru_cache(maxsize=1)
-def _plotly_url() -> str:
-    """Where the browser fetches plotly.js: from this server, under a name that does not tell where it is installed."""
-    folder = Path(tempfile.mkdtemp(prefix="tmerge-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    script = folder / f"plotly-{plotly.__version__}.min.js"
-    # With its date, by which browsers judge how long to keep it.
-    shutil.copy2(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", script)
-    gr.set_static_paths([script])
-    return f"/gradio_api/file={script}"
+def plotly_route() -> Route:
+    """Where the app serves plotly.js, from where it is installed; with its date, by which browsers keep it."""
+    script = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+    return Route(_PLOTLY, lambda request: FileResponse(script, media_type="text/javascript"))

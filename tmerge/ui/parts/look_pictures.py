@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import plotly.graph_objects as go
+import pydantic
+from pydantic import TypeAdapter
 
 from tmerge.comparison.result import Comparison
 from tmerge.models import feature_key
@@ -45,7 +47,7 @@ __all__ = ["FIGURES", "Choice", "data_of", "picture_of", "zoomed"]
 _Show = Callable[..., str]
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True)
 class Choice:
     """What a visitor looks at.
 
@@ -55,9 +57,9 @@ class Choice:
         side: Of the layer coupling.
         target: Target layer of the feature map.
         source: Source layer of it.
-        part: Side of it: ``pre`` or ``post``.
+        part: Side of it.
         order: Of its neurons.
-        lines: Of the mass curves: ``projection`` or ``feature``.
+        lines: Of the mass curves.
     """
 
     run: str
@@ -65,37 +67,25 @@ class Choice:
     side: Side
     target: int
     source: int
-    part: str
+    part: Literal["pre", "post"]
     order: Order
-    lines: str
-
-    @classmethod
-    def from_ref(cls, ref: Mapping[str, Any], looked: Looked) -> Choice:
-        """What the browser sent back of a figure's ref; ValueError where it is not one of ours."""
-        record = looked.record
-        choice = cls(
-            str(ref["run"]),
-            str(ref["projection"]),
-            ref["side"],
-            int(ref["target"]),
-            int(ref["source"]),
-            str(ref["part"]),
-            ref["order"],
-            str(ref["lines"]),
-        )
-        if (
-            choice.projection not in record.projections
-            or choice.side not in ("effective", "pre", "post")
-            or choice.part not in ("pre", "post")
-            or choice.order not in ("structure", "natural")
-        ):
-            raise ValueError("no such figure")
-        return choice
+    lines: Literal["projection", "feature"]
 
     @property
     def key(self) -> str:
         """Feature of the map."""
         return feature_key(self.projection, self.part)
+
+
+_CHOICE = TypeAdapter(Choice)
+
+
+def _choice_of(ref: Mapping[str, Any], looked: Looked) -> Choice:
+    """What the browser sent back of a figure's ref; ValueError where it is not one of ours."""
+    choice = _CHOICE.validate_python(dict(ref))
+    if choice.projection not in looked.record.projections:
+        raise ValueError("no such figure")
+    return choice
 
 
 def picture_of(name: str, looked: Looked, choice: Choice) -> str:
@@ -109,7 +99,7 @@ def picture_of(name: str, looked: Looked, choice: Choice) -> str:
 
 def zoomed(looked: Looked, ref: Mapping[str, Any]) -> dict[str, Any]:
     """The view of a map between the ends ``x`` and ``y`` of its axes; ValueError where there is none."""
-    choice = Choice.from_ref(ref, looked)
+    choice = _choice_of(ref, looked)
     (left, right), (top, bottom) = ref["x"], ref["y"]
     if ref["figure"] == "neurons":
         whole = neurons_view(looked.record, choice.projection, size=1)
@@ -124,7 +114,7 @@ def zoomed(looked: Looked, ref: Mapping[str, Any]) -> dict[str, Any]:
 
 def data_of(looked: Looked, ref: Mapping[str, Any]) -> dict[str, str]:
     """A figure's numbers: ``file``, a name without ending, and ``text``, CSV; ValueError or KeyError where none is."""
-    choice, name = Choice.from_ref(ref, looked), str(ref["figure"])
+    choice, name = _choice_of(ref, looked), str(ref["figure"])
     text = FIGURES[name].data(looked, choice)
     if text is None:
         raise ValueError("that run has no such figure")
@@ -176,10 +166,6 @@ def _neurons(looked: Looked, choice: Choice, show: _Show) -> str:
     return show(neurons_figure(looked.record, choice.projection), CAPTIONS["neurons"], view=shown)
 
 
-def _fit(looked: Looked, choice: Choice, show: _Show) -> str:
-    return "" if looked.report.fusion.fit is None else show(fit_errors(looked.report), CAPTIONS["fit"])
-
-
 def _descent(looked: Looked, choice: Choice, show: _Show) -> str:
     descent = looked.report.evaluation.descent
     if descent is not None:
@@ -194,10 +180,6 @@ def _descent(looked: Looked, choice: Choice, show: _Show) -> str:
 def _plan_data(looked: Looked, choice: Choice) -> str | None:
     entries, _ = _entries(looked, choice)
     return None if entries is None else tables.plan_data(entries)
-
-
-def _fit_data(looked: Looked, choice: Choice) -> str | None:
-    return None if looked.report.fusion.fit is None else tables.fit_data(looked.report)
 
 
 def _descent_data(looked: Looked, choice: Choice) -> str | None:
@@ -224,11 +206,16 @@ class _Figure:
         return tuple(getattr(choice, field) for field in ("run", *self.follows))
 
 
-def _of_report(name: str, draw: Callable[[Report], go.Figure], data: Callable[[Report], str]) -> _Figure:
-    """A figure that a run's report alone decides."""
+def _of_report(
+    name: str,
+    draw: Callable[[Report], go.Figure],
+    data: Callable[[Report], str],
+    has: Callable[[Report], bool] = lambda report: True,
+) -> _Figure:
+    """A figure that a run's report alone decides, where it has it."""
     return _Figure(
-        lambda looked, choice, show: show(draw(looked.report), CAPTIONS[name]),
-        lambda looked, choice: data(looked.report),
+        lambda looked, choice, show: show(draw(looked.report), CAPTIONS[name]) if has(looked.report) else "",
+        lambda looked, choice: data(looked.report) if has(looked.report) else None,
     )
 
 
@@ -255,7 +242,7 @@ FIGURES: Mapping[str, _Figure] = {
     "neurons": _Figure(
         _neurons, lambda looked, choice: tables.neurons_data(looked.record, choice.projection), ("projection",)
     ),
-    "fit": _Figure(_fit, _fit_data),
+    "fit": _of_report("fit", fit_errors, tables.fit_data, lambda report: report.fusion.fit is not None),
     "scores": _of_report("scores", scores, tables.scores_data),
     "descent": _Figure(_descent, _descent_data),
     "ways": _of_comparison(rows_figure, tables.rows_data),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
 
 from tmerge.plots.style import COLOUR_SCALE, feature_name, finish
+from tmerge.plots.words import score_cells
 from tmerge.quantities import duration_words
 from tmerge.report import (
     RELATED,
@@ -19,7 +21,6 @@ from tmerge.report import (
     next_words,
     ratio_heading,
     relatedness_words,
-    score_rows,
     summary,
     training_summary,
     verdict_tone,
@@ -37,22 +38,14 @@ __all__ = [
     "coupling_figure",
     "features_begun",
     "files_list",
-    "gone_head",
     "head",
+    "head_without_run",
     "log_lines",
-    "no_run_head",
     "result_cards",
     "stages",
 ]
 
 _FILE = "progress.html"
-_STATES = {
-    "waiting": "Waiting",
-    "running": "Running",
-    "done": "Done",
-    "failed": "Failed",
-    "cancelled": "Cancelled",
-}
 _NEXT = "Next: train a little on top of it, 50 steps, with the button below"
 _COMPARED = "Trainings with the merge and without it, at equal budget, are beside it in the Look tab"
 _TRAINED = {
@@ -83,8 +76,7 @@ def head(run: VisitorRun, position: int, wait: float | None = None) -> str:
         position: How many runs are before it.
         wait: Seconds that those take, if known.
     """
-    state = _STATES[run.state]
-    tone: str = run.state
+    state, tone = run.state.capitalize(), str(run.state)
     if run.state == "running" and run.cancelling.is_set():
         state = "Stopping"
     facts = []
@@ -116,14 +108,9 @@ def _verdict(report: Report) -> tuple[str, str]:
     return tone, _TRAINED.get(verdict, verdict_words(verdict))
 
 
-def no_run_head() -> str:
-    """Where no run is looked at."""
-    return render(_FILE, "no_run_head")
-
-
-def gone_head() -> str:
-    """Where the link's run is not there."""
-    return render(_FILE, "gone_head")
+def head_without_run(gone: bool) -> str:
+    """Where no run is looked at, or the link's is not there any more."""
+    return render(_FILE, "head_without_run", gone=gone)
 
 
 def stages(run: VisitorRun | None) -> str:
@@ -145,38 +132,32 @@ def _stage_names(run: VisitorRun) -> list[str]:
 
 @dataclass(frozen=True)
 class _StageRow:
-    """A stage as it is drawn; `percent` is None of one that is to come."""
+    """A stage as it is drawn; of one that is to come there is no more than its name."""
 
     label: str
     state: str
-    percent: int | None
-    right: str
-    what: str
+    percent: int | None = None
+    right: str = ""
+    what: str = ""
 
 
 def _stage(name: str, stage: StageProgress | None, run: VisitorRun | None) -> _StageRow:
     label = _NAMES[name]
     if stage is None or run is None:
-        return _StageRow(label, "later", None, "to come", "")
-    current = stage.ended is None
-    share = 1.0 if not current else min(1.0, stage.done / max(stage.total, 1))
-    state = "now" if current else "done" if run.state != "failed" or run.stages[name] is not _last(run) else "stopped"
-    right = [] if current else [duration_words((stage.ended or 0) - stage.began)]
+        return _StageRow(label, "later")
+    percent = round(100 * min(1.0, stage.done / max(stage.total, 1)))
+    if stage.ended is not None:
+        if run.state == "failed" and stage is list(run.stages.values())[-1]:
+            return _StageRow(label, "stopped", percent, "stopped here", stage.what)
+        return _StageRow(label, "done", 100, duration_words(stage.ended - stage.began), stage.what)
+    if stage.total <= 1:
+        return _StageRow(label, "now", percent, "under way", stage.what)
     what = stage.what
-    if current:
-        right.append(f"{stage.done:,} of {stage.total:,} {stage.unit}" if stage.total > 1 else "under way")
-        if stage.rate is not None and stage.total > 1:
-            what += f" \u2013 {stage.rate:.3g} {stage.unit} a second"
-            if stage.remaining is not None and stage.done < stage.total:
-                what += f", {duration_words(stage.remaining)} remain"
-    if state == "stopped":
-        share = min(1.0, stage.done / max(stage.total, 1))
-        right = ["stopped here"]
-    return _StageRow(label, state, round(100 * share), ", ".join(right), what)
-
-
-def _last(run: VisitorRun) -> StageProgress:
-    return list(run.stages.values())[-1]
+    if stage.rate is not None:
+        what += f" \u2013 {stage.rate:.3g} {stage.unit} a second"
+        if stage.remaining is not None and stage.done < stage.total:
+            what += f", {duration_words(stage.remaining)} remain"
+    return _StageRow(label, "now", percent, f"{stage.done:,} of {stage.total:,} {stage.unit}", what)
 
 
 def log_lines(run: VisitorRun | None) -> str:
@@ -199,49 +180,48 @@ def coupling_figure(run: VisitorRun | None, key: str | None) -> go.Figure:
     rows = [] if run is None else list(run.rows)
     if key is None and rows:
         key = rows[-1].key
-    costs_of = {row.layer: row.costs for row in rows if row.key == key}
+    costs_of: dict[int, list[float | None]] = {
+        row.layer: [round(cost, 5) for cost in row.costs] for row in rows if row.key == key
+    }
     figure = go.Figure()
     title = "Layer coupling" if key is None else f"Layer coupling: {feature_name(key)}"
-    if not costs_of:
-        finish(figure, title, "fills in as layer pairs are solved", 440)
-        figure.update_xaxes(title={"text": "source layer"}, range=[-0.5, 9.5], showgrid=False, tickvals=[])
-        figure.update_yaxes(title={"text": "target layer"}, range=[9.5, -0.5], showgrid=False, tickvals=[])
-        return figure.update_layout(margin={"l": 40, "b": 40})
-    width = max(map(len, costs_of.values()))
-    height = max(_target_layers(run), max(costs_of) + 1)
-    costs = np.full((height, width), np.nan, dtype=np.float32)
-    for layer, values in costs_of.items():
-        costs[layer, : len(values)] = values
-    figure.add_trace(
-        go.Heatmap(
-            # As lists: gaps are then null, which the browser leaves empty.
-            z=[[None if np.isnan(value) else round(float(value), 5) for value in row] for row in costs],
-            colorscale=COLOUR_SCALE,
-            reversescale=True,
-            colorbar={
-                "title": {"text": "cost", "font": {"size": 12}},
-                "thickness": 14,
-                "outlinewidth": 0,
-                "tickfont": {"size": 12},
-            },
-            hovertemplate="target layer %{y}, source layer %{x}<br>transport cost %{z:.4f}<extra></extra>",
-            hoverongaps=False,
+    width, height, told = 10, 10, "fills in as layer pairs are solved"
+    if costs_of:
+        width = max(map(len, costs_of.values()))
+        height = max(_target_layers(run), max(costs_of) + 1)
+        told = f"cost, lower is closer; {len(costs_of)} of {height} rows"
+        figure.add_trace(
+            go.Heatmap(
+                # What is not solved is null, which the browser leaves empty.
+                z=[costs_of.get(layer, [None] * width) for layer in range(height)],
+                colorscale=COLOUR_SCALE,
+                reversescale=True,
+                colorbar={
+                    "title": {"text": "cost", "font": {"size": 12}},
+                    "thickness": 14,
+                    "outlinewidth": 0,
+                    "tickfont": {"size": 12},
+                },
+                hovertemplate="target layer %{y}, source layer %{x}<br>transport cost %{z:.4f}<extra></extra>",
+                hoverongaps=False,
+            )
         )
-    )
     finish(
         figure,
         title,
-        f"cost, lower is closer; {len(costs_of)} of {height} rows",
+        told,
         440,
-        xaxis={"title": {"text": "source layer"}, "range": [-0.5, width - 0.5], **_ticks(width)},
-        yaxis={"title": {"text": "target layer"}, "range": [height - 0.5, -0.5], **_ticks(height)},
+        xaxis={"title": {"text": "source layer"}, "range": [-0.5, width - 0.5], **_ticks(width, costs_of)},
+        yaxis={"title": {"text": "target layer"}, "range": [height - 0.5, -0.5], **_ticks(height, costs_of)},
     )
-    return figure
+    # Numbers make room for themselves.
+    return figure if costs_of else figure.update_layout(margin={"l": 40, "b": 40})
 
 
-def _ticks(layers: int) -> dict[str, Any]:
+def _ticks(layers: int, numbered: object) -> dict[str, Any]:
     """A number at every layer, or at every few of many."""
-    return {"tick0": 0, "dtick": max(1, -(-layers // 12)), "showgrid": False, "zeroline": False}
+    ticks: dict[str, Any] = {"tick0": 0, "dtick": max(1, -(-layers // 12))} if numbered else {"tickvals": []}
+    return {"showgrid": False, "zeroline": False, **ticks}
 
 
 def _target_layers(run: VisitorRun | None) -> int:
@@ -271,7 +251,7 @@ def result_cards(run: VisitorRun) -> str:
         report=report,
         verdict=_verdict(report),
         sentence=training_summary(report) or summary(report),
-        rows=score_rows(report),
+        rows=score_cells(report),
         ratios=[(name, f"{_median(item.norm_ratio):.3g}") for name, item in report.fusion.projections.items()],
         alpha=alpha_words(report.fusion),
         ratio=ratio_heading(report.fusion),
@@ -281,7 +261,7 @@ def result_cards(run: VisitorRun) -> str:
 
 def _median(values: Sequence[float | None]) -> float:
     known = [value for value in values if value is not None]
-    return float(np.median(known)) if known else np.nan
+    return statistics.median(known) if known else math.nan
 
 
 def files_list(run: VisitorRun, *, local: bool = False) -> str:

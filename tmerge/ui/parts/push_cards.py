@@ -1,4 +1,4 @@
-"""What the Push tab shows: the verdict, the files, the card as the Hub will show it, and the push as it goes."""
+"""What the Push tab shows: the files, the card as the Hub will show it, and the push as it goes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import re
 import time
 from pathlib import Path
 
-from tmerge.evaluation import Verdict
 from tmerge.hub import PushPlan
+from tmerge.quantities import bytes_words
 from tmerge.ui.parts.cards import error_card
 from tmerge.ui.parts.safe import render
 from tmerge.ui.server.pushes import PushUnderWay
 
-__all__ = ["card_preview", "files_card", "push_card", "verdict_card"]
+__all__ = ["card_preview", "files_card", "push_card"]
 
 _FILE = "push_cards.html"
 _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n?(.*)\Z", re.DOTALL)
@@ -22,14 +22,10 @@ _PICTURE = re.compile(r"(!\[[^\]\n]*\]\()tmerge/figures/([A-Za-z0-9_-]+\.png)(\)
 _LARGEST_PICTURE = 2 * 2**20
 
 
-def verdict_card(verdict: Verdict, line: str) -> str:
-    """What the card will say first."""
-    return render(_FILE, "verdict_card", verdict=verdict, line=line)
-
-
 def files_card(planned: PushPlan) -> str:
     """Every file that would go, with its size, and what should be known before it does."""
-    return render(_FILE, "files_card", planned=planned)
+    files = [(name, bytes_words(size)) for name, size in planned.files.items()]
+    return render(_FILE, "files_card", planned=planned, files=files)
 
 
 def card_preview(text: str, folder: Path | None) -> tuple[str, str]:

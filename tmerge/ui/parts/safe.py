@@ -10,7 +10,7 @@ from tmerge.quantities import bytes_words, duration_words, number_words
 from tmerge.report import verdict_tone, verdict_words
 from tmerge.templates import html_templates
 
-__all__ = ["escape", "render"]
+__all__ = ["escape", "printable", "render"]
 
 
 def escape(value: object, missing: str = "not stated") -> markupsafe.Markup:
@@ -19,10 +19,14 @@ def escape(value: object, missing: str = "not stated") -> markupsafe.Markup:
         return value
     if value is None:
         return markupsafe.Markup(missing)
-    # Letters that turn the direction of what follows could make one name look like another.
-    text = "".join(letter for letter in str(value) if letter.isprintable() or letter in "\n\t")
     # Gradio's HTML component fills templates of these two kinds; what a repo is called is no template.
-    return markupsafe.Markup(str(markupsafe.escape(text)).replace("{", "&#123;").replace("$", "&#36;"))
+    escaped = str(markupsafe.escape(printable(str(value))))
+    return markupsafe.Markup(escaped.replace("{", "&#123;").replace("$", "&#36;"))
+
+
+def printable(text: str) -> str:
+    """Without what moves the cursor, or turns the direction of writing and so makes one name look like another."""
+    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
 
 
 _TEMPLATES = html_templates("tmerge.ui", finalize=escape)

@@ -52,7 +52,7 @@ const moved = (event) => {
   const mine = ++asked;
   clearTimeout(timer);
   timer = setTimeout(async () => {
-    const range = ranges(), view = await server.zoom({ ...picture.map.ref, ...range });
+    const range = ranges(), view = await server.zoomed({ ...picture.map.ref, ...range });
     if (mine !== asked || !view) return;
     say(view.fault || "");
     if (!view.fault) figure.show(seen(view, range));
@@ -89,7 +89,7 @@ const png = async () => {
   save(`${picture.file}.png`, await window.Plotly.toImage({ data, layout }, { format: "png", scale: 2, ...size }));
 };
 const csv = async () => {
-  const found = await server.data(picture.ref);
+  const found = await server.data_of(picture.ref);
   if (!found || found.fault) { say((found && found.fault) || "The data could not be read."); return; }
   const url = URL.createObjectURL(new Blob([found.text], { type: "text/csv" }));
   save(`${found.file}.csv`, url);

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gradio as gr
 
@@ -14,11 +14,11 @@ from tmerge.comparison.result import Comparison
 from tmerge.comparison.tables import ROW_HEADINGS, added_words, row_cells
 from tmerge.errors import RunNotFoundError, TmergeError
 from tmerge.models import feature_key
-from tmerge.plots import Order, Side, kept_layers, pair_place
+from tmerge.plots import kept_layers, pair_place
 from tmerge.plots.words import findings
 from tmerge.report import training_summary, verdict_tone
-from tmerge.ui.context import AppContext
-from tmerge.ui.parts.cards import error_card
+from tmerge.ui.context import QUIET, AppContext
+from tmerge.ui.parts.cards import empty_card, error_card
 from tmerge.ui.parts.figure import Reader, figure_box
 from tmerge.ui.parts.look_data import Looked, looked_at
 from tmerge.ui.parts.look_pictures import FIGURES, Choice, data_of, picture_of, zoomed
@@ -33,125 +33,30 @@ _ORDERS = (("grouped by likeness", "structure"), ("the models' own", "natural"))
 _LINES = (("by projection", "projection"), ("by input and output", "feature"))
 
 _FILE = "look.html"
-_NOTHING = render(_FILE, "nothing")
-_HEAD_STYLE = """
-.html-container:has(> &) { padding: 0; }
-.tm-verdict { --tone: #6e7781; border: 1px solid var(--border-color-primary); border-left: 8px solid var(--tone);
-  border-radius: 6px; padding: 12px 16px; background: var(--background-fill-secondary); color: var(--body-text-color); }
-.tm-helps { --tone: #1b7dc2; } .tm-hurts { --tone: #d55e00; }
-p { margin: 4px 0; max-width: 110ch; overflow-wrap: anywhere; }
-.tm-word { font-size: 1.2rem; font-weight: 700; }
-.tm-soft { color: color-mix(in srgb, var(--body-text-color) 74%, transparent); font-size: .875rem; }
-"""
+_NOTHING = empty_card(
+    "Nothing to look at yet", "When a merge has finished, its layer couplings, feature plans and scores are here."
+)
 _GONE = "this run is gone or not finished; start it again, or open its link"
 _TO_MAP = "() => document.getElementById('look-map')?.scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 
 _log = logging.getLogger(__name__)
 
 
-# What a handler changes: component -> its new value, or an update of it.
-_Changes = dict[Any, Any]
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The tab's components; `held` is the `Choice` that its figures were drawn from."""
-
-    nothing: gr.HTML
-    body: gr.Column
-    head: gr.HTML
-    fitted: gr.Column
-    compared: gr.Column
-    table: gr.HTML
-    projection: gr.Radio
-    side: gr.Radio
-    target: gr.Dropdown
-    source: gr.Dropdown
-    part: gr.Radio
-    order: gr.Radio
-    lines: gr.Radio
-    held: gr.State
-    boxes: Mapping[str, gr.HTML]
-
-
 def build_look(app: AppContext) -> None:
     """Fill the tab; it follows the run that the page looks at."""
-    parts = _laid_out(app)
-    choices: list[Any] = [
-        parts.projection, parts.side, parts.target, parts.source, parts.part, parts.order, parts.lines,
-    ]  # fmt: skip
-    shown = [parts.nothing, parts.body, parts.head, parts.fitted, parts.compared, parts.table]
-    figures = [parts.held, *choices, *parts.boxes.values()]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-
-    def fill(run_id: str) -> _Changes:
-        """All of the tab, for the run that is looked at now."""
-        try:
-            looked = _looked(app, run_id)
-        except TmergeError as error:
-            there = app.finished(run_id) is not None
-            return {
-                parts.nothing: gr.HTML(
-                    error_card("This run cannot be shown", str(error)) if there else _NOTHING, visible=True
-                ),
-                parts.body: gr.Column(visible=False),
-                parts.held: None,
-                **dict.fromkeys(parts.boxes.values(), ""),
-            }
-        choice = _first_choice(looked, run_id)
-        return {
-            parts.nothing: gr.HTML(visible=False),
-            parts.body: gr.Column(visible=True),
-            parts.head: _head(looked),
-            parts.fitted: gr.Column(visible=looked.report.fusion.fit is not None),
-            parts.compared: gr.Column(visible=looked.comparison is not None),
-            parts.table: "" if looked.comparison is None else _table(looked.comparison, run_id),
-            parts.projection: gr.Radio(looked.record.projections, value=choice.projection),
-            **{getattr(parts, name): getattr(choice, name) for name in ("side", "part", "order", "lines")},
-            **_drawn(parts, looked, choice, None),
-        }
-
-    for event in (app.run_id.change, app.ended.change):
-        event(fill, app.run_id, [*shown, *figures], **quiet)
-
-    def redraw(held: Choice | None, *values: Any) -> _Changes:
-        """What the boxes' new values change, whichever of them were changed since the last time."""
-        looked, choice = _chosen(app, *values)
-        if held is None or (held.projection, held.target) != (choice.projection, choice.target):
-            # Another projection or target layer: its own source layers, not one that was asked for with the last.
-            choice = _with_kept_source(looked, choice)
-        return _drawn(parts, looked, choice, held)
-
-    # One listener for all: of two changes in quick succession, no answer to the first may come after the second's.
-    changed = [control.input for control in choices]
-    asked = [parts.held, app.run_id, *choices]
-    gr.on(changed, redraw, asked, figures, trigger_mode="always_last", **quiet)
-
-    def open_pair(event: gr.EventData, held: Choice | None, *values: Any) -> _Changes:
-        """The map of the cell or stream that was clicked, of the side that the coupling shows."""
-        run_id, name, shown, _, _, part, *rest = values
-        part = part if shown == "effective" else shown
-        looked, choice = _chosen(app, run_id, name, shown, event.target_layer, event.source_layer, part, *rest)
-        return {parts.part: part, **_drawn(parts, looked, choice, held)}
-
-    for name in ("coupling", "flow"):
-        clicked = parts.boxes[name].cell(open_pair, asked, figures, trigger_mode="always_last", **quiet)
-        clicked.then(None, None, None, js=_TO_MAP, api_visibility="private")
-
-
-def _laid_out(app: AppContext) -> _Parts:
     boxes: dict[str, gr.HTML] = {}
+    readers = [_reader(app, read) for read in (zoomed, data_of)]
 
     def place(*names: str) -> None:
         """Figures beside each other, where there is room."""
         with gr.Row(equal_height=False):
             for name in names:
                 with gr.Column(min_width=320):
-                    boxes[name] = figure_box(f"look-{name}", zoom=_reader(app, zoomed), data=_reader(app, data_of))
+                    boxes[name] = figure_box(f"look-{name}", *readers)
 
-    nothing = gr.HTML(_NOTHING, elem_id="look-nothing")
+    nothing = markup(_NOTHING, elem_id="look-nothing")
     with gr.Column(visible=False, elem_id="look") as body:
-        head = gr.HTML(elem_id="look-head", css_template=_HEAD_STYLE, apply_default_css=False)
+        head = markup("", elem_id="look-head")
         with gr.Column(visible=False, elem_id="look-compared") as compared:
             gr.Markdown("## The merge beside trainings")
             table = markup("", elem_id="look-table")
@@ -182,20 +87,80 @@ def _laid_out(app: AppContext) -> _Parts:
         gr.Markdown("## Did it help?")
         place("scores", "descent")
     assert boxes.keys() == FIGURES.keys()
-    return _Parts(
-        nothing, body, head, fitted, compared, table, projection, side, target, source, part, order, lines,
-        gr.State(None), boxes,
-    )  # fmt: skip
+    # The choice that the figures were drawn from.
+    held = gr.State(None)
+    choices: list[Any] = [projection, side, target, source, part, order, lines]
+    figures = [held, *choices, *boxes.values()]
 
+    def drawn(looked: Looked, choice: Choice, before: Choice | None) -> dict[Any, Any]:
+        """The figures that are others than those of the choice they were drawn from, and the lists of layers."""
+        changed = {
+            box: picture_of(name, looked, choice)
+            for name, box in boxes.items()
+            if before is None or FIGURES[name].drawn_from(before) != FIGURES[name].drawn_from(choice)
+        }
+        kept = kept_layers(looked.record, choice.projection)
+        return {
+            held: choice,
+            target: gr.Dropdown([(str(layer), layer) for layer in kept], value=choice.target),
+            source: gr.Dropdown(_source_layers(looked, choice), value=choice.source),
+            **changed,
+        }
 
-def _drawn(parts: _Parts, looked: Looked, choice: Choice, held: Choice | None) -> _Changes:
-    """The figures that are others than those of the choice they were drawn from, and the lists of layers."""
-    drawn = {
-        box: picture_of(name, looked, choice)
-        for name, box in parts.boxes.items()
-        if held is None or FIGURES[name].drawn_from(held) != FIGURES[name].drawn_from(choice)
-    }
-    return {parts.held: choice, **_pair_boxes(parts, looked, choice), **drawn}
+    def fill(run_id: str) -> dict[Any, Any]:
+        """All of the tab, for the run that is looked at now."""
+        try:
+            looked = _looked(app, run_id)
+        except TmergeError as error:
+            there = app.finished(run_id) is not None
+            why = error_card("This run cannot be shown", str(error)) if there else _NOTHING
+            return {
+                nothing: gr.HTML(why, visible=True),
+                body: gr.Column(visible=False),
+                held: None,
+                **dict.fromkeys(boxes.values(), ""),
+            }
+        choice = _first_choice(looked, run_id)
+        return {
+            nothing: gr.HTML(visible=False),
+            body: gr.Column(visible=True),
+            head: _head(looked),
+            fitted: gr.Column(visible=looked.report.fusion.fit is not None),
+            compared: gr.Column(visible=looked.comparison is not None),
+            table: "" if looked.comparison is None else _table(looked.comparison, run_id),
+            projection: gr.Radio(looked.record.projections, value=choice.projection),
+            side: choice.side,
+            part: choice.part,
+            order: choice.order,
+            lines: choice.lines,
+            **drawn(looked, choice, None),
+        }
+
+    for event in (app.run_id.change, app.ended.change):
+        event(fill, app.run_id, [nothing, body, head, fitted, compared, table, *figures], **QUIET)
+
+    def redraw(before: Choice | None, *values: Any) -> dict[Any, Any]:
+        """What the boxes' new values change, whichever of them were changed since the last time."""
+        looked, choice = _chosen(app, *values)
+        if before is None or (before.projection, before.target) != (choice.projection, choice.target):
+            # Another projection or target layer: its own source layers, not one that was asked for with the last.
+            choice = _with_kept_source(looked, choice)
+        return drawn(looked, choice, before)
+
+    # One listener for all: of two changes in quick succession, no answer to the first may come after the second's.
+    asked = [held, app.run_id, *choices]
+    gr.on([control.input for control in choices], redraw, asked, figures, trigger_mode="always_last", **QUIET)
+
+    def open_pair(event: gr.EventData, before: Choice | None, *values: Any) -> dict[Any, Any]:
+        """The map of the cell or stream that was clicked, of the side that the coupling shows."""
+        run_id, name, shown, _, _, last, *rest = values
+        opened = last if shown == "effective" else shown
+        looked, choice = _chosen(app, run_id, name, shown, event.target_layer, event.source_layer, opened, *rest)
+        return {part: opened, **drawn(looked, choice, before)}
+
+    for name in ("coupling", "flow"):
+        clicked = boxes[name].cell(open_pair, asked, figures, trigger_mode="always_last", **QUIET)
+        clicked.then(None, None, None, js=_TO_MAP, api_visibility="private")
 
 
 def _looked(app: AppContext, run_id: str) -> Looked:
@@ -225,6 +190,7 @@ def _reader(app: AppContext, read: Callable[[Looked, Mapping[str, Any]], dict[st
             _log.info("a figure was asked for what it does not have: %r", error)
             return {"fault": "there is no such figure; choose again"}
 
+    answer.__name__ = read.__name__
     return answer
 
 
@@ -235,9 +201,8 @@ def _chosen(app: AppContext, *values: Any) -> tuple[Looked, Choice]:
         looked = _looked(app, run_id)
     except TmergeError as error:
         raise gr.Error(str(error)) from None
-    first = _first_choice(looked, run_id)
     if name not in looked.record.projections:
-        name = first.projection
+        name = looked.record.projections[0]
     kept = kept_layers(looked.record, name)
     target = int(target) if target is not None and int(target) in kept else next(iter(kept))
     sources = _sources(looked, name, part)
@@ -251,14 +216,12 @@ def _first_choice(looked: Looked, run_id: str) -> Choice:
     name = looked.record.projections[0]
     kept = kept_layers(looked.record, name)
     target = max(kept, key=lambda layer: kept[layer][0][1])
-    side, order = cast(Side, "effective"), cast(Order, "structure")
-    return Choice(run_id, name, side, target, kept[target][0][0], "post", order, "projection")
+    return Choice(run_id, name, "effective", target, kept[target][0][0], "post", "structure", "projection")
 
 
-def _pair_boxes(parts: _Parts, looked: Looked, choice: Choice) -> _Changes:
-    """The two lists of layers, the source layers that were kept for this target layer first."""
-    kept = kept_layers(looked.record, choice.projection)
-    shares = dict(kept[choice.target])
+def _source_layers(looked: Looked, choice: Choice) -> list[tuple[str, int]]:
+    """Words and number of each source layer, those that were kept for this target layer first."""
+    shares = dict(kept_layers(looked.record, choice.projection)[choice.target])
     pairs = set(looked.record.pairs(choice.key))
 
     def words(layer: int) -> str:
@@ -269,11 +232,7 @@ def _pair_boxes(parts: _Parts, looked: Looked, choice: Choice) -> _Changes:
         return f"{layer}: kept by another projection" if stored else f"{layer}: not kept, no plan stored"
 
     others = [layer for layer in _sources(looked, choice.projection, choice.part) if layer not in shares]
-    listed = [(words(layer), layer) for layer in (*shares, *others)]
-    return {
-        parts.target: gr.Dropdown([(str(layer), layer) for layer in kept], value=choice.target),
-        parts.source: gr.Dropdown(listed, value=choice.source),
-    }
+    return [(words(layer), layer) for layer in (*shares, *others)]
 
 
 def _with_kept_source(looked: Looked, choice: Choice) -> Choice:

@@ -14,11 +14,12 @@ from tmerge.errors import PushError, RunNotFoundError, TmergeError
 from tmerge.hub import card_text, plan_push
 from tmerge.report import summary, training_summary
 from tmerge.run import Run
-from tmerge.ui.context import AppContext
-from tmerge.ui.parts.cards import empty_card, error_card, heading, note
-from tmerge.ui.parts.push_cards import card_preview, files_card, push_card, verdict_card
+from tmerge.ui.context import SHARED, UNQUEUED, AppContext
+from tmerge.ui.parts.cards import empty_card, error_card, note
+from tmerge.ui.parts.push_cards import card_preview, files_card, push_card
 from tmerge.ui.parts.returning import sign_in_button
-from tmerge.ui.parts.style import markup
+from tmerge.ui.parts.safe import render
+from tmerge.ui.parts.style import editor, markup
 from tmerge.ui.server.pushes import account_name, offers_sign_in, own_token, start_push, suggested_name
 from tmerge.ui.server.visitor_run import VisitorRun
 
@@ -31,7 +32,6 @@ _EXAMPLE = empty_card(
 _EMPTY = empty_card(
     "Nothing to push yet", "When a merge has finished, its model, its card and its report can be pushed from here."
 )
-_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 16}
 
 
 def build_push(app: AppContext) -> None:
@@ -68,20 +68,11 @@ def build_push(app: AppContext) -> None:
                 progress = markup("", elem_id="push-progress")
             with gr.Column(min_width=280):
                 files = markup("", elem_id="push-files")
-        markup(heading(2, "The model card"), elem_classes="section")
+        markup("<h2>The model card</h2>", elem_classes="section")
         with gr.Row(equal_height=False):
             with gr.Column(min_width=280):
-                card = gr.Code(
-                    "",
-                    language="markdown",
-                    label="README.md, as it will be pushed",
-                    lines=18,
-                    max_lines=30,
-                    interactive=True,
-                    show_line_numbers=False,
-                    buttons=["copy", "download"],
-                    elem_id="push-card",
-                )
+                label = "README.md, as it will be pushed"
+                card = editor("", language="markdown", label=label, lines=18, name="push-card")
                 anew = gr.Button("Write the card anew from the report", size="sm", elem_id="push-anew")
             with gr.Column(min_width=280, elem_id="push-preview"):
                 metadata = markup("", elem_id="push-metadata")
@@ -100,13 +91,14 @@ def build_push(app: AppContext) -> None:
             line, user = _account(app, token)
             name = typed or f"{user or 'user'}/{suggested_name(report)}"
             text = card_text(report, run.recipe(), repo=name)
+            said = training_summary(report) or summary(report)
             planned = plan_push(run.folder, name, even_if_worse=True, card=text)
         except TmergeError as error:
             return without(error_card("This run cannot be pushed", str(error)))
         return {
             nothing: gr.HTML(visible=False),
             body: gr.Column(visible=True),
-            verdict: verdict_card(planned.verdict, training_summary(report) or summary(report)),
+            verdict: render("push_cards.html", "verdict_card", verdict=planned.verdict, line=said),
             account: line,
             repo: name,
             worse: gr.Checkbox(visible=report.published_verdict == "hurts", value=False),
@@ -141,7 +133,7 @@ def build_push(app: AppContext) -> None:
             *(nothing, body, verdict, account, repo, worse, fault, files, card, generated, metadata, preview),
             *(progress, go, clock, filled_for),
         ],
-        **_QUIET,
+        **SHARED,
     )
 
     def renamed(run_id: str, name: str, text: str, last: str) -> dict[Any, Any]:
@@ -162,22 +154,22 @@ def build_push(app: AppContext) -> None:
         [app.run_id, repo, card, generated],
         [card, generated],
         trigger_mode="always_last",
-        **_QUIET,
+        **SHARED,
     )
     repo.input(
         lambda run_id, name: [run_id, name or ""],
         [app.run_id, repo],
         app.kept.repo,
         trigger_mode="always_last",
-        **_QUIET,
+        **SHARED,
     )
-    anew.click(written_anew, [app.run_id, repo], [card, generated], **_QUIET)
+    anew.click(written_anew, [app.run_id, repo], [card, generated], **SHARED)
     card.change(
         lambda run_id, text: previewed(text, app.finished(run_id)),
         [app.run_id, card],
         [metadata, preview],
         trigger_mode="always_last",
-        **_QUIET,
+        **SHARED,
     )
 
     def begin(
@@ -206,18 +198,9 @@ def build_push(app: AppContext) -> None:
         return {fault: note("", keep=True), **under_way(run)}
 
     go.click(
-        begin,
-        [app.run_id, repo, private, worse, card],
-        [fault, progress, go, clock],
-        trigger_mode="once",
-        **_QUIET,
+        begin, [app.run_id, repo, private, worse, card], [fault, progress, go, clock], trigger_mode="once", **SHARED
     )
-    clock.tick(
-        lambda run_id: under_way(app.seen(run_id)),
-        [app.run_id],
-        [progress, go, clock],
-        **{**_QUIET, "queue": False},
-    )
+    clock.tick(lambda run_id: under_way(app.seen(run_id)), [app.run_id], [progress, go, clock], **UNQUEUED)
 
 
 def _account(app: AppContext, token: gr.OAuthToken | None) -> tuple[str, str | None]:

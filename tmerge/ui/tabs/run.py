@@ -10,17 +10,16 @@ from typing import Any
 import gradio as gr
 
 from tmerge.errors import TmergeError
-from tmerge.ui.context import AppContext
+from tmerge.ui.context import UNQUEUED, AppContext
 from tmerge.ui.parts.cards import error_card, note
 from tmerge.ui.parts.going_on import build_going_on
 from tmerge.ui.parts.progress import (
     coupling_figure,
     features_begun,
     files_list,
-    gone_head,
     head,
+    head_without_run,
     log_lines,
-    no_run_head,
     result_cards,
     stages,
 )
@@ -37,9 +36,6 @@ _MAP_EVERY = 2.0
 # Words that stay true when all are solved.
 _LATEST = "the latest"
 
-# What a handler changes: component -> its new value, or an update of it.
-_Changes = dict[Any, Any]
-
 
 @dataclass(frozen=True)
 class _Drawn:
@@ -53,32 +49,10 @@ class _Drawn:
     over: bool = False
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """The tab's components that a run changes."""
-
-    head: gr.HTML
-    stages: gr.HTML
-    log: gr.HTML
-    picture: gr.Plot
-    feature: gr.Dropdown
-    result: gr.HTML
-    files: gr.HTML
-    cancel: gr.Button
-    downloads: gr.Row
-    report: gr.DownloadButton
-    recipe: gr.DownloadButton
-    keeping: gr.Row
-    kept: gr.HTML
-    clock: gr.Timer
-    ended: gr.Number
-    drawn: gr.State
-
-
 def build_running(app: AppContext) -> None:
     """Lay the tab out and wire it. Call it inside its `gr.Tab`."""
     drawn = gr.State(_Drawn())
-    top = markup(no_run_head(), elem_id="run-head")
+    top = markup(head_without_run(gone=False), elem_id="run-head")
     build_links(app)
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=300):
@@ -109,33 +83,87 @@ def build_running(app: AppContext) -> None:
         keep = gr.Button("Keep the model", elem_id="keep-model", scale=1, min_width=160)
     kept = markup("", elem_id="keep-note")
     clock = gr.Timer(_EVERY, active=False)
-    parts = _Parts(
+    shown = [
         top, steps, log, picture, feature, result, files, cancel, downloads, report, recipe, keeping, kept, clock,
         app.ended, drawn,
-    )  # fmt: skip
-    shown = [getattr(parts, name) for name in _Parts.__dataclass_fields__]
+    ]  # fmt: skip
 
-    def draw(run_id: str, chosen: str, before: _Drawn, ended: int) -> _Changes:
+    def of_run(run: VisitorRun, chosen: str, before: _Drawn, ended: int) -> dict[Any, Any]:
+        over, version, now = run.over, run.version, time.time()
+        same_run = before.run == run.id
+        line = head(run, app.store.position(run.id), app.store.wait_seconds(run.id))
+        if same_run and before.version == version and (before.over or not over):
+            return {top: line}
+        rows = len(run.rows)
+        # A map that is behind by less than its period is drawn at a later tick, or with the end of the run.
+        draws = not same_run or (rows != before.rows and (over or now - before.when >= _MAP_EVERY))
+        seen = version if draws or rows == before.rows else -1
+        map_rows, map_when = (rows, now) if draws else (before.rows, before.when)
+        changes: dict[Any, Any] = {
+            top: line,
+            steps: stages(run),
+            log: log_lines(run),
+            cancel: _stop_button(run),
+            drawn: _Drawn(run.id, seen, map_rows, map_when, chosen, over),
+        }
+        if draws:
+            changes[picture] = coupling_figure(run, None if chosen == _LATEST else chosen)
+            changes[feature] = gr.Dropdown(choices=[_LATEST, *features_begun(run)], value=chosen)
+        just_over = over and not (same_run and before.over)
+        if just_over or not same_run:
+            done, work = run.report is not None, run.folder / "tmerge"
+            changes |= {
+                result: result_cards(run),
+                files: files_list(run, local=not app.settings.public),
+                downloads: gr.Row(visible=done),
+                keeping: gr.Row(visible=done and run.example is None and not app.settings.public),
+                kept: "",
+                clock: gr.Timer(active=not over),
+            }
+            if done:
+                changes[report] = gr.DownloadButton(value=str(work / "report.json"))
+                changes[recipe] = gr.DownloadButton(value=str(work / "recipe.yaml"))
+        if just_over:
+            changes[app.ended] = ended + 1
+        return changes
+
+    def without_run(run_id: str, before: _Drawn, ended: int) -> dict[Any, Any]:
+        nothing = _Drawn(run_id, 0, 0, 0.0, _LATEST, True)
+        if before == nothing:
+            return {drawn: nothing}
+        return {
+            top: head_without_run(gone=bool(run_id)),
+            steps: stages(None),
+            log: log_lines(None),
+            picture: coupling_figure(None, None),
+            feature: gr.Dropdown(choices=[_LATEST], value=_LATEST),
+            cancel: gr.Button("Cancel this run", variant="stop", interactive=False),
+            downloads: gr.Row(visible=False),
+            keeping: gr.Row(visible=False),
+            **dict.fromkeys((result, files, kept), ""),
+            clock: gr.Timer(active=False),
+            app.ended: ended + 1,
+            drawn: nothing,
+        }
+
+    def draw(run_id: str, chosen: str, before: _Drawn, ended: int) -> dict[Any, Any]:
         run = app.seen(run_id)
-        if run is None:
-            return _without_run(parts, run_id, before, ended)
-        return _with_run(app, parts, run, chosen, before, ended)
+        return without_run(run_id, before, ended) if run is None else of_run(run, chosen, before, ended)
 
-    def anew(run_id: str, chosen: str, ended: int) -> _Changes:
+    def anew(run_id: str, ended: int) -> dict[Any, Any]:
         return draw(run_id, _LATEST, _Drawn(), ended)
 
     # Not through the queue: a page that watches a run holds no place that another visitor needs.
-    options: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    clock.tick(draw, [app.run_id, feature, drawn, app.ended], shown, trigger_mode="once", **options)
-    app.run_id.change(anew, [app.run_id, feature, app.ended], shown, **options)
+    clock.tick(draw, [app.run_id, feature, drawn, app.ended], shown, trigger_mode="once", **UNQUEUED)
+    app.run_id.change(anew, [app.run_id, app.ended], shown, **UNQUEUED)
     feature.input(
         lambda run_id, chosen: coupling_figure(app.seen(run_id), None if chosen == _LATEST else chosen),
         [app.run_id, feature],
         picture,
-        **options,
+        **UNQUEUED,
     )
 
-    def stop_or_go_on(run_id: str, chosen: str, ended: int) -> _Changes:
+    def stop_or_go_on(run_id: str, ended: int) -> dict[Any, Any]:
         run = app.seen(run_id)
         try:
             if run is not None and run.state == "cancelled":
@@ -144,56 +172,10 @@ def build_running(app: AppContext) -> None:
                 app.store.cancel(run_id)
         except TmergeError as error:
             return {result: error_card("Not continued", str(error))}
-        return anew(run_id, chosen, ended)
+        return anew(run_id, ended)
 
-    cancel.click(stop_or_go_on, [app.run_id, feature, app.ended], shown, trigger_mode="once", **options)
-    keep.click(lambda run_id, name: _keep(app, run_id, (name or "").strip()), [app.run_id, folder], kept, **options)
-
-
-def _with_run(app: AppContext, parts: _Parts, run: VisitorRun, chosen: str, before: _Drawn, ended: int) -> _Changes:
-    over, version, now = run.over, run.version, time.time()
-    same_run = before.run == run.id
-    changes: _Changes = {parts.head: head(run, app.store.position(run.id), app.store.wait_seconds(run.id))}
-    if same_run and before.version == version and (before.over or not over):
-        return changes
-    rows = len(run.rows)
-    # A map that is behind by less than its period is drawn at a later tick, or with the end of the run.
-    draw_map = not same_run or (rows != before.rows and (over or now - before.when >= _MAP_EVERY))
-    changes |= {
-        parts.stages: stages(run),
-        parts.log: log_lines(run),
-        parts.cancel: _stop_button(run),
-        parts.drawn: _Drawn(
-            run.id,
-            version if draw_map or rows == before.rows else -1,
-            rows if draw_map else before.rows,
-            now if draw_map else before.when,
-            chosen,
-            over,
-        ),
-    }
-    if draw_map:
-        changes |= {
-            parts.picture: coupling_figure(run, None if chosen == _LATEST else chosen),
-            parts.feature: gr.Dropdown(choices=[_LATEST, *features_begun(run)], value=chosen),
-        }
-    just_over = over and not (same_run and before.over)
-    if just_over or not same_run:
-        done, work = run.report is not None, run.folder / "tmerge"
-        changes |= {
-            parts.result: result_cards(run),
-            parts.files: files_list(run, local=not app.settings.public),
-            parts.downloads: gr.Row(visible=done),
-            parts.keeping: gr.Row(visible=done and run.example is None and not app.settings.public),
-            parts.kept: "",
-            parts.clock: gr.Timer(active=not over),
-        }
-        if done:
-            changes[parts.report] = gr.DownloadButton(value=str(work / "report.json"))
-            changes[parts.recipe] = gr.DownloadButton(value=str(work / "recipe.yaml"))
-    if just_over:
-        changes[parts.ended] = ended + 1
-    return changes
+    cancel.click(stop_or_go_on, [app.run_id, app.ended], shown, trigger_mode="once", **UNQUEUED)
+    keep.click(lambda run_id, name: _keep(app, run_id, (name or "").strip()), [app.run_id, folder], kept, **UNQUEUED)
 
 
 def _stop_button(run: VisitorRun) -> gr.Button:
@@ -203,28 +185,6 @@ def _stop_button(run: VisitorRun) -> gr.Button:
     stopping = run.cancelling.is_set() and not run.over
     words = "Stopping" if stopping else "Cancel this run"
     return gr.Button(words, variant="stop", interactive=not run.over and not stopping)
-
-
-def _without_run(parts: _Parts, run_id: str, before: _Drawn, ended: int) -> _Changes:
-    nothing = _Drawn(run_id, 0, 0, 0.0, _LATEST, True)
-    if before == nothing:
-        return {parts.drawn: nothing}
-    return {
-        parts.head: gone_head() if run_id else no_run_head(),
-        parts.stages: stages(None),
-        parts.log: log_lines(None),
-        parts.picture: coupling_figure(None, None),
-        parts.feature: gr.Dropdown(choices=[_LATEST], value=_LATEST),
-        parts.result: "",
-        parts.files: "",
-        parts.cancel: gr.Button("Cancel this run", variant="stop", interactive=False),
-        parts.downloads: gr.Row(visible=False),
-        parts.keeping: gr.Row(visible=False),
-        parts.kept: "",
-        parts.clock: gr.Timer(active=False),
-        parts.ended: ended + 1,
-        parts.drawn: nothing,
-    }
 
 
 def _keep(app: AppContext, run_id: str, name: str) -> str:

@@ -11,41 +11,29 @@ from tmerge.answers import MOST_CHARACTERS, MOST_TOKENS, Question, Said
 from tmerge.errors import RunNotFoundError, TmergeError
 from tmerge.plots.words import score_cells
 from tmerge.report import Report, summary, training_summary
-from tmerge.ui.context import AppContext
-from tmerge.ui.parts.cards import error_card, note
+from tmerge.ui.context import QUIET, AppContext
+from tmerge.ui.parts.cards import empty_card, error_card, note
 from tmerge.ui.parts.prompts import offered_prompts
-from tmerge.ui.parts.safe import render
+from tmerge.ui.parts.safe import printable, render
+from tmerge.ui.parts.style import markup
 from tmerge.ui.server.examples import Example
 from tmerge.ui.server.speaking import ROLES, Speaker
 
 __all__ = ["build_try"]
 
-_FILE = "try_out.html"
-_NOTHING = render(_FILE, "nothing")
+_NOTHING = empty_card(
+    "Nothing to try yet",
+    "When a merge has finished, the target, the fused model and the source answer your prompts here, side by side.",
+)
 _LABELS = {"target": "Target, unchanged", "fused": "Fused", "source": "Source"}
 _PROMPTS = 4
 _SILENT: Mapping[str, Said] = {role: Said(note="") for role in ROLES}
-_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-_STYLE = """
-.html-container:has(> &) { padding: 0; }
-.tm-mine { margin: 0; font-size: .875rem; font-variant-numeric: tabular-nums; color: var(--body-text-color); }
-.tm-note { margin: 0; min-height: 1.5em; font-size: .875rem; overflow-wrap: anywhere;
-  color: color-mix(in srgb, var(--body-text-color) 74%, transparent); }
-.tm-note.tm-failed { color: var(--error-text-color, #b84a00); }
-.tm-scores { overflow-x: auto; color: var(--body-text-color); }
-.tm-scores p { margin: 0 0 8px; max-width: 90ch; overflow-wrap: anywhere; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 5px 20px 5px 0; vertical-align: top; font-weight: 400;
-  border-bottom: 1px solid var(--border-color-primary); }
-thead th { font-weight: 600; }
-small { display: block; color: color-mix(in srgb, var(--body-text-color) 74%, transparent); }
-"""
 
 
 def build_try(app: AppContext) -> None:
     """Fill the tab; it follows the run that the page looks at."""
     speaker = Speaker(app.store)
-    nothing = gr.HTML(_NOTHING, elem_id="try-nothing")
+    nothing = markup(_NOTHING, elem_id="try-nothing")
     with gr.Column(visible=False, elem_id="try") as body:
         prompt = gr.Textbox(
             label="Prompt",
@@ -70,7 +58,7 @@ def build_try(app: AppContext) -> None:
         with gr.Row() as buttons:
             go = gr.Button("Ask all three", variant="primary", elem_id="try-go", min_width=160)
             stop = gr.Button("Stop", interactive=False, elem_id="try-stop", min_width=120)
-        fault = gr.HTML(elem_id="try-fault", css_template=_STYLE, apply_default_css=False)
+        fault = markup("", elem_id="try-fault")
         answers: dict[str, gr.Textbox] = {}
         own: dict[str, gr.HTML] = {}
         notes: dict[str, gr.HTML] = {}
@@ -85,19 +73,14 @@ def build_try(app: AppContext) -> None:
                         buttons=["copy"],
                         elem_id=f"try-{role}",
                     )
-                    own[role] = gr.HTML(elem_id=f"try-{role}-score", css_template=_STYLE, apply_default_css=False)
-                    notes[role] = gr.HTML(
-                        _note(_SILENT[role]),
-                        elem_id=f"try-{role}-note",
-                        css_template=_STYLE,
-                        apply_default_css=False,
-                    )
+                    own[role] = markup("", elem_id=f"try-{role}-score")
+                    notes[role] = markup(_note(_SILENT[role]), elem_id=f"try-{role}-note")
         gr.Markdown("## What the held-out texts say")
-        score = gr.HTML(elem_id="try-scores", css_template=_STYLE, apply_default_css=False)
+        score = markup("", elem_id="try-scores")
     said_parts = [*answers.values(), *notes.values()]
 
     def told(said: Mapping[str, Said]) -> dict[Any, Any]:
-        return {answers[role]: _printable(said[role].text) for role in ROLES} | {
+        return {answers[role]: printable(said[role].text) for role in ROLES} | {
             notes[role]: _note(said[role]) for role in ROLES
         }
 
@@ -141,7 +124,7 @@ def build_try(app: AppContext) -> None:
         fill,
         app.run_id,
         [nothing, body, score, how, buttons, *own.values(), prompt, fault, *said_parts, *offered],
-        **_QUIET,
+        **QUIET,
     )
 
     def take(run_id: str, text: str) -> dict[Any, Any]:
@@ -150,7 +133,7 @@ def build_try(app: AppContext) -> None:
         return {prompt: text} | (recited(seen.example, text) if seen is not None and seen.example is not None else {})
 
     for button in offered:
-        button.click(take, [app.run_id, button], [prompt, fault, *said_parts], **_QUIET)
+        button.click(take, [app.run_id, button], [prompt, fault, *said_parts], **QUIET)
 
     def ask(
         run_id: str, text: str, most: float, heat: float, number: float, template: bool, request: gr.Request
@@ -169,7 +152,7 @@ def build_try(app: AppContext) -> None:
         except (TypeError, ValueError, OverflowError):
             said, why = _SILENT, "the settings are no numbers that can be used"
         yield {
-            fault: render(_FILE, "fault", line=why) if why else "",
+            fault: note(why, bad=True),
             go: gr.Button(interactive=True),
             stop: gr.Button(interactive=False),
             **told(said),
@@ -182,31 +165,24 @@ def build_try(app: AppContext) -> None:
         [fault, go, stop, *said_parts],
         concurrency_limit=1,
         concurrency_id="try",
-        **_QUIET,
+        **QUIET,
     )
 
     def hush(request: gr.Request) -> None:
         """Stop this page's answers."""
         speaker.stop(str(request.session_hash))
 
-    stop.click(hush, None, None, queue=False, **_QUIET)
-
-
-def _printable(text: str) -> str:
-    """A model's text without control characters, which move the cursor or turn the direction of writing."""
-    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
+    stop.click(hush, None, None, queue=False, **QUIET)
 
 
 def _note(said: Said) -> str:
-    return render(_FILE, "note", said=said)
+    return note(said.note, bad=said.state == "failed", keep=True)
 
 
 def _scores(report: Report) -> str:
     """The verdict with its interval, and every model's held-out score."""
-    texts = report.evaluation.texts
-    return render(
-        _FILE, "scores", sentence=training_summary(report) or summary(report), texts=texts, rows=score_cells(report)
-    )
+    sentence, texts = training_summary(report) or summary(report), report.evaluation.texts
+    return render("try_out.html", "held_out", sentence=sentence, texts=texts, rows=score_cells(report))
 
 
 def _own_score(report: Report, role: str) -> str:
@@ -218,4 +194,4 @@ def _own_score(report: Report, role: str) -> str:
         change = report.published_difference
         line += f", {change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}] to the target"
         line += f": {report.verdict}" if report.adaptation is None else ", after training"
-    return render(_FILE, "own_score", line=line)
+    return note(line)
