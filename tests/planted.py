@@ -231,7 +231,7 @@ def relative_errors(model: PreTrainedModel, original: PreTrainedModel) -> dict[s
 
 
 def side_of(model: PreTrainedModel, features: Mapping[tuple[int, str], Tensor]) -> Side:
-    """A model and its features, as `tmerge.transport.solve_structure` takes them."""
+    """A model and its features, as `tmerge.transport.find_structure` takes them."""
     keys: dict[int, list[str]] = {}
     for layer, key in features:
         keys.setdefault(layer, []).append(key)

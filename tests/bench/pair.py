@@ -27,15 +27,15 @@ from tmerge.recipe import Apart, FusionSettings, Shared, TaskVector, TransportSe
 from tmerge.transport import (
     FeaturePlans,
     Side,
+    Solver,
     Structure,
     apart_transport,
     feature_keys,
+    find_structure,
     layer_plans,
-    pair_layers,
     shared_transport,
     solve_features,
 )
-from tmerge.transport.structure import solve_structure
 
 __all__ = ["ALL", "ATTENTION", "Pair"]
 
@@ -140,8 +140,7 @@ class Pair:
     @cache
     def structure(self, kind: str, epsilon: float | None, signed: bool, by_weights: bool = False) -> Structure:
         target, source = self.sides(kind, by_weights)
-        pairs, cost, layers = pair_layers(target, source, feature_keys(list(ALL)), signed=signed)
-        return Structure(pairs, cost, layers, *solve_structure(target, source, pairs, epsilon=epsilon, signed=signed))
+        return find_structure(target, source, feature_keys(list(ALL)), Solver(epsilon, signed=signed))
 
     @cache
     def plans(self, kind: str, epsilon: float) -> dict[str, FeaturePlans]:

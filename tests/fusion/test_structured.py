@@ -37,15 +37,15 @@ from tmerge.fusion import carry, fuse
 from tmerge.models import EMBEDDING, HEAD, describe
 from tmerge.recipe import Shared, TaskVector, Weights
 from tmerge.transport import (
+    Solver,
     Structure,
     TransportRecord,
+    find_structure,
     one_thread_each,
-    pair_layers,
     paired_layer_maps,
     paired_layers,
     recorded_transport,
     shared_transport,
-    solve_structure,
 )
 
 families = pytest.mark.parametrize(
@@ -55,8 +55,7 @@ families = pytest.mark.parametrize(
 
 def _structure(target, source, keys, epsilon=None):
     with one_thread_each():
-        pairs, cost, layers = pair_layers(target, source, keys)
-        return Structure(pairs, cost, layers, *solve_structure(target, source, pairs, epsilon=epsilon))
+        return find_structure(target, source, keys, Solver(epsilon))
 
 
 def _fusion(what="weights", **settings):

@@ -10,7 +10,7 @@ import torch
 from tests.peak import Peak, return_what_is_freed
 from tests.planted import PLANTED_FAMILIES, planted_case, side_of
 from tmerge.models import PROJECTIONS, describe, feature_key
-from tmerge.transport import STREAM_KEYS, Correspondence, match, pair_layers, solve_structure
+from tmerge.transport import STREAM_KEYS, Correspondence, compare_layers, match, match_neurons
 from tmerge.transport.agreement import add_cosines
 
 return_what_is_freed()
@@ -99,7 +99,7 @@ def test_weights_find_what_activations_cannot(family):
     ]
     shares = {}
     for name, sides in {"features": (target, source), "weights": by_weights}.items():
-        _, inner = solve_structure(*sides, pairs)
+        _, inner = match_neurons(*sides, pairs)
         hits = []
         for (layer, key), correspondence in inner.items():
             origin = case.planted.origin[case.planted.source_layer(layer), key]
@@ -121,8 +121,8 @@ def test_weights_that_have_nothing_in_common_leave_activations_their_say():
         replace(side_of(model, features), weights=noise(model))
         for model, features in ((case.target, case.target_features), (case.planted.model, case.source_features))
     )
-    pairs, _, _ = pair_layers(target, source, case.keys)
-    stream, inner = solve_structure(target, source, pairs)
+    pairs = compare_layers(target, source, case.keys).pairs
+    stream, inner = match_neurons(target, source, pairs)
     for (layer, key), correspondence in {**inner, (0, "qkv.pre"): stream}.items():
         origin = case.planted.origin[case.planted.source_layer(layer), key]
         assert (origin[correspondence.columns] == correspondence.rows).float().mean() > 0.97, (layer, key)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tmerge.transport import Heads, couple
+from tmerge.transport import Heads, Solver
 from tmerge.transport.heads import match_heads
 
 _property = settings(max_examples=25, deadline=None, derandomize=True)
@@ -59,8 +59,7 @@ def _solve(target, source, seed, *, signed=False, epsilon=None, **options):
         _correlations(target, source, seed, **options),
         target,
         source,
-        lambda similarity: couple(similarity, epsilon=epsilon),
-        signed=signed,
+        Solver(epsilon, signed=signed),
     )
     return {key: _blocks(item.dense(), key, target, source) for key, item in found.items()}
 
@@ -161,7 +160,7 @@ def test_the_best_heads_are_found():
             wanted["o.pre"][2 * a + one, 2 * b + other, torch.arange(8), values] = 1.0
     for key, plan in correlations.items():
         plan += wanted[key].permute(0, 2, 1, 3).reshape(plan.shape)
-    found = match_heads(correlations, _NARROW, _NARROW, couple, signed=False)
+    found = match_heads(correlations, _NARROW, _NARROW, Solver())
     for key, item in found.items():
         assert _blocks(item.dense(), key, _NARROW, _NARROW).equal(wanted[key]), key
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from tests.transport.reference import feature_pair, pot_plan, reference_cost
-from tmerge.transport import Correspondence, correlation_cost, couple, match, standardise
+from tmerge.transport import Correspondence, Solver, correlation_cost, match, standardise
 
 _property = settings(max_examples=50, deadline=None, derandomize=True)
 _sizes = st.integers(1, 8)
@@ -132,7 +132,7 @@ def test_a_wider_targets_leftovers_have_a_partner_only_as_copies():
 def test_with_eps_it_equals_pot(shape, epsilon):
     cost = reference_cost(*feature_pair("factors", *shape))
     wanted = torch.from_numpy(shape[0] * pot_plan(cost, epsilon))
-    found = couple(1 - torch.from_numpy(cost), epsilon=epsilon, max_iterations=20_000, tolerance=1e-12)
+    found = Solver(epsilon, 20_000, 1e-12)(1 - torch.from_numpy(cost))
     assert found.iterations > 1 and found.marginal_error <= 1e-12
     # Entries below 1e-4 of the largest of their row and of their column are left out.
     large = (wanted >= 1e-4 * wanted.amax(1, keepdim=True)) | (wanted >= 1e-4 * wanted.amax(0, keepdim=True))
@@ -144,12 +144,12 @@ def test_with_eps_it_equals_pot(shape, epsilon):
 
 def test_without_eps_it_matches():
     similarity = _random(6, 9)
-    assert couple(similarity).dense().equal(match(similarity).dense())
+    assert Solver()(similarity).dense().equal(match(similarity).dense())
 
 
 def test_a_plan_that_is_cut_short_says_how_far_it_is():
     similarity = 1 - torch.from_numpy(reference_cost(*feature_pair("factors", 12, 12)))
-    found = couple(similarity, epsilon=0.01, max_iterations=2)
+    found = Solver(0.01, 2)(similarity)
     assert found.iterations == 2 and found.marginal_error > 1e-6
 
 
@@ -163,7 +163,7 @@ def test_signs_are_those_of_the_similarity():
     assert found.partner().tolist() == [1, 0, -1]
     # A second time changes nothing, and a plan's entries keep their size.
     assert found.signed(similarity).dense().equal(found.dense())
-    plan = couple(similarity.abs(), epsilon=0.1, tolerance=1e-12)
+    plan = Solver(0.1, tolerance=1e-12)(similarity.abs())
     assert plan.signed(similarity).dense().abs().equal(plan.dense())
     assert plan.signed(similarity).dense().sign().equal(similarity.sign() * (plan.dense() > 0))
 

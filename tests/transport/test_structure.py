@@ -15,7 +15,16 @@ from tests.planted import PLANTED_FAMILIES, PLANTED_LAYERS, planted_case, pooled
 from tests.transport.reference import feature_pair
 from tmerge.errors import Cancelled, TransportError
 from tmerge.models import describe
-from tmerge.transport import STREAM_KEYS, Side, Structure, one_thread_each, pair_layers, solve_structure
+from tmerge.transport import (
+    STREAM_KEYS,
+    Side,
+    Solver,
+    Structure,
+    compare_layers,
+    find_structure,
+    match_neurons,
+    one_thread_each,
+)
 
 families = pytest.mark.parametrize("family", PLANTED_FAMILIES)
 
@@ -30,8 +39,7 @@ def sides(family):
 def solved(family, epsilon=None):
     with one_thread_each():
         target, source = sides(family)
-        pairs, cost, layers = pair_layers(target, source, planted_case(family).keys)
-        return Structure(pairs, cost, layers, *solve_structure(target, source, pairs, epsilon=epsilon))
+        return find_structure(target, source, planted_case(family).keys, Solver(epsilon))
 
 
 def _planted(case, layer, key):
@@ -63,9 +71,9 @@ def test_every_key_alone_finds_the_layers_too(family):
     case = planted_case(family)
     twins = {"qkv.pre", "mlp.pre"} if family == "gpt_neox" else {"qkv.pre"}
     for key in set(case.keys) - twins:
-        pairs, cost, layers = pair_layers(target, source, [key])
-        assert list(pairs.values()) == case.source_layers, key
-        assert list(cost) == list(layers) == [key]
+        layers = compare_layers(target, source, [key])
+        assert list(layers.pairs.values()) == case.source_layers, key
+        assert list(layers.cost) == list(layers.compared) == [key]
 
 
 def test_layers_without_a_feature_are_passed_over_and_every_row_is_told():
@@ -75,10 +83,11 @@ def test_layers_without_a_feature_are_passed_over_and_every_row_is_told():
     lacking = {0: case.keys, 1: [key for key in case.keys if not key.startswith(("mlp", "gate", "up", "down"))]}
     keys = {layer: lacking.get(layer, case.keys) for layer in target.keys}
     told = []
-    pairs, cost, layers = pair_layers(
+    found = compare_layers(
         Side(target.read, keys, target.heads), source, case.keys, solved=lambda *row: told.append(row)
     )
-    assert list(pairs.values()) == case.source_layers
+    cost, layers = found.cost, found.compared
+    assert list(found.pairs.values()) == case.source_layers
     assert layers["up.post"][0] == (0, 2, 3) and cost["up.post"].shape[0] == 3
     assert [(key, layer) for key, layer, _ in told] == [(key, layer) for key in case.keys for layer in layers[key][0]]
     assert all(row.equal(cost[key][layers[key][0].index(layer)]) for key, layer, row in told)
@@ -136,7 +145,7 @@ def test_fewer_features_find_the_same_of_what_is_there(family):
     # Keys alone do not tell apart what o reads: query heads that share a kv head write nearly the same.
     for keys in (["qkv.pre", "q.post", "k.post"], ["v.post", "o.pre", "o.post"], ["mlp.pre", "up.post"], ["down.post"]):
         few = [Side(side.read, {layer: keys for layer in side.keys}, side.heads) for side in (target, source)]
-        stream, inner = solve_structure(*few, solved(family).pairs)
+        stream, inner = match_neurons(*few, solved(family).pairs)
         assert {key for _, key in inner} == set(keys) - set(STREAM_KEYS)
         for layer in range(PLANTED_LAYERS):
             for key in keys:
@@ -188,11 +197,11 @@ def test_neurons_that_are_negated_are_found_where_signs_are_asked_for():
         )
     turned = side_of(model, pooled_features(model, case.tokens))
     with one_thread_each():
-        pairs, _, _ = pair_layers(target, turned, case.keys)
+        pairs = compare_layers(target, turned, case.keys).pairs
         # By what has no sign: q, k and the gate.
         assert pairs == solved("llama").pairs
-        stream, inner = solve_structure(target, turned, pairs, signed=True)
-        plain, plain_inner = solve_structure(target, turned, pairs)
+        stream, inner = match_neurons(target, turned, pairs, Solver(signed=True))
+        plain, plain_inner = match_neurons(target, turned, pairs)
     for layer, other in pairs.items():
         for key in case.keys:
             found = stream if key in STREAM_KEYS else inner[layer, key]
@@ -201,7 +210,7 @@ def test_neurons_that_are_negated_are_found_where_signs_are_asked_for():
         assert not plain_inner[layer, "o.pre"].dense().equal(_planted(case, layer, "o.pre"))
     assert not plain.dense().equal(_planted(case, 0, "qkv.pre"))
     # Asked for in vain, signs do no harm.
-    stream, inner = solve_structure(target, source, pairs, signed=True)
+    stream, inner = match_neurons(target, source, pairs, Solver(signed=True))
     assert stream.dense().equal(solved("llama").stream.dense())
     assert all(item.dense().equal(solved("llama").inner[place].dense()) for place, item in inner.items())
 
@@ -236,7 +245,7 @@ def _side(features):
 def test_attention_whose_heads_are_not_known_is_matched_neuron_by_neuron():
     target, source = feature_pair("copies", 12, 12, seed=1)
     features = [{(0, "qkv.pre"): side, (0, "q.post"): side} for side in (target, source)]
-    stream, inner = solve_structure(*map(_side, features), {0: 0})
+    stream, inner = match_neurons(*map(_side, features), {0: 0})
     assert inner[0, "q.post"].dense().equal(stream.dense())
 
 
@@ -245,13 +254,13 @@ def test_streams_of_two_widths_are_refused():
     target = _side({(0, "qkv.pre"): narrow, (0, "o.post"): more})
     source = _side({(0, "qkv.pre"): wide, (0, "o.post"): wide})
     with pytest.raises(TransportError, match=r"^o\.post of layer 0 has \(9, 10\).*transport\.structure: none$"):
-        solve_structure(target, source, {0: 0})
+        match_neurons(target, source, {0: 0})
 
 
 def test_models_without_a_stream_in_common_are_refused():
     one, other = feature_pair("independent", 8, 8)
     with pytest.raises(TransportError, match=r"residual stream; set transport\.structure: none"):
-        solve_structure(_side({(0, "up.post"): one}), _side({(0, "up.post"): other}), {0: 0})
+        match_neurons(_side({(0, "up.post"): one}), _side({(0, "up.post"): other}), {0: 0})
 
 
 def test_it_stops_where_it_is_told():
@@ -264,5 +273,5 @@ def test_it_stops_where_it_is_told():
             raise Cancelled("stopped by the test")
 
     with pytest.raises(Cancelled):
-        solve_structure(target, source, solved("gpt_neox").pairs, progress=progress)
+        match_neurons(target, source, solved("gpt_neox").pairs, progress=progress)
     assert seen == [(1, PLANTED_LAYERS), (2, PLANTED_LAYERS)]

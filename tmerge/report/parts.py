@@ -258,6 +258,7 @@ class Transport(Part):
         weights: Whether neurons were matched by their weights too, beside their activations.
         in_place: Share of the target's neurons that are matched with the source's of the same number, where both models
             are of one shape; None elsewhere.
+        moved_layers: How many layers are paired otherwise than by activations alone; None where weights were not asked.
         relatedness: None where it cannot be asked.
     """
 
@@ -280,6 +281,7 @@ class Transport(Part):
     map: str = "plan"
     relatedness: Relatedness | None = None
     in_place: float | None = None
+    moved_layers: int | None = None
 
 
 class Projections(Part):

@@ -23,6 +23,7 @@ __all__ = [
     "kept_words",
     "next_words",
     "ratio_heading",
+    "moved_layers_words",
     "moved_words",
     "ratio_words",
     "relatedness_numbers",
@@ -76,6 +77,14 @@ def in_place_words(share: float | None) -> str | None:
     counted = "every neuron is" if share == 1 else f"{math.floor(1000 * share) / 10:.1f} % of the neurons are"
     carried = "the plain copy" if share == 1 else "nearly the plain copy"
     return f"{counted} matched with the source's of the same number: what is carried is {carried}"
+
+
+def moved_layers_words(moved: int | None) -> str | None:
+    """That weights had the last word on some layers, where that is so."""
+    if not moved:
+        return None
+    paired = "layer of the target is paired" if moved == 1 else "layers of the target are paired"
+    return f"{moved} {paired} with another of the source's than by activations alone: the weights are more alike"
 
 
 def solved_words(solved: Transport) -> str:

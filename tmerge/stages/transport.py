@@ -28,8 +28,8 @@ from tmerge.transport import (
     Side,
     Transport,
     TransportRecord,
+    compare_layers,
     feature_keys,
-    pair_layers,
     read_apart,
     read_shared,
     relatedness,
@@ -162,7 +162,7 @@ class SolveTransport:
         pairs = transport.pairs
         if pairs is None:
             keys = feature_keys(self.features.projections)
-            pairs, _, _ = pair_layers(target, source, keys, processes=progress.processes)
+            pairs = compare_layers(target, source, keys, processes=progress.processes).pairs
         heard, seed = progress.counting("relatedness", "problems"), self.recipe.seed
         try:
             measured = relatedness(

@@ -6,9 +6,11 @@ from tmerge.transport.agreement import ReadWeight
 from tmerge.transport.apart import apart_transport, layer_maps, layer_plans, read_apart, solve_apart
 from tmerge.transport.cost import correlation_cost, standardise
 from tmerge.transport.heads import Heads
+from tmerge.transport.layers import ComparedLayers, compare_layers, nearest_cost
 from tmerge.transport.maps import phi_in, phi_out
-from tmerge.transport.matching import Correspondence, couple, match
-from tmerge.transport.order import in_order, nearest_cost
+from tmerge.transport.matching import Correspondence, Solver, match
+from tmerge.transport.neurons import match_neurons, match_stream
+from tmerge.transport.order import in_order
 from tmerge.transport.plans import (
     FeaturePlans,
     LayerPlan,
@@ -27,11 +29,11 @@ from tmerge.transport.record import PlanRecorder, TransportRecord, recorded_laye
 from tmerge.transport.relatedness import ASKED_LAYERS, ASKED_NEURONS, Relatedness, relatedness
 from tmerge.transport.result import FeatureLayers, FeatureMap, LayerMap, Problems, Transport
 from tmerge.transport.shared import paired_layer_maps, paired_layers, read_shared, shared_transport, solve_shared
-from tmerge.transport.sides import Heard, Side, feature_keys
+from tmerge.transport.sides import STREAM_KEYS, Heard, Side, feature_keys
 from tmerge.transport.sinkhorn import SinkhornResult, plan_from_potentials, sinkhorn
 from tmerge.transport.sparse import MASS_AT, SparsePlans, mass_of_top, sparsify
 from tmerge.transport.statistics import FeatureStatistics, Statistics
-from tmerge.transport.structure import STREAM_KEYS, Structure, pair_layers, solve_structure
+from tmerge.transport.structure import Structure, find_structure
 from tmerge.transport.workers import in_turn, one_thread_each
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "ASKED_NEURONS",
     "MASS_AT",
     "STREAM_KEYS",
+    "ComparedLayers",
     "Correspondence",
     "FeatureLayers",
     "FeatureMap",
@@ -54,18 +57,20 @@ __all__ = [
     "Relatedness",
     "Side",
     "SinkhornResult",
+    "Solver",
     "SparsePlans",
     "Statistics",
     "Structure",
     "Transport",
     "TransportRecord",
     "apart_transport",
+    "compare_layers",
     "correlation_cost",
-    "couple",
     "couple_layers",
     "effective_weights",
     "feature_keys",
     "feature_plan",
+    "find_structure",
     "in_order",
     "in_turn",
     "keep_layers",
@@ -74,10 +79,11 @@ __all__ = [
     "load_plans",
     "mass_of_top",
     "match",
+    "match_neurons",
+    "match_stream",
     "mutual_top",
     "nearest_cost",
     "one_thread_each",
-    "pair_layers",
     "paired_layer_maps",
     "paired_layers",
     "phi_in",
@@ -95,7 +101,6 @@ __all__ = [
     "solve_features",
     "solve_layers",
     "solve_shared",
-    "solve_structure",
     "sparsify",
     "standardise",
     "working_dtype",

@@ -18,7 +18,7 @@ from torch import Tensor
 from tmerge.models import SIDES, feature_key
 from tmerge.transport.matching import Correspondence
 
-__all__ = ["ReadWeight", "add_cosines"]
+__all__ = ["ReadWeight", "add_cosines", "neuron_weights"]
 
 ReadWeight = Callable[[int, str], Tensor]
 """(layer, projection) -> (out, in) weight of one model."""
@@ -58,8 +58,8 @@ def add_cosines(
     ]
 
     def rows(projection: str, by_columns: bool, others: Correspondence) -> tuple[Tensor, Tensor]:
-        theirs = _in_order_of(_float(source(projection), by_columns), others)
-        return _float(target(projection), by_columns), theirs
+        theirs = neuron_weights(source(projection), by_columns, others)
+        return neuron_weights(target(projection), by_columns), theirs
 
     if len(parts) == 1:
         own, theirs = rows(*parts[0])
@@ -79,18 +79,26 @@ def add_cosines(
     return bool(parts)
 
 
-def _float(weight: Tensor, by_columns: bool) -> Tensor:
-    return weight.float().T if by_columns else weight.float()
+def neuron_weights(weight: Tensor, by_columns: bool, others: Correspondence | None = None) -> Tensor:
+    """The weights of each neuron on one side of a projection, in float32; not to be changed, they may be the model's.
 
+    Args:
+        weight: (out, in).
+        by_columns: Whether the neurons are those that the projection reads.
+        others: Of a source: the (n, n') correspondence of the neurons on the other side.
 
-def _in_order_of(weight: Tensor, matched: Correspondence) -> Tensor:
-    """(m, n') of the source's neurons as (m, n) of the target's, through their correspondence."""
-    n, m = matched.shape
-    if len(matched.rows) > n + m:
+    Returns:
+        A row for every neuron: of its own model's neurons on the other side, or of the target's n in their order.
+    """
+    weight = weight.float().T if by_columns else weight.float()
+    if others is None:
+        return weight
+    n, m = others.shape
+    if len(others.rows) > n + m:
         # A plan with many entries a row: by its entries it would take as many columns.
-        return weight @ matched.dense().T
+        return weight @ others.dense().T
     carried = torch.zeros(len(weight), n)
-    return carried.index_add_(1, matched.rows, weight[:, matched.columns].mul_(matched.values))
+    return carried.index_add_(1, others.rows, weight[:, others.columns].mul_(others.values))
 
 
 def _at_least(norms: Tensor) -> Tensor:

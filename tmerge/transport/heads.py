@@ -18,11 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tmerge.transport.matching import Correspondence
+from tmerge.transport.matching import Correspondence, Solver
 
 __all__ = ["Heads", "match_heads"]
-
-Couple = Callable[[Tensor], Correspondence]
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Heads:
 
 
 def match_heads(
-    correlations: Mapping[str, Tensor], target: Heads, source: Heads, couple: Couple, *, signed: bool
+    correlations: Mapping[str, Tensor], target: Heads, source: Heads, solver: Solver
 ) -> dict[str, Correspondence]:
     """The correspondences of q.post, k.post, v.post and o.pre of a pair of layers.
 
@@ -75,8 +73,7 @@ def match_heads(
             keys that are there take part.
         target: The target layer's heads.
         source: The source layer's.
-        couple: Similarity (a, b) -> correspondence; for heads and for dimensions alike.
-        signed: Whether a dimension of v may meet its negative.
+        solver: Of heads and of dimensions alike; where it says so, a dimension of v may meet its negative.
 
     Returns:
         By feature key, for the keys in `correlations`.
@@ -86,7 +83,7 @@ def match_heads(
     swept: list[Correspondence] = []
 
     def solve(similarity: Tensor) -> Correspondence:
-        swept.append(couple(similarity))
+        swept.append(solver(similarity))
         return swept[-1]
 
     alike = {key: _likeness(key, values, turned, target, source) for key, values in blocks.items()}
@@ -105,7 +102,7 @@ def match_heads(
     for a, b, share in zip(
         matched_groups.rows.tolist(), matched_groups.columns.tolist(), matched_groups.values.tolist(), strict=True
     ):
-        _fill(plans, blocks, turned, (a, b, share), inner[a, b], target, source, solve, signed)
+        _fill(plans, blocks, turned, (a, b, share), inner[a, b], target, source, solve, solver.signed)
     sweeps, error = (
         max(correspondence.iterations for correspondence in swept),
         max(correspondence.marginal_error for correspondence in swept),
@@ -162,7 +159,7 @@ def _fill(
     inner: Correspondence,
     target: Heads,
     source: Heads,
-    couple: Couple,
+    solve: Callable[[Tensor], Correspondence],
     signed: bool,
 ) -> None:
     """Write one pair of kv groups into the plans."""
@@ -188,11 +185,11 @@ def _fill(
         dims[turned[0], turned[1]] = turned[2]
         free, source_free = target.free, source.free
         if len(free) and len(source_free):
-            dims[free.unsqueeze(1), source_free] = couple(together("k.post", "q.post")[free][:, source_free]).dense()
+            dims[free.unsqueeze(1), source_free] = solve(together("k.post", "q.post")[free][:, source_free]).dense()
         _put(plans, "q.post", "k.post", (a, b, share), members, dims)
     if "v.post" in blocks or "o.pre" in blocks:
         alike = together("v.post", "o.pre")
-        correspondence = couple(alike.abs()).signed(alike) if signed else couple(alike)
+        correspondence = solve(alike.abs()).signed(alike) if signed else solve(alike)
         _put(plans, "o.pre", "v.post", (a, b, share), members, correspondence.dense())
 
 

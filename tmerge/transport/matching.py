@@ -6,7 +6,7 @@ averaging takes nothing from the weights that it carries. Between two widths tha
 marginals are relaxed: of the narrower side every neuron has a partner, and a neuron of the wider side that is left over
 joins the one that it resembles, if it resembles it as much as that one's own partner does (a copy), and else stays out.
 
-`couple` also solves the regularised problem for the same similarities, for comparison (Eq. 8-9).
+A `Solver` also solves the regularised problem for the same similarities, for comparison (Eq. 8-9).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from tmerge.transport.assignment import assign
 from tmerge.transport.sinkhorn import plan_from_potentials, sinkhorn
 
-__all__ = ["Correspondence", "couple", "match"]
+__all__ = ["MATCHING", "Correspondence", "Solver", "match"]
 
 # A neuron that is left over counts as a copy when it comes this near to the similarity of the partner that is there.
 _COPY = 0.01
@@ -123,21 +123,40 @@ def _others(indices: Tensor, size: int) -> Tensor:
     return is_left_over.nonzero().flatten()
 
 
-def couple(
-    similarity: Tensor, *, epsilon: float | None = None, max_iterations: int = 200, tolerance: float = 1e-6
-) -> Correspondence:
-    """A matching, or with `epsilon` the entropic plan of cost 1 - similarity and uniform marginals (Eq. 8-9).
+@dataclass(frozen=True)
+class Solver:
+    """How the correspondence of some neurons is found.
 
-    Args:
-        similarity: (n, n').
-        epsilon: Regularisation; None matches.
+    Attributes:
+        epsilon: Regularisation; None matches one to one.
         max_iterations: Sinkhorn sweeps.
         tolerance: Relative marginal violation.
+        signed: Whether neurons of the stream, of v and of gated MLPs may meet their negative.
     """
-    if epsilon is None:
-        return match(similarity)
-    cost = 1.0 - similarity.double()
-    result = sinkhorn(cost, epsilon, max_iterations=max_iterations, tolerance=tolerance)
-    plan = plan_from_potentials(cost, result.f, result.g, epsilon) * cost.shape[0]
-    large = (plan >= _NEGLIGIBLE * plan.amax(1, keepdim=True)) | (plan >= _NEGLIGIBLE * plan.amax(0, keepdim=True))
-    return Correspondence.of(torch.where(large, plan, 0.0), int(result.iterations), float(result.marginal_error))
+
+    epsilon: float | None = None
+    max_iterations: int = 200
+    tolerance: float = 1e-6
+    signed: bool = False
+
+    def __call__(self, similarity: Tensor) -> Correspondence:
+        """A matching, or with `epsilon` the entropic plan of cost 1 - similarity and uniform marginals (Eq. 8-9).
+
+        Args:
+            similarity: (n, n').
+        """
+        if self.epsilon is None:
+            return match(similarity)
+        cost = 1.0 - similarity.double()
+        result = sinkhorn(cost, self.epsilon, max_iterations=self.max_iterations, tolerance=self.tolerance)
+        plan = plan_from_potentials(cost, result.f, result.g, self.epsilon) * cost.shape[0]
+        large = (plan >= _NEGLIGIBLE * plan.amax(1, keepdim=True)) | (plan >= _NEGLIGIBLE * plan.amax(0, keepdim=True))
+        return Correspondence.of(torch.where(large, plan, 0.0), int(result.iterations), float(result.marginal_error))
+
+    def either_sign(self, similarity: Tensor) -> Correspondence:
+        """Likewise; neurons may meet their negative where they may."""
+        return self(similarity.abs()).signed(similarity) if self.signed else self(similarity)
+
+
+MATCHING = Solver()
+"""One to one, each neuron as it is."""

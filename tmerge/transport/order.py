@@ -1,11 +1,4 @@
-"""Which source layer each target layer is, before one correspondence is solved for all of them.
-
-Two layers are as far apart as their neurons are from the nearest ones of the other side: the cost of semi-relaxed
-transport without regularisation, in which every target neuron goes to the source neuron of least cost (Eq. 10 with the
-source's marginal free and eps towards 0). It needs no iteration, so every pair of layers can be asked, and some of the
-neurons and texts suffice. That layers follow one another in both models then settles what is nearly equal: neighbouring
-layers of a residual stream are alike.
-"""
+"""Pairing in order: what layers are, and layers follow one another in both models alike."""
 
 from __future__ import annotations
 
@@ -14,44 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tmerge.transport.cost import standardise
-
-__all__ = ["in_order", "layer_features", "nearest_cost", "sampled"]
-
-# Texts and target neurons that a layer is known by.
-_ROWS = 512
-_NEURONS = 256
-
-
-def sampled(features: Tensor, *, neurons: int | None = None) -> Tensor:
-    """Standardised columns over evenly spaced rows.
-
-    Args:
-        features: (T, n).
-        neurons: Take evenly spaced columns, this many at most; all if None.
-    """
-    rows = features[:: -(-features.shape[0] // _ROWS)]
-    if neurons is not None:
-        rows = rows[:, :: -(-features.shape[1] // neurons)]
-    return standardise(rows)
-
-
-def nearest_cost(target: Tensor, source: Tensor, *, signed: bool = False) -> float:
-    """Mean over the target's neurons of 1 - correlation with the source neuron that is most like it, in [0, 1].
-
-    Args:
-        target: (T, n) from `sampled`.
-        source: (T, n') likewise, over the same rows.
-        signed: Whether a neuron's negative is as like it as the neuron itself.
-    """
-    # A neuron without a likeness is at cost 1, as one that never varies is.
-    likeness = target.T @ source
-    return float(1.0 - (likeness.abs() if signed else likeness).amax(1).clamp_min(0.0).mean())
-
-
-def layer_features(features: Tensor) -> Tensor:
-    """What a target layer is known by."""
-    return sampled(features, neurons=_NEURONS)
+__all__ = ["in_order"]
 
 
 def in_order(similarity: Tensor) -> Tensor:

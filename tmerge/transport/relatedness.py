@@ -23,8 +23,8 @@ from torch import Tensor
 from tmerge.errors import NoSharedStructureError
 from tmerge.processes import ALONE, Processes
 from tmerge.transport.matching import Correspondence
-from tmerge.transport.sides import Side
-from tmerge.transport.structure import STREAM_KEYS, solve_structure
+from tmerge.transport.neurons import match_neurons
+from tmerge.transport.sides import STREAM_KEYS, Side
 
 __all__ = ["ASKED_LAYERS", "ASKED_NEURONS", "Relatedness", "relatedness"]
 
@@ -85,7 +85,7 @@ def relatedness(
         progress: Called with (problems done, all); may raise to stop.
 
     Raises:
-        NoSharedStructureError: As `solve_structure`.
+        NoSharedStructureError: As `match_neurons`.
     """
     sampled = torch.linspace(0, len(pairs) - 1, min(ASKED_LAYERS, len(pairs))).round().long().unique().tolist()
     sampled_pairs = dict(list(pairs.items())[number] for number in sampled)
@@ -100,7 +100,7 @@ def relatedness(
     for target_rows, source_rows in mine:
         of_target, of_source = asked.part(target, target_rows), _part(source, source_rows)
         try:
-            solved.append(solve_structure(of_target, of_source, sampled_pairs))
+            solved.append(match_neurons(of_target, of_source, sampled_pairs))
         except NoSharedStructureError as error:
             lacking = str(error)
             break

@@ -115,6 +115,7 @@ class Problems:
         converged: How many met their marginals.
         in_place: Share of the target's neurons that are matched with the source's of the same number, where one
             correspondence of models of one shape was solved; else None.
+        moved_layers: How many layers are paired otherwise than by activations alone; None where weights were not asked.
     """
 
     problems: int
@@ -123,6 +124,7 @@ class Problems:
     worst_marginal_violation: float
     converged: int
     in_place: float | None = None
+    moved_layers: int | None = None
 
     def to_dict(self) -> dict[str, int | float | dict[str, int] | None]:
         """As the report holds it."""
@@ -132,6 +134,7 @@ class Problems:
             "worst_marginal_violation": self.worst_marginal_violation,
             "converged": self.converged,
             "in_place": self.in_place,
+            "moved_layers": self.moved_layers,
         }
 
 

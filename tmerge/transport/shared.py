@@ -11,19 +11,19 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
 
 from tmerge.errors import UnsupportedModelError
 from tmerge.models import feature_key
 from tmerge.processes import ALONE, Processes
 from tmerge.recipe import Shared
+from tmerge.transport.matching import Solver
 from tmerge.transport.plans import mutual_top
 from tmerge.transport.result import FeatureLayers, FeatureMap, LayerMap, Problems, Transport, Wanted
 from tmerge.transport.rivals import with_fitted_maps
 from tmerge.transport.sides import Heard, Read, Side, feature_keys
 from tmerge.transport.sparse import sparse_plan
 from tmerge.transport.statistics import Statistics, measured
-from tmerge.transport.structure import Structure, pair_layers, solve_structure
+from tmerge.transport.structure import Structure, find_structure
 
 __all__ = ["paired_layer_maps", "paired_layers", "read_shared", "shared_transport", "solve_shared"]
 
@@ -50,38 +50,13 @@ def solve_shared(
         processes: Among whom the target's layers are shared out; the first writes.
 
     Raises:
-        NoSharedStructureError: As `solve_structure`.
+        NoSharedStructureError: As `find_structure`.
         UnsupportedModelError: As `paired_layer_maps`.
     """
+    epsilon = None if settings.matching == "one-to-one" else settings.epsilon
+    solver = Solver(epsilon, settings.max_iterations, settings.tolerance, settings.signed)
     keys = feature_keys(projections)
-    total = sum(len(processes.mine([layer for layer in target.keys if key in target.keys[layer]])) for key in keys)
-    done = 0
-
-    def compared(key: str, layer: int, costs: Tensor) -> None:
-        nonlocal done
-        done += 1
-        if heard is not None:
-            heard(f"layers by {key}", done, total, "layers", (key, layer, costs))
-
-    def matched(done: int, total: int) -> None:
-        if heard is not None:
-            heard("matching heads and neurons", done, total, "layers")
-
-    pairs, cost, layers = pair_layers(
-        target, source, keys, signed=settings.signed, solved=compared, processes=processes
-    )
-    stream, inner = solve_structure(
-        target,
-        source,
-        pairs,
-        epsilon=None if settings.matching == "one-to-one" else settings.epsilon,
-        max_iterations=settings.max_iterations,
-        tolerance=settings.tolerance,
-        signed=settings.signed,
-        progress=matched,
-        processes=processes,
-    )
-    structure = Structure(pairs, cost, layers, stream, inner)
+    structure = find_structure(target, source, keys, solver, heard=heard, processes=processes)
     # What does not fit is said by this, before anything is kept.
     transport = shared_transport(structure, target.read, source.read, projections, settings)
     processes.from_first(lambda: structure.save(path))
@@ -182,4 +157,5 @@ def _problems(structure: Structure, tolerance: float) -> Problems:
         max(correspondence.marginal_error for correspondence in correspondences),
         sum(correspondence.marginal_error <= tolerance for correspondence in correspondences),
         structure.in_place,
+        structure.moved_layers,
     )
