@@ -37,7 +37,14 @@ from tmerge.preflight.seconds import (
 from tmerge.preflight.speed import SPEED_FILE, Timing
 from tmerge.processes import on_this_machine
 from tmerge.recipe import FITTED_CONTROLS, Recipe, Shared
-from tmerge.transport import ASKED_LAYERS, ASKED_NEURONS
+from tmerge.transport import (
+    ASKED_LAYERS,
+    ASKED_NEURONS,
+    PAIRING_NEURONS,
+    PAIRING_ROWS,
+    PAIRING_WEIGHTS,
+    STREAM_KEYS,
+)
 
 __all__ = ["Estimate", "estimate_run", "scorings"]
 
@@ -226,12 +233,13 @@ def estimate_run(
     reducing, factoring = factoring_seconds(pieces, recipe, source, target_layout, projections, threads)
     # A neuron's weights are compared as its features are: mostly as many as the stream is wide.
     compared = rows + (target_layout.hidden_size if recipe.matches_by_weights else 0)
+    products = _pairing_products(recipe, target_widths, source_widths, target_layout.hidden_size) if entries else 0.0
     stages = {
         "texts": sum(tokenizer_seconds(pieces, facts) for facts in (target, source)),
         "target": loading_seconds(pieces, target, dtype) + reads[0],
         # With an adapter it is read without it, and scored with it.
         "source": (1 + (recipe.adapter is not None)) * loading_seconds(pieces, source, source_dtype) + reads[1],
-        "transport": solving_seconds(pieces, recipe, entries, compared, threads) if entries else 0.0,
+        "transport": solving_seconds(pieces, recipe, entries, compared, products, threads) if entries else 0.0,
         "fuse": carried_times(recipe) * carrying_seconds(pieces, recipe, layouts, projections, rows) + reducing,
         "evaluate": rescored
         + fusing_seconds(pieces, carried / 4, _fusings(recipe, projections), threads, joining_passes(recipe)),
@@ -240,7 +248,7 @@ def estimate_run(
     if fitting.passes:
         stages["reconstruct"] = fitting_seconds(pieces, fitting, paces[0], tokens_per_text, threads)
         del stages["fuse"]
-    solving = _solving_operations(recipe, entries, compared)
+    solving = _solving_operations(recipe, entries, compared, products)
 
     held = [*(facts for facts in models if facts is not None), *sources]
     features = feature_bytes(recipe, models, layouts, projections, counts, device)
@@ -317,10 +325,23 @@ def _is_matched(recipe: Recipe) -> bool:
     return isinstance(recipe.transport, Shared) and recipe.transport.matching == "one-to-one"
 
 
-def _solving_operations(recipe: Recipe, entries: float, rows: int) -> float:
-    """Of the transport stage, of which `rows` of every two neurons are compared."""
+def _pairing_products(recipe: Recipe, target_widths: _Widths, source_widths: _Widths, hidden_size: int) -> float:
+    """Of every target layer's neurons that are asked with all of the source's, to pair the layers of one structure."""
+    if not isinstance(recipe.transport, Shared):
+        return 0.0
+    products = 0.0
+    for key in target_widths.keys() & source_widths.keys():
+        widths, others = target_widths[key], sum(source_widths[key])
+        products += others * PAIRING_ROWS * sum(min(PAIRING_NEURONS, width) for width in widths)
+        if recipe.matches_by_weights and key not in STREAM_KEYS:
+            products += others * hidden_size * sum(min(PAIRING_WEIGHTS, width) for width in widths)
+    return products
+
+
+def _solving_operations(recipe: Recipe, entries: float, rows: int, products: float) -> float:
+    """Of the transport stage, of which `rows` of every two neurons are compared, after so many products."""
     solved = _SEARCH_OPERATIONS if _is_matched(recipe) else _SWEEP_OPERATIONS * recipe.transport.max_iterations
-    return entries * (2 * rows + solved)
+    return entries * (2 * rows + solved) + 2 * products
 
 
 def _entries(recipe: Recipe) -> int:

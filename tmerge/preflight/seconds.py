@@ -125,7 +125,7 @@ def saving_seconds(pieces: Pieces, checkpoint: int) -> float:
     return checkpoint * (pieces.writing() + pieces.hashing() + pieces.conversion(torch.bfloat16) / 2)
 
 
-def solving_seconds(pieces: Pieces, recipe: Recipe, entries: float, rows: int, threads: int) -> float:
+def solving_seconds(pieces: Pieces, recipe: Recipe, entries: float, rows: int, products: float, threads: int) -> float:
     """Of the transport stage, a problem a thread.
 
     Args:
@@ -133,6 +133,7 @@ def solving_seconds(pieces: Pieces, recipe: Recipe, entries: float, rows: int, t
         recipe: Says which problems there are.
         entries: Of all problems' cost matrices.
         rows: Of the features.
+        products: Of numbers, by which layers are paired.
         threads: That share the work.
     """
     working = working_dtype(recipe.transport.epsilon, pieces.device)
@@ -142,7 +143,7 @@ def solving_seconds(pieces: Pieces, recipe: Recipe, entries: float, rows: int, t
         solved = pieces.sweeps(recipe.transport.epsilon, working)
     # Assignments are the processor's, wherever the costs come from.
     solvers = torch.get_num_threads() if isinstance(recipe.transport, Shared) else threads
-    return entries * (pieces.costs(working) * rows / threads + solved / solvers)
+    return pieces.costs(working) * (entries * rows + products) / threads + entries * solved / solvers
 
 
 def carrying_seconds(

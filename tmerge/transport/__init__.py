@@ -6,7 +6,14 @@ from tmerge.transport.agreement import ReadWeight
 from tmerge.transport.apart import apart_transport, layer_maps, layer_plans, read_apart, solve_apart
 from tmerge.transport.cost import correlation_cost, standardise
 from tmerge.transport.heads import Heads
-from tmerge.transport.layers import ComparedLayers, compare_layers, nearest_cost
+from tmerge.transport.layers import (
+    PAIRING_NEURONS,
+    PAIRING_ROWS,
+    PAIRING_WEIGHTS,
+    ComparedLayers,
+    compare_layers,
+    nearest_cost,
+)
 from tmerge.transport.maps import phi_in, phi_out
 from tmerge.transport.matching import Correspondence, Solver, match
 from tmerge.transport.neurons import match_neurons, match_stream
@@ -40,6 +47,9 @@ __all__ = [
     "ASKED_LAYERS",
     "ASKED_NEURONS",
     "MASS_AT",
+    "PAIRING_NEURONS",
+    "PAIRING_ROWS",
+    "PAIRING_WEIGHTS",
     "STREAM_KEYS",
     "ComparedLayers",
     "Correspondence",

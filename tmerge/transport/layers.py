@@ -28,12 +28,20 @@ from tmerge.transport.matching import Correspondence
 from tmerge.transport.order import in_order
 from tmerge.transport.sides import STREAM_KEYS, Side
 
-__all__ = ["ComparedLayers", "compare_layers", "nearest_cosines", "nearest_cost", "sampled"]
+__all__ = [
+    "PAIRING_NEURONS",
+    "PAIRING_ROWS",
+    "PAIRING_WEIGHTS",
+    "ComparedLayers",
+    "compare_layers",
+    "nearest_cosines",
+    "nearest_cost",
+    "sampled",
+]
 
-# Texts and target neurons that a layer is known by; and neurons of each projection, by their weights.
-_ROWS = 512
-_NEURONS = 256
-_OF_A_PROJECTION = 64
+
+PAIRING_ROWS, PAIRING_NEURONS, PAIRING_WEIGHTS = 512, 256, 64
+"""What a target layer is known by, at most: rows of features, neurons of each, and of each projection by weights."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ def sampled(features: Tensor, *, neurons: int | None = None) -> Tensor:
         features: (T, n).
         neurons: Take evenly spaced columns, this many at most; all if None.
     """
-    rows = features[:: -(-features.shape[0] // _ROWS)]
+    rows = features[:: -(-features.shape[0] // PAIRING_ROWS)]
     if neurons is not None:
         rows = rows[:, :: -(-features.shape[1] // neurons)]
     return standardise(rows)
@@ -145,7 +153,7 @@ def compare_layers(
 
 def layer_features(features: Tensor) -> Tensor:
     """What a target layer is known by."""
-    return sampled(features, neurons=_NEURONS)
+    return sampled(features, neurons=PAIRING_NEURONS)
 
 
 def nearest_cosines(
@@ -186,7 +194,7 @@ def nearest_cosines(
         for row, layer in enumerate(own):
             if _has(target, layer, name):
                 weights = neuron_weights(target.weights(layer, name), by_columns)
-                known[row] = normalize(weights[:: -(-len(weights) // _OF_A_PROJECTION)])
+                known[row] = normalize(weights[:: -(-len(weights) // PAIRING_WEIGHTS)])
         for column, source_layer in enumerate(mine):
             if _has(source, source_layer, name):
                 weights = normalize(neuron_weights(source.weights(source_layer, name), by_columns, stream))
