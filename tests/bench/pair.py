@@ -18,7 +18,8 @@ from unittest.mock import patch
 
 import torch
 
-from tests.bench.relatives import SPLIT_SEED, slices
+from tests.bench.relatives import SPLIT_SEED
+from tests.bench.surgery import slices
 from tmerge.calibration import FeatureStore, capture, common_ends
 from tmerge.fusion import Carried, TransportedNeurons, carry, generator_for
 from tmerge.fusion.stream import carry_stream
