@@ -9,10 +9,11 @@ import numpy as np
 import ot
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from tests.planted import PLANTED_FAMILIES, planted_case, side_of
 from tests.transport.reference import feature_pair, reference_cost
-from tmerge.models import describe
+from tmerge.models import SIDES, describe, feature_key
 from tmerge.transport import (
     STREAM_KEYS,
     Correspondence,
@@ -94,8 +95,7 @@ def _of_weights(weights):
     """A side of which weights alone are there: (layer, projection) -> (out, in)."""
     keys = {}
     for layer, projection in weights:
-        of = {"up": ("mlp.pre", "up.post"), "down": ("down.pre", "down.post")}[projection]
-        keys[layer] = keys.get(layer, ()) + of
+        keys[layer] = (*keys.get(layer, ()), *(feature_key(projection, side) for side in SIDES))
     return Side(None, keys, {}, lambda layer, projection: weights[layer, projection])
 
 
@@ -133,6 +133,19 @@ def test_cosines_are_those_of_a_plain_loop_and_what_is_lacking_does_not_count():
                 expected = sum(alike(layer, other, name, signed) for name in both) / len(both)
                 assert float(found[row, column]) == pytest.approx(expected, abs=1e-6)
         assert told[-1][0] == told[-1][1] == len(told)
+
+
+def test_a_layer_is_known_by_its_attention_where_it_has_one():
+    generator = torch.Generator().manual_seed(0)
+    own = {(0, name): torch.randn(4, 4, generator=generator) for name in ("v", "up")}
+    own |= {(1, "up"): torch.randn(4, 4, generator=generator)}
+    # The source's MLPs are the target's, its attention is not.
+    other = {**own, (0, "v"): torch.randn(4, 4, generator=generator)}
+    stream = Correspondence.of(torch.eye(4))
+    alike = nearest_cosines(_of_weights(own), _of_weights(other), stream)
+    assert float(alike[1, 1]) == pytest.approx(1) and float(alike[0, 1]) == float(alike[1, 0]) == 0
+    cosines = normalize(own[0, "v"]) @ normalize(other[0, "v"]).T
+    assert float(alike[0, 0]) == pytest.approx(float(cosines.amax(1).mean())) and alike[0, 0] < 0.9
 
 
 def _weights_of(model):

@@ -40,10 +40,10 @@ from tmerge.recipe import FITTED_CONTROLS, Recipe, Shared
 from tmerge.transport import (
     ASKED_LAYERS,
     ASKED_NEURONS,
+    HEAD_KEYS,
     PAIRING_NEURONS,
     PAIRING_ROWS,
     PAIRING_WEIGHTS,
-    STREAM_KEYS,
 )
 
 __all__ = ["Estimate", "estimate_run", "scorings"]
@@ -333,7 +333,7 @@ def _pairing_products(recipe: Recipe, target_widths: _Widths, source_widths: _Wi
     for key in target_widths.keys() & source_widths.keys():
         widths, others = target_widths[key], sum(source_widths[key])
         products += others * PAIRING_ROWS * sum(min(PAIRING_NEURONS, width) for width in widths)
-        if recipe.matches_by_weights and key not in STREAM_KEYS:
+        if recipe.matches_by_weights and key in HEAD_KEYS:
             products += others * hidden_size * sum(min(PAIRING_WEIGHTS, width) for width in widths)
     return products
 

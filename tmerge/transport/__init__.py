@@ -36,7 +36,7 @@ from tmerge.transport.record import PlanRecorder, TransportRecord, recorded_laye
 from tmerge.transport.relatedness import ASKED_LAYERS, ASKED_NEURONS, Relatedness, relatedness
 from tmerge.transport.result import FeatureLayers, FeatureMap, LayerMap, Problems, Transport
 from tmerge.transport.shared import paired_layer_maps, paired_layers, read_shared, shared_transport, solve_shared
-from tmerge.transport.sides import STREAM_KEYS, Heard, Side, feature_keys
+from tmerge.transport.sides import HEAD_KEYS, STREAM_KEYS, Heard, Side, feature_keys
 from tmerge.transport.sinkhorn import SinkhornResult, plan_from_potentials, sinkhorn
 from tmerge.transport.sparse import MASS_AT, SparsePlans, mass_of_top, sparsify
 from tmerge.transport.statistics import FeatureStatistics, Statistics
@@ -46,6 +46,7 @@ from tmerge.transport.workers import in_turn, one_thread_each
 __all__ = [
     "ASKED_LAYERS",
     "ASKED_NEURONS",
+    "HEAD_KEYS",
     "MASS_AT",
     "PAIRING_NEURONS",
     "PAIRING_ROWS",

@@ -26,7 +26,7 @@ from tmerge.transport.agreement import neuron_weights
 from tmerge.transport.cost import standardise
 from tmerge.transport.matching import Correspondence
 from tmerge.transport.order import in_order
-from tmerge.transport.sides import STREAM_KEYS, Side
+from tmerge.transport.sides import HEAD_KEYS, STREAM_KEYS, Side
 
 __all__ = [
     "PAIRING_NEURONS",
@@ -169,8 +169,9 @@ def nearest_cosines(
 
         mean_p mean_i max_j cos(a_pi, b_pj)
 
-    over the projections p that both layers have, some neurons i of the target's and all neurons j of the source's,
-    whose weights to or from the residual stream, a_pi and b_pj, are in the order of the target's stream.
+    over the projections p of both layers' attention, some neurons i of the target's and all neurons j of the source's,
+    whose weights to or from the residual stream, a_pi and b_pj, are in the order of the target's stream. A layer
+    without attention is known by what else it has.
 
     Args:
         target: The target; it has weights, and so has the source.
@@ -181,22 +182,24 @@ def nearest_cosines(
         processes: Among whom the source's layers are shared out; each calls this and is given all.
 
     Returns:
-        (L, M) in [-1, 1]; 0 where two layers have no projection in common.
+        (L, M) in [-1, 1]; 0 where two layers have nothing in common.
     """
     assert target.weights is not None and source.weights is not None
     own, theirs = sorted(target.keys), sorted(source.keys)
+    asked = [{layer: _asked(side, layer) for layer in layers} for side, layers in ((target, own), (source, theirs))]
+    names = [name for name in PROJECTIONS if any(name in of for of in asked[0].values())]
     mine, done = processes.mine(theirs), itertools.count(1)
     total = torch.zeros(len(mine), len(own))
     counts = torch.zeros_like(total)
-    for name in PROJECTIONS:
+    for name in names:
         by_columns = feature_key(name, "post") in STREAM_KEYS
         known: list[Tensor | None] = [None] * len(own)
         for row, layer in enumerate(own):
-            if _has(target, layer, name):
+            if name in asked[0][layer]:
                 weights = neuron_weights(target.weights(layer, name), by_columns)
                 known[row] = normalize(weights[:: -(-len(weights) // PAIRING_WEIGHTS)])
         for column, source_layer in enumerate(mine):
-            if _has(source, source_layer, name):
+            if name in asked[1][source_layer]:
                 weights = normalize(neuron_weights(source.weights(source_layer, name), by_columns, stream))
                 for row, of_target in enumerate(known):
                     if of_target is not None:
@@ -205,9 +208,11 @@ def nearest_cosines(
                         counts[column, row] += 1
                 del weights
             if progress is not None:
-                progress(next(done), len(PROJECTIONS) * len(mine))
+                progress(next(done), len(names) * len(mine))
     return torch.stack(processes.of_all(list(total / counts.clamp_min(1)))).T
 
 
-def _has(side: Side, layer: int, projection: str) -> bool:
-    return all(feature_key(projection, of) in side.keys[layer] for of in SIDES)
+def _asked(side: Side, layer: int) -> list[str]:
+    """Projections by which a layer is known: a fifth of a large model's weights lie in its attention."""
+    has = [name for name in PROJECTIONS if all(feature_key(name, of) in side.keys[layer] for of in SIDES)]
+    return [name for name in has if any(feature_key(name, of) in HEAD_KEYS for of in SIDES)] or has

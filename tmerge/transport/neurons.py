@@ -21,11 +21,10 @@ from tmerge.transport.agreement import add_cosines
 from tmerge.transport.cost import standardise
 from tmerge.transport.heads import match_heads
 from tmerge.transport.matching import MATCHING, Correspondence, Solver
-from tmerge.transport.sides import STREAM_KEYS, Side
+from tmerge.transport.sides import HEAD_KEYS, STREAM_KEYS, Side
 
 __all__ = ["match_neurons", "match_stream"]
 
-_HEAD_KEYS = ("q.post", "k.post", "v.post", "o.pre")
 _MLP_KEYS = ("gate.post", "up.post", "down.pre")
 
 
@@ -182,7 +181,7 @@ def _layer(
     An MLP's similarities, the widest by far, are made one after the other and summed where they are.
     """
     correspondences: dict[str, Correspondence] = {}
-    heads = {key: alike(key) for key in _HEAD_KEYS if key in keys}
+    heads = {key: alike(key) for key in HEAD_KEYS if key in keys}
     if heads and layer in target.heads and source_layer in source.heads:
         correspondences |= match_heads(heads, target.heads[layer], source.heads[source_layer], solver)
     else:

@@ -13,10 +13,12 @@ from tmerge.models import feature_key
 from tmerge.transport.agreement import ReadWeight
 from tmerge.transport.heads import Heads
 
-__all__ = ["STREAM_KEYS", "Heard", "Read", "Side", "feature_keys"]
+__all__ = ["HEAD_KEYS", "STREAM_KEYS", "Heard", "Read", "Side", "feature_keys"]
 
 STREAM_KEYS = ("qkv.pre", "mlp.pre", "o.post", "down.post")
 """Features whose neurons are those of the residual stream: what is read from it and what is written to it."""
+HEAD_KEYS = ("q.post", "k.post", "v.post", "o.pre")
+"""Features whose neurons are those of a layer's attention heads."""
 
 Read = Callable[[int, str], Tensor]
 """(layer, feature key) -> (T, n) features of one model."""
