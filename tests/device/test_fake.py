@@ -12,6 +12,7 @@ from tests.device.fake import DEVICE, fake_device
 from tests.pico import pico_model, pico_tokenizer
 from tmerge.calibration.capture import _Pool
 from tmerge.evaluation.likelihood import _bits_of
+from tmerge.fusion.merge import transport_neurons
 from tmerge.models import LoadedModel, ModelReference, describe
 from tmerge.transport import correlation_cost, plans, sinkhorn, solve_features, standardise
 
@@ -75,6 +76,24 @@ def test_a_row_of_problems_is_solved_there_and_comes_back(monkeypatch):
     assert heard == [(0, (5,), "cpu"), (1, (5,), "cpu")]
     # For each of three groups a row: four times in the solver; then six fields of the row.
     assert waits.reads + waits.moves == 2 * (3 * 4 + 6)
+
+
+@pytest.mark.parametrize("projection", ["q", "down"])
+def test_weights_meet_dense_maps_there_and_come_back(projection):
+    with fake_device() as waits:
+        weight, bias, maps = torch.randn(9, 7), torch.randn(9), (torch.randn(5, 9), torch.randn(7, 4))
+        given = (weight, bias, *maps, projection, torch.tensor([0, 2]))
+        carried, carried_bias = transport_neurons(*given, DEVICE)
+        shapes = ((5, 2), (5,)) if projection == "down" else ((2, 4), (2,))
+        assert (carried.shape, carried_bias.shape) == shapes
+        assert carried.device.type == carried_bias.device.type == "cpu" and waits.moves == 2 and waits.reads == 0
+
+
+def test_a_matching_moves_neurons_where_they_are():
+    maps = torch.eye(3).to_sparse(), torch.eye(4).to_sparse()
+    # What would be moved to a device without values could not come back.
+    weight, bias = transport_neurons(torch.ones(3, 4), torch.ones(3), *maps, "q", torch.tensor([1]), DEVICE)
+    assert weight.equal(torch.ones(1, 4)) and bias.equal(torch.ones(1))
 
 
 class _Writer:

@@ -31,6 +31,8 @@ __all__ = ["Carried", "carry", "norm_ratio"]
 Shuffle = Callable[[int, str, int], Tensor]
 """(layer, feature key, n) -> a permutation (n,) of the target's neurons."""
 
+_CPU = torch.device("cpu")
+
 Keep = Callable[[Sequence[TransportedNeurons], Sequence[TransportedNeurons]], None]
 """Takes what was transported of a layer, and the same through shuffled plans, in the order of layers."""
 
@@ -93,6 +95,7 @@ def carry(
     source_base: Architecture | None = None,
     shuffle: Shuffle | None = None,
     vocabulary: Tensor | None = None,
+    device: torch.device = _CPU,
     keep: Keep | None = None,
     scratch: Path | None = None,
     processes: Processes = ALONE,
@@ -111,6 +114,7 @@ def carry(
         source_base: For task vectors: the source before its fine-tuning.
         shuffle: For the `permuted` control.
         vocabulary: With ``fusion.stream``: (2, V) ids in the target and in the source of tokens that both have.
+        device: Where weights meet dense maps (`tmerge.fusion.merge.transport_neurons`).
         keep: Is handed each layer's neurons, which are let go then; None keeps all of them in the result.
         scratch: A folder to gather the record's tensors in; to be removed once they are written elsewhere. Several
             processes need one.
@@ -118,7 +122,7 @@ def carry(
             else is told of them all have, but for the record's tensors, which the first has.
         progress: Called with (layers done, all); may raise to stop.
     """
-    carrier = Carrier(target, source, source_base, transport, fusion)
+    carrier = Carrier(target, source, source_base, transport, fusion, device)
     recorder, layers = PlanRecorder(transport, scratch), processes.mine(transport.target_layers)
     carried, noted = Carried(), list[_LayerNote]()
     statistics = transport.statistics  # read once, here, and not by every worker
@@ -152,7 +156,7 @@ def carry(
         if progress is not None:
             progress(layers.index(layer) + 1, len(layers))
 
-    with one_thread_each() as workers:
+    with one_thread_each(None if transport.matched else device) as workers:
         in_turn(work, layers, workers, take)
     of_layers = processes.of_all(noted)
     if processes.is_first and processes.count > 1 and scratch is not None:

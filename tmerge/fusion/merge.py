@@ -35,6 +35,7 @@ __all__ = [
     "transport_neurons",
 ]
 
+_CPU = torch.device("cpu")
 
 Alpha = float | Mapping[str, float]
 """Fusion strength: one for all projections, or one for each (projections that it does not name are left alone); what
@@ -111,7 +112,13 @@ def layer_weights(kept: Tensor, layers: int, scale: Scale) -> Tensor:
 
 
 def transport_neurons(
-    weight: Tensor, bias: Tensor | None, out_map: Tensor, in_map: Tensor, projection: str, neurons: Tensor
+    weight: Tensor,
+    bias: Tensor | None,
+    out_map: Tensor,
+    in_map: Tensor,
+    projection: str,
+    neurons: Tensor,
+    device: torch.device = _CPU,
 ) -> tuple[Tensor, Tensor | None]:
     """The selected rows or columns of Phi_out W_B Phi_in, and of Phi_out b_B (Theorem 4.1).
 
@@ -122,16 +129,22 @@ def transport_neurons(
         in_map: (in', in) Phi_in, dense or sparse.
         projection: Decides whether `neurons` are rows or columns.
         neurons: (k,) int64.
+        device: Where dense maps are multiplied. Sparse ones move neurons, which is done where these are.
 
     Returns:
-        (k, in) and (k,), or for o and down (out, k) and (out,); float32.
+        (k, in) and (k,), or for o and down (out, k) and (out,); float32, on the CPU.
     """
-    if projection in COLUMN_PROJECTIONS:
-        # The thin factor first: (out', in') (in', k), then (out, out') (out', k).
-        carried = out_map @ after(weight, in_map.index_select(1, neurons))
-        return carried, None if bias is None else out_map @ bias
-    rows = out_map.index_select(0, neurons)
-    return after(rows @ weight, in_map), None if bias is None else rows @ bias
+    by_columns = projection in COLUMN_PROJECTIONS
+    if by_columns:
+        in_map = in_map.index_select(1, neurons)
+    else:
+        out_map = out_map.index_select(0, neurons)
+    if not (out_map.is_sparse or in_map.is_sparse):
+        weight, out_map, in_map = (factor.to(device) for factor in (weight, out_map, in_map))
+        bias = None if bias is None else bias.to(device)
+    # Of columns the thin factor first: (out', in') (in', k), then (out, out') (out', k).
+    carried = out_map @ after(weight, in_map) if by_columns else after(out_map @ weight, in_map)
+    return carried.cpu(), None if bias is None else (out_map @ bias).cpu()
 
 
 def read_neurons(projection: Projection, neurons: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ class Carrier:
         source_base: For task vectors: the source before its fine-tuning.
         transport: Which layers feed which.
         fusion: The recipe's section.
+        device: Where weights meet dense maps.
     """
 
     target: Architecture
@@ -75,6 +76,7 @@ class Carrier:
     source_base: Architecture | None
     transport: Transport
     fusion: CarriedSettings
+    device: torch.device
 
     def carried(self, layer: int, projection: str, phis: Phis) -> TransportedNeurons:
         """What the source has to say about the selected neurons of one projection.
@@ -128,7 +130,8 @@ class Carrier:
         bias: Tensor | None = None
         for feed in feeds:
             read, read_bias = self._source_weight(feed.layer, projection)
-            carried, carried_bias = transport_neurons(read, read_bias, feed.out_map, feed.in_map, projection, neurons)
+            maps = feed.out_map, feed.in_map
+            carried, carried_bias = transport_neurons(read, read_bias, *maps, projection, neurons, self.device)
             factor = 1.0
             if self.transport.matched:
                 target_heads, source_heads = self.target.attention[layer], self.source.attention[feed.layer]

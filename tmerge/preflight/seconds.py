@@ -153,7 +153,7 @@ def carrying_seconds(
     projections: list[str],
     rows: int,
 ) -> float:
-    """Of Phi_out W Phi_in for all projections, by every thread the layers that are its own.
+    """Of Phi_out W Phi_in for all projections: by every thread the layers that are its own, or on the accelerator.
 
     Args:
         pieces: Of the machine.
@@ -164,8 +164,9 @@ def carrying_seconds(
     """
     target, source = layouts
     others = {view.name: view for view in reversed(source.projections(projections))}
-    threads, cpu = torch.get_num_threads(), torch.device("cpu")
     feeding = None if isinstance(recipe.transport, Shared) else min(recipe.transport.layers_kept, source.num_layers)
+    # Neurons that are moved are so on the CPU, wherever dense maps are met.
+    workers = torch.get_num_threads() if feeding is None or pieces.device.type == "cpu" else 1
     seconds = 0.0
     made: set[tuple[int, str]] = set()
     for view in target.projections(projections):
@@ -184,9 +185,8 @@ def carrying_seconds(
         first, last = (other.out_features, view.out_features) if by_columns else (other.in_features, view.in_features)
         # The chosen neurons' map is met first, the map of the other end then.
         inner = other.in_features if by_columns else other.out_features
-        each = chosen * pieces.product(inner, first, torch.float32, cpu) + chosen * pieces.product(
-            first, last, torch.float32, cpu
-        )
+        each = chosen * pieces.product(inner, first, torch.float32, pieces.device)
+        each += chosen * pieces.product(first, last, torch.float32, pieces.device)
         for end, sizes in (
             ("pre", view.in_features * other.in_features),
             ("post", view.out_features * other.out_features),
@@ -195,7 +195,7 @@ def carrying_seconds(
                 made.add((view.layer, feature_key(view.name, end)))
                 each += sizes * (rows * pieces.costs(torch.float32) + pieces.recording(recipe.transport.entries_kept))
         seconds += feeding * each
-    return seconds * (1 + ("permuted" in recipe.evaluation.controls)) / threads
+    return seconds * (1 + ("permuted" in recipe.evaluation.controls)) / workers
 
 
 def fitting_seconds(pieces: Pieces, work: FittingWork, pace: Pace, tokens_per_text: int, threads: int) -> float:

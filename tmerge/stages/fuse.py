@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tmerge.fusion import Carried, TransportedNeurons, carry, generator_for, norm_ratio
 from tmerge.models import PROJECTIONS, Model, shared_vocabulary
+from tmerge.models.device import memory_errors
 from tmerge.processes import Processes
 from tmerge.recipe import CarriedSettings, Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
@@ -48,6 +49,7 @@ class Fuse:
         recorded: A recorded transport, which is used instead.
         run: Where the run's own record of its transport goes.
         neurons: Where the selected neurons are, those of several sources joined.
+        device: Where weights meet dense plans.
     """
 
     recipe: Recipe
@@ -59,6 +61,7 @@ class Fuse:
     recorded: RecordedRun | None
     run: Run
     neurons: Neurons
+    device: torch.device
 
     name = "fuse"
     note = FuseNote
@@ -147,19 +150,21 @@ class Fuse:
             permuted.add(shuffled)
 
         said = f"transporting weights of {source.name}" if source.name else "transporting weights"
-        carried = carry(
-            self.target.views,
-            weights,
-            transport,
-            fusion,
-            source_base=base,
-            shuffle=shuffle if "permuted" in self.recipe.evaluation.controls else None,
-            vocabulary=vocabulary,
-            keep=keep,
-            scratch=folder,
-            processes=processes,
-            progress=progress.counting(said, "layers"),
-        )
+        with memory_errors("fuse", self.device):
+            carried = carry(
+                self.target.views,
+                weights,
+                transport,
+                fusion,
+                source_base=base,
+                shuffle=shuffle if "permuted" in self.recipe.evaluation.controls else None,
+                vocabulary=vocabulary,
+                device=self.device,
+                keep=keep,
+                scratch=folder,
+                processes=processes,
+                progress=progress.counting(said, "layers"),
+            )
         transported.finish()
         permuted.finish()
         return carried

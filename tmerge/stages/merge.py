@@ -180,7 +180,7 @@ class _Road:
             fused = runner(Reconstruct(recipe, *four, texts, kept, features, solved.key, recorded, run, neurons))
         else:
             two = models.target, carried.sources, models.matched
-            fused = runner(Fuse(recipe, *two, features, solved.key, recorded, run, neurons))
+            fused = runner(Fuse(recipe, *two, features, solved.key, recorded, run, neurons, device))
         yield fused
 
         alpha, key = recipe.fusion.alpha, fused.key
