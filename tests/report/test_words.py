@@ -11,7 +11,7 @@ from tmerge.evaluation import Verdict
 from tmerge.hub import card_text
 from tmerge.plots import report_page
 from tmerge.recipe import Recipe
-from tmerge.report import summary, verdict_tone, verdict_words
+from tmerge.report import Relatedness, is_related, relatedness_words, summary, verdict_tone, verdict_words
 from tmerge.templates import static_text
 from tmerge.ui.parts.progress import result_cards
 from tmerge.ui.server.visitor_run import VisitorRun
@@ -97,3 +97,39 @@ def test_every_verdict_is_said_and_shown_the_same_everywhere(verdict, report, re
 
 def test_a_loss_needs_no_caution(report):  # noqa: F811
     assert "control" not in summary(verdict_of(report, "hurts", 0.05, {"shrink": 0.05}))
+
+
+def _asked(value, **weights):
+    said = None if not weights else {"moved_layers": 0, "clear": False, "others": 0.16} | weights
+    return Relatedness(value=value, permuted=0.0, stream=value, mlp=value, rows=500, weights=said)
+
+
+@pytest.mark.parametrize(
+    ("asked", "related", "words"),
+    [
+        (
+            _asked(0.99),
+            True,
+            "Relatedness 0.99 (by chance 0.00): these models' neurons correspond, as those of models ",
+        ),
+        (_asked(0.7), True, "Relatedness 0.70 (by chance 0.00): these models' neurons correspond, as those of models "),
+        (_asked(0.16), False, "Relatedness 0.16 (by chance 0.00): two halves of the calibration set do not agree"),
+        (
+            _asked(0.16, paired=0.163),
+            False,
+            "Relatedness 0.16 (by chance 0.00), of weights 0.16 (of other layers 0.16)",
+        ),
+        (
+            _asked(0.3, paired=0.98, clear=True, moved_layers=12),
+            True,
+            "Relatedness 0.30 (by chance 0.00), of weights 0.98 (of other layers 0.16): these models' weights are "
+            "alike, as those of models with a common ancestor are; 12 layers are paired otherwise than by activations alone",
+        ),
+    ],
+)
+def test_relatives_are_told_by_their_activations_or_by_their_weights(asked, related, words):
+    assert is_related(asked) == related
+    said = relatedness_words(asked)
+    assert said.startswith(words)
+    # More texts help where the weights do not tell.
+    assert ("calibration.match_on" in said) == (asked.value == 0.7) and ("tmerge adapt" in said) != related

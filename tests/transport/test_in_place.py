@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tmerge.report import in_place_words, moved_layers_words
+from tmerge.report import in_place_words
 from tmerge.transport.matching import Correspondence
 
 
@@ -26,13 +26,4 @@ def test_the_strongest_of_each_row_counts():
 )
 def test_it_is_said_where_it_is_so(share, words):
     said = in_place_words(share)
-    assert said is None if words is None else said.startswith(words)
-
-
-@pytest.mark.parametrize(
-    ("moved", "words"),
-    [(None, None), (0, None), (1, "1 layer of the target is paired"), (3, "3 layers of the target are paired")],
-)
-def test_so_it_is_where_weights_had_the_last_word_on_layers(moved, words):
-    said = moved_layers_words(moved)
     assert said is None if words is None else said.startswith(words)

@@ -178,7 +178,7 @@ def test_a_reconstruction_of_the_same_pair_is_set_up(visit, served, monkeypatch)
     from tmerge.ui.parts import going_on
 
     # The picos of these tests are strangers, of which it would not be proposed.
-    monkeypatch.setattr(going_on, "RELATED", -1.0)
+    monkeypatch.setattr(going_on, "is_related", lambda related: True)
     run = served.ended(served.context.store.start(served.recipe(seed=13), "a third"))
     page = visit(f"&run={run.id}")
     page.locator("#go-reconstruct").click()

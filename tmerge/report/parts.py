@@ -234,8 +234,21 @@ class Iterations(Part):
     max: int
 
 
+class WeightAgreement(Part):
+    """How alike the weights of the two models' layers are, as `tmerge.transport.WeightAgreement`."""
+
+    paired: float
+    others: float
+    moved_layers: int
+    clear: bool
+
+
 class Relatedness(Part):
-    """Shares of the target's neurons, 0 to 1, as `tmerge.transport.Relatedness`; earlier reports asked all neurons."""
+    """Shares of the target's neurons, 0 to 1, as `tmerge.transport.Relatedness`; earlier reports asked all neurons.
+
+    Attributes:
+        weights: Of the weights, where neurons were matched by them too.
+    """
 
     value: float
     ci95: Items[float] | None = None
@@ -244,6 +257,7 @@ class Relatedness(Part):
     mlp: float | None
     rows: int
     neurons: int | None = None
+    weights: WeightAgreement | None = None
 
 
 class Transport(Part):
@@ -258,7 +272,6 @@ class Transport(Part):
         weights: Whether neurons were matched by their weights too, beside their activations.
         in_place: Share of the target's neurons that are matched with the source's of the same number, where both models
             are of one shape; None elsewhere.
-        moved_layers: How many layers are paired otherwise than by activations alone; None where weights were not asked.
         relatedness: None where it cannot be asked.
     """
 
@@ -281,7 +294,6 @@ class Transport(Part):
     map: str = "plan"
     relatedness: Relatedness | None = None
     in_place: float | None = None
-    moved_layers: int | None = None
 
 
 class Projections(Part):

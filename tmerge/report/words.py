@@ -23,7 +23,7 @@ __all__ = [
     "kept_words",
     "next_words",
     "ratio_heading",
-    "moved_layers_words",
+    "is_related",
     "moved_words",
     "ratio_words",
     "relatedness_numbers",
@@ -47,27 +47,41 @@ were measured lie at 0.98 and above on texts that both read (at 0.87 on means ov
 strangers at 0.14 to 0.18 on single tokens and at 0.01 on means over texts (docs/experiments.md)."""
 
 
+def is_related(measured: Relatedness) -> bool:
+    """Whether a merge is worth trying: two models' neurons correspond by their activations, or clearly by weights."""
+    return measured.value >= RELATED or (measured.weights is not None and measured.weights.clear)
+
+
 def relatedness_numbers(measured: Relatedness) -> str:
-    """Its value with its interval, and what chance gives."""
+    """Its value with its interval, and what chance gives; and so of the weights."""
     interval = "" if measured.ci95 is None else " [{:.2f}, {:.2f}]".format(*measured.ci95)
-    return f"{measured.value:.2f}{interval} (by chance {measured.permuted:.2f})"
+    numbers, weights = f"{measured.value:.2f}{interval} (by chance {measured.permuted:.2f})", measured.weights
+    if weights is None:
+        return numbers
+    return f"{numbers}, of weights {weights.paired:.2f} (of other layers {weights.others:.2f})"
 
 
 def relatedness_words(measured: Relatedness) -> str:
     """Whether the two models' neurons correspond, in a sentence."""
-    numbers, value = f"Relatedness {relatedness_numbers(measured)}", measured.value
-    if value >= RELATED:
-        sentence = f"{numbers}: these models' neurons correspond, as those of models with a common ancestor do"
-        if value < _CLEAR:
-            sentence += (
-                "; not all were found, and more will be on texts that both models read well (calibration.match_on, by "
-                "default the English samples)"
-            )
-        return sentence
-    return (
-        f"{numbers}: two halves of the calibration set do not agree on which neuron is which, so these models share "
-        "no correspondence that weights could be carried by; train or distil instead (tmerge adapt)"
-    )
+    numbers, by_weights = f"Relatedness {relatedness_numbers(measured)}", measured.weights
+    if not is_related(measured):
+        return (
+            f"{numbers}: two halves of the calibration set do not agree on which neuron is which, so these models "
+            "share no correspondence that weights could be carried by; train or distil instead (tmerge adapt)"
+        )
+    if by_weights is not None and by_weights.clear:
+        moved = ""
+        if (count := by_weights.moved_layers) > 0:
+            layers = "1 layer is" if count == 1 else f"{count} layers are"
+            moved = f"; {layers} paired otherwise than by activations alone"
+        return f"{numbers}: these models' weights are alike, as those of models with a common ancestor are{moved}"
+    sentence = f"{numbers}: these models' neurons correspond, as those of models with a common ancestor do"
+    if measured.value < _CLEAR:
+        sentence += (
+            "; not all were found, and more will be on texts that both models read well (calibration.match_on, by "
+            "default the English samples)"
+        )
+    return sentence
 
 
 def in_place_words(share: float | None) -> str | None:
@@ -77,14 +91,6 @@ def in_place_words(share: float | None) -> str | None:
     counted = "every neuron is" if share == 1 else f"{math.floor(1000 * share) / 10:.1f} % of the neurons are"
     carried = "the plain copy" if share == 1 else "nearly the plain copy"
     return f"{counted} matched with the source's of the same number: what is carried is {carried}"
-
-
-def moved_layers_words(moved: int | None) -> str | None:
-    """That weights had the last word on some layers, where that is so."""
-    if not moved:
-        return None
-    paired = "layer of the target is paired" if moved == 1 else "layers of the target are paired"
-    return f"{moved} {paired} with another of the source's than by activations alone: the weights are more alike"
 
 
 def solved_words(solved: Transport) -> str:

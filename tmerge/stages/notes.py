@@ -107,7 +107,6 @@ class TransportNote(Note):
         weights: Whether neurons were matched by their weights too.
         in_place: Share of the target's neurons that are matched with the source's of the same number; None where the
             two are not of one shape, or no one correspondence was solved.
-        moved_layers: How many layers are paired otherwise than by activations alone; None where weights were not asked.
         relatedness: None where it cannot be asked.
     """
 
@@ -117,7 +116,6 @@ class TransportNote(Note):
     converged: int
     weights: bool = False
     in_place: float | None = None
-    moved_layers: int | None = None
     relatedness: Relatedness | None = None
 
 

@@ -41,8 +41,8 @@ def relatedness_recipe(recipe: Recipe, *, on_dataset: bool = False) -> Recipe:
         recipe: As for `measure_relatedness`.
         on_dataset: Likewise.
     """
-    # By activations alone, of which relatedness tells. All projections, read as for a task vector, whatever will be
-    # fused: the question is of the models. What the recipe says of the texts itself stays.
+    # All projections, read as for a task vector, whatever will be fused: the question is of the models. What the recipe
+    # says of the texts itself stays.
     reading = dict(TaskVector.beside["calibration"])
     if on_dataset:
         reading["match_on"] = None
@@ -56,6 +56,6 @@ def relatedness_recipe(recipe: Recipe, *, on_dataset: bool = False) -> Recipe:
             "sources": (),
             "fusion": recipe.fusion.model_copy(update={"projections": PROJECTIONS}),
             "calibration": recipe.calibration.model_copy(update=reading),
-            "transport": shared.model_copy(update={"map": "plan", "weights": False}),
+            "transport": shared.model_copy(update={"map": "plan"}),
         }
     )

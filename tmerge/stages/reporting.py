@@ -31,7 +31,7 @@ from tmerge.report.parts import (
     Transport,
 )
 from tmerge.report.report import SCHEMA, Alone, Control, Evaluation, Kept, Report, StageCost, Timing
-from tmerge.report.words import alone_words, in_place_words, kept_words, moved_layers_words, relatedness_words
+from tmerge.report.words import alone_words, in_place_words, kept_words, relatedness_words
 from tmerge.stages.notes import (
     ChooseNote,
     EvaluateNote,
@@ -207,8 +207,8 @@ def _remarks(measured: Measurements) -> list[str]:
             )
     if solved.relatedness is not None:
         remarks.append(relatedness_words(solved.relatedness))
-    of_matching = (moved_layers_words(solved.moved_layers), in_place_words(solved.in_place))
-    remarks += [words for words in of_matching if words is not None]
+    if (words := in_place_words(solved.in_place)) is not None:
+        remarks.append(words)
     if measured.chosen is not None and not any(measured.chosen.alpha.values()):
         remarks.append(
             f"fusion.alpha auto found no alpha that clearly gains on {measured.chosen.choice.texts} texts kept for "
@@ -269,7 +269,6 @@ def _transport(recipe: Recipe, measured: Measurements) -> Transport:
         rows=recipe.calibration.rows,
         relatedness=solved.relatedness,
         in_place=solved.in_place,
-        moved_layers=solved.moved_layers,
     )
 
 

@@ -170,7 +170,8 @@ class SolveTransport:
             )
         except NoSharedStructureError:
             return None
-        return Relatedness.model_validate(measured.to_dict())
+        agreement = None if transport.agreement is None else transport.agreement.to_dict()
+        return Relatedness.model_validate({**measured.to_dict(), "weights": agreement})
 
 
 def _reading(weights: Architecture) -> ReadWeight:

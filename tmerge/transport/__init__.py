@@ -11,6 +11,7 @@ from tmerge.transport.layers import (
     PAIRING_ROWS,
     PAIRING_WEIGHTS,
     ComparedLayers,
+    WeightAgreement,
     compare_layers,
     nearest_cost,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "Structure",
     "Transport",
     "TransportRecord",
+    "WeightAgreement",
     "apart_transport",
     "compare_layers",
     "correlation_cost",

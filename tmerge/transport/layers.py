@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ __all__ = [
     "PAIRING_ROWS",
     "PAIRING_WEIGHTS",
     "ComparedLayers",
+    "WeightAgreement",
     "compare_layers",
     "nearest_cosines",
     "nearest_cost",
@@ -42,6 +44,33 @@ __all__ = [
 
 PAIRING_ROWS, PAIRING_NEURONS, PAIRING_WEIGHTS = 512, 256, 64
 """What a target layer is known by, at most: rows of features, neurons of each, and of each projection by weights."""
+
+
+# By so much are weights of paired layers more alike than those of others before they have a say. Between strangers it
+# is a thousandth, between relatives half of one and more (docs/experiments.md).
+_CLEARLY = 0.05
+
+
+@dataclass(frozen=True)
+class WeightAgreement:
+    """How alike the weights of two models are, as `nearest_cosines` has it.
+
+    Attributes:
+        paired: Mean cosine over the layers that stand for each other.
+        others: Over all other pairs of layers: what chance gives.
+        moved_layers: How many layers are paired otherwise than by activations alone.
+        clear: Whether paired layers are clearly more alike, as those of models with a common ancestor. Where they are
+            not, layers are paired by activations alone.
+    """
+
+    paired: float
+    others: float
+    moved_layers: int
+    clear: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the report holds it."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -69,9 +98,21 @@ class ComparedLayers:
         chosen = in_order(self.alike).tolist()
         return {layer: self.source[column] for layer, column in zip(self.target, chosen, strict=True)}
 
-    def with_weights(self, cosines: Tensor) -> ComparedLayers:
-        """By weights too, as much as by activations."""
-        return replace(self, alike=self.alike + cosines)
+    def with_weights(self, cosines: Tensor) -> tuple[dict[int, int], WeightAgreement]:
+        """The pairs by weights too, as much as by activations, where these say anything; and what they say.
+
+        Args:
+            cosines: (L, M) from `nearest_cosines`.
+        """
+        pairs = replace(self, alike=self.alike + cosines).pairs
+        is_paired = torch.tensor([[pairs[layer] == other for other in self.source] for layer in self.target])
+        paired, others = float(cosines[is_paired].mean()), 0.0
+        if not bool(is_paired.all()):
+            others = float(cosines[~is_paired].mean())
+        if paired - others < _CLEARLY:
+            return self.pairs, WeightAgreement(paired, others, 0, False)
+        moved = sum(self.pairs[layer] != other for layer, other in pairs.items())
+        return pairs, WeightAgreement(paired, others, moved, True)
 
 
 def sampled(features: Tensor, *, neurons: int | None = None) -> Tensor:
@@ -161,6 +202,7 @@ def nearest_cosines(
     source: Side,
     stream: Correspondence,
     *,
+    pairs: Mapping[int, int] | None = None,
     signed: bool = False,
     progress: Callable[[int, int], None] | None = None,
     processes: Processes = ALONE,
@@ -177,12 +219,13 @@ def nearest_cosines(
         target: The target; it has weights, and so has the source.
         source: The source. Each of its weights is read once, one at a time.
         stream: The residual stream's correspondence.
+        pairs: target layer -> source layer, where these alone are compared; every layer with every one if None.
         signed: Whether a neuron's negative is as like it as the neuron itself.
         progress: Called with (source layers read, all), of each projection anew; may raise to stop.
         processes: Among whom the source's layers are shared out; each calls this and is given all.
 
     Returns:
-        (L, M) in [-1, 1]; 0 where two layers have nothing in common.
+        (L, M) in [-1, 1]; 0 where two layers have nothing in common, or are not compared.
     """
     assert target.weights is not None and source.weights is not None
     own, theirs = sorted(target.keys), sorted(source.keys)
@@ -199,10 +242,11 @@ def nearest_cosines(
                 weights = neuron_weights(target.weights(layer, name), by_columns)
                 known[row] = normalize(weights[:: -(-len(weights) // PAIRING_WEIGHTS)])
         for column, source_layer in enumerate(mine):
-            if name in asked[1][source_layer]:
+            met = [row for row, layer in enumerate(own) if pairs is None or pairs[layer] == source_layer]
+            if name in asked[1][source_layer] and met:
                 weights = normalize(neuron_weights(source.weights(source_layer, name), by_columns, stream))
-                for row, of_target in enumerate(known):
-                    if of_target is not None:
+                for row in met:
+                    if (of_target := known[row]) is not None:
                         cosines = of_target @ weights.T
                         total[column, row] += (cosines.abs() if signed else cosines).amax(1).mean()
                         counts[column, row] += 1

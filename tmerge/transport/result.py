@@ -16,6 +16,7 @@ from functools import cached_property
 from torch import Tensor
 
 from tmerge.models import feature_key
+from tmerge.transport.layers import WeightAgreement
 from tmerge.transport.maps import Scale, phi_in, phi_out
 from tmerge.transport.statistics import Statistics
 
@@ -115,7 +116,6 @@ class Problems:
         converged: How many met their marginals.
         in_place: Share of the target's neurons that are matched with the source's of the same number, where one
             correspondence of models of one shape was solved; else None.
-        moved_layers: How many layers are paired otherwise than by activations alone; None where weights were not asked.
     """
 
     problems: int
@@ -124,7 +124,6 @@ class Problems:
     worst_marginal_violation: float
     converged: int
     in_place: float | None = None
-    moved_layers: int | None = None
 
     def to_dict(self) -> dict[str, int | float | dict[str, int] | None]:
         """As the report holds it."""
@@ -134,7 +133,6 @@ class Problems:
             "worst_marginal_violation": self.worst_marginal_violation,
             "converged": self.converged,
             "in_place": self.in_place,
-            "moved_layers": self.moved_layers,
         }
 
 
@@ -158,6 +156,7 @@ class Transport:
         layer_plans_converged: Whether all of them met their marginals.
         pairs: Target layer -> source layer, where layers are paired; None where each feature chooses its own.
         problems: How it was solved; None of a recorded one, whose report has it.
+        agreement: What the two models' weights say of its layers; None where they were not asked.
         recorded: The tensors of the record that it was read from, without selected neurons; None of a solved one.
     """
 
@@ -171,6 +170,7 @@ class Transport:
     layer_plans_converged: bool
     pairs: Mapping[int, int] | None = None
     problems: Problems | None = None
+    agreement: WeightAgreement | None = None
     recorded: Mapping[str, Tensor] | None = None
 
     @cached_property

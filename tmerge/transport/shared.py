@@ -110,6 +110,7 @@ def shared_transport(
         layer_plans_converged=True,
         pairs=structure.pairs,
         problems=_problems(structure, settings.tolerance),
+        agreement=structure.agreement,
     )
     return with_fitted_maps(transport, target, source, settings)
 
@@ -157,5 +158,4 @@ def _problems(structure: Structure, tolerance: float) -> Problems:
         max(correspondence.marginal_error for correspondence in correspondences),
         sum(correspondence.marginal_error <= tolerance for correspondence in correspondences),
         structure.in_place,
-        structure.moved_layers,
     )

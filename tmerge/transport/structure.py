@@ -12,7 +12,8 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file, safe_open
@@ -21,7 +22,7 @@ from torch import Tensor
 from tmerge.documents import parse_json
 from tmerge.processes import ALONE, Processes
 from tmerge.store import write_tensors
-from tmerge.transport.layers import compare_layers, nearest_cosines
+from tmerge.transport.layers import WeightAgreement, compare_layers, nearest_cosines
 from tmerge.transport.matching import MATCHING, Correspondence, Solver
 from tmerge.transport.neurons import match_neurons, match_stream
 from tmerge.transport.sides import STREAM_KEYS, Heard, Side
@@ -39,7 +40,7 @@ class Structure:
         layers: Feature key -> (its target layers, its source layers).
         stream: The residual stream's correspondence, one for all layers.
         inner: (target layer, feature key) -> the correspondence with its pair's, of heads and MLP neurons.
-        moved_layers: How many layers are paired otherwise than by activations alone; None where weights were not asked.
+        agreement: What the weights say of layers; None where they were not asked.
     """
 
     pairs: dict[int, int]
@@ -47,7 +48,7 @@ class Structure:
     layers: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
     stream: Correspondence
     inner: dict[tuple[int, str], Correspondence]
-    moved_layers: int | None = None
+    agreement: WeightAgreement | None = None
 
     def of(self, layer: int, key: str) -> Correspondence:
         """The correspondence of a target layer's feature."""
@@ -90,7 +91,7 @@ class Structure:
             "pairs": list(self.pairs.items()),
             "layers": self.layers,
             "found": facts,
-            "moved_layers": self.moved_layers,
+            "agreement": None if self.agreement is None else self.agreement.to_dict(),
         }
         write_tensors(path, tensors, {"structure": json.dumps(noted)})
 
@@ -115,7 +116,7 @@ class Structure:
             {key: (tuple(rows), tuple(columns)) for key, (rows, columns) in noted["layers"].items()},
             stream,
             inner,
-            noted.get("moved_layers"),
+            None if noted["agreement"] is None else WeightAgreement(**noted["agreement"]),
         )
 
 
@@ -152,17 +153,19 @@ def find_structure(
         if heard is not None:
             heard(f"layers by {key}", next(done), total, "layers", (key, layer, costs))
 
-    def hears_of(what: str) -> Callable[[int, int], None] | None:
-        return None if heard is None else lambda done, total: heard(what, done, total, "layers")
+    def hears_of(what: str, unit: str) -> Callable[[int, int], None] | None:
+        return None if heard is None else lambda done, total: heard(what, done, total, unit)
 
     layers = compare_layers(target, source, keys, signed=solver.signed, solved=compared, processes=processes)
-    pairs, moved = layers.pairs, None
+    weigh = partial(nearest_cosines, target, source, signed=solver.signed, processes=processes)
+    pairs, agreement = layers.pairs, None
     if target.weights is not None and source.weights is not None:
         stream, _ = match_stream(target, source, pairs, solver, processes=processes)
-        progress = hears_of("layers by weights")
-        cosines = nearest_cosines(target, source, stream, signed=solver.signed, progress=progress, processes=processes)
-        pairs = layers.with_weights(cosines).pairs
-        moved = sum(layers.pairs[layer] != other for layer, other in pairs.items())
-    progress = hears_of("matching heads and neurons")
+        pairs, agreement = layers.with_weights(weigh(stream, progress=hears_of("layers by weights", "projections")))
+    progress = hears_of("matching heads and neurons", "layers")
     stream, inner = match_neurons(target, source, pairs, solver, progress=progress, processes=processes)
-    return Structure(pairs, layers.cost, layers.compared, stream, inner, moved)
+    if agreement is not None and agreement.clear:
+        # Through the stream that is known now.
+        cosines = weigh(stream, pairs=pairs, progress=hears_of("how alike their weights are", "projections"))
+        agreement = replace(agreement, paired=float(cosines.sum() / len(pairs)))
+    return Structure(pairs, layers.cost, layers.compared, stream, inner, agreement)

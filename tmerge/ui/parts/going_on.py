@@ -9,7 +9,7 @@ import gradio as gr
 
 from tmerge.errors import TmergeError
 from tmerge.recipe import Recipe
-from tmerge.report import RELATED
+from tmerge.report import is_related
 from tmerge.ui.context import SHARED, UNQUEUED, AppContext
 from tmerge.ui.parts.cards import note
 from tmerge.ui.parts.form import read_yaml, with_value
@@ -78,4 +78,4 @@ def _fits(run: VisitorRun) -> bool:
         return False
     related = report.transport.relatedness
     fitted = report.fusion.fit is not None or bool(report.sources)
-    return not fitted and related is not None and related.value >= RELATED
+    return not fitted and related is not None and is_related(related)

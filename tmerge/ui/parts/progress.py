@@ -15,9 +15,9 @@ from tmerge.plots.style import COLOUR_SCALE, feature_name, finish
 from tmerge.plots.words import score_cells
 from tmerge.quantities import duration_words
 from tmerge.report import (
-    RELATED,
     Report,
     alpha_words,
+    is_related,
     next_words,
     ratio_heading,
     relatedness_words,
@@ -229,8 +229,8 @@ def _target_layers(run: VisitorRun | None) -> int:
     if run is None or "transport" not in run.stages:
         return 0
     keys = len(feature_keys(list(run.recipe.fusion.projections)))
-    total = run.stages["transport"].total
-    return total // keys if total % keys == 0 else 0
+    stage = run.stages["transport"]
+    return stage.total // keys if stage.unit == "layers" and stage.total % keys == 0 else 0
 
 
 def result_cards(run: VisitorRun) -> str:
@@ -240,7 +240,7 @@ def result_cards(run: VisitorRun) -> str:
     if run.state == "cancelled":
         return empty_card("Cancelled", "What it had finished is kept for a while, and it can be continued from there.")
     if run.relatedness is not None:
-        related = run.relatedness.value >= RELATED
+        related = is_related(run.relatedness)
         return render(_FILE, "relatedness", related=related, sentence=relatedness_words(run.relatedness))
     report = run.report
     if run.state != "done" or report is None:
