@@ -123,7 +123,7 @@ def _asked(value, **weights):
             _asked(0.3, paired=0.98, clear=True, moved_layers=12),
             True,
             "Relatedness 0.30 (by chance 0.00), of weights 0.98 (of other layers 0.16): these models' weights are "
-            "alike, as those of models with a common ancestor are; 12 layers are paired otherwise than by activations alone",
+            "alike, as those of models with a common ancestor are; 12 layers are paired otherwise than by activations",
         ),
     ],
 )

@@ -221,7 +221,7 @@ def nearest_cosines(
         stream: The residual stream's correspondence.
         pairs: target layer -> source layer, where these alone are compared; every layer with every one if None.
         signed: Whether a neuron's negative is as like it as the neuron itself.
-        progress: Called with (source layers read, all), of each projection anew; may raise to stop.
+        progress: Called with (the source's projections read, all); may raise to stop.
         processes: Among whom the source's layers are shared out; each calls this and is given all.
 
     Returns:
