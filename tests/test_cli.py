@@ -111,6 +111,10 @@ def test_check_asks_whether_the_neurons_correspond(run, pair, tmp_path, monkeypa
     # With itself every neuron is found twice; gpt_neox with random weights of its own has none of them.
     assert found["target"]["value"] == 1.0 and found["source"]["value"] < 0.4
     assert all(item["permuted"] < 0.2 for item in found.values())
+    of_weights = {name: item["weights"] for name, item in found.items()}
+    assert (
+        of_weights["target"]["paired"] > 0.999 and of_weights["target"]["clear"] and not of_weights["source"]["clear"]
+    )
     code, printed, _ = run("check", "--target", pair / "target", "--source", pair / "source", *words)
     assert code == 0 and "share no correspondence" in printed and f"{found['source']['value']:.2f}" in printed
     assert list(tmp_path.iterdir()) == []
