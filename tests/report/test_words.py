@@ -100,7 +100,7 @@ def test_a_loss_needs_no_caution(report):  # noqa: F811
 
 
 def _asked(value, **weights):
-    said = None if not weights else {"moved_layers": 0, "clear": False, "others": 0.16} | weights
+    said = None if not weights else {"moved_layers": 0, "clear": False, "chance": 0.16} | weights
     return Relatedness(value=value, permuted=0.0, stream=value, mlp=value, rows=500, weights=said)
 
 
@@ -117,12 +117,12 @@ def _asked(value, **weights):
         (
             _asked(0.16, paired=0.163),
             False,
-            "Relatedness 0.16 (by chance 0.00), of weights 0.16 (of other layers 0.16)",
+            "Relatedness 0.16 (by chance 0.00), of weights 0.16 (by chance 0.16)",
         ),
         (
             _asked(0.3, paired=0.98, clear=True, moved_layers=12),
             True,
-            "Relatedness 0.30 (by chance 0.00), of weights 0.98 (of other layers 0.16): these models' weights are "
+            "Relatedness 0.30 (by chance 0.00), of weights 0.98 (by chance 0.16): these models' weights are "
             "alike, as those of models with a common ancestor are; 12 layers are paired otherwise than by activations",
         ),
     ],

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tmerge.fusion.merge import TransportedNeurons, read_neurons
+from tmerge.fusion.merge import CPU, TransportedNeurons, read_neurons
 from tmerge.fusion.phis import LayerPhis, ShuffledPhis
 from tmerge.fusion.projection import Carrier
 from tmerge.fusion.selection import COLUMN_PROJECTIONS
@@ -30,8 +30,6 @@ __all__ = ["Carried", "carry", "norm_ratio"]
 
 Shuffle = Callable[[int, str, int], Tensor]
 """(layer, feature key, n) -> a permutation (n,) of the target's neurons."""
-
-_CPU = torch.device("cpu")
 
 Keep = Callable[[Sequence[TransportedNeurons], Sequence[TransportedNeurons]], None]
 """Takes what was transported of a layer, and the same through shuffled plans, in the order of layers."""
@@ -95,7 +93,7 @@ def carry(
     source_base: Architecture | None = None,
     shuffle: Shuffle | None = None,
     vocabulary: Tensor | None = None,
-    device: torch.device = _CPU,
+    device: torch.device = CPU,
     keep: Keep | None = None,
     scratch: Path | None = None,
     processes: Processes = ALONE,
@@ -156,7 +154,7 @@ def carry(
         if progress is not None:
             progress(layers.index(layer) + 1, len(layers))
 
-    with one_thread_each(None if transport.matched else device) as workers:
+    with one_thread_each(device) as workers:
         in_turn(work, layers, workers, take)
     of_layers = processes.of_all(noted)
     if processes.is_first and processes.count > 1 and scratch is not None:

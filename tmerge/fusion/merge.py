@@ -23,6 +23,7 @@ from tmerge.models import Projection, group_of
 from tmerge.transport.maps import Scale
 
 __all__ = [
+    "CPU",
     "Alpha",
     "NeuronSequence",
     "TransportedNeurons",
@@ -35,7 +36,7 @@ __all__ = [
     "transport_neurons",
 ]
 
-_CPU = torch.device("cpu")
+CPU = torch.device("cpu")
 
 Alpha = float | Mapping[str, float]
 """Fusion strength: one for all projections, or one for each (projections that it does not name are left alone); what
@@ -118,7 +119,7 @@ def transport_neurons(
     in_map: Tensor,
     projection: str,
     neurons: Tensor,
-    device: torch.device = _CPU,
+    device: torch.device = CPU,
 ) -> tuple[Tensor, Tensor | None]:
     """The selected rows or columns of Phi_out W_B Phi_in, and of Phi_out b_B (Theorem 4.1).
 

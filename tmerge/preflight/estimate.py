@@ -44,6 +44,7 @@ from tmerge.transport import (
     PAIRING_NEURONS,
     PAIRING_ROWS,
     PAIRING_WEIGHTS,
+    STREAM_KEYS,
 )
 
 __all__ = ["Estimate", "estimate_run", "scorings"]
@@ -329,11 +330,12 @@ def _pairing_products(recipe: Recipe, target_widths: _Widths, source_widths: _Wi
     """Of every target layer's neurons that are asked with all of the source's, to pair the layers of one structure."""
     if not isinstance(recipe.transport, Shared):
         return 0.0
-    products = 0.0
-    for key in target_widths.keys() & source_widths.keys():
+    products, common = 0.0, target_widths.keys() & source_widths.keys()
+    weighed = (common & set(HEAD_KEYS)) or (common - set(STREAM_KEYS))
+    for key in common:
         widths, others = target_widths[key], sum(source_widths[key])
         products += others * PAIRING_ROWS * sum(min(PAIRING_NEURONS, width) for width in widths)
-        if recipe.matches_by_weights and key in HEAD_KEYS:
+        if recipe.matches_by_weights and key in weighed:
             products += others * hidden_size * sum(min(PAIRING_WEIGHTS, width) for width in widths)
     return products
 

@@ -49,8 +49,8 @@ class Place:
 
     @property
     def workers(self) -> int:
-        """Threads."""
-        return self.threads or torch.get_num_threads()
+        """Threads; an accelerator is not shared."""
+        return (self.threads or torch.get_num_threads()) if self.device.type == "cpu" else 1
 
 
 def itemsize(facts: ModelFacts, recipe: Recipe, dtype: torch.dtype) -> int:

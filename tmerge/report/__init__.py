@@ -11,18 +11,16 @@ from tmerge.report.parts import (
     Measured,
     MergedModel,
     Part,
-    Relatedness,
     SavedAdapter,
     SeveralSource,
     TrainingTexts,
-    Transport,
 )
 from tmerge.report.reading import DocumentKind, read_report, report_of
 from tmerge.report.report import SCHEMA, Adaptation, Alone, Control, Descent, Evaluation, Report
 from tmerge.report.rows import ScoreRow, score_rows
 from tmerge.report.several import short_name, strength_words
+from tmerge.report.transport import Relatedness, Transport
 from tmerge.report.words import (
-    RELATED,
     Tone,
     alpha_words,
     change_words,
@@ -46,7 +44,6 @@ from tmerge.report.words import (
 )
 
 __all__ = [
-    "RELATED",
     "SCHEMA",
     "Adaptation",
     "Alone",

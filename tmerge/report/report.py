@@ -19,8 +19,8 @@ from tmerge.report.parts import (
     SavedAdapter,
     SeveralSource,
     TrainingTexts,
-    Transport,
 )
+from tmerge.report.transport import Transport
 
 if TYPE_CHECKING:
     from typing import Self  # of Python 3.11; 3.10 does not ask for it

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from tmerge.evaluation import Verdict
-from tmerge.report.parts import Fusion, Measured, ReconstructionFit, Relatedness, SeveralSource, Transport
+from tmerge.report.parts import Fusion, Measured, ReconstructionFit, SeveralSource
 from tmerge.report.report import Alone, Kept, Report
 from tmerge.report.several import join_words, listed_words
+from tmerge.report.transport import Relatedness, Transport
 
 __all__ = [
-    "RELATED",
     "Tone",
     "alone_words",
     "alpha_words",
@@ -41,15 +41,15 @@ Tone = Literal["helps", "better", "none", "hurts"]
 """How a verdict is shown: its class in every style sheet."""
 
 _CLEAR = 0.9
-RELATED = 0.5
-"""Relatedness from which a merge is worth trying: more than half of the neurons are found twice alike. Relatives that
-were measured lie at 0.98 and above on texts that both read (at 0.87 on means over texts), and at 0.70 on others;
-strangers at 0.14 to 0.18 on single tokens and at 0.01 on means over texts (docs/experiments.md)."""
+# From here on neurons correspond by their activations: more than half are found twice alike. Relatives that were
+# measured lie at 0.93 and above on texts that both read, at 0.70 on others, and at 0.41 where training had spoilt the
+# target; strangers at 0.14 to 0.18 on single tokens and at 0.01 on means over texts (docs/experiments.md).
+_RELATED = 0.5
 
 
 def is_related(measured: Relatedness) -> bool:
     """Whether a merge is worth trying: two models' neurons correspond by their activations, or clearly by weights."""
-    return measured.value >= RELATED or (measured.weights is not None and measured.weights.clear)
+    return measured.value >= _RELATED or (measured.weights is not None and measured.weights.clear)
 
 
 def relatedness_numbers(measured: Relatedness) -> str:
@@ -58,7 +58,7 @@ def relatedness_numbers(measured: Relatedness) -> str:
     numbers, weights = f"{measured.value:.2f}{interval} (by chance {measured.permuted:.2f})", measured.weights
     if weights is None:
         return numbers
-    return f"{numbers}, of weights {weights.paired:.2f} (of other layers {weights.others:.2f})"
+    return f"{numbers}, of weights {weights.paired:.2f} (by chance {weights.chance:.2f})"
 
 
 def relatedness_words(measured: Relatedness) -> str:

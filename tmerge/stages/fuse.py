@@ -150,7 +150,9 @@ class Fuse:
             permuted.add(shuffled)
 
         said = f"transporting weights of {source.name}" if source.name else "transporting weights"
-        with memory_errors("fuse", self.device):
+        # A correspondence moves neurons, which is done where these are.
+        device = torch.device("cpu") if transport.matched else self.device
+        with memory_errors("fuse", device):
             carried = carry(
                 self.target.views,
                 weights,
@@ -159,7 +161,7 @@ class Fuse:
                 source_base=base,
                 shuffle=shuffle if "permuted" in self.recipe.evaluation.controls else None,
                 vocabulary=vocabulary,
-                device=self.device,
+                device=device,
                 keep=keep,
                 scratch=folder,
                 processes=processes,

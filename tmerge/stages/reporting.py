@@ -21,16 +21,15 @@ from tmerge.report.parts import (
     Calibration,
     FusedProjection,
     Fusion,
-    Iterations,
     Measured,
     MergedModel,
     OfBoth,
     Projections,
     ReconstructionFit,
     SeveralSource,
-    Transport,
 )
 from tmerge.report.report import SCHEMA, Alone, Control, Evaluation, Kept, Report, StageCost, Timing
+from tmerge.report.transport import Iterations, Transport
 from tmerge.report.words import alone_words, in_place_words, kept_words, relatedness_words
 from tmerge.stages.notes import (
     ChooseNote,

@@ -39,6 +39,8 @@ from tmerge.transport import (
 
 __all__ = ["Features", "SolveTransport", "matched_on", "record_of", "transport_of"]
 
+# Counts the ways in which weights have had a say: of neurons alone; of layers too.
+_BY_WEIGHTS = 2
 # What a run keeps in its cache between being solved and being fused.
 _APART, _SHARED = "plans.safetensors", "structure.safetensors"
 
@@ -101,7 +103,9 @@ class SolveTransport:
     def inputs(self) -> dict[str, Any]:
         """What decides the transport."""
         plan = None if self.recorded is None else self.recorded.key
-        return {"recipe": self.recipe.digest("transport"), **self.read, "plan": plan}
+        # How weights have a say is not of the recipe: what was solved before it changed is solved anew.
+        by_weights = {"by_weights": _BY_WEIGHTS} if self.recipe.matches_by_weights else {}
+        return {"recipe": self.recipe.digest("transport"), **self.read, "plan": plan, **by_weights}
 
     def do(self, key: str, progress: Progress) -> TransportNote:
         """Solve, and tell the relatedness before anything is fused."""

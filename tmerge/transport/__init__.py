@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tmerge.transport.agreement import ReadWeight
+from tmerge.transport.agreement import ReadWeight, WeightAgreement
 from tmerge.transport.apart import apart_transport, layer_maps, layer_plans, read_apart, solve_apart
 from tmerge.transport.cost import correlation_cost, standardise
 from tmerge.transport.heads import Heads
@@ -11,7 +11,6 @@ from tmerge.transport.layers import (
     PAIRING_ROWS,
     PAIRING_WEIGHTS,
     ComparedLayers,
-    WeightAgreement,
     compare_layers,
     nearest_cost,
 )

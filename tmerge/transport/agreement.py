@@ -11,6 +11,8 @@ beside the activations.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +20,37 @@ from torch import Tensor
 from tmerge.models import SIDES, feature_key
 from tmerge.transport.matching import Correspondence
 
-__all__ = ["ReadWeight", "add_cosines", "neuron_weights"]
+__all__ = ["ReadWeight", "WeightAgreement", "add_cosines", "neuron_weights"]
+
+# By so much are the weights of paired layers more alike than by chance, before they have a say.
+_CLEARLY = 0.05
 
 ReadWeight = Callable[[int, str], Tensor]
 """(layer, projection) -> (out, in) weight of one model."""
+
+
+@dataclass(frozen=True)
+class WeightAgreement:
+    """How alike the weights of two models are, as `tmerge.transport.layers.nearest_cosines` has it.
+
+    Attributes:
+        paired: Mean cosine over the layers that stand for each other.
+        chance: The same through a shuffled stream.
+        moved_layers: How many layers are paired otherwise than by activations alone.
+    """
+
+    paired: float
+    chance: float
+    moved_layers: int
+
+    @property
+    def clear(self) -> bool:
+        """Whether weights have a say: theirs are as alike as only those of models with a common ancestor are."""
+        return self.paired - self.chance >= _CLEARLY
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the report holds it."""
+        return {**asdict(self), "clear": self.clear}
 
 
 def add_cosines(

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +33,6 @@ __all__ = [
     "PAIRING_ROWS",
     "PAIRING_WEIGHTS",
     "ComparedLayers",
-    "WeightAgreement",
     "compare_layers",
     "nearest_cosines",
     "nearest_cost",
@@ -44,33 +42,6 @@ __all__ = [
 
 PAIRING_ROWS, PAIRING_NEURONS, PAIRING_WEIGHTS = 512, 256, 64
 """What a target layer is known by, at most: rows of features, neurons of each, and of each projection by weights."""
-
-
-# By so much are weights of paired layers more alike than those of others before they have a say. Between strangers it
-# is a thousandth, between relatives half of one and more (docs/experiments.md).
-_CLEARLY = 0.05
-
-
-@dataclass(frozen=True)
-class WeightAgreement:
-    """How alike the weights of two models are, as `nearest_cosines` has it.
-
-    Attributes:
-        paired: Mean cosine over the layers that stand for each other.
-        others: Over all other pairs of layers: what chance gives.
-        moved_layers: How many layers are paired otherwise than by activations alone.
-        clear: Whether paired layers are clearly more alike, as those of models with a common ancestor. Where they are
-            not, layers are paired by activations alone.
-    """
-
-    paired: float
-    others: float
-    moved_layers: int
-    clear: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """As the report holds it."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -98,21 +69,16 @@ class ComparedLayers:
         chosen = in_order(self.alike).tolist()
         return {layer: self.source[column] for layer, column in zip(self.target, chosen, strict=True)}
 
-    def with_weights(self, cosines: Tensor) -> tuple[dict[int, int], WeightAgreement]:
-        """The pairs by weights too, as much as by activations, where these say anything; and what they say.
+    def with_weights(self, cosines: Tensor) -> dict[int, int]:
+        """The pairs by weights too, as much as by activations.
 
         Args:
-            cosines: (L, M) from `nearest_cosines`.
+            cosines: (L, M) from `nearest_cosines`. What could not be compared is as alike as all others are.
         """
-        pairs = replace(self, alike=self.alike + cosines).pairs
-        is_paired = torch.tensor([[pairs[layer] == other for other in self.source] for layer in self.target])
-        paired, others = float(cosines[is_paired].mean()), 0.0
-        if not bool(is_paired.all()):
-            others = float(cosines[~is_paired].mean())
-        if paired - others < _CLEARLY:
-            return self.pairs, WeightAgreement(paired, others, 0, False)
-        moved = sum(self.pairs[layer] != other for layer, other in pairs.items())
-        return pairs, WeightAgreement(paired, others, moved, True)
+        known = ~cosines.isnan()
+        if not bool(known.any()):
+            return self.pairs
+        return replace(self, alike=self.alike + torch.where(known, cosines, cosines[known].mean())).pairs
 
 
 def sampled(features: Tensor, *, neurons: int | None = None) -> Tensor:
@@ -177,8 +143,8 @@ def compare_layers(
         costs = torch.tensor(processes.of_all(found), dtype=torch.float64).reshape(len(rows), len(columns))
         cost[key], layers[key] = costs, (tuple(rows), tuple(columns))
         entries = (
-            torch.tensor([target_layers.index(layer) for layer in rows])[:, None],
-            torch.tensor([source_layers.index(layer) for layer in columns]),
+            torch.tensor([target_layers.index(layer) for layer in rows], dtype=torch.int64)[:, None],
+            torch.tensor([source_layers.index(layer) for layer in columns], dtype=torch.int64),
         )
         total[entries] += 1.0 - costs.float()
         counts[entries] += 1.0
@@ -225,7 +191,7 @@ def nearest_cosines(
         processes: Among whom the source's layers are shared out; each calls this and is given all.
 
     Returns:
-        (L, M) in [-1, 1]; 0 where two layers have nothing in common, or are not compared.
+        (L, M) in [-1, 1]; NaN where two layers have nothing in common, or are not compared.
     """
     assert target.weights is not None and source.weights is not None
     own, theirs = sorted(target.keys), sorted(source.keys)
@@ -253,7 +219,7 @@ def nearest_cosines(
                 del weights
             if progress is not None:
                 progress(next(done), len(names) * len(mine))
-    return torch.stack(processes.of_all(list(total / counts.clamp_min(1)))).T
+    return torch.stack(processes.of_all(list(total / counts))).T
 
 
 def _asked(side: Side, layer: int) -> list[str]:

@@ -58,6 +58,11 @@ class Correspondence:
         negative = similarity[self.rows, self.columns] < 0
         return replace(self, values=torch.where(negative, -self.values.abs(), self.values.abs()))
 
+    def shuffled(self, seed: int) -> Correspondence:
+        """The same with the source's neurons in another order: what chance gives."""
+        order = torch.randperm(self.shape[1], generator=torch.Generator().manual_seed(seed))
+        return replace(self, columns=order[self.columns])
+
     def partner(self) -> Tensor:
         """(n,) the strongest source neuron of every target neuron; -1 where it has none."""
         plan = self.dense().abs()

@@ -89,7 +89,7 @@ def match_neurons(
     stream, alike = match_stream(target, source, pairs, solver, processes=processes)
     mine = processes.mine(list(pairs.items()))
     inner: dict[tuple[int, str], Correspondence] = {}
-    of_all_layers, agreement = dict.fromkeys(STREAM_KEYS, stream), _Sum()
+    of_all_layers, by_weights = dict.fromkeys(STREAM_KEYS, stream), _Sum()
     for done, (layer, source_layer) in enumerate(mine, start=1):
         keys = _common(target, source, layer, source_layer)
         compare = _by_weights(target, source, layer, source_layer, keys)
@@ -106,12 +106,12 @@ def match_neurons(
         for key in filter(STREAM_KEYS.__contains__, keys):
             cosines = torch.zeros_like(alike)
             if compare(cosines, key, matched=found):
-                agreement.add(cosines, f"{key} of layer {layer}")
+                by_weights.add(cosines, f"{key} of layer {layer}")
         if progress is not None:
             progress(done, len(mine))
-    agreed = agreement.of_all(processes)
-    if agreed is not None:
-        stream = solver.either_sign((alike + agreed) / 2)
+    cosines_of_all = by_weights.of_all(processes)
+    if cosines_of_all is not None:
+        stream = solver.either_sign((alike + cosines_of_all) / 2)
     if processes.count > 1:
         shares = processes.gathered(inner)
         together = {name: correspondence for some in shares for name, correspondence in some.items()}

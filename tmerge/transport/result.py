@@ -16,7 +16,7 @@ from functools import cached_property
 from torch import Tensor
 
 from tmerge.models import feature_key
-from tmerge.transport.layers import WeightAgreement
+from tmerge.transport.agreement import WeightAgreement
 from tmerge.transport.maps import Scale, phi_in, phi_out
 from tmerge.transport.statistics import Statistics
 

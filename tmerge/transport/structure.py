@@ -12,8 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import load_file, safe_open
@@ -22,12 +21,16 @@ from torch import Tensor
 from tmerge.documents import parse_json
 from tmerge.processes import ALONE, Processes
 from tmerge.store import write_tensors
-from tmerge.transport.layers import WeightAgreement, compare_layers, nearest_cosines
+from tmerge.transport.agreement import WeightAgreement
+from tmerge.transport.layers import compare_layers, nearest_cosines
 from tmerge.transport.matching import MATCHING, Correspondence, Solver
 from tmerge.transport.neurons import match_neurons, match_stream
 from tmerge.transport.sides import STREAM_KEYS, Heard, Side
 
 __all__ = ["Structure", "find_structure"]
+
+# Seed of the order that shows what chance gives.
+_SHUFFLE = 0
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Structure:
             "pairs": list(self.pairs.items()),
             "layers": self.layers,
             "found": facts,
-            "agreement": None if self.agreement is None else self.agreement.to_dict(),
+            "agreement": None if self.agreement is None else asdict(self.agreement),
         }
         write_tensors(path, tensors, {"structure": json.dumps(noted)})
 
@@ -131,9 +134,10 @@ def find_structure(
 ) -> Structure:
     """Pair the layers, and match the neurons of each pair.
 
-    Where both sides have weights, layers are paired by these too, through the residual stream that the pairs suggest
-    which activations find. Of a target without a third of its layers, on texts that it could not read, these were 8 of
-    20 pairs, and three quarters of the stream: enough for the weights to find all 20.
+    Where both sides have weights, layers are paired by these too if they are more alike than by chance, through the
+    residual stream that the pairs suggest which activations find. Of a target without a third of its layers, on texts
+    that it could not read, these were 8 of 20 pairs, and three quarters of the stream: enough for the weights to find
+    all 20.
 
     Args:
         target: The target.
@@ -157,15 +161,33 @@ def find_structure(
         return None if heard is None else lambda done, total: heard(what, done, total, unit)
 
     layers = compare_layers(target, source, keys, signed=solver.signed, solved=compared, processes=processes)
-    weigh = partial(nearest_cosines, target, source, signed=solver.signed, processes=processes)
+
+    def weigh(what: str, stream: Correspondence, pairs: Mapping[int, int] | None = None) -> Tensor:
+        progress = hears_of(what, "projections")
+        return nearest_cosines(
+            target, source, stream, pairs=pairs, signed=solver.signed, progress=progress, processes=processes
+        )
+
     pairs, agreement = layers.pairs, None
     if target.weights is not None and source.weights is not None:
         stream, _ = match_stream(target, source, pairs, solver, processes=processes)
-        pairs, agreement = layers.with_weights(weigh(stream, progress=hears_of("layers by weights", "projections")))
+        cosines = weigh("layers by weights", stream)
+        by_weights = layers.with_weights(cosines)
+        chance = weigh("layers by chance", stream.shuffled(_SHUFFLE), by_weights)
+        # Some pairs may have nothing in common; where none has, nothing is said.
+        compared_pairs = ~chance.isnan()
+        if bool(compared_pairs.any()):
+            moved = sum(pairs[layer] != other for layer, other in by_weights.items())
+            paired, by_chance = (float(alike[compared_pairs].mean()) for alike in (cosines, chance))
+            agreement = WeightAgreement(paired, by_chance, moved)
+            if agreement.clear:
+                pairs = by_weights
+            else:
+                agreement = replace(agreement, moved_layers=0)
     progress = hears_of("matching heads and neurons", "layers")
     stream, inner = match_neurons(target, source, pairs, solver, progress=progress, processes=processes)
     if agreement is not None and agreement.clear:
-        # Through the stream that is known now.
-        cosines = weigh(stream, pairs=pairs, progress=hears_of("how alike their weights are", "projections"))
-        agreement = replace(agreement, paired=float(cosines.sum() / len(pairs)))
+        # Through the stream that is known now; what chance gives is the same through any.
+        cosines = weigh("how alike their weights are", stream, pairs)
+        agreement = replace(agreement, paired=float(cosines[~cosines.isnan()].mean()))
     return Structure(pairs, layers.cost, layers.compared, stream, inner, agreement)

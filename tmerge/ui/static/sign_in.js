@@ -1,4 +1,4 @@
-async (label, link, repo) => {
+(label, link, repo) => {
   // Back to this page with all that its address says, to the run and to the tab.
   const back = new URLSearchParams(window.location.search);
   const run = link && link.includes("run=") ? new URL(link).searchParams.get("run") : "";
@@ -10,7 +10,7 @@ async (label, link, repo) => {
   const address = way + "?_target_url=" + encodeURIComponent("/?" + back);
   // Where a browser lends no cookies to a page within another site's (Safari's way, and that of private windows), nobody
   // would be signed in there: the app comes back as a page of its own.
-  if (window.parent !== window && !(await document.hasStorageAccess())) {
+  if (window.parent !== window && !window.cookiesLent) {
     window.open(address, "_blank", "noopener");
     return;
   }

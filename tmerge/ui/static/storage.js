@@ -1,3 +1,6 @@
+// Whether this page is lent its cookies, asked as it opens: whoever asks in a click may open no window after it.
+window.cookiesLent = true;
+document.hasStorageAccess?.().then((lent) => { window.cookiesLent = lent; });
 // Where a browser lends a page in an iframe no storage, asking for it is an error, on which the whole page would stop.
 try {
   window.localStorage.length;
