@@ -69,6 +69,7 @@ def match_neurons(
     pairs: Mapping[int, int],
     solver: Solver = MATCHING,
     *,
+    stream: tuple[Correspondence, Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
     processes: Processes = ALONE,
 ) -> tuple[Correspondence, dict[tuple[int, str], Correspondence]]:
@@ -79,6 +80,7 @@ def match_neurons(
         source: The source.
         pairs: target layer -> source layer.
         solver: Of every problem.
+        stream: What `match_stream` gives of these pairs, where that is known.
         progress: Called with (layers done, all); may raise to stop.
         processes: Among whom the pairs are shared out; each calls this and is given all.
 
@@ -86,10 +88,10 @@ def match_neurons(
         NoSharedStructureError: What a model reads from its residual stream and what it writes differ in width, or no
             pair of layers does either.
     """
-    stream, alike = match_stream(target, source, pairs, solver, processes=processes)
+    found_stream, alike = stream or match_stream(target, source, pairs, solver, processes=processes)
     mine = processes.mine(list(pairs.items()))
     inner: dict[tuple[int, str], Correspondence] = {}
-    of_all_layers, by_weights = dict.fromkeys(STREAM_KEYS, stream), _Sum()
+    of_all_layers, by_weights = dict.fromkeys(STREAM_KEYS, found_stream), _Sum()
     for done, (layer, source_layer) in enumerate(mine, start=1):
         keys = _common(target, source, layer, source_layer)
         compare = _by_weights(target, source, layer, source_layer, keys)
@@ -111,12 +113,12 @@ def match_neurons(
             progress(done, len(mine))
     cosines_of_all = by_weights.of_all(processes)
     if cosines_of_all is not None:
-        stream = solver.either_sign((alike + cosines_of_all) / 2)
+        found_stream = solver.either_sign((alike + cosines_of_all) / 2)
     if processes.count > 1:
         shares = processes.gathered(inner)
         together = {name: correspondence for some in shares for name, correspondence in some.items()}
         inner = dict(sorted(together.items(), key=lambda item: item[0][0]))
-    return stream, inner
+    return found_stream, inner
 
 
 class _ByWeights(Protocol):

@@ -168,9 +168,10 @@ def find_structure(
             target, source, stream, pairs=pairs, signed=solver.signed, progress=progress, processes=processes
         )
 
-    pairs, agreement = layers.pairs, None
+    pairs, agreement, begun = layers.pairs, None, None
     if target.weights is not None and source.weights is not None:
-        stream, _ = match_stream(target, source, pairs, solver, processes=processes)
+        begun = match_stream(target, source, pairs, solver, processes=processes)
+        stream = begun[0]
         cosines = weigh("layers by weights", stream)
         by_weights = layers.with_weights(cosines)
         chance = weigh("layers by chance", stream.shuffled(_SHUFFLE), by_weights)
@@ -185,7 +186,9 @@ def find_structure(
             else:
                 agreement = replace(agreement, moved_layers=0)
     progress = hears_of("matching heads and neurons", "layers")
-    stream, inner = match_neurons(target, source, pairs, solver, progress=progress, processes=processes)
+    # By activations the stream of the same pairs is the same.
+    known = begun if pairs == layers.pairs else None
+    stream, inner = match_neurons(target, source, pairs, solver, stream=known, progress=progress, processes=processes)
     if agreement is not None and agreement.clear:
         # Through the stream that is known now; what chance gives is the same through any.
         cosines = weigh("how alike their weights are", stream, pairs)
