@@ -82,9 +82,9 @@ def match_heads(
     turned = _rotated(target, source)
     swept: list[Correspondence] = []
 
-    def solve(similarity: Tensor) -> Correspondence:
-        swept.append(solver(similarity))
-        return swept[-1]
+    def noted(correspondence: Correspondence) -> Correspondence:
+        swept.append(correspondence)
+        return correspondence
 
     alike = {key: _likeness(key, values, turned, target, source) for key, values in blocks.items()}
     heads = _mean([alike[key] for key in ("q.post", "o.pre") if key in alike], target.heads, source.heads)
@@ -94,15 +94,15 @@ def match_heads(
     for a in range(target.kv_heads):
         for b in range(source.kv_heads):
             block = heads[a * per_group : (a + 1) * per_group, b * source_per_group : (b + 1) * source_per_group]
-            inner[a, b] = solve(block)
+            inner[a, b] = noted(solver(block))
             within = inner[a, b].dense()
             groups[a, b] = (groups[a, b] + (within * block).sum() / within.sum()) / 2
     plans = {key: torch.zeros(values.shape) for key, values in correlations.items()}
-    matched_groups = solve(groups)
+    matched_groups = noted(solver(groups))
     for a, b, share in zip(
         matched_groups.rows.tolist(), matched_groups.columns.tolist(), matched_groups.values.tolist(), strict=True
     ):
-        _fill(plans, blocks, turned, (a, b, share), inner[a, b], target, source, solve, solver.signed)
+        _fill(plans, blocks, turned, (a, b, share), inner[a, b], target, source, solver, noted)
     sweeps, error = (
         max(correspondence.iterations for correspondence in swept),
         max(correspondence.marginal_error for correspondence in swept),
@@ -159,8 +159,8 @@ def _fill(
     inner: Correspondence,
     target: Heads,
     source: Heads,
-    solve: Callable[[Tensor], Correspondence],
-    signed: bool,
+    solver: Solver,
+    noted: Callable[[Correspondence], Correspondence],
 ) -> None:
     """Write one pair of kv groups into the plans."""
     a, b, share = group
@@ -185,11 +185,13 @@ def _fill(
         dims[turned[0], turned[1]] = turned[2]
         free, source_free = target.free, source.free
         if len(free) and len(source_free):
-            dims[free.unsqueeze(1), source_free] = solve(together("k.post", "q.post")[free][:, source_free]).dense()
+            dims[free.unsqueeze(1), source_free] = noted(
+                solver(together("k.post", "q.post")[free][:, source_free])
+            ).dense()
         _put(plans, "q.post", "k.post", (a, b, share), members, dims)
     if "v.post" in blocks or "o.pre" in blocks:
         alike = together("v.post", "o.pre")
-        correspondence = solve(alike.abs()).signed(alike) if signed else solve(alike)
+        correspondence = noted(solver.either_sign(alike))
         _put(plans, "o.pre", "v.post", (a, b, share), members, correspondence.dense())
 
 
