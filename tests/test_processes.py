@@ -7,14 +7,17 @@ import re
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.launched import begun, kill_second
 from tests.meeting import Together
 from tests.pico import pico_model, save_pico
 from tests.stages.test_task_vector import _deeper, _shaken, save_all
 from tmerge.errors import EndedElsewhereError, ProcessLostError, RecipeError
+from tmerge.fusion import StoredNeurons
 from tmerge.processes import ALONE
-from tmerge.recipe import load_recipe
+from tmerge.recipe import Recipe, load_recipe
 from tmerge.stages.merge import merge
 
 BESIDE = [
@@ -88,6 +91,47 @@ def test_two_processes_write_what_one_writes(models, tmp_path, what):
     assert len(re.findall(r"source: held-out texts: (\d+)/\1 texts", said)) == 1
 
 
+def test_two_processes_reconstruct_what_one_does(models, tmp_path):
+    recipe = Recipe.from_mapping(
+        {
+            "target": str(models / "target"),
+            "source": str(models / "source"),
+            "dtype": "float32",
+            "calibration": {
+                "dataset": "samples:indonesian",
+                "texts": 70,
+                "max_tokens": 48,
+                "held_out": 0.3,
+                "token_rows": 200,
+            },
+            "fusion": {"what": "reconstruct", "alpha": 1.0, "keep": "samples:english", "keep_texts": 45},
+            "evaluation": {"texts": 12, "bootstrap": 200, "controls": ["permuted", "texts"]},
+        }
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    alone = merge(recipe, tmp_path / "alone")
+    launcher = begun(["merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "together")])
+    said = launcher.communicate(timeout=300)[1]
+    assert launcher.returncode == 0, said
+    together = merge(recipe, tmp_path / "together")  # finished: read again
+    assert together.fusion.fit.rows == alone.fusion.fit.rows
+    # Sums are added up in another order; of what that changes each later block makes more.
+    for name in ("model.safetensors", "tmerge/cache/permuted", "tmerge/cache/texts"):
+        one, two = (weights_of(tmp_path / folder / name) for folder in ("alone", "together"))
+        assert one.keys() == two.keys()
+        for key, weight in one.items():
+            torch.testing.assert_close(two[key], weight, rtol=0, atol=2e-3 * float(weight.abs().max()))
+    assert together.fusion.fit.ridges == alone.fusion.fit.ridges
+    assert len(re.findall(r"reconstructing: (\d+)/\1 layers", said)) == 3
+
+
+def weights_of(path):
+    """Of a file, or of what a stage kept in a folder."""
+    if path.is_file():
+        return load_file(path)
+    return {(item.layer, item.projection): item.weight for item in StoredNeurons(path)}
+
+
 @pytest.mark.slow
 def test_a_lost_process_ends_the_run_and_the_same_command_goes_on(models, tmp_path):
     words = [*words_of(models, "task vector"), "--out", str(tmp_path / "together")]
@@ -150,6 +194,18 @@ def test_what_the_first_makes_all_have():
         return processes.from_first(lambda: made.append(processes.rank) or "made")
 
     assert Together(3).run(work) == ["made"] * 3 and made == [0]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_sums_are_of_all_and_the_same_in_all(count):
+    def work(processes):
+        sums = torch.full((2, 2), float(10**processes.rank)), torch.tensor([processes.rank])
+        processes.summed(*sums)
+        return sums
+
+    for total, ranks in Together(count).run(work):
+        assert total.equal(torch.full((2, 2), float(sum(10**rank for rank in range(count)))))
+        assert ranks.item() == sum(range(count))
 
 
 @pytest.mark.parametrize("failing", [0, 1])

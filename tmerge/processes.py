@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
 from tmerge.errors import Cancelled, EndedElsewhereError, ProcessLostError, TmergeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["ALONE", "Processes", "are_several", "joined", "on_this_machine", "rank_of_this"]
 
@@ -122,6 +125,19 @@ class Processes:
         """Go on when all have come here; raises as `gathered`."""
         self.gathered(None)
 
+    def summed(self, *sums: Tensor) -> None:
+        """Add to each of these what the other processes have in theirs, in place: all have the same bits then.
+
+        Raises as `gathered`.
+        """
+        if self.count == 1:
+            return
+        # An error of another is heard here, in a meeting of the kind that it is told in; between here and the end none
+        # can be met with.
+        self.wait()
+        for tensor in sums:
+            self._added(tensor)
+
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         """While open, an error of one process is told to the others, which wait for it somewhere, and ends them too.
@@ -178,6 +194,17 @@ class Processes:
         except RuntimeError as error:
             raise self._of_lost(self._lost(), error) from None
         return all_told
+
+    def _added(self, tensor: Tensor) -> None:
+        import torch.distributed as distributed
+
+        there = tensor.cpu()
+        try:
+            distributed.all_reduce(there, group=self._group)
+        except RuntimeError as error:
+            raise self._of_lost(self._lost(), error) from None
+        if there is not tensor:
+            tensor.copy_(there)
 
     def _of_lost(self, lost: int | None, error: RuntimeError) -> ProcessLostError:
         named = "another process" if lost is None else f"process {lost} of {self.count} (rank {lost})"

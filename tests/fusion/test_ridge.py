@@ -6,8 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.meeting import Together
 from tmerge.errors import FusionError
 from tmerge.fusion.ridge import Linear, Regression
+from tmerge.processes import ALONE
 
 
 def problem(seed, rows=200, inputs=12, outputs=7):
@@ -189,3 +191,30 @@ def test_rows_that_choose_and_are_not_finite_are_said():
     kept_away.add(torch.full((1, 4), float("inf")), [torch.ones(1, 2)])
     with pytest.raises(FusionError, match="not finite"):
         sums.solve([Linear(torch.zeros(2, 4))], [0.1, 1.0], kept_away=kept_away)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_processes_share_rows_and_lambdas_and_all_have_the_fits(count):
+    draw = torch.Generator().manual_seed(3)
+    inputs = torch.randn(60, 12, generator=draw)
+    goals = [torch.randn(60, 7, generator=draw), inputs @ torch.randn(12, 5, generator=draw)]
+    layers = [Linear(torch.zeros(7, 12)), Linear(torch.randn(5, 12, generator=draw), torch.ones(5))]
+
+    def solved(processes):
+        both = []
+        for start, end in ((0, 40), (40, 60)):
+            sums = Regression(12, [7, 5], has_bias=True)
+            mine = processes.mine(range(start, end))
+            sums.add(inputs[mine], [goal[mine] for goal in goals])
+            sums.add_others(processes)
+            assert sums.rows == end - start
+            both.append(sums)
+        return both[0].solve(layers, [1e-6, 1e-3, 10.0], kept_away=both[1], processes=processes)
+
+    alone, together = solved(ALONE), Together(count).run(solved)
+    assert [fit.ridge for fit in alone] == [10.0, 1e-6]
+    for fits in together:
+        for fit, first, expected in zip(fits, together[0], alone, strict=True):
+            assert fit.ridge == expected.ridge and fit.weight.equal(first.weight)
+            torch.testing.assert_close(fit.weight, expected.weight, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close((fit.before, fit.after), (expected.before, expected.after), rtol=1e-4, atol=1e-5)

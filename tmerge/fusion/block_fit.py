@@ -140,7 +140,11 @@ class BlockFit:
                     [goal[chosen].to(inputs.device) for goal, _ in goals],
                     None if weighting is None else weighting[chosen].to(inputs.device),
                 )
-        fits = sums.solve(layers, self.passage.ridges, self.passage.rank, kept_away=choosing_sums)
+        processes = self.passage.processes
+        for regression in (sums, choosing_sums):
+            if regression is not None:
+                regression.add_others(processes)
+        fits = sums.solve(layers, self.passage.ridges, self.passage.rank, kept_away=choosing_sums, processes=processes)
         return dict(zip(names, fits, strict=True))
 
     def _sums(self, names: Sequence[str], layers: Sequence[Linear]) -> Regression:

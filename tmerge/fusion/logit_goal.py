@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tmerge.models import LastNorm, Readout
+from tmerge.processes import ALONE, Processes
 
 __all__ = ["FinalGoal", "LogitGoal"]
 
@@ -65,7 +66,9 @@ class LogitGoal:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, target: Readout, source: Readout, vocabulary: Tensor, counts: Tensor) -> LogitGoal:
+    def of(
+        cls, target: Readout, source: Readout, vocabulary: Tensor, counts: Tensor, processes: Processes = ALONE
+    ) -> LogitGoal:
         """Solve what is the same for all tokens.
 
         Args:
@@ -73,12 +76,15 @@ class LogitGoal:
             source: The source's.
             vocabulary: (2, v) ids in the target and in the source of the tokens that both have.
             counts: (V,) how often each of the target's tokens was read.
+            processes: That share the vocabulary out among them.
         """
         known = (vocabulary[0] < len(target.head)) & (vocabulary[1] < len(source.head))
         target_ids, source_ids = vocabulary[:, known]
         weights = counts[target_ids].double() + _UNREAD
         weights = weights / weights.sum()
-        gram, cross, constant = (total.cpu() for total in _sums(target, source, target_ids, source_ids, weights))
+        gram, cross, constant = (
+            total.cpu() for total in _sums(target, source, target_ids, source_ids, weights, processes)
+        )
         held = _HELD * float(gram.diagonal().mean())
         values, vectors = torch.linalg.eigh(gram)
         return cls(target.norm, source.norm, values.clamp_min(0) + held, vectors, held, cross.float(), constant.float())
@@ -114,7 +120,7 @@ class LogitGoal:
 
 
 def _sums(
-    target: Readout, source: Readout, target_ids: Tensor, source_ids: Tensor, weights: Tensor
+    target: Readout, source: Readout, target_ids: Tensor, source_ids: Tensor, weights: Tensor, processes: Processes
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(n, n) ``F^T D F``, (n, n') ``F^T D`` of the source's and (n,) of the constants, means taken off; float64, there.
 
@@ -125,7 +131,7 @@ def _sums(
     # One column of ones before each side: the weighted means come with the products.
     width, source_width = target.head.shape[1], source.head.shape[1]
     sums = torch.zeros(width + 1, width + source_width + 2, dtype=torch.float64, device=there)
-    for start in range(0, len(target_ids), _TOKENS):
+    for start in processes.mine(range(0, len(target_ids), _TOKENS)):
         target_tokens, source_tokens = (
             target_ids[start : start + _TOKENS].to(device),
             source_ids[start : start + _TOKENS],
@@ -146,6 +152,7 @@ def _sums(
         )
         by = weights[start : start + _TOKENS].float().to(device)[:, None]
         sums += ((left * by).T @ torch.cat([left, right], 1)).to(there).double()
+    processes.summed(sums)
     means = sums[-1]
     centred = sums[:-1] - torch.outer(sums[:-1, width], means)
     return centred[:, :width], centred[:, width + 1 : width + 1 + source_width], centred[:, -1]

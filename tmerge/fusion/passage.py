@@ -19,10 +19,11 @@ from torch import Tensor
 
 from tmerge.calibration.batches import encode, length_batches, padded
 from tmerge.calibration.positions import common_ends, token_positions
-from tmerge.errors import NotEnoughDiskError
+from tmerge.errors import FusionError, NotEnoughDiskError
 from tmerge.fusion.carry import Shuffle
 from tmerge.fusion.maps import unmatched
 from tmerge.models import Architecture, LoadedModel, Projection, feature_key
+from tmerge.processes import ALONE, Processes
 from tmerge.quantities import bytes_words
 from tmerge.transport import Transport
 
@@ -63,6 +64,11 @@ class Reading:
             token_rows.append((index, torch.tensor([row for text in chosen for row in rows[text]], dtype=torch.int64)))
         return cls(batches, token_rows)
 
+    @property
+    def rows(self) -> Tensor:
+        """(r,) that its tokens are, ascending."""
+        return torch.cat([row for _, row in self.places]).sort().values
+
     def token_counts(self, tokens: int, rows: int) -> Tensor:
         """(V,) how often each token of a vocabulary is one of the first rows."""
         counts = torch.zeros(tokens, dtype=torch.int64)
@@ -79,7 +85,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Rows:
-    """The tokens that are fitted on.
+    """The tokens that are fitted on, in all processes that do it together.
 
     Attributes:
         texts: Those on which the target is drawn to the source; they are numbered first.
@@ -121,9 +127,14 @@ class Rows:
 
 
 class Goals:
-    """What each feature of the block at hand should be, a row for each token: mapped files, and gone with the block."""
+    """What each feature of the block at hand should be, a row for each token: mapped files, and gone with the block.
 
-    def __init__(self, folder: Path, rows: int) -> None:
+    Args:
+        folder: For the files.
+        rows: (r,) that are written and read, ascending.
+    """
+
+    def __init__(self, folder: Path, rows: Tensor) -> None:
         self._folder, self._rows = folder, rows
         self._arrays: dict[str, np.memmap[Any, Any]] = {}
 
@@ -139,11 +150,11 @@ class Goals:
         """Rows (r,) of a feature, (r, n)."""
         if name not in self._arrays:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._reserve(4 * self._rows * values.shape[1])
+            self._reserve(4 * len(self._rows) * values.shape[1])
             self._arrays[name] = np.lib.format.open_memmap(
-                self._folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=(self._rows, values.shape[1])
+                self._folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=(len(self._rows), values.shape[1])
             )
-        self._arrays[name][rows.numpy()] = values.cpu().numpy()
+        self._arrays[name][self._lines(rows)] = values.cpu().numpy()
 
     def _reserve(self, size: int) -> None:
         # A mapped file that finds no room when it is written to ends the process.
@@ -156,7 +167,10 @@ class Goals:
 
     def read(self, name: str, rows: Tensor) -> Tensor:
         """Rows (r,) of a feature."""
-        return torch.from_numpy(self._arrays[name][rows.numpy()])
+        return torch.from_numpy(self._arrays[name][self._lines(rows)])
+
+    def _lines(self, rows: Tensor) -> np.ndarray[Any, Any]:
+        return torch.searchsorted(self._rows, rows).numpy()
 
 
 @dataclass(frozen=True)
@@ -200,6 +214,7 @@ class Passage:
         factor: (projection, target layer, source layer) -> what its goals are multiplied by.
         shuffle: For the control ``permuted``.
         other_rows: Seed of a shuffle of the source's rows, for the control ``texts``: right norms, wrong tokens.
+        processes: That reconstruct together: each reads a share of the texts, and all have the fits.
     """
 
     target: LoadedModel
@@ -217,6 +232,7 @@ class Passage:
     factor: Callable[[str, int, int], float]
     shuffle: Shuffle | None = None
     other_rows: int | None = None
+    processes: Processes = ALONE
 
     @cached_property
     def pairs(self) -> dict[int, int]:
@@ -270,6 +286,9 @@ def readings(
         texts: On which the target is drawn to the source.
         keep: On which it is to stay as it is.
         choosing: Of either kind, those on which lambda is chosen.
+
+    Raises:
+        FusionError: There are fewer texts than processes.
     """
     target, source, most = passage.target, passage.source, passage.max_tokens
     limits = encode(target, [], most).limit, encode(source, [], most).limit
@@ -299,12 +318,37 @@ def readings(
     size = most, passage.batch_tokens
     source_rows = [*_source_rows(fit, passage.other_rows), *_source_rows(chosen, passage.other_rows)]
     counts = [sum(map(len, group)) for group in (fit, keeping, chosen, chosen_kept)]
+    mine = _share(rows, passage.processes)
     return (
-        Reading.of(target, listed, here, rows, *size),
-        Reading.of(target, own, [*here[first:second], *here[third:]], [*keeping, *chosen_kept], *size),
-        Reading.of(source, drawn, there, source_rows, *size),
+        Reading.of(target, listed, *_only(mine, here, rows), *size),
+        Reading.of(target, own, *_only(mine, [*here[first:second], *here[third:]], [*keeping, *chosen_kept]), *size),
+        Reading.of(source, drawn, *_only(mine, there, source_rows), *size),
         Rows(counts[0], counts[1], passage.keep_share, counts[2], counts[3]),
     )
+
+
+def _share(rows: Sequence[Sequence[int]], processes: Processes) -> set[int]:
+    """The rows of the texts that this process reads: long and short ones, as the others do."""
+    texts = sorted(filter(None, rows), key=len, reverse=True)
+    if len(texts) < processes.count:
+        raise FusionError(
+            f"{processes.count} processes have {len(texts)} texts to reconstruct on; begin fewer of them, or give more "
+            "texts (calibration.texts)"
+        )
+    return set(itertools.chain.from_iterable(processes.mine(texts)))
+
+
+def _only(
+    mine: set[int], positions: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Of each text's tokens and their rows, those that this process reads."""
+    kept = [
+        [(position, row) for position, row in zip(of_text, text_rows, strict=True) if row in mine]
+        for of_text, text_rows in zip(positions, rows, strict=True)
+    ]
+    return [[position for position, _ in of_text] for of_text in kept], [
+        [row for _, row in of_text] for of_text in kept
+    ]
 
 
 def _source_rows(rows: list[list[int]], seed: int | None) -> list[list[int]]:

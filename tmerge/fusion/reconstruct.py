@@ -20,6 +20,8 @@ place, the first of each text left out. Y (R, out) is
 The stream's rows are weighted by one over their root mean square. Texts to be kept have the target's own activations,
 from before any change, as their Y, and, however many they are, a share of all the weight that is given. What has no
 counterpart keeps what it has. Nothing is trained.
+
+Several processes read a share of the texts each, and add up their sums.
 """
 
 from __future__ import annotations
@@ -65,16 +67,16 @@ def reconstruct(
         folder: For the goals of the block at hand; emptied after each.
         choosing: Of either kind, those on which each fit's lambda is chosen.
         finished: What was fitted of the first blocks before, in an earlier run of the same: it is not fitted again.
-        take: Is handed each block that was fitted, to be kept; in their order.
+        take: Is handed each block that was fitted, to be kept; in their order. The same in all processes.
         progress: Called with (blocks done, all); may raise to stop.
 
     Raises:
-        FusionError: A fit has no single solution.
+        FusionError: A fit has no single solution; or there are fewer texts than processes.
         TokenizerError: The two tokenizers hardly ever end a token in the same place.
         UnsupportedModelError: A block does more to its stream than adding what its attention and its MLP give.
     """
     target_reading, own_reading, source_reading, rows = readings(passage, texts, keep, choosing)
-    goals = Goals(folder, rows.count)
+    goals = Goals(folder, target_reading.rows)
     final = _final_goal(passage, target_reading, rows)
     layers = len(passage.views.layers)
     fits = len(target_reading.batches)
@@ -130,7 +132,8 @@ def _final_goal(passage: Passage, reading: Reading, rows: Rows) -> LogitGoal | N
     if target is None or source is None or len(down.matched) < down.view.out_features:
         return None
     counts = reading.token_counts(passage.target.embedding_rows, rows.texts)
-    return LogitGoal.of(target, source, passage.vocabulary, counts)
+    passage.processes.summed(counts)
+    return LogitGoal.of(target, source, passage.vocabulary, counts, passage.processes)
 
 
 def _rowwise(wanted: Mapping[str, Wanted]) -> list[str]:

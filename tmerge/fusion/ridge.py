@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tmerge.errors import FusionError
+from tmerge.processes import ALONE, Processes
 
 __all__ = ["Fit", "Linear", "Regression"]
 
@@ -100,6 +101,12 @@ class Regression:
             self._squares[index] += float(goal.square().sum())
         self.rows += len(inputs)
 
+    def add_others(self, processes: Processes) -> None:
+        """Add the rows that the other processes have added to theirs; all have the same sums then."""
+        counts = torch.tensor([*self._squares, self.rows], dtype=torch.float64)
+        processes.summed(self._gram, *self._crosses, counts)
+        *self._squares, self.rows = *counts[:-1].tolist(), int(counts[-1])
+
     def solve(
         self,
         given: Sequence[Linear],
@@ -107,6 +114,7 @@ class Regression:
         rank: int | None = None,
         *,
         kept_away: Regression | None = None,
+        processes: Processes = ALONE,
     ) -> list[Fit]:
         """The change of each sublayer; the sums are of no use afterwards.
 
@@ -115,18 +123,35 @@ class Regression:
             ridges: Each a lambda, in units of the inputs' mean square.
             rank: Most of each dW; full if None.
             kept_away: Sums over other rows, on which each sublayer's lambda is chosen; without any it is the largest.
+            processes: That have the same sums, and share the lambdas out among them.
 
         Raises:
             FusionError: The equations have no single solution with any of them, or something is not finite.
         """
+        chosen = kept_away if kept_away is not None and kept_away.rows else None
+        tried = list(enumerate(ridges if chosen is not None else [max(ridges)]))
+        fits = _best_of_all(self._tried(given, processes.mine(tried), rank, chosen), processes)
+        if len(fits) < len(given):
+            size_words = f"{self._inputs} inputs and {self.rows} rows"
+            raise FusionError(
+                f"the reconstruction's equations of {size_words} have no single solution: raise fusion.ridge "
+                "(fusion.ridges, where it is auto), or give more texts"
+            )
+        return fits
+
+    def _tried(
+        self, given: Sequence[Linear], ridges: Sequence[tuple[int, float]], rank: int | None, chosen: Regression | None
+    ) -> list[_Tried | None]:
+        """The best fit of each sublayer with some lambdas, which are numbered; None where none has a solution."""
+        best: list[_Tried | None] = [None] * len(given)
+        if not ridges:
+            return best
         device = torch.device("cpu") if self._gram.device.type == "mps" else self._gram.device  # it has no float64
         gram = self._gram.to(device).double()
         del self._gram
         crosses = [cross.to(device).double() for cross in self._crosses]
-        best: list[tuple[float, Fit] | None] = [None] * len(given)
-        chosen = kept_away if kept_away is not None and kept_away.rows else None
         lacking = [_Lack.of(gram, layer, cross) for layer, cross in zip(given, crosses, strict=True)]
-        for ridge in ridges if chosen is not None else [max(ridges)]:
+        for number, ridge in ridges:
             equations: dict[bool, _Equations | None] = {}
             for index, layer in enumerate(given):
                 biased = layer.bias is not None
@@ -139,16 +164,9 @@ class Regression:
                 fit = solvable.fit(layer, lacking[index], self._squares[index], rank)
                 left = 0.0 if chosen is None else chosen._left(index, layer, fit)
                 best_so_far = best[index]
-                if best_so_far is None or left < best_so_far[0]:
-                    best[index] = left, fit
-        fits = [fit for _, fit in filter(None, best)]
-        if len(fits) < len(given):
-            size_words = f"{self._inputs} inputs and {self.rows} rows"
-            raise FusionError(
-                f"the reconstruction's equations of {size_words} have no single solution: raise fusion.ridge "
-                "(fusion.ridges, where it is auto), or give more texts"
-            )
-        return fits
+                if best_so_far is None or left < best_so_far.left:
+                    best[index] = _Tried(left, number, fit)
+        return best
 
     def _left(self, index: int, layer: Linear, fit: Fit) -> float:
         """``|Y - X (W + dW)^T|^2`` of these rows, less ``|Y|^2``, which is the same for every fit."""
@@ -161,6 +179,36 @@ class Regression:
         if not math.isfinite(left):
             raise _not_finite()
         return left
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """What one lambda, by its number, gives: the fit, and what it leaves on the rows that are kept from it."""
+
+    left: float
+    number: int
+    fit: Fit
+
+
+def _best_of_all(best: Sequence[_Tried | None], processes: Processes) -> list[Fit]:
+    """Of each sublayer the best of what the processes found, in all of them the same; none where none found any."""
+    if processes.count == 1:
+        return [found.fit for found in filter(None, best)]
+    offers = processes.gathered([None if found is None else (found.left, found.number) for found in best])
+    takers = []
+    for index in range(len(best)):
+        found = [(offer, rank) for rank, of_one in enumerate(offers) if (offer := of_one[index]) is not None]
+        takers += [min(found)[1]] if found else []
+    if len(takers) < len(best):
+        return []
+    mine = [
+        replace(found.fit, weight=found.fit.weight.cpu(), bias=None if found.fit.bias is None else found.fit.bias.cpu())
+        if found is not None and taker == processes.rank
+        else None
+        for found, taker in zip(best, takers, strict=True)
+    ]
+    fits = processes.gathered(mine)
+    return [fit for index, taker in enumerate(takers) if (fit := fits[taker][index]) is not None]
 
 
 @dataclass(frozen=True)

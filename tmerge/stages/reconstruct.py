@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from tmerge.calibration import TextSet
 from tmerge.fusion import (
     COLUMN_PROJECTIONS,
     BlockNote,
+    FittedBlock,
     NeuronWriter,
     Passage,
     generator_for,
@@ -71,7 +71,7 @@ class Reconstruct:
 
     name = "reconstruct"
     note = ReconstructNote
-    together = False
+    together = True
 
     @property
     def _settings(self) -> Reconstruction:
@@ -98,17 +98,16 @@ class Reconstruct:
     def do(self, key: str, progress: Progress) -> ReconstructNote:
         """Fit, block by block; then the same for each control that is fitted too."""
         transport = transport_of(self.recipe, self.features, self.recorded)
-        fitted = self.neurons.go_on("fused", key)
-        self._pass("fused", transport, fitted, progress)
+        blocks = self._pass("fused", key, transport, progress)
         for name in self._controls:
-            self._pass(name, transport, self.neurons.go_on(name, key), progress)
-        self._record(transport)
-        if self._settings.final_goal == "logits" and fitted.notes[-1].goal == "stream":
+            self._pass(name, key, transport, progress)
+        progress.processes.from_first(lambda: self._record(transport))
+        if self._settings.final_goal == "logits" and blocks[-1].goal == "stream":
             progress.note(
                 "the last block is fitted to the source's residual stream: its logits can be a goal only where both "
                 "have one vocabulary and the whole of the last block's stream has a counterpart"
             )
-        return self._noted(fitted.notes)
+        return self._noted(blocks)
 
     def _vocabulary(self, drawn_to: Model) -> Tensor | None:
         """The tokens whose logits are the last block's goal; None where that is the stream."""
@@ -131,10 +130,19 @@ class Reconstruct:
     def _keep(self) -> tuple[str, ...]:
         return () if self.kept is None else self.kept.texts
 
-    def _pass(self, name: str, transport: Transport, writer: NeuronWriter[BlockNote], progress: Progress) -> None:
+    def _pass(self, name: str, key: str, transport: Transport, progress: Progress) -> list[BlockNote]:
         """One reconstruction of the target as it is stored; what was finished of it before is not fitted again."""
-        if writer.is_finished:
-            return
+        processes = progress.processes
+        # All go on from what there is; all have the same fits then, and the first writes them.
+        writer = processes.after_first(lambda: self.neurons.go_on(name, key))
+        processes.wait()
+        if not writer.is_finished:
+            self._fit(name, transport, writer, progress)
+            if processes.is_first:
+                writer.finish()
+        return processes.from_first(lambda: writer.notes)
+
+    def _fit(self, name: str, transport: Transport, writer: NeuronWriter[BlockNote], progress: Progress) -> None:
         drawn_to = self.source
         if name == "source_base":
             assert self.source_base is not None  # the recipe sees to it
@@ -160,22 +168,28 @@ class Reconstruct:
             lambda name, layer, other: score_factor(name, views.attention[layer], source_views.attention[other]),
             self._shuffle if name == "permuted" else None,
             self.recipe.seed if name == "texts" else None,
+            progress.processes,
         )
+        folder = self.run.cache / f"goals-{progress.processes.rank}"
+
+        def take(block: FittedBlock) -> None:
+            if progress.processes.is_first:
+                writer.add(block.items, block.note)
+
         with memory_errors("the reconstruction", target.device):
             reconstruct(
                 passage,
                 self.texts.texts,
                 self._keep,
-                self._folder,
+                folder,
                 choosing=self._choosing,
                 finished=writer.parts(),
-                take=lambda block: writer.add(block.items, block.note),
+                take=take,
                 progress=progress.counting(
                     "reconstructing" if name == "fused" else f"{name}: reconstructing", "layers"
                 ),
             )
-        writer.finish()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         self.target.release()
         drawn_to.release()
         give_back_memory()
@@ -208,10 +222,6 @@ class Reconstruct:
             keep=None if self.kept is None else self.kept.dataset,
             keep_texts=len(self._keep),
         )
-
-    @property
-    def _folder(self) -> Path:
-        return self.run.cache / "goals"
 
     def _shuffle(self, layer: int, feature: str, neurons: int) -> Tensor:
         return torch.randperm(neurons, generator=generator_for(self.recipe.seed, "permuted", layer, feature))
