@@ -10,11 +10,14 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.adaptation.test_training import TEXTS, settings, trained
 from tests.evaluation.test_choose import loaded
+from tests.meeting import Together
 from tests.pico import pico_model, pico_tokenizer, save_pico
+from tmerge.adaptation import distillation
 from tmerge.adaptation.distillation import Teacher, common_positions, distillation_loss, first_pieces, read_teacher
 from tmerge.adaptation.training import _encode
 from tmerge.models import load_model
 from tmerge.models.loading import open_by_blocks
+from tmerge.processes import ALONE
 from tmerge.recipe import AdaptationSettings
 
 
@@ -120,6 +123,26 @@ def test_the_teacher_is_read_once_and_known_by_its_texts(tmp_path):
         assert torch.equal(getattr(first, name), getattr(again, name))
     read(TEXTS[1:5])
     assert len(calls) == 2
+
+
+def test_processes_share_the_teachers_batches_and_all_have_all_of_it(tmp_path, monkeypatch):
+    student = loaded(pico_model("llama"))
+    sources = [loaded(pico_model("qwen2")) for _ in range(2)]
+    encoded, asked, ends = teacher_for(student, sources[0])
+    monkeypatch.setattr(distillation, "_LOGITS_AT_ONCE", 1)  # a batch for each text
+
+    def read(name, processes=ALONE):
+        opened = nullcontext(sources[processes.rank])
+        path = tmp_path / name
+        return read_teacher(lambda: opened, student.tokenizer, TEXTS[:4], encoded, ends, asked, path, processes)
+
+    alone = read("alone")
+    together = Together(2).run(lambda processes: read("together", processes))
+    again = Together(2).run(lambda processes: read("together", processes))
+    for teacher in (*together, *again):
+        for name in ("starts", "positions", "ids", "chances"):
+            assert torch.equal(getattr(teacher, name), getattr(alone, name))
+    assert (tmp_path / "alone").read_bytes() == (tmp_path / "together").read_bytes()
 
 
 @pytest.mark.parametrize("loss", ["first-piece", "uld"])

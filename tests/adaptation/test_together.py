@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from tests.adaptation.test_training import TEXTS, settings
 from tests.evaluation.test_choose import loaded
+from tests.evaluation.test_tasks import XCOPA
 from tests.launched import begun, kill_second
 from tests.meeting import Together
 from tests.pico import pico_model, save_pico
@@ -132,6 +133,10 @@ def test_texts_that_cannot_be_shared_out_are_one_line(run, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_compare_as_one(run, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    keys = ("premise", "choice1", "choice2", "question", "label")
+    asked = [dict(zip(keys, row, strict=True)) for row in XCOPA]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
     recipe = recipe_for(
         run.parent,
         compare={
@@ -139,6 +144,8 @@ def test_two_processes_compare_as_one(run, tmp_path):
             "alphas": [0.5],
             "seeds": [0, 1],
             "domains": {"Malay": "samples:malay"},
+            "tasks": ["xcopa_id"],
+            "task_data": {"xcopa_id": str(questions)},
         },
         adaptation={**WORDS, "steps": 4},
     )
@@ -154,6 +161,8 @@ def test_two_processes_compare_as_one(run, tmp_path):
         within = LOSS if one.kind == "trained" else 0.0
         assert two.value == pytest.approx(one.value, rel=within, abs=0), one.name
         assert two.domains["Malay"].value == pytest.approx(one.domains["Malay"].value, rel=within, abs=0), one.name
+        # Requests are batched with others.
+        assert two.tasks["xcopa_id"].value == one.tasks["xcopa_id"].value, one.name
     assert len(re.findall(r"sft, seed 0: 4/4 steps", said)) == 1, said
 
 

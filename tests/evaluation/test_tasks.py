@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from tests.evaluation.test_choose import loaded
+from tests.meeting import Together
 from tests.pico import pico_model
 from tmerge.errors import DatasetError, RecipeError
 from tmerge.evaluation import resamples
 from tmerge.evaluation.margins import question_margins
-from tmerge.evaluation.tasks import TASK_GROUPS, expand_tasks, run_tasks, task_difference, task_score
+from tmerge.evaluation.tasks import TASK_GROUPS, _sharing, expand_tasks, run_tasks, task_difference, task_score
+from tmerge.processes import ALONE
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's own
@@ -81,6 +83,30 @@ def test_xcopa_from_a_file_is_what_a_loop_finds(tmp_path):
     assert run_tasks(one, ["xcopa_id"], data={"xcopa_id": path}, limit=2)["xcopa_id"].items.tolist() == (
         found.items[:2].tolist()
     )
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_processes_share_the_requests_and_all_have_the_answers(count):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    asked = [("Hujan turun maka", " jalan basah"), ("Dia", " tertawa"), ("Kucing itu lari karena", " ia melihat ikan")]
+    requests = [Instance("loglikelihood", {}, words, 0) for words in asked]
+    models, reads = [loaded(pico_model("llama")) for _ in range(count)], []
+
+    class Counting(HFLM):
+        def loglikelihood(self, requests, disable_tqdm=False):
+            reads.append(len(requests))
+            return super().loglikelihood(requests, disable_tqdm)
+
+    def answered(processes):
+        one = models[processes.rank]
+        model = _sharing(Counting, processes)(pretrained=one.model, tokenizer=one.tokenizer, batch_size=1)
+        return model.loglikelihood(requests, disable_tqdm=True)
+
+    alone, together = answered(ALONE), Together(count).run(answered)
+    assert together == [alone] * count
+    assert sorted(reads) == sorted([3, *([2, 1] if count == 2 else [1, 1, 1])])
 
 
 def test_our_own_definitions_from_files(tmp_path):

@@ -37,6 +37,7 @@ from tmerge.calibration import length_batches, padded
 from tmerge.errors import TokenizerError
 from tmerge.models import LoadedModel, refuse_without_rows
 from tmerge.models.blocks import run_passes
+from tmerge.processes import ALONE, Processes
 from tmerge.recipe import AdaptationSettings
 from tmerge.store import write_tensors
 
@@ -125,6 +126,7 @@ def read_teacher(
     ends: Sequence[Sequence[int]],
     settings: AdaptationSettings,
     path: Path,
+    processes: Processes = ALONE,
 ) -> Teacher:
     """What the source predicts on all texts, from `path` where it is there already.
 
@@ -136,21 +138,23 @@ def read_teacher(
         ends: Where each of those tokens ends in its text, -1 for special tokens.
         settings: The recipe's ``adaptation`` section.
         path: A safetensors file, written here.
+        processes: That read it together: each reads a share of the batches, and all have all of it.
 
     Raises:
         TokenizerError: A tokenizer does not know where in the text its tokens lie.
     """
     asked = json.dumps([list(texts), [list(ids) for ids in encoded], settings.distill_loss, settings.max_tokens])
     key = hashlib.sha256(asked.encode()).hexdigest()
-    if (kept := _load(path, key)) is not None:
-        return kept
+    # All read the file, or none: the first, which writes it, says.
+    if processes.from_first(lambda: _key_of(path)) == key:
+        return _load(path)
     if not target_tokenizer.is_fast:
         raise TokenizerError(
             "distillation needs to know where tokens lie in a text; the target's tokenizer is a slow one"
         )
     with source() as model:
         vocabulary = model.model.get_output_embeddings().weight.shape[0]
-        positions, rows = _predictions(model, target_tokenizer, texts, ends, settings)
+        positions, rows = _predictions(model, target_tokenizer, texts, ends, settings, processes)
     starts = torch.tensor([0, *(len(item) for item in positions)]).cumsum(0)
     width = min(_TOP, vocabulary)
     empty = (torch.zeros(0, width, dtype=torch.int64), torch.zeros(0, width))
@@ -162,7 +166,7 @@ def read_teacher(
         torch.cat([rows.get(row, empty)[1] for row in range(len(texts))]),
         len([1 for item in positions for _ in item]) / max(predictions, 1),
     )
-    _save(teacher, path, key)
+    processes.from_first(lambda: _save(teacher, path, key))
     return teacher
 
 
@@ -172,6 +176,7 @@ def _predictions(
     texts: Sequence[str],
     ends: Sequence[Sequence[int]],
     settings: AdaptationSettings,
+    processes: Processes,
 ) -> tuple[list[list[tuple[int, int]]], dict[int, tuple[Tensor, Tensor]]]:
     """Common positions of each text, and, of each that has some, the likeliest tokens there and their probabilities."""
     tokenizer = model.tokenizer
@@ -193,9 +198,8 @@ def _predictions(
     rows: dict[int, tuple[Tensor, Tensor]] = {}
     vocabulary = model.model.get_output_embeddings().weight.shape[0]
     limit = max(1, _LOGITS_AT_ONCE // vocabulary)
-    batches = [
-        [wanted[index] for index in batch] for batch in length_batches([len(source_ids[row]) for row in wanted], limit)
-    ]
+    all_batches = length_batches([len(source_ids[row]) for row in wanted], limit)
+    batches = [[wanted[index] for index in batch] for batch in processes.mine(all_batches)]
 
     def read(chosen: list[int]) -> None:
         tops = _top(model, [source_ids[row] for row in chosen], [positions[row] for row in chosen])
@@ -204,7 +208,7 @@ def _predictions(
 
     tokens = [len(chosen) * max(len(source_ids[row]) for row in chosen) for chosen in batches]
     run_passes(model, [partial(read, chosen) for chosen in batches], tokens)
-    return positions, rows
+    return positions, {row: top for share in processes.gathered(rows) for row, top in share.items()}
 
 
 def distillation_loss(
@@ -305,13 +309,16 @@ def _save(teacher: Teacher, path: Path, key: str) -> None:
     write_tensors(path, tensors, {"key": key, "aligned_share": repr(teacher.aligned_share)})
 
 
-def _load(path: Path, key: str) -> Teacher | None:
+def _key_of(path: Path) -> str | None:
     if not path.is_file():
         return None
     with safe_open(path, "pt") as file:
-        facts = file.metadata() or {}
-        if facts.get("key") != key:
-            return None
+        return (file.metadata() or {}).get("key")
+
+
+def _load(path: Path) -> Teacher:
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return Teacher(
         tensors["starts"],

@@ -100,7 +100,7 @@ def adapt(
         prompts: For ``completions_only``: per text, the characters before its completion (`TextSet.prompts`).
         progress: Called with (steps done, all); may raise to stop.
         processes: That train together, each of which calls this with a model of its own (`tmerge.adaptation.trainer`);
-            `work` is a folder of all, and the source is opened by the first.
+            `work` is a folder of all.
 
     Raises:
         AdaptationError: Nothing to train on, a step's texts that cannot be shared out among the processes, or the loss
@@ -127,8 +127,8 @@ def adapt(
     if settings.objective == "distill":
         if source is None:
             raise ValueError("objective distill needs a source")
-        words = (source, loaded.tokenizer, texts, encoded, ends, settings, work / "teacher.safetensors")
-        teacher = processes.after_first(lambda: read_teacher(*words))
+        path = work / "teacher.safetensors"
+        teacher = read_teacher(source, loaded.tokenizer, texts, encoded, ends, settings, path, processes)
     order = text_order(len(usable), settings.steps * settings.batch_size * settings.accumulation, seed)
     read = [usable[index] for index in order]
     model, dtype, computed = loaded.model, loaded.dtype, loaded.model.dtype

@@ -365,8 +365,7 @@ class _Comparison:
                 progress=partial(self._step, where, unit="texts"),
             )
         began = partial(self._step, f"{name}: tasks", 0, 1, unit="models")
-        # The harness answers in one process.
-        tasks = self.processes.from_first(lambda: self.data.score_tasks(model, began))
+        tasks = self.data.score_tasks(model, began, self.processes)
         own = TextScores.noted(by_domain.pop(""))
         domains = {domain: TextScores.noted(scores) for domain, scores in by_domain.items()}
         return RowScores(bits=own.bits, bytes=own.bytes, domains=domains, tasks=tasks)

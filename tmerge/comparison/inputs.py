@@ -17,6 +17,7 @@ from tmerge.errors import CheckpointError, DatasetError
 from tmerge.evaluation.tasks import run_tasks
 from tmerge.models import LoadedModel, Model, Projection, give_back_memory
 from tmerge.preflight.models import Models
+from tmerge.processes import Processes
 from tmerge.recipe import Recipe
 from tmerge.stages.scoring import load
 from tmerge.stages.step import Listener, Progress
@@ -142,12 +143,13 @@ class ComparedData:
             domains[name] = [*texts.held_out, *texts.texts]
         return domains
 
-    def score_tasks(self, model: LoadedModel, began: Callable[[], None]) -> dict[str, Answers]:
+    def score_tasks(self, model: LoadedModel, began: Callable[[], None], processes: Processes) -> dict[str, Answers]:
         """Every question's own result, by task.
 
         Args:
             model: To be scored.
             began: Called before the first task, if there are any.
+            processes: That answer together, each with a model of its own.
 
         Raises:
             DatasetError: A task's file is not what was identified, or changed while it was read.
@@ -157,7 +159,8 @@ class ComparedData:
         began()
         self._refuse_changed_files()
         data = {task: Path(path) for task, path in self.settings.task_data.items()}
-        scores = run_tasks(model, self.settings.tasks, data=data, limit=self.settings.task_limit, seed=self.recipe.seed)
+        limit, seed = self.settings.task_limit, self.recipe.seed
+        scores = run_tasks(model, self.settings.tasks, data=data, limit=limit, seed=seed, processes=processes)
         # The harness reads the file itself, so what it read is known only if it is the same before and after.
         self._refuse_changed_files()
         return {task: Answers.noted(score) for task, score in scores.items()}

@@ -12,7 +12,7 @@ import difflib
 import io
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -27,6 +27,7 @@ from tmerge.evaluation.intervals import Interval, detectable, difference, score
 from tmerge.evaluation.likelihood import Scores
 from tmerge.evaluation.margins import question_margins
 from tmerge.models import LoadedModel
+from tmerge.processes import ALONE, Processes
 from tmerge.version import DISTRIBUTION
 
 __all__ = ["TASK_GROUPS", "TaskScore", "expand_tasks", "run_tasks", "task_detectable", "task_difference", "task_score"]
@@ -92,6 +93,7 @@ def run_tasks(
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    processes: Processes = ALONE,
 ) -> dict[str, TaskScore]:
     """Score a model on benchmark tasks.
 
@@ -102,6 +104,7 @@ def run_tasks(
         limit: Questions of each task at most, the first ones.
         seed: Of the harness's few-shot sampling.
         batch_size: Requests of one forward pass.
+        processes: That answer together, each with a model of its own; all have all the answers.
 
     Returns:
         task -> its score; MalayMMLU also by category (``malaymmlu: STEM``), and the tasks of a harness group
@@ -136,7 +139,8 @@ def run_tasks(
             hint = f"; did you mean {close[0]!r}?" if close else f"; groups are {', '.join(TASK_GROUPS)}"
             raise RecipeError(f"no task {name!r} in lm-evaluation-harness{hint}")
     # A tokenizer of its own: the harness gives it a padding token, and ours will be saved.
-    model = HFLM(pretrained=loaded.model, tokenizer=copy.deepcopy(loaded.tokenizer), batch_size=batch_size)
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    model = _sharing(HFLM, processes)(pretrained=loaded.model, tokenizer=tokenizer, batch_size=batch_size)
     began = time.perf_counter()
     try:
         # Its progress bars would break the lines of ours.
@@ -164,8 +168,16 @@ def run_tasks(
             "benchmark's own columns"
         ) from None
     seconds = time.perf_counter() - began
+    # The harness gives what came of it to the first process alone.
+    return processes.from_first(lambda: _judged(result["samples"], of_tmerge, seconds))
+
+
+def _judged(
+    samples_of: Mapping[str, list[dict[str, Any]]], of_tmerge: Mapping[str, Any], seconds: float
+) -> dict[str, TaskScore]:
+    """By task, and by category where there are some: what the harness logged of each question."""
     scores = {}
-    for name, samples in result["samples"].items():
+    for name, samples in samples_of.items():
         metric = next((metric for metric in _METRICS if metric in samples[0]), None)
         if metric is None:
             judged = ", ".join(samples[0].get("metrics", []))
@@ -184,6 +196,20 @@ def run_tasks(
             ahead = None if margins is None else torch.tensor(margins, dtype=torch.float64)
             scores[part] = TaskScore(metric, torch.tensor(values, dtype=torch.float64), seconds, ahead)
     return scores
+
+
+def _sharing(kind: type[Any], processes: Processes) -> type[Any]:
+    """A class of the harness's models whose requests are shared out; all processes ask the same."""
+
+    def shared(asked: str) -> Callable[..., list[Any]]:
+        def answer(self: Any, requests: list[Any], *also: Any, **named: Any) -> list[Any]:
+            mine = processes.mine(requests)
+            return processes.of_all(getattr(kind, asked)(self, mine, *also, **named) if mine else [])
+
+        return answer
+
+    asked = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+    return type(f"Shared{kind.__name__}", (kind,), {name: shared(name) for name in asked})
 
 
 def task_score(scores: TaskScore, counts: torch.Tensor) -> Interval:
