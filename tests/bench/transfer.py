@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,11 @@ def rows_of(pair: Pair) -> Iterator[tuple[str, Callable[[], Any]]]:
         pairs = pair.structure(kind, None, False).pairs
         return relatedness(target, source, pairs, pair.store("target", kind).texts, seed=0).to_dict()
 
+    def by_weights(kind: str) -> Any:
+        agreement = pair.structure(kind, None, False, True).agreement
+        assert agreement is not None  # both have weights
+        return asdict(agreement)
+
     if pair.truth is not None:
         for kind in ("tokens", "texts"):
             yield f"found/{kind}", lambda kind=kind: pair.found(kind, None)
@@ -85,6 +90,7 @@ def rows_of(pair: Pair) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "found/entropic-0.03", lambda: pair.found("tokens", 0.03)
     for kind in ("tokens", "texts"):
         yield f"relatedness{'' if kind == 'tokens' else '/texts'}", lambda kind=kind: related(kind)
+    yield "relatedness/weights", lambda: by_weights("tokens")
     for alpha in (0.5, 1.0, 1.5, 2.0):
         yield f"all+stream/alpha-{alpha:g}", merge("tokens", shared(), alpha=alpha, stream=True)
         yield f"all/alpha-{alpha:g}", merge("tokens", shared(), alpha=alpha)
