@@ -11,7 +11,7 @@ from tests.peak import Peak, return_what_is_freed
 from tests.planted import PLANTED_FAMILIES, planted_case, side_of
 from tmerge.models import PROJECTIONS, describe, feature_key
 from tmerge.transport import STREAM_KEYS, Correspondence, compare_layers, match, match_neurons
-from tmerge.transport.agreement import add_cosines
+from tmerge.transport.agreement import COMPARED_WEIGHTS, add_cosines
 
 return_what_is_freed()
 
@@ -75,6 +75,31 @@ def test_a_plan_of_many_entries_takes_no_more_than_the_weights():
     expected = target.double() @ carried.T / target.double().norm(dim=1)[:, None] / carried.norm(dim=1)
     assert torch.allclose(found.double(), expected, atol=1e-5)
     assert grown < 40e6  # by its entries: 700 x 200,000 x 4 bytes
+
+
+def test_of_a_wide_model_some_of_a_neurons_weights_are_compared():
+    generator = torch.Generator().manual_seed(0)
+    width = 2 * COMPARED_WEIGHTS + 100
+    stream = match(torch.randn(width, width, generator=generator))
+    target = torch.randn(6, width, generator=generator)
+    # The same neurons, a little off, the stream in another order.
+    source = torch.empty(6, width)
+    source[:, stream.columns] = (target + 0.5 * torch.randn(6, width, generator=generator))[:, stream.rows]
+    found, asked = torch.zeros(6, 6), []
+
+    def read_source(projection):
+        asked.append(projection)
+        return source
+
+    matched = {"qkv.pre": stream, "mlp.pre": stream}
+    assert add_cosines(found, "up.post", ["up"], lambda name: target, read_source, matched)
+    carried = source.double()[:, stream.columns[stream.rows.argsort()]]
+    whole = target.double() @ carried.T / target.double().norm(dim=1)[:, None] / carried.norm(dim=1)
+    assert asked == ["up"]
+    assert not torch.allclose(found.double(), whole, atol=1e-6)
+    # Five times what the mean of so many entries leaves uncertain.
+    assert torch.allclose(found.double(), whole, atol=5 / COMPARED_WEIGHTS**0.5)
+    assert (found.diagonal() > 0.85).all()
 
 
 @pytest.mark.parametrize("family", PLANTED_FAMILIES)

@@ -40,6 +40,7 @@ from tmerge.recipe import FITTED_CONTROLS, Recipe, Shared
 from tmerge.transport import (
     ASKED_LAYERS,
     ASKED_NEURONS,
+    COMPARED_WEIGHTS,
     HEAD_KEYS,
     PAIRING_NEURONS,
     PAIRING_ROWS,
@@ -233,7 +234,7 @@ def estimate_run(
         checkpoint = adapter_bytes(recipe, (target, source), target_layout, projections)
     reducing, factoring = factoring_seconds(pieces, recipe, source, target_layout, projections, threads)
     # A neuron's weights are compared as its features are: mostly as many as the stream is wide.
-    compared = rows + (target_layout.hidden_size if recipe.matches_by_weights else 0)
+    compared = rows + (min(target_layout.hidden_size, COMPARED_WEIGHTS) if recipe.matches_by_weights else 0)
     products = _pairing_products(recipe, target_widths, source_widths, target_layout.hidden_size) if entries else 0.0
     stages = {
         "texts": sum(tokenizer_seconds(pieces, facts) for facts in (target, source)),

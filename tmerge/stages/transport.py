@@ -39,8 +39,8 @@ from tmerge.transport import (
 
 __all__ = ["Features", "SolveTransport", "matched_on", "record_of", "transport_of"]
 
-# Counts the ways in which weights have had a say: of neurons alone; of layers too.
-_BY_WEIGHTS = 2
+# Counts the ways in which weights have had a say: of neurons; of layers too; of a wide model, some of its weights.
+_BY_WEIGHTS = 3
 # What a run keeps in its cache between being solved and being fused.
 _APART, _SHARED = "plans.safetensors", "structure.safetensors"
 

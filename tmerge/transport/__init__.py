@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tmerge.transport.agreement import ReadWeight, WeightAgreement
+from tmerge.transport.agreement import COMPARED_WEIGHTS, ReadWeight, WeightAgreement
 from tmerge.transport.apart import apart_transport, layer_maps, layer_plans, read_apart, solve_apart
 from tmerge.transport.cost import correlation_cost, standardise
 from tmerge.transport.heads import Heads
@@ -46,6 +46,7 @@ from tmerge.transport.workers import in_turn, one_thread_each
 __all__ = [
     "ASKED_LAYERS",
     "ASKED_NEURONS",
+    "COMPARED_WEIGHTS",
     "HEAD_KEYS",
     "MASS_AT",
     "PAIRING_NEURONS",

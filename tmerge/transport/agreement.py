@@ -20,7 +20,11 @@ from torch import Tensor
 from tmerge.models import SIDES, feature_key
 from tmerge.transport.matching import Correspondence
 
-__all__ = ["ReadWeight", "WeightAgreement", "add_cosines", "neuron_weights"]
+__all__ = ["COMPARED_WEIGHTS", "ReadWeight", "WeightAgreement", "add_cosines", "neuron_weights"]
+
+COMPARED_WEIGHTS = 1024
+"""Of a neuron, evenly spaced, at most: of so many a cosine of c is known to (1 - c^2) / 32, and all of a wide model's would
+take longer to compare than its activations do."""
 
 # By so much are the weights of paired layers more alike than by chance, before they have a say.
 _CLEARLY = 0.05
@@ -66,7 +70,8 @@ def add_cosines(
         cos(i, j) = sum_p <a_pi, b_pj> / (|a_i| |b_j|),   |a_i|^2 = sum_p |a_pi|^2
 
     over projections p, a_pi the target neuron's row or column and b_pj the source neuron's, its entries in the order of
-    the target's neurons on the other side. One projection of each model is in memory at a time.
+    the target's neurons on the other side, `COMPARED_WEIGHTS` of them at most. One projection of each model is in
+    memory at a time.
 
     Args:
         similarity: (n, n') float32, changed in place.
@@ -87,8 +92,11 @@ def add_cosines(
     ]
 
     def rows(projection: str, by_columns: bool, others: Correspondence) -> tuple[Tensor, Tensor]:
-        theirs = neuron_weights(source(projection), by_columns, others)
-        return neuron_weights(target(projection), by_columns), theirs
+        own = neuron_weights(target(projection), by_columns)
+        if (width := own.shape[1]) > COMPARED_WEIGHTS:
+            compared = torch.arange(COMPARED_WEIGHTS) * width // COMPARED_WEIGHTS
+            own, others = own[:, compared], others.among(compared)
+        return own, neuron_weights(source(projection), by_columns, others)
 
     if len(parts) == 1:
         own, theirs = rows(*parts[0])

@@ -58,6 +58,14 @@ class Correspondence:
         negative = similarity[self.rows, self.columns] < 0
         return replace(self, values=torch.where(negative, -self.values.abs(), self.values.abs()))
 
+    def among(self, neurons: Tensor) -> Correspondence:
+        """Of some of the target's neurons (k,) alone, which are counted from 0 then."""
+        place = torch.full((self.shape[0],), -1)
+        place[neurons] = torch.arange(len(neurons))
+        kept = place[self.rows] >= 0
+        rows, columns, values = place[self.rows[kept]], self.columns[kept], self.values[kept]
+        return replace(self, rows=rows, columns=columns, values=values, shape=(len(neurons), self.shape[1]))
+
     def shuffled(self, seed: int) -> Correspondence:
         """The same with the source's neurons in another order: what chance gives."""
         order = torch.randperm(self.shape[1], generator=torch.Generator().manual_seed(seed))
