@@ -40,6 +40,6 @@ def static_text(package: str, name: str) -> str:
 
     Args:
         package: Such as ``tmerge.plots``.
-        name: Such as ``report.css``.
+        name: Such as ``page.css``.
     """
     return (resources.files(package) / "static" / name).read_text(encoding="utf-8")

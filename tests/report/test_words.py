@@ -90,7 +90,7 @@ def test_every_verdict_is_said_and_shown_the_same_everywhere(verdict, report, re
         assert words in shown
     assert f'class="verdict {tone}"' in page and f'class="verdict {tone}"' in app
     assert (
-        f".{tone}" in static_text("tmerge.plots", "report.css")
+        f".{tone}" in static_text("tmerge.plots", "page.css")
         and len({verdict_tone(one) for one in get_args(Verdict)}) == 4
     )
 

@@ -10,9 +10,10 @@ from plotly.offline import get_plotlyjs
 
 from tmerge.comparison.result import Comparison, Row
 from tmerge.comparison.tables import ROW_HEADINGS, added_words, row_cells
-from tmerge.plots.style import BAD, GOOD, NEUTRAL, OWN, PROJECTION_COLOURS, TEMPLATES, escaped, finish
+from tmerge.plots.picture import pictures_of, script_json
+from tmerge.plots.style import BAD, GOOD, NEUTRAL, OWN, PROJECTION_COLOURS, escaped, finish
 from tmerge.report import Descent, interval_words
-from tmerge.templates import html_templates
+from tmerge.templates import html_templates, static_text
 
 __all__ = [
     "alpha_sweep",
@@ -142,7 +143,8 @@ def domain_scores(result: Comparison) -> go.Figure | None:
         "each row against the others within a domain, higher is better (the paper's Figures 1 and 6)",
         480,
         barmode="group",
-        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.15}],
+        # Below: above, a legend of many rows would run into it on a phone.
+        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": -0.15, "yanchor": "top", "direction": "up"}],
     )
 
 
@@ -255,23 +257,25 @@ def losses(result: Comparison) -> go.Figure | None:
 
 def comparison_page(result: Comparison) -> str:
     """One self-contained HTML page: the table and the figures; it asks nothing of any network."""
-    figures = [
-        rows_figure(result),
-        alpha_sweep(result),
-        domain_scores(result),
-        task_scores(result),
-        sources_figure(result),
-        descent_bars(result.descent),
-        losses(result),
-    ]
-    parts = []
-    for place, figure in enumerate(filter(None, figures)):
-        figure.update_layout(template=TEMPLATES["light"])
-        # A name of its own, not a drawn one: the same comparison gives the same page.
-        options = {"full_html": False, "include_plotlyjs": False, "config": {"displaylogo": False}}
-        parts.append(figure.to_html(div_id=f"figure-{place}", **options))
+    figures = {
+        "rows": rows_figure(result),
+        "alphas": alpha_sweep(result),
+        "domains": domain_scores(result),
+        "tasks": task_scores(result),
+        "sources": sources_figure(result),
+        "descent": descent_bars(result.descent),
+        "losses": losses(result),
+    }
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
     return _TEMPLATES.get_template("comparison.html").render(
-        result=result, headings=ROW_HEADINGS, plotly=get_plotlyjs(), figures=parts
+        result=result,
+        title=f"{result.target.ref} and {result.source.ref}: what helps",
+        headings=ROW_HEADINGS,
+        names=list(drawn),
+        book=script_json(pictures_of(drawn)),
+        style=static_text("tmerge.plots", "page.css"),
+        plotly=get_plotlyjs(),
+        script=static_text("tmerge.plots", "figure.js") + static_text("tmerge.plots", "page.js") + "tmergePage();\n",
     )
 
 

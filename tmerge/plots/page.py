@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,8 +20,8 @@ from tmerge.plots.heatmaps import (
     pair_words,
     strongest_pairs,
 )
-from tmerge.plots.picture import picture
-from tmerge.plots.style import TEMPLATES, feature_name, numbers
+from tmerge.plots.picture import picture, pictures_of, script_json
+from tmerge.plots.style import feature_name, numbers
 from tmerge.plots.words import CAPTIONS, facts, findings, model_rows, ratio_rows, score_cells
 from tmerge.report import Report, ratio_heading, short_name, training_summary, verdict_tone
 from tmerge.templates import html_templates, static_text
@@ -69,8 +67,7 @@ def report_page(report: Report, record: TransportRecord, folder_name: str | None
         "timing": timing(report),
     }
     book = {
-        "templates": {name: TEMPLATES[name].to_plotly_json() for name in ("light", "dark")},
-        "pictures": {name: picture(figure) for name, figure in pictures.items()},
+        **pictures_of(pictures),
         "coupling": {projection: _coupling(record, projection) for projection in record.projections},
         "features": _features(record),
     }
@@ -79,10 +76,10 @@ def report_page(report: Report, record: TransportRecord, folder_name: str | None
         title=f"{short_name(report.target.ref)} merged with {_merged(report)}",
         folder_name=folder_name,
         captions=CAPTIONS,
-        book=_json(book),
-        style=static_text("tmerge.plots", "report.css"),
+        book=script_json(book),
+        style=static_text("tmerge.plots", "page.css"),
         plotly=get_plotlyjs(),
-        script=static_text("tmerge.plots", "figure.js") + static_text("tmerge.plots", "report.js"),
+        script="".join(static_text("tmerge.plots", name) for name in ("figure.js", "page.js", "report.js")),
     )
 
 
@@ -133,12 +130,6 @@ def _levels(blocks: Blocks) -> dict[str, Any]:
         "rows": [numbers(group.tolist()) for group in blocks.rows],
         "columns": [numbers(group.tolist()) for group in blocks.columns],
     }
-
-
-def _json(book: Mapping[str, Any]) -> str:
-    """JSON that cannot end the script element it stands in."""
-    text = json.dumps(book, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def _merged(report: Report) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import plotly.graph_objects as go
 
-__all__ = ["picture"]
+from tmerge.plots.style import TEMPLATES
+
+__all__ = ["picture", "pictures_of", "script_json"]
 
 # The room that title and subtitle take in a figure of its own.
 _TITLE_HEIGHT = 72
@@ -31,3 +34,17 @@ def picture(figure: go.Figure) -> dict[str, Any]:
     layout["margin"]["t"] -= _TITLE_HEIGHT
     words = {"title": html.unescape(title["text"]), "subtitle": html.unescape(title["subtitle"]["text"])}
     return {**words, "figure": {"data": content["data"], "layout": layout}}
+
+
+def pictures_of(figures: Mapping[str, go.Figure]) -> dict[str, Any]:
+    """What a page's script draws figures from: their pictures by name, and the templates for either light."""
+    return {
+        "templates": {name: TEMPLATES[name].to_plotly_json() for name in ("light", "dark")},
+        "pictures": {name: picture(figure) for name, figure in figures.items()},
+    }
+
+
+def script_json(book: Mapping[str, Any]) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(book, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -23,8 +23,8 @@ from tmerge.transport.matching import Correspondence
 __all__ = ["COMPARED_WEIGHTS", "ReadWeight", "WeightAgreement", "add_cosines", "neuron_weights"]
 
 COMPARED_WEIGHTS = 1024
-"""Of a neuron, evenly spaced, at most: of so many a cosine of c is known to (1 - c^2) / 32, and to compare all of a wide
-model's would take longer than its activations do."""
+"""Of a neuron, evenly spaced, at most: of so many a cosine of c is known to (1 - c^2) / 32. To compare all of a wide
+model's would take longer than to compare its activations."""
 
 # By so much are the weights of paired layers more alike than by chance, before they have a say.
 _CLEARLY = 0.05

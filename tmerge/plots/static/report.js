@@ -1,13 +1,7 @@
 (() => {
   "use strict";
-  const book = JSON.parse(document.getElementById("book").textContent);
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  const chosen = {}, figures = {};
-
-  const draw = (id, picture) => {
-    figures[id] ||= tmergeFigure(document.getElementById(`${id}-figure`), book.templates);
-    figures[id].show({ ...picture, file: `tmerge-${id}` });
-  };
+  const { book, draw } = tmergePage();
+  const chosen = {};
 
   const select = (name) => document.getElementById(`choose-${name}`);
   const fill = (name, options) => {
@@ -60,10 +54,6 @@
   })) {
     select(name).addEventListener("change", () => { chosen[name] = select(name).value; redraw(); });
   }
-  const follow = () => document.body.classList.toggle("dark", dark.matches);
-  dark.addEventListener("change", follow);
-  follow();
-  for (const [id, picture] of Object.entries(book.pictures)) draw(id, picture);
   drawCoupling();
   drawPlan();
 })();
