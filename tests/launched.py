@@ -2,20 +2,21 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 
-__all__ = ["begun", "kill_second"]
+__all__ = ["begun", "begun_on_nodes", "kill_second"]
 
 ROOT = Path(__file__).parents[1]
 
 
-def begun(words, count=2):
+def begun(words, count=2, launch=("--standalone",)):
     """The processes of a run, begun: the launcher."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *launch, "--nproc-per-node", str(count)]
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     return subprocess.Popen(
         [*launcher, "-m", "tmerge", *words],
@@ -25,6 +26,15 @@ def begun(words, count=2):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def begun_on_nodes(words, nodes=2):
+    """The launchers of a run on several machines, a process each: all of them are this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = ["--nnodes", str(nodes), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    return [begun(words, 1, [*meet, "--node-rank", str(node)]) for node in range(nodes)]
 
 
 def kill_second(launcher):

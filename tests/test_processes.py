@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launched import begun, kill_second
+from tests.launched import begun, begun_on_nodes, kill_second
 from tests.meeting import Together
 from tests.pico import pico_model, save_pico
 from tests.stages.test_task_vector import _deeper, _shaken, save_all
@@ -130,6 +130,19 @@ def weights_of(path):
     if path.is_file():
         return load_file(path)
     return {(item.layer, item.projection): item.weight for item in StoredNeurons(path)}
+
+
+@pytest.mark.slow
+def test_several_machines_write_what_one_process_writes(models, tmp_path):
+    words = [*words_of(models, "task vector"), "--out", str(tmp_path / "together")]
+    launchers = begun_on_nodes(words)
+    said = [launcher.communicate(timeout=300) for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], said
+    merge(recipe_of(models, "task vector"), tmp_path / "alone")
+    alone, together = (tmp_path / name / "model.safetensors" for name in ("alone", "together"))
+    assert alone.read_bytes() == together.read_bytes()
+    # Each has a rank 0 of its own machine; one of all of them speaks.
+    assert [output.count("The model is in") for output, _ in said] == [1, 0]
 
 
 @pytest.mark.slow
