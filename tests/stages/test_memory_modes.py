@@ -9,11 +9,13 @@ from tests.models.pico_gguf import save_pico_gguf
 from tests.pico import pico_model
 from tests.stages.test_merge import digest, recipe_for
 from tests.stages.test_task_vector import _deeper, _shaken, save_all
+from tmerge.comparison.evaluate import evaluate_models
 from tmerge.errors import UnsupportedModelError
 from tmerge.models import Model, device, loading
 from tmerge.models import model as handles
 from tmerge.recipe import Recipe
 from tmerge.stages.merge import advance, merge
+from tmerge.stages.step import Step
 
 TOKENS = {"dataset": "samples:indonesian", "texts": 70, "max_tokens": 48, "held_out": 0.3, "token_rows": 200}
 KINDS = {
@@ -108,6 +110,18 @@ def test_what_does_not_fit_is_read_by_blocks_by_itself(models, monkeypatch):
     # Who needs its weights gets all of it.
     assert model.load().block_weights is None and model.is_loaded
     assert torch.equal(model.views.layers[0]["q"].weight(), model.weights["model.layers.0.self_attn.q_proj.weight"])
+
+
+def test_what_does_not_fit_is_scored_by_blocks(models, monkeypatch):
+    references = [str(models / "target"), str(models / "source")]
+    steps: list[Step] = []
+    resident = evaluate_models(references, dataset="samples:malay", texts=12, device="cpu", listener=steps.append)
+    assert {step.unit for step in steps} == {"models", "texts"}
+    steps.clear()
+    monkeypatch.setattr(handles, "fits", lambda needed, there: False)
+    by_blocks = evaluate_models(references, dataset="samples:malay", texts=12, device="cpu", listener=steps.append)
+    assert {step.unit for step in steps} == {"models", "blocks", "notes"}
+    assert by_blocks == resident
 
 
 def test_a_model_that_cannot_be_read_in_parts_says_so_or_is_loaded(models, tmp_path, monkeypatch):

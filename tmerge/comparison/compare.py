@@ -266,7 +266,9 @@ class _Comparison:
             return self._scores(self.models.load("target"), name)
 
     def _source(self) -> RowScores:
-        result = self._scores(self.models.load("source"), "source")
+        # A benchmark asks question by question, so that its model is in memory.
+        source = self.models.load("source") if self.settings.tasks else self.models.read("source")
+        result = self._scores(source, "source")
         self.models.release("source")
         return result
 
@@ -318,7 +320,7 @@ class _Comparison:
             work=work,
             transported=self.neurons.transported if is_fused else None,
             alpha=0.0 if not is_fused else self.alpha if settings.alpha is None else settings.alpha,
-            source=(lambda: nullcontext(self.models.load("source"))) if objective == "distill" else None,
+            source=(lambda: nullcontext(self.models.read("source"))) if objective == "distill" else None,
             progress=partial(self._step, f"{name}, seed {seed}", unit="steps"),
             prompts=prompts,
             goals=self._goals() if rest == "sft+transport" else None,

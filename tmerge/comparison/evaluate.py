@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from tmerge.calibration import dataset_identity, file_identity, pinned, read_tex
 from tmerge.comparison.scores import Compared, TaskResult, compared, task_results
 from tmerge.evaluation import Scores, resamples, score_texts
 from tmerge.evaluation.tasks import TaskScore, run_tasks
-from tmerge.models import give_back_memory, load_model, load_tokenizer
+from tmerge.models import Model, give_back_memory, load_tokenizer
 from tmerge.recipe import CalibrationSettings
 from tmerge.report import Items, Part
-from tmerge.stages.step import Listener, Step
+from tmerge.stages.scoring import load, opened, unit
+from tmerge.stages.step import Listener, Progress
 
 __all__ = ["Evaluation", "ModelScores", "evaluate_models"]
 
@@ -86,7 +86,6 @@ def evaluate_models(
     Returns:
         One entry a reference; ``to_dict()`` is what ``--json`` prints.
     """
-    hear = listener or (lambda step: None)
     read: list[str] = []
     identities = {str(path): file_identity(path) for path in (data or {}).values()}
     if dataset is not None:
@@ -100,28 +99,24 @@ def evaluate_models(
     likelihoods: list[Scores] = []
     benchmarks: list[dict[str, TaskScore]] = []
     models: list[ModelScores] = []
+    progress = Progress("evaluate", listener or (lambda step: None))
     for reference in references:
-        hear(Step("evaluate", f"loading {reference}", 0, 1, "models"))
-        model = load_model(reference, dtype=dtype, device=device, widen=True)
+        handle = Model(reference, dtype=dtype, device=device)
+        # A benchmark asks question by question, so that its model is in memory; texts are read by blocks as well.
+        model = load(handle, progress) if tasks else opened(handle, progress)
         scored: dict[str, Any] = {"model": reference, "commit": model.commit}
         if read:
-            likelihoods.append(score_texts(model, read, progress=_told(hear, f"{reference}: texts", "texts")))
+            counted = progress.counting(f"{reference}: texts", unit(model))
+            likelihoods.append(score_texts(model, read, progress=counted, note=progress.note, room=progress.room))
             first = likelihoods[0] if models else None
             scored["bits_per_byte"] = compared(likelihoods[-1], first, resamples(len(read), _BOOTSTRAP, seed))
         if tasks:
-            hear(Step("evaluate", f"{reference}: tasks", 0, 1, "models"))
+            progress.step(f"{reference}: tasks", 0, 1, "models")
             benchmarks.append(run_tasks(model, tasks, data=data, limit=limit, seed=seed))
             before = benchmarks[0] if models else None
             scored["tasks"] = task_results(benchmarks[-1], before, seed=seed, bootstrap=_BOOTSTRAP)
         models.append(ModelScores(**scored))
         del model
+        handle.release()
         give_back_memory()
     return Evaluation(texts=len(read), dataset=dataset, data=identities, seed=seed, models=tuple(models))
-
-
-def _told(hear: Listener, what: str, unit: str) -> Callable[[int, int], None]:
-    return partial(_step, hear, what, unit)
-
-
-def _step(hear: Listener, what: str, unit: str, done: int, total: int) -> None:
-    hear(Step("evaluate", what, done, total, unit))

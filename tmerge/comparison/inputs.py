@@ -19,7 +19,7 @@ from tmerge.models import LoadedModel, Model, Projection, give_back_memory
 from tmerge.preflight.models import Models
 from tmerge.processes import Processes
 from tmerge.recipe import Recipe
-from tmerge.stages.scoring import load
+from tmerge.stages.scoring import load, opened
 from tmerge.stages.step import Listener, Progress
 
 __all__ = ["ComparedData", "MergedModels", "merge_recipe", "refuse_moved"]
@@ -56,8 +56,15 @@ class MergedModels:
         Raises:
             CheckpointError: A folder, which cannot be loaded as it was, has changed.
         """
+        return self._kept(role, load)
+
+    def read(self, role: str) -> LoadedModel:
+        """A model to be read, in memory or by blocks, kept until it is let go; raises as `load`."""
+        return self._kept(role, opened)
+
+    def _kept(self, role: str, get: Callable[[Model, Progress], LoadedModel]) -> LoadedModel:
         handle = self._handle(role)
-        loaded = load(handle, self._progress)
+        loaded = get(handle, self._progress)
         refuse_moved(handle.reference, self._commits[role], loaded.commit)
         return loaded
 
