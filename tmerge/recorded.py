@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tmerge.calibration import TextSet, text_digest
 from tmerge.errors import CheckpointError, ModelNotFoundError, PlanError, RunNotFoundError
 from tmerge.models import ModelReference, Snapshot, fetch, file_digest, open_repo
-from tmerge.recipe import Recipe
+from tmerge.recipe import Recipe, load_yaml, unsaid
 from tmerge.report import Report
 from tmerge.run import Run
 from tmerge.transport import Transport, TransportRecord, recorded_layer_maps, recorded_transport
@@ -65,6 +66,11 @@ class FoundRun:
         """The resolved recipe."""
         self.fetch(_RECIPE)
         return self.run.recipe()
+
+    def unsaid(self) -> dict[str, Any]:
+        """What its recipe does not say, as an earlier tmerge wrote it: key, dotted -> the default of now."""
+        data = load_yaml(self.fetch(_RECIPE).read_text("utf-8"), _RECIPE)
+        return unsaid(data, self.recipe().model_dump(mode="json"))
 
     def record(self) -> TransportRecord:
         """transport.safetensors."""

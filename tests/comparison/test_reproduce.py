@@ -46,6 +46,19 @@ def test_the_same_bytes(finished, tmp_path):
     assert written == (finished / "fused/model.safetensors").read_bytes()
 
 
+def test_what_a_recipe_of_before_does_not_say_is_told(finished, tmp_path):
+    shutil.copytree(finished / "fused", tmp_path / "fused")
+    path = tmp_path / "fused/tmerge/recipe.yaml"
+    text = path.read_text()
+    # As if these had come since.
+    assert text.count("  units: none\n") == text.count("memory: auto\n") == 1
+    path.write_text(text.replace("  units: none\n", "").replace("memory: auto\n", ""))
+    heard = []
+    reproduce(str(tmp_path / "fused"), tmp_path / "again", listener=lambda step: heard.append(step.what))
+    said = [words for words in heard if "was written before there was" in words]
+    assert len(said) == 1 and 'memory ("auto" by now), fusion.units ("none" by now): with today' in said[0]
+
+
 @pytest.mark.slow
 def test_other_bytes_end_with_1_and_say_what_differs(finished, tmp_path):
     shutil.copytree(finished / "fused", tmp_path / "fused")

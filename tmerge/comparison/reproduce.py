@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -110,6 +111,12 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
     if listener is not None and (changed or others):
         said = f"{original.name}: {_published_words(changed, others)}; the recipe runs all the same"
         Progress("reproduce", listener).note(said)
+    if listener is not None and (unsaid := original.unsaid()):
+        said = ", ".join(f"{key} ({json.dumps(value)} by now)" for key, value in unsaid.items())
+        Progress("reproduce", listener).note(
+            f"the recipe of {original.name} was written before there was {said}: with today's defaults for what it "
+            "does not say, other weights may come out"
+        )
     if there.adaptation is not None:
         from tmerge.stages.adapt import adapt_run
 

@@ -13,6 +13,7 @@ from tmerge.recipe.section import ProjectionName
 from tmerge.recipe.sources import JoinedSource, source_name
 from tmerge.recipe.strict_yaml import load_yaml
 from tmerge.recipe.transport import Apart, Shared, TransportSettings
+from tmerge.recipe.unsaid import unsaid
 
 __all__ = [
     "FITTED_CONTROLS",
@@ -42,4 +43,5 @@ __all__ = [
     "preset_names",
     "recipe_page",
     "source_name",
+    "unsaid",
 ]

@@ -18,7 +18,7 @@ from typing import Any
 
 from tmerge.recipe.fusion import Reconstruction, TaskVector, Weights
 
-__all__ = ["with_unsaid"]
+__all__ = ["unsaid", "with_unsaid"]
 
 # Choice -> the other choice's keys, at the values that a resolved recipe of before had for them.
 _WRITTEN_OUT: dict[str, dict[str, Any]] = {
@@ -71,6 +71,25 @@ def with_unsaid(data: Mapping[str, Any]) -> dict[str, Any]:
     for name, choice in (("fusion", "what"), ("transport", "structure")):
         filled[name] = _without_written_out(filled[name], choice)
     return filled
+
+
+def unsaid(data: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a resolved recipe has and its file does not say, as it was written by a tmerge that lacked it.
+
+    Args:
+        data: As YAML gives the file.
+        resolved: All keys of the recipe that was made of it.
+
+    Returns:
+        Key, dotted -> value.
+    """
+    found: dict[str, Any] = {}
+    for key, value in resolved.items():
+        if key not in data:
+            found[key] = value
+        elif isinstance(value, Mapping) and isinstance(section := data[key], Mapping):
+            found |= {f"{key}.{name}": left for name, left in unsaid(section, value).items()}
+    return found
 
 
 def _with(values: Mapping[str, Any], section: Any) -> Any:
