@@ -136,7 +136,10 @@ class Pair:
             return self.layouts[role].layers[layer][name].weight()
 
         side = Side.of(store, {str(layer): item for layer, item in facts.items()})
-        return replace(side, weights=weight) if by_weights else side
+        if not by_weights:
+            return side
+        embedding = self.models[role].model.get_input_embeddings().weight
+        return replace(side, weights=weight, embedding=lambda: embedding[:: -(-len(embedding) // 4096)].float())
 
     @cache
     def structure(self, kind: str, epsilon: float | None, signed: bool, by_weights: bool = False) -> Structure:

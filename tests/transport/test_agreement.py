@@ -10,7 +10,7 @@ import torch
 from tests.peak import Peak, return_what_is_freed
 from tests.planted import PLANTED_FAMILIES, planted_case, side_of
 from tmerge.models import PROJECTIONS, describe, feature_key
-from tmerge.transport import STREAM_KEYS, Correspondence, compare_layers, match, match_neurons
+from tmerge.transport import STREAM_KEYS, Correspondence, compare_layers, find_structure, match, match_neurons
 from tmerge.transport.agreement import COMPARED_WEIGHTS, add_cosines
 
 return_what_is_freed()
@@ -132,6 +132,35 @@ def test_weights_find_what_activations_cannot(family):
         shares[name] = sum(hits) / len(hits)
     assert shares["weights"] == 1.0
     assert shares["features"] < 0.5
+
+
+@pytest.mark.parametrize("family", PLANTED_FAMILIES)
+def test_embeddings_find_the_stream_where_no_activation_says_anything(family):
+    """As of a target whose training has spoilt all that it does, and has hardly turned its weights."""
+    case = planted_case(family)
+    generator = torch.Generator().manual_seed(0)
+    sides, embedded = [], []
+    for model, features in ((case.target, case.target_features), (case.planted.model, case.source_features)):
+        noise = {place: torch.randn(seen.shape, generator=generator) for place, seen in features.items()}
+        side = replace(side_of(model, noise), weights=weights_of(model))
+        sides.append(side)
+        embedded.append(replace(side, embedding=lambda model=model: model.get_input_embeddings().weight.detach()))
+
+    def share(structure):
+        hits = []
+        for (layer, key), found in {**structure.inner, (0, "qkv.pre"): structure.stream}.items():
+            if (layer, key) != (0, "qkv.pre") and structure.pairs[layer] != case.source_layers[layer]:
+                hits += [False] * found.shape[0]
+                continue
+            origin = case.planted.origin[case.planted.source_layer(layer), key]
+            hits += (origin[found.columns] == found.rows).tolist()
+        return sum(hits) / len(hits)
+
+    structure = find_structure(*embedded, case.keys)
+    assert structure.agreement.clear and structure.pairs == dict(enumerate(case.source_layers))
+    assert share(structure) == 1.0
+    blind = find_structure(*sides, case.keys)
+    assert not blind.agreement.clear and share(blind) < 0.5
 
 
 def test_weights_that_have_nothing_in_common_leave_activations_their_say():

@@ -176,7 +176,8 @@ def comparing_bytes(target: ModelFacts, layout: Architecture, recipe: Recipe, dt
 def kept_bytes(recipe: Recipe, layout: Architecture, projections: list[str]) -> int:
     """On the disk, of the weights that are fused from, where they cannot be read from the model's own files."""
     views = layout.projections(projections)
-    views += [view for layer in layout.stream for view in layer.values()] if recipe.fusion.carries_stream else []
+    if recipe.fusion.carries_stream or recipe.matches_by_weights:
+        views += [view for layer in layout.stream for view in layer.values()]
     modules = {view.module_name: view.module.get_parameter("weight").numel() for view in views}
     return sum(modules.values()) * (4 if recipe.dtype == "float32" else 2)
 

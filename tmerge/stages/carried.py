@@ -68,7 +68,9 @@ class WhatIsCarried:
 
         def weights(model: Model, role: str) -> SourceWeights:
             path = cache / f"{role}-weights.safetensors"
-            return SourceWeights(model, projections, recipe.fusion.carries_stream, path)
+            # What is matched by is compared by its embedding too.
+            stream = recipe.fusion.carries_stream or (recipe.matches_by_weights and model is models.matched)
+            return SourceWeights(model, projections, stream, path)
 
         if recipe.sources:
             return cls._several(recipe, models, weights(models.matched, "source-base"), weights, cache)

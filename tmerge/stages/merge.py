@@ -168,7 +168,8 @@ class _Road:
 
         heads = {"target": target.note.heads, "source": source.note.heads}
         features, keys = Features(projections, folders, heads, cache), {"target": target.key, "source": source.key}
-        own = SourceWeights(models.target, projections, False, cache / "target-weights.safetensors")
+        by_weights = recipe.matches_by_weights
+        own = SourceWeights(models.target, projections, by_weights, cache / "target-weights.safetensors")
         compared = models.target, (own, carried.matched)
         solved = runner(SolveTransport(recipe, features, *compared, keys, device, recorded))
         yield solved

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tmerge.calibration import FeatureStore, TextSet, text_digest
 from tmerge.errors import NoSharedStructureError
-from tmerge.models import Architecture, Model
+from tmerge.models import EMBEDDING, Architecture, Model, Projection, shared_vocabulary
 from tmerge.models.device import memory_errors
 from tmerge.recipe import Recipe, Shared
 from tmerge.recorded import RecordedRun
@@ -39,8 +41,11 @@ from tmerge.transport import (
 
 __all__ = ["Features", "SolveTransport", "matched_on", "record_of", "transport_of"]
 
-# Counts the ways in which weights have had a say: of neurons; of layers too; of a wide model, some of its weights.
-_BY_WEIGHTS = 3
+# Counts the ways in which weights have had a say: of neurons; of layers too; of a wide model, some of its weights; and
+# embeddings.
+_BY_WEIGHTS = 4
+# Tokens whose embeddings are compared, at most: chance correlates two neurons by 1/64 over so many.
+_COMPARED_TOKENS = 4096
 # What a run keeps in its cache between being solved and being fused.
 _APART, _SHARED = "plans.safetensors", "structure.safetensors"
 
@@ -154,7 +159,14 @@ class SolveTransport:
         loaded = all(progress.processes.gathered(self.target.is_loaded))
         of_target = self.target.views if loaded else read_once(own, progress)
         of_source = read_once(theirs, progress)
-        return replace(target, weights=_reading(of_target)), replace(source, weights=_reading(of_source))
+        target, source = replace(target, weights=_reading(of_target)), replace(source, weights=_reading(of_source))
+        view, other = (of.stream[-1].get(EMBEDDING) for of in (of_target, of_source))
+        vocabulary = shared_vocabulary(self.target, theirs.model)
+        if vocabulary is None or view is None or other is None:
+            return target, source
+        tokens, others = vocabulary[:, :: -(-vocabulary.shape[1] // _COMPARED_TOKENS)]
+        target = replace(target, embedding=partial(_embeddings, view, tokens))
+        return target, replace(source, embedding=partial(_embeddings, other, others))
 
     def _relatedness(self, transport: Transport, progress: Progress) -> Relatedness | None:
         """Whether the two models' neurons correspond at all.
@@ -178,6 +190,11 @@ class SolveTransport:
         return Relatedness.model_validate({**measured.to_dict(), "weights": agreement})
 
 
+def _embeddings(view: Projection, tokens: Tensor) -> Tensor:
+    """(v, n) of some tokens, on the CPU, where features are."""
+    return view.weight()[tokens].float().cpu()
+
+
 def _reading(weights: Architecture) -> ReadWeight:
     """(layer, projection) -> its weight, on the CPU, where features are."""
     return lambda layer, projection: weights.layers[layer][projection].weight().cpu()
@@ -188,7 +205,7 @@ def record_of(
     transport: Transport,
     features: Features,
     commits: tuple[str, str],
-    tensors: dict[str, torch.Tensor],
+    tensors: dict[str, Tensor],
     matched_on: Sequence[str] | None,
 ) -> TransportRecord:
     """A run's record of the transport that it used, for pictures and later runs.

@@ -1,7 +1,7 @@
 """The neurons of paired layers: the residual stream's, one correspondence for all layers, heads' and MLPs'.
 
-The stream is solved from the correlations of all pairs' stream features together. Through it the weights of a pair's
-heads and MLP neurons are compared beside their activations, and through these the stream's in turn
+The stream is solved from the correlations of all pairs' stream features together, and of the embeddings. Through it the
+weights of a pair's heads and MLP neurons are compared beside their activations, and through these the stream's in turn
 (`tmerge.transport.agreement`), where both sides have weights.
 """
 
@@ -36,7 +36,10 @@ def match_stream(
     *,
     processes: Processes = ALONE,
 ) -> tuple[Correspondence, Tensor]:
-    """The residual stream's correspondence by activations alone.
+    """The residual stream's correspondence by activations, and by embeddings where both sides have them.
+
+    An embedding is what a layer reads from the stream, of every token of the vocabulary and not of some texts: it says
+    which neuron is which where a target's training has spoilt its activations.
 
     Args:
         target: The target.
@@ -46,7 +49,8 @@ def match_stream(
         processes: Among whom the pairs are shared out; each calls this and is given all.
 
     Returns:
-        The correspondence, and the (n, n') mean correlations that it was solved from.
+        The correspondence, and the (n, n') similarities that it was solved from: mean correlations of the activations,
+        and, as much as these, the correlations of the embeddings over tokens.
 
     Raises:
         NoSharedStructureError: As `match_neurons`.
@@ -60,6 +64,8 @@ def match_stream(
         raise NoSharedStructureError(
             "no pair of layers reads or writes a residual stream; set transport.structure: none"
         )
+    if target.embedding is not None and source.embedding is not None:
+        alike = alike.add_(_correlation(target.embedding(), source.embedding())).div_(2)
     return solver.either_sign(alike), alike
 
 

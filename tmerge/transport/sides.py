@@ -48,12 +48,15 @@ class Side:
         keys: layer -> the feature keys it has.
         heads: layer -> how its attention divides; layers that are not named have none that is known.
         weights: (layer, projection) -> (out, in) weight; None where neurons are compared by their features alone.
+        embedding: Reads (v, n) the embeddings of tokens that both models have, in one order; None where weights are, or
+            where the two have no vocabulary in common.
     """
 
     read: Read
     keys: Mapping[int, Sequence[str]]
     heads: Mapping[int, Heads]
     weights: ReadWeight | None = None
+    embedding: Callable[[], Tensor] | None = None
 
     @classmethod
     def of(cls, store: FeatureStore, heads: Mapping[str, Mapping[str, Any]]) -> Side:
