@@ -52,14 +52,14 @@ def _line(call, error):
         ({"hidden_size": 10**12}, "hidden_size 1,000,000,000,000"),
         ({"vocab_size": 10**30}, "vocab_size a number of over 15 digits"),
         ({"vocab_size": 0}, "vocab_size 0"),
-        ({"dtype": 3}, "dtype 3, and a valid string is expected"),
+        ({"dtype": 3}, "dtype 3, and text is expected"),
         ({"dtype": ["float32"]}, r"dtype \['float32'\]"),
-        ({"model_type": ["llama"]}, r"model_type \['llama'\], and a valid string is expected"),
-        ({"auto_map": ["x"]}, r"auto_map \['x'\], and a valid dictionary is expected"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\], and text is expected"),
+        ({"auto_map": ["x"]}, r"auto_map \['x'\], and an object is expected"),
         ({"auto_map": "x.y"}, "auto_map 'x.y'"),
-        ({"text_config": [1]}, r"text_config \[1\], and a valid dictionary is expected"),
+        ({"text_config": [1]}, r"text_config \[1\], and an object is expected"),
         ({"text_config": {"n_layer": 10**7}}, "n_layer 10,000,000"),
-        ({"architectures": "x" * 99}, "architectures 'x{38}…, and a valid list is expected"),
+        ({"architectures": "x" * 99}, "architectures 'x{38}…, and a list is expected"),
         # Said by transformers, and not cut at its first line.
         ({"num_hidden_layers": "2"}, "'num_hidden_layers': TypeError: Field 'num_hidden_layers' expected int, got str"),
         ({"tie_word_embeddings": "yes"}, "Field 'tie_word_embeddings' expected bool, got str"),
@@ -109,10 +109,10 @@ def test_a_config_or_index_without_end(folder, name):
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("tokenizer_config.json", {"tokenizer_class": 3}, "tokenizer_class 3, and a valid string is expected"),
-        ("tokenizer_config.json", {"model_max_length": "x"}, "model_max_length 'x', and a valid number is expected"),
+        ("tokenizer_config.json", {"tokenizer_class": 3}, "tokenizer_class 3, and text is expected"),
+        ("tokenizer_config.json", {"model_max_length": "x"}, "model_max_length 'x', and a number is expected"),
         ("tokenizer_config.json", {"added_tokens_decoder": []}, "added_tokens_decoder []"),
-        ("added_tokens.json", {"a": "b"}, "a 'b', and a valid integer is expected"),
+        ("added_tokens.json", {"a": "b"}, "a 'b', and a whole number is expected"),
     ],
 )
 def test_a_tokenizers_settings_of_the_wrong_kind(folder, name, changes, words):

@@ -7,6 +7,7 @@ import yaml
 
 from tmerge.errors import RecipeError
 from tmerge.recipe import Apart, Recipe, Shared, TaskVector, Weights, load_recipe
+from tmerge.recipe.strict_yaml import shown_value
 
 # As `to_yaml` wrote them when both kinds of a section were one class.
 RESOLVED = Path(__file__).parent / "resolved"
@@ -70,7 +71,7 @@ def test_what_was_set_for_a_choice_that_was_not_made_says_what_to_write(name, se
     with pytest.raises(RecipeError) as refused:
         Recipe.from_mapping(data)
     text = str(refused.value)
-    assert f"{section}.{key} is {value!r}" in text and needs in text and f"drop {section}.{key}" in text
+    assert f"{section}.{key} is {shown_value(value)}" in text and needs in text and f"drop {section}.{key}" in text
     assert "\n" not in text
 
 

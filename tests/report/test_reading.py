@@ -35,19 +35,19 @@ def put(value, *path):
 
 
 AMISS = [
-    (put("much", "evaluation", "fused", "value"), "evaluation.fused.value should be a valid number, and is 'much'"),
+    (put("much", "evaluation", "fused", "value"), "evaluation.fused.value should be a number, and is 'much'"),
     (drop("evaluation", "fused"), "evaluation.fused is missing"),
     (put([1.0], "evaluation", "base", "ci95"), "evaluation.base.ci95[1] is missing"),
     (put(None, "evaluation", "base", "value"), "evaluation.base.value is null"),
     (put(math.nan, "evaluation", "base", "value"), "is no strict JSON, evaluation.base.value is nan"),
     (put(math.inf, "stages", 1, "seconds"), "is no strict JSON, stages[1].seconds is inf"),
-    (put("8", "target", "layers"), "target.layers should be a valid integer, and is '8'"),
-    (put(True, "seed"), "seed should be a valid integer, and is True"),
+    (put("8", "target", "layers"), "target.layers should be a whole number, and is '8'"),
+    (put(True, "seed"), "seed should be a whole number, and is True"),
     (
         put("wins", "verdict"),
         "verdict should be 'helps', 'better, but not by the source', 'no difference' or 'hurts', ",
     ),
-    (put([], "evaluation", "controls"), "evaluation.controls should be a valid dictionary, and is a list"),
+    (put([], "evaluation", "controls"), "evaluation.controls should be an object, and is a list"),
     (put({}, "fusion", "projections"), "fusion.projections "),
     (put([0.1], "fusion", "projections", "q", "norm_ratio"), "in fusion.projections.q, norm_ratio has to have one"),
     (put("auto", "fusion", "alpha"), "in fusion, alpha is auto, so there has to be a choice"),
@@ -57,7 +57,7 @@ AMISS = [
     (put(0, "schema"), "is of schema 0, and this tmerge reads schema 1"),
     (put("1", "schema"), "schema should be 1, and is '1'"),
     (drop("schema"), "is not a report of tmerge (it has no schema number)"),
-    (put("x\n\x1b[31my" * 99, "evaluation", "fused", "value"), "evaluation.fused.value should be a valid number"),
+    (put("x\n\x1b[31my" * 99, "evaluation", "fused", "value"), "evaluation.fused.value should be a number"),
     (put(10**400, "evaluation", "fused", "value"), "evaluation.fused.value "),
 ]
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tmerge.documents import parse_json
 from tmerge.errors import CheckpointError
+from tmerge.validation import value_due
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "AdapterConfig"]
 
@@ -102,7 +103,7 @@ class AdapterConfig(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))
-            said = f"{key} {first['input']!r:.40}: {first['msg']}"
+            said = f"{key} {first['input']!r:.40}, and {value_due(first) or first['msg']} is expected"
             raise CheckpointError(f"{where!r}: its {ADAPTER_CONFIG} has {said}; download the adapter again") from None
         except (re.error, OverflowError, RecursionError) as error:
             raise CheckpointError(

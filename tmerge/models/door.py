@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 from transformers import GenerationConfig
 
 from tmerge.documents import parse_json
 from tmerge.errors import CheckpointError, TmergeError, TokenizerError, UnsupportedModelError
 from tmerge.models.checkpoint import SETTINGS_FILES
 from tmerge.models.reference import ModelReference, one_line
+from tmerge.validation import value_due
 
 __all__ = ["LARGEST_SIZE", "MOST_LAYERS", "check_generation", "check_settings", "check_stored_config"]
 
@@ -96,16 +97,16 @@ def check_stored_config(reference: ModelReference, config: Mapping[str, Any]) ->
         if first["type"] == "count":
             said = f"{key} {first['msg']}"
         else:
-            said = f"{key} {_value(first['input'])}, and {_expected(first['msg'])}"
+            said = f"{key} {_value(first['input'])}, and {_expected(first)}"
         raise UnsupportedModelError(
             f"{reference.text!r}: its config.json has {said}; download the model again, or mend the file"
         ) from None
 
 
-def _expected(message: str) -> str:
-    """pydantic's, as the end of a sentence."""
-    words = message.removeprefix("Input should be ")
-    return f"{words} is expected" if words != message else f"{message[:1].lower()}{message[1:]}"
+def _expected(error: ErrorDetails) -> str:
+    """What was, as the end of a sentence."""
+    due, message = value_due(error), error["msg"]
+    return f"{message[:1].lower()}{message[1:]}" if due is None else f"{due} is expected"
 
 
 def _value(value: Any) -> str:
@@ -163,7 +164,7 @@ def check_settings(reference: ModelReference, folder: Path) -> None:
                 first = error.errors(include_url=False)[0]
                 raise kind(
                     f"{reference.text!r}: its {name} has {'.'.join(map(str, first['loc'][:1]))} "
-                    f"{_value(first['input'])}, and {_expected(first['msg'])}; download it again, or mend the file"
+                    f"{_value(first['input'])}, and {_expected(first)}; download it again, or mend the file"
                 ) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Hashable
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 
 from tmerge.errors import RecipeError
 
-__all__ = ["StrictDumper", "load_yaml"]
+__all__ = ["StrictDumper", "load_yaml", "shown_value"]
 
 
 class _KeyTwiceError(yaml.MarkedYAMLError):
@@ -83,3 +84,26 @@ def load_yaml(text: str, where: str) -> Any:
 def _line(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     return "" if mark is None else f", line {mark.line + 1}"
+
+
+def shown_value(value: Any, longest: int = 100) -> str:
+    """A value on one line as YAML has it, texts in quotes, for messages.
+
+    Args:
+        value: As YAML gives it.
+        longest: Characters; what is beyond is cut off.
+    """
+    text = _flow(value)
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _flow(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f".{value}".replace(".-", "-.")
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_flow(key)}: {_flow(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_flow, value))}]"
+    return repr(value) if isinstance(value, str) else str(value)

@@ -14,6 +14,7 @@ from tmerge.documents import parse_json, place_in, restored
 from tmerge.errors import ReportError, TmergeError
 from tmerge.report.parts import Part
 from tmerge.report.report import SCHEMA, Report
+from tmerge.validation import value_due
 
 __all__ = ["DocumentKind", "read_report", "report_of"]
 
@@ -123,8 +124,9 @@ def _fault(fault: Any, document: Mapping[str, Any]) -> str:
         return f"in {place}, {said}" if place else said
     if value is None:
         return f"{place} is null"
-    said = fault["msg"].removeprefix("Input ")
-    return f"{place} {said[:1].lower()}{said[1:]}, and is {_shown(value)}"
+    due = value_due(fault)
+    said = f"{fault['msg'][:1].lower()}{fault['msg'][1:]}" if due is None else f"should be {due}"
+    return f"{place} {said}, and is {_shown(value)}"
 
 
 def _has(value: Any, part: int | str) -> bool:
