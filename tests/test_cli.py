@@ -215,8 +215,6 @@ def test_bad_datasets_are_one_line_and_leave_nothing(run, pair, tmp_path, lines,
         (["merge", "--target", "a", "--source", "b", "--set", "fusion.alhpa=0.2"], "did you mean 'alpha'"),
         (["merge", "--target", "a", "--source", "b", "--resume", "--out", "nowhere"], "no run in nowhere"),
         (["inspect", "nowhere"], "not a run of tmerge"),
-        (["merge", "--nope"], "No such option"),
-        (["frobnicate"], "No such command"),
         (["merge", "--target", "demo:nothing", "--source", "demo:gemma-3-270m"], "demo:nothing"),
         (["merge", "--target", "a" * 300, "--source", "b"], "is no model: File name too long; give a Hub id"),
         (["merge", "--target", "~nobody-of-this-name/a", "--source", "b"], "is no model: Could not determine home"),
@@ -232,6 +230,44 @@ def test_bad_words_exit_2(run, tmp_path, monkeypatch, words, said):
     code, printed, err = run(*words)
     assert code == 2 and said in err and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--nonsense"], "no such option: --nonsense; see tmerge --help"),
+        (["nonsense"], "no such command 'nonsense'; see tmerge --help"),
+        (["mrge"], "no such command 'mrge'. Did you mean 'merge'? see tmerge --help"),
+        (["merge", "--xyz"], "no such option: --xyz; see tmerge merge --help"),
+        (
+            ["merge", "--sett", "a=1"],
+            "no such option: --sett (Possible options: --save, --seed, --set); see tmerge mer",
+        ),
+        (["merge", "--out"], "option '--out' requires an argument; see tmerge merge --help"),
+        (["merge", "--json=5"], "option '--json' does not take a value; see tmerge merge --help"),
+        (["merge", "a", "b"], "got unexpected extra argument(s) (b); see tmerge merge --help"),
+        (["evaluate"], "missing argument 'models'; see tmerge evaluate --help"),
+        (["evaluate", "a", "--texts", "x"], "invalid value for '--texts': give a whole number; see tmerge evaluate"),
+        (["evaluate", "a", "--texts", "3"], "invalid value for '--texts': give 8 or more; see tmerge evaluate --help"),
+        (["merge", "--non\nsense"], "--non"),
+        (["check"], "recipe: 'target' is missing; name it in the recipe or as --target REF"),
+        (["merge", "--target", "a", "--source", "b", "--what", "nonsense"], "recipe: fusion.what is 'nonsense': it ta"),
+    ],
+)
+def test_words_that_are_amiss_are_one_line_with_what_to_do(run, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    code, printed, err = run(*words)
+    assert (code, printed) == (2, "") and err.startswith("error: ") and said in err
+    assert err.count("\n") == 1 and err.endswith("\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_word_and_when_asked_there_is_help(run):
+    code, printed, err = run()
+    assert code == 2 and printed == "" and err.startswith("Usage: ") and "Commands:" in err
+    code, printed, err = run("--help")
+    assert code == 0 and err == "" and printed.startswith("Usage: ") and "Commands:" in printed
+    assert run("merge", "--help")[1].startswith("Usage: ")
 
 
 def test_the_version(run):

@@ -13,6 +13,7 @@ import typer
 from tmerge.cli import extending, merging, publishing, serving, training  # noqa: F401
 from tmerge.cli.shared import app
 from tmerge.cli.stopping import raise_if_stopped
+from tmerge.cli.usage import usage_words
 from tmerge.errors import Cancelled, EndedElsewhereError, ProcessesError, ProcessLostError, TmergeError, of_the_system
 from tmerge.processes import are_several, rank_of_this
 
@@ -63,6 +64,9 @@ def _let_the_first_speak() -> None:
 
 def _told(error: Exception) -> int:
     """Say what a user can mend, and give its exit code; raise anything else again."""
+    # Without a word there is nothing amiss, and typer's message is the help.
+    if isinstance(error, typer.TyperException) and sys.argv[1:]:
+        error = TmergeError(usage_words(error, sys.argv[1:]))
     if isinstance(error, TmergeError) and rank_of_this() and not isinstance(error, ProcessLostError):
         _let_the_first_speak()
         if isinstance(error, EndedElsewhereError):
@@ -76,12 +80,7 @@ def _told(error: Exception) -> int:
         typer.echo("stopped", err=True)
         return Cancelled.exit_code
     if isinstance(error, typer.TyperException):
-        # A usage error shows the command's usage with itself; the class it comes from has no public name.
-        show = getattr(error, "show", None)
-        if show is None:
-            typer.echo(f"error: {error.format_message()}", err=True)
-        else:
-            show()
+        typer.echo(error.format_message(), err=True)
         return error.exit_code
     # Room and rights were looked for before; somebody has taken them since, or nobody could look.
     if (told := of_the_system(error)) is not None:

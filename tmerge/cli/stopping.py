@@ -20,6 +20,7 @@ __all__ = [
     "finished",
     "last_words",
     "nothing_changed",
+    "program",
     "raise_if_stopped",
     "same_command",
     "signals_heard",
@@ -108,8 +109,12 @@ def last_words() -> str:
 
 def same_command() -> str:
     """The command that runs, to be typed again."""
-    name = Path(sys.argv[0]).stem
-    return shlex.join([*(["hf", "tmerge"] if name == "hf-tmerge" else ["tmerge"]), *sys.argv[1:]])
+    return shlex.join([*program(), *sys.argv[1:]])
+
+
+def program() -> list[str]:
+    """The words by which this program is called."""
+    return ["hf", "tmerge"] if Path(sys.argv[0]).stem == "hf-tmerge" else ["tmerge"]
 
 
 def nothing_changed() -> str:
