@@ -202,3 +202,10 @@ def test_several_on_the_processor_of_a_machine_with_cards_are_refused(tmp_path, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(AdaptationError, match="CUDA_VISIBLE_DEVICES"):
         adapt(loaded(pico_model("llama")), TEXTS, settings(), seed=0, work=tmp_path, processes=Together(2).of(1))
+
+
+def test_several_are_not_put_on_one_card(tmp_path):
+    one = loaded(pico_model("llama"))
+    object.__setattr__(one, "device", torch.device("cuda:1"))
+    with pytest.raises(AdaptationError, match="device is cuda:1, .* set device: auto"):
+        adapt(one, TEXTS, settings(), seed=0, work=tmp_path, processes=Together(2).of(1))

@@ -7,11 +7,13 @@ from tests.adaptation.test_residual import items_for
 from tests.evaluation.test_choose import loaded
 from tests.pico import pico_model
 from tmerge.adaptation import adapt, text_order
+from tmerge.adaptation.trainer import StepShare, training_arguments
 from tmerge.calibration import sample_texts
 from tmerge.errors import AdaptationError, Cancelled
 from tmerge.evaluation import score_texts
 from tmerge.fusion import fuse
 from tmerge.models import describe
+from tmerge.processes import ALONE
 from tmerge.recipe import AdaptationSettings
 
 pytest.importorskip("trl")
@@ -137,3 +139,19 @@ def test_nothing_to_train_on(tmp_path):
 def test_a_diverging_training_is_said(tmp_path):
     with pytest.raises(AdaptationError, match="learning_rate"):
         trained(tmp_path, learning_rate=1e30, steps=6)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda:1", "cuda:1"), ("cpu", "cpu")])
+def test_a_training_is_on_the_card_that_was_named(tmp_path, monkeypatch, device, expected):
+    """As the arguments and the state that they share say it: transformers' own choice is the first card."""
+    trl, accelerate = pytest.importorskip("trl"), pytest.importorskip("accelerate")
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **words: False)
+    try:
+        made = training_arguments(trl, torch.device(device), StepShare(4, 1), settings(), 0, tmp_path, ALONE)
+        assert str(made.device) == str(accelerate.Accelerator().device) == expected
+        assert made.n_gpu <= 1 and made.use_cpu == (device == "cpu")
+        assert list(map(str, chosen)) == ([expected] if device != "cpu" else [])
+    finally:
+        accelerate.state.AcceleratorState._reset_state(True)

@@ -23,7 +23,7 @@ from tmerge.models import LoadedModel
 from tmerge.processes import Processes
 from tmerge.recipe import AdaptationSettings
 
-__all__ = ["StepShare", "make_trainer"]
+__all__ = ["StepShare", "make_trainer", "training_arguments"]
 
 # A checkpoint of a large model is many gigabytes: few are written, and the last alone is kept.
 _CHECKPOINTS = 4
@@ -139,7 +139,34 @@ def make_trainer(
                 loss = loss + settings.transport_weight * watch.distance(texts, read) / share.passes
             return loss  # outputs are asked for in an evaluation only, and there is none
 
-    device = loaded.device.type
+    config = training_arguments(trl, loaded.device, share, settings, seed, work, processes)
+    encoded, labels = texts
+    rows = [{"input_ids": encoded[text], "labels": labels[text], "text": text} for text in read]
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer = Trainer(
+        model=loaded.model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=collate,
+        processing_class=loaded.tokenizer,
+        peft_config=peft_config,
+        callbacks=[Told()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def training_arguments(
+    trl: Any,
+    device: torch.device,
+    share: StepShare,
+    settings: AdaptationSettings,
+    seed: int,
+    work: Path,
+    processes: Processes,
+) -> Any:
+    """Trl's SFTConfig; the arguments are those of `make_trainer`, whose model lies on `device`."""
     with warnings.catch_warnings():
         # transformers is renaming gradient_checkpointing, which trl still asks for by its old name.
         warnings.simplefilter("ignore", FutureWarning)
@@ -154,8 +181,8 @@ def make_trainer(
             lr_scheduler_type="linear",
             warmup_steps=round(settings.warmup * settings.steps),
             gradient_checkpointing=settings.gradient_checkpointing,
-            bf16=has_bfloat16(loaded.device),
-            use_cpu=device == "cpu",
+            bf16=has_bfloat16(device),
+            use_cpu=device.type == "cpu",
             save_strategy="steps",
             save_steps=max(1, -(-settings.steps // _CHECKPOINTS)),
             save_total_limit=1,
@@ -174,21 +201,12 @@ def make_trainer(
     # Of several cards that one process sees, transformers would use all, with a batch for each of them. This is what it
     # does itself for a model that lies on several; the cards are counted when they are first asked for.
     config._n_gpu = min(config.n_gpu, 1)
-    encoded, labels = texts
-    rows = [{"input_ids": encoded[text], "labels": labels[text], "text": text} for text in read]
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer = Trainer(
-        model=loaded.model,
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        data_collator=collate,
-        processing_class=loaded.tokenizer,
-        peft_config=peft_config,
-        callbacks=[Told()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    if processes.count == 1 and device.type == "cuda" and device.index is not None:
+        # transformers takes the first card for one process, and accelerate the current one, whichever was named. Both
+        # have looked by now, and keep what they found.
+        vars(config)["_setup_devices"] = config.distributed_state.device = device
+        torch.cuda.set_device(device)
+    return config
 
 
 def has_bfloat16(device: torch.device) -> bool:

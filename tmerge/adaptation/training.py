@@ -117,6 +117,11 @@ def adapt(
             "where there are cards, several processes meet over them and cannot train on the processor; set device: "
             "auto, or begin them with CUDA_VISIBLE_DEVICES empty"
         )
+    if processes.count > 1 and loaded.device.index is not None:
+        raise AdaptationError(
+            f"device is {loaded.device}, and of several processes each trains on a card of its own; set device: auto, "
+            "and choose the cards with CUDA_VISIBLE_DEVICES"
+        )
     encoded, ends = _encode(loaded, texts, settings)
     labels = _labels(loaded, encoded, ends, prompts) if settings.completions_only else encoded
     usable = [text for text, asked in enumerate(labels) if any(label >= 0 for label in asked[1:])]
@@ -152,6 +157,7 @@ def adapt(
             apart[beside and group_of(item.projection) != STREAM].append(item)
         fuse(architecture.views, apart[False], alpha)
         attach_residual(layers, apart[True], alpha)
+    card = torch.cuda.current_device() if loaded.device.type == "cuda" else None
     trainer = make_trainer(
         sft, loaded, (encoded, labels), read, teacher, watch, settings, seed, work, peft_config, progress, processes
     )
@@ -175,6 +181,8 @@ def adapt(
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_disable()
         vars(model).pop("forward", None)  # trl's and accelerate's wrappers
+        if card is not None:
+            torch.cuda.set_device(card)  # of what names no card, after this training as before
     for parameter in model.parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise AdaptationError(
