@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "tmerge"
 ORDER = (
-    *("version", "errors", "quantities", "processes", "documents", "validation", "templates", "store", "recipe", "run"),
+    *("version", "errors", "quantities", "processes", "documents", "validation", "hub_client", "templates", "store"),
+    *("recipe", "run"),
     *("models", "calibration", "transport", "fusion", "evaluation", "adaptation"),
     *("preflight", "report", "recorded", "hub", "stages", "child", "answers"),
     *("comparison", "plots"),

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pyarrow
 from datasets.exceptions import DatasetsError
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from tmerge.errors import DatasetError
+from tmerge.hub_client import hub_client, is_silent, seconds_to_wait
 
 __all__ = ["RemoteRows", "open_remote", "remote_commit"]
 
@@ -68,7 +69,7 @@ def remote_commit(reference: str) -> str:
     """
     repo, _, asked = reference.partition("@")
     try:
-        return str(HfApi().dataset_info(repo, revision=asked or None).sha)
+        return str(hub_client().dataset_info(repo, revision=asked or None).sha)
     except RevisionNotFoundError:
         raise DatasetError(
             f"dataset {repo!r} has no revision {asked!r}; see {constants.ENDPOINT}/datasets/{repo}/commits/main"
@@ -131,6 +132,11 @@ def _explain(repo: str, error: Exception, config: str | None = None, split: str 
         )
     if isinstance(error, HfHubHTTPError):
         return DatasetError(f"dataset {repo!r}: the Hub answered {error.response.status_code}; try again later")
+    if is_silent(error):
+        return DatasetError(
+            f"dataset {repo!r}: the Hub ({constants.ENDPOINT}) did not answer within {seconds_to_wait():g} s; try "
+            "again later, set HF_HUB_ETAG_TIMEOUT to more seconds, or use a file or samples:english"
+        )
     if isinstance(error, (OfflineModeIsEnabled, ConnectionError, TimeoutError, _TransportError)):
         return DatasetError(
             f"dataset {repo!r}: the Hub ({constants.ENDPOINT}) cannot be reached; check the network and "

@@ -6,12 +6,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi
-
 from tmerge.calibration import file_identity
 from tmerge.calibration.files import local_file
 from tmerge.errors import DatasetError, ModelNotFoundError, OutputExistsError, RunNotFoundError
 from tmerge.hub import FoundRun, find_run
+from tmerge.hub_client import hub_client
 from tmerge.models import fetch, file_digest, hub_errors, model_commit
 from tmerge.recipe import Recipe
 from tmerge.report import Items, Part, Report, TrainingTexts
@@ -205,7 +204,7 @@ def _published(original: FoundRun, names: Iterable[str]) -> dict[str, str]:
     snapshot = original.snapshot
     assert snapshot.reference.repo is not None
     with hub_errors(snapshot.reference):
-        info = HfApi().model_info(snapshot.reference.repo, revision=snapshot.commit, files_metadata=True)
+        info = hub_client().model_info(snapshot.reference.repo, revision=snapshot.commit, files_metadata=True)
     files = {entry.rfilename: entry.lfs for entry in info.siblings or []}
     digests = {}
     for name in sorted(name for name in files if name.endswith(".safetensors") and name != _PLAN):

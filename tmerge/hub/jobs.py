@@ -19,6 +19,7 @@ from tmerge.calibration import SAMPLES_PREFIX
 from tmerge.calibration.files import local_file
 from tmerge.errors import ModelNotFoundError, RemoteError
 from tmerge.hub.failures import pushing, running_jobs
+from tmerge.hub_client import hub_client
 from tmerge.models import ModelReference
 from tmerge.preflight.hardware import CARDS
 from tmerge.recipe import RECIPE_VARIABLE, Recipe, source_name
@@ -85,7 +86,7 @@ def start_job(
     if token is None:
         raise RemoteError("nobody is signed in to the Hub; run `hf auth login` (or set HF_TOKEN)")
     words = ["merge", f"env:{RECIPE_VARIABLE}", "--out", "/tmp/fused", "--push", repo, "--private", "--even-if-worse"]
-    api = HfApi(token=token, library_name="tmerge")
+    api = hub_client(token=token)
     before = _open_repo(api, repo, token)
     with running_jobs(flavor):
         job = api.run_job(
@@ -115,7 +116,7 @@ def follow_job(run: RemoteRun, log: Callable[[str], None], *, token: str | None 
     Raises:
         RemoteError: It failed, was stopped, left no result, or cannot be heard any more.
     """
-    api = HfApi(token=token, library_name="tmerge")
+    api = hub_client(token=token)
     with running_jobs("the Hub"):
         for line in api.fetch_job_logs(job_id=run.job, follow=True):
             log(line.rstrip("\n"))

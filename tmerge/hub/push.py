@@ -23,6 +23,7 @@ from tmerge.hub.card import card_text, merge_licence, relation
 from tmerge.hub.failures import no_token, pushing
 from tmerge.hub.plan_card import plan_card_text
 from tmerge.hub.published import CARD, STALE, left_behind, published_files, staged
+from tmerge.hub_client import hub_client
 from tmerge.models import file_digest
 from tmerge.quantities import bytes_words, count_words
 from tmerge.recipe import Recipe
@@ -168,7 +169,7 @@ def push(
     say("checking what is to be pushed")
     planned = plan_push(folder, repo, even_if_worse=even_if_worse, card=card, plan_only=plan_only)
     refuse_unready(planned.repo, token)
-    api = HfApi(token=token, library_name="tmerge")
+    api = hub_client(token=token)
     with pushing(planned.repo, token):
         if "/" not in planned.repo:
             name = f"{api.whoami()['name']}/{planned.repo}"

@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from tmerge.errors import PushError, RunNotFoundError
 from tmerge.hub.failures import no_token, pushing
+from tmerge.hub_client import hub_client
 from tmerge.quantities import bytes_words, count_words
 from tmerge.version import DISTRIBUTION, VERSION
 
@@ -122,7 +123,7 @@ def deploy_space(
     say = listener or (lambda what: None)
     if token is None and get_token() is None:
         raise no_token(planned.repo)
-    api, repo = HfApi(token=token, library_name="tmerge"), planned.repo
+    api, repo = hub_client(token=token), planned.repo
     with pushing(repo, token):
         if "/" not in repo:
             repo = f"{api.whoami()['name']}/{repo}"

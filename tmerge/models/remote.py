@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 )
 
 from tmerge.errors import CheckpointError, GatedModelError, ModelNotFoundError, NotEnoughDiskError, TmergeError
+from tmerge.hub_client import hub_client, is_silent, seconds_to_wait
 from tmerge.models.adapter_config import ADAPTER_CONFIG
 from tmerge.models.checkpoint import (
     INDEX_FILE,
@@ -54,9 +55,6 @@ __all__ = [
 ]
 
 _CONFIG = "config.json"
-
-# Seconds to wait for the Hub to say which files a repo has.
-_PATIENCE = 10.0
 
 # The HTTP library under the Hub's client has changed before: its error class is taken from where it is sure to be.
 _TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -153,6 +151,12 @@ def _unreachable(reference: ModelReference, error: BaseException) -> TmergeError
             f"{reference.text!r} is not in the local cache and HF_HUB_OFFLINE is set; unset it, or download the model "
             f"first: hf download {reference.repo}"
         )
+    if is_silent(error):
+        return ModelNotFoundError(
+            f"{reference.text!r}: no such folder here, and the Hub ({constants.ENDPOINT}) did not answer within "
+            f"{seconds_to_wait():g} s; try again later, set HF_HUB_ETAG_TIMEOUT to more seconds, or check HF_ENDPOINT "
+            "and the proxy"
+        )
     return ModelNotFoundError(
         f"{reference.text!r}: no such folder here, and the Hub ({constants.ENDPOINT}) cannot be reached; check the "
         "network, HF_ENDPOINT and the proxy, or give a folder or a .gguf file"
@@ -189,7 +193,9 @@ def open_repo(reference: ModelReference, revision: str | None = None, config: st
         # Asked once and without the client's half minute of retries: without a network the cache is next.
         unreachable: Exception | None = None
         try:
-            info = HfApi().model_info(reference.repo, revision=wanted, files_metadata=True, timeout=_PATIENCE)
+            info = hub_client().model_info(
+                reference.repo, revision=wanted, files_metadata=True, timeout=seconds_to_wait()
+            )
         except (OfflineModeIsEnabled, _TransportError) as error:
             if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                 raise
@@ -311,7 +317,7 @@ def remote_headers(snapshot: Snapshot) -> dict[str, StoredTensor] | None:
     assert repo is not None
     with hub_errors(snapshot.reference):
         try:
-            metadata = HfApi().get_safetensors_metadata(repo, revision=snapshot.commit, timeout=_PATIENCE)
+            metadata = hub_client().get_safetensors_metadata(repo, revision=snapshot.commit)
         except NotASafetensorsRepoError:
             raise explain_no_safetensors(text, list(snapshot.files)) from None
         except SafetensorsParsingError:

@@ -11,7 +11,9 @@ import re
 import time
 from dataclasses import dataclass
 
-from huggingface_hub import HfApi, JobHardwareInfo, constants
+from huggingface_hub import JobHardwareInfo, constants
+
+from tmerge.hub_client import hub_client
 
 __all__ = ["CARDS", "Flavor", "Offer", "offered"]
 
@@ -94,7 +96,7 @@ def offered(*, ask: bool) -> Offer:
 
 @functools.lru_cache(maxsize=1)
 def _listed(endpoint: str, hour: int) -> Offer:
-    flavors = [_flavor(hardware) for hardware in HfApi(endpoint, library_name="tmerge").list_jobs_hardware()]
+    flavors = [_flavor(hardware) for hardware in hub_client(endpoint).list_jobs_hardware()]
     if not flavors:
         raise ValueError("the Hub lists no hardware")
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
