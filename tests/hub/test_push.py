@@ -148,6 +148,7 @@ def hub(tmp_path_factory):
     for name, family, licence, seed in (("target", "llama", "apache-2.0", 1), ("source", "qwen2", "gemma", 2)):
         folder = save_pico(family, root / name, seed=seed, layers=3)
         (folder / "README.md").write_text(f"---\nlicense: {licence}\nlanguage: [id]\n---\n# Pico\n")
+        (folder / "LICENSE").write_text(f"of the {name}")
         hub.repos[f"user/{name}"] = Repo()
         hub.repos[f"user/{name}"].commit(folder)
     # A run of somebody else's, to open a pull request on.
@@ -209,6 +210,7 @@ def test_what_is_pushed_is_the_run_and_nothing_else(hub, work, results):
     assert set(files) == expected | {".gitattributes"}
     assert {"tmerge/recipe.yaml", "tmerge/report.json", "tmerge/transport.safetensors"} < set(files)
     assert sum(name.endswith(".png") for name in files) == 2
+    assert files["LICENSE"] == b"of the target"
     for name in expected - {"README.md"}:
         assert files[name] == (fused / name).read_bytes(), name
     assert results["equal"] is True and len(results["tokens"]) > 1

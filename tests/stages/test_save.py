@@ -13,6 +13,8 @@ from tests.pico import save_pico
 from tests.stages.test_merge import digest, pair, recipe_for  # noqa: F401
 from tests.unprivileged import modes_count
 from tmerge.errors import OutputExistsError, ReadOnlyError
+from tmerge.hub.published import published_files
+from tmerge.run import Run
 from tmerge.stages import save
 from tmerge.stages.merge import merge
 from tmerge.store import read_json
@@ -51,6 +53,27 @@ def test_from_which_release_on_it_is_read_is_said(pair, tmp_path):  # noqa: F811
     assert any(note.startswith(said) for note in report.notes)
     assert said in (tmp_path / "fused" / "README.md").read_text()
     assert not any(said in note for note in merge(recipe_for(pair), tmp_path / "other").notes)
+
+
+def test_the_targets_licence_files_go_with_it(pair, tmp_path):  # noqa: F811
+    shutil.copytree(pair, tmp_path / "models")
+    target, out = tmp_path / "models" / "target", tmp_path / "fused"
+    texts = {"LICENSE.txt": "the terms", "Notice": "who made it", "USE_POLICY.md": "not for this", "LICENSE-MODEL": "x"}
+    for name, text in texts.items():
+        (target / name).write_text(text)
+    for name in ("license.py", "licensing.md", "notes.txt"):
+        (target / name).write_text("is none")
+    report = merge(recipe_for(tmp_path / "models"), out)
+    assert {name: (out / name).read_text() for name in texts} == texts
+    assert not any((out / name).exists() for name in ("license.py", "licensing.md", "notes.txt"))
+    said = "the target's licence files lie beside the weights: LICENSE-MODEL, LICENSE.txt, Notice, USE_POLICY.md"
+    assert said in report.notes and said.partition(": ")[0] in (out / "README.md").read_text()
+    assert texts.keys() < published_files(Run(out)).keys()
+    # One that is gone is written again; of a target without any nothing is said.
+    (out / "Notice").unlink()
+    merge(recipe_for(tmp_path / "models"), out)
+    assert (out / "Notice").read_text() == texts["Notice"]
+    assert not any("licence files" in note for note in merge(recipe_for(pair), tmp_path / "other").notes)
 
 
 class Killed(BaseException):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -55,6 +56,21 @@ def by_peft(target, folder) -> PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # such as of keys that find no place
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32), folder)
+
+
+def test_the_licence_files_of_the_target_and_of_its_adapter_go_with_it(models, tmp_path):
+    shutil.copytree(models, tmp_path / "models")
+    lora = save_adapter(tmp_path / "models" / "target", tmp_path / "models" / "tuned", **OPTIONS)
+    (tmp_path / "models" / "target" / "LICENSE").write_text("of the target")
+    for name in ("LICENSE", "NOTICE"):
+        (lora / name).write_text("of its adapter")
+    report = merge(carried(tmp_path / "models"), tmp_path / "lora")
+    assert report.saved_adapter is not None and any(note.endswith("the weights: LICENSE") for note in report.notes)
+    assert (tmp_path / "lora" / "LICENSE").read_text() == "of the target"
+    report = merge(carried(tmp_path / "models", target=str(lora), save={"form": "merged"}), tmp_path / "whole")
+    assert any(note.endswith("the weights: LICENSE, NOTICE") for note in report.notes)
+    assert (tmp_path / "whole" / "LICENSE").read_text() == "of the target"
+    assert (tmp_path / "whole" / "NOTICE").read_text() == "of its adapter"
 
 
 def test_a_carried_adapter_keeps_its_rank_and_is_the_merged_model(models, tmp_path):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tmerge.models import ADAPTER_CONFIG
-from tmerge.models.checkpoint import read_config
+from tmerge.models.checkpoint import is_licence_file, read_config
 from tmerge.run import Run
 
 __all__ = ["CARD", "STALE", "left_behind", "published_files", "staged"]
@@ -44,13 +44,11 @@ _CHECKPOINT = (
     "normalizer.json",
     "byte_maps.json",
     "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
 )
 # Folders of a checkpoint that transformers writes.
 _CHECKPOINT_FOLDERS = ("additional_chat_templates",)
 STALE = (
-    *_CHECKPOINT[:-2],
+    *_CHECKPOINT,
     "additional_chat_templates/*",
     *(f"tmerge/{name}*" for name in ("figures/", "report.html")),
 )
@@ -79,7 +77,8 @@ def _checkpoint(run: Run) -> list[Path]:
     paths = [
         path
         for path in run.folder.iterdir()
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
+        if path.is_file()
+        and (is_licence_file(path.name) or any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns))
     ]
     for name in _CHECKPOINT_FOLDERS:
         paths += [inner for inner in (run.folder / name).rglob("*") if inner.is_file()]

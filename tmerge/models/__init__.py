@@ -12,6 +12,7 @@ from tmerge.models.device import available_memory, fits, give_back_memory, multi
 from tmerge.models.discovery import find_block_list
 from tmerge.models.facts import AdapterFacts, ModelFacts, read_facts
 from tmerge.models.joined import AdapterWeights, NoWeights
+from tmerge.models.licence_files import licence_files, write_licence_files
 from tmerge.models.licences import OutputLicence, output_licence
 from tmerge.models.loading import LoadedModel, load_model, load_tokenizer, model_commit
 from tmerge.models.model import Model, pinned, shared_vocabulary
@@ -82,6 +83,7 @@ __all__ = [
     "head_facts",
     "hub_errors",
     "least_release",
+    "licence_files",
     "load_model",
     "load_tokenizer",
     "match",
@@ -102,5 +104,6 @@ __all__ = [
     "trusts",
     "verify_adapter",
     "verify_checkpoint",
+    "write_licence_files",
     "write_weights",
 ]

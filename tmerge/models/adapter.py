@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tmerge.errors import CheckpointError, ModelNotFoundError
 from tmerge.models.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig
-from tmerge.models.checkpoint import StoredTensor, file_digest, read_safetensors_header
+from tmerge.models.checkpoint import StoredTensor, file_digest, is_licence_file, read_safetensors_header
 from tmerge.models.reference import ModelReference
 from tmerge.models.remote import Snapshot, fetch, open_repo, stated_licence
 
@@ -81,9 +81,20 @@ class Adapter:
             )
         return path
 
+    @cached_property
+    def licence_files(self) -> dict[str, Path]:
+        """Name -> path of its licence and notices, fetched if need be; raises as `tmerge.models.remote.fetch`."""
+        listed = None if self.snapshot is None else self.snapshot.files
+        names = [path.name for path in self.folder.iterdir() if path.is_file()] if listed is None else list(listed)
+        going = [name for name in sorted(names) if is_licence_file(name)]
+        if self.snapshot is None:
+            return {name: self.folder / name for name in going}
+        return {name: path for name in going if (path := fetch(self.snapshot, name)) is not None}
+
     def fetch(self) -> None:
         """Have its files here; raises as `weights`."""
         self.weights  # noqa: B018 - fetched when it is asked for
+        self.licence_files  # noqa: B018 - likewise
 
     @cached_property
     def headers(self) -> dict[str, StoredTensor]:

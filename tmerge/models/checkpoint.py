@@ -7,6 +7,7 @@ any memory is taken for its weights.
 from __future__ import annotations
 
 import hashlib
+import re
 import stat
 import time
 from collections.abc import Iterable, Sequence
@@ -33,6 +34,7 @@ __all__ = [
     "file_digest",
     "folder_digest",
     "folder_licence",
+    "is_licence_file",
     "is_tokenizer_file",
     "read_config",
     "read_headers",
@@ -80,6 +82,16 @@ _TOKENIZER_SETTINGS = (
 def is_tokenizer_file(name: str) -> bool:
     """Whether a file of this name is a tokenizer's, or changes what one does."""
     return name in TOKENIZER_FILES or name in _TOKENIZER_SETTINGS
+
+
+_LICENCE = re.compile(
+    r"(licen[cs]e|notice|(acceptable_)?(use|usage)_policy|copying|copyright)(?![a-z])(?!.*\.py$)", re.IGNORECASE
+)
+
+
+def is_licence_file(name: str) -> bool:
+    """Whether a file of this name is a model's licence, or what its licence has passed on: LICENSE.txt, NOTICE."""
+    return _LICENCE.match(name) is not None and "/" not in name
 
 
 @dataclass(frozen=True)

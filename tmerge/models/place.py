@@ -25,6 +25,7 @@ from tmerge.models.checkpoint import (
     StoredTensor,
     file_digest,
     folder_digest,
+    is_licence_file,
     is_tokenizer_file,
     read_config,
     read_headers,
@@ -147,7 +148,7 @@ class Place:
         )
 
     def beside(self, named: Sequence[str] = ()) -> dict[str, Path]:
-        """Name -> path of each file that goes with the weights: tokenizer, templates, settings; fetched if need be.
+        """Name -> path of each file that goes with the weights (tokenizer, settings, licence); fetched if need be.
 
         Args:
             named: Further files of the tokenizer's kind.
@@ -260,7 +261,8 @@ def _goes_with_the_weights(name: str) -> bool:
     folder, _, file = name.rpartition("/")
     if folder:
         return folder == _TEMPLATES and file.endswith(".jinja")
-    return is_tokenizer_file(file) or file.endswith(".tiktoken") or file in SETTINGS_FILES
+    kept = is_tokenizer_file(file) or is_licence_file(file)
+    return kept or file.endswith(".tiktoken") or file in SETTINGS_FILES
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from tmerge.errors import NotEnoughDiskError
 from tmerge.models.copying import WrittenTensor, stored_again, write_shards
+from tmerge.models.licence_files import write_licence_files
 from tmerge.models.loading import LoadedModel
 from tmerge.models.place import Place
 from tmerge.models.quiet import quiet
@@ -30,7 +31,7 @@ _ROOM = 64 << 20
 def save_checkpoint(
     loaded: LoadedModel, folder: Path, *, max_shard_size: int | str = "5GB", dtype: torch.dtype | None = None
 ) -> list[Path]:
-    """Write a model, its tokenizer, chat templates and generation config into a folder.
+    """Write a model, its tokenizer, chat templates, generation config and licence files into a folder.
 
     Of a model that came from a checkpoint, the tensors that were not changed keep their bytes, and those that were, and
     all its settings, what they are called and stored as. One that came from a GGUF file is written as ``transformers``
@@ -78,6 +79,7 @@ def save_checkpoint(
     write_config(loaded, folder, written, place)
     write_generation_config(loaded, folder)
     write_tokenizer(loaded, folder)
+    write_licence_files(loaded.place, folder)
     return sorted(path for path in set(folder.rglob("*")) - before if path.is_file())
 
 

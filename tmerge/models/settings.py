@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tmerge.models.announced import is_announcement
+from tmerge.models.checkpoint import is_licence_file
 from tmerge.models.loading import LoadedModel, runs_own_code
 from tmerge.models.place import Place
 from tmerge.models.tokenizers import restore_limits
@@ -165,7 +166,7 @@ def write_tokenizer(loaded: LoadedModel, folder: Path) -> None:
     if isinstance(loaded.place, Place) and not runs_own_code(loaded.tokenizer):
         named = type(loaded.tokenizer).vocab_files_names.values()
         for name, path in loaded.place.beside(tuple(named)).items():
-            if name != _GENERATION:
+            if name != _GENERATION and not is_licence_file(name):
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, folder / name)
     else:

@@ -202,6 +202,7 @@ class SaveNote(Note):
         weights: File name -> SHA-256 (hex).
         least_release: The first ``transformers`` that reads it; None where the target's own files do not tell.
         adapter: Of what was written as an adapter of the target; None of a whole checkpoint.
+        licence_files: The target's licence and notices, which lie beside the weights.
     """
 
     dtype: str
@@ -209,3 +210,4 @@ class SaveNote(Note):
     weights: Mapping[str, str]
     least_release: str | None = None
     adapter: SavedAdapter | None = None
+    licence_files: tuple[str, ...] = ()

@@ -218,6 +218,8 @@ def _remarks(measured: Measurements) -> list[str]:
             f"reads with transformers {release} or later: earlier releases do not know this architecture, or read a "
             "config that today's wrote in another way"
         )
+    if files := measured.saved.licence_files:
+        remarks.append(f"the target's licence files lie beside the weights: {', '.join(files)}")
     return remarks
 
 

@@ -21,10 +21,12 @@ from tmerge.models import (
     ModuleChange,
     file_digest,
     least_release,
+    licence_files,
     save_adapter,
     save_checkpoint,
     verify_adapter,
     verify_checkpoint,
+    write_licence_files,
 )
 from tmerge.recipe import Recipe
 from tmerge.report import SavedAdapter
@@ -81,7 +83,8 @@ class Save:
         """Whether the checkpoint is still what was written."""
         paths = {self.run.folder / name: digest for name, digest in note.weights.items()}
         config = CONFIG if note.adapter is None else ADAPTER_CONFIG
-        if not (self.run.folder / config).is_file() or not all(path.is_file() for path in paths):
+        kept = [self.run.folder / name for name in (config, *note.licence_files)]
+        if not all(path.is_file() for path in (*kept, *paths)):
             return False
         return all(file_digest(path) == digest for path, digest in paths.items())
 
@@ -89,17 +92,20 @@ class Save:
         """Fuse, write, compare, move."""
         loaded = load(self.target, progress)
         stored, computed = (str(dtype).removeprefix("torch.") for dtype in (loaded.dtype, loaded.model.dtype))
+        licence = tuple(licence_files(loaded.place))
         if self.recipe.save.form == "adapter":
             adapter, weights = publish_adapter(
                 self.target, self.run, self.neurons.transported, self.alpha, self.recipe.fusion.projections, progress
             )
             self.target.release()
-            return SaveNote(dtype=stored, computed_in=computed, weights=weights, adapter=adapter)
+            return SaveNote(dtype=stored, computed_in=computed, weights=weights, adapter=adapter, licence_files=licence)
         fuse(self.target.views.views, self.neurons.transported, self.alpha)
         weights = publish(loaded, self.run, self.recipe, held_out(self.recipe, self.texts), progress)
         release = least_release(loaded)
         self.target.release()
-        return SaveNote(dtype=stored, computed_in=computed, weights=weights, least_release=release)
+        return SaveNote(
+            dtype=stored, computed_in=computed, weights=weights, least_release=release, licence_files=licence
+        )
 
 
 def publish(loaded: LoadedModel, run: Run, recipe: Recipe, texts: Sequence[str], progress: Progress) -> dict[str, str]:
@@ -167,6 +173,7 @@ def publish_adapter(
     if not len(transported):
         changes = unchanged_modules(layers, projections)
     size = save_adapter(fresh, changes, loaded.model, loaded.reference, target.commit)
+    write_licence_files(loaded.place, fresh)
     fused = (
         (layers[items[0].layer][items[0].projection].parameters, partial(fuse, layers, items, alpha))
         for items in in_turn("comparing the adapter with the model in memory")
