@@ -28,6 +28,7 @@ def case(name, *named, **options):
         results[name] = {
             "commit": model.commit, "adapter": adapter.commit, "base": adapter.base_commit, "licence": adapter.licence,
             "of_base": facts.licence, "ref": adapter.reference.text, "pinned": model.pinned,
+            "pinned_base": model.pinned_base,
             "sum": float(sum(p.double().sum() for p in model.load().model.parameters())),
         }
     except TmergeError as error:
@@ -35,6 +36,9 @@ def case(name, *named, **options):
 
 case("alone", "user/lora")
 case("beside", "user/pico@v1", adapter="user/lora@first")
+case("base named", "user/orphan", base="user/pico@v1")
+case("base of a model", "user/pico", base="user/pico@v1")
+case("base that is none", "user/orphan", base="/tmp")
 case("pickles", "user/pickles")
 case("path", "user/path")
 case("base gone", "user/orphan")
@@ -97,6 +101,14 @@ def test_base_and_adapter_are_read_at_the_commits_that_are_recorded(hub, case):
     assert (found["licence"], found["of_base"]) == ("cc-by-nc-4.0", "apache-2.0")
     pinned = f"user/pico@{commits['base']}" if case == "beside" else f"user/lora@{commits['adapter']}"
     assert found["pinned"] == pinned
+    assert found["pinned_base"] == (None if case == "beside" else f"user/pico@{commits['base']}")
+
+
+def test_an_adapter_is_joined_to_the_base_that_is_named_for_it(hub):
+    results, commits, expected = hub
+    found = results["base named"]
+    assert found["base"] == commits["base"] and found["sum"] == pytest.approx(expected, rel=1e-6)
+    assert found["pinned_base"] == f"user/pico@{commits['base']}"
 
 
 @pytest.mark.parametrize(
@@ -105,6 +117,9 @@ def test_base_and_adapter_are_read_at_the_commits_that_are_recorded(hub, case):
         ("pickles", "CheckpointError", "has its weights as pickles only (adapter_model.bin)"),
         ("path", "CheckpointError", "which is no model that can be found from here; give the base as --source-base"),
         ("base gone", "ModelNotFoundError", "'user/orphan' is an adapter, and of its base 'user/nothing'"),
+        ("base of a model", "CheckpointError", "is a model and no adapter, and bases joins it to 'user/pico@v1'; drop"),
+        # Never a path: a recipe of a stranger's may name one.
+        ("base that is none", "ModelNotFoundError", "'/tmp' is neither a folder or .gguf file here nor a Hub id"),
         ("no adapter", "CheckpointError", "'user/pico' has no adapter_config.json, so it is no PEFT adapter"),
         ("no repo", "ModelNotFoundError", "'user/nothing': no such folder here, and no such repo on the Hub"),
         ("offline and not here", "ModelNotFoundError", "'user/other' is not in the local cache"),

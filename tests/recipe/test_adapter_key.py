@@ -48,3 +48,13 @@ def test_on_the_command_line_it_takes_the_place_of_a_recipes_source(base, tmp_pa
 )
 def test_what_does_not_go_with_it(more, words):
     assert_refused({"target": SMALL, "adapter": LORA, **more}, words)
+
+
+def test_what_an_adapter_that_stands_for_a_model_is_joined_to():
+    data = {"target": f"{LORA}@v2", "source": BIG, "bases": {LORA: "d/base", f"{LORA}@v2": "d/base@abc"}}
+    recipe = Recipe.from_mapping(data)
+    assert recipe.base_of(f"{LORA}@v2") == "d/base@abc" and recipe.base_of(BIG) is None
+    assert Recipe.from_mapping({**data, "bases": {LORA: "d/base"}}).base_of(f"{LORA}@v2") == "d/base"
+    assert Recipe.from_mapping(recipe.model_dump(mode="json")) == recipe
+    assert_refused({**data, "bases": {"c/other": "d/base"}}, ["bases names c/other, which is no model of this recipe"])
+    assert_refused({**data, "bases": LORA}, [f"bases is '{LORA}': write a mapping of keys to values"])

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tmerge.calibration import FeatureStore, TextSet
-from tmerge.comparison.inputs import ComparedData, MergedModels, merge_recipe, refuse_moved
+from tmerge.comparison.inputs import ComparedData, MergedModels, merge_recipe, refuse_moved, with_source
 from tmerge.comparison.result import SCHEMA, Comparison
 from tmerge.comparison.rows import RowNote, RowScores, TextScores, TrainedScores, added, grouped, summed_up
 from tmerge.comparison.tables import comparison_table
@@ -275,7 +275,7 @@ class _Comparison:
     def _other(self, source: str, commit: str) -> RowScores:
         """The same recipe with another source: its fused model."""
         folder = self.out / f"merge-{stage_key('source', source=source)[:8]}"
-        recipe = Recipe.from_mapping(self.merge_recipe.model_dump(mode="json") | {"source": source})
+        recipe = with_source(self.merge_recipe, source)
         self._release_both()
         report = merge(recipe, folder, listener=self.listener, processes=self.processes)
         # That merge asks for the models anew, by their names.

@@ -22,7 +22,7 @@ from tmerge.recipe import Recipe
 from tmerge.stages.scoring import load, opened
 from tmerge.stages.step import Listener, Progress
 
-__all__ = ["ComparedData", "MergedModels", "merge_recipe", "refuse_moved"]
+__all__ = ["ComparedData", "MergedModels", "merge_recipe", "refuse_moved", "with_source"]
 
 # The comparison's merge always says whether it points downhill: on this many calibration texts.
 _DESCENT_TEXTS = 64
@@ -35,6 +35,13 @@ def merge_recipe(recipe: Recipe) -> Recipe:
         evaluation = evaluation.model_copy(update={"descent": _DESCENT_TEXTS})
     plain = {"compare": type(recipe.compare)(), "adaptation": type(recipe.adaptation)()}
     return recipe.model_copy(update={"evaluation": evaluation, **plain})
+
+
+def with_source(recipe: Recipe, source: str) -> Recipe:
+    """A recipe with another source, and of `bases` what is said of the models that it names then."""
+    named = [name for name in (recipe.target, recipe.source_base) if name is not None]
+    bases = {name: base for name in named if (base := recipe.base_of(name)) is not None}
+    return Recipe.from_mapping(recipe.model_dump(mode="json") | {"source": source, "bases": bases})
 
 
 class MergedModels:

@@ -238,7 +238,8 @@ def _refuse_other_models(original: FoundRun, report: Report, recipe: Recipe) -> 
         named.append((each.name, each.model, source.source or recipe.source, source.adapter))
     for role, model, reference, adapter in named:
         commit = model.commit
-        if commit.startswith("sha256:") and (here := model_commit(reference, adapter)) != commit:
+        base = recipe.base_of(reference)
+        if commit.startswith("sha256:") and (here := model_commit(reference, adapter, base)) != commit:
             raise ModelNotFoundError(
                 f"{reference} here is not the {role} that {original.name} was made from ({here[7:19]} here, "
                 f"{commit[7:19]} there); put that one in its place"

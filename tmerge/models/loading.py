@@ -262,17 +262,18 @@ def load_tokenizer(
         return read_tokenizer(place.reference, place.folder, place.pretrained, place.options, trust_remote_code)
 
 
-def model_commit(reference: str | ModelReference, adapter: str | None = None) -> str:
+def model_commit(reference: str | ModelReference, adapter: str | None = None, base: str | None = None) -> str:
     """What `LoadedModel.commit` would be, without loading: one request for a Hub repo, a hash of local files.
 
     Args:
         reference: As `load_model`.
         adapter: That is joined to it.
+        base: As `find_place`.
 
     Raises:
         TmergeError: As `load_model`, for what concerns finding the files.
     """
-    return find_place(reference, adapter=adapter).commit
+    return find_place(reference, adapter=adapter, base=base).commit
 
 
 def _load_gguf(

@@ -42,6 +42,7 @@ class Model:
         trust_remote_code: Whether this repo's own Python code may run.
         commit: What identifies its contents, where that is known already; nobody is asked for it then.
         adapter: A LoRA's repo or folder, joined to the model when it is read.
+        base: Of an adapter that stands for a model, what it is joined to, where that is not the one it names.
     """
 
     def __init__(
@@ -54,10 +55,11 @@ class Model:
         trust_remote_code: bool = False,
         commit: str | None = None,
         adapter: str | None = None,
+        base: str | None = None,
     ) -> None:
         self.reference, self.dtype, self.device, self.memory = reference, dtype, device, memory
         self.trust_remote_code = trust_remote_code
-        self.adapter = adapter
+        self.adapter, self.base = adapter, base
         self._commit = commit
         self._loaded: LoadedModel | None = None
         self._views: Architecture | None = None
@@ -72,7 +74,7 @@ class Model:
         """
         known = self._commit
         revision = None if known is None or known.startswith("sha256:") else known
-        return find_place(self.reference, revision, self.trust_remote_code, self.adapter)
+        return find_place(self.reference, revision, self.trust_remote_code, self.adapter, self.base)
 
     @cached_property
     def facts(self) -> ModelFacts:
@@ -108,6 +110,17 @@ class Model:
         if joined is not None:
             commit = joined.commit if self.adapter is None else joined.base_commit
         return pinned(self.reference, commit)
+
+    @property
+    def pinned_base(self) -> str | None:
+        """Of an adapter that stands for a model, the Hub repo that it is joined to, at the commit that is read.
+
+        None of any other model, and where that base is local.
+        """
+        joined = self.facts.adapter
+        if joined is None or self.adapter is not None or self.place.reference.kind != "hub":
+            return None
+        return pinned(self.place.reference.text, joined.base_commit)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -356,6 +356,7 @@ def find_place(
     revision: str | None = None,
     trust_remote_code: bool = False,
     adapter: str | None = None,
+    base: str | None = None,
 ) -> Place | GgufPlace:
     """Find a model's files; of an adapter where a model is meant, its base's, and the adapter to be joined to it.
 
@@ -364,25 +365,28 @@ def find_place(
         revision: Commit to take instead of what the reference says.
         trust_remote_code: Whether this repo's own Python code may run.
         adapter: An adapter's repo or folder, to be joined to the model.
+        base: Hub id of the model that an adapter which stands for one is joined to; by itself the one that it names.
 
     Raises:
         TmergeError: Nothing by that name, no way to it, or no checkpoint there.
     """
     where = reference if isinstance(reference, ModelReference) else ModelReference.parse(reference)
     found = GgufPlace.find(where) if where.kind == "gguf" else Place.find(where, revision, trust_remote_code)
+    if base is not None and not isinstance(found, Adapter):
+        raise CheckpointError(f"{where.text!r} is a model and no adapter, and bases joins it to {base!r}; drop that")
     if adapter is not None:
         if isinstance(found, Adapter):
             raise _on_an_adapter(adapter, where)
         return replace(found, adapter=Adapter.find(adapter))
     if not isinstance(found, Adapter):
         return found
-    base = found.base
+    of = found.base if base is None else ModelReference.parse_repo(base)
     try:
-        below = GgufPlace.find(base) if base.kind == "gguf" else Place.find(base, None)
+        below = GgufPlace.find(of) if of.kind == "gguf" else Place.find(of, None)
     except (ModelNotFoundError, GatedModelError) as error:
         raise type(error)(f"{where.text!r} is an adapter, and of its base {error}") from None
     if isinstance(below, Adapter):
-        raise _on_an_adapter(where.text, base)
+        raise _on_an_adapter(where.text, of)
     return replace(below, adapter=found)
 
 

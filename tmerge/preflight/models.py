@@ -46,6 +46,7 @@ class Models:
                 trust_remote_code=trusts(recipe.trust_remote_code, reference),
                 commit=(commits or {}).get(role),
                 adapter=adapter,
+                base=recipe.base_of(reference),
             )
 
         base = None if recipe.source_base is None else handle("source_base", recipe.source_base)
@@ -92,6 +93,11 @@ class Models:
                 assert joined is not None  # its facts are read with it
                 pins.append({"adapter": pinned(model.adapter, joined.commit)})
         return pins
+
+    def pinned_bases(self) -> dict[str, str]:
+        """Adapter that stands for a model, as `pinned` -> the Hub repo that it is joined to, at its commit."""
+        models = [*(model for _, model in self._roles()), *self.sources]
+        return {model.pinned: base for model in models if (base := model.pinned_base) is not None}
 
     def _roles(self) -> Iterator[tuple[str, Model]]:
         yield "target", self.target

@@ -37,6 +37,10 @@ DECIDE_WRITING = frozenset({"save"})
 """Keys that change how the result is written and nothing before it: what is finished stays so when they change."""
 
 
+def _repo(reference: str) -> str:
+    return reference.partition("@")[0]
+
+
 class Recipe(Section):
     """Everything that decides a run; each key says what it is in its description (`tmerge recipe` shows them all)."""
 
@@ -56,6 +60,11 @@ class Recipe(Section):
         (),
         description="several models and LoRAs made from source_base, in place of source and adapter: what each learned "
         "is carried by the one matching of source_base, and joined (fusion.join)",
+    )
+    bases: dict[str, str] = Field(
+        {},
+        description="an adapter that is named as a model -> Hub id (with `@revision`) of the model it is joined to; by "
+        "itself the one that it names. The recipe of a finished run has its commit",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -94,6 +103,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
+        self._bases_are_of_models()
         self._adapter_has_a_base()
         self._sources_have_a_base()
         if self.save.form == "adapter":
@@ -132,6 +142,24 @@ class Recipe(Section):
             if fitted:
                 raise ValueError(f"fusion.stream needs transport.map: plan, not {self.transport.map}; set it to false")
         return self
+
+    def _bases_are_of_models(self) -> None:
+        named = [self.target, self.source, self.source_base, *(one.source for one in self.sources)]
+        for adapter in self.bases:
+            if all(name is None or _repo(name) != _repo(adapter) for name in named):
+                raise ValueError(
+                    f"bases names {adapter}, which is no model of this recipe; write it as target, source or "
+                    "source_base has it, or drop it"
+                )
+
+    def base_of(self, reference: str) -> str | None:
+        """What `bases` says that a model is joined to; None where it says nothing of it.
+
+        Args:
+            reference: Of an adapter that stands for a model. Of one repo, what is said of this revision comes first.
+        """
+        named = {_repo(adapter): base for adapter, base in self.bases.items()}
+        return self.bases.get(reference, named.get(_repo(reference)))
 
     def _adapter_has_a_base(self) -> None:
         if self.adapter is None:

@@ -26,7 +26,7 @@ def fetch_weights_of(recipe: Recipe, *, listener: Listener) -> None:
     for reference, adapter in named:
         if reference is not None and ModelReference.parse(reference).kind == "hub":
             listener(Step("texts", f"fetching {reference}", 0, 1, "models"))
-            place = find_place(reference, adapter=adapter)
+            place = find_place(reference, adapter=adapter, base=recipe.base_of(reference))
             if isinstance(place, Place) and place.snapshot is not None:
                 fetch_weights(place.snapshot)
             if place.adapter is not None:

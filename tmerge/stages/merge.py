@@ -229,6 +229,7 @@ class _Road:
     def _resolved(self, texts: TextSet, kept: TextSet | None) -> Recipe:
         """The recipe with Hub references pinned to the commits that were read."""
         data = self.recipe.model_dump(mode="json") | self.models.pinned()
+        data["bases"] |= self.models.pinned_bases()
         # With their weights.
         data["sources"] = [
             source | pins for source, pins in zip(data["sources"], self.models.pinned_sources(), strict=True)
