@@ -14,6 +14,7 @@ from tmerge.models.adapter import joined_commit
 
 SCRIPT = """
 import json
+import huggingface_hub
 import huggingface_hub.constants as constants
 from tmerge.errors import TmergeError
 from tmerge.models import Model
@@ -44,8 +45,12 @@ case("path", "user/path")
 case("base gone", "user/orphan")
 case("no adapter", "user/pico", adapter="user/pico")
 case("no repo", "user/pico", adapter="user/nothing")
+case("both", "user/both")
+huggingface_hub.snapshot_download("user/whole")
 constants.HF_HUB_OFFLINE = True
 case("offline", "user/lora")
+case("offline both", "user/both")
+case("offline and whole", "user/whole")
 case("offline and not here", "user/pico", adapter="user/other")
 print("RESULTS" + json.dumps(results))
 """
@@ -85,6 +90,13 @@ def hub(tmp_path_factory):
     }.items():
         repos[f"user/{name}"] = Repo()
         repos[f"user/{name}"].commit(folder)
+    both = variant("both", base_model_name_or_path="user/pico")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(old / name, both / name)
+    # The second is fetched by others, and never seen with the Hub at hand.
+    repos["user/both"], repos["user/whole"] = Repo(), Repo()
+    for name in ("user/both", "user/whole"):
+        repos[name].commit(both)
     with LoopbackHub(repos) as server:
         done = run_client(server, root / "home", SCRIPT)
     assert "RESULTS" in done.stdout, done.stderr[-3000:]
@@ -120,6 +132,9 @@ def test_an_adapter_is_joined_to_the_base_that_is_named_for_it(hub):
         ("base of a model", "CheckpointError", "is a model and no adapter, and bases joins it to 'user/pico@v1'; drop"),
         # Never a path: a recipe of a stranger's may name one.
         ("base that is none", "ModelNotFoundError", "'/tmp' is neither a folder or .gguf file here nor a Hub id"),
+        ("both", "CheckpointError", "'user/both' holds an adapter (adapter_config.json) beside a model (config.json)"),
+        ("offline both", "CheckpointError", "'user/both' holds an adapter (adapter_config.json) beside a model"),
+        ("offline and whole", "CheckpointError", "'user/whole' holds an adapter (adapter_config.json) beside a model"),
         ("no adapter", "CheckpointError", "'user/pico' has no adapter_config.json, so it is no PEFT adapter"),
         ("no repo", "ModelNotFoundError", "'user/nothing': no such folder here, and no such repo on the Hub"),
         ("offline and not here", "ModelNotFoundError", "'user/other' is not in the local cache"),

@@ -79,7 +79,8 @@ class Place:
             if not (snapshot.folder / "config.json").is_file():
                 return Adapter.within(reference, snapshot)
             config = read_config(snapshot.folder / "config.json")
-            if ADAPTER_CONFIG in (snapshot.files or ()):
+            # Fetched, so that without a network the cache tells the same.
+            if fetch(snapshot, ADAPTER_CONFIG) is not None:
                 raise _beside_an_adapter(reference)
             return cls(reference, snapshot.folder, snapshot, config, trust_remote_code)
         assert reference.path is not None
