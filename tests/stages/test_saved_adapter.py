@@ -23,6 +23,7 @@ from tmerge.models import load_model
 from tmerge.preflight.check import check
 from tmerge.recipe import Recipe, load_recipe
 from tmerge.run import Run
+from tmerge.stages.adapt import adapt_run
 from tmerge.stages.merge import merge
 
 IDS = torch.arange(5, 45)[None]
@@ -107,6 +108,22 @@ def test_the_same_run_written_in_the_other_form_leaves_nothing_of_the_first(mode
     assert not (out / "config.json").exists() and not (out / "model.safetensors").exists()
     again = load_file(out / "adapter_model.safetensors")
     assert again.keys() == first.keys() and all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_what_is_trained_on_top_of_it_is_a_whole_model_and_says_so(models, tmp_path):
+    pytest.importorskip("trl")
+    merge(carried(models), tmp_path / "lora")
+    report = adapt_run(tmp_path / "lora", tmp_path / "out", {"steps": 2, "batch_size": 4, "max_tokens": 40})
+    assert (tmp_path / "out/config.json").is_file() and not (tmp_path / "out/adapter_config.json").exists()
+    written = Run(tmp_path / "out").recipe()
+    assert written.save.form == "merged" and report.saved_adapter is None
+    assert "form: merged" in (tmp_path / "out/README.md").read_text()
+    # Else it is the merge's own, with what the training was.
+    merged = Run(tmp_path / "lora").recipe()
+    assert merged.save.form == "adapter" and written.adaptation.steps == 2
+    assert written.digest("fusion", "transport", "target", "source") == merged.digest(
+        "fusion", "transport", "target", "source"
+    )
 
 
 @pytest.mark.parametrize("kind", ["task-vector", "reconstruct"])

@@ -184,6 +184,7 @@ def _written(
     document = merged.to_dict()
     # Training moves all weights: what is written of it is a whole checkpoint, whatever the merge was written as.
     document.pop("saved_adapter", None)
+    recipe = recipe.model_copy(update={"save": recipe.save.model_copy(update={"form": "merged"})})
     document["evaluation"]["adapted"] = {name: measured.to_dict() for name, measured in evaluated.items()}
     report = Report.model_validate(document | {"adaptation": adaptation, "weights": weights})
     write_text(adapted.work / "recipe.yaml", recipe.to_yaml())
