@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.pico import pico_model, save_pico
 from tests.pico_adapter import save_adapter
@@ -103,3 +105,22 @@ def test_an_adapter_of_another_model_is_named(run, models, tmp_path, monkeypatch
     save_adapter(save_pico("llama", tmp_path / "deep", layers=5), tmp_path / "models/far", target_modules=["q_proj"])
     code, _, said = run("check", "--target", "target", "--source-base", "base", "--adapter", "one", "--adapter", "far")
     assert code == 2 and "far" in said and "which 'base' has not" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("role", ["target", "base", "again"])
+def test_a_weight_that_is_not_finite_is_one_line_whichever_model_has_it(run, models, tmp_path, monkeypatch, role):  # noqa: F811
+    """The base and each of several sources are fused from, and never run: nobody else would find it."""
+    for name in ("target", "base", "tuned"):
+        shutil.copytree(models / name, tmp_path / name)
+    shutil.copytree(models / "tuned", tmp_path / "again")
+    path, name = tmp_path / role / "model.safetensors", "model.layers.0.self_attn.q_proj.weight"
+    tensors = load_file(path)
+    tensors[name][0, :2] = torch.tensor([float("nan"), float("inf")])
+    save_file(tensors, path, metadata={"format": "pt"})
+    monkeypatch.chdir(tmp_path)
+    words = ["--target", "target", "--source-base", "base", "--source", "tuned", "--source", "again"]
+    code, printed, said = run("merge", *words, "--dataset", "samples:english", *SMALL, "--out", "out")
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == 2 and printed == "" and "Traceback" not in said and len(errors) == 1 == said.count("error: ")
+    assert f"'{role}': 2 of the 3,072 values of {name} are not finite" in errors[0] and "download" in errors[0]
+    assert not (tmp_path / "out" / "config.json").exists()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.models import pico_gguf
 from tests.pico import pico_model, save_pico
 from tmerge.errors import CheckpointError, DeviceError
-from tmerge.models import ModelReference, load_model
+from tmerge.models import Model, ModelReference, load_model
 from tmerge.models.finite import check_finite
 
 _UP = "model.layers.1.mlp.up_proj.weight"
@@ -36,6 +36,20 @@ def test_what_is_not_finite_in_the_file_is_named(tmp_path, stored, bad):
         f"{str(folder)!r}: 3 of the 6,144 values of {_UP} are not finite (NaN or infinity); the weights are damaged: "
         "download or convert the model again"
     )
+
+
+def test_what_is_read_from_the_file_and_never_loaded_is_held_to_it_too(tmp_path):
+    folder = save_pico("llama", tmp_path / "pico")
+    _spoil(folder, [float("nan"), float("inf")])
+    weights = Model(str(folder), device="cpu").weights
+    assert torch.isfinite(weights[_UP.replace("1", "0")]).all()
+    for _ in range(2):
+        with pytest.raises(CheckpointError) as caught:
+            weights[_UP]
+        assert f"{str(folder)!r}: 2 of the 6,144 values of {_UP} are not finite" in str(caught.value)
+    _spoil(folder, [1e5, 1.0])
+    with pytest.raises(DeviceError, match="beyond the range of float16"):
+        Model(str(folder), device="cpu", dtype="float16").weights[_UP]
 
 
 def test_a_stacked_expert_is_named_as_in_the_file(tmp_path):

@@ -22,8 +22,10 @@ from tmerge.errors import CheckpointError
 from tmerge.models.checkpoint import StoredTensor, file_state, read_safetensors_header
 from tmerge.models.configs import stored_dtype
 from tmerge.models.device import pick_dtype
+from tmerge.models.finite import check_finite
 from tmerge.models.loading import LoadedModel
 from tmerge.models.place import Place
+from tmerge.models.reference import ModelReference
 from tmerge.models.renaming import renamed
 from tmerge.store import write_tensors_in_turn
 
@@ -44,10 +46,18 @@ class MappedWeights(Mapping[str, Tensor]):
     Args:
         entries: Name -> where it is.
         dtype: What values are rounded to, as loading the model rounds them; None leaves them as they are stored.
+        reference: Of the model, whose weights are held to be finite when each is first read: one that is fused from and
+            never run is loaded by nobody, who would find it out. None of what was taken from a loaded one.
     """
 
-    def __init__(self, entries: Mapping[str, _Entry], dtype: torch.dtype | None = None) -> None:
-        self._entries, self._dtype = dict(entries), dtype
+    def __init__(
+        self,
+        entries: Mapping[str, _Entry],
+        dtype: torch.dtype | None = None,
+        reference: ModelReference | None = None,
+    ) -> None:
+        self._entries, self._dtype, self._reference = dict(entries), dtype, reference
+        self._checked: set[str] = set()
         self._states = {entry.path: file_state(entry.path) for entry in self._entries.values()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -61,7 +71,11 @@ class MappedWeights(Mapping[str, Tensor]):
             changed = True
         if changed:
             raise CheckpointError(f"{str(entry.path)!r} changed while it was read; start again when it is written")
-        return tensor if self._dtype is None else tensor.to(self._dtype)
+        taken = tensor if self._dtype is None else tensor.to(self._dtype)
+        if self._reference is not None and name not in self._checked:
+            check_finite(self._reference, [(entry.name, taken)], lambda: [(entry.name, tensor)])
+            self._checked.add(name)
+        return taken
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -82,7 +96,7 @@ def mapped_weights(model: PreTrainedModel, place: Place, dtype: str) -> MappedWe
         dtype: As `load_model`.
 
     Returns:
-        By the names of the model's parameters.
+        By the names of the model's parameters. What is not finite among them is refused when it is read.
 
     Raises:
         TmergeError: The files cannot be read.
@@ -96,7 +110,7 @@ def mapped_weights(model: PreTrainedModel, place: Place, dtype: str) -> MappedWe
         for name, stored in _plain_names(model, place.headers, own).items()
         if place.headers[stored].shape == own[name] and not any(part in name for part in wider)
     }
-    return MappedWeights(entries, number_format)
+    return MappedWeights(entries, number_format, place.reference)
 
 
 def _plain_names(model: PreTrainedModel, stored: Mapping[str, StoredTensor], own: Mapping[str, Any]) -> dict[str, str]:
