@@ -92,6 +92,11 @@ def test_no_key_is_refused_in_pythons_words(key, beside):
     assert refused
 
 
+def test_what_leaves_another_key_missing_is_said_first():
+    assert_refused({"target": "a", "sources": "x"}, ["sources is 'x': write a list of mappings", "(and 1 more)"])
+    assert_refused({"target": "a", "suorce": "x"}, ["unknown key 'suorce'; did you mean 'source'?"])
+
+
 def test_the_command_says_so_in_one_line(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("target: a/target\nsource_base: b/base\nsources: x\n")

@@ -14,6 +14,7 @@ from tmerge.validation import value_due
 
 __all__ = ["one_line"]
 
+_MENDED_FIRST = {"extra_forbidden": 0, "missing": 2}
 _MAPPING = "a mapping of keys to values"
 # Keys that an option of the command line gives as well, among those that have to be there.
 _OPTIONS = ("target", "source", "source_base")
@@ -28,8 +29,8 @@ def one_line(error: ValidationError, where: str, model: type[BaseModel]) -> str:
         model: The recipe's.
     """
     mistakes = error.errors(include_url=False)
-    # A misspelt key often leaves another one missing: the misspelling is what to mend.
-    first = next((mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"), mistakes[0])
+    # What is misspelt, or of the wrong kind, often leaves another key missing: it is what to mend.
+    first = min(mistakes, key=lambda mistake: _MENDED_FIRST.get(mistake["type"], 1))
     # One value that is neither this nor that is one mistake.
     keys = [_key(mistake["loc"], model) for mistake in mistakes]
     key, others = _key(first["loc"], model), len(dict.fromkeys(keys)) - 1

@@ -148,8 +148,8 @@ class Recipe(Section):
         for adapter in self.bases:
             if all(name is None or _repo(name) != _repo(adapter) for name in named):
                 raise ValueError(
-                    f"bases names {adapter}, which is no model of this recipe; write it as target, source or "
-                    "source_base has it, or drop it"
+                    f"bases names {adapter}, which is no model of this recipe; write it as the model is named, or drop "
+                    "it"
                 )
 
     def base_of(self, reference: str) -> str | None:
