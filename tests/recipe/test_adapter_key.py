@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.recipe.refusing import assert_refused
+from tmerge.errors import RecipeError
 from tmerge.recipe import Recipe, TaskVector, load_recipe
 
 SMALL, BIG, LORA = "a/small", "b/big", "c/lora"
@@ -58,3 +59,16 @@ def test_what_an_adapter_that_stands_for_a_model_is_joined_to():
     assert Recipe.from_mapping(recipe.model_dump(mode="json")) == recipe
     assert_refused({**data, "bases": {"c/other": "d/base"}}, ["bases names c/other, which is no model of this recipe"])
     assert_refused({**data, "bases": LORA}, [f"bases is '{LORA}': write a mapping of keys to values"])
+
+
+def test_what_a_model_is_joined_to_goes_with_it(tmp_path):
+    path = tmp_path / "r.yaml"
+    recipe = Recipe.from_mapping({"target": LORA, "source": "e/lora@1", "bases": {LORA: "d/1", "e/lora@1": "d/2"}})
+    path.write_text(recipe.to_yaml())
+    assert load_recipe(str(path), {"source": BIG}).bases == {LORA: "d/1"}
+    assert load_recipe(None, {"source": "e/lora@2"}, start=recipe).bases == recipe.bases
+    assert load_recipe(None, {"seed": 3}, [f"target={SMALL}"], start=recipe).bases == {"e/lora@1": "d/2"}
+    # One that was never a model of it is a slip.
+    path.write_text(recipe.to_yaml().replace("e/lora@1: d/2", "e/lroa@1: d/2"))
+    with pytest.raises(RecipeError, match="bases names e/lroa@1, which is no model of this recipe"):
+        load_recipe(str(path), {"source": BIG})

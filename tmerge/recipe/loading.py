@@ -11,6 +11,7 @@ from typing import Any
 
 from tmerge.errors import RecipeError
 from tmerge.recipe.recipe import Recipe
+from tmerge.recipe.sources import repo_of
 from tmerge.recipe.strict_yaml import load_yaml
 
 __all__ = ["RECIPE_VARIABLE", "load_recipe", "parse_setting", "preset_names"]
@@ -51,6 +52,7 @@ def load_recipe(
     overrides = overrides or {}
     joined = bool(overrides.get("sources"))
     data, where = _read(name) if name is not None or start is None else (start.model_dump(mode="json"), "recipe")
+    before = _models(data)
     for name in ("source", "adapter") if joined else ("sources",) if _names_one(overrides) else ():
         data.pop(name, None)
     for key, value in overrides.items():
@@ -66,7 +68,18 @@ def load_recipe(
         _put(data, "fusion.what", "task-vector")
     for key, value in said.items():
         _put(data, key, value)
+    # What a model is joined to goes with it, where another takes its place.
+    if isinstance(bases := data.get("bases"), dict) and (gone := before - _models(data)):
+        data["bases"] = {adapter: base for adapter, base in bases.items() if repo_of(str(adapter)) not in gone}
     return Recipe.from_mapping(data, where)
+
+
+def _models(data: Mapping[str, Any]) -> set[str]:
+    """The models that a recipe's mapping names, without revisions; what is no text names none."""
+    listed = data.get("sources")
+    entries = [entry.get("source") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    named = [data.get("target"), data.get("source"), data.get("source_base"), *entries]
+    return {repo_of(name) for name in named if isinstance(name, str)}
 
 
 def _names_one(overrides: Mapping[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from tmerge.recipe.fusion import FusionSettings, Reconstruction, TaskVector, Wei
 from tmerge.recipe.mistakes import one_line
 from tmerge.recipe.save import SaveSettings
 from tmerge.recipe.section import Section, counted
-from tmerge.recipe.sources import JoinedSource, source_name
+from tmerge.recipe.sources import JoinedSource, repo_of, source_name
 from tmerge.recipe.strict_yaml import StrictDumper
 from tmerge.recipe.transport import Apart, Shared, TransportSettings
 from tmerge.recipe.unsaid import with_unsaid
@@ -35,10 +35,6 @@ DECIDE_NOTHING = frozenset({"memory"})
 
 DECIDE_WRITING = frozenset({"save"})
 """Keys that change how the result is written and nothing before it: what is finished stays so when they change."""
-
-
-def _repo(reference: str) -> str:
-    return reference.partition("@")[0]
 
 
 class Recipe(Section):
@@ -146,7 +142,7 @@ class Recipe(Section):
     def _bases_are_of_models(self) -> None:
         named = [self.target, self.source, self.source_base, *(one.source for one in self.sources)]
         for adapter in self.bases:
-            if all(name is None or _repo(name) != _repo(adapter) for name in named):
+            if all(name is None or repo_of(name) != repo_of(adapter) for name in named):
                 raise ValueError(
                     f"bases names {adapter}, which is no model of this recipe; write it as the model is named, or drop "
                     "it"
@@ -158,8 +154,8 @@ class Recipe(Section):
         Args:
             reference: Of an adapter that stands for a model. Of one repo, what is said of this revision comes first.
         """
-        named = {_repo(adapter): base for adapter, base in self.bases.items()}
-        return self.bases.get(reference, named.get(_repo(reference)))
+        named = {repo_of(adapter): base for adapter, base in self.bases.items()}
+        return self.bases.get(reference, named.get(repo_of(reference)))
 
     def _adapter_has_a_base(self) -> None:
         if self.adapter is None:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tmerge.recipe.section import Section
 
-__all__ = ["JoinedSource", "source_name"]
+__all__ = ["JoinedSource", "repo_of", "source_name"]
 
 
 class JoinedSource(Section):
@@ -36,3 +36,8 @@ class JoinedSource(Section):
 def source_name(number: int) -> str:
     """What the n-th of several sources, from 1 on, is called wherever it is told of."""
     return f"source {number}"
+
+
+def repo_of(reference: str) -> str:
+    """A reference to a model without its revision, where it has one."""
+    return reference.partition("@")[0]
