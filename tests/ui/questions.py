@@ -7,7 +7,7 @@ from pathlib import Path
 from tmerge.errors import DatasetError
 
 
-def here():
+def here(_number=0):
     """Which process it is."""
     return os.getpid()
 

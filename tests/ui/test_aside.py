@@ -1,5 +1,7 @@
 """Questions beside the app: several at once, only the last of a page's, and no process longer than it is needed."""
 
+import asyncio
+import itertools
 import logging
 import os
 import threading
@@ -15,11 +17,12 @@ pytest.importorskip("gradio", reason="the app extra is not installed")
 import gradio as gr
 
 from tests.ui import questions
+from tests.ui.awaited import awaited
 from tmerge.errors import DatasetError
 from tmerge.ui.parts.following import follow
 from tmerge.ui.server import aside as asides
-from tmerge.ui.server.aside import Aside, StillAskingError, TooSlowError
-from tmerge.ui.server.changes import Changes, SupersededError
+from tmerge.ui.server.aside import Aside, Asked, StillAskingError, TooSlowError, patiently
+from tmerge.ui.server.changes import Changes, SupersededError, always
 
 HANGS = 600.0
 
@@ -30,13 +33,26 @@ def aside(monkeypatch):
     aside = Aside(most=2)
     yield aside
     aside.close()
-    assert aside._busy == 0 and aside._free == []
+    assert aside._living == set()
 
 
 @pytest.fixture
 def pool():
     with ThreadPoolExecutor(8) as pool:
         yield pool
+
+
+def asks(aside, question, *words, wanted=always, seconds=60.0):
+    """The answer, waited for."""
+    return awaited(patiently(lambda: aside.ask(question, *words, wanted=wanted), wanted, seconds))
+
+
+_numbers = itertools.count()
+
+
+def here(aside):
+    """Which process answers, asked anew each time."""
+    return asks(aside, questions.here, next(_numbers))
 
 
 def until(condition, seconds=60.0):
@@ -52,24 +68,24 @@ def pid_in(path):
 
 
 def test_an_answer_an_error_and_a_fault_come_of_one_process(aside, caplog):
-    first = aside.call(questions.here)
+    first = here(aside)
     assert first != os.getpid()
     with pytest.raises(DatasetError, match="no such column"):
-        aside.call(questions.mistaken)
+        asks(aside, questions.mistaken)
     with caplog.at_level(logging.ERROR), pytest.raises(RuntimeError, match="its traceback is in the log"):
-        aside.call(questions.at_fault)
+        asks(aside, questions.at_fault)
     assert "secret detail" in caplog.text
-    assert aside.call(questions.here) == first
+    assert here(aside) == first
     with pytest.raises(TooSlowError, match="the answer was lost"):
-        aside.call(questions.lost)
-    assert aside.call(questions.here) != first
+        asks(aside, questions.lost)
+    assert here(aside) != first
 
 
 def test_one_that_hangs_holds_up_no_other_and_is_ended_when_its_time_is_over(aside, pool, tmp_path):
     aside.patience = 10.0
-    hanging = pool.submit(aside.call, questions.slow, tmp_path / "begun", HANGS)
+    hanging = pool.submit(asks, aside, questions.slow, tmp_path / "begun", HANGS)
     process = psutil.Process(pid_in(tmp_path / "begun"))
-    others = {aside.call(questions.here) for _ in range(3)}
+    others = {here(aside) for _ in range(3)}
     assert len(others) == 1 and process.pid not in others and not hanging.done()
     with pytest.raises(TooSlowError, match="no answer within 10 s"):
         hanging.result(60)
@@ -77,94 +93,85 @@ def test_one_that_hangs_holds_up_no_other_and_is_ended_when_its_time_is_over(asi
 
 
 def test_where_all_are_busy_one_waits_for_the_first_that_is_free(aside, pool, tmp_path):
-    busy = [pool.submit(aside.call, questions.slow, tmp_path / str(i), 1.0) for i in range(2)]
+    busy = [pool.submit(asks, aside, questions.slow, tmp_path / str(i), 1.0) for i in range(2)]
     pids = {pid_in(tmp_path / str(i)) for i in range(2)}
-    assert len(pids) == 2 and aside.call(questions.here) in pids
+    assert len(pids) == 2 and here(aside) in pids
     assert {one.result(60) for one in busy} == pids
-    aside.patience = 0.3
-    aside.most = 0
+    busy = [pool.submit(asks, aside, questions.slow, tmp_path / f"again {i}", 1.5) for i in range(2)]
+    for i in range(2):
+        pid_in(tmp_path / f"again {i}")
+    aside.patience = 1.0
+    waits = pool.submit(here, aside)
+    assert not [one.exception(60) for one in busy if one.exception(60) is None]
     with pytest.raises(TooSlowError, match="others are asking"):
-        aside._busy += 1
-        try:
-            aside._free.clear()
-            aside.call(questions.here)
-        finally:
-            aside._busy -= 1
+        waits.result(60)
 
 
 def test_one_that_is_superseded_is_not_answered_and_its_process_is_freed(aside, pool, tmp_path, monkeypatch):
     monkeypatch.setattr(asides, "_GRACE", 0.2)
     wanted = threading.Event()
     wanted.set()
-    asked = [pool.submit(aside.call, questions.slow, tmp_path / str(i), HANGS, wanted=wanted.is_set) for i in range(2)]
+    asked = [pool.submit(asks, aside, questions.slow, tmp_path / str(i), HANGS, wanted=wanted.is_set) for i in range(2)]
     processes = [psutil.Process(pid_in(tmp_path / str(i))) for i in range(2)]
     # This one waits, and is not asked at all.
-    asked.append(pool.submit(aside.call, questions.slow, tmp_path / "waits", HANGS, wanted=wanted.is_set))
+    asked.append(pool.submit(asks, aside, questions.slow, tmp_path / "waits", HANGS, wanted=wanted.is_set))
     time.sleep(0.3)
     began = time.monotonic()
     wanted.clear()
     for one in asked:
         with pytest.raises(SupersededError):
             one.result(60)
-    assert time.monotonic() - began < 10 and not (tmp_path / "waits").exists()
-    assert not any(process.is_running() for process in processes)
-    assert aside.call(questions.here) not in {process.pid for process in processes}
+    assert time.monotonic() - began < 1
+    until(lambda: not any(process.is_running() for process in processes))
+    assert time.monotonic() - began < 10
+    assert here(aside) not in {process.pid for process in processes} and not (tmp_path / "waits").exists()
 
 
 def test_one_that_ends_soon_after_it_was_superseded_keeps_its_process(aside, pool, tmp_path):
     wanted = threading.Event()
     wanted.set()
-    asked = pool.submit(aside.call, questions.slow, tmp_path / "begun", 0.5, wanted=wanted.is_set)
+    asked = pool.submit(asks, aside, questions.slow, tmp_path / "begun", 0.5, wanted=wanted.is_set)
     process = pid_in(tmp_path / "begun")
     wanted.clear()
-    asked.exception(60)
-    assert aside.call(questions.here) == process
+    assert isinstance(asked.exception(60), SupersededError)
+    until(lambda: aside._free == {0})
+    assert here(aside) == process
 
 
 def test_of_those_that_have_nothing_to_do_one_stays(aside, pool, tmp_path, monkeypatch):
     monkeypatch.setattr(asides, "_IDLE", 0.3)
-    busy = [pool.submit(aside.call, questions.slow, tmp_path / str(i), 0.5) for i in range(2)]
+    busy = [pool.submit(asks, aside, questions.slow, tmp_path / str(i), 0.5) for i in range(2)]
     processes = [psutil.Process(one.result(60)) for one in busy]
-    until(lambda: len(aside._free) == 1)
+    until(lambda: aside._living == {0})
     until(lambda: sum(process.is_running() for process in processes) == 1)
 
 
-def test_however_often_processes_come_back_one_timer_looks_for_idle_ones(aside, pool, tmp_path):
-    processes = [pool.submit(aside.call, questions.slow, tmp_path / str(i), 0.5) for i in range(2)]
+def test_of_free_processes_the_first_is_asked_and_each_has_one_thread(aside, pool, tmp_path):
+    processes = [pool.submit(asks, aside, questions.slow, tmp_path / str(i), 0.5) for i in range(2)]
     assert len({one.result(60) for one in processes}) == 2
-    for _ in range(5):
-        aside.call(questions.here)
-    until(lambda: len(aside._free) == 2)
-    timers = [each for each in threading.enumerate() if getattr(each, "function", None) == aside._end_idle]
-    assert timers == [aside._idle]
-    aside.close()
-    timers[0].join(10)
-    assert not timers[0].is_alive()
+    assert len({here(aside) for _ in range(5)}) == 1
+    assert sum(each.name == "tmerge-aside" for each in threading.enumerate()) == 2
 
 
-def test_beyond_so_many_unanswered_questions_none_is_taken(aside, monkeypatch):
+def test_beyond_so_many_unanswered_questions_none_is_taken(aside, tmp_path, monkeypatch):
     monkeypatch.setattr(asides, "_MOST_UNANSWERED", 3)
-    answered = threading.Event()
-
-    def call(question, *words, wanted):
-        answered.wait(60)
-        return words
-
-    monkeypatch.setattr(aside, "call", call)
+    wanted = [True]
     before = threading.active_count()
     for i in range(3):
         with pytest.raises(StillAskingError):
-            aside.ask(questions.slow, i, seconds=0.0)
+            aside.ask(questions.slow, tmp_path / str(i), HANGS, wanted=lambda: wanted[0])
     for i in range(3, 20):
         with pytest.raises(TooSlowError, match="too many questions wait for their answers here; try again"):
-            aside.ask(questions.slow, i)
-    assert threading.active_count() <= before + 3
+            aside.ask(questions.slow, tmp_path / str(i), HANGS)
+    assert threading.active_count() <= before + 2
     with pytest.raises(StillAskingError):  # one that was taken is asked for all
-        aside.ask(questions.slow, 0, seconds=0.0)
-    answered.set()
-    assert aside.ask(questions.slow, 0) == (0,)
-    until(lambda: all(each.answer.done() for each in aside._asked.values()))
-    assert aside.ask(questions.slow, 20) == (20,)
+        aside.ask(questions.slow, tmp_path / "2", HANGS, wanted=lambda: wanted[0])
+    until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+    # The one that nobody wants any more, and that no process has begun, leaves its room.
+    wanted[0] = False
+    with pytest.raises(StillAskingError):
+        aside.ask(questions.here)
+    assert asks(aside, questions.here) and not (tmp_path / "2").exists()
 
 
 def test_a_question_for_which_there_is_no_thread_is_asked_anew_later(aside, monkeypatch):
@@ -174,32 +181,69 @@ def test_a_question_for_which_there_is_no_thread_is_asked_anew_later(aside, monk
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", none)
         with pytest.raises(TooSlowError, match="too many questions"):
-            aside.ask(questions.slow, 0)
-    monkeypatch.setattr(aside, "call", lambda question, *words, wanted: words)
-    assert aside.ask(questions.slow, 0) == (0,)
+            aside.ask(questions.here)
+    assert asks(aside, questions.here)
+
+
+def test_a_process_that_cannot_be_started_is_said_and_the_next_question_starts_one(aside, monkeypatch):
+    def none(*words):
+        raise OSError("Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asides, "Child", none)
+        with pytest.raises(TooSlowError, match="too many questions"):
+            asks(aside, questions.here, 1)
+    assert asks(aside, questions.here, 2)
+
+
+def test_any_number_of_pages_waits_without_a_thread_of_its_own(aside, tmp_path):
+    async def wait_all():
+        before = threading.active_count()
+        waiting = [
+            patiently(lambda i=i: aside.ask(questions.slow, tmp_path / str(i), HANGS), seconds=1.0) for i in range(40)
+        ]
+        began = time.monotonic()
+        threads = asyncio.create_task(most_threads())
+        answers = await asyncio.gather(*waiting, return_exceptions=True)
+        threads.cancel()
+        return answers, time.monotonic() - began, max(counted) - before
+
+    async def most_threads():
+        while True:
+            counted.append(threading.active_count())
+            await asyncio.sleep(0.05)
+
+    counted = []
+    answers, took, threads = awaited(wait_all())
+    assert {type(answer) for answer in answers} == {StillAskingError} and took < 3
+    # Those of the two processes.
+    assert threads <= 2
 
 
 def test_who_asks_the_same_gets_the_same_answer_for_a_while(aside, pool, tmp_path, monkeypatch):
-    asked = [pool.submit(aside.ask, questions.slow, tmp_path / "begun", 1.0, seconds=60.0) for _ in range(3)]
-    assert len({one.result(60) for one in asked}) == 1 and aside._busy == 0
+    asked = [pool.submit(asks, aside, questions.slow, tmp_path / "begun", 1.0) for _ in range(3)]
+    assert len({one.result(60) for one in asked}) == 1 and aside._living == {0}
     (tmp_path / "begun").unlink()
     aside.ask(questions.slow, tmp_path / "begun", 1.0)
     assert not (tmp_path / "begun").exists()
-    monkeypatch.setattr(asides, "_ERROR_SECONDS", 0.0)
+    monkeypatch.setattr(asides, "_ERROR_SECONDS", 0.5)
     for _ in range(2):
         with pytest.raises(DatasetError, match="no such column"):
-            aside.ask(questions.mistaken)
+            asks(aside, questions.mistaken)
 
 
 def test_no_page_waits_for_a_slow_answer_and_it_is_there_later(aside, tmp_path):
     began = time.monotonic()
     with pytest.raises(StillAskingError, match="still asking"):
-        aside.ask(questions.slow, tmp_path / "begun", 2.0, seconds=0.3)
+        aside.ask(questions.slow, tmp_path / "begun", 2.0)
+    assert time.monotonic() - began < 0.5
+    with pytest.raises(StillAskingError, match="still asking"):
+        asks(aside, questions.slow, tmp_path / "begun", 2.0, seconds=0.3)
     assert time.monotonic() - began < 1.5
 
     def ask_again():
         try:
-            return aside.ask(questions.slow, tmp_path / "begun", 2.0, seconds=0.3)
+            return aside.ask(questions.slow, tmp_path / "begun", 2.0)
         except StillAskingError:
             return None
 
@@ -209,11 +253,11 @@ def test_no_page_waits_for_a_slow_answer_and_it_is_there_later(aside, tmp_path):
 
 def test_slow_questions_do_not_keep_the_next_visitor_waiting(aside, pool, tmp_path, monkeypatch):
     monkeypatch.setattr(asides, "_SHARE", 1.0)
-    slow = [pool.submit(aside.ask, questions.slow, tmp_path / str(i), HANGS, seconds=60.0) for i in range(2)]
+    slow = [pool.submit(asks, aside, questions.slow, tmp_path / str(i), HANGS, seconds=20.0) for i in range(2)]
     for i in range(2):
         pid_in(tmp_path / str(i))
     began = time.monotonic()
-    assert aside.ask(questions.here, seconds=60.0)
+    assert here(aside)
     assert time.monotonic() - began < 20
     until(lambda: any(one.done() for one in slow))
     for one in slow:
@@ -226,9 +270,7 @@ def test_a_pages_newer_question_ends_its_older_one_if_nobody_else_asks_it(aside,
     monkeypatch.setattr(asides, "_GRACE", 0.2)
     pages, changes = ("one", "two"), Changes(0.0)
     asked = [
-        pool.submit(
-            aside.ask, questions.slow, tmp_path / "begun", HANGS, wanted=changes.begin(page).is_last, seconds=60.0
-        )
+        pool.submit(asks, aside, questions.slow, tmp_path / "begun", HANGS, wanted=changes.begin(page).is_last)
         for page in pages
     ]
     process = psutil.Process(pid_in(tmp_path / "begun"))
@@ -251,15 +293,18 @@ def following(monkeypatch):
         monkeypatch.setattr("tmerge.ui.parts.following._SETTLED_SECONDS", pause)
         with gr.Blocks() as blocks:
             state, shown, button = [gr.State(), gr.State()], gr.HTML(), gr.Button()
-            app = SimpleNamespace(load=lambda *words: None)
+            app = SimpleNamespace(load=lambda *words, **options: None)
             told = lambda draft, uploaded, wanted: {shown: answer(draft, wanted)}  # noqa: E731
             follow(app, [button.click], told, state, [shown], {shown: "still"})
-        return {event.fn.__name__: event.fn for event in blocks.fns.values()}, shown
+        events = blocks.fns.values()
+        # None holds another visitor's up.
+        assert {event.concurrency_limit for event in events} == {None}
+        return {event.fn.__name__: event.fn for event in events}, shown
 
     return following
 
 
-def test_only_the_last_of_quick_changes_on_a_page_is_answered(pool, following):
+def test_only_the_last_of_quick_changes_on_a_page_is_answered(following):
     answered = []
 
     def answer(draft, wanted):
@@ -268,36 +313,41 @@ def test_only_the_last_of_quick_changes_on_a_page_is_answered(pool, following):
 
     functions, shown = following(answer, 1.0)
     pages = [SimpleNamespace(session_hash=name) for name in ("one", "two")]
-    given = []
-    for i in range(3):
-        given += [pool.submit(functions["settled"], f"{page.session_hash} {i}", None, page) for page in pages]
-        time.sleep(0.05)
-    kept = [one.result(20) for one in given]
+
+    async def change():
+        given = []
+        for i in range(3):
+            given += [functions["settled"](f"{page.session_hash} {i}", None, page) for page in pages]
+        return await asyncio.gather(*given)
+
+    kept = awaited(change())
     assert sorted(answered) == ["one 2", "two 2"] and [one[shown] for one in kept[-2:]] == ["one 2", "two 2"]
     assert kept[:-2] == [gr.skip()] * 4
 
 
-def test_an_answer_that_comes_after_a_later_change_is_not_shown(pool, following):
-    began, free = threading.Event(), threading.Event()
+def test_an_answer_that_comes_after_a_later_change_is_not_shown(following):
+    slow = Asked(questions.here, ())
 
     def answer(draft, wanted):
-        if draft == "slow":
-            began.set()
-            free.wait(20)
-            assert not wanted()
+        if draft == "slow" and wanted():
+            raise StillAskingError(slow)
         return draft
 
     functions, shown = following(answer, 0.0)
     page = SimpleNamespace(session_hash="one")
-    slow = pool.submit(functions["settled"], "slow", None, page)
-    assert began.wait(20)
-    assert functions["settled"]("quick", None, page)[shown] == "quick"
-    free.set()
-    assert slow.result(20) == gr.skip()
+
+    async def change():
+        first = asyncio.create_task(functions["settled"]("slow", None, page))
+        await asyncio.sleep(0.05)
+        assert (await functions["settled"]("quick", None, page))[shown] == "quick"
+        return await first
+
+    assert awaited(change()) == gr.skip()
 
 
 def test_what_takes_longer_is_asked_again_until_it_is_there(following):
-    answers = [StillAskingError("later"), StillAskingError("later"), "there"]
+    slow = Asked(questions.here, (), began=0.0)
+    answers = [StillAskingError(slow), StillAskingError(slow), "there"]
 
     def answer(draft, wanted):
         told = answers.pop(0)
@@ -307,6 +357,6 @@ def test_what_takes_longer_is_asked_again_until_it_is_there(following):
 
     functions, shown = following(answer, 0.0)
     page = SimpleNamespace(session_hash="one")
-    told = [functions[name]("draft", None, page) for name in ("settled", "asked_again", "asked_again")]
+    told = [awaited(functions[name]("draft", None, page)) for name in ("settled", "asked_again", "asked_again")]
     assert [one.pop(shown) for one in told] == ["still", "still", "there"]
     assert [timer.active for one in told for timer in one.values()] == [True, True, False]

@@ -1,8 +1,8 @@
 """The Choose tab in a browser: search, check cards, form and YAML in step, uploads, and what is refused."""
 
+import asyncio
 import json
 import re
-import time
 
 import pytest
 
@@ -151,8 +151,13 @@ def test_a_line_that_is_typed_is_checked_once_at_its_end(visit, picos, served, m
         return ask(question, *words, **options)
 
     monkeypatch.setattr(served.context.aside, "ask", counting)
+
     # However slowly a busy machine takes the letters in.
-    monkeypatch.setattr(Change, "settled", lambda self: time.sleep(3) or self.is_last())
+    async def settled(change):
+        await asyncio.sleep(3)
+        return change.is_last()
+
+    monkeypatch.setattr(Change, "settled", settled)
     alpha = page.get_by_label("Strength (alpha)")
     alpha.press("Control+A")
     alpha.press_sequentially("0.12345678", delay=50)

@@ -3,6 +3,7 @@
 import json
 import time
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,10 +17,12 @@ from playwright.sync_api import expect
 
 from tests.hub import Fault, Repo, WritableHub
 from tests.pico import save_pico
+from tests.ui.awaited import awaited
 from tests.ui.test_choose import open_fold, write_yaml
 from tmerge.errors import RemoteError
 from tmerge.ui import AppSettings, build, close, launch_options
 from tmerge.ui.parts.job import job_offer, job_timeout, start_as_job
+from tmerge.ui.server.aside import patiently
 
 # What gradio signs in with where it is no Space.
 TOKEN = "mock-oauth-token-for-local-dev"
@@ -136,8 +139,13 @@ def test_what_is_wrong_with_the_recipe_is_said_once_at_its_field(page):
     expect(page.locator("#job-offer")).not_to_contain_text("user/nowhere")
 
 
+def waited(function, *words):
+    """What it gives, once the check that it asks for is there."""
+    return awaited(patiently(partial(function, *words), seconds=60))
+
+
 def start(app, ends=None, **changes):
-    return start_as_job(app.context, {**RECIPE, **changes}, "l4x1", "user/fused", TOKEN, ends)
+    return waited(start_as_job, app.context, {**RECIPE, **changes}, "l4x1", "user/fused", TOKEN, ends)
 
 
 @pytest.mark.slow
@@ -189,10 +197,10 @@ def test_a_run_that_fits_is_not_pressed_upon_anyone(app):
     from dataclasses import replace
 
     roomy = replace(app.context, settings=replace(app.context.settings, max_parameters=10**9))
-    refused, card = job_offer(roomy, {**RECIPE, "seed": 11})
+    refused, card = waited(job_offer, roomy, {**RECIPE, "seed": 11})
     assert not refused and "This app can run it" in card
-    refused, card = job_offer(roomy, {**RECIPE, "calibration": {"dataset": "samples:thai", "texts": 10**6}})
+    refused, card = waited(job_offer, roomy, {**RECIPE, "calibration": {"dataset": "samples:thai", "texts": 10**6}})
     assert not refused
     small = replace(app.context, settings=replace(roomy.settings, max_texts=100))
-    refused, card = job_offer(small, {**RECIPE, "calibration": {"dataset": "samples:thai", "texts": 500}})
+    refused, card = waited(job_offer, small, {**RECIPE, "calibration": {"dataset": "samples:thai", "texts": 500}})
     assert refused and "not for a job" in card

@@ -4,6 +4,7 @@ import json
 import threading
 import urllib.request
 
+from tests.ui.awaited import awaited
 from tmerge.ui.server.search import HubSearch
 
 
@@ -22,10 +23,10 @@ def test_every_event_without_progress_is_told_to_one_hidden_field(served):
 
 def test_a_first_letter_that_is_heard_last_does_not_undo_the_search():
     search, said = HubSearch(private=False), []
-    thread = threading.Thread(target=lambda: said.append(search.settled("page", "zz")))
+    thread = threading.Thread(target=lambda: said.append(awaited(search.settled("page", "zz"))))
     thread.start()
     while "page" not in search._typing._last:
         pass
-    assert not search.settled("page", "z")
+    assert not awaited(search.settled("page", "z"))
     thread.join(20)
     assert said == [True]

@@ -15,13 +15,16 @@ from tmerge.ui.server.examples import Examples
 from tmerge.ui.server.limits import AppSettings
 from tmerge.ui.server.runs import RunStore, VisitorRun
 
-__all__ = ["QUIET", "SHARED", "UNQUEUED", "AppContext", "Kept"]
+__all__ = ["QUIET", "SHARED", "UNQUEUED", "WAITING", "AppContext", "Kept"]
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """Options of an event that shows no progress."""
 
 SHARED: dict[str, Any] = {**QUIET, "concurrency_limit": 16}
 """Likewise, and nobody is kept waiting by another visitor's."""
+
+WAITING: dict[str, Any] = {**QUIET, "concurrency_limit": None}
+"""Likewise, any number at once: of a function that is awaited, and holds no thread while it waits."""
 
 UNQUEUED: dict[str, Any] = {**QUIET, "queue": False}
 """Likewise, in no queue: for what is there at once, and never in the way of what a visitor waits for."""

@@ -15,7 +15,6 @@ from tmerge.recipe import Recipe
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import check_cards, empty_card, error_card
 from tmerge.ui.parts.form import recipe_of
-from tmerge.ui.server.aside import TURN_SECONDS
 from tmerge.ui.server.changes import always
 from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, refuse_large, vetted
 
@@ -73,14 +72,7 @@ def expected_cards(app: AppContext, draft: Mapping[str, Any], wanted: Callable[[
     return check_cards(here.found, here.refused)
 
 
-def check_here(
-    app: AppContext,
-    recipe: Recipe,
-    wanted: Callable[[], bool] = always,
-    *,
-    lent: bool = True,
-    seconds: float = TURN_SECONDS,
-) -> Here:
+def check_here(app: AppContext, recipe: Recipe, wanted: Callable[[], bool] = always, *, lent: bool = True) -> Here:
     """What a check of a recipe finds, whether or not this app runs it.
 
     Args:
@@ -88,7 +80,6 @@ def check_here(
         recipe: Of the run.
         wanted: As for `Aside.ask`.
         lent: Whether its models read on a GPU that is lent, where the app has such.
-        seconds: To wait for it.
 
     Raises:
         StillAskingError: It is not known yet.
@@ -96,7 +87,7 @@ def check_here(
         TmergeError: The two cannot be merged, or not be read.
     """
     settings = app.settings if lent else replace(app.settings, zero_gpu=False)
-    return app.aside.ask(_check, _readable(recipe), settings, wanted=wanted, seconds=seconds)
+    return app.aside.ask(_check, _readable(recipe), settings, wanted=wanted)
 
 
 def refused_here(app: AppContext, recipe: Recipe, wanted: Callable[[], bool] = always) -> str | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import gradio as gr
 
-from tmerge.ui.context import SHARED, AppContext
-from tmerge.ui.server.aside import AGAIN_SECONDS, StillAskingError
+from tmerge.ui.context import WAITING, AppContext
+from tmerge.ui.server.aside import AGAIN_SECONDS, StillAskingError, patiently
 from tmerge.ui.server.changes import Change, Changes, SupersededError
 
 __all__ = ["follow"]
@@ -41,27 +42,28 @@ def follow(
     """
     changes, again = Changes(_SETTLED_SECONDS), gr.Timer(AGAIN_SECONDS, active=False)
 
-    def answered(change: Change, draft: dict[str, Any], uploaded: str | None) -> dict[Any, Any]:
+    async def answered(change: Change, draft: dict[str, Any], uploaded: str | None) -> dict[Any, Any]:
         try:
-            shown = {**answer(draft, uploaded, wanted=change.is_last), again: gr.Timer(active=False)}
+            told = await patiently(partial(answer, draft, uploaded, wanted=change.is_last), change.is_last)
+            shown = {**told, again: gr.Timer(active=False)}
         except SupersededError:
             return gr.skip()
         except StillAskingError:
             shown = {**meanwhile, again: gr.Timer(active=True)}
         return shown if change.is_last() else gr.skip()
 
-    def at_once(draft: dict[str, Any], uploaded: str | None, request: gr.Request) -> dict[Any, Any]:
-        return answered(changes.begin(request.session_hash), draft, uploaded)
+    async def at_once(draft: dict[str, Any], uploaded: str | None, request: gr.Request) -> dict[Any, Any]:
+        return await answered(changes.begin(request.session_hash), draft, uploaded)
 
-    def settled(draft: dict[str, Any], uploaded: str | None, request: gr.Request) -> dict[Any, Any]:
+    async def settled(draft: dict[str, Any], uploaded: str | None, request: gr.Request) -> dict[Any, Any]:
         change = changes.begin(request.session_hash)
-        return answered(change, draft, uploaded) if change.settled() else gr.skip()
+        return await answered(change, draft, uploaded) if await change.settled() else gr.skip()
 
-    def asked_again(draft: dict[str, Any], uploaded: str | None, request: gr.Request) -> dict[Any, Any]:
-        return answered(changes.last(request.session_hash), draft, uploaded)
+    async def asked_again(draft: dict[str, Any], uploaded: str | None, request: gr.Request) -> dict[Any, Any]:
+        return await answered(changes.last(request.session_hash), draft, uploaded)
 
     shown = [*outputs, again]
-    app.load(at_once, state, shown)
+    app.load(at_once, state, shown, **WAITING)
     said = {"show_progress": "minimal", "show_progress_on": list(outputs)} if shows_progress else {}
-    gr.on(events, settled, state, shown, trigger_mode="multiple", **{**SHARED, **said})
-    again.tick(asked_again, state, shown, trigger_mode="once", **SHARED)
+    gr.on(events, settled, state, shown, trigger_mode="multiple", **{**WAITING, **said})
+    again.tick(asked_again, state, shown, trigger_mode="once", **WAITING)

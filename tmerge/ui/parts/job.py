@@ -6,9 +6,11 @@ leaves its result in a private repo of theirs.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -17,7 +19,7 @@ from huggingface_hub import JobHardware, constants
 from tmerge.errors import RemoteError, TmergeError
 from tmerge.hub.jobs import RemoteRun, start_job
 from tmerge.recipe import Recipe
-from tmerge.ui.context import SHARED, AppContext
+from tmerge.ui.context import WAITING, AppContext
 from tmerge.ui.parts.cards import empty_card, error_card, note
 from tmerge.ui.parts.expected import check_here, refused_here
 from tmerge.ui.parts.following import follow
@@ -25,7 +27,7 @@ from tmerge.ui.parts.form import recipe_of
 from tmerge.ui.parts.returning import sign_in_button
 from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import markup
-from tmerge.ui.server.aside import StillAskingError
+from tmerge.ui.server.aside import StillAskingError, patiently
 from tmerge.ui.server.changes import always
 from tmerge.ui.server.limits import UPLOAD_PREFIX, vetted
 from tmerge.ui.server.pushes import account_name, offers_sign_in, own_token
@@ -84,7 +86,7 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
 
     follow(app, [good.change, upload.change], offered, [good, upload], [fold, offer], {})
 
-    def begin(draft: dict[str, Any], flavor: str, name: str, token: gr.OAuthToken | None) -> str:
+    async def begin(draft: dict[str, Any], flavor: str, name: str, token: gr.OAuthToken | None) -> str:
         try:
             signed_in = own_token(app.settings, None if token is None else token.token)
             if signed_in is None:
@@ -94,7 +96,9 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
                     else "this app does not offer to sign in; run `tmerge merge --remote` on your own machine"
                 )
             ends = None if token is None else token.expires_at
-            job = start_as_job(app, draft, flavor, name, signed_in, ends)
+            # It asks the same, whose answer is there then.
+            await patiently(partial(job_offer, app, draft))
+            job = await asyncio.to_thread(start_as_job, app, draft, flavor, name, signed_in, ends)
             return render("choose.html", "job_started", job=job, result=f"{constants.ENDPOINT}/{job.repo}")
         except (TmergeError, StillAskingError) as error:
             return error_card("No job was started", str(error))
@@ -102,7 +106,7 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
             _log.exception("a job could not be started")
             return error_card("No job was started", "a fault of ours; the server's log has it")
 
-    go.click(begin, [good, hardware, repo], result, trigger_mode="once", **{**SHARED, "show_progress": "minimal"})
+    go.click(begin, [good, hardware, repo], result, trigger_mode="once", **{**WAITING, "show_progress": "minimal"})
 
 
 def job_offer(app: AppContext, draft: Mapping[str, Any], wanted: Callable[[], bool] = always) -> tuple[bool, str]:

@@ -20,13 +20,13 @@ from tmerge.errors import RecipeError, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.stages.relatedness import relatedness_recipe
 from tmerge.stages.step import stage_names, stages_until
-from tmerge.ui.context import SHARED, AppContext
+from tmerge.ui.context import SHARED, WAITING, AppContext
 from tmerge.ui.parts.expected import check_here
 from tmerge.ui.parts.form import read_yaml, recipe_of, section_of, write_yaml
 from tmerge.ui.parts.problem import problem
 from tmerge.ui.parts.returning import open_again, under_way
 from tmerge.ui.parts.texts import upload_name
-from tmerge.ui.server.aside import StillAskingError
+from tmerge.ui.server.aside import StillAskingError, patiently
 from tmerge.ui.server.limits import UPLOAD_PREFIX, TooManyRunsError, vetted
 from tmerge.ui.server.visitor import visitor_of
 
@@ -122,7 +122,7 @@ def build_start(
             return {**again, box: problem("Waiting for the last change to be taken in.", unread=None)}
         return again
 
-    def begin(found: tuple[Any, ...] | None, relates: bool, runs: Any, request: gr.Request) -> dict[Any, Any]:
+    async def begin(found: tuple[Any, ...] | None, relates: bool, runs: Any, request: gr.Request) -> dict[Any, Any]:
         if found is None:
             return {in_the_way: None}
         draft, uploaded, _ = found
@@ -133,13 +133,15 @@ def build_start(
         try:
             # What is read then is another recipe's work, and none of it is lent a GPU.
             asked = relatedness_recipe(recipe) if relates else recipe
-            here = check_here(app, asked, lent=not relates, seconds=_PATIENCE_TO_START)
+            here = await patiently(partial(check_here, app, asked, lent=not relates), seconds=_PATIENCE_TO_START)
             if here.refused:
                 raise TmergeError(here.refused)
             file_there = Path(uploaded) if uploaded else None
             names = stages_until(recipe, "transport") if relates else stage_names(recipe)
             expected = {name: here.found.estimate.stages.get(name, 0.0) for name in names}
-            run_id = app.store.start(recipe, visitor_of(request), file_there, here.gpu, expected, relates=relates)
+            words = (recipe, visitor_of(request), file_there, here.gpu, expected)
+            # An upload is copied.
+            run_id = await asyncio.to_thread(app.store.start, *words, relates=relates)
         except (TmergeError, StillAskingError) as error:
             there = under_way(app, runs) if isinstance(error, TooManyRunsError) else None
             return {box: problem(str(error), bad=True), in_the_way: there, other: gr.Button(visible=there is not None)}
@@ -168,7 +170,7 @@ def build_start(
         begin,
         [agreed, kind, app.kept.runs],
         [app.run_id, app.tabs, box, in_the_way, other],
-        **{**SHARED, "show_progress": "minimal", "show_progress_on": start},
+        **{**WAITING, "show_progress": "minimal", "show_progress_on": start},
     )
     open_again(app, other, in_the_way)
     # Whatever came of it.

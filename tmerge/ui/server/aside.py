@@ -2,18 +2,19 @@
 
 ``transformers`` sets torch's default dtype, which all threads share, while it lays a model out, and what hangs on the
 network can be ended with its process. There are several of them, and a slow question is ended where others wait for its
-process. No page waits for a slow answer: it is told so, and asks again.
+process. Asking waits for nothing: who asks is told that there is no answer yet, and asks again, or waits `patiently`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYetError
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from tmerge.child import Child, ChildFaultError, ChildLostError
 from tmerge.errors import TmergeError
 from tmerge.ui.server.changes import SupersededError, always
 
-__all__ = ["AGAIN_SECONDS", "TURN_SECONDS", "Aside", "StillAskingError", "TooSlowError"]
+__all__ = ["AGAIN_SECONDS", "TURN_SECONDS", "Aside", "StillAskingError", "TooSlowError", "patiently"]
 
 AGAIN_SECONDS = 1.0
 """A page that was told that its answer takes longer asks again so long after."""
@@ -35,11 +36,11 @@ _NAME = "tmerge-aside"
 # Seconds that a question that nobody wants any more may still take before its process is ended: a new one has to
 # import everything.
 _GRACE = 3.0
-# Seconds after which a process that has nothing to do is ended, if it is not the last one.
+# Seconds after which a process that has nothing to do is ended, if it is not the first one.
 _IDLE = 60.0
 # Seconds in which most questions are answered: a new process would not be there sooner.
 _SOON = 1.0
-# Seconds between two looks at whether a question that waits is still wanted.
+# Seconds between two looks at whether there is an answer, and whether it is still wanted.
 _LOOK = 0.1
 # Seconds that a question may take where others wait for a process.
 _SHARE = 20.0
@@ -47,10 +48,10 @@ _SHARE = 20.0
 _KEPT_SECONDS = 120.0
 _ERROR_SECONDS = 10.0
 _MOST_KEPT = 100
-# Each question that is not answered yet has a thread that waits for a process.
 _MOST_UNANSWERED = 50
 
 _TOO_MANY = "too many questions wait for their answers here; try again in a minute"
+_CLOSING = "the app is being closed; try again"
 
 Answer = TypeVar("Answer")
 
@@ -62,22 +63,71 @@ class TooSlowError(TmergeError):
 class StillAskingError(Exception):
     """There is no answer yet; who asks the same again gets it when it is there. Nobody's mistake."""
 
+    def __init__(self, asked: Asked) -> None:
+        super().__init__("still asking, others are too or the Hub is slow; try again soon")
+        self.asked = asked
 
-@dataclass
-class _Asked:
-    """A question and its answer, for all who ask it: it is wanted as long as one of them wants it."""
 
+@dataclass(eq=False)
+class Asked:
+    """A question and its answer, for all who ask it: it is wanted as long as one of them wants it.
+
+    Attributes:
+        question: The function.
+        words: What it is called with.
+        wanted: Of each who asked, whether it is wanted still.
+        answer: Once it is there.
+        began: When it was first asked, `time.monotonic`.
+        until: When the answer is to be asked for anew.
+    """
+
+    question: Callable[..., Any]
+    words: tuple[object, ...]
     wanted: set[Callable[[], bool]] = field(default_factory=set)
     answer: Future[Any] = field(default_factory=Future)
     began: float = field(default_factory=time.monotonic)
     until: float = float("inf")
 
     def is_wanted(self) -> bool:
+        """Whether anybody wants it."""
         return any(wanted() for wanted in tuple(self.wanted))
+
+    def fail(self, error: Exception) -> None:
+        """Answer with an error."""
+        # To who asked before it does not matter any more that nobody wanted it; to the next one it may.
+        self.until = 0.0 if isinstance(error, SupersededError) else time.monotonic() + _ERROR_SECONDS
+        self.answer.set_exception(error)
+
+
+async def patiently(
+    ask: Callable[[], Answer], wanted: Callable[[], bool] = always, seconds: float = TURN_SECONDS
+) -> Answer:
+    """Ask, and wait for the answer without a thread.
+
+    Args:
+        ask: Called again when the answer that it raised `StillAskingError` for is there.
+        wanted: Whether it is wanted still.
+        seconds: To wait, from when it was first asked.
+
+    Raises:
+        StillAskingError: It is not there by then.
+        SupersededError: It is not wanted any more.
+        Exception: As `ask`.
+    """
+    while True:
+        try:
+            return ask()
+        except StillAskingError as still:
+            while not still.asked.answer.done():
+                if not wanted():
+                    raise SupersededError from None
+                if time.monotonic() - still.asked.began > seconds:
+                    raise
+                await asyncio.sleep(_LOOK)
 
 
 class Aside:
-    """A few processes that answer one question each at a time; they start when they are needed, or with `warm`.
+    """A few processes that answer one question each at a time, each with a thread here that hands it the next one.
 
     Args:
         patience: Seconds that an answer may take, and to wait for a process that is free.
@@ -88,193 +138,143 @@ class Aside:
         self.patience = patience
         self.most = most
         self._changed = threading.Condition()
-        # The last one was used last.
-        self._free: list[tuple[Child, float]] = []
-        self._busy = 0
-        self._waiting = 0
+        self._asked: OrderedDict[str, Asked] = OrderedDict()
+        self._waiting: deque[Asked] = deque()
+        # The processes' numbers, and those of the free ones.
+        self._living: set[int] = set()
+        self._free: set[int] = set()
         self._closed = False
-        self._idle: threading.Timer | None = None
-        self._asked: OrderedDict[str, _Asked] = OrderedDict()
-        self._asking = threading.Lock()
 
     def warm(self) -> None:
         """Start a process now, so that the first question does not wait for it."""
         with self._changed:
-            if not self._free and not self._busy:
-                self._free.append((Child(_NAME, prepare=("tmerge.ui", "datasets")), time.monotonic()))
+            if not self._living:
+                self._begin(("tmerge.ui", "datasets"))
 
-    def ask(
-        self,
-        question: Callable[..., Answer],
-        *words: object,
-        wanted: Callable[[], bool] = always,
-        seconds: float = TURN_SECONDS,
-    ) -> Answer:
-        """As `call`, for a page: an answer is kept for a while, for all who ask the same, and no slow one waited for.
+    def ask(self, question: Callable[..., Answer], *words: object, wanted: Callable[[], bool] = always) -> Answer:
+        """Call a function of a module there; its answer is kept for a while, for all who ask the same.
 
         Args:
             question: The function.
             words: What it is called with; what they look like as text is all that they are.
             wanted: Whether the answer is wanted still; called several times a second.
-            seconds: To wait for it, from when it was first asked.
 
         Raises:
             StillAskingError: It is not there yet.
-            TooSlowError: So many others are not answered yet that this one is not asked.
-            TmergeError, SupersededError, RuntimeError: As `call`.
+            TmergeError: As the function raised it; `TooSlowError` where it did not answer in time, or so many others
+                are not answered yet that this one is not asked.
+            SupersededError: It was not wanted any more.
+            RuntimeError: It raised anything else, which is in the log.
         """
-        asked = self._the_same(question, words, wanted)
-        while True:
-            try:
-                answer: Answer = asked.answer.result(_LOOK)
-                return answer
-            except NotYetError:
-                if not wanted():
-                    raise SupersededError from None
-                if time.monotonic() - asked.began > seconds:
-                    raise StillAskingError("still asking, others are too or the Hub is slow; try again soon") from None
-            except SupersededError:
-                # To who asked before it does not matter any more; to this one it may.
-                if not wanted():
-                    raise
-                asked = self._the_same(question, words, wanted)
-
-    def _the_same(self, question: Callable[..., Any], words: tuple[object, ...], wanted: Callable[[], bool]) -> _Asked:
-        """The question as others have asked it, or as it is asked now."""
         key = f"{question.__module__}.{question.__qualname__}{words!r}"
-        with self._asking:
+        with self._changed:
             asked = self._asked.get(key)
-            if asked is None or time.monotonic() > asked.until:
-                if sum(not each.answer.done() for each in self._asked.values()) >= _MOST_UNANSWERED:
-                    raise TooSlowError(_TOO_MANY)
-                asked = _Asked({wanted})
-                try:
-                    threading.Thread(target=self._answer, args=(asked, question, words), daemon=True).start()
-                except RuntimeError:
-                    # The system has no thread for it, and who asks the same later is not to wait for its answer.
-                    raise TooSlowError(_TOO_MANY) from None
-                self._asked[key] = asked
-            self._asked.move_to_end(key)
+            if asked is None or time.monotonic() >= asked.until:
+                self._refuse_too_many()
+                asked = self._asked[key] = Asked(question, words)
+                self._waiting.append(asked)
+                self._changed.notify_all()
             asked.wanted.add(wanted)
+            self._asked.move_to_end(key)
             over = [name for name, each in self._asked.items() if each.answer.done()]
             for name in over[: max(0, len(self._asked) - _MOST_KEPT)]:
                 del self._asked[name]
-        return asked
-
-    def _answer(self, asked: _Asked, question: Callable[..., Any], words: tuple[object, ...]) -> None:
-        try:
-            answer = self.call(question, *words, wanted=asked.is_wanted)
-        except BaseException as error:  # noqa: BLE001 - raised again where it is asked
-            asked.until = time.monotonic() + (0 if isinstance(error, SupersededError) else _ERROR_SECONDS)
-            asked.answer.set_exception(error)
-        else:
-            asked.until = time.monotonic() + _KEPT_SECONDS
-            asked.answer.set_result(answer)
-
-    def call(self, question: Callable[..., Answer], *words: object, wanted: Callable[[], bool] = always) -> Answer:
-        """Call a function of a module there.
-
-        Args:
-            question: The function.
-            words: What it is called with.
-            wanted: Whether the answer is wanted still; called several times a second.
-
-        Raises:
-            TmergeError: As the function raised it; `TooSlowError` where it did not answer in time.
-            SupersededError: It is not wanted any more.
-            RuntimeError: It raised anything else, which is in the log.
-        """
-        child = self._take(wanted)
-        try:
-            answer: Answer = child.call(question, *words, pulse=self._pulse(wanted))
-        except (TmergeError, ChildLostError, ChildFaultError) as error:
-            if not wanted():
-                raise SupersededError from None
-            raise _to_say(error) from None
-        finally:
-            self._give_back(child)
+        if not asked.answer.done():
+            raise StillAskingError(asked)
+        answer: Answer = asked.answer.result()
         return answer
+
+    def _refuse_too_many(self) -> None:
+        """Have a process, and room for one more question: one that nobody wants any more takes none."""
+        unwanted = [each for each in self._waiting if not each.is_wanted()]
+        for each in unwanted:
+            self._waiting.remove(each)
+            each.fail(SupersededError())
+        try:
+            if self._closed or sum(not each.answer.done() for each in self._asked.values()) >= _MOST_UNANSWERED:
+                raise TooSlowError(_TOO_MANY)
+            if not self._living:
+                self._begin()
+        except RuntimeError:
+            # The system has no thread for it.
+            raise TooSlowError(_TOO_MANY) from None
 
     def close(self) -> None:
         """End the processes."""
         with self._changed:
             self._closed = True
-            if self._idle is not None:
-                self._idle.cancel()
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._busy, 5)
-            for child, _ in self._free:
-                child.end()
-            self._free.clear()
+            self._changed.wait_for(lambda: not self._living, 5)
+            while self._waiting:
+                self._waiting.popleft().fail(TooSlowError(_CLOSING))
 
     # -- the processes -------------------------------------------------------------------------------------------
 
-    def _take(self, wanted: Callable[[], bool]) -> Child:
-        """A process that is free, or a new one where there may be more."""
-        until, soon = (time.monotonic() + seconds for seconds in (self.patience, _SOON))
-        with self._changed:
-            self._waiting += 1
-            try:
-                while True:
-                    if self._closed:
-                        raise TooSlowError("the app is being closed; try again")
-                    if not wanted():
-                        raise SupersededError
-                    while self._free:
-                        child, _ = self._free.pop()
-                        if child.alive:
-                            self._busy += 1
-                            return child
-                    if not self._busy or (self._busy < self.most and time.monotonic() > soon):
-                        child = Child(_NAME)
-                        self._busy += 1
-                        return child
-                    self._changed.wait(_LOOK)
-                    if time.monotonic() > until:
-                        raise TooSlowError("others are asking too; try again in a minute")
-            finally:
-                self._waiting -= 1
+    def _begin(self, prepare: Sequence[str] = ()) -> None:
+        number = min(set(range(len(self._living) + 1)) - self._living)
+        threading.Thread(target=self._serve, args=(number, prepare), name=_NAME, daemon=True).start()
+        self._living.add(number)
 
-    def _give_back(self, child: Child) -> None:
+    def _serve(self, number: int, prepare: Sequence[str]) -> None:
+        """In a thread of its own: a process and all that it answers, until it has had nothing to do for too long."""
+        child = None
+        try:
+            child = Child(_NAME, prepare) if prepare else None
+            while (asked := self._next(number)) is not None:
+                child = self._answer(asked, child)
+        finally:
+            if child is not None:
+                child.end()
+            with self._changed:
+                self._living.discard(number)
+                self._changed.notify_all()
+
+    def _next(self, number: int) -> Asked | None:
+        """What is to be answered now; of free processes the first one is asked, so that the others may end."""
         with self._changed:
-            self._busy -= 1
-            if child.alive:
-                self._free.append((child, time.monotonic()))
-            self._end_later()
+            self._free.add(number)
+            there = self._changed.wait_for(
+                lambda: self._closed or (self._waiting and number == min(self._free)), _IDLE if number else None
+            )
+            self._free.discard(number)
             self._changed.notify_all()
+            return self._waiting.popleft() if there and not self._closed else None
 
-    def _end_later(self) -> None:
-        """Look again when the first of those that are too many has been idle for long enough: one timer for all."""
-        if len(self._free) > 1 and self._idle is None and not self._closed:
-            left = self._free[0][1] + _IDLE - time.monotonic()
-            self._idle = threading.Timer(max(left, 0.0), self._end_idle)
-            self._idle.daemon = True
-            self._idle.start()
+    def _answer(self, asked: Asked, child: Child | None) -> Child | None:
+        """Have a process answer; gives the one that did, which may be another."""
+        try:
+            if time.monotonic() - asked.began > self.patience:
+                raise TooSlowError("others are asking too; try again in a minute")
+            if not asked.is_wanted():
+                raise SupersededError
+            child = child if child is not None and child.alive else Child(_NAME)
+            answer = child.call(asked.question, *asked.words, pulse=self._pulse(asked))
+        except Exception as error:  # noqa: BLE001 - raised again where it is asked
+            asked.fail(_to_say(error) if asked.is_wanted() else SupersededError())
+        else:
+            asked.until = time.monotonic() + _KEPT_SECONDS
+            asked.answer.set_result(answer)
+        return child
 
-    def _end_idle(self) -> None:
-        with self._changed:
-            self._idle = None
-            # The last one stays.
-            idle = [each for each in self._free[:-1] if time.monotonic() - each[1] >= _IDLE]
-            self._free = [each for each in self._free if each not in idle]
-            self._end_later()
-        for child, _ in idle:
-            child.end()
-
-    def _pulse(self, wanted: Callable[[], bool]) -> Callable[[], None]:
-        """Raises where a question's process is to be ended."""
+    def _pulse(self, asked: Asked) -> Callable[[], None]:
+        """Raises where a question's process is to be ended, and has another one begin where others wait for it."""
         began = time.monotonic()
         unwanted_until: float | None = None
 
         def pulse() -> None:
             nonlocal unwanted_until
-            now = time.monotonic()
-            patience = min(self.patience, _SHARE) if self._waiting and self._busy >= self.most else self.patience
+            now, patience = time.monotonic(), self.patience
+            with self._changed:
+                if self._waiting and len(self._living) >= self.most:
+                    patience = min(patience, _SHARE)
+                elif self._waiting and now - self._waiting[0].began > _SOON:
+                    with contextlib.suppress(RuntimeError):
+                        self._begin()
             if now - began > patience:
                 raise TooSlowError(f"no answer within {patience:.0f} s; the Hub may be slow: try again")
             if self._closed:
-                raise TooSlowError("the app is being closed; try again")
-            if not wanted():
+                raise TooSlowError(_CLOSING)
+            if not asked.is_wanted():
                 unwanted_until = unwanted_until or now + _GRACE
                 if now > unwanted_until:
                     raise SupersededError
@@ -289,4 +289,5 @@ def _to_say(error: Exception) -> Exception:
     if isinstance(error, ChildFaultError):
         _log.error("a question to the side process failed: %s", error)
         return RuntimeError("a question to the side process failed; its traceback is in the log")
-    return error
+    # The system may have neither memory nor a number for a process.
+    return TooSlowError(_TOO_MANY) if isinstance(error, OSError) else error

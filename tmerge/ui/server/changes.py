@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -60,7 +60,7 @@ class Change:
         # A page that very many others came after is answered.
         return self.changes._last.get(self.page, self) is self
 
-    def settled(self) -> bool:
+    async def settled(self) -> bool:
         """Wait for a pause, and say whether this is the change before it."""
-        time.sleep(self.changes.seconds)
+        await asyncio.sleep(self.changes.seconds)
         return self.is_last()

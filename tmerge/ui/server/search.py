@@ -68,10 +68,10 @@ class HubSearch:
                 self._unreachable_until = time.monotonic() + _PAUSE_SECONDS
             return [], _UNREACHABLE
 
-    def settled(self, page: str | None, typed: str) -> bool:
+    async def settled(self, page: str | None, typed: str) -> bool:
         """Wait a moment, and say whether enough has been typed on this page, and nothing more meanwhile."""
         # Of quick letters the first may be heard last: it is no reason to drop what has been typed since.
-        return len(typed.strip()) >= _SHORTEST and self._typing.begin(page).settled()
+        return len(typed.strip()) >= _SHORTEST and await self._typing.begin(page).settled()
 
     def _search(self, kind: Kind, typed: str, base: str, _period: int) -> list[str]:
         if time.monotonic() < self._unreachable_until:

@@ -5,7 +5,8 @@ The recipe's YAML is what counts. Every field writes into it, and every change o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -263,16 +264,16 @@ def _holds_model(role: str) -> Holds:
     return lambda draft, value: _stripped(value) == _stripped(draft.get(role))
 
 
-def _finder(search: HubSearch, kind: Kind, field: gr.Dropdown, names: gr.State) -> Callable[..., _Changes]:
+def _finder(search: HubSearch, kind: Kind, field: gr.Dropdown, names: gr.State) -> Callable[..., Awaitable[_Changes]]:
     """What a field offers as it is typed in; of adapters, those of the source that is named."""
     hint = field.info
 
-    def find(before: list[Choice], draft: dict[str, Any], event: gr.KeyUpData, request: gr.Request) -> _Changes:
+    async def find(before: list[Choice], draft: dict[str, Any], event: gr.KeyUpData, request: gr.Request) -> _Changes:
         typed, base = str(event.input_value or ""), str(draft.get("source") or "").partition("@")[0]
         of = base if kind == "adapter" and base.count("/") == 1 and not Path(base).exists() else ""
-        if not search.settled(request.session_hash, typed):
+        if not await search.settled(request.session_hash, typed):
             return gr.skip()
-        choices, line = offered(search, kind, typed, before, of)
+        choices, line = await asyncio.to_thread(offered, search, kind, typed, before, of)
         return {field: gr.Dropdown(choices=choices, info=line or hint), names: choices}
 
     return find
