@@ -61,6 +61,13 @@ def test_in_an_iframe_a_reload_comes_back_to_the_run_and_its_tab(framed, served,
     expect(frame.get_by_role("tab", name="Look")).to_have_attribute("aria-selected", "true", timeout=60_000)
 
 
+def test_the_open_tab_is_kept_whatever_the_server_answers(framed):
+    framed.route("**/gradio_api/**", lambda route: route.abort())
+    framed.frame_locator("iframe").get_by_role("tab", name="Look").click()
+    framed.frames[1].wait_for_function("localStorage.getItem('tmerge-tab') === 'look'", timeout=5_000)
+    framed.unroute_all()
+
+
 def test_a_refusal_leads_to_the_run_in_the_way_and_runs_are_listed(visit, served, gate, monkeypatch):
     gate.close_at("target")
     page = visit()

@@ -37,13 +37,13 @@ class Kept:
     Attributes:
         runs: Ids of the runs that it was shown on any of its pages, the last one first, with spaces between them. A
             field, and no BrowserState, which knows nothing of other pages.
-        tab: Id of the tab that is open.
+        tab: Id of the tab that was open, read as the page begins. A field too: a BrowserState is written by the server.
         repo: A run's id, and the name that was typed for its repo.
         typed: That name, of the run that this page began with; of the page, not of the browser.
     """
 
     runs: gr.Textbox
-    tab: gr.BrowserState
+    tab: gr.Textbox
     repo: gr.BrowserState
     typed: gr.State
 
@@ -79,11 +79,11 @@ class AppContext:
     examples: Examples
     proposed: gr.State
 
-    def load(self, fn: Callable[..., Any], inputs: Any, outputs: Any, **options: Any) -> None:
+    def load(self, fn: Callable[..., Any], inputs: Any, outputs: Any, **options: Any) -> Any:
         """Call a function when a page opens, as ``Blocks.load`` does."""
         block = gr.context.Context.root_block
         assert block is not None, "the tabs are built within a gr.Blocks"
-        block.load(fn, inputs, outputs, **{**QUIET, **options})
+        return block.load(fn, inputs, outputs, **{**QUIET, **options})
 
     def seen(self, run_id: str | None) -> VisitorRun | None:
         """The run of an id, a recorded one too; None where there is none (any more)."""

@@ -53,7 +53,7 @@ def keep() -> Kept:
     """What the browser keeps; to be called within the app."""
     return Kept(
         runs=gr.Textbox("", visible="hidden", label="Runs of this browser", elem_id="kept-runs"),
-        tab=gr.BrowserState("", storage_key="tmerge-tab"),
+        tab=gr.Textbox("", visible="hidden", label="Tab of this browser"),
         repo=gr.BrowserState(["", ""], storage_key="tmerge-repo"),
         typed=gr.State(""),
     )
@@ -93,7 +93,7 @@ def wire_returning(app: AppContext, tabs: Sequence[gr.Tab]) -> None:
         lambda run_id, runs: _with_run(app, run_id, runs), [app.run_id, kept.runs], kept.runs, **UNQUEUED
     ).then(None, kept.runs, kept.runs, js="window.keptRuns.keep", api_visibility="private")
     for tab in tabs:
-        tab.select(lambda name=str(tab.id): name, None, kept.tab, **UNQUEUED)
+        tab.select(None, None, None, js=f"() => window.openTab.keep('{tab.id}')", **UNQUEUED)
 
     def begin(runs: Any, tab: Any, repo: Any, request: gr.Request) -> dict[Any, Any]:
         query = {key: str(value) for key, value in request.query_params.items()}
@@ -109,8 +109,8 @@ def wire_returning(app: AppContext, tabs: Sequence[gr.Tab]) -> None:
         begin,
         [kept.runs, kept.tab, kept.repo],
         [kept.runs, app.run_id, app.tabs, kept.typed],
-        js="(runs, tab, repo) => [window.keptRuns.all(), tab, repo]",
-    )
+        js="(runs, tab, repo) => [window.keptRuns.all(), window.openTab.last(), repo]",
+    ).then(None, None, None, js="() => window.openTab.begin()", api_visibility="private")
 
 
 def open_again(app: AppContext, button: gr.Button, which: gr.State, *, tab: str = "run") -> None:

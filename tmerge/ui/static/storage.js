@@ -16,3 +16,11 @@ try {
   };
   Object.defineProperty(window, "localStorage", { value: storage, configurable: true });
 }
+// The open tab, kept by the browser alone: a page that is left at once, or whose server is busy, is found on it too.
+// Until a page has begun with the last one, what is selected is nobody's doing.
+window.openTab = {
+  begun: false,
+  begin() { this.begun = true; },
+  last: () => localStorage.getItem("tmerge-tab") ?? "",
+  keep(tab) { if (this.begun) localStorage.setItem("tmerge-tab", tab); },
+};
