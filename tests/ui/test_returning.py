@@ -1,6 +1,7 @@
 """Coming back to a run: within an iframe, whose address is not the visitor's, from a list, and from a refusal."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -102,6 +103,18 @@ def test_a_refusal_leads_to_the_run_in_the_way_and_runs_are_listed(visit, served
     for run_id in (second, first):
         served.context.store.cancel(run_id)
         served.ended(run_id)
+
+
+def test_who_comes_back_to_a_run_that_was_removed_is_told_why(visit, served, monkeypatch):
+    page, store = visit(), served.context.store
+    served.ended(start(page, served, seed=21))
+    monkeypatch.setattr(store, "settings", replace(store.settings, runs_kept_seconds=-1.0))
+    store.sweep()
+    # By the app's own address, not by the run's.
+    page.evaluate("history.replaceState(null, '', '/?__theme=light')")
+    visit.reload(page)
+    expect(page.locator("#run-head")).to_contain_text("not here any more", timeout=60_000)
+    expect(page.locator("#run-head")).to_contain_text("Nobody has looked at it for some hours, and so it was removed.")
 
 
 def test_two_pages_of_a_browser_keep_each_others_runs(visit, served):

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,8 +23,9 @@ from tmerge.calibration import sample_texts
 from tmerge.errors import RunNotFoundError
 from tmerge.recipe import Recipe
 from tmerge.run import Run
-from tmerge.ui.server import run_process, runs
+from tmerge.ui.server import room, run_process, runs
 from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError
+from tmerge.ui.server.pushes import PushUnderWay
 from tmerge.ui.server.runs import RunStore
 from tmerge.ui.server.uploads import without_paths
 from tmerge.ui.server.visitor_run import VisitorRun
@@ -306,6 +308,45 @@ def test_an_old_run_is_removed_and_one_that_is_looked_at_is_not(monkeypatch):
     store.sweep()
     assert store.get(old) is None and not folders[0].exists()
     assert store.get(looked_at) is not None and folders[1].exists()
+    store.close()
+
+
+def test_ended_runs_take_so_much_of_the_disk_and_what_goes_is_told(monkeypatch):
+    monkeypatch.setattr(runs, "merge", merges.done)
+    free = 1000
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    store = RunStore(AppSettings())
+    ids = [store.start(RECIPE, "me") for _ in range(5)]
+    ended = [over(store, each) for each in ids]
+    for place, run in enumerate(ended):
+        (run.folder / "weights").write_bytes(b"0" * 100)
+        run.ended = time.time() - 1000 + place
+        run.looked_at = time.time() - 900
+    # The oldest has a file of the newest, which is there once; the second is read, and the third is being pushed.
+    os.link(ended[4].folder / "weights", ended[0].folder / "the same")
+    ended[1].looked_at, ended[2].push = time.time(), PushUnderWay("user/fused")
+    monkeypatch.setattr(runs, "merge", merges.stepping)
+    running = store.start(RECIPE, "me")
+    until(lambda: store.get(running).stages)
+    (store.get(running).folder.parent / "large").write_bytes(b"0" * 10_000)
+
+    def left():
+        store.sweep()
+        return [place for place, each in enumerate(ids) if store.get(each, looks=False) is not None]
+
+    # Four of them, not the one that is being pushed, are 400 bytes: no more than half of what is free without them.
+    free = 400
+    assert left() == [0, 1, 2, 3, 4]
+    free = 399
+    assert left() == [1, 2, 3, 4] and not ended[0].folder.parent.exists()
+    free = 100
+    assert left() == [1, 2, 4]
+    free = 0
+    for _ in range(2):  # the last one stays
+        assert left() == [1, 2]
+    assert not store.get(running).over
+    assert [bool(store.why_gone(each)) for each in ids] == [True, False, False, True, True]
+    assert "room" in store.why_gone(ids[0]) and store.why_gone("no such run") == ""
     store.close()
 
 

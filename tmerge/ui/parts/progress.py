@@ -108,8 +108,8 @@ def _verdict(report: Report) -> tuple[str, str]:
     return tone, _TRAINED.get(verdict, verdict_words(verdict))
 
 
-def head_without_run(gone: bool) -> str:
-    """Where no run is looked at, or the link's is not there any more."""
+def head_without_run(gone: str = "") -> str:
+    """Where no run is looked at, or one that is not there any more, with why."""
     return render(_FILE, "head_without_run", gone=gone)
 
 

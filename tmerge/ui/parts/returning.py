@@ -98,7 +98,9 @@ def wire_returning(app: AppContext, tabs: Sequence[gr.Tab]) -> None:
     def begin(runs: Any, tab: Any, repo: Any, request: gr.Request) -> dict[Any, Any]:
         query = {key: str(value) for key, value in request.query_params.items()}
         known = [run.id for run in _known(app, runs)]
-        run_id = query.get("run", "")[:64] or next(iter(known), "")
+        # The last one, though it is gone: then that is what is said.
+        last_here = (each for each in _ids(runs) if each in known or app.store.why_gone(each))
+        run_id = query.get("run", "")[:64] or next(last_here, "")
         last = query.get("tab") or (tab if run_id in known else "run")
         of, name = repo if isinstance(repo, list) and len(repo) == 2 else ("", "")
         typed = query.get("repo", "")[:200] or (str(name) if of == run_id else "")
@@ -127,8 +129,11 @@ def under_way(app: AppContext, runs: Any) -> str | None:
 
 def _known(app: AppContext, runs: Any) -> list[VisitorRun]:
     """The runs of a browser's list that are there still; what a browser sends is a stranger's."""
-    ids = runs.split() if isinstance(runs, str) else []
-    return [run for each in ids[:_MOST_RUNS] if (run := app.store.get(each, looks=False)) is not None]
+    return [run for each in _ids(runs) if (run := app.store.get(each, looks=False)) is not None]
+
+
+def _ids(runs: Any) -> list[str]:
+    return runs.split()[:_MOST_RUNS] if isinstance(runs, str) else []
 
 
 def _with_run(app: AppContext, run_id: str, runs: Any) -> str:

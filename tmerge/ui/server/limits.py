@@ -103,6 +103,8 @@ class AppSettings:
         runs_per_visitor: Most runs of one visitor that wait or run at once.
         total_runs: Most runs of all visitors that wait or run at once.
         runs_kept_seconds: A run that has ended is removed from the disk this long after it was last looked at.
+        runs_kept_share: Runs that have ended are removed sooner, the oldest first, while they take more than this share
+            of what the disk would have free without them: half of it leaves as much for the run that is at work.
         zero_gpu: Whether the models read on ZeroGPU (`tmerge.ui.server.zero`).
         max_gpu_seconds: Most seconds of a GPU that are asked for in one run.
         job_package: What a job on a visitor's account installs tmerge from; None offers no jobs.
@@ -118,6 +120,7 @@ class AppSettings:
     runs_per_visitor: float = math.inf
     total_runs: float = math.inf
     runs_kept_seconds: float = 6 * 3600
+    runs_kept_share: float = 0.5
     zero_gpu: bool = False
     max_gpu_seconds: float = math.inf
     job_package: str | None = None

@@ -1,8 +1,9 @@
 """The runs of the app's visitors: one at a time, the others waiting in order, each known by its link alone.
 
 An id cannot be guessed and is never listed, so who has a run's link has the run, and nobody else. All of a run is in a
-temporary folder that goes when the run has not been looked at for a while. The work is done in a process of its own,
-which is ended to stop it; what it had finished is in the folder, so that a run that was cancelled can be continued.
+temporary folder that goes when the run has not been looked at for a while, or when its room is needed. The work is done
+in a process of its own, which is ended to stop it; what it had finished is in the folder, so that a run that was
+cancelled can be continued.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from tmerge.ui.server.downloads import link_or_copy
 from tmerge.ui.server.further import go_further, refuse_for_memory, refuse_further
 from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError
 from tmerge.ui.server.overall import seconds_left
+from tmerge.ui.server.room import to_go
 from tmerge.ui.server.run_process import NAME, lost, prepared_child, step_of
 from tmerge.ui.server.uploads import hide_upload, with_upload, without_paths
 from tmerge.ui.server.visitor_run import CouplingRow, Further, StageProgress, State, VisitorRun, Way
@@ -41,6 +43,9 @@ from tmerge.ui.server.visitor_run import CouplingRow, Further, StageProgress, St
 __all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
 
 _log = logging.getLogger(__name__)
+
+# Removed runs that are remembered, for who comes back.
+_MOST_GONE = 1000
 
 
 class RunStore:
@@ -54,6 +59,8 @@ class RunStore:
         self.settings = settings
         self.root = Path(tempfile.mkdtemp(prefix="tmerge-app-"))
         self._runs: dict[str, VisitorRun] = {}
+        # Those that were removed: id -> why.
+        self._gone: dict[str, str] = {}
         self._queue: deque[str] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -247,18 +254,19 @@ class RunStore:
             self._heavy.release()
 
     def sweep(self) -> None:
-        """Remove runs that are over and have not been looked at for a while."""
-        now = time.time()
+        """Remove runs that are over, as `tmerge.ui.server.room.to_go` says."""
+        gone = to_go(list(self._runs.values()), self.settings, self.root)
         with self._changed:
-            old = [
-                run
-                for run in self._runs.values()
-                if run.over and now - max(run.looked_at, run.ended or now) > self.settings.runs_kept_seconds
-            ]
-            for run in old:
-                del self._runs[run.id]
-        for run in old:
+            # One that was cancelled may have been continued meanwhile.
+            removed = [self._runs.pop(each) for each in gone if (run := self._runs.get(each)) is not None and run.over]
+            self._gone |= {run.id: gone[run.id] for run in removed}
+            self._gone = dict(list(self._gone.items())[-_MOST_GONE:])
+        for run in removed:
             shutil.rmtree(run.folder.parent, ignore_errors=True)
+
+    def why_gone(self, run_id: str) -> str:
+        """What to say of a run that was removed; empty where none of that id was."""
+        return self._gone.get(run_id, "")
 
     def close(self) -> None:
         """Stop the run that runs, forget the others, and remove all folders."""
@@ -297,8 +305,8 @@ class RunStore:
                 if self._closed:
                     return
                 idle = not self._queue
+            self.sweep()
             if idle:
-                self.sweep()
                 continue
             with self._heavy:
                 with self._changed:

@@ -33,6 +33,7 @@ __all__ = ["build_running"]
 _EVERY = 1.0
 # The map is drawn anew at most so often: the browser has other things to do.
 _MAP_EVERY = 2.0
+_UNKNOWN = "Runs are kept for some hours after they have last been looked at, and not over a restart of the app."
 # Words that stay true when all are solved.
 _LATEST = "the latest"
 
@@ -52,7 +53,7 @@ class _Drawn:
 def build_running(app: AppContext) -> None:
     """Lay the tab out and wire it. Call it inside its `gr.Tab`."""
     drawn = gr.State(_Drawn())
-    top = markup(head_without_run(gone=False), elem_id="run-head")
+    top = markup(head_without_run(), elem_id="run-head")
     build_links(app)
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=300):
@@ -132,7 +133,7 @@ def build_running(app: AppContext) -> None:
         if before == nothing:
             return {drawn: nothing}
         return {
-            top: head_without_run(gone=bool(run_id)),
+            top: head_without_run(run_id and (app.store.why_gone(run_id) or _UNKNOWN)),
             steps: stages(None),
             log: log_lines(None),
             picture: coupling_figure(None, None),
