@@ -3,6 +3,7 @@
 import json
 import threading
 import urllib.request
+from functools import partial
 
 from tests.ui.awaited import awaited
 from tmerge.ui.server.search import HubSearch
@@ -19,6 +20,19 @@ def test_every_event_without_progress_is_told_to_one_hidden_field(served):
     for event in config["dependencies"]:
         if event["show_progress"] != "hidden" and event["backend_fn"]:
             assert len(event["show_progress_on"] or event["outputs"]) == 1, event
+
+
+def test_every_handler_of_several_components_names_those_that_it_changes(served):
+    # A list would have to be counted, and go wrong in silence where one is added.
+    returned = {}
+    for event in served.app.fns.values():
+        if event.fn is not None and len(event.outputs) > 1:
+            function = event.fn
+            while isinstance(function, partial):
+                function = function.func
+            returned[function.__qualname__] = function.__annotations__.get("return")
+    assert len(returned) > 20
+    assert set(returned.values()) <= {"dict[Any, Any]", "_Changes", "Iterator[dict[Any, Any]]"}, returned
 
 
 def test_a_first_letter_that_is_heard_last_does_not_undo_the_search():

@@ -117,9 +117,11 @@ def wire_returning(app: AppContext, tabs: Sequence[gr.Tab]) -> None:
 
 def open_again(app: AppContext, button: gr.Button, which: gr.State, *, tab: str = "run") -> None:
     """Have a button open the run of an id, on a tab."""
-    button.click(
-        lambda run_id: {app.run_id: run_id, app.tabs: gr.Tabs(selected=tab)}, which, [app.run_id, app.tabs], **SHARED
-    )
+
+    def opened(run_id: str) -> dict[Any, Any]:
+        return {app.run_id: run_id, app.tabs: gr.Tabs(selected=tab)}
+
+    button.click(opened, which, [app.run_id, app.tabs], **SHARED)
 
 
 def under_way(app: AppContext, runs: Any) -> str | None:

@@ -40,7 +40,7 @@ from tmerge.ui.parts.settings import SettingFields
 from tmerge.ui.parts.starting import Holds, build_start, ready_recipe
 from tmerge.ui.parts.style import editor, markup
 from tmerge.ui.parts.texts import KINDS, build_texts, holds_texts, upload_name
-from tmerge.ui.parts.ways import begin_with, build_ways
+from tmerge.ui.parts.ways import Way, begin_with, build_ways
 from tmerge.ui.server.limits import UPLOAD_PREFIX
 from tmerge.ui.server.search import Choice, HubSearch, Kind, offered
 
@@ -200,9 +200,16 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
 
     code.input(edited, [code, good, upload], everything, **_IN_TURN)
     app.proposed.change(replaced, [app.proposed, upload], everything, **_IN_TURN)
+
+    def begun(way: Way, uploaded: str | None) -> _Changes:
+        return replaced(begin_with(way), uploaded)
+
+    def preset_taken(name: str, uploaded: str | None) -> _Changes:
+        return replaced(from_preset(name), uploaded)
+
     for way, button in ways:
-        button.click(lambda uploaded, way=way: replaced(begin_with(way), uploaded), upload, everything, **_IN_TURN)
-    preset.input(lambda name, uploaded: replaced(from_preset(name), uploaded), [preset, upload], everything, **_IN_TURN)
+        button.click(partial(begun, way), upload, everything, **_IN_TURN)
+    preset.input(preset_taken, [preset, upload], everything, **_IN_TURN)
 
     def taken(path: str, uploaded: str | None) -> _Changes:
         try:

@@ -13,7 +13,6 @@ import gradio as gr
 from tmerge.errors import PushError, RunNotFoundError, TmergeError
 from tmerge.hub import card_text, plan_push
 from tmerge.report import summary, training_summary
-from tmerge.run import Run
 from tmerge.ui.context import SHARED, UNQUEUED, AppContext
 from tmerge.ui.parts.cards import empty_card, error_card, note
 from tmerge.ui.parts.push_cards import card_preview, files_card, push_card
@@ -21,7 +20,6 @@ from tmerge.ui.parts.returning import sign_in_button
 from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import editor, markup
 from tmerge.ui.server.pushes import account_name, offers_sign_in, own_token, start_push, suggested_name
-from tmerge.ui.server.visitor_run import VisitorRun
 
 __all__ = ["build_push"]
 
@@ -81,8 +79,8 @@ def build_push(app: AppContext) -> None:
 
     def fill(run_id: str, before: str, typed: str, token: gr.OAuthToken | None) -> dict[Any, Any]:
         """All of the tab, for the run that is looked at now; once, so that nothing that was typed is undone."""
-        seen, run = app.seen(run_id), app.with_weights(run_id)
-        if seen is None or run is None:
+        run = app.with_weights(run_id)
+        if run is None:
             return without(_EMPTY if app.finished(run_id) is None else _EXAMPLE)
         if run_id == before:
             return gr.skip()
@@ -105,8 +103,8 @@ def build_push(app: AppContext) -> None:
             fault: note("", keep=True),
             files: files_card(planned),
             **written(text),
-            **previewed(text, run),
-            **under_way(seen),
+            **previewed(run_id, text),
+            **under_way(run_id),
             filled_for: run_id,
         }
 
@@ -116,11 +114,13 @@ def build_push(app: AppContext) -> None:
     def written(text: str) -> dict[Any, Any]:
         return {card: text, generated: text}
 
-    def previewed(text: str, run: Run | None) -> dict[Any, Any]:
+    def previewed(run_id: str, text: str) -> dict[Any, Any]:
+        run = app.finished(run_id)
         front, text = card_preview(text or "", None if run is None else run.folder)
         return {metadata: front, preview: text}
 
-    def under_way(run: VisitorRun | None) -> dict[Any, Any]:
+    def under_way(run_id: str) -> dict[Any, Any]:
+        run = app.seen(run_id)
         pushed = None if run is None else run.push
         pushing = pushed is not None and pushed.state == "pushing"
         return {progress: push_card(pushed), go: gr.Button(interactive=not pushing), clock: gr.Timer(active=pushing)}
@@ -164,13 +164,7 @@ def build_push(app: AppContext) -> None:
         **SHARED,
     )
     anew.click(written_anew, [app.run_id, repo], [card, generated], **SHARED)
-    card.change(
-        lambda run_id, text: previewed(text, app.finished(run_id)),
-        [app.run_id, card],
-        [metadata, preview],
-        trigger_mode="always_last",
-        **SHARED,
-    )
+    card.change(previewed, [app.run_id, card], [metadata, preview], trigger_mode="always_last", **SHARED)
 
     def begin(
         run_id: str, name: str, hidden: bool, even_if_worse: bool, text: str, token: gr.OAuthToken | None
@@ -195,12 +189,12 @@ def build_push(app: AppContext) -> None:
             # What an earlier push came to is no answer to this one, unless it is still under way.
             pushing = run is not None and run.push is not None and run.push.state == "pushing"
             return {fault: note(line, bad=True)} | ({} if pushing else {progress: ""})
-        return {fault: note("", keep=True), **under_way(run)}
+        return {fault: note("", keep=True), **under_way(run_id)}
 
     go.click(
         begin, [app.run_id, repo, private, worse, card], [fault, progress, go, clock], trigger_mode="once", **SHARED
     )
-    clock.tick(lambda run_id: under_way(app.seen(run_id)), [app.run_id], [progress, go, clock], **UNQUEUED)
+    clock.tick(under_way, [app.run_id], [progress, go, clock], **UNQUEUED)
 
 
 def _account(app: AppContext, token: gr.OAuthToken | None) -> tuple[str, str | None]:
