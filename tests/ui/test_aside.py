@@ -287,7 +287,7 @@ def test_a_pages_newer_question_ends_its_older_one_if_nobody_else_asks_it(aside,
 
 @pytest.fixture
 def following(monkeypatch):
-    """`follow` with an answer of one's own: its functions by name, and the component that it answers for."""
+    """`follow` with an answer of one's own: all that a change has shown, as a coroutine, and the component for it."""
 
     def following(answer, pause):
         monkeypatch.setattr("tmerge.ui.parts.following._SETTLED_SECONDS", pause)
@@ -296,10 +296,14 @@ def following(monkeypatch):
             app = SimpleNamespace(load=lambda *words, **options: None)
             told = lambda draft, uploaded, wanted: {shown: answer(draft, wanted)}  # noqa: E731
             follow(app, [button.click], told, state, [shown], {shown: "still"})
-        events = blocks.fns.values()
+        [event] = blocks.fns.values()
         # None holds another visitor's up.
-        assert {event.concurrency_limit for event in events} == {None}
-        return {event.fn.__name__: event.fn for event in events}, shown
+        assert event.concurrency_limit is None
+
+        async def change(draft, page):
+            return [each async for each in event.fn(draft, None, SimpleNamespace(session_hash=page))]
+
+        return change, shown
 
     return following
 
@@ -311,52 +315,44 @@ def test_only_the_last_of_quick_changes_on_a_page_is_answered(following):
         answered.append(draft)
         return draft
 
-    functions, shown = following(answer, 1.0)
-    pages = [SimpleNamespace(session_hash=name) for name in ("one", "two")]
+    change, shown = following(answer, 1.0)
 
-    async def change():
-        given = []
-        for i in range(3):
-            given += [functions["settled"](f"{page.session_hash} {i}", None, page) for page in pages]
-        return await asyncio.gather(*given)
+    async def all_changes():
+        return await asyncio.gather(*(change(f"{page} {i}", page) for i in range(3) for page in ("one", "two")))
 
-    kept = awaited(change())
-    assert sorted(answered) == ["one 2", "two 2"] and [one[shown] for one in kept[-2:]] == ["one 2", "two 2"]
-    assert kept[:-2] == [gr.skip()] * 4
+    kept = awaited(all_changes())
+    assert sorted(answered) == ["one 2", "two 2"] and kept[-2:] == [[{shown: "one 2"}], [{shown: "two 2"}]]
+    assert kept[:-2] == [[gr.skip()]] * 4
 
 
 def test_an_answer_that_comes_after_a_later_change_is_not_shown(following):
     slow = Asked(questions.here, ())
 
     def answer(draft, wanted):
-        if draft == "slow" and wanted():
+        if draft == "slow":
             raise StillAskingError(slow)
         return draft
 
-    functions, shown = following(answer, 0.0)
-    page = SimpleNamespace(session_hash="one")
+    change, shown = following(answer, 0.0)
 
-    async def change():
-        first = asyncio.create_task(functions["settled"]("slow", None, page))
+    async def both():
+        first = asyncio.create_task(change("slow", "one"))
         await asyncio.sleep(0.05)
-        assert (await functions["settled"]("quick", None, page))[shown] == "quick"
+        assert await change("quick", "one") == [{shown: "quick"}]
         return await first
 
-    assert awaited(change()) == gr.skip()
+    assert awaited(both()) == [gr.skip()]
 
 
-def test_what_takes_longer_is_asked_again_until_it_is_there(following):
+def test_what_takes_longer_is_told_and_comes_by_itself(following):
     slow = Asked(questions.here, (), began=0.0)
-    answers = [StillAskingError(slow), StillAskingError(slow), "there"]
 
     def answer(draft, wanted):
-        told = answers.pop(0)
-        if isinstance(told, Exception):
-            raise told
-        return told
+        if not slow.answer.done():
+            raise StillAskingError(slow)
+        return "there"
 
-    functions, shown = following(answer, 0.0)
-    page = SimpleNamespace(session_hash="one")
-    told = [awaited(functions[name]("draft", None, page)) for name in ("settled", "asked_again", "asked_again")]
-    assert [one.pop(shown) for one in told] == ["still", "still", "there"]
-    assert [timer.active for one in told for timer in one.values()] == [True, True, False]
+    change, shown = following(answer, 0.0)
+    timer = threading.Timer(0.5, slow.answer.set_result, [None])
+    timer.start()
+    assert awaited(change("draft", "one")) == [{shown: "still"}, {shown: "there"}]

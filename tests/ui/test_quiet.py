@@ -32,7 +32,12 @@ def test_every_handler_of_several_components_names_those_that_it_changes(served)
                 function = function.func
             returned[function.__qualname__] = function.__annotations__.get("return")
     assert len(returned) > 20
-    assert set(returned.values()) <= {"dict[Any, Any]", "_Changes", "Iterator[dict[Any, Any]]"}, returned
+    assert set(returned.values()) <= {
+        "dict[Any, Any]",
+        "_Changes",
+        "Iterator[dict[Any, Any]]",
+        "AsyncIterator[dict[Any, Any]]",
+    }, returned
 
 
 def test_a_first_letter_that_is_heard_last_does_not_undo_the_search():

@@ -21,7 +21,7 @@ from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, refuse_large, ve
 __all__ = ["STILL", "check_here", "expected_cards", "refused_here"]
 
 _TITLE = "What this merge would be"
-STILL = empty_card(_TITLE, "Still asking: others ask too, or the Hub is slow. This page asks again by itself.")
+STILL = empty_card(_TITLE, "Still asking: others ask too, or the Hub is slow. It comes by itself.")
 """In the place of the cards while they take longer."""
 
 _log = logging.getLogger(__name__)

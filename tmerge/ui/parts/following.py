@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import math
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import gradio as gr
 
 from tmerge.ui.context import WAITING, AppContext
-from tmerge.ui.server.aside import AGAIN_SECONDS, StillAskingError, patiently
-from tmerge.ui.server.changes import Change, Changes, SupersededError
+from tmerge.ui.server.aside import StillAskingError, patiently
+from tmerge.ui.server.changes import Changes, SupersededError
 
 __all__ = ["follow"]
 
@@ -37,33 +39,28 @@ def follow(
             `Aside.ask`; gives component -> what it shows. It may raise `SupersededError` and `StillAskingError`.
         state: The recipe's mapping, and that path.
         outputs: The components.
-        meanwhile: Component -> what it shows while the answer takes longer; then the page asks again.
+        meanwhile: Component -> what it shows while the answer takes longer.
         shows_progress: On the outputs.
     """
-    changes, again = Changes(_SETTLED_SECONDS), gr.Timer(AGAIN_SECONDS, active=False)
+    changes = Changes(_SETTLED_SECONDS)
 
-    async def answered(change: Change, draft: dict[str, Any], uploaded: str | None) -> dict[Any, Any]:
-        try:
-            told = await patiently(partial(answer, draft, uploaded, wanted=change.is_last), change.is_last)
-            shown = {**told, again: gr.Timer(active=False)}
-        except SupersededError:
-            return gr.skip()
-        except StillAskingError:
-            shown = {**meanwhile, again: gr.Timer(active=True)}
-        return shown if change.is_last() else gr.skip()
+    def answering(*, at_once: bool) -> Callable[..., AsyncIterator[dict[Any, Any]]]:
+        async def answered(
+            draft: dict[str, Any], uploaded: str | None, request: gr.Request
+        ) -> AsyncIterator[dict[Any, Any]]:
+            change, shown = changes.begin(request.session_hash), gr.skip()
+            ask = partial(answer, draft, uploaded, wanted=change.is_last)
+            with contextlib.suppress(SupersededError):
+                if at_once or await change.settled():
+                    try:
+                        shown = await patiently(ask, change.is_last)
+                    except StillAskingError:
+                        yield dict(meanwhile) or gr.skip()
+                        shown = await patiently(ask, change.is_last, math.inf)
+            yield shown if change.is_last() else gr.skip()
 
-    async def at_once(draft: dict[str, Any], uploaded: str | None, request: gr.Request) -> dict[Any, Any]:
-        return await answered(changes.begin(request.session_hash), draft, uploaded)
+        return answered
 
-    async def settled(draft: dict[str, Any], uploaded: str | None, request: gr.Request) -> dict[Any, Any]:
-        change = changes.begin(request.session_hash)
-        return await answered(change, draft, uploaded) if await change.settled() else gr.skip()
-
-    async def asked_again(draft: dict[str, Any], uploaded: str | None, request: gr.Request) -> dict[Any, Any]:
-        return await answered(changes.last(request.session_hash), draft, uploaded)
-
-    shown = [*outputs, again]
-    app.load(at_once, state, shown, **WAITING)
+    app.load(answering(at_once=True), state, list(outputs), **WAITING)
     said = {"show_progress": "minimal", "show_progress_on": list(outputs)} if shows_progress else {}
-    gr.on(events, settled, state, shown, trigger_mode="multiple", **{**WAITING, **said})
-    again.tick(asked_again, state, shown, trigger_mode="once", **WAITING)
+    gr.on(events, answering(at_once=False), state, list(outputs), trigger_mode="multiple", **{**WAITING, **said})

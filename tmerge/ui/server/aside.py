@@ -22,10 +22,7 @@ from tmerge.child import Child, ChildFaultError, ChildLostError
 from tmerge.errors import TmergeError
 from tmerge.ui.server.changes import SupersededError, always
 
-__all__ = ["AGAIN_SECONDS", "TURN_SECONDS", "Aside", "StillAskingError", "TooSlowError", "patiently"]
-
-AGAIN_SECONDS = 1.0
-"""A page that was told that its answer takes longer asks again so long after."""
+__all__ = ["TURN_SECONDS", "Aside", "StillAskingError", "TooSlowError", "patiently"]
 
 TURN_SECONDS = 4.0
 """That a page waits for an answer before it is told so."""

@@ -43,10 +43,6 @@ class Changes:
                 self._last.popitem(last=False)
         return change
 
-    def last(self, page: str | None) -> Change:
-        """The last change on a page, or a first one."""
-        return self._last.get(str(page)) or self.begin(page)
-
 
 @dataclass(frozen=True, eq=False)
 class Change:
