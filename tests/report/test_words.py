@@ -12,6 +12,7 @@ from tmerge.hub import card_text
 from tmerge.plots import report_page
 from tmerge.recipe import Recipe
 from tmerge.report import Relatedness, is_related, relatedness_words, summary, verdict_tone, verdict_words
+from tmerge.report.measured import MeasuredPair, carried_words, measured_pairs
 from tmerge.templates import static_text
 from tmerge.ui.parts.progress import result_cards
 from tmerge.ui.server.visitor_run import VisitorRun
@@ -133,3 +134,39 @@ def test_relatives_are_told_by_their_activations_or_by_their_weights(asked, rela
     assert said.startswith(words)
     # More texts help where the weights do not tell.
     assert ("calibration.match_on" in said) == (asked.value == 0.7) and ("tmerge adapt" in said) != related
+
+
+def _pair(weights, found, true):
+    return MeasuredPair(
+        name=f"{weights} {found}",
+        activations=0.9,
+        ci95=(0.89, 0.91),
+        permuted=0.0,
+        weights=weights,
+        chance=0.15,
+        found=found,
+        true=true,
+    )
+
+
+def test_a_figure_is_said_in_terms_of_what_like_pairs_carried():
+    pairs = [_pair(0.99, -0.5, -0.5), _pair(0.97, -0.48, -0.5), _pair(0.7, -0.2, -0.5), _pair(0.13, 0.0, None)]
+    said = "carried 96 to 100 % of what the true correspondence carries"
+    assert carried_words(0.98, pairs) == f"the 2 measured pairs of such weights {said}"
+    assert carried_words(0.72, pairs).startswith("the one measured pair of such weights carried 40 % of what")
+    assert carried_words(0.4, pairs).startswith(
+        "no measured pair is like that; the nearest, at 0.70, carried 40 % of what"
+    )
+    assert carried_words(0.13, pairs[-1:]) is None
+
+
+def test_the_pairs_that_are_shipped_are_sound_and_said():
+    pairs = measured_pairs()
+    assert len({pair.name for pair in pairs}) == len(pairs) > 3
+    for pair in pairs:
+        assert pair.ci95[0] <= pair.activations <= pair.ci95[1] and -1 <= pair.chance <= 1
+        # What was carried through the truth helped, and so there is something to be a share of.
+        assert pair.true is None or pair.true < 0
+    # Strangers among them, who are told to be none of the relatives.
+    assert {pair.weights - pair.chance < 0.05 for pair in pairs if pair.true is None} == {True}
+    assert f"({'docs/experiments.md'})" in relatedness_words(_asked(0.9, paired=0.99, clear=True))

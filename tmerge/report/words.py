@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from tmerge.evaluation import Verdict
+from tmerge.report.measured import carried_words
 from tmerge.report.parts import Fusion, Measured, ReconstructionFit, SeveralSource
 from tmerge.report.report import Alone, Kept, Report
 from tmerge.report.several import join_words, listed_words
@@ -74,7 +75,10 @@ def relatedness_words(measured: Relatedness) -> str:
         if (count := by_weights.moved_layers) > 0:
             layers = "1 layer is" if count == 1 else f"{count} layers are"
             moved = f"; {layers} paired otherwise than by activations alone"
-        return f"{numbers}: these models' weights are alike, as those of models with a common ancestor are{moved}"
+        carried = "" if (said := carried_words(by_weights.paired)) is None else f"; {said} (docs/experiments.md)"
+        return (
+            f"{numbers}: these models' weights are alike, as those of models with a common ancestor are{moved}{carried}"
+        )
     sentence = f"{numbers}: these models' neurons correspond, as those of models with a common ancestor do"
     if measured.value < _CLEAR:
         sentence += (
