@@ -164,7 +164,7 @@ def main() -> None:
         sys.stdout.write(json.dumps({role: scores}) + "\n")
     bits: dict[str, Any] = {}
     for name, build in rows_of(pair, texts_of(folder), given.steps, given.then, given.seed):
-        if name in rows or (given.only and not name in given.only):
+        if name in rows or (given.only and name not in given.only):
             continue
         began = time.perf_counter()
         made = build()
