@@ -4,8 +4,8 @@
 
 PAIR is a folder of `tests.bench.relatives` in which `tests.bench.transfer --texts english_train --only relatedness
 all/alpha-1 oracle/all/alpha-1` was run; CHECK what `tmerge check --relatedness --json` printed of two models that share
-nothing, from which nothing is carried. They are added to tmerge/report/measured_pairs.json, in the place of what has
-their names there, and all of it is drawn into docs/relatedness.png.
+nothing. They are added to tmerge/report/measured_pairs.json, in the place of what has their names there, and all of it is
+drawn into docs/relatedness.png.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def of_pair(name: str, folder: Path) -> MeasuredPair:
 def of_strangers(name: str, path: Path) -> MeasuredPair:
     """From what `check` said of them."""
     said = json.loads(path.read_text(encoding="utf-8"))["relatedness"]
-    return _pair(name, said, said["weights"], 0.0, None)
+    return _pair(name, said, said["weights"], None, None)
 
 
 def _pair(
-    name: str, related: dict[str, Any], weights: dict[str, Any], found: float, true: float | None
+    name: str, related: dict[str, Any], weights: dict[str, Any], found: float | None, true: float | None
 ) -> MeasuredPair:
     return MeasuredPair(
         name=name,
@@ -52,7 +52,7 @@ def _pair(
         permuted=round(related["permuted"], 4),
         weights=round(weights["paired"], 4),
         chance=round(weights["chance"], 4),
-        found=round(found, 4),
+        found=None if found is None else round(found, 4),
         true=None if true is None else round(true, 4),
     )
 
@@ -76,7 +76,7 @@ def drawn(pairs: list[MeasuredPair]) -> Figure:
         by_weights.plot([pair.weights], [share], marker, **style)
         by_weights.plot([pair.chance], [-0.06], "|", **style)
     by_activations.plot([], [], "o", color=OWN, label="relatives")
-    by_activations.plot([], [], "x", color=BAD, label="strangers: nothing")
+    by_activations.plot([], [], "x", color=BAD, label="strangers, which have no truth")
     by_activations.legend(loc="lower right", framealpha=1)
     return figure
 

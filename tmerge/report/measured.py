@@ -31,8 +31,8 @@ class MeasuredPair(Part):
         weights: How alike the weights of paired layers are.
         chance: The same by chance.
         found: Gain on the source's texts of what was carried through the correspondence that was found, at alpha 1,
-            all projections: bits per byte less the target's.
-        true: The same through the true one; None of strangers, which have none.
+            all projections: bits per byte less the target's. None of strangers, as the next.
+        true: The same through the true one, which strangers have not.
     """
 
     name: str
@@ -41,13 +41,13 @@ class MeasuredPair(Part):
     permuted: float
     weights: float
     chance: float
-    found: float
+    found: float | None
     true: float | None
 
     @property
     def share(self) -> float | None:
         """Of what the true correspondence carries."""
-        return None if self.true is None else self.found / self.true
+        return None if self.found is None or self.true is None else self.found / self.true
 
 
 @cache
@@ -67,7 +67,7 @@ def carried_words(weights: float, pairs: Sequence[MeasuredPair] | None = None) -
     Returns:
         None where no pair was measured.
     """
-    known = [(pair.weights, pair.share) for pair in pairs or measured_pairs() if pair.share is not None and pair.true]
+    known = [(pair.weights, pair.share) for pair in pairs or measured_pairs() if pair.share is not None]
     if not known:
         return None
     like = [(alike, share) for alike, share in known if abs(alike - weights) <= _LIKE]
