@@ -4,8 +4,8 @@
 
 PAIR is a folder of `tests.bench.relatives` in which `tests.bench.transfer --texts english_train --only relatedness
 all/alpha-1 oracle/all/alpha-1` was run; CHECK what `tmerge check --relatedness --json` printed of two models that share
-nothing. They are added to tmerge/report/measured_pairs.json, in the place of what has their names there, and all of it is
-drawn into docs/relatedness.png.
+nothing. They are added to tmerge/report/measured_pairs.json, in the place of what has their names there, and all of it
+is drawn into docs/relatedness.png.
 """
 
 from __future__ import annotations
