@@ -91,7 +91,7 @@ def test_two_processes_write_what_one_writes(models, tmp_path, what):
     assert len(re.findall(r"source: held-out texts: (\d+)/\1 texts", said)) == 1
 
 
-def test_two_processes_reconstruct_what_one_does(models, tmp_path):
+def test_processes_reconstruct_what_one_does(models, tmp_path):
     recipe = Recipe.from_mapping(
         {
             "target": str(models / "target"),
@@ -110,7 +110,8 @@ def test_two_processes_reconstruct_what_one_does(models, tmp_path):
     )
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     alone = merge(recipe, tmp_path / "alone")
-    launcher = begun(["merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "together")])
+    # Three, so that two of them wait for what the first begins.
+    launcher = begun(["merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "together")], 3)
     said = launcher.communicate(timeout=300)[1]
     assert launcher.returncode == 0, said
     together = merge(recipe, tmp_path / "together")  # finished: read again

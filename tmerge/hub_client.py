@@ -14,16 +14,16 @@ from huggingface_hub.utils import _http
 
 __all__ = ["hub_client", "is_silent", "seconds_to_wait"]
 
-# A commit of many files is answered when all of it is done.
-_WRITING_SECONDS = 120.0
+# A commit of many large files is answered when all of it is done.
+_WRITING_SECONDS = 600.0
 
 
-def hub_client(endpoint: str | None = None, token: str | None = None) -> HfApi:
+def hub_client(endpoint: str | None = None, token: str | bool | None = None) -> HfApi:
     """What asks the Hub.
 
     Args:
         endpoint: Of the Hub; None for the user's own.
-        token: In place of the user's own.
+        token: In place of the user's own; False for none.
     """
     _limit_requests()
     return HfApi(endpoint, token=token, library_name="tmerge")

@@ -14,7 +14,7 @@ from typing import Any
 from tmerge.calibration import TextSet, text_digest
 from tmerge.errors import CheckpointError, ModelNotFoundError, PlanError, RunNotFoundError
 from tmerge.models import ModelReference, Snapshot, fetch, file_digest, open_repo
-from tmerge.recipe import Recipe, load_yaml, unsaid
+from tmerge.recipe import DECIDE_NOTHING, Recipe, load_yaml, unsaid
 from tmerge.report import Report
 from tmerge.run import Run
 from tmerge.transport import Transport, TransportRecord, recorded_layer_maps, recorded_transport
@@ -68,9 +68,13 @@ class FoundRun:
         return self.run.recipe()
 
     def unsaid(self) -> dict[str, Any]:
-        """What its recipe does not say, as an earlier tmerge wrote it: key, dotted -> the default of now."""
+        """What decides its weights and its recipe does not say, as an earlier tmerge wrote it.
+
+        Returns:
+            Key, dotted -> the default of now.
+        """
         data = load_yaml(self.fetch(_RECIPE).read_text("utf-8"), _RECIPE)
-        return unsaid(data, self.recipe().model_dump(mode="json"))
+        return unsaid(data, self.recipe().model_dump(mode="json", exclude=set(DECIDE_NOTHING)))
 
     def record(self) -> TransportRecord:
         """transport.safetensors."""

@@ -1,5 +1,7 @@
 """The recipe: strict, frozen, and one line for every mistake."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,13 @@ def test_yaml_round_trip_writes_every_default():
 def test_top_k_keeps_counts_and_fractions_apart():
     assert isinstance(Recipe.from_mapping({**PAIR, "fusion": {"top_k": 1}}).fusion.top_k, int)
     assert isinstance(Recipe.from_mapping({**PAIR, "fusion": {"top_k": 1.0}}).fusion.top_k, float)
+
+
+def test_a_recipe_that_names_no_bases_is_known_by_what_it_was_known_by_before():
+    recipe = Recipe(target="a/b", source="c/d")
+    data = recipe.model_dump(mode="json", exclude={"memory", "bases"})
+    assert recipe.digest() == hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    assert Recipe(target="a/b", source="c/d", bases={"a/b": "e/f"}).digest() != recipe.digest()
 
 
 def test_digest_follows_its_sections_alone():

@@ -3,8 +3,10 @@
 import hashlib
 import logging
 import os
+import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -296,6 +298,23 @@ def test_runs_of_one_visitor_and_of_all_are_counted(monkeypatch):
     over(store, mine)
     store.start(RECIPE, "me")
     store.close()
+
+
+def test_a_run_that_goes_while_its_files_are_counted_is_no_fault(tmp_path):
+    def files():
+        for folder in range(40):
+            (tmp_path / f"run/out/{folder}").mkdir(parents=True)
+            (tmp_path / f"run/out/{folder}/weights").write_bytes(b"1234")
+
+    run = SimpleNamespace(folder=tmp_path / "run/out")
+    files()
+    assert room._bytes_of([run, run]) == 160
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(40):
+            going = pool.submit(shutil.rmtree, tmp_path / "run")
+            while not going.done():
+                assert room._bytes_of([run]) <= 160
+            files()
 
 
 def test_an_old_run_is_removed_and_one_that_is_looked_at_is_not(monkeypatch):

@@ -9,7 +9,8 @@ rounded (and for what a model that drops out draws).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tmerge.models import LoadedModel
 from tmerge.processes import Processes
 from tmerge.recipe import AdaptationSettings
 
-__all__ = ["StepShare", "make_trainer", "training_arguments"]
+__all__ = ["StepShare", "card_kept", "make_trainer", "training_arguments"]
 
 # A checkpoint of a large model is many gigabytes: few are written, and the last alone is kept.
 _CHECKPOINTS = 4
@@ -207,6 +208,24 @@ def training_arguments(
         vars(config)["_setup_devices"] = config.distributed_state.device = device
         torch.cuda.set_device(device)
     return config
+
+
+@contextmanager
+def card_kept(device: torch.device) -> Iterator[None]:
+    """While open a training may choose its card; what names none has the one of before again afterwards."""
+    if device.type != "cuda":
+        yield
+        return
+    from accelerate import PartialState
+
+    card, shared = torch.cuda.current_device(), PartialState._shared_state
+    before = shared.get("device", torch.device("cuda", card))
+    try:
+        yield
+    finally:
+        torch.cuda.set_device(card)
+        if "device" in shared:
+            shared["device"] = before
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -22,7 +22,7 @@ import torch
 from tmerge.adaptation.distillation import read_teacher
 from tmerge.adaptation.goals import FeatureGoals, FeatureWatch
 from tmerge.adaptation.residual import attach_residual, fold_residual
-from tmerge.adaptation.trainer import StepShare, make_trainer
+from tmerge.adaptation.trainer import StepShare, card_kept, make_trainer
 from tmerge.errors import AdaptationError, MissingExtraError, TokenizerError
 from tmerge.fusion import Alpha, TransportedNeurons, fuse
 from tmerge.models import STREAM, Architecture, LoadedModel, describe, group_of, refuse_without_rows
@@ -157,32 +157,30 @@ def adapt(
             apart[beside and group_of(item.projection) != STREAM].append(item)
         fuse(architecture.views, apart[False], alpha)
         attach_residual(layers, apart[True], alpha)
-    card = torch.cuda.current_device() if loaded.device.type == "cuda" else None
-    trainer = make_trainer(
-        sft, loaded, (encoded, labels), read, teacher, watch, settings, seed, work, peft_config, progress, processes
-    )
-    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    checkpoint = processes.from_first(lambda: _last_checkpoint(work))
-    try:
-        with (
-            watch.watching() if watch else nullcontext(),
-            processes.meeting_elsewhere("the training"),
-            warnings.catch_warnings(),
-        ):
-            # torch renames what accelerate and transformers still pass to it by its old name.
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        curve = [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
-        if settings.lora_rank:
-            trainer.model.merge_and_unload()
-    finally:
-        # After an error too: a caller's model must not stay dressed up. What continues is in `work`.
-        fold_residual(model)
-        if settings.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
-        vars(model).pop("forward", None)  # trl's and accelerate's wrappers
-        if card is not None:
-            torch.cuda.set_device(card)  # of what names no card, after this training as before
+    with card_kept(loaded.device):
+        trainer = make_trainer(
+            sft, loaded, (encoded, labels), read, teacher, watch, settings, seed, work, peft_config, progress, processes
+        )
+        trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+        checkpoint = processes.from_first(lambda: _last_checkpoint(work))
+        try:
+            with (
+                watch.watching() if watch else nullcontext(),
+                processes.meeting_elsewhere("the training"),
+                warnings.catch_warnings(),
+            ):
+                # torch renames what accelerate and transformers still pass to it by its old name.
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            curve = [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
+            if settings.lora_rank:
+                trainer.model.merge_and_unload()
+        finally:
+            # After an error too: a caller's model must not stay dressed up. What continues is in `work`.
+            fold_residual(model)
+            if settings.gradient_checkpointing:
+                model.gradient_checkpointing_disable()
+            vars(model).pop("forward", None)  # trl's and accelerate's wrappers
     for parameter in model.parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise AdaptationError(

@@ -23,7 +23,7 @@ from tmerge.errors import FusionError, NotEnoughDiskError
 from tmerge.fusion.carry import Shuffle
 from tmerge.fusion.maps import unmatched
 from tmerge.models import Architecture, LoadedModel, Projection, feature_key
-from tmerge.processes import ALONE, Processes
+from tmerge.processes import ALONE, Processes, on_this_machine
 from tmerge.quantities import bytes_words
 from tmerge.transport import Transport
 
@@ -150,7 +150,8 @@ class Goals:
         """Rows (r,) of a feature, (r, n)."""
         if name not in self._arrays:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._reserve(4 * len(self._rows) * values.shape[1])
+            # Each process of this machine takes as much, at the same time.
+            self._reserve(on_this_machine() * 4 * len(self._rows) * values.shape[1])
             self._arrays[name] = np.lib.format.open_memmap(
                 self._folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=(len(self._rows), values.shape[1])
             )

@@ -71,6 +71,9 @@ class NeuronWriter(Generic[PartNote]):
     def _clear(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
+        if self._resume:
+            # Who opens the folder of this key after this one finds it begun, and leaves it as it is.
+            write_json(self._folder / _PART, self._index)
 
     def parts(self) -> list[list[TransportedNeurons]]:
         """What is there already, a list for each time that some was added."""

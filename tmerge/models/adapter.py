@@ -85,8 +85,9 @@ class Adapter:
     def licence_files(self) -> dict[str, Path]:
         """Name -> path of its licence and notices, fetched if need be; raises as `tmerge.models.remote.fetch`."""
         listed = None if self.snapshot is None else self.snapshot.files
-        names = [path.name for path in self.folder.iterdir() if path.is_file()] if listed is None else list(listed)
-        going = [name for name in sorted(names) if is_licence_file(name)]
+        if listed is None:
+            listed = {path.name: path.stat().st_size for path in self.folder.iterdir() if path.is_file()}
+        going = [name for name, size in sorted(listed.items()) if is_licence_file(name, size)]
         if self.snapshot is None:
             return {name: self.folder / name for name in going}
         return {name: path for name in going if (path := fetch(self.snapshot, name)) is not None}

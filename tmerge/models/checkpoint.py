@@ -84,14 +84,25 @@ def is_tokenizer_file(name: str) -> bool:
     return name in TOKENIZER_FILES or name in _TOKENIZER_SETTINGS
 
 
+# As texts are named: nothing that takes room.
 _LICENCE = re.compile(
-    r"(licen[cs]e|notice|(acceptable_)?(use|usage)_policy|copying|copyright)(?![a-z])(?!.*\.py$)", re.IGNORECASE
+    r"(\w+[-_])?(licen[cs]es?|notice|terms|(acceptable_)?(use|usage)_policy|copying|copyright)([-_]\w+)*"
+    r"(\.(txt|md|rst|html?|pdf))?",
+    re.IGNORECASE,
 )
 
 
-def is_licence_file(name: str) -> bool:
-    """Whether a file of this name is a model's licence, or what its licence has passed on: LICENSE.txt, NOTICE."""
-    return _LICENCE.match(name) is not None and "/" not in name
+_MOST_LICENCE_BYTES = 1 << 20
+
+
+def is_licence_file(name: str, size: int = 0) -> bool:
+    """Whether a file of this name is a model's licence, or what its licence has passed on: LICENSE.txt, NOTICE.
+
+    Args:
+        name: Of a file beside the weights.
+        size: In bytes, where it is known; a text of more than a megabyte is none.
+    """
+    return size <= _MOST_LICENCE_BYTES and _LICENCE.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)

@@ -160,10 +160,10 @@ class Place:
         snapshot = self.snapshot
         if snapshot is None or snapshot.files is None:
             here = [*self.folder.iterdir(), *(self.folder / _TEMPLATES).glob("*")]
-            names = [path.relative_to(self.folder).as_posix() for path in here if path.is_file()]
+            sizes = {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in here if path.is_file()}
         else:
-            names = list(snapshot.files)
-        going = [name for name in sorted(names) if _goes_with_the_weights(name) or name in named]
+            sizes = snapshot.files
+        going = [name for name, size in sorted(sizes.items()) if _goes_with_the_weights(name, size) or name in named]
         if snapshot is None:
             return {name: self.folder / name for name in going}
         return {name: path for name in going if (path := fetch(snapshot, name)) is not None}
@@ -258,11 +258,11 @@ def _beside_an_adapter(reference: ModelReference) -> CheckpointError:
 _TEMPLATES = "additional_chat_templates"
 
 
-def _goes_with_the_weights(name: str) -> bool:
+def _goes_with_the_weights(name: str, size: int) -> bool:
     folder, _, file = name.rpartition("/")
     if folder:
         return folder == _TEMPLATES and file.endswith(".jinja")
-    kept = is_tokenizer_file(file) or is_licence_file(file)
+    kept = is_tokenizer_file(file) or is_licence_file(file, size)
     return kept or file.endswith(".tiktoken") or file in SETTINGS_FILES
 
 

@@ -278,5 +278,7 @@ class Recipe(Section):
     def digest(self, *sections: str) -> str:
         """SHA-256 (hex) of the named top-level sections, or of all that decides; stages are recognised by it."""
         data = self.model_dump(mode="json")
-        chosen = {name: data[name] for name in sections or data.keys() - DECIDE_NOTHING}
+        # Where no adapter stands for a model nothing is said of their bases, as before there was anything to say.
+        deciding = data.keys() - DECIDE_NOTHING - ({"bases"} if not self.bases else set())
+        chosen = {name: data[name] for name in sections or deciding}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()

@@ -76,6 +76,8 @@ def with_unsaid(data: Mapping[str, Any]) -> dict[str, Any]:
 def unsaid(data: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
     """What a resolved recipe has and its file does not say, as it was written by a tmerge that lacked it.
 
+    What is nothing by default is passed over: then there was nothing to say.
+
     Args:
         data: As YAML gives the file.
         resolved: All keys of the recipe that was made of it.
@@ -85,6 +87,8 @@ def unsaid(data: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, An
     """
     found: dict[str, Any] = {}
     for key, value in resolved.items():
+        if value is None or value in ({}, []):
+            continue
         if key not in data:
             found[key] = value
         elif isinstance(value, Mapping) and isinstance(section := data[key], Mapping):

@@ -18,6 +18,8 @@ __all__ = ["MeasuredPair", "carried_words", "measured_pairs"]
 
 # A pair is like another whose weights are alike to within this.
 _LIKE = 0.05
+# And what one further away carried says nothing of it.
+_NEAR = 0.15
 
 
 class MeasuredPair(Part):
@@ -73,6 +75,8 @@ def carried_words(weights: float, pairs: Sequence[MeasuredPair] | None = None) -
     like = [(alike, share) for alike, share in known if abs(alike - weights) <= _LIKE]
     if not like:
         alike, share = min(known, key=lambda pair: abs(pair[0] - weights))
+        if not abs(alike - weights) <= _NEAR:
+            return f"no pair like that was measured: the nearest is at {alike:.2f}"
         carried = f"carried {_percent(share)} of what the true correspondence carries"
         return f"no measured pair is like that; the nearest, at {alike:.2f}, {carried}"
     least, most = (_percent(of(share for _, share in like)) for of in (min, max))

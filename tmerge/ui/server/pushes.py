@@ -14,11 +14,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from tmerge.errors import PushError, TmergeError
 from tmerge.hub import Pushed, merge_licence, plan_push, push
+from tmerge.hub_client import hub_client
 from tmerge.models import ModelReference
 from tmerge.report import Report
 from tmerge.ui.server.limits import AppSettings, BusyError
@@ -122,7 +123,7 @@ def account_name(token: str) -> str | None:
         PushError: The Hub cannot be reached.
     """
     try:
-        return str(HfApi(token=token, library_name="tmerge").whoami()["name"])
+        return str(hub_client(token=token).whoami()["name"])
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (401, 403):
             return None

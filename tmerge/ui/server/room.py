@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import stat
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from tmerge.ui.server.limits import AppSettings
 from tmerge.ui.server.visitor_run import VisitorRun
 
-__all__ = ["to_go"]
+__all__ = ["may_go", "to_go"]
 
 _OLD = "Nobody has looked at it for some hours, and so it was removed."
 _ROOM = "The room that it took on the disk was needed for other runs, and so it was removed."
@@ -33,7 +34,7 @@ def to_go(runs: Iterable[VisitorRun], settings: AppSettings, root: Path) -> dict
         root: The folder that all runs' folders are in.
     """
     now = time.time()
-    over = [run for run in runs if run.over and (run.push is None or run.push.state != "pushing")]
+    over = [run for run in runs if may_go(run)]
     gone = {run.id: _OLD for run in over if now - max(run.looked_at, run.ended or now) > settings.runs_kept_seconds}
     # One that has failed has left nothing.
     kept = [run for run in over if run.id not in gone and run.folder.parent.exists()]
@@ -46,13 +47,19 @@ def to_go(runs: Iterable[VisitorRun], settings: AppSettings, root: Path) -> dict
     return gone
 
 
+def may_go(run: VisitorRun) -> bool:
+    """Whether a run is over, and nothing of it is being pushed."""
+    return run.over and (run.push is None or run.push.state != "pushing")
+
+
 def _bytes_of(runs: Iterable[VisitorRun]) -> int:
     """Of all their files; one that several of them have, as a training has its merge's, counts once."""
     sizes: dict[tuple[int, int], int] = {}
-    for path in (path for run in runs for path in run.folder.parent.rglob("*")):
-        # It may be going, as a push's own files do.
-        with contextlib.suppress(OSError):
-            found = path.lstat()
-            if stat.S_ISREG(found.st_mode):
-                sizes[found.st_dev, found.st_ino] = found.st_size
+    # Any of it may be going, as a push's own files do; who walks so passes over a folder that has gone.
+    for folder, _, names in (entry for run in runs for entry in os.walk(run.folder.parent)):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found = os.lstat(os.path.join(folder, name))
+                if stat.S_ISREG(found.st_mode):
+                    sizes[found.st_dev, found.st_ino] = found.st_size
     return sum(sizes.values())

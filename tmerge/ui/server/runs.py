@@ -35,7 +35,7 @@ from tmerge.ui.server.downloads import link_or_copy
 from tmerge.ui.server.further import go_further, refuse_for_memory, refuse_further
 from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError
 from tmerge.ui.server.overall import seconds_left
-from tmerge.ui.server.room import to_go
+from tmerge.ui.server.room import may_go, to_go
 from tmerge.ui.server.run_process import NAME, lost, prepared_child, step_of
 from tmerge.ui.server.uploads import hide_upload, with_upload, without_paths
 from tmerge.ui.server.visitor_run import CouplingRow, Further, StageProgress, State, VisitorRun, Way
@@ -257,8 +257,9 @@ class RunStore:
         """Remove runs that are over, as `tmerge.ui.server.room.to_go` says."""
         gone = to_go(list(self._runs.values()), self.settings, self.root)
         with self._changed:
-            # One that was cancelled may have been continued meanwhile.
-            removed = [self._runs.pop(each) for each in gone if (run := self._runs.get(each)) is not None and run.over]
+            # One that was cancelled may have been continued meanwhile, or a push of it begun.
+            known = [run for each in gone if (run := self._runs.get(each)) is not None]
+            removed = [self._runs.pop(run.id) for run in known if may_go(run)]
             self._gone |= {run.id: gone[run.id] for run in removed}
             self._gone = dict(list(self._gone.items())[-_MOST_GONE:])
         for run in removed:
@@ -305,7 +306,11 @@ class RunStore:
                 if self._closed:
                     return
                 idle = not self._queue
-            self.sweep()
+            try:
+                self.sweep()
+            except OSError as error:
+                # Room that is not made now is made the next time; the queue goes on.
+                _log.warning("ended runs could not be looked through: %s", error)
             if idle:
                 continue
             with self._heavy:

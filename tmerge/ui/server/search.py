@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
 from tmerge.calibration.columns import choose_column
 from tmerge.calibration.files import read_file
 from tmerge.errors import DatasetError
+from tmerge.hub_client import hub_client
 from tmerge.ui.server.changes import Changes
 
 __all__ = ["Choice", "DatasetFacts", "HubSearch", "Kind", "dataset_facts", "file_facts", "offered"]
@@ -78,7 +79,7 @@ class HubSearch:
             raise OSError("the Hub could not be reached a moment ago")
         # Asked once and shortly: the client itself tries for half a minute before it says that there is no network.
         get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-        api = HfApi(token=self._token)
+        api = hub_client(token=self._token)
         if kind == "dataset":
             return [found.id for found in api.list_datasets(search=typed, sort="downloads", limit=_FOUND)]
         options: dict[str, Any] = {"pipeline_tag": "text-generation", "filter": "safetensors"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ from tmerge.ui.server.search import Choice, HubSearch, Kind, offered
 __all__ = ["build_choose"]
 
 _DEMO = [(f"{name} (built in)", f"{DEMO_PREFIX}{name}") for name in DEMO_MODELS]
+# For all visitors together.
+_SEARCHES = ThreadPoolExecutor(4, "tmerge-search")
 _HINT = "Type to search the Hub: user/name, or user/name@revision"
 _ADAPTER_HINT = "A LoRA: what it changes is carried, and of the source its base alone is read. Type to search"
 # For what changes the recipe: one after the other, or two quick changes would each start from the old one. By default a
@@ -280,7 +283,9 @@ def _finder(search: HubSearch, kind: Kind, field: gr.Dropdown, names: gr.State) 
         of = base if kind == "adapter" and base.count("/") == 1 and not Path(base).exists() else ""
         if not await search.settled(request.session_hash, typed):
             return gr.skip()
-        choices, line = await asyncio.to_thread(offered, search, kind, typed, before, of)
+        # In threads of their own: a Hub that is slow to answer keeps nobody from starting a run.
+        found = asyncio.get_running_loop().run_in_executor(_SEARCHES, offered, search, kind, typed, before, of)
+        choices, line = await found
         return {field: gr.Dropdown(choices=choices, info=line or hint), names: choices}
 
     return find
