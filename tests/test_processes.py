@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from tests.launched import begun, begun_on_nodes, kill_second
 from tests.meeting import Together
 from tests.pico import pico_model, save_pico
+from tests.stages.test_reconstruct import recipe_for as reconstruction_of
 from tests.stages.test_task_vector import _deeper, _shaken, save_all
 from tmerge.errors import EndedElsewhereError, ProcessLostError, RecipeError
 from tmerge.fusion import StoredNeurons
 from tmerge.processes import ALONE
-from tmerge.recipe import Recipe, load_recipe
+from tmerge.recipe import load_recipe
 from tmerge.stages.merge import merge
 
 BESIDE = [
@@ -92,22 +93,8 @@ def test_two_processes_write_what_one_writes(models, tmp_path, what):
 
 
 def test_processes_reconstruct_what_one_does(models, tmp_path):
-    recipe = Recipe.from_mapping(
-        {
-            "target": str(models / "target"),
-            "source": str(models / "source"),
-            "dtype": "float32",
-            "calibration": {
-                "dataset": "samples:indonesian",
-                "texts": 70,
-                "max_tokens": 48,
-                "held_out": 0.3,
-                "token_rows": 200,
-            },
-            "fusion": {"what": "reconstruct", "alpha": 1.0, "keep": "samples:english", "keep_texts": 45},
-            "evaluation": {"texts": 12, "bootstrap": 200, "controls": ["permuted", "texts"]},
-        }
-    )
+    kept = {"keep": "samples:english", "keep_texts": 45}
+    recipe = reconstruction_of(models, fusion=kept, evaluation={"controls": ["permuted", "texts"]})
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     alone = merge(recipe, tmp_path / "alone")
     # Three, so that two of them wait for what the first begins.
