@@ -149,7 +149,7 @@ def test_page_draws_in_a_browser(report, record, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium")
     if chromium is None:
-        pytest.skip("no chromium here")
+        pytest.skip("no chromium here to draw the page in; make browser installs it")
     (tmp_path / "report.html").write_text(report_page(typed(report), record, "fused"), encoding="utf-8")
     with sync_api.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])

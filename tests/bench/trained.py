@@ -46,7 +46,7 @@ from tmerge.transport import TransportRecord
 TARGET, SOURCE = "demo:smollm2-135m-instruct", "demo:gemma-3-270m"
 # So that a stretch that is as unlikely as it could be weighs as much as a token does in a cross-entropy.
 ALM_TEMPERATURE = ALM_WEIGHT = 100.0
-# Of their feature terms, whose gradients are a tenth of the cross-entropy's at 1.
+# Of the feature terms, beside a cross-entropy of 1.
 TRANSPORT_WEIGHT = 0.5
 ROWS = ("sft", "first-piece", "uld", "alm", "sft+transport", "first-piece+transport")
 

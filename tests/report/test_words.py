@@ -156,7 +156,7 @@ def test_a_figure_is_said_in_terms_of_what_like_pairs_carried():
     assert carried_words(0.72, pairs).startswith("the one measured pair of such weights carried 40 % of what")
     assert carried_words(0.6, pairs).startswith("no measured pair is like that; the nearest, at 0.70, carried 40 %")
     assert carried_words(0.4, pairs) == "no pair like that was measured: the nearest is at 0.70"
-    assert carried_words(0.13, pairs[-1:]) is None
+    assert carried_words(0.13, pairs[-1:]) is None and carried_words(0.99, []) is None
 
 
 def test_the_pairs_that_are_shipped_are_sound_and_said():

@@ -192,8 +192,6 @@ class _Tried:
 
 def _best_of_all(best: Sequence[_Tried | None], processes: Processes) -> list[Fit]:
     """Of each sublayer the best of what the processes found, in all of them the same; none where none found any."""
-    if processes.count == 1:
-        return [found.fit for found in filter(None, best)]
     offers = processes.gathered([None if found is None else (found.left, found.number) for found in best])
     takers = []
     for index in range(len(best)):

@@ -69,7 +69,9 @@ def carried_words(weights: float, pairs: Sequence[MeasuredPair] | None = None) -
     Returns:
         None where no pair was measured.
     """
-    known = [(pair.weights, pair.share) for pair in pairs or measured_pairs() if pair.share is not None]
+    known = [
+        (pair.weights, pair.share) for pair in (measured_pairs() if pairs is None else pairs) if pair.share is not None
+    ]
     if not known:
         return None
     like = [(alike, share) for alike, share in known if abs(alike - weights) <= _LIKE]
