@@ -120,8 +120,12 @@ def plan_from_potentials(cost: Tensor, f: Tensor, g: Tensor, epsilon: float, *, 
     scale = 1 / epsilon
     for rows in row_blocks(cost):
         part = torch.sub(f[..., rows].unsqueeze(-1), cost[..., rows, :]).add_(g.unsqueeze(-2)).mul_(scale)
-        # Rounded when it is exponentiated: a rounded exponent of -20 is 1e-6 of its entry.
-        out[..., rows, :].copy_(part.exp_())
+        written = out[..., rows, :]
+        if written.dtype == part.dtype:
+            torch.exp(part, out=written)
+        else:
+            # Rounded when it is exponentiated: a rounded exponent of -20 is 1e-6 of its entry.
+            written.copy_(part.exp_())
     return out
 
 
@@ -279,8 +283,6 @@ def _check(cost: Tensor, epsilon: float) -> None:
         raise TransportError(f"a cost of shape {tuple(cost.shape)} has nothing to transport")
     if cost.dtype not in _LOG_RANGE:
         raise TransportError(f"a cost in {cost.dtype} is not solved; pass float32 or float64")
-    if not bool(torch.isfinite(cost.sum())) and not bool(torch.isfinite(cost).all()):
-        raise TransportError("the cost has entries that are not finite; look for NaN in the features")
 
 
 def _marginal(weights: Tensor | None, size: int, cost: Tensor, name: str) -> Tensor:
@@ -298,10 +300,11 @@ def _start(cost: Tensor, epsilon: float, kernel: torch.dtype) -> tuple[Tensor, T
     With f_i = min_j C_ij and g_j = min_i (C_ij - f_i) >= 0, every entry of K is at most 1, every column has one
     equal to 1 by g, and so has every row: at its own minimum 0 <= g_j = f_i + g_j - C_ij <= 0.
     """
-    low, high = torch.aminmax(cost)
-    if float(high - low) / epsilon < _SAFE_SPAN[kernel]:
-        f = low.expand(cost.shape[:-1]).clone()
-        return f, torch.zeros_like(cost[..., 0, :]), True
+    low, high = torch.stack(torch.aminmax(cost)).tolist()
+    if not math.isfinite(high - low):
+        raise TransportError("the cost has entries that are not finite; look for NaN in the features")
+    if (high - low) / epsilon < _SAFE_SPAN[kernel]:
+        return torch.full_like(cost[..., 0], low), torch.zeros_like(cost[..., 0, :]), True
     f = cost.amin(-1)
     least = [(cost[..., rows, :] - f[..., rows].unsqueeze(-1)).amin(-2) for rows in row_blocks(cost)]
     return f, torch.stack(least).amin(0), False
