@@ -3,6 +3,9 @@
     python -m tests.bench.scale --out FOLDER --target 1b --source 8b --what reconstruct --limit 16
     python -m tests.bench.scale --out FOLDER --target 1b --source 3b --what weights --limit 6
     python -m tests.bench.scale --out FOLDER --target 1b --source 8b --what task-vector --limit 8
+    python -m tests.bench.scale --out FOLDER --target small --source medium --layers 32 --what task-vector --limit 16
+
+The last is one point of a curve over layers, of models narrow enough to be made deep; the target has half as many.
 
 Weights are random, in the shapes of Llama 3.2 1B and 3B and of Llama 3.1 8B, in bfloat16, written a layer at a time;
 the target's are cut out of the source's, so that there is something to be found; what a source learned is noise of a
@@ -23,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,8 @@ class Shape:
 
 
 SHAPES = {
+    "small": Shape(512, 8, 8, 64, 1408, True, vocab_size=32000),
+    "medium": Shape(1024, 16, 16, 64, 2816, True, vocab_size=32000),
     "1b": Shape(2048, 16, 32, 64, 8192, True),
     "3b": Shape(3072, 28, 24, 128, 8192, True),
     "8b": Shape(4096, 32, 32, 128, 14336, False),
@@ -235,12 +240,22 @@ def main() -> None:
     parser.add_argument("--source", choices=SHAPES, default="8b")
     parser.add_argument("--what", choices=("weights", "task-vector", "reconstruct"), default="reconstruct")
     parser.add_argument("--limit", type=float, default=16, help="gigabytes of the control group")
+    parser.add_argument(
+        "--layers", type=int, help="of the source, in the place of its own; the target has half of them"
+    )
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--set", dest="settings", action="append", default=[], help="further settings of the merge")
     asked = parser.parse_args()
     out, source, target = asked.out.resolve(), SHAPES[asked.source], SHAPES[asked.target]
+    source_name, target_name = asked.source, asked.target
+    if asked.layers:
+        source, target = (
+            replace(shape, num_hidden_layers=count)
+            for shape, count in ((source, asked.layers), (target, asked.layers // 2))
+        )
+        source_name, target_name = f"{source_name}-{asked.layers}", f"{target_name}-{asked.layers // 2}"
     # What the target was cut out of; and what that became, where it is what it learned that is carried.
-    base, cut, tuned = out / asked.source, out / f"{asked.target}-of-{asked.source}", out / f"{asked.source}-tuned"
+    base, cut, tuned = out / source_name, out / f"{target_name}-of-{source_name}", out / f"{source_name}-tuned"
     shapes = {base: source, cut: target}
     if asked.what == "task-vector":
         shapes[tuned] = source
@@ -271,7 +286,7 @@ def main() -> None:
     with memory_group(int(asked.limit * GIGABYTE)) as group:
         code, seconds = run(command, group, out / f"{asked.what}.log")
     row: dict[str, Any] = {
-        "run": f"{asked.target} <- {asked.source} {asked.what}",
+        "run": f"{target_name} <- {source_name} {asked.what}",
         "limit_gb": asked.limit,
         "texts": asked.texts,
         "exit": code,
