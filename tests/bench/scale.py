@@ -17,6 +17,7 @@ disk is asked for first; models that are there are kept. What was measured goes 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -220,17 +222,19 @@ def memory_group(limit: int) -> Iterator[Path]:
         group.rmdir()
 
 
-def run(command: list[str], group: Path, log: Path) -> tuple[int, float]:
-    """A command in a group: its exit code, and its seconds."""
+def run(command: list[str], group: Path, log: Path) -> tuple[int, float, int]:
+    """A command in a group: its exit code, its seconds, and the most bytes that it had but for the pages of files."""
     join = f"import os, sys; open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid())); "
-    with log.open("w") as output:
-        began = time.perf_counter()
-        code = subprocess.call(
-            [sys.executable, "-c", join + "os.execv(sys.argv[1], sys.argv[1:])", *command],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    return code, time.perf_counter() - began
+    command = [sys.executable, "-c", join + "os.execv(sys.argv[1], sys.argv[1:])", *command]
+    began, own = time.perf_counter(), 0
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as begun:
+        process = psutil.Process(begun.pid)
+        while begun.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                memory = process.memory_info()
+                own = max(own, memory.rss - memory.shared)
+            time.sleep(0.05)
+    return begun.returncode, time.perf_counter() - began, own
 
 
 def main() -> None:
@@ -284,13 +288,14 @@ def main() -> None:
         command += ["--source", str(base), "--what", asked.what]
     command += [word for setting in settings for word in ("--set", setting)]
     with memory_group(int(asked.limit * GIGABYTE)) as group:
-        code, seconds = run(command, group, out / f"{asked.what}.log")
+        code, seconds, own = run(command, group, out / f"{asked.what}.log")
     row: dict[str, Any] = {
         "run": f"{target_name} <- {source_name} {asked.what}",
         "limit_gb": asked.limit,
         "texts": asked.texts,
         "exit": code,
         "seconds": round(seconds, 1),
+        "own_bytes": own,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
     }
     if code == 0:
