@@ -32,10 +32,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from tests.pico import pico_model
-from tmerge.models import Architecture, Projection, describe, feature_key, head_facts
+from tmerge.models import HEAD_NORMS, Architecture, Projection, describe, feature_key, head_facts
 from tmerge.transport import Heads, Side, one_thread_each
 
 __all__ = [
+    "PLANTED_BIASED",
     "PLANTED_FAMILIES",
     "PLANTED_LAYERS",
     "PLANTED_NOISE",
@@ -60,7 +61,10 @@ PLANTED_FAMILIES: dict[str, tuple[dict[str, int], int]] = {
     "llama": ({"head_dim": 16, "intermediate_size": 128}, 1),
     "qwen2": ({"intermediate_size": 128}, 2),  # head_dim is hidden / heads there: twice the width, twice the heads
     "gpt_neox": ({"intermediate_size": 128}, 2),
+    "qwen3": ({"head_dim": 16, "intermediate_size": 128}, 1),
 }
+PLANTED_BIASED = ("qwen2", "gpt_neox")
+"""Those whose projections have biases."""
 _LAYER = re.compile(r"(\.layers\.)(\d+)\.")
 
 
@@ -94,6 +98,10 @@ def planted_model(family: str, *, seed: int = 0) -> PreTrainedModel:
     model = pico_model(family, layers=PLANTED_LAYERS, seed=seed, **options).double()
     for view in describe(model).projections(("q", "k")):
         view.write(view.weight() * 6.0)
+    generator = torch.Generator().manual_seed(seed)
+    for view in (layer[name] for layer in describe(model).stream for name in HEAD_NORMS if name in layer):
+        # Where q and k are normed it is their gains that make it sharp.
+        view.write(2.0 + torch.rand(view.out_features, 1, generator=generator, dtype=torch.float64))
     for view in describe(model).projections():
         if view.has_bias:
             # The pico's 0.02 would be lost among the features' own size.
@@ -151,7 +159,7 @@ def plant(
             bias = own.bias()
             view.write(own.weight()[post][:, pre] / copies, bias=None if bias is None else bias[post])
             origin[layer, feature_key(name, "pre")], origin[layer, feature_key(name, "post")] = pre, post
-    _copy_the_rest(model, source, theirs, layers, residual, widen)
+    _copy_the_rest(model, source, theirs, layers, residual, torch.cat([pairs, pairs + len(pairs)]), widen)
     return Planted(source, layers, origin)
 
 
@@ -328,9 +336,13 @@ def _copy_the_rest(
     described: Architecture,
     layers: Sequence[int | None],
     residual: Tensor,
+    inside: Tensor,
     widen: int,
 ) -> None:
-    """Embeddings, norms and the head: all of them live on the residual stream."""
+    """Embeddings, norms and the head: all but the norms of q and k live on the residual stream.
+
+    What those scale are a head's rotated dimensions, which lie in the same order in all heads, `inside`.
+    """
     ours = {id(p) for view in described.projections() for p in view.module.parameters()}
     head = source.get_output_embeddings().weight
     own = dict(model.named_parameters())
@@ -343,5 +355,5 @@ def _copy_the_rest(
             if old is None:
                 continue  # an inserted layer's norm may be anything
             name = _LAYER.sub(rf"\g<1>{old}.", name)
-        values = own[name][..., residual]
+        values = own[name][..., inside if len(own[name]) == len(inside) else residual]
         parameter.copy_(values / widen if parameter is head else values)

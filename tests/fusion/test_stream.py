@@ -13,13 +13,17 @@ import torch
 from tests.pico import PICO_VOCAB, pico_model
 from tmerge.fusion import fuse
 from tmerge.fusion.stream import carry_stream
-from tmerge.models import EMBEDDING, HEAD, describe
+from tmerge.models import EMBEDDING, HEAD, HEAD_NORMS, describe
 
 
 def _maps(n, m, seed=0):
     """Any Phi_out (n, m) and Phi_in (m, n)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(n, m, generator=generator), torch.rand(m, n, generator=generator)
+
+
+def _no_heads(name, layer, source_layer):
+    return None
 
 
 def _fine_tuned(model, seed=1):
@@ -31,12 +35,12 @@ def _fine_tuned(model, seed=1):
     return other
 
 
-def _carried(family, source_family=None, *, vocabulary=PICO_VOCAB, **options):
+def _carried(family, source_family=None, *, vocabulary=PICO_VOCAB, head_map=_no_heads, **options):
     base = pico_model(source_family or family, layers=3, seed=3, **options)
     source, target = _fine_tuned(base), pico_model(family)
     maps = _maps(64, base.config.hidden_size)
     tokens = torch.arange(vocabulary).repeat(2, 1) if vocabulary else None
-    found = list(carry_stream(describe(target), describe(source), describe(base), {0: 0, 1: 2}, maps, tokens))
+    found = list(carry_stream(describe(target), describe(source), describe(base), {0: 0, 1: 2}, maps, tokens, head_map))
     return target, source, base, maps, {(item.layer, item.projection): item for item in found}
 
 
@@ -101,7 +105,7 @@ def test_tokens_that_are_not_shared_stay(vocabulary):
         ("llama", "llama-tied", set()),
         ("llama-tied", "llama", set()),
         # Norms meet by their names in the block, and these two have them in other places.
-        ("olmo2", "llama", {"norm:post_feedforward_layernorm"}),
+        ("olmo2", "llama", {"norm:post_feedforward_layernorm", *HEAD_NORMS}),
     ],
 )
 def test_what_the_source_lacks_stays(target, source, left):
@@ -113,7 +117,7 @@ def test_what_the_source_lacks_stays(target, source, left):
 def test_nothing_learned_is_nothing_carried():
     base = pico_model("gpt2", layers=3, seed=3)
     models = describe(pico_model("gpt2")), describe(base), describe(base)
-    found = list(carry_stream(*models, {0: 0, 1: 1}, _maps(64, 64), torch.arange(PICO_VOCAB).repeat(2, 1)))
+    found = list(carry_stream(*models, {0: 0, 1: 1}, _maps(64, 64), torch.arange(PICO_VOCAB).repeat(2, 1), _no_heads))
     assert len(found) == 6
     assert not any(item.weight.any() or (item.bias is not None and item.bias.any()) for item in found)
 
@@ -138,7 +142,7 @@ def test_a_trimmed_and_reordered_vocabulary_is_carried_token_by_token():
     # The last is beyond both matrices, as rows may be that a tokenizer knows and a model does not.
     tokens = torch.tensor([[7, 3, 199, 200], [300, 4, 5, PICO_VOCAB]])
     models = describe(target), describe(source), describe(base)
-    items = list(carry_stream(*models, {0: 0, 1: 2}, (out_map, in_map), tokens))
+    items = list(carry_stream(*models, {0: 0, 1: 2}, (out_map, in_map), tokens, _no_heads))
     found = {item.projection: item for item in items}
     before = target.get_input_embeddings().weight.detach().clone()
     learned = (source.get_input_embeddings().weight - base.get_input_embeddings().weight).detach()
@@ -148,3 +152,37 @@ def test_a_trimmed_and_reordered_vocabulary_is_carried_token_by_token():
     torch.testing.assert_close(change[[7, 3, 199]], learned[[300, 4, 5]] @ out_map.T, rtol=1e-4, atol=1e-5)
     others = [row for row in range(200) if row not in (7, 3, 199)]
     assert not change[others].any()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("source_family", ["qwen3", "olmo2", "hunyuan"])
+@pytest.mark.parametrize("family", ["qwen3", "olmo2"])
+def test_a_norm_of_q_or_k_goes_by_the_map_of_its_outputs(family, source_family, sparse):
+    """Against sums over heads, with a head of the target's that has no counterpart."""
+    maps, asked = {}, []
+
+    def head_map(name, layer, source_layer):
+        asked.append((name, layer, source_layer))
+        heads, generator = {"q": 4, "k": 2}[name], torch.Generator().manual_seed(len(asked))
+        target_size, source_size = (16 if of == "olmo2" else 12 for of in (family, source_family))
+        mapping = torch.randn(heads, target_size, heads * source_size, generator=generator)
+        mapping[1] = 0
+        maps[name, layer] = mapping
+        flat = mapping.flatten(0, 1)
+        return flat.to_sparse().coalesce() if sparse else flat
+
+    _, source, base, _, found = _carried(family, source_family, head_map=head_map)
+    assert sorted(asked) == [("k", 0, 0), ("k", 1, 2), ("q", 0, 0), ("q", 1, 2)]
+    for (name, layer), mapping in maps.items():
+        norms = [describe(model).stream[{0: 0, 1: 2}[layer]][f"norm:{name}"] for model in (source, base)]
+        learned = (norms[0].weight() - norms[1].weight())[:, 0]
+        each = mapping.abs() @ learned.repeat(mapping.shape[2] // len(learned))
+        wanted = each.flatten() if family == "olmo2" else each.sum(0) / (len(each) - 1)
+        item = found[layer, f"norm:{name}"]
+        torch.testing.assert_close(item.weight[:, 0], wanted, rtol=1e-5, atol=1e-6)
+        assert item.bias is None
+
+
+def test_where_q_is_not_carried_its_norm_stays():
+    _, _, _, _, found = _carried("qwen3", head_map=lambda name, *_: None if name == "q" else torch.eye(24))
+    assert {name for _, name in found} & set(HEAD_NORMS) == {"norm:k"}

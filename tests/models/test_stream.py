@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.pico import PICO_FAMILIES, PICO_VOCAB, pico_model
-from tmerge.models import EMBEDDING, HEAD, PROJECTIONS, STREAM, describe, group_of
+from tmerge.models import EMBEDDING, HEAD, HEAD_NORMS, PROJECTIONS, STREAM, describe, group_of
 
 # Family -> norms of a block, what lies outside the blocks, and their modules' names.
 _TAKEN = {
@@ -20,7 +20,7 @@ _TAKEN = {
     ),
     # Its q_norm is as wide as the stream, and lies on none of its neurons.
     "olmo2": (
-        ["norm:post_attention_layernorm", "norm:post_feedforward_layernorm"],
+        ["norm:post_attention_layernorm", "norm:post_feedforward_layernorm", *HEAD_NORMS],
         {EMBEDDING: "model.embed_tokens", HEAD: "lm_head", "norm:model/norm": "model.norm"},
     ),
     "gemma3": (
@@ -29,6 +29,7 @@ _TAKEN = {
             "norm:post_attention_layernorm",
             "norm:pre_feedforward_layernorm",
             "norm:post_feedforward_layernorm",
+            *HEAD_NORMS,
         ],
         {EMBEDDING: "model.embed_tokens", "norm:model/norm": "model.norm"},
     ),
@@ -66,6 +67,25 @@ def test_what_is_taken(family):
         assert view.module is (model.get_output_embeddings() if module is None else modules[module])
         shape = (PICO_VOCAB, _WIDTH) if name in (EMBEDDING, HEAD) else (_WIDTH, 1)
         assert view.weight().shape == shape == (view.out_features, view.in_features)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("qwen3", [12, 12]),  # a gain for each dimension of a head, whichever head it is
+        ("hunyuan", [12, 12]),
+        ("olmo2", [64, 32]),  # one for each output, of 4 heads and of 2
+        ("stablelm-norms", []),  # a norm for each head
+        ("cohere", []),  # a matrix of them
+        ("llama", []),
+    ],
+)
+def test_the_norms_of_q_and_k_are_known_by_whose_they_are(family, sizes):
+    first = describe(pico_model(family)).stream[0]
+    norms = [first[name] for name in HEAD_NORMS if name in first]
+    assert [view.out_features for view in norms] == sizes
+    for view, letter in zip(norms, "qk", strict=False):
+        assert view.module_name.rpartition(".")[2].startswith(letter)
 
 
 @pytest.mark.parametrize("family", PICO_FAMILIES)

@@ -42,7 +42,7 @@ class Carried:
     Attributes:
         transported: One item per fused layer and projection, by layer; empty where they were handed over.
         permuted: The same through plans whose target neurons are shuffled; empty unless asked for.
-        stream: Names of what else was carried that lies on the residual stream.
+        stream: Names of what else was carried: embeddings, head and norms.
         norm_ratios: projection -> one number per fused layer: transported over own norm of the selected neurons; None
             where the target's own are all zero.
         biases: projection -> what became of its bias, in words.
@@ -209,7 +209,7 @@ def _carried_stream(
     vocabulary: Tensor | None,
     shuffle: Shuffle | None,
 ) -> Iterator[TransportedNeurons]:
-    """The task vector of what else lies on the residual stream, which one correspondence carries everywhere."""
+    """The task vector of what lies beside the projections; the stream's one correspondence carries most of it."""
     pairs: dict[int, int] = {}
     for layer_map in transport.layer_maps.values():
         for layer in layer_map.target_layers:
@@ -222,4 +222,12 @@ def _carried_stream(
     if shuffle is not None:
         order = shuffle(-1, STREAM, out_map.shape[0])
         out_map, in_map = out_map.index_select(0, order), in_map.index_select(1, order)
-    return carry_stream(*models, pairs, (out_map, in_map), vocabulary)
+
+    def head_map(name: str, layer: int, source_layer: int) -> Tensor | None:
+        if name not in transport.layer_maps or layer not in transport.layer_maps[name].target_layers:
+            return None
+        key = feature_key(name, "post")
+        mapping = transport.feature_map(layer, key, source_layer).phi_out(fusion.scale)
+        return mapping if shuffle is None else mapping.index_select(0, shuffle(layer, key, mapping.shape[0]))
+
+    return carry_stream(*models, pairs, (out_map, in_map), vocabulary, head_map)

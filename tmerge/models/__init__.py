@@ -34,7 +34,7 @@ from tmerge.models.remote import Snapshot, fetch, hub_errors, open_repo
 from tmerge.models.rotary import head_facts
 from tmerge.models.saving import save_checkpoint
 from tmerge.models.settings import CONFIG, least_release
-from tmerge.models.stream import EMBEDDING, HEAD, STREAM, group_of
+from tmerge.models.stream import EMBEDDING, HEAD, HEAD_NORMS, STREAM, group_of
 from tmerge.models.tokenizers import refuse_without_rows
 from tmerge.models.verifying import verify_checkpoint
 from tmerge.models.weights import MappedWeights, read_weights_file, write_weights
@@ -46,6 +46,7 @@ __all__ = [
     "DEMO_MODELS",
     "EMBEDDING",
     "HEAD",
+    "HEAD_NORMS",
     "PROJECTIONS",
     "SIDES",
     "STREAM",

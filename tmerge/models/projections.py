@@ -38,7 +38,7 @@ class Architecture:
             may have fewer than another: a mixture of experts has no dense MLP.
         left_alone: What has weights and is not merged, one sentence each with the layers it concerns.
         attention: Per block, its heads; None for a block without plain attention.
-        stream: What else lies on the residual stream, as `stream_views` gives it.
+        stream: What else a task vector changes, as `stream_views` gives it.
         embedding_scale: What a token's embedding is multiplied by before it enters the residual stream.
     """
 
@@ -196,13 +196,13 @@ def describe(model: nn.Module, *, rounded_to: torch.dtype | None = None) -> Arch
         )
     layers = [block.projections for block in descriptions]
     width = next((layer["o"].out_features for layer in layers if "o" in layer), 0)
-    stream = stream_views(inner, blocks, width) if width else []
+    heads = [block.heads for block in descriptions]
+    stream = stream_views(inner, blocks, width, layers, heads) if width else []
     if rounded_to is not None:
         layers, stream = (
             [{name: replace(view, rounded_to=rounded_to) for name, view in layer.items()} for layer in part]
             for part in (layers, stream)
         )
-    heads = [block.heads for block in descriptions]
     return Architecture(config.model_type, layers, sentences, heads, stream, embedding_scale(inner))
 
 

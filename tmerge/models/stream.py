@@ -1,45 +1,59 @@
-"""What lies on the residual stream beside the projections: embeddings, head and norms, as views like theirs.
+"""What a task vector changes beside the projections: embeddings, head and norms, as views like theirs.
 
-Their rows or columns are the stream's own neurons, or a vocabulary's tokens, so between models that share a vocabulary
-they can be carried by the stream's correspondence alone.
+Rows or columns of most are the residual stream's own neurons, or a vocabulary's tokens, so between models that share a
+vocabulary they can be carried by the stream's correspondence alone. A norm of q or k has a gain for each output, or for
+each dimension of a head, which all heads share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from tmerge.models.layouts import HeadLayout
 from tmerge.models.views import PROJECTIONS, Projection, Rows
 
-__all__ = ["EMBEDDING", "HEAD", "STREAM", "embedding_scale", "group_of", "stream_views"]
+__all__ = ["EMBEDDING", "HEAD", "HEAD_NORMS", "STREAM", "embedding_scale", "group_of", "stream_views"]
 
 EMBEDDING = "embedding"
 """(V, n): a row for each token. Where the head is tied to it, it is the head too."""
 HEAD = "head"
 """(V, n): a row for each token."""
+_NORM = "norm:"
+HEAD_NORMS = {f"{_NORM}{name}": name for name in ("q", "k")}
+"""Names of the norms of q and k, and whose outputs they scale: (n,) or (head_dim,)."""
 STREAM = "stream"
 """All of these together, where an alpha is named for each projection."""
-_NORM = "norm:"
+_HEAD_NORM_NAMES = {"q": re.compile(r"(q|query)_?(layer)?norm"), "k": re.compile(r"(k|key)_?(layer)?norm")}
 
 
 def group_of(name: str) -> str:
-    """A projection's own name; `STREAM` for whatever else lies on the stream."""
+    """A projection's own name; `STREAM` for whatever else is carried."""
     return name if name in PROJECTIONS else STREAM
 
 
-def stream_views(model: PreTrainedModel, blocks: nn.ModuleList, width: int) -> list[dict[str, Projection]]:
+def stream_views(
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    width: int,
+    layers: Sequence[Mapping[str, Projection]],
+    heads: Sequence[HeadLayout | None],
+) -> list[dict[str, Projection]]:
     """The views, by layer; what belongs to no block stands behind the last one.
 
     Args:
         model: The causal LM, or its base model, which has no head.
         blocks: Its blocks.
         width: Of the residual stream.
+        layers: Per block, its projections.
+        heads: Per block, its heads.
 
     Returns:
         As many dicts as blocks, and one more: ``norm:NAME`` for a norm of the stream's width (by its name within the
-        block), `EMBEDDING` and `HEAD`.
+        block), those of `HEAD_NORMS` that are there, `EMBEDDING` and `HEAD`.
     """
     views: list[dict[str, Projection]] = []
     inside = {id(module) for block in blocks for module in block.modules()}
@@ -50,7 +64,7 @@ def stream_views(model: PreTrainedModel, blocks: nn.ModuleList, width: int) -> l
 
     for layer, block in enumerate(blocks):
         # A norm inside the attention is of q or k, though it may be as wide as the stream (olmo2).
-        norms = _norms(block.named_children(), width)
+        norms = [*_norms(block.named_children(), width), *_head_norms(model, layers[layer], heads[layer])]
         views.append({name: view(name, layer, module) for name, module in norms})
     last = len(blocks)
     outside = ((name, part) for name, part in model.named_modules() if id(part) not in inside)
@@ -84,6 +98,24 @@ def _norms(modules: Iterable[tuple[str, nn.Module]], width: int) -> list[tuple[s
         weight = getattr(part, "weight", None)
         if isinstance(weight, nn.Parameter) and tuple(weight.shape) == (width,):
             norms.append((_NORM + name.replace(".", "/"), part))
+    return norms
+
+
+def _head_norms(
+    model: PreTrainedModel, projections: Mapping[str, Projection], heads: HeadLayout | None
+) -> list[tuple[str, nn.Module]]:
+    """The norms of q and k that stand beside them, by the names of `HEAD_NORMS`."""
+    norms = []
+    for norm, name in HEAD_NORMS.items():
+        if heads is None or name not in projections:
+            continue
+        attention = model.get_submodule(projections[name].module_name.rpartition(".")[0])
+        for child, part in attention.named_children():
+            weight = getattr(part, "weight", None)
+            # One for each head, or a matrix of them (stablelm, cohere), is left alone.
+            sizes = (heads.head_dim,), (projections[name].out_features,)
+            if _HEAD_NORM_NAMES[name].fullmatch(child) and weight is not None and tuple(weight.shape) in sizes:
+                norms.append((norm, part))
     return norms
 
 

@@ -128,7 +128,7 @@ def facts(report: Report) -> Iterable[Sequence[str]]:
         yield each.name, f"{each.reference}, {strength_words(each)}; licence {licence}"
     yield "fusion", how_words(fusion)
     if fusion.stream:
-        yield "on the residual stream", ", ".join(fusion.stream)
+        yield "beside the projections", ", ".join(fusion.stream)
     yield "run on", f"{report.device}, {report.dtype}, seed {report.seed}"
 
 

@@ -306,7 +306,7 @@ class Fusion(Part):
         scale: Of the maps that weights are carried through; None where weights were fitted, and so are the next two.
         units: Whether activations' sizes were matched.
         top_k: Neurons of a projection and layer: a count, or a share.
-        stream: What else lies on the residual stream and was carried.
+        stream: What else was carried: embeddings, head and norms.
         fit: Of a reconstruction; None otherwise.
         fit_seconds: That the fits took, in all calls, and without those of the controls; None otherwise.
         choice: Of ``alpha: auto``; None otherwise.

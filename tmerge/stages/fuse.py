@@ -31,6 +31,9 @@ from tmerge.transport import Transport
 
 __all__ = ["Fuse"]
 
+# What is carried beside the projections: 2 with norms of q and k.
+_BESIDE = 2
+
 
 @dataclass(frozen=True)
 class Fuse:
@@ -70,6 +73,8 @@ class Fuse:
     def inputs(self) -> dict[str, Any]:
         """What decides the neurons."""
         first = self.sources[0]
+        # What is carried beside the projections is not of the recipe: what was fused before it changed is fused anew.
+        beside = {"beside": _BESIDE} if self.recipe.fusion.carries_stream else {}
         several = {"sources": {source.name: source.model.commit for source in self.sources}}
         return {
             "transport": self.solved,
@@ -77,6 +82,7 @@ class Fuse:
             "base": None if first.base is None else first.base.model.commit,
             **({"adapter": first.model.commit} if isinstance(first.weights, LearnedWeights) else {}),
             **(several if self.recipe.sources else {}),
+            **beside,
             "seed": self.recipe.seed,
             "permuted": "permuted" in self.recipe.evaluation.controls,
         }
