@@ -14,14 +14,14 @@ __all__ = ["begun", "begun_on_nodes", "kill_second"]
 ROOT = Path(__file__).parents[1]
 
 
-def begun(words, count=2, launch=("--standalone",)):
+def begun(words, count=2, launch=("--standalone",), **environment):
     """The processes of a run, begun: the launcher."""
     launcher = [sys.executable, "-m", "torch.distributed.run", *launch, "--nproc-per-node", str(count)]
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     return subprocess.Popen(
         [*launcher, "-m", "tmerge", *words],
         cwd=ROOT,
-        env=os.environ | quiet,
+        env=os.environ | quiet | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -15,7 +15,7 @@ from tmerge.comparison.evaluate import evaluate_models
 from tmerge.comparison.reproduce import reproduce
 from tmerge.errors import CheckpointError, DatasetError, OutputExistsError
 from tmerge.models import load_model, load_tokenizer
-from tmerge.models.place import find_place
+from tmerge.models.finding import find_place
 from tmerge.recipe import CalibrationSettings
 from tmerge.stages.merge import merge
 

@@ -264,8 +264,9 @@ def test_a_recipe_that_is_pinned_to_commits_trusts_what_it_did_before(tmp_path, 
     recipe = Recipe(target=f"user/code@{commit}", source=f"user/other@{commit}", trust_remote_code=["user/code"])
     swapped = recipe.model_copy(update={"target": recipe.source, "source": recipe.target})
 
-    def found(reference, revision, trust_remote_code, adapter, base):
+    def found(reference, revision, trust_remote_code, adapter, base, revisions):
         asked.setdefault("place", []).append(trust_remote_code)
+        return SimpleNamespace(revisions={})
 
     monkeypatch.setattr("tmerge.models.model.find_place", found)
     monkeypatch.setattr("tmerge.models.model.read_facts", stop("check"))

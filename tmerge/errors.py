@@ -199,7 +199,7 @@ _LONGEST_NAME = 120
 
 
 class ProcessesError(TmergeError):
-    """Several processes were begun for what one does."""
+    """Several processes were begun for what one does, or are not alike enough to do one thing together."""
 
 
 class ProcessLostError(TmergeError):

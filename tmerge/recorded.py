@@ -14,6 +14,7 @@ from typing import Any
 from tmerge.calibration import TextSet, text_digest
 from tmerge.errors import CheckpointError, ModelNotFoundError, PlanError, RunNotFoundError
 from tmerge.models import ModelReference, Snapshot, fetch, file_digest, open_repo
+from tmerge.processes import Processes
 from tmerge.recipe import DECIDE_NOTHING, Recipe, load_yaml, unsaid
 from tmerge.report import Report
 from tmerge.run import Run
@@ -132,6 +133,11 @@ class RecordedRun:
         self.found = find_run(reference)
         self.recipe, self.report = self.found.recipe(), self.found.report()
         self.key = self.found.transport_digest()
+
+    @classmethod
+    def agreed(cls, reference: str, processes: Processes) -> RecordedRun:
+        """A run, at the commit that the first of several processes finds."""
+        return cls(reference if processes.count == 1 else processes.from_first(lambda: find_run(reference).name))
 
     @cached_property
     def record(self) -> TransportRecord:

@@ -30,7 +30,7 @@ from tmerge.store import locked, read_json, write_json
 if TYPE_CHECKING:
     from tmerge.report import Report
 
-__all__ = ["Run", "stage_key"]
+__all__ = ["Run", "differences", "stage_key"]
 
 
 def stage_key(stage: str, **facts: Any) -> str:
@@ -114,7 +114,7 @@ class Run:
                     f"{folder} holds a run without its cache, which cannot be continued; choose another --out"
                 )
             before, now = _as_written_now(asked), recipe.model_dump(mode="json")
-            other = _differences(_deciding(before), _deciding(now))
+            other = differences(_deciding(before), _deciding(now))
             if other:
                 raise OutputExistsError(
                     f"{folder} is a run of another recipe ({', '.join(other[:3])}); choose another --out, "
@@ -242,13 +242,13 @@ def _as_written_now(asked: Mapping[str, Any]) -> Mapping[str, Any]:
         return asked
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """``key: old there, new here`` for every value that differs."""
-    differences = []
+    found = []
     for key in sorted(set(old) | set(new)):
         there, here = old.get(key), new.get(key)
         if isinstance(there, dict) and isinstance(here, dict):
-            differences += _differences(there, here, f"{prefix}{key}.")
+            found += differences(there, here, f"{prefix}{key}.")
         elif there != here:
-            differences.append(f"{prefix}{key}: {there} there, {here} here")
-    return differences
+            found.append(f"{prefix}{key}: {there} there, {here} here")
+    return found

@@ -22,7 +22,7 @@ from huggingface_hub import get_session
 from pathlib import Path
 from tmerge.errors import TmergeError
 from tmerge.models import load_model, load_tokenizer, model_commit, read_facts, save_checkpoint
-from tmerge.models.place import find_place
+from tmerge.models.finding import find_place
 
 results = {}
 

@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_scored_by_blocks(models, monkeypatch):
     resident = evaluate_models(references, dataset="samples:malay", texts=12, device="cpu", listener=steps.append)
     assert {step.unit for step in steps} == {"models", "texts"}
     steps.clear()
-    monkeypatch.setattr(handles, "fits", lambda needed, there: False)
+    monkeypatch.setattr(handles, "fits", lambda needed, there, free: False)
     by_blocks = evaluate_models(references, dataset="samples:malay", texts=12, device="cpu", listener=steps.append)
     assert {step.unit for step in steps} == {"models", "blocks", "notes"}
     assert by_blocks == resident
@@ -128,7 +128,7 @@ def test_a_model_that_cannot_be_read_in_parts_says_so_or_is_loaded(models, tmp_p
     monkeypatch.setattr(loading, "empty_model", lambda config, dtype: None)
     with pytest.raises(UnsupportedModelError, match=r"a llama model cannot be read block by block .* memory: resident"):
         Model(str(models / "source"), device="cpu", memory="blocks").open()
-    monkeypatch.setattr(handles, "fits", lambda needed, there: False)
+    monkeypatch.setattr(handles, "fits", lambda needed, there, free: False)
     assert Model(str(models / "source"), device="cpu").open().block_weights is None
 
 

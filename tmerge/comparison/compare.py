@@ -32,6 +32,7 @@ from tmerge.errors import OutputExistsError, RecipeError
 from tmerge.evaluation import applied, score_texts
 from tmerge.fusion import Alpha
 from tmerge.models import LoadedModel, load_model, model_commit
+from tmerge.models.agreed import computing_alike
 from tmerge.processes import ALONE, Processes
 from tmerge.recipe import Recipe
 from tmerge.report import library_versions
@@ -101,7 +102,9 @@ def compare(
         )
     folder = Path(out)
     with processes.failing_together(), _at_work(folder) if processes.is_first else nullcontext():
-        return _Comparison(recipe, folder, listener or (lambda step: None), processes).go()
+        recipe = processes.from_first(lambda: recipe)
+        with computing_alike(recipe.device, processes):
+            return _Comparison(recipe, folder, listener or (lambda step: None), processes).go()
 
 
 @contextmanager
@@ -172,7 +175,7 @@ class _Comparison:
 
     @cached_property
     def models(self) -> MergedModels:
-        return MergedModels(self.merge_recipe, self.commits, self.listener)
+        return MergedModels(self.merge_recipe, self.commits, self.listener, self.processes)
 
     @cached_property
     def domains(self) -> dict[str, list[str]]:
@@ -340,8 +343,8 @@ class _Comparison:
         )
 
     def _release_both(self) -> None:
-        for role in ("target", "source"):
-            self.models.release(role)
+        self.models.release("target")
+        self.models.release("source")
 
     def _goals(self) -> Any:
         """Where the target's features are drawn to: the merge's own plans and features."""

@@ -17,7 +17,7 @@ from tmerge.errors import CheckpointError, DatasetError
 from tmerge.evaluation.tasks import run_tasks
 from tmerge.models import LoadedModel, Model, Projection, give_back_memory
 from tmerge.preflight.models import Models
-from tmerge.processes import Processes
+from tmerge.processes import ALONE, Processes
 from tmerge.recipe import Recipe
 from tmerge.stages.scoring import load, opened
 from tmerge.stages.step import Listener, Progress
@@ -51,11 +51,14 @@ class MergedModels:
         recipe: Names them.
         commits: Role -> what the merge's report says of its model; nobody is asked again.
         listener: Hears that one is loaded.
+        processes: That compare together, each of which loads and reads them.
     """
 
-    def __init__(self, recipe: Recipe, commits: Mapping[str, str], listener: Listener) -> None:
+    def __init__(
+        self, recipe: Recipe, commits: Mapping[str, str], listener: Listener, processes: Processes = ALONE
+    ) -> None:
         self._handles, self._commits = Models.of(recipe, commits), commits
-        self._progress = Progress("compare", listener)
+        self._progress = Progress("compare", listener, processes)
 
     def load(self, role: str) -> LoadedModel:
         """A model in memory, kept until it is let go.

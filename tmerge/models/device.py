@@ -19,6 +19,7 @@ from tmerge.quantities import bytes_words
 __all__ = [
     "DEVICE_VARIABLE",
     "DTYPES",
+    "SLOW_VARIABLE",
     "available_memory",
     "check_memory",
     "fits",
@@ -35,6 +36,10 @@ __all__ = [
 DEVICE_VARIABLE = "TMERGE_DEVICE"
 """An environment variable that says what ``auto`` is, where torch cannot be believed: on ZeroGPU torch says that there
 is a GPU in a process that has none. It enters no recipe and no key of a stage: ``auto`` stays ``auto``."""
+
+SLOW_VARIABLE = "TMERGE_SLOW_DTYPES"
+"""An environment variable that names, with commas between, dtypes that a CPU counts as slow in whatever its flags say:
+where several processes work together, what one of them is slow in (`tmerge.models.agreed`)."""
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -130,6 +135,8 @@ def multiplies_fast(dtype: torch.dtype, device: torch.device) -> bool:
     """
     if device.type != "cpu" or dtype not in _INSTRUCTIONS:
         return True
+    if str(dtype).removeprefix("torch.") in os.environ.get(SLOW_VARIABLE, "").split(","):
+        return False
     flags, onednn = _INSTRUCTIONS[dtype]
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     used = getattr(torch.ops.mkldnn, onednn, None)

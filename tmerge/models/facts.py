@@ -13,7 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tmerge.errors import ModelNotFoundError
 from tmerge.models.checkpoint import StoredTensor
 from tmerge.models.configs import check_config, said_dtype, stored_dtype
-from tmerge.models.place import GgufPlace, Place, find_place
+from tmerge.models.finding import find_place
+from tmerge.models.place import GgufPlace, Place
 from tmerge.models.reference import ModelReference
 from tmerge.models.remote import download_bytes, remote_headers, weight_bytes
 from tmerge.models.stored import SidePart, side_parts

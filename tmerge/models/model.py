@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from tmerge.errors import UnsupportedModelError
 from tmerge.models.device import fits, held_dtype, pick_device, pick_dtype
 from tmerge.models.facts import ModelFacts, read_facts
+from tmerge.models.finding import find_place
 from tmerge.models.joined import JoinedWeights
 from tmerge.models.loading import LoadedModel, load_model, load_tokenizer, open_by_blocks
-from tmerge.models.place import GgufPlace, Place, find_place
+from tmerge.models.place import GgufPlace, Place
 from tmerge.models.projections import Architecture, describe
 from tmerge.models.views import Projection
 from tmerge.models.weights import MappedWeights, mapped_weights
@@ -43,6 +44,8 @@ class Model:
         commit: What identifies its contents, where that is known already; nobody is asked for it then.
         adapter: A LoRA's repo or folder, joined to the model when it is read.
         base: Of an adapter that stands for a model, what it is joined to, where that is not the one it names.
+        revisions: Hub repo, as it is named -> its commit, where that has been found out; what this one finds out is
+            added, so that handles which share it have one commit of a repo.
     """
 
     def __init__(
@@ -56,11 +59,12 @@ class Model:
         commit: str | None = None,
         adapter: str | None = None,
         base: str | None = None,
+        revisions: dict[str, str] | None = None,
     ) -> None:
         self.reference, self.dtype, self.device, self.memory = reference, dtype, device, memory
         self.trust_remote_code = trust_remote_code
         self.adapter, self.base = adapter, base
-        self._commit = commit
+        self._commit, self._revisions = commit, {} if revisions is None else revisions
         self._loaded: LoadedModel | None = None
         self._views: Architecture | None = None
         self._was_loaded = False
@@ -74,7 +78,10 @@ class Model:
         """
         known = self._commit
         revision = None if known is None or known.startswith("sha256:") else known
-        return find_place(self.reference, revision, self.trust_remote_code, self.adapter, self.base)
+        joined = self.adapter, self.base
+        place = find_place(self.reference, revision, self.trust_remote_code, *joined, revisions=self._revisions)
+        self._revisions.update(place.revisions)
+        return place
 
     @cached_property
     def facts(self) -> ModelFacts:
@@ -169,8 +176,11 @@ class Model:
         dtype = held_dtype(self.dtype, pick_dtype(self.dtype, self.place.dtype), pick_device(self.device))
         return self.facts.parameters * dtype.itemsize
 
-    def open(self) -> LoadedModel:
+    def open(self, free: int | None = None) -> LoadedModel:
         """The model to be read, kept until it is released: in memory, or by blocks where it does not fit or is said to.
+
+        Args:
+            free: Bytes that it may be fitted into, as several processes have agreed; None asks the device.
 
         Raises:
             TmergeError: As `load_model`.
@@ -178,7 +188,9 @@ class Model:
         """
         if self._loaded is not None:
             return self._loaded
-        if self.memory == "resident" or (self.memory == "auto" and fits(self.held_bytes, pick_device(self.device))):
+        if self.memory == "resident":
+            return self.load()
+        if self.memory == "auto" and fits(self.held_bytes, pick_device(self.device), free=free):
             return self.load()
         self._begin()
         self._loaded = open_by_blocks(

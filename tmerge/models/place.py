@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tmerge.errors import CheckpointError, GatedModelError, ModelNotFoundError
+from tmerge.errors import CheckpointError
 from tmerge.models.adapter import Adapter, joined_commit
 from tmerge.models.adapter_changes import AdapterChanges
 from tmerge.models.adapter_config import ADAPTER_CONFIG
@@ -48,7 +48,7 @@ from tmerge.models.reference import ModelReference
 from tmerge.models.remote import Snapshot, fetch, fetch_weights, open_repo, stated_licence
 from tmerge.models.ties import stored_apart, untie
 
-__all__ = ["GgufPlace", "Place", "find_place"]
+__all__ = ["GgufPlace", "Place"]
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,11 @@ class Place:
         """As `LoadedModel.commit`."""
         return _commit_of(self)
 
+    @property
+    def revisions(self) -> dict[str, str]:
+        """Hub repo that it is read from, as it is named -> the commit; its adapter's too."""
+        return _revisions_of(self.snapshot, self.adapter)
+
     @cached_property
     def changes(self) -> AdapterChanges | None:
         """What its adapter makes of it; None without one.
@@ -239,6 +244,11 @@ class Place:
 def _commit_of(place: Place | GgufPlace) -> str:
     adapter = place.adapter
     return place.base_commit if adapter is None else joined_commit(place.base_commit, adapter.commit)
+
+
+def _revisions_of(snapshot: Snapshot | None, adapter: Adapter | None) -> dict[str, str]:
+    found = [snapshot, None if adapter is None else adapter.snapshot]
+    return {each.reference.text: each.commit for each in found if each is not None}
 
 
 def _changes_of(place: Place | GgufPlace) -> AdapterChanges | None:
@@ -340,6 +350,11 @@ class GgufPlace:
         """As `LoadedModel.commit`."""
         return _commit_of(self)
 
+    @property
+    def revisions(self) -> dict[str, str]:
+        """As `Place.revisions`: of a file, its adapter's alone."""
+        return _revisions_of(None, self.adapter)
+
     @cached_property
     def changes(self) -> AdapterChanges | None:
         """As `Place.changes`."""
@@ -350,49 +365,3 @@ class GgufPlace:
         """A hash of the file; a demo model's has just been checked against the pinned one."""
         demo = self.reference.demo
         return f"sha256:{demo_model(demo).sha256 if demo is not None else file_digest(self.path)}"
-
-
-def find_place(
-    reference: str | ModelReference,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    adapter: str | None = None,
-    base: str | None = None,
-) -> Place | GgufPlace:
-    """Find a model's files; of an adapter where a model is meant, its base's, and the adapter to be joined to it.
-
-    Args:
-        reference: Hub id (``@revision``), folder, ``.gguf`` file or ``demo:NAME``; or an adapter's repo or folder.
-        revision: Commit to take instead of what the reference says.
-        trust_remote_code: Whether this repo's own Python code may run.
-        adapter: An adapter's repo or folder, to be joined to the model.
-        base: Hub id of the model that an adapter which stands for one is joined to; by itself the one that it names.
-
-    Raises:
-        TmergeError: Nothing by that name, no way to it, or no checkpoint there.
-    """
-    where = reference if isinstance(reference, ModelReference) else ModelReference.parse(reference)
-    found = GgufPlace.find(where) if where.kind == "gguf" else Place.find(where, revision, trust_remote_code)
-    if base is not None and not isinstance(found, Adapter):
-        raise CheckpointError(f"{where.text!r} is a model and no adapter, and bases joins it to {base!r}; drop that")
-    if adapter is not None:
-        if isinstance(found, Adapter):
-            raise _on_an_adapter(adapter, where)
-        return replace(found, adapter=Adapter.find(adapter))
-    if not isinstance(found, Adapter):
-        return found
-    of = found.base if base is None else ModelReference.parse_repo(base)
-    try:
-        below = GgufPlace.find(of) if of.kind == "gguf" else Place.find(of, None)
-    except (ModelNotFoundError, GatedModelError) as error:
-        raise type(error)(f"{where.text!r} is an adapter, and of its base {error}") from None
-    if isinstance(below, Adapter):
-        raise _on_an_adapter(where.text, of)
-    return replace(below, adapter=found)
-
-
-def _on_an_adapter(adapter: str, base: ModelReference) -> CheckpointError:
-    return CheckpointError(
-        f"{adapter!r} would be joined to {base.text!r}, which is an adapter itself; merge that one into its base "
-        "(peft: merge_and_unload), save it, and name its folder as the base"
-    )

@@ -219,6 +219,9 @@ def open_repo(reference: ModelReference, revision: str | None = None, config: st
             assert unreachable is not None  # or it would have been fetched
             raise unreachable from None
     commit = folder.name  # .../snapshots/<commit>/config.json
+    if info is not None and info.sha not in (None, commit):
+        # Pushed to between the two requests: what was listed is of another commit than what was fetched.
+        return open_repo(reference, commit, config)
     if info is None:
         return Snapshot(reference, commit, folder, None)
     card = info.card_data.to_dict() if info.card_data else {}

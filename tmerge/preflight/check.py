@@ -6,7 +6,6 @@ expected to take is in `tmerge.preflight.estimate`.
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from tmerge.models import (
     output_licence,
     pick_device,
 )
+from tmerge.models.agreed import sharers
 from tmerge.preflight.counts import TOKENS_PER_TEXT
 from tmerge.preflight.document import (
     CheckDocument,
@@ -46,7 +46,6 @@ from tmerge.preflight.memory import computed_dtype, widths_of
 from tmerge.preflight.models import Models
 from tmerge.preflight.relatives import Relative, Relatives
 from tmerge.preflight.saved_adapter import refuse_no_adapter
-from tmerge.processes import on_this_machine
 from tmerge.quantities import bytes_words
 from tmerge.recipe import Recipe, TaskVector
 
@@ -261,11 +260,7 @@ def refuse_unfit(result: Check, recipe: Recipe, out: Path) -> None:
 def _needed_here(result: Check, recipe: Recipe, device: torch.device) -> tuple[int, str]:
     """Bytes that all processes of this machine will take on a device, and, of several, how many in words."""
     alone = result.estimate.memory_bytes - psutil.Process().memory_info().rss
-    count = on_this_machine()
-    if device.type == "cuda":
-        # A card each, where there are enough.
-        count = math.ceil(count / torch.cuda.device_count())
-    if count == 1:
+    if (count := sharers(device)) == 1:
         return alone, ""
     shared = 0
     if device.type == "cpu" and result.target.reference.kind != "gguf":

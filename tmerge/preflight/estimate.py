@@ -16,6 +16,7 @@ import torch
 
 from tmerge.evaluation import LOGITS_AT_ONCE, PROJECTION_GROUPS, most_scorings
 from tmerge.models import STREAM, Architecture, ModelFacts, pick_device
+from tmerge.models.agreed import own_share
 from tmerge.preflight.counts import TextCounts
 from tmerge.preflight.fitting import fitting_work, goal_bytes
 from tmerge.preflight.holding import Place, carried_bytes, kept_bytes
@@ -264,7 +265,7 @@ def estimate_run(
     own_files = [facts for facts, named in zip(sources, recipe.sources, strict=False) if named.adapter is None]
     read_from_files = (*models[1 - recipe.matches_by_weights :], *own_files)
     packed = [facts for facts in read_from_files if facts is not None and facts.reference.kind == "gguf"]
-    needed = peak_bytes(recipe, models, layouts, projections, counts, Place(device), own_files)
+    needed = peak_bytes(recipe, models, layouts, projections, counts, Place(device, own_share(device)), own_files)
     memory = psutil.Process().memory_info().rss + needed
     unpacked = len(packed) * kept_bytes(recipe, source_layout, projections)
     goals = goal_bytes(recipe, target_layout, counts.fitted * tokens_per_text)

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tmerge.models import Model, pick_device, pinned, trusts
+from tmerge.models.agreed import least_share
 from tmerge.preflight.holding import Place, fit_together
+from tmerge.processes import Processes
 from tmerge.recipe import Recipe, source_name
 
 __all__ = ["Models"]
@@ -29,13 +31,17 @@ class Models:
     sources: tuple[Model, ...] = ()
 
     @classmethod
-    def of(cls, recipe: Recipe, commits: Mapping[str, str] | None = None) -> Models:
+    def of(
+        cls, recipe: Recipe, commits: Mapping[str, str] | None = None, revisions: Mapping[str, str] | None = None
+    ) -> Models:
         """Handles of a recipe's models.
 
         Args:
             recipe: Names them, and says how they are loaded.
             commits: Role -> what identifies its model, where that is known; the others are asked when it is needed.
+            revisions: As `Model` takes them.
         """
+        known = dict(revisions or {})
 
         def handle(role: str, reference: str, adapter: str | None = None) -> Model:
             return Model(
@@ -47,6 +53,7 @@ class Models:
                 commit=(commits or {}).get(role),
                 adapter=adapter,
                 base=recipe.base_of(reference),
+                revisions=known,
             )
 
         base = None if recipe.source_base is None else handle("source_base", recipe.source_base)
@@ -60,6 +67,21 @@ class Models:
         ]
         return cls(target, base, base, tuple(sources))
 
+    @classmethod
+    def agreed(cls, recipe: Recipe, processes: Processes) -> Models:
+        """As `of`, at the commits that the first of several processes finds, so that no push comes between them."""
+        models = cls.of(recipe)
+        if processes.count == 1:
+            return models
+        revisions = processes.from_first(lambda: models.revisions)
+        return models if processes.is_first else cls.of(recipe, revisions=revisions)
+
+    @property
+    def revisions(self) -> dict[str, str]:
+        """Hub repo, as it is named -> the commit that is read of it, of all of them and of what is joined to them."""
+        models = [*(model for _, model in self._roles()), *self.sources]
+        return {repo: commit for model in models for repo, commit in model.place.revisions.items()}
+
     @property
     def matched(self) -> Model:
         """That is read for the matching: the source, without the adapter that is carried; of several their base."""
@@ -68,11 +90,10 @@ class Models:
         assert self.source_base is not None  # the recipe sees to it
         return self.source_base
 
-    @property
-    def fit_together(self) -> bool:
-        """Whether target and source are to be in memory beside each other."""
-        both = self.target.held_bytes + self.source.held_bytes
-        return fit_together(self.target.memory, both, Place(pick_device(self.target.device)))
+    def fit_together(self, processes: Processes) -> bool:
+        """Whether target and source are to be in memory beside each other; asked by all processes of the run."""
+        both, device = self.target.held_bytes + self.source.held_bytes, pick_device(self.target.device)
+        return fit_together(self.target.memory, both, Place(device, least_share(device, processes)))
 
     def pinned(self) -> dict[str, str]:
         """Role -> the reference, a Hub repo's at its commit; what is local stays as it was written."""

@@ -19,6 +19,7 @@ from tmerge.evaluation import Interval, Scores, difference, resamples, score, ve
 from tmerge.fusion import Alpha
 from tmerge.hub import write_card
 from tmerge.models import LoadedModel, Model
+from tmerge.models.agreed import computing_alike
 from tmerge.preflight.models import Models
 from tmerge.processes import ALONE, Processes
 from tmerge.recipe import Recipe
@@ -68,8 +69,12 @@ def adapt_run(
         RunBusyError: Another process trains in `out`.
         RunNotFoundError: Not a finished run, or its cache is gone.
     """
+    run, adapted = Run(Path(folder)), Run(Path(out))
     with processes.failing_together():
-        return _adapt_run(Run(Path(folder)), Run(Path(out)), words, dataset, listener or (lambda step: None), processes)
+        words, dataset = processes.from_first(lambda: (words, dataset))
+        run.report()  # says best what is no run
+        with computing_alike(run.recipe().device, processes):
+            return _adapt_run(run, adapted, words, dataset, listener or (lambda step: None), processes)
 
 
 def _adapt_run(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tmerge.models import ModelReference
-from tmerge.models.place import Place, find_place
+from tmerge.models.finding import find_place
+from tmerge.models.place import Place
 from tmerge.models.remote import fetch_weights
 from tmerge.recipe import Recipe
 from tmerge.stages.step import Listener, Step

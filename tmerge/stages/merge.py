@@ -20,6 +20,7 @@ from tmerge.errors import ReadOnlyError
 from tmerge.fusion import Alpha
 from tmerge.hub import write_card
 from tmerge.models import pick_device
+from tmerge.models.agreed import computing_alike
 from tmerge.preflight.check import Check, check, refuse_unfit
 from tmerge.preflight.models import Models
 from tmerge.preflight.relatives import refuse_other_vocabularies
@@ -65,8 +66,11 @@ def merge(recipe: Recipe, out: str | Path, *, listener: Listener | None = None, 
         TmergeError: Bad input, one line; nothing is left behind if no stage had finished.
     """
     with processes.failing_together():
+        # Each has read its own words and files: one of them counts.
+        recipe = processes.from_first(lambda: recipe)
         run = processes.from_first(lambda: Run.open(Path(out), recipe))
-        return _merge(recipe, run, listener or (lambda step: None), processes)
+        with computing_alike(recipe.device, processes):
+            return _merge(recipe, run, listener or (lambda step: None), processes)
 
 
 def _merge(recipe: Recipe, run: Run, listener: Listener, processes: Processes) -> Report:
@@ -118,11 +122,11 @@ class _Road:
 
     @cached_property
     def models(self) -> Models:
-        return Models.of(self.recipe)
+        return Models.agreed(self.recipe, self.processes)
 
     @cached_property
     def recorded(self) -> RecordedRun | None:
-        return None if self.recipe.plan is None else RecordedRun(self.recipe.plan)
+        return None if self.recipe.plan is None else RecordedRun.agreed(self.recipe.plan, self.processes)
 
     @cached_property
     def check(self) -> Check:
@@ -156,7 +160,7 @@ class _Road:
             first(lambda: plan.refuse_other_texts(texts))
 
         folders = {role: run.features(role) for role in ("target", "source")}
-        roomy, read = models.fit_together, (texts, projections)
+        roomy, read = models.fit_together(self.processes), (texts, projections)
         target = runner(Read("target", recipe, models.target, *read, folders["target"], recorded, None, not roomy))
         yield target
         carried = WhatIsCarried.of(recipe, models, projections, cache)

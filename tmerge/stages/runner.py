@@ -11,10 +11,11 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from pydantic import ValidationError
 
+from tmerge.errors import ProcessesError
 from tmerge.models import give_back_memory
 from tmerge.processes import ALONE, Processes
 from tmerge.report import library_versions, peak_memory
-from tmerge.run import Run, stage_key
+from tmerge.run import Run, differences, stage_key
 from tmerge.stages.notes import Note
 from tmerge.stages.step import Listener, Progress
 
@@ -89,7 +90,9 @@ class Runner:
 
     def __call__(self, stage: Stage[N_co]) -> Finished[N_co]:
         """Do a stage, unless it was done under the same key before."""
-        key = stage_key(stage.name, versions=library_versions(), **stage.inputs())
+        decides = {"versions": library_versions(), **stage.inputs()}
+        self._refuse_others(stage.name, decides)
+        key = stage_key(stage.name, **decides)
         done = self.processes.from_first(lambda: self._begun(stage, key))
         if done is None:
             if stage.together:
@@ -100,6 +103,20 @@ class Runner:
                 done = self.processes.from_first(lambda: self._kept(self._done(stage, key, ALONE)))
         self.finished.append(done)
         return done
+
+    def _refuse_others(self, name: str, decides: dict[str, Any]) -> None:
+        """Refuse a stage that one of several processes would do by something else than the first.
+
+        Raises:
+            ProcessesError: What it is, there and here.
+        """
+        of_all = self.processes.gathered(decides)
+        for rank, other in enumerate(of_all):
+            if told := differences(of_all[0], other):
+                raise ProcessesError(
+                    f"process {rank} of {len(of_all)} would do {name} by something else than the first ({told[0]}); "
+                    "give all of them the same packages and the same files"
+                )
 
     def _begun(self, stage: Stage[N_co], key: str) -> Finished[N_co] | None:
         """What was done under this key before; else what another key noted is void: its files are written over."""

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from tmerge.calibration import TextSet
 from tmerge.evaluation import Scores, score_texts
-from tmerge.models import LoadedModel, Model, give_back_memory
+from tmerge.models import LoadedModel, Model, give_back_memory, pick_device
+from tmerge.models.agreed import least_share
 from tmerge.recipe import Recipe
 from tmerge.stages.step import Progress
 
@@ -25,10 +26,17 @@ def load(model: Model, progress: Progress) -> LoadedModel:
 
 
 def opened(model: Model, progress: Progress) -> LoadedModel:
-    """A model to be read, in memory or by blocks, whatever `Model.open` finds fit."""
+    """A model to be read, in memory or by blocks, whatever `Model.open` finds fit.
+
+    Where several processes do the stage all of them open it, in the same way.
+    """
+    free = None
+    if model.memory == "auto":
+        # Asked whether it is open or not, as it may be in some of them: all come here.
+        free = least_share(pick_device(model.device), progress.processes)
     if not model.is_open:
         progress.step(f"opening {model.reference}", 0, 1, "models")
-        if model.open().block_weights is not None:
+        if model.open(free).block_weights is not None:
             progress.note(f"{model.reference} is read block by block, as it does not fit in memory or memory says so")
     return model.open()
 

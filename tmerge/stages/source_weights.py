@@ -44,7 +44,8 @@ class SourceWeights:
         names, key = self._names, self._key
         if self._are_plain or read_weights_file(self.path, key) is not None:
             return
-        loaded = opened(self.model, progress)
+        # By the first process alone.
+        loaded = opened(self.model, progress.alone)
         progress.step(f"{self.model.reference}: keeping the weights that are fused from", 0, 1, "models")
         write_weights(loaded, names, self.path, key)
 

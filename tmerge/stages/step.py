@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -78,6 +78,11 @@ class Progress:
     listener: Listener
     processes: Processes = ALONE
     room: Room = field(default_factory=Room)
+
+    @property
+    def alone(self) -> Progress:
+        """The same, of what one of the processes does while the others wait."""
+        return replace(self, processes=ALONE)
 
     def step(self, what: str, done: int, total: int, unit: str, row: tuple[str, int, Tensor] | None = None) -> None:
         """Tell of a step; see `Step`."""

@@ -155,9 +155,7 @@ class SolveTransport:
 
     def _with_weights(self, target: Side, source: Side, progress: Progress) -> tuple[Side, Side]:
         own, theirs = self.weights
-        # Together, as reading is: one process may have had room for the target where another had none.
-        loaded = all(progress.processes.gathered(self.target.is_loaded))
-        of_target = self.target.views if loaded else read_once(own, progress)
+        of_target = self.target.views if self.target.is_loaded else read_once(own, progress)
         of_source = read_once(theirs, progress)
         target, source = replace(target, weights=_reading(of_target)), replace(source, weights=_reading(of_source))
         view, other = (of.stream[-1].get(EMBEDDING) for of in (of_target, of_source))

@@ -1,0 +1,42 @@
+"""A stage of several processes: by the same inputs in all of them, or not at all."""
+
+from tests.meeting import Together
+from tmerge.errors import ProcessesError
+from tmerge.run import Run
+from tmerge.stages.notes import Note
+from tmerge.stages.runner import Runner
+
+
+class Stage:
+    name, note, together = "texts", Note, True
+
+    def __init__(self, inputs):
+        self._inputs = inputs
+
+    def inputs(self):
+        return self._inputs
+
+    def do(self, key, progress):
+        return Note()
+
+
+def ended(inputs, tmp_path):
+    """What becomes of a stage that each process has other inputs for."""
+    (tmp_path / "run/tmerge/cache").mkdir(parents=True, exist_ok=True)
+
+    def work(processes):
+        try:
+            run = Run(tmp_path / "run")
+            return Runner(run, lambda step: None, "cpu", processes)(Stage(inputs[processes.rank])).key
+        except ProcessesError as error:
+            return str(error)
+
+    return Together(len(inputs)).run(work)
+
+
+def test_what_decides_a_stage_is_the_same_in_all(tmp_path):
+    keys = ended([{"commit": "a", "of": {"x": 1}}] * 3, tmp_path)
+    assert len(set(keys)) == 1
+    said = ended([{"commit": "a", "of": {"x": x}} for x in (1, 1, 2)], tmp_path)
+    assert len(set(said)) == 1
+    assert said[0].startswith("process 2 of 3 would do texts by something else than the first (of.x: 1 there, 2 here)")
