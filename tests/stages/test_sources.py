@@ -316,8 +316,14 @@ def test_a_run_that_is_stopped_while_the_second_is_carried_goes_on_to_the_same_b
     steps = []
     merge(recipe, out, listener=steps.append)
     assert not {step.stage for step in steps if step.unit != "notes"} & {"texts", "target", "source", "transport"}
+    # Nor is the first carried again.
+    assert {step.what for step in steps if step.unit == "layers"} == {"transporting weights of source 2"}
     assert weights(out) == weights(finished[0])
     assert noted(out, "evaluate")["scores"] == noted(finished[0], "evaluate")["scores"]
+    measured = {"seconds": None, "peak_rss_bytes": None}
+    assert noted(out, "fuse") | measured == noted(finished[0], "fuse") | measured
+    records = [(folder / "tmerge/transport.safetensors").read_bytes() for folder in (out, finished[0])]
+    assert records[0] == records[1]
 
 
 def test_another_source_in_the_same_place_is_carried_again(models, tmp_path):

@@ -25,7 +25,7 @@ from tmerge.fusion.projection import score_factor
 from tmerge.fusion.reconstruct import reconstruct
 from tmerge.fusion.seeded import generator_for
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_count, neuron_side, select_neurons
-from tmerge.fusion.stored import NeuronWriter, StoredNeurons
+from tmerge.fusion.stored import NeuronWriter, StoredNeurons, is_stored
 
 __all__ = [
     "COLUMN_PROJECTIONS",
@@ -48,6 +48,7 @@ __all__ = [
     "fuse",
     "fused_neurons",
     "generator_for",
+    "is_stored",
     "layer_weights",
     "module_change",
     "neuron_count",

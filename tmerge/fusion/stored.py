@@ -21,7 +21,7 @@ from tmerge.models import PROJECTIONS
 from tmerge.processes import ALONE, Processes
 from tmerge.store import read_json, write_json, write_tensors
 
-__all__ = ["NeuronWriter", "StoredNeurons"]
+__all__ = ["NeuronWriter", "StoredNeurons", "is_stored"]
 
 PartNote = TypeVar("PartNote", bound=BaseModel)
 
@@ -128,6 +128,11 @@ class NeuronWriter(Generic[PartNote]):
     def _index(self) -> dict[str, Any]:
         notes = [note.model_dump(mode="json") for note in self.notes]
         return {"key": self._key, "parts": self._parts, "notes": notes, "items": self._items}
+
+
+def is_stored(folder: Path, key: str) -> bool:
+    """Whether a `NeuronWriter` of this key has finished there."""
+    return (read_json(folder / _INDEX) or {}).get("key") == key
 
 
 class StoredNeurons(NeuronSequence):

@@ -21,13 +21,13 @@ from tmerge.run import Run
 from tmerge.stages.carried import CarriedSource
 from tmerge.stages.learned_weights import LearnedWeights
 from tmerge.stages.neurons import Neurons
-from tmerge.stages.notes import FuseNote
+from tmerge.stages.notes import CarriedNote, FuseNote
 from tmerge.stages.scoring import load
 from tmerge.stages.source_weights import read_once
 from tmerge.stages.step import Progress
 from tmerge.stages.transport import Features, matched_on, record_of, transport_of
 from tmerge.store import scratch
-from tmerge.transport import Transport
+from tmerge.transport import Transport, TransportRecord
 
 __all__ = ["Fuse"]
 
@@ -98,35 +98,51 @@ class Fuse:
                 progress.note("the two vocabularies differ: embeddings stay the target's, norms are carried")
         transport = transport_of(self.recipe, self.features, self.recorded)
         load(self.target, progress)
-        with _gathering(self.run.cache / "record", processes) as folder:
-            first, *others = self.sources
-            carried = self._carry(first, key, transport, fusion, vocabulary, folder, progress)
-            commits = self.target.commit, self.matched.commit
-            known = matched_on(self.run, self.recorded)
-            record = record_of(self.recipe, transport, self.features, commits, carried.tensors, known)
-            processes.from_first(lambda: record.save(self.run.transport_path))
-        ratios, stream, by_source = carried.norm_ratios, carried.stream, {first.name: carried.norm_ratios}
-        for source in others:
-            # What is recorded of the transport is the same for each, and is let go.
-            with _gathering(self.run.cache / "record", processes) as folder:
-                further = self._carry(source, key, transport, fusion, vocabulary, folder, progress)
-            stream, by_source[source.name] = stream | further.stream, further.norm_ratios
-            del further
+        carried = {
+            source.name: self._carried(source, key, transport, fusion, vocabulary, progress) for source in self.sources
+        }
+        first, ratios, by_source = carried[self.sources[0].name], carried[self.sources[0].name].norm_ratios, {}
         if self.recipe.sources:
             ratios = processes.from_first(lambda: self._joined_ratios(progress))
-        else:
-            by_source = {}
+            by_source = {name: note.norm_ratios for name, note in carried.items()}
         return FuseNote.model_validate(
             {
                 "norm_ratios": ratios,
                 "by_source": by_source,
                 "layers": {name: list(layer_map.target_layers) for name, layer_map in transport.layer_maps.items()},
-                "biases": carried.biases,
-                "stream": sorted(stream),
+                "biases": first.biases,
+                "stream": sorted({name for note in carried.values() for name in note.stream}),
                 "eta": dict(transport.eta),
                 "layer_plans_converged": transport.layer_plans_converged,
             }
         )
+
+    def _carried(
+        self,
+        source: CarriedSource,
+        key: str,
+        transport: Transport,
+        fusion: CarriedSettings,
+        vocabulary: Tensor | None,
+        progress: Progress,
+    ) -> CarriedNote:
+        """What is noted of one source, which is carried unless an earlier call had finished with it."""
+        processes = progress.processes
+        # What the first of them records of the transport is written before it is noted.
+        kept = processes.from_first(lambda: source.neurons.kept(key) if self.run.transport_path.is_file() else None)
+        if kept is not None:
+            return kept
+        with _gathering(self.run.cache / "record", processes) as folder:
+            carried = self._carry(source, key, transport, fusion, vocabulary, folder, progress)
+            # The same for each.
+            if source is self.sources[0]:
+                processes.from_first(lambda: self._record(transport, carried).save(self.run.transport_path))
+        note = CarriedNote(norm_ratios=carried.norm_ratios, biases=carried.biases, stream=sorted(carried.stream))
+        return processes.from_first(lambda: source.neurons.keep(key, note))
+
+    def _record(self, transport: Transport, carried: Carried) -> TransportRecord:
+        commits, known = (self.target.commit, self.matched.commit), matched_on(self.run, self.recorded)
+        return record_of(self.recipe, transport, self.features, commits, carried.tensors, known)
 
     def _carry(
         self,

@@ -7,9 +7,12 @@ from functools import cached_property
 from pathlib import Path
 
 from tmerge.evaluation import noise, shrink
-from tmerge.fusion import BlockNote, NeuronSequence, NeuronWriter, StoredNeurons, TransportedNeurons
+from tmerge.fusion import BlockNote, NeuronSequence, NeuronWriter, StoredNeurons, TransportedNeurons, is_stored
 from tmerge.models import Projection
 from tmerge.processes import Processes
+from tmerge.run import Run
+from tmerge.stages.notes import CarriedNote
+from tmerge.store import write_json
 
 __all__ = ["Neurons"]
 
@@ -31,8 +34,28 @@ class Neurons:
             key: What decides them.
             processes: That write together.
         """
-        transported, permuted = self._cache / "transported", self._cache / "permuted"
+        transported, permuted = self._folders
         return NeuronWriter(transported, key, processes=processes), NeuronWriter(permuted, key, processes=processes)
+
+    def keep(self, key: str, note: CarriedNote) -> CarriedNote:
+        """Note of what was written under a key what else is told of it; last of all."""
+        write_json(self._note, {"key": key, "facts": note.model_dump(mode="json")})
+        return note
+
+    def kept(self, key: str) -> CarriedNote | None:
+        """What was noted of it, where all of it was written under this key; None otherwise."""
+        facts = Run.note(self._note, key)
+        if facts is None or not all(is_stored(folder, key) for folder in self._folders):
+            return None
+        return CarriedNote.model_validate(facts)
+
+    @property
+    def _folders(self) -> tuple[Path, Path]:
+        return self._cache / "transported", self._cache / "permuted"
+
+    @property
+    def _note(self) -> Path:
+        return self._cache / "carried.json"
 
     def stored(self, name: str) -> NeuronSequence:
         """What was written under a name: ``transported``, or a control's.

@@ -17,6 +17,7 @@ from tmerge.fusion import FinalGoal
 from tmerge.report import Choice, Descent, Relatedness, SavedAdapter, TrainingTexts
 
 __all__ = [
+    "CarriedNote",
     "ChooseNote",
     "EvaluateNote",
     "FuseNote",
@@ -117,6 +118,20 @@ class TransportNote(Note):
     weights: bool = False
     in_place: float | None = None
     relatedness: Relatedness | None = None
+
+
+class CarriedNote(_Frozen):
+    """Of one source's weights that were transported; as `FuseNote`.
+
+    Attributes:
+        norm_ratios: As there.
+        biases: Likewise.
+        stream: Likewise.
+    """
+
+    norm_ratios: dict[str, list[float | None]]
+    biases: dict[str, str]
+    stream: list[str]
 
 
 class FuseNote(Note):
