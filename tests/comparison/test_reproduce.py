@@ -8,10 +8,14 @@ import shutil
 import pytest
 
 from tests import forked
-from tests.pico import save_pico
+from tests.pico import pico_model, save_pico
+from tests.stages.test_task_vector import _shaken, save_all
+from tests.stages.test_task_vector import recipe_for as pair_recipe
+from tmerge.comparison import reproduce as reproducing
 from tmerge.comparison.reproduce import difference_words, reproduce
 from tmerge.errors import ModelNotFoundError, OutputExistsError
-from tmerge.recipe import Recipe
+from tmerge.recipe import MATCHING_BY_WEIGHTS, Recipe
+from tmerge.run import Run
 from tmerge.stages.merge import merge
 
 
@@ -58,6 +62,48 @@ def test_what_a_recipe_of_before_does_not_say_is_told(finished, tmp_path):
     said = [words for words in heard if "was written before there was" in words]
     # Where a model is held decides nothing.
     assert len(said) == 1 and 'before there was fusion.units ("none" by now): with today' in said[0]
+
+
+@pytest.fixture(scope="module")
+def matched_by_weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("relatives")
+    base = pico_model("llama")
+    save_all(folder, target=_shaken(base, 0.02, 1), base=base, source=_shaken(base, 0.05, 2))
+    merge(pair_recipe(folder), folder / "fused")
+    return folder / "fused"
+
+
+@pytest.mark.parametrize(
+    ("before", "forms"),
+    [({"matching by weights": 3}, "form 3 there"), ({}, "not said there"), (None, "not said there")],
+)
+def test_that_the_method_has_changed_is_told_before_and_after(matched_by_weights, tmp_path, monkeypatch, before, forms):
+    report = json.loads((matched_by_weights / "tmerge/report.json").read_text())
+    assert report["method"] == {"matching by weights": MATCHING_BY_WEIGHTS}
+    shutil.copytree(matched_by_weights, tmp_path / "fused")
+    report |= {"method": before, "weights": dict.fromkeys(report["weights"], "0" * 64)}
+    if before is None:
+        del report["method"]
+    (tmp_path / "fused/tmerge/report.json").write_text(json.dumps(report))
+    heard = []
+
+    def merged(*_, **__):
+        heard.append("merging")
+        return Run(matched_by_weights).report()
+
+    monkeypatch.setattr(reproducing, "merge", merged)
+    result = reproduce(str(tmp_path / "fused"), tmp_path / "again", listener=lambda step: heard.append(step.what))
+    said = f"matching by weights: {forms}, form {MATCHING_BY_WEIGHTS} here"
+    told = [number for number, words in enumerate(heard) if said in words]
+    assert len(told) == 1 and told[0] < heard.index("merging")
+    assert not result.same
+    assert f"what differs: matching by weights {forms}, form {MATCHING_BY_WEIGHTS} here (" in difference_words(result)
+
+
+def test_of_one_form_nothing_is_said(matched_by_weights, tmp_path):
+    heard = []
+    result = reproduce(str(matched_by_weights), tmp_path / "again", listener=lambda step: heard.append(step.what))
+    assert result.same and result.differs == {} and not any("form of the method" in words for words in heard)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from tmerge.errors import DatasetError, ModelNotFoundError, OutputExistsError, R
 from tmerge.hub import FoundRun, find_run
 from tmerge.hub_client import hub_client
 from tmerge.models import fetch, file_digest, hub_errors, model_commit
-from tmerge.recipe import Recipe
+from tmerge.recipe import Recipe, method_of
 from tmerge.report import Items, Part, Report, TrainingTexts
 from tmerge.run import Run
 from tmerge.stages.merge import merge
@@ -25,10 +25,18 @@ _PLAN, _CACHE = "tmerge/transport.safetensors", "tmerge/cache/"
 
 
 class ThereAndHere(Part):
-    """A library's version, the device, the dtype: of the run, and of its reproduction; None where it is not known."""
+    """A library's version, a form of the method, the device, the dtype: of the run, and of its reproduction.
+
+    None where it is not known.
+    """
 
     there: str | None
     here: str | None
+
+    @property
+    def words(self) -> str:
+        """Both of them."""
+        return f"{self.there or 'not said'} there, {self.here or 'not said'} here"
 
 
 class Digests(Part):
@@ -60,7 +68,7 @@ class Reproduction(Part):
             came out here; and nothing else is published.
         weights: File -> digests.
         others: Weights files that are published and that the report does not name.
-        differs: Library, device or dtype -> there and here.
+        differs: Library, part of the method, device or dtype -> there and here.
         scores: Bits per byte.
         folder: Of what came out here.
     """
@@ -116,6 +124,13 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
             f"the recipe of {original.name} was written before there was {said}: with today's defaults for what it "
             "does not say, other weights may come out"
         )
+    changed_parts = _changed_parts(there, recipe)
+    if listener is not None and changed_parts:
+        said = "; ".join(f"{part}: {pair.words}" for part, pair in changed_parts.items())
+        Progress("reproduce", listener).note(
+            f"{original.name} was made by another form of the method than today's, or does not say by which ({said}): "
+            "other weights may come out"
+        )
     if there.adaptation is not None:
         from tmerge.stages.adapt import adapt_run
 
@@ -142,7 +157,8 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
         same=not others and all(digests.same for digests in weights.values()),
         weights=weights,
         others=tuple(others),
-        differs={name: ThereAndHere(there=there, here=here) for name, there, here in facts if there != here},
+        differs=changed_parts
+        | {name: ThereAndHere(there=there, here=here) for name, there, here in facts if there != here},
         scores=ScoreThereAndHere(there=there.published_score.value, here=here.published_score.value),
         folder=str(folder),
     )
@@ -157,12 +173,27 @@ def difference_words(result: Reproduction) -> str:
     if all(digests.there == digests.here for digests in result.weights.values()):
         why = f"the run itself came out as its report says ({numbers})"
     elif not result.differs:
-        why = f"libraries, device and dtype are the same; the processor may be another ({numbers})"
+        why = f"libraries, method, device and dtype are the same; the processor may be another ({numbers})"
     else:
         facts = result.differs.items()
-        listed = ", ".join(f"{name} {pair.there} there, {pair.here} here" for name, pair in facts)
+        listed = ", ".join(f"{name} {pair.words}" for name, pair in facts)
         why = f"what differs: {listed} ({numbers})"
     return "; ".join([*which, why])
+
+
+def _changed_parts(there: Report, recipe: Recipe) -> dict[str, ThereAndHere]:
+    """Parts of the method whose form is another by now, or that the run's report does not tell the form of."""
+    before, now = there.method or {}, method_of(recipe)
+    forms = {part: (before.get(part), now.get(part)) for part in sorted({*before, *now})}
+    return {
+        part: ThereAndHere(there=_form(earlier), here=_form(by_now))
+        for part, (earlier, by_now) in forms.items()
+        if earlier != by_now
+    }
+
+
+def _form(number: int | None) -> str | None:
+    return None if number is None else f"form {number}"
 
 
 def _which(digests: Digests) -> str:

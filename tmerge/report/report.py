@@ -197,6 +197,7 @@ class Report(Part):
         weights: File -> SHA-256 (hex).
         saved_adapter: What the folder holds is a LoRA of the target; None where it is a whole checkpoint.
         plan: The run whose transport was taken.
+        method: As `tmerge.recipe.method_of`; None of a report from before it was told.
         adaptation: Of a model that was trained after the merge.
     """
 
@@ -225,6 +226,7 @@ class Report(Part):
     plan: str | None = None
     seed: int
     versions: Mapping[str, str]
+    method: Mapping[str, int] | None = None
     notes: Items[str]
     adaptation: Adaptation | None = None
 

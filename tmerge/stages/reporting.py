@@ -16,7 +16,7 @@ from tmerge.fusion import COLUMN_PROJECTIONS, neuron_count
 from tmerge.preflight.check import Check
 from tmerge.preflight.document import CheckedModel
 from tmerge.preflight.learned import stream_names
-from tmerge.recipe import Recipe, Reconstruction, TaskVector, source_name
+from tmerge.recipe import Recipe, Reconstruction, TaskVector, method_of, source_name
 from tmerge.report.parts import (
     Calibration,
     FusedProjection,
@@ -153,6 +153,7 @@ def build_report(
         plan=recipe.plan,
         seed=recipe.seed,
         versions=versions,
+        method=method_of(recipe),
         notes=(
             *checked.notes,
             *_remarks(measured),

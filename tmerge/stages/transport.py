@@ -18,7 +18,7 @@ from tmerge.calibration import FeatureStore, TextSet, text_digest
 from tmerge.errors import NoSharedStructureError
 from tmerge.models import EMBEDDING, Architecture, Model, Projection, shared_vocabulary
 from tmerge.models.device import memory_errors
-from tmerge.recipe import Recipe, Shared
+from tmerge.recipe import MATCHING_BY_WEIGHTS, Recipe, Shared
 from tmerge.recorded import RecordedRun
 from tmerge.report import Relatedness, relatedness_words
 from tmerge.run import Run
@@ -41,9 +41,6 @@ from tmerge.transport import (
 
 __all__ = ["Features", "SolveTransport", "matched_on", "record_of", "transport_of"]
 
-# Counts the ways in which weights have had a say: of neurons; of layers too; of a wide model, some of its weights; and
-# embeddings.
-_BY_WEIGHTS = 4
 # Tokens whose embeddings are compared, at most: chance correlates two neurons by 1/64 over so many.
 _COMPARED_TOKENS = 4096
 # What a run keeps in its cache between being solved and being fused.
@@ -109,7 +106,7 @@ class SolveTransport:
         """What decides the transport."""
         plan = None if self.recorded is None else self.recorded.key
         # How weights have a say is not of the recipe: what was solved before it changed is solved anew.
-        by_weights = {"by_weights": _BY_WEIGHTS} if self.recipe.matches_by_weights else {}
+        by_weights = {"by_weights": MATCHING_BY_WEIGHTS} if self.recipe.matches_by_weights else {}
         return {"recipe": self.recipe.digest("transport"), **self.read, "plan": plan, **by_weights}
 
     def do(self, key: str, progress: Progress) -> TransportNote:

@@ -1,0 +1,20 @@
+"""Which form of the method a recipe is run by, where that has changed and no key of the recipe tells.
+
+A form enters the key of the stage that follows it, so that nothing of an earlier form is taken up, and the report, so
+that `tmerge reproduce` can say that other weights are to be expected. Who changes what a recipe gives raises the form
+of the part that he changed, or adds the part.
+"""
+
+from __future__ import annotations
+
+from tmerge.recipe.recipe import Recipe
+
+__all__ = ["MATCHING_BY_WEIGHTS", "method_of"]
+
+MATCHING_BY_WEIGHTS = 4
+"""Of neurons; of layers too; of a wide model, by some of its weights; and by embeddings."""
+
+
+def method_of(recipe: Recipe) -> dict[str, int]:
+    """Part of the method, in words -> its form; of the parts that the recipe goes through and that have changed."""
+    return {"matching by weights": MATCHING_BY_WEIGHTS} if recipe.matches_by_weights else {}
