@@ -15,6 +15,7 @@ from transformers import conversion_mapping
 
 from tests.models.pico_gguf import save_pico_gguf
 from tests.pico import PICO_FAMILIES, PICO_RARE, save_pico
+from tests.pico_adapter import save_adapter
 from tmerge.errors import CheckpointError
 from tmerge.models import PROJECTIONS, Model
 from tmerge.models.weights import MappedWeights, read_weights_file, write_weights
@@ -126,6 +127,52 @@ def test_a_value_that_the_stored_dtype_cannot_hold_is_written_as_it_is(tmp_path)
     weights = read_weights_file(tmp_path / "w.safetensors", "key")
     assert torch.equal(weights[name], loaded.model.get_parameter(name)) and weights[name].dtype == torch.float32
     assert weights["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "falcon"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_some_rows_are_those_of_the_whole(family, dtype, tmp_path):
+    save_pico(family, tmp_path / "pico", layers=1)
+    model = Model(str(tmp_path / "pico"), device="cpu", dtype=dtype)
+    for of in (read(model), model.views):
+        for layer in of.views:
+            for view in layer.values():
+                rows = torch.randperm(view.out_features)[:5]
+                assert torch.equal(view.weight_rows(rows), view.weight()[rows]), str(view)
+
+
+def test_of_rows_no_others_are_converted_or_judged(tmp_path, monkeypatch):
+    save_pico("llama", tmp_path / "pico", layers=1)
+    path, name = tmp_path / "pico/model.safetensors", "model.embed_tokens.weight"
+    tensors = load_file(path)
+    tensors[name][7] = torch.nan
+    save_file(tensors, path, {"format": "pt"})
+    model = Model(str(tmp_path / "pico"), device="cpu", dtype="bfloat16")
+    weights, converted, to = model.weights, [], torch.Tensor.to
+
+    def counted(tensor, *words, **named):
+        converted.append(tensor.numel())
+        return to(tensor, *words, **named)
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    rows = weights.rows(name, torch.tensor([9, 2, 9]))
+    assert max(converted) == rows.numel() == 3 * tensors[name].shape[1]
+    assert torch.equal(rows, to(tensors[name], torch.bfloat16)[[9, 2, 9]])
+    for asked in (lambda: weights.rows(name, torch.tensor([7])), lambda: weights[name]):
+        with pytest.raises(CheckpointError, match="not finite"):
+            asked()
+
+
+def test_rows_of_what_an_adapter_changes_are_joined(tmp_path):
+    save_pico("llama", tmp_path / "base", layers=1)
+    save_adapter(tmp_path / "base", tmp_path / "lora", target_modules=["q_proj", "embed_tokens"])
+    weights = Model(str(tmp_path / "base"), device="cpu", adapter=str(tmp_path / "lora")).weights
+    plain, index = Model(str(tmp_path / "base"), device="cpu").weights, torch.tensor([3, 1])
+    changed = 0
+    for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight"):
+        assert torch.equal(weights.rows(name, index), weights[name][index])
+        changed += not torch.equal(weights.rows(name, index), plain.rows(name, index))
+    assert changed == 1
 
 
 def test_a_tensor_is_gone_when_it_is_let_go(tmp_path, quick_collection):

@@ -122,3 +122,19 @@ def test_what_is_read_of_a_source_at_once_does_not_grow_with_its_layers(tmp_path
             advance(recipe_for(tmp_path, **pair), tmp_path / f"fused-{layers}", until="fuse")
         assert len(seen) >= 4 * layers
     assert most[2] == most[8] <= 2
+
+
+def test_of_the_embeddings_that_are_matched_by_the_common_tokens_alone_are_read(models, tmp_path, monkeypatch):
+    whole, rows = [], []
+    get, get_rows = MappedWeights.__getitem__, MappedWeights.rows
+    monkeypatch.setattr(MappedWeights, "__getitem__", lambda self, name: whole.append(name) or get(self, name))
+    monkeypatch.setattr(
+        MappedWeights, "rows", lambda self, name, index: rows.append(name) or get_rows(self, name, index)
+    )
+    shared = recipe(models, **SHARED)
+    assert shared.matches_by_weights
+    advance(shared, tmp_path / "fused", until="target")
+    # In a process that has read nothing yet, both models' weights come out of their files.
+    advance(shared, tmp_path / "fused", until="transport")
+    name = "model.embed_tokens.weight"
+    assert rows.count(name) == 2 and name not in whole and whole

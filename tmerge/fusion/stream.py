@@ -60,7 +60,7 @@ def carry_stream(
                     continue
                 rows = min(read.out_features, base.out_features)
                 neurons, counterparts = vocabulary[:, (vocabulary[0] < view.out_features) & (vocabulary[1] < rows)]
-                learned = _learned(read.weight()[counterparts], base.weight()[counterparts])
+                learned = _learned(read.weight_rows(counterparts), base.weight_rows(counterparts))
                 if name == HEAD:
                     weight = after(learned, in_map)
                 else:

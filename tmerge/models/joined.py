@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 
 from tmerge.models.adapter_changes import AdapterChanges
 from tmerge.models.block_weights import StoredParts
+
+if TYPE_CHECKING:
+    from tmerge.models.weights import MappedWeights
 
 __all__ = ["AdapterWeights", "JoinedWeights", "NoWeights", "join_model", "join_parts"]
 
@@ -46,11 +49,15 @@ class JoinedWeights(Mapping[str, Tensor]):
         changes: What the adapter makes of them.
     """
 
-    def __init__(self, base: Mapping[str, Tensor], changes: AdapterChanges) -> None:
+    def __init__(self, base: MappedWeights, changes: AdapterChanges) -> None:
         self._base, self._changes = base, changes
 
     def __getitem__(self, name: str) -> Tensor:
         return self._changes.joined(name, self._base[name])
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """As `MappedWeights.rows`, but of what the adapter changes, which is joined whole."""
+        return self[name][index] if name in self._changes else self._base.rows(name, index)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,15 @@ class Rows:
         return self.grouped(tensor, dim).flatten(dim, dim + 1)
 
 
+@runtime_checkable
+class ReadsRows(Protocol):
+    """Weights by name of which some rows can be read alone."""
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """Rows of a tensor, in the order of the index."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Projection:
     """A view on one projection of one layer.
@@ -156,6 +165,15 @@ class Projection:
     def weight(self) -> Tensor:
         """The weight ``(out, in)``, in the stored dtype and on its device; not to be written to: it may be a copy."""
         return self.rows.select(self._stored_weight(), 0)
+
+    def weight_rows(self, index: Tensor) -> Tensor:
+        """Some rows of the weight ``(len(index), in)``; where it is in a file, no others are read, as far as can be."""
+        if not isinstance(self.stored, ReadsRows) or isinstance(self.module, Conv1D):
+            return self.weight()[index]
+        rows = self.rows
+        stored = index // rows.width * rows.stride + rows.start + index % rows.width
+        read = self.stored.rows(f"{self.module_name}.weight", stored)
+        return read.unsqueeze(1) if read.dim() == 1 else read
 
     def gradient(self) -> Tensor | None:
         """The gradient of the weight ``(out, in)`` that the last backward passes left; None where they left none."""

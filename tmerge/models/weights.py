@@ -61,11 +61,20 @@ class MappedWeights(Mapping[str, Tensor]):
         self._states = {entry.path: file_state(entry.path) for entry in self._entries.values()}
 
     def __getitem__(self, name: str) -> Tensor:
+        return self._taken(name)
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """Some of a tensor's rows: of no others is a value read, rounded, or held to be finite."""
+        return self._taken(name, index)
+
+    def _taken(self, name: str, index: Tensor | None = None) -> Tensor:
         entry = self._entries[name]
         # Opened each time: a file that stays open would keep every page that was read of it.
         try:
             with safe_open(entry.path, "pt") as file:
                 tensor: Tensor = file.get_tensor(entry.name)
+            if index is not None:
+                tensor = tensor[index]
             changed = file_state(entry.path) != self._states[entry.path]
         except (OSError, SafetensorError):
             changed = True
@@ -74,7 +83,8 @@ class MappedWeights(Mapping[str, Tensor]):
         taken = tensor if self._dtype is None else tensor.to(self._dtype)
         if self._reference is not None and name not in self._checked:
             check_finite(self._reference, [(entry.name, taken)], lambda: [(entry.name, tensor)])
-            self._checked.add(name)
+            if index is None:
+                self._checked.add(name)
         return taken
 
     def __iter__(self) -> Iterator[str]:

@@ -187,7 +187,7 @@ class SolveTransport:
 
 def _embeddings(view: Projection, tokens: Tensor) -> Tensor:
     """(v, n) of some tokens, on the CPU, where features are."""
-    return view.weight()[tokens].float().cpu()
+    return view.weight_rows(tokens).float().cpu()
 
 
 def _reading(weights: Architecture) -> ReadWeight:
