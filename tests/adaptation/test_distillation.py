@@ -15,7 +15,7 @@ from tests.pico import pico_model, pico_tokenizer, save_pico
 from tmerge.adaptation import distillation
 from tmerge.adaptation.distillation import Teacher, common_positions, distillation_loss, first_pieces, read_teacher
 from tmerge.adaptation.training import _encode
-from tmerge.models import load_model
+from tmerge.models import Model, load_model
 from tmerge.models.loading import open_by_blocks
 from tmerge.processes import ALONE
 from tmerge.recipe import AdaptationSettings
@@ -143,6 +143,29 @@ def test_processes_share_the_teachers_batches_and_all_have_all_of_it(tmp_path, m
         for name in ("starts", "positions", "ids", "chances"):
             assert torch.equal(getattr(teacher, name), getattr(alone, name))
     assert (tmp_path / "alone").read_bytes() == (tmp_path / "together").read_bytes()
+
+
+@pytest.mark.parametrize("memory", ["resident", "blocks"])
+def test_the_teachers_reading_is_heard_in_texts_or_blocks(tmp_path, monkeypatch, memory):
+    student = loaded(pico_model("llama"))
+    source = Model(str(save_pico("qwen2", tmp_path / "source", layers=3)), device="cpu", memory=memory).open()
+    encoded, asked, ends = teacher_for(student, source)
+    monkeypatch.setattr(distillation, "_LOGITS_AT_ONCE", 1)  # a batch for each text
+    heard = []
+
+    def read(name, reading):
+        path = tmp_path / name
+        return read_teacher(
+            lambda: nullcontext(source), student.tokenizer, TEXTS[:4], encoded, ends, asked, path, reading=reading
+        )
+
+    told = read("told", lambda unit: lambda done, total: heard.append((unit, done, total)))
+    unit, total = ("texts", 4) if memory == "resident" else ("blocks", 3)
+    assert heard == [(unit, done, total) for done in range(1, total + 1)]
+    assert torch.equal(told.chances, read("untold", None).chances)
+    heard.clear()
+    read("told", lambda unit: heard.append)
+    assert not heard  # what is there already is not read
 
 
 @pytest.mark.parametrize("loss", ["first-piece", "uld"])

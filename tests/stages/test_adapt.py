@@ -41,7 +41,10 @@ def run(pair, tmp_path_factory):
 
 @pytest.mark.parametrize("objective", ["sft", "distill"])
 def test_a_run_is_adapted(run, tmp_path, objective):
-    report = adapt_run(run, tmp_path / "out", {**WORDS, "objective": objective}).to_dict()
+    steps = []
+    report = adapt_run(run, tmp_path / "out", {**WORDS, "objective": objective}, listener=steps.append).to_dict()
+    heard = [(step.unit, step.done / step.total) for step in steps if step.what.endswith("what it predicts")]
+    assert heard[-1:] == ([("texts", 1.0)] if objective == "distill" else [])
     evaluation, adaptation = report["evaluation"], report["adaptation"]
     assert len(adaptation["loss_curve"]) == 6 and adaptation["objective"] == objective
     assert (adaptation["aligned_share"] is not None) == (objective == "distill")

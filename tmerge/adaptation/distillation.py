@@ -20,6 +20,7 @@ next tokens alone 2.0766, first piece 2.0384, uld 2.0775; first piece minus uld 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -41,7 +42,10 @@ from tmerge.processes import ALONE, Processes
 from tmerge.recipe import AdaptationSettings
 from tmerge.store import write_tensors
 
-__all__ = ["Teacher", "common_positions", "distillation_loss", "first_pieces", "read_teacher"]
+__all__ = ["Reading", "Teacher", "common_positions", "distillation_loss", "first_pieces", "read_teacher"]
+
+Reading = Callable[[str], Callable[[int, int], None]]
+"""``texts``, or ``blocks`` of a source that is read by blocks -> what is called with (so many done, all)."""
 
 _TOP = 128
 # Logits of one batch of the source: tokens x vocabulary.
@@ -127,6 +131,7 @@ def read_teacher(
     settings: AdaptationSettings,
     path: Path,
     processes: Processes = ALONE,
+    reading: Reading | None = None,
 ) -> Teacher:
     """What the source predicts on all texts, from `path` where it is there already.
 
@@ -139,6 +144,7 @@ def read_teacher(
         settings: The recipe's ``adaptation`` section.
         path: A safetensors file, written here.
         processes: That read it together: each reads a share of the batches, and all have all of it.
+        reading: Hears of what this process reads.
 
     Raises:
         TokenizerError: A tokenizer does not know where in the text its tokens lie.
@@ -154,7 +160,7 @@ def read_teacher(
         )
     with source() as model:
         vocabulary = model.model.get_output_embeddings().weight.shape[0]
-        positions, rows = _predictions(model, target_tokenizer, texts, ends, settings, processes)
+        positions, rows = _predictions(model, target_tokenizer, texts, ends, settings, processes, reading)
     starts = torch.tensor([0, *(len(item) for item in positions)]).cumsum(0)
     width = min(_TOP, vocabulary)
     empty = (torch.zeros(0, width, dtype=torch.int64), torch.zeros(0, width))
@@ -177,6 +183,7 @@ def _predictions(
     ends: Sequence[Sequence[int]],
     settings: AdaptationSettings,
     processes: Processes,
+    reading: Reading | None,
 ) -> tuple[list[list[tuple[int, int]]], dict[int, tuple[Tensor, Tensor]]]:
     """Common positions of each text, and, of each that has some, the likeliest tokens there and their probabilities."""
     tokenizer = model.tokenizer
@@ -206,8 +213,15 @@ def _predictions(
         for row, top in zip(chosen, tops, strict=True):
             rows[row] = _carried(top, pieces) if pieces is not None else top
 
+    done = list(itertools.accumulate(len(chosen) for chosen in batches))
+    heard = None if reading is None else reading("texts" if model.block_weights is None else "blocks")
+
+    def after(number: int) -> None:
+        if heard is not None:
+            heard(done[number], done[-1])
+
     tokens = [len(chosen) * max(len(source_ids[row]) for row in chosen) for chosen in batches]
-    run_passes(model, [partial(read, chosen) for chosen in batches], tokens)
+    run_passes(model, [partial(read, chosen) for chosen in batches], tokens, after=after, progress=heard)
     return positions, {row: top for share in processes.gathered(rows) for row, top in share.items()}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tmerge.adaptation.distillation import read_teacher
+from tmerge.adaptation.distillation import Reading, read_teacher
 from tmerge.adaptation.goals import FeatureGoals, FeatureWatch
 from tmerge.adaptation.residual import attach_residual, fold_residual
 from tmerge.adaptation.trainer import StepShare, card_kept, make_trainer
@@ -82,6 +82,7 @@ def adapt(
     goals: FeatureGoals | None = None,
     prompts: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
+    reading: Reading | None = None,
     processes: Processes = ALONE,
 ) -> AdaptationReport:
     """Train a model in place; afterwards it is folded, plain, and in its own dtype again.
@@ -99,6 +100,7 @@ def adapt(
         goals: For ``transport_weight`` above 0: where the features are drawn to; over `texts`, in their order.
         prompts: For ``completions_only``: per text, the characters before its completion (`TextSet.prompts`).
         progress: Called with (steps done, all); may raise to stop.
+        reading: Hears of the source's reading, and may raise likewise.
         processes: That train together, each of which calls this with a model of its own (`tmerge.adaptation.trainer`);
             `work` is a folder of all.
 
@@ -133,7 +135,7 @@ def adapt(
         if source is None:
             raise ValueError("objective distill needs a source")
         path = work / "teacher.safetensors"
-        teacher = read_teacher(source, loaded.tokenizer, texts, encoded, ends, settings, path, processes)
+        teacher = read_teacher(source, loaded.tokenizer, texts, encoded, ends, settings, path, processes, reading)
     order = text_order(len(usable), settings.steps * settings.batch_size * settings.accumulation, seed)
     read = [usable[index] for index in order]
     model, dtype, computed = loaded.model, loaded.dtype, loaded.model.dtype

@@ -17,18 +17,19 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from tmerge.calibration import FeatureStore, TextSet
+from tmerge.comparison.folder import at_work
 from tmerge.comparison.inputs import ComparedData, MergedModels, merge_recipe, refuse_moved, with_source
 from tmerge.comparison.result import SCHEMA, Comparison
 from tmerge.comparison.rows import RowNote, RowScores, TextScores, TrainedScores, added, grouped, summed_up
 from tmerge.comparison.tables import comparison_table
-from tmerge.errors import OutputExistsError, RecipeError
+from tmerge.errors import RecipeError
 from tmerge.evaluation import applied, score_texts
 from tmerge.fusion import Alpha
 from tmerge.models import LoadedModel, load_model, model_commit
@@ -39,10 +40,10 @@ from tmerge.report import library_versions
 from tmerge.run import Run, stage_key
 from tmerge.stages.merge import merge
 from tmerge.stages.neurons import Neurons
-from tmerge.stages.scoring import cut, held_out
+from tmerge.stages.scoring import cut, held_out, unit
 from tmerge.stages.step import Listener, Step, fusing_stage
 from tmerge.stages.texts import kept_texts, training_texts
-from tmerge.store import LOCK_FILES, locked, write_json, write_text
+from tmerge.store import write_json, write_text
 from tmerge.transport import TransportRecord
 
 __all__ = ["compare"]
@@ -101,31 +102,10 @@ def compare(
             "(tmerge merge scores each alone too), or name one of them as the source"
         )
     folder = Path(out)
-    with processes.failing_together(), _at_work(folder) if processes.is_first else nullcontext():
+    with processes.failing_together(), at_work(folder) if processes.is_first else nullcontext():
         recipe = processes.from_first(lambda: recipe)
         with computing_alike(recipe.device, processes):
             return _Comparison(recipe, folder, listener or (lambda step: None), processes).go()
-
-
-@contextmanager
-def _at_work(folder: Path) -> Iterator[None]:
-    """While a comparison works in a folder: nobody else does; if it ends with nothing in it, nothing is left.
-
-    Raises:
-        OutputExistsError: It cannot be made.
-        RunBusyError: Another process is at work in it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputExistsError(f"{folder} cannot be made: {error.strerror}; choose another --out") from None
-    with locked(folder, folder):
-        try:
-            yield
-        except BaseException:
-            if all(path.name in LOCK_FILES for path in folder.iterdir()):
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
 
 
 class _Comparison:
@@ -325,6 +305,7 @@ class _Comparison:
             alpha=0.0 if not is_fused else self.alpha if settings.alpha is None else settings.alpha,
             source=(lambda: nullcontext(self.models.read("source"))) if objective == "distill" else None,
             progress=partial(self._step, f"{name}, seed {seed}", unit="steps"),
+            reading=lambda counted: partial(self._step, f"{name}: what the source predicts", unit=counted),
             prompts=prompts,
             goals=self._goals() if rest == "sft+transport" else None,
             processes=self.processes,
@@ -367,7 +348,7 @@ class _Comparison:
                 texts,
                 batch_tokens=self.recipe.calibration.batch_tokens,
                 processes=self.processes,
-                progress=partial(self._step, where, unit="texts"),
+                progress=partial(self._step, where, unit=unit(model)),
             )
         began = partial(self._step, f"{name}: tasks", 0, 1, unit="models")
         tasks = self.data.score_tasks(model, began, self.processes)

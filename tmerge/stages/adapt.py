@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,7 @@ def _adapt_run(
             goals=goals,
             prompts=prompts,
             progress=progress.counting(settings.objective, "steps"),
+            reading=partial(progress.counting, f"{models.source.reference}: what it predicts"),
             processes=processes,
         )
         scores = score_in_run(recipe, target, held_out(recipe, calibrated), progress, "adapted: held-out texts")
