@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tmerge.models import ADAPTER_CONFIG
-from tmerge.models.checkpoint import is_licence_file, read_config
+from tmerge.models.checkpoint import LICENCE_FOLDER, is_licence_file, read_config
 from tmerge.run import Run
 
 __all__ = ["CARD", "STALE", "left_behind", "published_files", "staged"]
@@ -45,11 +45,11 @@ _CHECKPOINT = (
     "byte_maps.json",
     "*.jinja",
 )
-# Folders of a checkpoint that transformers writes.
-_CHECKPOINT_FOLDERS = ("additional_chat_templates",)
+# Folders of a checkpoint: one that transformers writes, and what its sources' licences ask for.
+_CHECKPOINT_FOLDERS = ("additional_chat_templates", LICENCE_FOLDER)
 STALE = (
     *_CHECKPOINT,
-    "additional_chat_templates/*",
+    *(f"{name}/*" for name in _CHECKPOINT_FOLDERS),
     *(f"tmerge/{name}*" for name in ("figures/", "report.html")),
 )
 """What an earlier push may have left in a repo, and would be loaded instead of, or beside, what is pushed now."""

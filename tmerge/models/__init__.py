@@ -5,14 +5,14 @@ from __future__ import annotations
 from tmerge.models.adapter_changes import AdapterChanges
 from tmerge.models.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tmerge.models.adapter_saving import AdapterSize, ModuleChange, save_adapter, verify_adapter
-from tmerge.models.checkpoint import file_digest
+from tmerge.models.checkpoint import LICENCE_FOLDER, file_digest
 from tmerge.models.configs import meta_model
 from tmerge.models.demo import DEMO_MODELS, DemoModel, demo_path
 from tmerge.models.device import available_memory, fits, give_back_memory, multiplies_fast, pick_device, pick_dtype
 from tmerge.models.discovery import find_block_list
 from tmerge.models.facts import AdapterFacts, ModelFacts, read_facts
 from tmerge.models.joined import AdapterWeights, NoWeights
-from tmerge.models.licence_files import licence_files, write_licence_files
+from tmerge.models.licence_files import licence_files, source_licence_files, write_licence_files
 from tmerge.models.licences import OutputLicence, output_licence
 from tmerge.models.loading import LoadedModel, load_model, load_tokenizer, model_commit
 from tmerge.models.model import Model, pinned, shared_vocabulary
@@ -47,6 +47,7 @@ __all__ = [
     "EMBEDDING",
     "HEAD",
     "HEAD_NORMS",
+    "LICENCE_FOLDER",
     "PROJECTIONS",
     "SIDES",
     "STREAM",
@@ -102,6 +103,7 @@ __all__ = [
     "save_adapter",
     "save_checkpoint",
     "shared_vocabulary",
+    "source_licence_files",
     "trusts",
     "verify_adapter",
     "verify_checkpoint",

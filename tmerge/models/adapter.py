@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tmerge.errors import CheckpointError, ModelNotFoundError
 from tmerge.models.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig
-from tmerge.models.checkpoint import StoredTensor, file_digest, is_licence_file, read_safetensors_header
+from tmerge.models.checkpoint import StoredTensor, file_digest, licence_names, read_safetensors_header
 from tmerge.models.reference import ModelReference
 from tmerge.models.remote import Snapshot, fetch, open_repo, stated_licence
 
@@ -84,10 +84,7 @@ class Adapter:
     @cached_property
     def licence_files(self) -> dict[str, Path]:
         """Name -> path of its licence and notices, fetched if need be; raises as `tmerge.models.remote.fetch`."""
-        listed = None if self.snapshot is None else self.snapshot.files
-        if listed is None:
-            listed = {path.name: path.stat().st_size for path in self.folder.iterdir() if path.is_file()}
-        going = [name for name, size in sorted(listed.items()) if is_licence_file(name, size)]
+        going = licence_names(self.folder, None if self.snapshot is None else self.snapshot.files)
         if self.snapshot is None:
             return {name: self.folder / name for name in going}
         return {name: path for name in going if (path := fetch(self.snapshot, name)) is not None}

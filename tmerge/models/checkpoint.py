@@ -10,9 +10,9 @@ import hashlib
 import re
 import stat
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -25,6 +25,7 @@ from tmerge.errors import CheckpointError
 
 __all__ = [
     "INDEX_FILE",
+    "LICENCE_FOLDER",
     "SETTINGS_FILES",
     "TOKENIZER_FILES",
     "WEIGHTS_FILE",
@@ -36,6 +37,7 @@ __all__ = [
     "folder_licence",
     "is_licence_file",
     "is_tokenizer_file",
+    "licence_names",
     "read_config",
     "read_headers",
     "read_index",
@@ -103,6 +105,29 @@ def is_licence_file(name: str, size: int = 0) -> bool:
         size: In bytes, where it is known; a text of more than a megabyte is none.
     """
     return size <= _MOST_LICENCE_BYTES and _LICENCE.fullmatch(name) is not None
+
+
+LICENCE_FOLDER = "licenses"
+"""Of a merge's: holds, in a folder each, the licence files of the models that went into it beside its target."""
+
+
+def licence_names(folder: Path, listed: Mapping[str, int] | None) -> list[str]:
+    """Names of a model's licence files, sorted: beside the weights, or in `LICENCE_FOLDER`, where it is a merge itself.
+
+    Args:
+        folder: Where it is.
+        listed: Sizes by name, of a repo; None to look into the folder.
+    """
+    if listed is None:
+        here = [*folder.iterdir(), *(folder / LICENCE_FOLDER).glob("*/*")]
+        listed = {path.relative_to(folder).as_posix(): path.stat().st_size for path in here if path.is_file()}
+    names = []
+    for name, size in sorted(listed.items()):
+        path = PurePosixPath(name)
+        within = len(path.parts) == 1 or (len(path.parts) == 3 and path.parts[0] == LICENCE_FOLDER)
+        if within and is_licence_file(path.name, size):
+            names.append(name)
+    return names
 
 
 @dataclass(frozen=True)

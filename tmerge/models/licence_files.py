@@ -1,14 +1,23 @@
-"""A model's licence and the notices that go with it, as files: who passes the model on passes them on too."""
+"""A model's licence and the notices that go with it, as files: who passes the model on passes them on too.
+
+A merge is made of its sources as of its target. Most licences that ask for anything ask that their text and notices go
+with what is made of the model (Apache's NOTICE, Llama's and Gemma's agreements), whichever side it was on: the target's
+stay where they are, a source's lie in a folder of their own, so that none takes the place of another.
+"""
 
 from __future__ import annotations
 
+import re
 import shutil
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
 
-from tmerge.models.checkpoint import is_licence_file
+from tmerge.errors import CheckpointError
+from tmerge.models.checkpoint import LICENCE_FOLDER
 from tmerge.models.place import GgufPlace, Place
+from tmerge.models.reference import ModelReference
 
-__all__ = ["licence_files", "write_licence_files"]
+__all__ = ["licence_files", "source_licence_files", "write_licence_files"]
 
 
 def licence_files(place: Place | GgufPlace | None) -> dict[str, Path]:
@@ -22,14 +31,63 @@ def licence_files(place: Place | GgufPlace | None) -> dict[str, Path]:
     """
     found = {}
     if isinstance(place, Place):
-        found = {name: path for name, path in place.beside().items() if is_licence_file(name)}
+        found = place.licence_files
     if place is not None and place.adapter is not None:
         # Of two of one name the model's, whose weights they are.
         found = place.adapter.licence_files | found
     return found
 
 
-def write_licence_files(place: Place | GgufPlace | None, folder: Path) -> None:
-    """Copy them into a folder; raises as `licence_files`."""
-    for name, path in licence_files(place).items():
-        shutil.copyfile(path, folder / name)
+def source_licence_files(target: Place | GgufPlace, sources: Iterable[Place | GgufPlace]) -> dict[str, Path]:
+    """Path in a merge's folder -> file, of the models that go into a target, and of their adapters; fetched if need be.
+
+    Args:
+        target: Whose own files lie elsewhere.
+        sources: What goes into it. A model that is named twice, or that the target is, is one.
+
+    Raises:
+        TmergeError: As `tmerge.models.remote.fetch`.
+    """
+    of_target = [target, *([] if target.adapter is None else [target.adapter])]
+    seen, folders = {each.reference.text for each in of_target}, set[str]()
+    own, found = licence_files(target), dict[str, Path]()
+    for place in sources:
+        for each in (place, place.adapter):
+            if each is None or isinstance(each, GgufPlace) or each.reference.text in seen:
+                continue
+            seen.add(each.reference.text)
+            files = each.licence_files
+            if not files:
+                continue
+            folder = _folder_of(each.reference, folders)
+            folders.add(folder)
+            for name, path in files.items():
+                # Of a source that is a merge itself, what it was made of keeps its place.
+                inside = name if len(PurePosixPath(name).parts) > 1 else f"{LICENCE_FOLDER}/{folder}/{name}"
+                if inside not in own:
+                    found.setdefault(inside, path)
+    return found
+
+
+def write_licence_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy some into a folder, as they are to be called there.
+
+    Raises:
+        CheckpointError: One is gone by now.
+    """
+    for name, path in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(path, folder / name)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{str(path)!r}, a licence file that goes with the merge, is gone; put it back, and the same command "
+                "continues"
+            ) from None
+
+
+def _folder_of(reference: ModelReference, taken: set[str]) -> str:
+    """A folder's name for a model: its repo's, whole, or its folder's, and no one else's."""
+    plain = re.sub(r"[^\w.-]+", "-", (reference.repo or reference.name).replace("/", "--")).strip("-.") or "model"
+    names = (plain if number == 1 else f"{plain}-{number}" for number in range(1, len(taken) + 2))
+    return next(name for name in names if name not in taken)

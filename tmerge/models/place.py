@@ -7,7 +7,7 @@ are asked for.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from tmerge.models.checkpoint import (
     folder_digest,
     is_licence_file,
     is_tokenizer_file,
+    licence_names,
     read_config,
     read_headers,
     weight_files,
@@ -163,10 +164,20 @@ class Place:
             sizes = {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in here if path.is_file()}
         else:
             sizes = snapshot.files
-        going = [name for name, size in sorted(sizes.items()) if _goes_with_the_weights(name, size) or name in named]
+        return self._fetched(
+            name for name, size in sorted(sizes.items()) if _goes_with_the_weights(name, size) or name in named
+        )
+
+    @cached_property
+    def licence_files(self) -> dict[str, Path]:
+        """Name -> path of its licence and notices, fetched if need be; raises as `fetch`."""
+        return self._fetched(licence_names(self.folder, None if self.snapshot is None else self.snapshot.files))
+
+    def _fetched(self, names: Iterable[str]) -> dict[str, Path]:
+        snapshot = self.snapshot
         if snapshot is None:
-            return {name: self.folder / name for name in going}
-        return {name: path for name in going if (path := fetch(snapshot, name)) is not None}
+            return {name: self.folder / name for name in names}
+        return {name: path for name in names if (path := fetch(snapshot, name)) is not None}
 
     def check_settings(self) -> None:
         """Refuse small JSON files beside the config that are none; a repo's are fetched, and all else that is kept.

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from tmerge.errors import NotEnoughDiskError
 from tmerge.models.copying import WrittenTensor, stored_again, write_shards
-from tmerge.models.licence_files import write_licence_files
+from tmerge.models.licence_files import licence_files, write_licence_files
 from tmerge.models.loading import LoadedModel
 from tmerge.models.place import Place
 from tmerge.models.quiet import quiet
@@ -79,7 +79,7 @@ def save_checkpoint(
     write_config(loaded, folder, written, place)
     write_generation_config(loaded, folder)
     write_tokenizer(loaded, folder)
-    write_licence_files(loaded.place, folder)
+    write_licence_files(licence_files(loaded.place), folder)
     return sorted(path for path in set(folder.rglob("*")) - before if path.is_file())
 
 

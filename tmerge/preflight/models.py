@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from tmerge.models import Model, pick_device, pinned, trusts
+from tmerge.models import Model, pick_device, pinned, source_licence_files, trusts
 from tmerge.models.agreed import least_share
 from tmerge.preflight.holding import Place, fit_together
 from tmerge.processes import Processes
@@ -81,6 +82,12 @@ class Models:
         """Hub repo, as it is named -> the commit that is read of it, of all of them and of what is joined to them."""
         models = [*(model for _, model in self._roles()), *self.sources]
         return {repo: commit for model in models for repo, commit in model.place.revisions.items()}
+
+    @property
+    def licence_files(self) -> dict[str, Path]:
+        """Path in the merge's folder -> licence file of what goes into the target; see `source_licence_files`."""
+        models = [*(model for role, model in self._roles() if role != "target"), *self.sources]
+        return source_licence_files(self.target.place, [model.place for model in models])
 
     @property
     def matched(self) -> Model:

@@ -19,7 +19,7 @@ from tmerge.errors import AdaptationError, OutputExistsError
 from tmerge.evaluation import Interval, Scores, difference, resamples, score, verdict
 from tmerge.fusion import Alpha
 from tmerge.hub import write_card
-from tmerge.models import LoadedModel, Model
+from tmerge.models import LICENCE_FOLDER, LoadedModel, Model
 from tmerge.models.agreed import computing_alike
 from tmerge.preflight.models import Models
 from tmerge.processes import ALONE, Processes
@@ -174,7 +174,10 @@ def _written(
 ) -> Report:
     """The checkpoint, the report and the card, written; the report."""
     deciding = held_out(recipe, TextSet.load(run.texts_path))
-    weights = publish(trained.model, adapted, recipe, deciding, progress)
+    others = {
+        path.relative_to(run.folder).as_posix(): path for path in sorted((run.folder / LICENCE_FOLDER).glob("*/*"))
+    }
+    weights = publish(trained.model, adapted, recipe, deciding, progress, others)
     adaptation = {
         **recipe.adaptation.model_dump(mode="json"),
         "alpha": trained.alpha,

@@ -147,6 +147,8 @@ class _Road:
             commits, plan = {"target": models.target.commit, "source": models.matched.commit}, recorded
             first(lambda: plan.refuse_other_recipe(recipe, commits, projections))
         first(lambda: refuse_other_vocabularies(recipe, models))
+        # Fetched before the work, and not when it is done and the Hub may be away.
+        others = first(lambda: models.licence_files)
         device = pick_device(recipe.device)
         runner = Runner(run, self.listener, str(device), self.processes)
 
@@ -203,7 +205,7 @@ class _Road:
             key = neurons.key(fused.key)
         unfused = target.note.scores
         yield runner(Evaluate(recipe, models.target, texts, neurons, chosen, key, unfused, kept))
-        yield runner(Save(recipe, run, models.target, texts, neurons, chosen, key))
+        yield runner(Save(recipe, run, models.target, texts, neurons, chosen, key, others))
 
     def _data(self, says: Progress, recorded: bool) -> dict[str, str]:
         """The recipe's datasets -> what identifies their contents; a recorded transport needs none to match on."""

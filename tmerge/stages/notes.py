@@ -218,6 +218,7 @@ class SaveNote(Note):
         least_release: The first ``transformers`` that reads it; None where the target's own files do not tell.
         adapter: Of what was written as an adapter of the target; None of a whole checkpoint.
         licence_files: The target's licence and notices, which lie beside the weights.
+        source_licence_files: Those of the models that went into it, by their paths in the folder.
     """
 
     dtype: str
@@ -226,3 +227,4 @@ class SaveNote(Note):
     least_release: str | None = None
     adapter: SavedAdapter | None = None
     licence_files: tuple[str, ...] = ()
+    source_licence_files: tuple[str, ...] = ()

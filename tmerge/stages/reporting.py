@@ -221,6 +221,8 @@ def _remarks(measured: Measurements) -> list[str]:
         )
     if files := measured.saved.licence_files:
         remarks.append(f"the target's licence files lie beside the weights: {', '.join(files)}")
+    if files := measured.saved.source_licence_files:
+        remarks.append(f"the licence files of what was merged into it go with it: {', '.join(files)}")
     return remarks
 
 

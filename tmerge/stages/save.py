@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tmerge.models import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG,
+    LICENCE_FOLDER,
     LoadedModel,
     Model,
     ModuleChange,
@@ -43,7 +44,7 @@ _COMPARED_TEXTS = 4
 # What a checkpoint that is written over may leave behind, and would be read with the new one's files.
 _OF_A_CHECKPOINT = (
     *("model*.safetensors", "model.safetensors.index.json", "generation_config.json"),
-    *("additional_chat_templates/*.jinja", ADAPTER_WEIGHTS),
+    *("additional_chat_templates/*.jinja", f"{LICENCE_FOLDER}/*/*", ADAPTER_WEIGHTS),
 )
 # Without one of these a folder is neither a checkpoint nor an adapter.
 _CONFIGS = (CONFIG, ADAPTER_CONFIG)
@@ -61,6 +62,7 @@ class Save:
         neurons: What was transported.
         alpha: As the recipe says, or as chosen.
         fused: The key of the stage that carried them; of several sources also how they are joined.
+        others: Path in the folder -> licence file of a model that goes into the target.
     """
 
     recipe: Recipe
@@ -70,6 +72,7 @@ class Save:
     neurons: Neurons
     alpha: Alpha
     fused: str
+    others: Mapping[str, Path] = field(default_factory=dict)
 
     name = "save"
     note = SaveNote
@@ -83,7 +86,7 @@ class Save:
         """Whether the checkpoint is still what was written."""
         paths = {self.run.folder / name: digest for name, digest in note.weights.items()}
         config = CONFIG if note.adapter is None else ADAPTER_CONFIG
-        kept = [self.run.folder / name for name in (config, *note.licence_files)]
+        kept = [self.run.folder / name for name in (config, *note.licence_files, *note.source_licence_files)]
         if not all(path.is_file() for path in (*kept, *paths)):
             return False
         return all(file_digest(path) == digest for path, digest in paths.items())
@@ -92,23 +95,29 @@ class Save:
         """Fuse, write, compare, move."""
         loaded = load(self.target, progress)
         stored, computed = (str(dtype).removeprefix("torch.") for dtype in (loaded.dtype, loaded.model.dtype))
-        licence = tuple(licence_files(loaded.place))
+        licence = {"licence_files": tuple(licence_files(loaded.place)), "source_licence_files": tuple(self.others)}
         if self.recipe.save.form == "adapter":
+            projections = self.recipe.fusion.projections
             adapter, weights = publish_adapter(
-                self.target, self.run, self.neurons.transported, self.alpha, self.recipe.fusion.projections, progress
+                self.target, self.run, self.neurons.transported, self.alpha, projections, progress, self.others
             )
             self.target.release()
-            return SaveNote(dtype=stored, computed_in=computed, weights=weights, adapter=adapter, licence_files=licence)
+            return SaveNote(dtype=stored, computed_in=computed, weights=weights, adapter=adapter, **licence)
         fuse(self.target.views.views, self.neurons.transported, self.alpha)
-        weights = publish(loaded, self.run, self.recipe, held_out(self.recipe, self.texts), progress)
+        weights = publish(loaded, self.run, self.recipe, held_out(self.recipe, self.texts), progress, self.others)
         release = least_release(loaded)
         self.target.release()
-        return SaveNote(
-            dtype=stored, computed_in=computed, weights=weights, least_release=release, licence_files=licence
-        )
+        return SaveNote(dtype=stored, computed_in=computed, weights=weights, least_release=release, **licence)
 
 
-def publish(loaded: LoadedModel, run: Run, recipe: Recipe, texts: Sequence[str], progress: Progress) -> dict[str, str]:
+def publish(
+    loaded: LoadedModel,
+    run: Run,
+    recipe: Recipe,
+    texts: Sequence[str],
+    progress: Progress,
+    others: Mapping[str, Path],
+) -> dict[str, str]:
     """Write a model beside a run's cache, compare it with the one in memory, then move it into the run's folder.
 
     Args:
@@ -117,6 +126,7 @@ def publish(loaded: LoadedModel, run: Run, recipe: Recipe, texts: Sequence[str],
         recipe: How large a file may be.
         texts: On the first of which the two are compared.
         progress: Hears of it.
+        others: As `Save.others`.
 
     Returns:
         File name -> SHA-256 (hex) of every weights file.
@@ -127,6 +137,7 @@ def publish(loaded: LoadedModel, run: Run, recipe: Recipe, texts: Sequence[str],
     progress.step("writing the checkpoint", 0, 2, "steps")
     fresh = _fresh(run)
     save_checkpoint(loaded, fresh, max_shard_size=recipe.save.max_shard_size)
+    write_licence_files(others, fresh)
     progress.step("comparing the saved checkpoint with the model in memory", 1, 2, "steps")
     verify_checkpoint(fresh, loaded, list(texts[:_COMPARED_TEXTS]))
     weights = _moved(fresh, run.folder)
@@ -141,6 +152,7 @@ def publish_adapter(
     alpha: Alpha,
     projections: Sequence[str],
     progress: Progress,
+    others: Mapping[str, Path],
 ) -> tuple[SavedAdapter, dict[str, str]]:
     """Write what fusing changes of a target as a LoRA, hold the two together against the fused model, and move it.
 
@@ -151,6 +163,7 @@ def publish_adapter(
         alpha: As the recipe says, or as chosen.
         projections: That were to be changed; an adapter has some modules, whether they are or not.
         progress: Hears of it.
+        others: As `Save.others`.
 
     Returns:
         How large it is, and file name -> SHA-256 (hex).
@@ -173,7 +186,7 @@ def publish_adapter(
     if not len(transported):
         changes = unchanged_modules(layers, projections)
     size = save_adapter(fresh, changes, loaded.model, loaded.reference, target.commit)
-    write_licence_files(loaded.place, fresh)
+    write_licence_files({**others, **licence_files(loaded.place)}, fresh)
     fused = (
         (layers[items[0].layer][items[0].projection].parameters, partial(fuse, layers, items, alpha))
         for items in in_turn("comparing the adapter with the model in memory")
@@ -207,7 +220,7 @@ def _moved(fresh: Path, folder: Path) -> dict[str, str]:
                 path.unlink()
     for name in sorted(files, key=lambda path: (str(path) in _CONFIGS, path)):
         (fresh / name).chmod(0o644)  # safetensors makes files for their owner alone
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(fresh / name, folder / name)
     shutil.rmtree(fresh)
     return weights
