@@ -14,7 +14,7 @@ from tests.stages.test_task_vector import recipe_for as pair_recipe
 from tmerge.comparison import reproduce as reproducing
 from tmerge.comparison.reproduce import difference_words, reproduce
 from tmerge.errors import ModelNotFoundError, OutputExistsError
-from tmerge.recipe import MATCHING_BY_WEIGHTS, Recipe
+from tmerge.recipe import CARRYING_BESIDE, MATCHING_BY_WEIGHTS, Recipe
 from tmerge.run import Run
 from tmerge.stages.merge import merge
 
@@ -79,9 +79,13 @@ def matched_by_weights(tmp_path_factory):
 )
 def test_that_the_method_has_changed_is_told_before_and_after(matched_by_weights, tmp_path, monkeypatch, before, forms):
     report = json.loads((matched_by_weights / "tmerge/report.json").read_text())
-    assert report["method"] == {"matching by weights": MATCHING_BY_WEIGHTS}
+    carrying = {"carrying beside the projections": CARRYING_BESIDE}
+    assert report["method"] == {"matching by weights": MATCHING_BY_WEIGHTS, **carrying}
     shutil.copytree(matched_by_weights, tmp_path / "fused")
-    report |= {"method": before, "weights": dict.fromkeys(report["weights"], "0" * 64)}
+    report |= {
+        "method": None if before is None else {**before, **carrying},
+        "weights": dict.fromkeys(report["weights"], "0" * 64),
+    }
     if before is None:
         del report["method"]
     (tmp_path / "fused/tmerge/report.json").write_text(json.dumps(report))
@@ -97,7 +101,9 @@ def test_that_the_method_has_changed_is_told_before_and_after(matched_by_weights
     told = [number for number, words in enumerate(heard) if said in words]
     assert len(told) == 1 and told[0] < heard.index("merging")
     assert not result.same
-    assert f"what differs: matching by weights {forms}, form {MATCHING_BY_WEIGHTS} here (" in difference_words(result)
+    words = difference_words(result).partition("what differs: ")[2]
+    assert f"matching by weights {forms}, form {MATCHING_BY_WEIGHTS} here" in words
+    assert ("carrying beside the projections" in words) == (before is None)
 
 
 def test_of_one_form_nothing_is_said(matched_by_weights, tmp_path):

@@ -15,7 +15,7 @@ from tmerge.fusion import Carried, TransportedNeurons, carry, generator_for, nor
 from tmerge.models import PROJECTIONS, Model, shared_vocabulary
 from tmerge.models.device import memory_errors
 from tmerge.processes import Processes
-from tmerge.recipe import CarriedSettings, Recipe, Reconstruction
+from tmerge.recipe import CARRYING_BESIDE, CarriedSettings, Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
 from tmerge.run import Run
 from tmerge.stages.carried import CarriedSource
@@ -30,9 +30,6 @@ from tmerge.store import scratch
 from tmerge.transport import Transport, TransportRecord
 
 __all__ = ["Fuse"]
-
-# What is carried beside the projections: 2 with norms of q and k.
-_BESIDE = 2
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,7 @@ class Fuse:
     def inputs(self) -> dict[str, Any]:
         """What decides the neurons."""
         first = self.sources[0]
-        # What is carried beside the projections is not of the recipe: what was fused before it changed is fused anew.
-        beside = {"beside": _BESIDE} if self.recipe.fusion.carries_stream else {}
+        beside = {"beside": CARRYING_BESIDE} if self.recipe.fusion.carries_stream else {}
         several = {"sources": {source.name: source.model.commit for source in self.sources}}
         return {
             "transport": self.solved,
