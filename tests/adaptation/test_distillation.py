@@ -1,6 +1,8 @@
 """Distillation: which places are common, what is carried, and the loss against a plain computation."""
 
+import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from tests.adaptation.test_training import TEXTS, settings, trained
 from tests.evaluation.test_choose import loaded
 from tests.meeting import Together
 from tests.pico import pico_model, pico_tokenizer, save_pico
-from tmerge.adaptation import distillation
-from tmerge.adaptation.distillation import Teacher, common_positions, distillation_loss, first_pieces, read_teacher
+from tmerge.adaptation import teacher as teachers
+from tmerge.adaptation.distillation import distillation_loss
+from tmerge.adaptation.pieces import Pieces, common_positions, inner_positions
+from tmerge.adaptation.teacher import Teacher, read_teacher
 from tmerge.adaptation.training import _encode
 from tmerge.models import Model, load_model
 from tmerge.models.loading import open_by_blocks
@@ -33,10 +37,10 @@ def words_tokenizer(words, space="▁"):
 @pytest.mark.parametrize(
     ("mine", "theirs", "expected"),
     [
-        ([3, 7, 12], [3, 12], [(0, 0)]),
-        ([3, 7, 12, -1], [-1, 3, 7, 12], [(0, 1), (1, 2)]),
+        ([3, 7, 12], [3, 12], [(0, 0, 0)]),
+        ([3, 7, 12, -1], [-1, 3, 7, 12], [(0, 1, 0), (1, 2, 0)]),
         # Three tokens write one character: it is there with the last of them.
-        ([1, 2, 2, 2, 3], [1, 2, 3], [(0, 0), (3, 1)]),
+        ([1, 2, 2, 2, 3], [1, 2, 3], [(0, 0, 0), (3, 1, 0)]),
         ([5], [5], []),
         ([], [], []),
     ],
@@ -48,13 +52,13 @@ def test_common_positions(mine, theirs, expected):
 def test_a_source_token_is_carried_to_the_first_piece_of_its_string():
     source = words_tokenizer(["a", "▁a", "▁the", "▁France", "ing", "▁สวัสดี"])
     target = pico_tokenizer()
-    pieces = first_pieces(source, target)
+    pieces = Pieces.of(source, target).table[:, 0]
     for word, string in [("▁the", " the"), ("▁France", " France"), ("ing", "ing"), ("▁สวัสดี", " สวัสดี")]:
         expected = target(string, add_special_tokens=False)["input_ids"][0]
         assert int(pieces[source.convert_tokens_to_ids(word)]) == expected, word
     assert int(pieces[0]) == -1  # the unknown token means nothing
     # A model's own tokenizer: every token is its own first piece, but for parts of characters.
-    own = first_pieces(target, target)
+    own = Pieces.of(target, target).table[:, 0]
     whole = [token for token in range(3, len(target)) if "\ufffd" not in target.decode([token])]
     kept = [token for token in whole if int(own[token]) == token]
     assert len(kept) > 0.9 * len(whole)
@@ -66,42 +70,96 @@ def teacher_for(student, source, **words):
     return encoded, asked, ends
 
 
-def test_the_loss_is_cross_entropy_plus_kl_at_common_positions(tmp_path):
-    """Against float64 loops, with a source of the same tokenizer: each of its tokens ends where the target's does."""
-    student, source = loaded(pico_model("llama")), loaded(pico_model("qwen2"))
-    encoded, asked, ends = teacher_for(student, source, distill_weight=0.7)
+def told(words, target_ids, chances):
+    """{id: q m} of what comes after some of the target's tokens, by the strings of the source's words: float64."""
+    following, begun = {}, 0.0
+    for ids, chance in zip(words, chances, strict=True):
+        if ids[: len(target_ids)] == target_ids:
+            begun += chance
+            if len(ids) > len(target_ids):
+                following[ids[len(target_ids)]] = following.get(ids[len(target_ids)], 0.0) + chance
+    return {token: chance / begun for token, chance in following.items()}
+
+
+@pytest.mark.parametrize("distill_loss", ["pieces", "first-piece"])
+def test_the_loss_is_cross_entropy_plus_what_the_source_tells(tmp_path, distill_loss):
+    """Against plain loops over strings, with a source whose tokens are words, of several of the target's tokens."""
+    student = loaded(pico_model("llama"))
+    names = list(dict.fromkeys(word for text in TEXTS[:4] for word in text.split()))[:100]
+    source = replace(
+        loaded(pico_model("qwen2", vocab_size=120)), tokenizer=words_tokenizer([f"▁{name}" for name in names])
+    )
+    encoded, asked, ends = teacher_for(student, source, distill_weight=0.7, distill_loss=distill_loss)
     teacher = read_teacher(
         lambda: nullcontext(source), student.tokenizer, TEXTS[:4], encoded, ends, asked, tmp_path / "t.safetensors"
     )
-    assert teacher.aligned_share > 0.8
     longest = max(map(len, encoded))
     ids = torch.tensor([row + [2] * (longest - len(row)) for row in encoded])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in encoded])
     labels = ids.masked_fill(mask == 0, -100)
+    words = [student.tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in names]
+    total, tokens, places, inside = 0.0, 0, 0, 0
     with torch.no_grad():
         logits = student.model(input_ids=ids, attention_mask=mask).logits
         loss = distillation_loss(logits, labels, teacher, [0, 1, 2, 3], asked)
-        chances = torch.log_softmax(logits.double(), -1)
-        pieces = first_pieces(source.tokenizer, student.tokenizer)
-        total, tokens, places = 0.0, 0, 0
+        logs = torch.log_softmax(logits.double(), -1)
         for row, text in enumerate(encoded):
-            theirs = torch.softmax(source.model(torch.tensor([text])).logits[0].double(), -1)
+            found = source.tokenizer(TEXTS[row], return_offsets_mapping=True)
+            theirs = torch.softmax(source.model(torch.tensor([found["input_ids"]])).logits[0].double(), -1)
+            # The unknown word, 0, has no string, and rows behind the words no token. All are among the likeliest.
+            theirs = theirs[:, 1 : len(names) + 1].tolist()
+            word_ends = [end for _, end in found["offset_mapping"]]
+            since = None
             for position in range(len(text) - 1):
-                total -= float(chances[row, position, text[position + 1]])
+                total -= float(logs[row, position, text[position + 1]])
                 tokens += 1
-                end = ends[row][position]
-                if end < 0 or end in ends[row][position + 1 :] or end == max(ends[row]):
+                if ends[row][position] in word_ends:
+                    since = position
+                if since is None:
                     continue
-                top, which = theirs[position].topk(128)
-                q = torch.zeros(384, dtype=torch.float64)
-                for chance, token in zip(top, which, strict=True):
-                    if int(token) < len(pieces) and int(pieces[token]) >= 0:
-                        q[int(pieces[token])] += chance
-                q /= q.sum()
-                total += 0.7 * float((torch.xlogy(q, q) - q * chances[row, position]).sum())
-                places += 1
-    assert places == len(teacher.positions)
+                word = word_ends.index(ends[row][since])
+                written = text[since + 1 : position + 1]
+                if written and (distill_loss == "first-piece" or len(written) > 7):
+                    continue
+                known = told(words, written, theirs[word])
+                places += bool(known)
+                inside += bool(known and written)
+                held = sum(known.values())
+                for token, chance in known.items():
+                    total += 0.7 * chance * (math.log(chance / held) - float(logs[row, position, token]))
+    predictions = sum(len(text) - 1 for text in encoded)
+    assert (inside > 50) == (distill_loss == "pieces")
+    assert teacher.aligned_share == pytest.approx(places / predictions)
     assert float(loss) == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_inner_positions():
+    # "ab|c|d" to the source, "a|b|c|d" and "a|bc|d" to the target.
+    assert inner_positions([1, 3, 4, 5, 6, 7], [1, 5, 7]) == [(1, 0, 1), (2, 0, 2), (4, 1, 1)]
+    # Nothing lies within what the source does not end: a special token, or the limit.
+    assert inner_positions([1, 3, 4, 5], [1, -1]) == inner_positions([1, 3, 4, 5], [1]) == []
+    # A token that reaches past the source's ends it; the text's last says nothing.
+    assert inner_positions([1, 3, 6, 7], [1, 5, 7]) == [(1, 0, 1)]
+    assert inner_positions([1, 3, 4], [1, 9]) == [(1, 0, 1)]
+
+
+def test_pieces_that_follow_are_weighed_by_what_goes_on():
+    """ "a" is a token of its own, "ab" and "ac" and "abd" begin with it, and another does not."""
+    table = torch.full((5, 8), -1)
+    for token, ids in enumerate([[1], [1, 2], [1, 3], [1, 2, 4], [7]]):
+        table[token, : len(ids)] = torch.tensor(ids)
+    pieces = Pieces(table, torch.tensor([1, 2, 2, 3, 1]))
+    chances = torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25])
+    begun = pieces.beginning([1])
+    assert sorted(begun.tolist()) == [0, 1, 2, 3]
+    ids, found = pieces.following(begun, chances[begun], 1, 3)
+    assert dict(zip(ids.tolist(), found.tolist(), strict=True)) == pytest.approx({2: 0.35 / 0.75, 3: 0.4, -1: 0})
+    begun = pieces.beginning([1, 2])
+    ids, found = pieces.following(begun, chances[begun], 2, 3)
+    assert ids.tolist() == [4, -1, -1] and found.tolist() == pytest.approx([0.15 / 0.35, 0, 0])
+    for prefix in ([1, 3], [8]):
+        begun = pieces.beginning(prefix)
+        assert not pieces.following(begun, chances[begun], len(prefix), 3)[1].any()
 
 
 def test_the_teacher_is_read_once_and_known_by_its_texts(tmp_path):
@@ -129,7 +187,7 @@ def test_processes_share_the_teachers_batches_and_all_have_all_of_it(tmp_path, m
     student = loaded(pico_model("llama"))
     sources = [loaded(pico_model("qwen2")) for _ in range(2)]
     encoded, asked, ends = teacher_for(student, sources[0])
-    monkeypatch.setattr(distillation, "_LOGITS_AT_ONCE", 1)  # a batch for each text
+    monkeypatch.setattr(teachers, "_LOGITS_AT_ONCE", 1)  # a batch for each text
 
     def read(name, processes=ALONE):
         opened = nullcontext(sources[processes.rank])
@@ -150,7 +208,7 @@ def test_the_teachers_reading_is_heard_in_texts_or_blocks(tmp_path, monkeypatch,
     student = loaded(pico_model("llama"))
     source = Model(str(save_pico("qwen2", tmp_path / "source", layers=3)), device="cpu", memory=memory).open()
     encoded, asked, ends = teacher_for(student, source)
-    monkeypatch.setattr(distillation, "_LOGITS_AT_ONCE", 1)  # a batch for each text
+    monkeypatch.setattr(teachers, "_LOGITS_AT_ONCE", 1)  # a batch for each text
     heard = []
 
     def read(name, reading):
@@ -168,7 +226,7 @@ def test_the_teachers_reading_is_heard_in_texts_or_blocks(tmp_path, monkeypatch,
     assert not heard  # what is there already is not read
 
 
-@pytest.mark.parametrize("loss", ["first-piece", "uld"])
+@pytest.mark.parametrize("loss", ["pieces", "first-piece", "uld"])
 def test_distillation_draws_the_student_to_the_teacher(tmp_path, loss):
     source = loaded(pico_model("qwen2", seed=5))
     words = {"objective": "distill", "distill_loss": loss, "source": lambda: nullcontext(source), "steps": 20}
@@ -186,7 +244,7 @@ def test_distillation_draws_the_student_to_the_teacher(tmp_path, loss):
             float((theirs * (theirs.log() - torch.log_softmax(one.model(ids).logits, -1))).sum(-1).mean())
             for one in (light, heavy)
         )
-    if loss == "first-piece":
+    if loss != "uld":
         assert near < far
 
 

@@ -5,10 +5,11 @@
 The demo's pair, SmolLM2-135M-Instruct from Gemma 3 270M, on the Indonesian sentences of `tests.bench.relatives`.
 
     sft                next tokens alone
-    first-piece, uld   our distillation with either `distill_loss`
+    pieces, first-piece, uld
+                       our distillation with each `distill_loss`
     alm                approximate likelihood matching (arXiv 2503.20083), without its debiasing: the likelihood of each
                        stretch of text at whose ends both tokenizers end a token is drawn to the source's
-    sft+transport, first-piece+transport
+    sft+transport, pieces+transport
                        features drawn to what the plans carry (`adaptation.transport_weight`)
 
 trl's GOLDTrainer refuses this pair: across tokenizers it reads none but byte-level ones, and Gemma's is not. ``uld`` is
@@ -34,7 +35,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.bench.relatives import DATA, HELD_OUT, language_texts
-from tmerge.adaptation import adapt, distillation, feature_goals, trainer
+from tmerge.adaptation import adapt, feature_goals, trainer
+from tmerge.adaptation import teacher as teachers
+from tmerge.adaptation.pieces import Place
+from tmerge.adaptation.teacher import Teacher
 from tmerge.calibration import FeatureStore, TextSet
 from tmerge.evaluation import Scores, difference, resamples, score_texts
 from tmerge.models import LoadedModel, load_model
@@ -48,21 +52,21 @@ TARGET, SOURCE = "demo:smollm2-135m-instruct", "demo:gemma-3-270m"
 ALM_TEMPERATURE = ALM_WEIGHT = 100.0
 # Of the feature terms, beside a cross-entropy of 1.
 TRANSPORT_WEIGHT = 0.5
-ROWS = ("sft", "first-piece", "uld", "alm", "sft+transport", "first-piece+transport")
+ROWS = ("sft", "pieces", "first-piece", "uld", "alm", "sft+transport", "pieces+transport")
 
 
 def stretches(
-    model: LoadedModel, sequences: Sequence[list[int]], positions: Sequence[list[tuple[int, int]]]
+    model: LoadedModel, sequences: Sequence[list[int]], places: Sequence[Sequence[Place]], *_: object
 ) -> list[tuple[Tensor, Tensor]]:
     """In the place of a teacher's likeliest tokens: log p of the text since the position before; 0 at the first."""
     found = []
-    for ids, asked in zip(sequences, positions, strict=True):
+    for ids, asked in zip(sequences, places, strict=True):
         tokens = torch.tensor([ids])
         with torch.inference_mode():
             logits = model.model(input_ids=tokens, use_cache=False).logits[0].float()
         known = functional.log_softmax(logits[:-1], -1).gather(1, tokens[0, 1:, None])[:, 0]
         until = functional.pad(known.cumsum(0), (1, 0))
-        at = until[[position for _, position in asked]]
+        at = until[[place.source_position for place in asked]]
         likelihoods = functional.pad(at.diff(), (1, 0))[:, None]
         found.append((torch.zeros(len(asked), 1, dtype=torch.int64), likelihoods))
     return found
@@ -71,7 +75,7 @@ def stretches(
 def likelihood_matching(
     logits: Tensor,
     labels: Tensor,
-    teacher: distillation.Teacher,
+    teacher: Teacher,
     texts: Sequence[int],
     settings: AdaptationSettings,
     items: Any = None,
@@ -96,9 +100,7 @@ def likelihood_matching(
 @contextmanager
 def matching_likelihoods() -> Iterator[None]:
     """While open, distillation is ALM."""
-    as_they_are = patch.object(distillation, "_carried", lambda top, pieces: top)
-    read = patch.object(distillation, "_top", stretches)
-    with patch.object(trainer, "distillation_loss", likelihood_matching), read, as_they_are:
+    with patch.object(trainer, "distillation_loss", likelihood_matching), patch.object(teachers, "_read", stretches):
         yield
 
 
@@ -133,8 +135,9 @@ class Bench:
     def trained(self, row: str, seed: int) -> LoadedModel:
         kind, _, transport = row.partition("+")
         words: dict[str, Any] = {"objective": "sft" if kind == "sft" else "distill"}
-        if kind == "uld":
-            words["distill_loss"] = "uld"
+        if kind != "sft":
+            # For likelihoods nothing is carried either.
+            words["distill_loss"] = "uld" if kind == "alm" else kind
         goals = None
         if transport:
             words["transport_weight"] = TRANSPORT_WEIGHT

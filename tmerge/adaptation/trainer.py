@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from tmerge.adaptation.distillation import Teacher, distillation_loss
+from tmerge.adaptation.distillation import distillation_loss
 from tmerge.adaptation.goals import FeatureWatch
+from tmerge.adaptation.teacher import Teacher
 from tmerge.errors import AdaptationError
 from tmerge.models import LoadedModel
 from tmerge.processes import Processes

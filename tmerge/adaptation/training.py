@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from tmerge.adaptation.distillation import Reading, read_teacher
 from tmerge.adaptation.goals import FeatureGoals, FeatureWatch
 from tmerge.adaptation.residual import attach_residual, fold_residual
+from tmerge.adaptation.teacher import Reading, read_teacher
 from tmerge.adaptation.trainer import StepShare, card_kept, make_trainer
 from tmerge.errors import AdaptationError, MissingExtraError, TokenizerError
 from tmerge.fusion import Alpha, TransportedNeurons, fuse
@@ -45,7 +45,7 @@ class AdaptationReport:
         resumed: Those of them that an earlier call had done.
         seconds: Wall time of this call; the teacher's forward passes included.
         loss_curve: (step, loss) of every step: the mean over the step's tokens.
-        aligned: For distillation: the share of positions at which both tokenizations end a token; else None.
+        aligned: For distillation: the share of positions at which the source tells of the next token; else None.
         trained: Parameters that were trained.
     """
 

@@ -31,8 +31,8 @@ class AdaptationSettings(Section):
     max_tokens: Annotated[int, counted(8, 1_000_000)] = Field(256, description="longer texts are cut here")
     lora_rank: Annotated[int, counted(0, 4096)] = Field(0, description="0 trains the weights, else LoRA on q k v o")
     distill_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="of the distillation term")
-    distill_loss: Literal["first-piece", "uld"] = Field(
-        "first-piece", description="how the source's distribution meets the target's vocabulary"
+    distill_loss: Literal["pieces", "first-piece", "uld"] = Field(
+        "pieces", description="how the source's distribution meets the target's vocabulary"
     )
     transport_weight: Annotated[float, Field(ge=0)] = Field(
         0.0, description="of the features' distance to the source's, carried through the plan"

@@ -158,7 +158,7 @@ class Adaptation(Part):
     Attributes:
         alpha: That the residual was trained with.
         tokens: Trained on.
-        aligned_share: Share of the tokens whose texts end where the source's do; None where it was not asked.
+        aligned_share: Share of the tokens at which the source tells of the next one; None where it was not asked.
         loss_curve: (step, loss) pairs.
         verdict: Of the trained model against the target.
     """
