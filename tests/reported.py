@@ -39,7 +39,7 @@ def adaptation(data=None, **changes):
         "max_tokens": 256,
         "lora_rank": 0,
         "distill_weight": 1.0,
-        "distill_loss": "first-piece",
+        "distill_loss": "pieces",
         "transport_weight": 0.0,
         "completions_only": False,
         "gradient_checkpointing": False,
