@@ -174,9 +174,9 @@ def _written(
 ) -> Report:
     """The checkpoint, the report and the card, written; the report."""
     deciding = held_out(recipe, TextSet.load(run.texts_path))
-    others = {
-        path.relative_to(run.folder).as_posix(): path for path in sorted((run.folder / LICENCE_FOLDER).glob("*/*"))
-    }
+    # As the merge has them: its sources need not be there any more.
+    found = sorted(path for path in (run.folder / LICENCE_FOLDER).glob("*/*") if path.is_file())
+    others = {path.relative_to(run.folder).as_posix(): path for path in found}
     weights = publish(trained.model, adapted, recipe, deciding, progress, others)
     adaptation = {
         **recipe.adaptation.model_dump(mode="json"),
