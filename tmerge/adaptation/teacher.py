@@ -132,11 +132,11 @@ def _predictions(
     vocabulary = model.model.get_output_embeddings().weight.shape[0]
     pieces = None if settings.distill_loss == "uld" else Pieces.of(tokenizer, target_tokenizer, vocabulary)
     refuse_without_rows(model.reference.text, tokenizer, model.embedding_rows, texts)
-    found = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
+    tokens_of = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
     # Its tokens are often fewer than the target's, so the same limit reaches at least as far.
-    source_ids = [list(ids[: settings.max_tokens]) for ids in found["input_ids"]]
+    source_ids = [list(ids[: settings.max_tokens]) for ids in tokens_of["input_ids"]]
     places = []
-    for text, offsets in enumerate(found["offset_mapping"]):
+    for text, offsets in enumerate(tokens_of["offset_mapping"]):
         source_ends = [end if end > start else -1 for start, end in offsets[: settings.max_tokens]]
         places.append(common_positions(ends[text], source_ends))
         if settings.distill_loss == "pieces":
@@ -148,8 +148,9 @@ def _predictions(
     batches = [[wanted[index] for index in batch] for batch in processes.mine(all_batches)]
 
     def read(chosen: list[int]) -> None:
-        sequences, asked, written = ([of[text] for text in chosen] for of in (source_ids, places, encoded))
-        told.update(zip(chosen, _read(model, sequences, asked, written, pieces), strict=True))
+        sequences, asked = [source_ids[text] for text in chosen], [places[text] for text in chosen]
+        found = _read(model, sequences, asked, [encoded[text] for text in chosen], pieces)
+        told.update(zip(chosen, found, strict=True))
 
     done = list(itertools.accumulate(len(chosen) for chosen in batches))
     heard = None if reading is None else reading("texts" if model.block_weights is None else "blocks")
