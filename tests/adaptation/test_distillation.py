@@ -119,7 +119,7 @@ def test_the_loss_is_cross_entropy_plus_what_the_source_tells(tmp_path, distill_
                     continue
                 word = word_ends.index(ends[row][since])
                 written = text[since + 1 : position + 1]
-                if written and (distill_loss == "first-piece" or len(written) > 7):
+                if written and (distill_loss == "first-piece" or len(written) > 15):
                     continue
                 known = told(words, written, theirs[word])
                 places += bool(known)
@@ -141,11 +141,13 @@ def test_inner_positions():
     # A token that reaches past the source's ends it; the text's last says nothing.
     assert inner_positions([1, 3, 6, 7], [1, 5, 7]) == [(1, 0, 1)]
     assert inner_positions([1, 3, 4], [1, 9]) == [(1, 0, 1)]
+    # Three tokens write one character.
+    assert inner_positions([1, 2, 2, 2, 3], [1, 2, 3]) == [(1, 0, 1), (2, 0, 2)]
 
 
 def test_pieces_that_follow_are_weighed_by_what_goes_on():
     """ "a" is a token of its own, "ab" and "ac" and "abd" begin with it, and another does not."""
-    table = torch.full((5, 8), -1)
+    table = torch.full((5, 8), -1, dtype=torch.int32)
     for token, ids in enumerate([[1], [1, 2], [1, 3], [1, 2, 4], [7]]):
         table[token, : len(ids)] = torch.tensor(ids)
     pieces = Pieces(table, torch.tensor([1, 2, 2, 3, 1]))

@@ -1,8 +1,8 @@
 """Strangers, trained: one target and one source, the same texts, steps and seeds, by every objective there is to try.
 
-    python -m tests.bench.trained --out FOLDER [--data ../shared/data] [--steps 40] [--seeds 0 1 2] [--only ROW ...]
+    python -m tests.bench.trained --out FOLDER [--data DATA] [--language thai] [--seeds 0 1 2] [--only ROW ...]
 
-The demo's pair, SmolLM2-135M-Instruct from Gemma 3 270M, on the Indonesian sentences of `tests.bench.relatives`.
+The demo's pair, SmolLM2-135M-Instruct from Gemma 3 270M, on the texts of `tests.bench.relatives`.
 
     sft                next tokens alone
     pieces, first-piece, uld
@@ -107,9 +107,9 @@ def matching_likelihoods() -> Iterator[None]:
 class Bench:
     """The pair, its texts, and what a training makes of a fresh target."""
 
-    def __init__(self, out: Path, data: Path, steps: int) -> None:
+    def __init__(self, out: Path, data: Path, steps: int, language: str) -> None:
         self.out, self.steps = out, steps
-        train, self.held_out = language_texts("indonesian", data)
+        train, self.held_out = language_texts(language, data)
         path = out / "texts.jsonl"
         texts = [*train, *self.held_out]
         path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
@@ -181,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of shared texts")
+    parser.add_argument("--language", default="indonesian")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
@@ -188,7 +189,7 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     kept = asked.out / "rows.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    bench = Bench(asked.out, asked.data, asked.steps)
+    bench = Bench(asked.out, asked.data, asked.steps, asked.language)
     for seed in asked.seeds:
         for name in asked.only:
             if any((row["row"], row["seed"]) == (name, seed) for row in rows):

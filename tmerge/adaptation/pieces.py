@@ -23,8 +23,8 @@ from torch import Tensor
 
 __all__ = ["Pieces", "Place", "common_positions", "inner_positions"]
 
-# Pieces of a token that are told apart; what comes after is not carried.
-_DEPTH = 8
+# Pieces of a token that are told apart; what comes after is not carried. A word of Thai is 15 bytes and more.
+_DEPTH = 16
 _STRINGS_AT_ONCE = 20_000
 
 
@@ -62,7 +62,7 @@ def common_positions(target_ends: Sequence[int], source_ends: Sequence[int]) -> 
 
 
 def inner_positions(target_ends: Sequence[int], source_ends: Sequence[int]) -> list[Place]:
-    """Places behind those, of tokens that end within the source's next one; the same arguments."""
+    """Places behind those, of tokens with which the source's next one has not ended; the same arguments."""
     common = common_positions(target_ends, source_ends)
     taken = {place.position for place in common}
     inner = []
@@ -70,7 +70,8 @@ def inner_positions(target_ends: Sequence[int], source_ends: Sequence[int]) -> l
         following = source_ends[source_position + 1] if source_position + 1 < len(source_ends) else -1
         for depth in range(1, _DEPTH):
             here = position + depth
-            if here >= len(target_ends) - 1 or here in taken or not 0 <= target_ends[here] < following:
+            # Of tokens that write one character together all but the last have not ended it.
+            if here >= len(target_ends) - 1 or here in taken or not 0 <= target_ends[here] <= following:
                 break
             inner.append(Place(here, source_position, depth))
     return inner
@@ -81,8 +82,8 @@ class Pieces:
     """What the target's tokenizer makes of each source token's string.
 
     Attributes:
-        table: (V, depth) int64, each token's first pieces; -1 behind the last, and where it has no string of its own.
-        counts: (V,) int64, how many there are in all.
+        table: (V, depth) int32, each token's first pieces; -1 behind the last, and where it has no string of its own.
+        counts: (V,) int32, how many there are in all.
     """
 
     table: Tensor
@@ -123,7 +124,7 @@ class Pieces:
                     ids = lead + target(strings[token], add_special_tokens=False)["input_ids"]
                 own = ids[len(lead) :]
                 counts[token], table[token] = len(own), [*own, *nothing][:_DEPTH]
-        return cls(torch.tensor(table), torch.tensor(counts))
+        return cls(torch.tensor(table, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32))
 
     @cached_property
     def _by_first(self) -> tuple[Tensor, Tensor]:
@@ -144,7 +145,7 @@ class Pieces:
         """
         # A model's vocabulary may be padded past its tokenizer's.
         size = len(self.table)
-        known = torch.where(tokens < size, self.table[tokens.clamp(max=size - 1), 0], -1)
+        known = torch.where(tokens < size, self.table[tokens.clamp(max=size - 1), 0].long(), -1)
         chances = chances.masked_fill(known < 0, 0.0)
         order = known.argsort(dim=1, stable=True)
         known, chances = known.gather(1, order), chances.gather(1, order)
