@@ -2,14 +2,17 @@
 
 import io
 import os
+import time
 import urllib.error
 import urllib.request
 import zipfile
+from dataclasses import replace
 
 import pytest
 
 from tmerge.errors import OutputExistsError
 from tmerge.ui.server.downloads import files_of, keep_in
+from tmerge.ui.server.room import may_go
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +98,29 @@ def test_across_file_systems_it_is_copied(done, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", no_links)
     keep_in(done, tmp_path / "fused")
     assert files_of(tmp_path / "fused") == files_of(done.folder)
+
+
+def test_a_run_stays_while_a_download_of_it_is_open(served, monkeypatch):
+    store = served.context.store
+    run = served.ended(store.start(served.recipe(seed=12), "someone"))
+    # More than is on its way.
+    with (run.folder / "large.bin").open("wb") as large:
+        large.truncate(64 * 2**20)
+    # All that are over go now: this test is the last one here.
+    monkeypatch.setattr(store, "settings", replace(store.settings, runs_kept_seconds=-1.0))
+    for path in ("model.zip", "files/large.bin"):
+        with urllib.request.urlopen(f"{served.url}/run/{run.id}/{path}", timeout=60) as answer:
+            assert answer.read(1000)
+            store.sweep()
+            assert store.get(run.id) is run and run.folder.exists()
+        # It was left before its end.
+        until = time.monotonic() + 30
+        while run.reading and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not run.reading
+    with run.being_read():
+        assert not may_go(run)
+        run.looked_at -= 3600
+        assert may_go(run)
+    store.sweep()
+    assert store.get(run.id) is None

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from tmerge.errors import OutputExistsError, RunNotFoundError
 from tmerge.ui.server.visitor_run import VisitorRun
@@ -42,21 +44,21 @@ def download_routes(seen: Callable[[str], VisitorRun | None]) -> list[Route]:
         run = seen(request.path_params["run_id"])
         return run if run is not None and run.state == "done" and run.report is not None else None
 
-    def zipped(request: Request) -> Response:
+    def zipped(request: Request) -> Response | _Held:
         run = finished(request)
         if run is None or run.example is not None:
             return PlainTextResponse(_GONE, status_code=404)
         headers = {"Content-Disposition": 'attachment; filename="fused.zip"'}
         if request.method == "HEAD":
             return Response(media_type="application/zip", headers=headers)
-        return StreamingResponse(_zip(run), media_type="application/zip", headers=headers)
+        return _Held(run, StreamingResponse(_zip(run), media_type="application/zip", headers=headers))
 
-    def one(request: Request) -> Response:
+    def one(request: Request) -> Response | _Held:
         run, name = finished(request), Path(request.path_params["path"])
         # Of what is listed, so that no path leads elsewhere.
         if run is None or name not in files_of(run.folder):
             return PlainTextResponse(_GONE, status_code=404)
-        return FileResponse(run.folder / name, filename=name.name)
+        return _Held(run, FileResponse(run.folder / name, filename=name.name))
 
     def compared(request: Request) -> Response:
         run = finished(request)
@@ -87,7 +89,7 @@ def keep_in(run: VisitorRun, folder: Path) -> None:
     if not run.folder.is_dir():
         raise RunNotFoundError(_GONE)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as holder:
+    with run.being_read(), tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as holder:
         part = Path(holder) / folder.name
         for name in files_of(run.folder):
             (part / name).parent.mkdir(parents=True, exist_ok=True)
@@ -105,34 +107,47 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
         shutil.copyfile(source, target)
 
 
-class _Sink(io.RawIOBase):
+@dataclass(frozen=True)
+class _Held:
+    """An answer that reads a run's files, and the run, which is kept until all of it is sent."""
+
+    run: VisitorRun
+    answer: Response
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def sent(message: Message) -> None:
+            await send(message)
+            self.run.looked_at = time.time()
+
+        with self.run.being_read():
+            await self.answer(scope, receive, sent)
+
+
+class _Sink(bytearray):
     """Where a zip is written that is sent on: it holds what was not sent yet."""
 
-    def __init__(self) -> None:
-        self._held = bytearray()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        self._held += data
+    def write(self, data: bytes) -> int:
+        """As of a file."""
+        self.extend(data)
         return len(data)
+
+    def flush(self) -> None:
+        """Likewise."""
 
     def taken(self) -> bytes:
         """What was written since the last time."""
-        data = bytes(self._held)
-        self._held.clear()
+        data = bytes(self)
+        self.clear()
         return data
 
 
 def _zip(run: VisitorRun) -> Iterator[bytes]:
     """The files as they are: weights do not get smaller by packing."""
-    sink = _Sink()
+    sink: Any = _Sink()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as packed:
         for name in files_of(run.folder):
             with (run.folder / name).open("rb") as file, packed.open(f"fused/{name}", "w", force_zip64=True) as into:
                 while data := file.read(_CHUNK):
                     into.write(data)
-                    run.looked_at = time.time()  # a run that is being fetched is kept
                     yield sink.taken()
     yield sink.taken()

@@ -15,8 +15,8 @@ from tmerge.ui.server.visitor_run import VisitorRun
 
 __all__ = ["may_go", "to_go"]
 
-_OLD = "Nobody has looked at it for some hours, and so it was removed."
-_ROOM = "The room that it took on the disk was needed for other runs, and so it was removed."
+_OLD = "nobody has looked for some hours"
+_ROOM = "the room on the disk was needed for other runs"
 
 # Who has opened a page of a run, or asked anything of it, may be reading it for so long.
 _READING_SECONDS = 600.0
@@ -48,8 +48,9 @@ def to_go(runs: Iterable[VisitorRun], settings: AppSettings, root: Path) -> dict
 
 
 def may_go(run: VisitorRun) -> bool:
-    """Whether a run is over, and nothing of it is being pushed."""
-    return run.over and (run.push is None or run.push.state != "pushing")
+    """Whether a run is over, and nothing of it is being pushed, or read by one who takes what is sent."""
+    read = run.reading and time.time() - run.looked_at < _READING_SECONDS
+    return run.over and not read and (run.push is None or run.push.state != "pushing")
 
 
 def _bytes_of(runs: Iterable[VisitorRun]) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -142,6 +143,7 @@ class VisitorRun:
         fault: Whether that was a fault of ours and not something to be mended.
         report: report.json, once it is done.
         push: Its last push, under way or over.
+        reading: One for each of those that read its files just now.
         relates: Whether it asks no more than whether the two models are related.
         relatedness: What it found, where it asks that, once it is done.
         further: What it does with a finished merge; then `folder` is of what a training makes, or the merge compared.
@@ -168,6 +170,7 @@ class VisitorRun:
     fault: bool = False
     report: Report | None = None
     push: PushUnderWay | None = None
+    reading: set[object] = field(default_factory=set)
     relates: bool = False
     relatedness: Relatedness | None = None
     further: Further | None = None
@@ -195,6 +198,16 @@ class VisitorRun:
     def over(self) -> bool:
         """Whether nothing more will happen to it."""
         return self.state in ("done", "failed", "cancelled")
+
+    @contextlib.contextmanager
+    def being_read(self) -> Iterator[None]:
+        """For who reads its files: it is not removed meanwhile."""
+        reader = object()
+        self.reading.add(reader)
+        try:
+            yield
+        finally:
+            self.reading.remove(reader)
 
     def stop_if_cancelled(self) -> None:
         """Raise `Cancelled` if the visitor wants it to stop."""
