@@ -191,10 +191,13 @@ class Visits:
         page.wait_for_function("!document.querySelector('#expected').textContent.includes('Checking the two models')")
         return page
 
-    def reload(self, page: Any) -> None:
-        """Load a page again. That its streams end when it is left, Gradio's client may say, or may have no time to."""
+    def reload(self, page: Any, query: str | None = None) -> None:
+        """Load a page again, with another query if one is given.
+
+        That its streams end when it is left, Gradio's client may say, or may have no time to.
+        """
         before = len(self.said)
-        page.reload()
+        page.reload() if query is None else page.goto(f"{self._served.url}/?__theme=light{query}")
         self.said[before:] = [text for text in self.said[before:] if not any(cut in text for cut in _CUT)]
 
     def _hear_request(self, request: Any) -> None:

@@ -1,5 +1,6 @@
 """Coming back to a run: within an iframe, whose address is not the visitor's, from a list, and from a refusal."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -12,7 +13,9 @@ from playwright.sync_api import TimeoutError, expect
 from tests.ui.framed import framing
 from tests.ui.test_choose import open_fold
 from tests.ui.test_running import fill, start
+from tmerge.hub import Pushed
 from tmerge.ui.server.limits import TooManyRunsError
+from tmerge.ui.server.pushes import PushUnderWay
 
 
 @pytest.fixture
@@ -114,7 +117,7 @@ def test_who_comes_back_to_a_run_that_was_removed_is_told_why(visit, served, mon
     page.evaluate("history.replaceState(null, '', '/?__theme=light')")
     visit.reload(page)
     expect(page.locator("#run-head")).to_contain_text("not here any more", timeout=60_000)
-    expect(page.locator("#run-head")).to_contain_text("Nobody has looked at it for some hours, and so it was removed.")
+    expect(page.locator("#run-head")).to_contain_text("It was removed: nobody has looked for some hours.")
 
 
 def test_two_pages_of_a_browser_keep_each_others_runs(visit, served):
@@ -145,6 +148,71 @@ def test_two_pages_of_a_browser_keep_each_others_runs(visit, served):
         each.get_by_label("Your runs").click()
         expect(each.get_by_role("option")).to_have_count(2)
     other.close()
+
+
+def test_older_runs_that_were_removed_are_told_of_once(visit, served, monkeypatch):
+    page, store = visit(), served.context.store
+    shown = start(page, served, seed=22)
+    served.ended(shown)
+    monkeypatch.setitem(store._gone, "old", "nobody has looked for some hours")
+    kept = {shown: 3, "old": 2, "of another day": 1}
+    kept = {name.replace(" ", "-"): when for name, when in kept.items()}
+    page.evaluate(f"localStorage.setItem('tmerge-shown-runs', '{json.dumps(kept)}')")
+    visit.reload(page)
+    told = page.locator("#runs-removed")
+    expect(told).to_have_text(
+        "2 older runs were removed from this server: nobody has looked for some hours; none is kept over a restart of "
+        "the app.",
+        timeout=60_000,
+    )
+    page.wait_for_function("Object.keys(JSON.parse(localStorage.getItem('tmerge-shown-runs'))).length === 1")
+    visit.reload(page)
+    expect(page.locator("#run-head")).to_contain_text("Done", timeout=60_000)
+    expect(told).to_have_text("")
+
+
+def test_a_name_typed_for_a_runs_repo_is_that_runs_until_it_is_pushed_there(visit, served):
+    store, page = served.context.store, visit()
+    first, second = start(page, served, seed=23), served.context.store.start(served.recipe(seed=24), "someone")
+    for run_id in (first, second):
+        served.ended(run_id)
+    repo = page.locator("#push-repo input")
+
+    def opens(query):
+        visit.reload(page, f"&tab=push{query}")
+        expect(repo).to_be_visible(timeout=60_000)
+
+    opens(f"&run={first}")
+    suggested = repo.input_value()
+    repo.fill("")
+    repo.press_sequentially("me/typed")
+    # Left at once, whatever the server has heard of it; what is another run's stays so.
+    opens(f"&run={second}")
+    expect(repo).to_have_value(suggested)
+    page.get_by_role("tab", name="Run", exact=True).click()
+    page.get_by_label("Your runs").click()
+    page.get_by_role("option", name=re.compile("merge of")).nth(1).click()
+    page.wait_for_url(f"**run={first}")
+    page.get_by_role("tab", name="Push").click()
+    expect(repo).to_have_value("me/typed")
+    # As a sign-in comes back, and as it is reloaded then, with nothing more in its address.
+    opens(f"&run={second}&repo=me/brought")
+    expect(repo).to_have_value("me/brought")
+    assert "repo=" not in page.url
+    visit.reload(page)
+    page.get_by_role("tab", name="Push").click()
+    expect(repo).to_have_value("me/brought", timeout=60_000)
+    # What came in by other ways than letter by letter is heard when the field is left.
+    repo.fill("me/pasted")
+    repo.blur()
+    page.wait_for_function("localStorage.getItem('tmerge-repos').includes('me/pasted')")
+    there = Pushed("me/pasted", "https://hub/me/pasted", "0" * 40, None)
+    store.get(second).push = PushUnderWay("me/pasted", pushed=there, ended=1.0)
+    visit.reload(page)
+    page.get_by_role("tab", name="Push").click()
+    expect(repo).to_have_value(suggested, timeout=60_000)
+    page.wait_for_function("localStorage.getItem('tmerge-repos').includes('me/typed')")
+    assert "me/pasted" not in page.evaluate("localStorage.getItem('tmerge-repos')")
 
 
 @pytest.mark.parametrize("kept", [None, "x", ["x"], f"../.. {'x' * 500}", {"runs": 1}])

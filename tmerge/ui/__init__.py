@@ -31,6 +31,8 @@ __all__ = ["AppSettings", "build", "launch", "launch_options", "settings_here"]
 
 # Uploads and downloads that Gradio keeps are removed this long after they were made.
 _KEPT_FILES_SECONDS = 2 * 3600
+# Of each event, at once, where it sets no limit of its own: nobody is kept waiting by another visitor's.
+_AT_ONCE = 16
 
 
 def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None = None) -> gr.Blocks:
@@ -82,6 +84,7 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
                 build_push(context)
         wire_returning(context, (choose, run, look, try_out, push))
     tell_one_field(app, ended)
+    app.queue(default_concurrency_limit=_AT_ONCE)
     app.context = context  # type: ignore[attr-defined]
     return app
 

@@ -15,13 +15,10 @@ from tmerge.ui.server.examples import Examples
 from tmerge.ui.server.limits import AppSettings
 from tmerge.ui.server.runs import RunStore, VisitorRun
 
-__all__ = ["QUIET", "SHARED", "UNQUEUED", "WAITING", "AppContext", "Kept"]
+__all__ = ["QUIET", "UNQUEUED", "WAITING", "AppContext", "Kept"]
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """Options of an event that shows no progress."""
-
-SHARED: dict[str, Any] = {**QUIET, "concurrency_limit": 16}
-"""Likewise, and nobody is kept waiting by another visitor's."""
 
 WAITING: dict[str, Any] = {**QUIET, "concurrency_limit": None}
 """Likewise, any number at once: of a function that is awaited, and holds no thread while it waits."""
@@ -38,14 +35,14 @@ class Kept:
         runs: Ids of the runs that it was shown on any of its pages, the last one first, with spaces between them. A
             field, and no BrowserState, which knows nothing of other pages.
         tab: Id of the tab that was open, read as the page begins. A field too: a BrowserState is written by the server.
-        repo: A run's id, and the name that was typed for its repo.
-        typed: That name, of the run that this page began with; of the page, not of the browser.
+        repos: A run's id -> the name that was typed for its repo, read as the Push tab is filled.
+        removed: Of those runs, how many are not there any more; said once.
     """
 
     runs: gr.Textbox
     tab: gr.Textbox
-    repo: gr.BrowserState
-    typed: gr.State
+    repos: gr.JSON
+    removed: gr.HTML
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import gradio as gr
 from tmerge.errors import TmergeError
 from tmerge.recipe import Recipe
 from tmerge.report import is_related
-from tmerge.ui.context import SHARED, UNQUEUED, AppContext
+from tmerge.ui.context import QUIET, UNQUEUED, AppContext
 from tmerge.ui.parts.cards import note
 from tmerge.ui.parts.form import read_yaml, with_value
 from tmerge.ui.parts.style import markup
@@ -49,7 +49,7 @@ def build_going_on(app: AppContext) -> None:
             return {app.proposed: gr.skip()}
         return {app.proposed: _fitted(run.recipe), app.tabs: gr.Tabs(selected="choose")}
 
-    reconstruct.click(proposed, app.run_id, [app.proposed, app.tabs], **SHARED)
+    reconstruct.click(proposed, app.run_id, [app.proposed, app.tabs], **QUIET)
 
     def begin(run_id: str, count: Any, way: Way, request: gr.Request) -> dict[Any, Any]:
         try:
@@ -60,7 +60,7 @@ def build_going_on(app: AppContext) -> None:
         return {app.run_id: started, app.tabs: gr.Tabs(selected="run"), problem: ""}
 
     for button, way in ((train, objective), (compare, gr.State("compare"))):
-        button.click(begin, [app.run_id, steps, way], [app.run_id, app.tabs, problem], trigger_mode="once", **SHARED)
+        button.click(begin, [app.run_id, steps, way], [app.run_id, app.tabs, problem], trigger_mode="once", **QUIET)
 
 
 def _fitted(recipe: Recipe) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
                 min_width=220,
             )
         if offers_sign_in(app.settings):
-            sign_in_button(app.link, repo, tab="choose", name="job-sign-in")
+            sign_in_button(app.link, tab="choose", name="job-sign-in")
         go = gr.Button("Start the job", elem_id="job-go")
         result = markup(note("", keep=True), elem_id="job-result")
 

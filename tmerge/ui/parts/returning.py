@@ -15,8 +15,11 @@ from urllib.parse import urlencode
 import gradio as gr
 import gradio.context
 
+from tmerge.quantities import count_words
 from tmerge.templates import static_text
-from tmerge.ui.context import SHARED, UNQUEUED, AppContext, Kept
+from tmerge.ui.context import QUIET, UNQUEUED, AppContext, Kept
+from tmerge.ui.parts.cards import note
+from tmerge.ui.parts.style import markup
 from tmerge.ui.server.visitor_run import VisitorRun
 
 __all__ = ["TABS", "build_links", "keep", "open_again", "sign_in_button", "under_way", "wire_returning"]
@@ -25,18 +28,19 @@ TABS = ("choose", "run", "look", "try", "push")
 """Ids of the tabs, which are their labels in small letters."""
 
 _MOST_RUNS = 10
+# Before the id of a run that the browser is to forget.
+_GONE = "!"
 _SHOW_RUN = static_text("tmerge.ui", "run_in_url.js")
 _SIGN_IN = static_text("tmerge.ui", "sign_in.js")
 
 
-def sign_in_button(link: gr.Textbox, repo: gr.Textbox, *, tab: str = "push", name: str = "sign-in") -> gr.LoginButton:
+def sign_in_button(link: gr.Textbox, *, tab: str = "push", name: str = "sign-in") -> gr.LoginButton:
     """Gradio's sign-in, coming back to the run and the tab that it was pressed on.
 
     Gradio's own script puts the page's address into the sign-in's as it is, which loses all but its first part.
 
     Args:
         link: The field of the run's link.
-        repo: The field of its repo's name.
         tab: To come back to, one of `TABS`.
         name: Of the element.
     """
@@ -45,7 +49,7 @@ def sign_in_button(link: gr.Textbox, repo: gr.Textbox, *, tab: str = "push", nam
     assert block is not None, "the tabs are built within a gr.Blocks"
     (click,) = (event for event in block.fns.values() if (button._id, "click") in event.targets)
     click.js = _SIGN_IN.replace("SIGNED_OUT", str(button.value)).replace("THIS_TAB", tab)
-    click.inputs = [button, link, repo]
+    click.inputs = [button, link]
     return button
 
 
@@ -54,8 +58,8 @@ def keep() -> Kept:
     return Kept(
         runs=gr.Textbox("", visible="hidden", label="Runs of this browser", elem_id="kept-runs"),
         tab=gr.Textbox("", visible="hidden", label="Tab of this browser"),
-        repo=gr.BrowserState(["", ""], storage_key="tmerge-repo"),
-        typed=gr.State(""),
+        repos=gr.JSON({}, visible="hidden", label="Repos of this browser"),
+        removed=markup(note(""), elem_id="runs-removed", render=False),
     )
 
 
@@ -64,6 +68,7 @@ def build_links(app: AppContext) -> None:
     with gr.Row(visible=False, elem_id="run-links") as row:
         app.link.render()
         mine = gr.Dropdown([], label="Your runs", info="Of this browser, while they are kept", elem_id="your-runs")
+    app.kept.removed.render()
 
     def offer(run_id: str, runs: Any) -> dict[Any, Any]:
         known = _known(app, runs)
@@ -80,7 +85,7 @@ def build_links(app: AppContext) -> None:
         **UNQUEUED,
     )
     # That a State has changed is not told to a page by what goes past the queue.
-    mine.input(lambda chosen: chosen or gr.skip(), mine, app.run_id, **SHARED)
+    mine.input(lambda chosen: chosen or gr.skip(), mine, app.run_id, **QUIET)
 
 
 def wire_returning(app: AppContext, tabs: Sequence[gr.Tab]) -> None:
@@ -89,30 +94,42 @@ def wire_returning(app: AppContext, tabs: Sequence[gr.Tab]) -> None:
     app.run_id.change(_link, app.run_id, app.link, **UNQUEUED).then(
         None, app.link, app.link, js=_SHOW_RUN, api_visibility="private"
     )
-    app.run_id.change(
-        lambda run_id, runs: _with_run(app, run_id, runs), [app.run_id, kept.runs], kept.runs, **UNQUEUED
-    ).then(None, kept.runs, kept.runs, js="window.keptRuns.keep", api_visibility="private")
     for tab in tabs:
         tab.select(None, None, None, js=f"() => window.openTab.keep('{tab.id}')", **UNQUEUED)
 
-    def begin(runs: Any, tab: Any, repo: Any, request: gr.Request) -> dict[Any, Any]:
+    def begin(runs: Any, tab: Any, request: gr.Request) -> dict[Any, Any]:
         query = {key: str(value) for key, value in request.query_params.items()}
         known = [run.id for run in _known(app, runs)]
         # The last one, though it is gone: then that is what is said.
         last_here = (each for each in _ids(runs) if each in known or app.store.why_gone(each))
         run_id = query.get("run", "")[:64] or next(last_here, "")
         last = query.get("tab") or (tab if run_id in known else "run")
-        of, name = repo if isinstance(repo, list) and len(repo) == 2 else ("", "")
-        typed = query.get("repo", "")[:200] or (str(name) if of == run_id else "")
         where = {app.tabs: gr.Tabs(selected=last if last in TABS else "run")} if run_id else {}
-        return {kept.runs: runs, app.run_id: run_id, kept.typed: typed, **where}
+        return {kept.runs: runs, app.run_id: run_id, **where}
 
-    app.load(
+    begun = app.load(
         begin,
-        [kept.runs, kept.tab, kept.repo],
-        [kept.runs, app.run_id, app.tabs, kept.typed],
-        js="(runs, tab, repo) => [window.keptRuns.all(), window.openTab.last(), repo]",
-    ).then(None, None, None, js="() => window.openTab.begin()", api_visibility="private")
+        [kept.runs, kept.tab],
+        [kept.runs, app.run_id, app.tabs],
+        js="() => [window.keptRuns.all(), window.openTab.last()]",
+    )
+    begun.then(None, None, None, js="() => window.openTab.begin()", api_visibility="private")
+
+    def shown(run_id: str, runs: Any) -> dict[Any, Any]:
+        """The run that is shown now is the last one; what is gone is marked, and said unless it is that run."""
+        known, seen = [run.id for run in _known(app, runs)], app.seen(run_id)
+        gone = [each for each in _ids(runs) if each not in known]
+        # A recorded run is found on the first page again.
+        if seen is not None and seen.example is None:
+            known = [run_id, *(each for each in known if each != run_id)]
+        older = [each for each in gone if each != run_id]
+        said = {kept.removed: note(_removed(app, older))} if older else {}
+        return {kept.runs: " ".join([*known[:_MOST_RUNS], *(f"{_GONE}{each}" for each in gone)]), **said}
+
+    for after in (app.run_id.change, begun.then):
+        after(shown, [app.run_id, kept.runs], [kept.runs, kept.removed], **UNQUEUED).then(
+            None, kept.runs, kept.runs, js="window.keptRuns.keep", api_visibility="private"
+        )
 
 
 def open_again(app: AppContext, button: gr.Button, which: gr.State, *, tab: str = "run") -> None:
@@ -121,7 +138,7 @@ def open_again(app: AppContext, button: gr.Button, which: gr.State, *, tab: str 
     def opened(run_id: str) -> dict[Any, Any]:
         return {app.run_id: run_id, app.tabs: gr.Tabs(selected=tab)}
 
-    button.click(opened, which, [app.run_id, app.tabs], **SHARED)
+    button.click(opened, which, [app.run_id, app.tabs], **QUIET)
 
 
 def under_way(app: AppContext, runs: Any) -> str | None:
@@ -138,14 +155,10 @@ def _ids(runs: Any) -> list[str]:
     return runs.split()[:_MOST_RUNS] if isinstance(runs, str) else []
 
 
-def _with_run(app: AppContext, run_id: str, runs: Any) -> str:
-    """A browser's list with the run that it is shown now first, and without what is gone."""
-    known = [run.id for run in _known(app, runs)]
-    shown = app.seen(run_id)
-    # A recorded run is found on the first page again.
-    if shown is not None and shown.example is None:
-        known = [run_id, *(each for each in known if each != run_id)]
-    return " ".join(known[:_MOST_RUNS])
+def _removed(app: AppContext, ids: Sequence[str]) -> str:
+    """How many runs are not there any more, and why."""
+    why = dict.fromkeys(app.store.why_gone(each) or "none is kept over a restart of the app" for each in ids)
+    return f"{count_words(len(ids), 'older run was', 'older runs were')} removed from this server: {'; '.join(why)}."
 
 
 def _words(run: VisitorRun) -> str:

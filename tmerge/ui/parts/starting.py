@@ -20,7 +20,7 @@ from tmerge.errors import RecipeError, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.stages.relatedness import relatedness_recipe
 from tmerge.stages.step import stage_names, stages_until
-from tmerge.ui.context import SHARED, WAITING, AppContext
+from tmerge.ui.context import QUIET, WAITING, AppContext
 from tmerge.ui.parts.expected import check_here
 from tmerge.ui.parts.form import read_yaml, recipe_of, section_of, write_yaml
 from tmerge.ui.parts.problem import problem
@@ -158,14 +158,14 @@ def build_start(
 
     for button, asked in ((start, False), (relate, True)):
         button.click(
-            partial(pressed, asked), None, [waiting, kind, box, start, relate, other], trigger_mode="once", **SHARED
+            partial(pressed, asked), None, [waiting, kind, box, start, relate, other], trigger_mode="once", **QUIET
         )
     waiting.change(
         look,
         [waiting, good, upload, code, file, *(field for field, _ in fields)],
         [waiting, agreed, box, start, relate],
-        **SHARED,
-    ).failure(released, None, [start, relate], **SHARED)
+        **QUIET,
+    ).failure(released, None, [start, relate], **QUIET)
     begun = agreed.change(
         begin,
         [agreed, kind, app.kept.runs],
@@ -174,7 +174,7 @@ def build_start(
     )
     open_again(app, other, in_the_way)
     # Whatever came of it.
-    begun.then(released, None, [start, relate], **SHARED)
+    begun.then(released, None, [start, relate], **QUIET)
 
 
 def ready_recipe(app: AppContext, draft: Mapping[str, Any], upload: str | None) -> Recipe:

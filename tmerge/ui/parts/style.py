@@ -91,5 +91,6 @@ CSS = static_text("tmerge.ui", "app.css")
 HEAD = f"""<meta name="color-scheme" content="light dark">
 <script>{static_text("tmerge.ui", "storage.js")}</script>
 <script>{static_text("tmerge.ui", "kept_runs.js")}</script>
+<script>{static_text("tmerge.ui", "typed_repos.js")}</script>
 <script>{static_text("tmerge.ui", "reached.js")}</script>
 <script>{static_text("tmerge.plots", "figure.js")}</script>"""

@@ -1,6 +1,6 @@
 (link) => {
   // The run's link: in the address bar, so that a reload comes back to it, and in the field that it is copied from.
-  const id = link.includes("run=") ? new URL(link).searchParams.get("run") : link;
+  const id = window.runOf(link);
   const url = new URL(window.location.href);
   for (const name of ["tab", "repo", "run"]) { url.searchParams.delete(name); }
   if (id) { url.searchParams.set("run", id); }

@@ -1,10 +1,9 @@
-(label, link, repo) => {
+(label, link) => {
   // Back to this page with all that its address says, to the run and to the tab.
   const back = new URLSearchParams(window.location.search);
-  const run = link && link.includes("run=") ? new URL(link).searchParams.get("run") : "";
+  const run = window.runOf(link), repo = window.typedRepos.all()[run];
   if (run) { back.set("run", run); }
-  // Of a run: the name for a job's result is not one for its repo.
-  if (repo && "THIS_TAB" === "push") { back.set("repo", repo); }
+  if (repo) { back.set("repo", repo); }
   back.set("tab", "THIS_TAB");
   const way = label === "SIGNED_OUT" ? "/login/huggingface" : "/logout";
   const address = way + "?_target_url=" + encodeURIComponent("/?" + back);

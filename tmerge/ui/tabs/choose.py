@@ -19,7 +19,7 @@ from tmerge.errors import TmergeError
 from tmerge.models.demo import DEMO_MODELS
 from tmerge.models.reference import DEMO_PREFIX
 from tmerge.recipe import preset_names
-from tmerge.ui.context import QUIET, SHARED, AppContext
+from tmerge.ui.context import QUIET, AppContext
 from tmerge.ui.parts.cards import empty_card, limits_line, note
 from tmerge.ui.parts.expected import STILL, expected_cards
 from tmerge.ui.parts.fields import Setting
@@ -199,7 +199,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
     for field, kind in [*searched, (texts.dataset, "dataset")]:
         names: gr.State = gr.State(list[Choice](field.choices))
         find = _finder(search, kind, field, names)
-        field.key_up(find, [names, good], [field, names], trigger_mode="multiple", **SHARED)
+        field.key_up(find, [names, good], [field, names], trigger_mode="multiple", **QUIET)
 
     code.input(edited, [code, good, upload], everything, **_IN_TURN)
     app.proposed.change(replaced, [app.proposed, upload], everything, **_IN_TURN)
@@ -244,8 +244,8 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
         {texts.found: note("Still asking what these texts hold.")},
     )
 
-    good.change(write_yaml, good, kept, trigger_mode="always_last", **SHARED)
-    good.change(preset_of, good, preset, trigger_mode="always_last", **SHARED)
+    good.change(write_yaml, good, kept, trigger_mode="always_last", **QUIET)
+    good.change(preset_of, good, preset, trigger_mode="always_last", **QUIET)
 
     def restored(text: Any, draft: dict[str, Any], uploaded: str | None) -> _Changes:
         """The recipe that this browser had before the page was loaded anew."""

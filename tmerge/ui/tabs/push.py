@@ -13,7 +13,7 @@ import gradio as gr
 from tmerge.errors import PushError, RunNotFoundError, TmergeError
 from tmerge.hub import card_text, plan_push
 from tmerge.report import summary, training_summary
-from tmerge.ui.context import SHARED, UNQUEUED, AppContext
+from tmerge.ui.context import QUIET, UNQUEUED, AppContext
 from tmerge.ui.parts.cards import empty_card, error_card, note
 from tmerge.ui.parts.push_cards import card_preview, files_card, push_card
 from tmerge.ui.parts.returning import sign_in_button
@@ -49,7 +49,7 @@ def build_push(app: AppContext) -> None:
                     render=False,
                 )
                 if offers_sign_in(app.settings):
-                    sign_in_button(app.link, repo)
+                    sign_in_button(app.link)
                 repo.render()
                 private = gr.Checkbox(
                     True, label="Private", info="You can make it public in its settings later", elem_id="push-private"
@@ -76,8 +76,10 @@ def build_push(app: AppContext) -> None:
                 metadata = markup("", elem_id="push-metadata")
                 preview = gr.Markdown("", elem_id="push-markdown", latex_delimiters=[], container=False)
     clock = gr.Timer(_EVERY, active=False)
+    offered = gr.Textbox("", visible="hidden", label="Run, and the name that is proposed for its repo")
+    gone = gr.Textbox("", visible="hidden", label="Run, and the repo that it was pushed to")
 
-    def fill(run_id: str, before: str, typed: str, token: gr.OAuthToken | None) -> dict[Any, Any]:
+    def fill(run_id: str, before: str, typed: Any, token: gr.OAuthToken | None) -> dict[Any, Any]:
         """All of the tab, for the run that is looked at now; once, so that nothing that was typed is undone."""
         run = app.with_weights(run_id)
         if run is None:
@@ -87,7 +89,8 @@ def build_push(app: AppContext) -> None:
         try:
             report = run.report()
             line, user = _account(app, token)
-            name = typed or f"{user or 'user'}/{suggested_name(report)}"
+            proposed = f"{user or 'user'}/{suggested_name(report)}"
+            name = _typed(app, run_id, typed) or proposed
             text = card_text(report, run.recipe(), repo=name)
             said = training_summary(report) or summary(report)
             planned = plan_push(run.folder, name, even_if_worse=True, card=text)
@@ -99,6 +102,7 @@ def build_push(app: AppContext) -> None:
             verdict: render("push_cards.html", "verdict_card", verdict=planned.verdict, line=said),
             account: line,
             repo: name,
+            offered: f"{run_id} {proposed}",
             worse: gr.Checkbox(visible=report.published_verdict == "hurts", value=False),
             fault: note("", keep=True),
             files: files_card(planned),
@@ -123,17 +127,24 @@ def build_push(app: AppContext) -> None:
         run = app.seen(run_id)
         pushed = None if run is None else run.push
         pushing = pushed is not None and pushed.state == "pushing"
-        return {progress: push_card(pushed), go: gr.Button(interactive=not pushing), clock: gr.Timer(active=pushing)}
+        return {
+            progress: push_card(pushed),
+            go: gr.Button(interactive=not pushing),
+            clock: gr.Timer(active=pushing),
+            gone: f"{run_id} {pushed.repo}" if pushed is not None and pushed.state == "done" else "",
+        }
 
+    pushes = [progress, go, clock, gone]
     gr.on(
         [app.run_id.change, app.ended.change],
         fill,
-        [app.run_id, filled_for, app.kept.typed],
+        [app.run_id, filled_for, app.kept.repos],
         [
-            *(nothing, body, verdict, account, repo, worse, fault, files, card, generated, metadata, preview),
-            *(progress, go, clock, filled_for),
+            *(nothing, body, verdict, account, repo, offered, worse, fault, files, card, generated, metadata, preview),
+            *(*pushes, filled_for),
         ],
-        **SHARED,
+        js="(run, filled) => [run, filled, window.typedRepos.all()]",
+        **QUIET,
     )
 
     def renamed(run_id: str, name: str, text: str, last: str) -> dict[Any, Any]:
@@ -147,24 +158,21 @@ def build_push(app: AppContext) -> None:
             return gr.skip()
         return written(card_text(run.report(), run.recipe(), repo=(name or "").strip() or "user/name"))
 
-    # Typed letters are heard at once, what came in by other ways when the field is left.
+    # Typed letters are heard at once, what came in by other ways when the field is left. First what the browser keeps:
+    # what is heard after a question to the server waits for its answer.
+    heard, keep = [repo.input, repo.blur], "(of, name) => { window.typedRepos.keep(...of.split(' '), name); }"
+    gr.on(heard, None, [offered, repo], None, js=keep, trigger_mode="multiple", **UNQUEUED)
     gr.on(
-        [repo.input, repo.blur],
+        heard,
         renamed,
         [app.run_id, repo, card, generated],
         [card, generated],
         trigger_mode="always_last",
-        **SHARED,
+        **QUIET,
     )
-    repo.input(
-        lambda run_id, name: [run_id, name or ""],
-        [app.run_id, repo],
-        app.kept.repo,
-        trigger_mode="always_last",
-        **SHARED,
-    )
-    anew.click(written_anew, [app.run_id, repo], [card, generated], **SHARED)
-    card.change(previewed, [app.run_id, card], [metadata, preview], trigger_mode="always_last", **SHARED)
+    gone.change(None, gone, None, js="(said) => { window.typedRepos.forget(...said.split(' ')); }", **UNQUEUED)
+    anew.click(written_anew, [app.run_id, repo], [card, generated], **QUIET)
+    card.change(previewed, [app.run_id, card], [metadata, preview], trigger_mode="always_last", **QUIET)
 
     def begin(
         run_id: str, name: str, hidden: bool, even_if_worse: bool, text: str, token: gr.OAuthToken | None
@@ -191,10 +199,15 @@ def build_push(app: AppContext) -> None:
             return {fault: note(line, bad=True)} | ({} if pushing else {progress: ""})
         return {fault: note("", keep=True), **under_way(run_id)}
 
-    go.click(
-        begin, [app.run_id, repo, private, worse, card], [fault, progress, go, clock], trigger_mode="once", **SHARED
-    )
-    clock.tick(under_way, [app.run_id], [progress, go, clock], **UNQUEUED)
+    go.click(begin, [app.run_id, repo, private, worse, card], [fault, *pushes], trigger_mode="once", **QUIET)
+    clock.tick(under_way, [app.run_id], pushes, **UNQUEUED)
+
+
+def _typed(app: AppContext, run_id: str, typed: Any) -> str:
+    """The name that was typed for a run's repo, as a browser says; empty once the run has been pushed there."""
+    name, run = str(typed.get(run_id) or "")[:200] if isinstance(typed, dict) else "", app.seen(run_id)
+    there = run is not None and run.push is not None and run.push.state == "done" and run.push.repo == name
+    return "" if there else name
 
 
 def _account(app: AppContext, token: gr.OAuthToken | None) -> tuple[str, str | None]:

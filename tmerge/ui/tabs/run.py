@@ -33,7 +33,6 @@ __all__ = ["build_running"]
 _EVERY = 1.0
 # The map is drawn anew at most so often: the browser has other things to do.
 _MAP_EVERY = 2.0
-_UNKNOWN = "Runs are kept for some hours after they have last been looked at, and not over a restart of the app."
 # Words that stay true when all are solved.
 _LATEST = "the latest"
 
@@ -133,7 +132,7 @@ def build_running(app: AppContext) -> None:
         if before == nothing:
             return {drawn: nothing}
         return {
-            top: head_without_run(run_id and (app.store.why_gone(run_id) or _UNKNOWN)),
+            top: head_without_run(run_id and _why_gone(app, run_id)),
             steps: stages(None),
             log: log_lines(None),
             picture: coupling_figure(None, None),
@@ -177,6 +176,13 @@ def build_running(app: AppContext) -> None:
 
     cancel.click(stop_or_go_on, [app.run_id, app.ended], shown, trigger_mode="once", **UNQUEUED)
     keep.click(lambda run_id, name: _keep(app, run_id, (name or "").strip()), [app.run_id, folder], kept, **UNQUEUED)
+
+
+def _why_gone(app: AppContext, run_id: str) -> str:
+    why = app.store.why_gone(run_id)
+    if why:
+        return f"It was removed: {why}."
+    return "Runs are kept for some hours after they have last been looked at, and not over a restart of the app."
 
 
 def _stop_button(run: VisitorRun) -> gr.Button:
