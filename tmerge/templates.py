@@ -9,16 +9,16 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 __all__ = ["html_templates", "static_text"]
 
 
-def html_templates(package: str, **options: Any) -> Environment:
-    """The templates in a package's folder ``templates``.
+def html_templates(*packages: str, **options: Any) -> Environment:
+    """The templates in packages' folders ``templates``.
 
     Args:
-        package: Such as ``tmerge.plots``.
+        *packages: Such as ``tmerge.plots``; of two files of one name, the first one's counts.
         **options: More of ``jinja2.Environment``.
 
     Returns:
@@ -26,7 +26,7 @@ def html_templates(package: str, **options: Any) -> Environment:
         a template names what it was not given.
     """
     return Environment(
-        loader=PackageLoader(package),
+        loader=ChoiceLoader([PackageLoader(package) for package in packages]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -19,13 +19,13 @@ _THINGS = (
 _FRAMES = ".card, .block, .form"
 _PARTS = "input:not([type=file]), textarea, button, label, table, dl, ul, p, figure, .bar, .cm-editor, .wrap-inner"
 # Names that may break anywhere.
-_BREAKABLE = ".break, code, pre, .cm-editor, svg, a, .pairname, .log, .unseen, .sr-only, #push-markdown td"
+_BREAKABLE = ".break, code, pre, .cm-editor, svg, a, .pairname, .log, caption, .sr-only, #push-markdown td"
 
 _CROWDED = """([sideways, things, frames, parts, breakable]) => {
   const said = [], slack = 1.5, wide = document.documentElement.clientWidth;
   const seen = (node) => {
     const box = node.getBoundingClientRect();
-    return box.width > 1 && box.height > 1 && !node.closest(".unseen, .sr-only, .visually-hidden, [aria-hidden=true]")
+    return box.width > 1 && box.height > 1 && !node.closest("caption, .sr-only, .visually-hidden, [aria-hidden=true]")
       && node.checkVisibility({ visibilityProperty: true, opacityProperty: true });
   };
   const name = (node) => `${node.tagName.toLowerCase()}${node.id ? "#" + node.id : ""} `

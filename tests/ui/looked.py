@@ -58,7 +58,8 @@ def served(store):
         link, kept, proposed = gr.Textbox(visible="hidden"), keep(), gr.State(None)
         with gr.Tabs() as tabs:
             # It answers nothing that these tabs ask.
-            app = AppContext(store, AppSettings(), Aside(), run_id, ended, tabs, link, kept, Examples(), proposed)
+            shared = (run_id, ended, tabs, link, kept, Examples(), proposed, blocks)
+            app = AppContext(store, AppSettings(), Aside(), *shared)
             with gr.Tab("Look", id="look"):
                 build_look(app)
             with gr.Tab("Try", id="try"):

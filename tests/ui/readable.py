@@ -15,7 +15,7 @@ _SIDEWAYS = ".scroll, .cm-scroller, table, pre, .tm-scroll"
 # What frames its text without clipping it: a word that sticks out of one of these lies on something else.
 _FRAMES = ".card, .block, .column, button, td, th"
 # For screen readers alone, no words, or Gradio's own turned triangle beside a fold's name.
-_SKIPPED = ".unseen, .sr-only, style, script, svg, [aria-hidden=true], .label-wrap > .icon"
+_SKIPPED = "caption, .sr-only, style, script, svg, [aria-hidden=true], .label-wrap > .icon"
 
 _OUTSIDE = """([selector, sideways, frames, skipped]) => {
   const said = [];

@@ -23,6 +23,7 @@ from tmerge.ui.parts.following import follow
 from tmerge.ui.server import aside as asides
 from tmerge.ui.server.aside import Aside, Asked, StillAskingError, TooSlowError, patiently
 from tmerge.ui.server.changes import Changes, SupersededError, always
+from tmerge.ui.server.faults import FaultError
 
 HANGS = 600.0
 
@@ -72,7 +73,7 @@ def test_an_answer_an_error_and_a_fault_come_of_one_process(aside, caplog):
     assert first != os.getpid()
     with pytest.raises(DatasetError, match="no such column"):
         asks(aside, questions.mistaken)
-    with caplog.at_level(logging.ERROR), pytest.raises(RuntimeError, match="its traceback is in the log"):
+    with caplog.at_level(logging.ERROR), pytest.raises(FaultError, match="the server's log has it under"):
         asks(aside, questions.at_fault)
     assert "secret detail" in caplog.text
     assert here(aside) == first

@@ -9,7 +9,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from playwright.sync_api import expect
 
-from tmerge.report import score_rows
+from tmerge.report import Report, score_rows
 from tmerge.ui.server.examples import EXAMPLES, Example, Examples, example_id, shipped_report
 
 
@@ -69,7 +69,11 @@ def test_a_first_visitor_looks_at_one_and_reads_what_its_models_said(visit, serv
     page.get_by_role("tab", name="Run").click()
     expect(page.locator("#run-head")).to_contain_text("a recorded run")
     expect(page.locator("#run-result tbody tr")).to_have_count(len(score_rows(shipped_report("relatives"))))
-    expect(page.locator("#run-files a")).to_have_count(0)
+    # Its model is not there, what was recorded of it is.
+    expect(page.locator("#run-files a")).to_have_count(3)
+    with page.expect_download() as download:
+        page.locator("#get-report").click()
+    assert Report.model_validate_json(download.value.path().read_bytes()).verdict
     page.get_by_role("tab", name="Push").click()
     expect(page.locator("#push-nothing")).to_contain_text("cannot be pushed")
     # Its link is a link like any other; it is none of the visitor's own runs.

@@ -74,7 +74,7 @@ _CONTRAST = """() => {
   };
   return [...document.querySelectorAll(".card *, .run-head *, .step *, .note, #run-map text")]
     .filter((node) => node.checkVisibility() && [...node.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
-    .filter((node) => !node.closest(".unseen"))
+    .filter((node) => !node.closest("caption"))
     .map((node) => {
       const style = getComputedStyle(node);
       const ink = parse(node.closest("svg") ? style.fill : style.color);

@@ -77,6 +77,16 @@ def test_a_training_is_as_far_as_its_steps_at_their_pace(tmp_path, monkeypatch):
     assert overall(run, now=120.0) == Overall(0.9, None)
 
 
+def test_a_stage_that_was_continued_tells_the_pace_since_then():
+    stage = StageProgress("adapt", "", 0, 1, "steps", 100, 100)
+    stage.hear(Step("adapt", "sft", 30, 50, "steps"), 101.0)
+    assert stage.rate is None and stage.remaining(105.0) is None
+    stage.hear(Step("adapt", "sft", 40, 50, "steps"), 111.0)
+    assert stage.rate == 1.0 and stage.remaining(113.0) == 8.0
+    stage.hear(Step("adapt", "scoring", 1, 9, "texts"), 112.0)
+    assert stage.rate is None
+
+
 def test_a_comparison_is_as_far_as_its_rows_and_tells_no_time(tmp_path):
     run = run_of(tmp_path, {}, state="running", started=90.0, further=Further(tmp_path, 9, "compare"))
     for done in (3, 5):

@@ -186,7 +186,8 @@ def test_a_name_typed_for_a_runs_repo_is_that_runs_until_it_is_pushed_there(visi
     suggested = repo.input_value()
     repo.fill("")
     repo.press_sequentially("me/typed")
-    # Left at once, whatever the server has heard of it; what is another run's stays so.
+    page.wait_for_function("localStorage.getItem('tmerge-repos')?.includes('me/typed')")
+    # What is another run's stays so.
     opens(f"&run={second}")
     expect(repo).to_have_value(suggested)
     page.get_by_role("tab", name="Run", exact=True).click()

@@ -236,7 +236,7 @@ def test_no_path_under_the_folder_of_all_runs_is_shown(line, shown, tmp_path):
 
 def test_a_fault_of_ours_is_a_number_whose_traceback_is_in_the_log_alone(store, monkeypatch, caplog):
     monkeypatch.setattr(runs, "merge", merges.at_fault)
-    with caplog.at_level(logging.ERROR, logger="tmerge.ui.server.runs"):
+    with caplog.at_level(logging.ERROR, logger="tmerge.ui.server.faults"):
         run = over(store, store.start(RECIPE, "me"))
     assert run.fault and "fault of ours" in run.error
     assert "secret" not in run.error + " ".join(run.log)

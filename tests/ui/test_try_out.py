@@ -245,7 +245,7 @@ def test_where_no_process_can_be_started_the_page_says_so(speaker, asked, monkey
     assert [said[role].state for role in ROLES] == ["failed"] * 3
     for role in ROLES:
         words, _, number = said[role].note.rpartition(" ")
-        assert words == "this model could not answer; the server's log has it under" and number in caplog.text
+        assert words == "a fault of ours; the server's log has it under" and number in caplog.text
     assert "secret" in caplog.text and not speaker._one.locked()
 
 

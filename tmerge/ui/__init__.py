@@ -71,7 +71,7 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
         kept, proposed = keep(), gr.State(None)
         markup(render("cards.html", "masthead"), elem_id="masthead")
         with gr.Tabs(elem_id="tabs") as tabs:
-            context = AppContext(store, settings, aside, run_id, ended, tabs, link, kept, Examples(), proposed)
+            context = AppContext(store, settings, aside, run_id, ended, tabs, link, kept, Examples(), proposed, app)
             with gr.Tab("Choose", id="choose", render_children=True) as choose:
                 build_choose(context, begin)
             with gr.Tab("Run", id="run", render_children=True) as run:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-import gradio.context
 
 from tmerge.run import Run
 from tmerge.ui.server.aside import Aside
@@ -63,6 +61,7 @@ class AppContext:
         kept: What the browser keeps.
         examples: Recorded runs, which can be looked at as one's own.
         proposed: A recipe's mapping that another tab asks the Choose tab to show.
+        page: The whole page; its ``load`` event tells that it opens.
     """
 
     store: RunStore
@@ -75,12 +74,7 @@ class AppContext:
     kept: Kept
     examples: Examples
     proposed: gr.State
-
-    def load(self, fn: Callable[..., Any], inputs: Any, outputs: Any, **options: Any) -> Any:
-        """Call a function when a page opens, as ``Blocks.load`` does."""
-        block = gr.context.Context.root_block
-        assert block is not None, "the tabs are built within a gr.Blocks"
-        return block.load(fn, inputs, outputs, **{**QUIET, **options})
+    page: gr.Blocks
 
     def seen(self, run_id: str | None) -> VisitorRun | None:
         """The run of an id, a recorded one too; None where there is none (any more)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ from tmerge.ui.context import AppContext
 from tmerge.ui.parts.cards import check_cards, empty_card, error_card
 from tmerge.ui.parts.form import recipe_of
 from tmerge.ui.server.changes import always
+from tmerge.ui.server.faults import FaultError
 from tmerge.ui.server.limits import UPLOAD_PREFIX, AppSettings, refuse_large, vetted
 
 __all__ = ["STILL", "check_here", "expected_cards", "refused_here"]
@@ -23,8 +23,6 @@ __all__ = ["STILL", "check_here", "expected_cards", "refused_here"]
 _TITLE = "What this merge would be"
 STILL = empty_card(_TITLE, "Still asking: others ask too, or the Hub is slow. It comes by itself.")
 """In the place of the cards while they take longer."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,10 +63,8 @@ def expected_cards(app: AppContext, draft: Mapping[str, Any], wanted: Callable[[
     try:
         here = check_here(app, recipe, wanted)
     except TmergeError as error:
-        return error_card("This cannot be merged yet", str(error))
-    except RuntimeError:
-        _log.exception("a check failed")
-        return error_card("A fault of ours", "the check failed; the server's log has it")
+        title = "The check failed" if isinstance(error, FaultError) else "This cannot be merged yet"
+        return error_card(title, str(error))
     return check_cards(here.found, here.refused)
 
 

@@ -61,6 +61,6 @@ def follow(
 
         return answered
 
-    app.load(answering(at_once=True), state, list(outputs), **WAITING)
+    app.page.load(answering(at_once=True), state, list(outputs), **WAITING)
     said = {"show_progress": "minimal", "show_progress_on": list(outputs)} if shows_progress else {}
     gr.on(events, answering(at_once=False), state, list(outputs), trigger_mode="multiple", **{**WAITING, **said})

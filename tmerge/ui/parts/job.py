@@ -7,7 +7,6 @@ leaves its result in a private repo of theirs.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,12 +28,11 @@ from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import markup
 from tmerge.ui.server.aside import StillAskingError, patiently
 from tmerge.ui.server.changes import always
+from tmerge.ui.server.faults import FaultError, fault_line
 from tmerge.ui.server.limits import UPLOAD_PREFIX, vetted
 from tmerge.ui.server.pushes import account_name, offers_sign_in, own_token
 
 __all__ = ["build_job", "job_offer", "job_timeout", "start_as_job"]
-
-_log = logging.getLogger(__name__)
 
 _USUAL = JobHardware.L4X1.value
 _LONGEST = 4 * 3600
@@ -76,7 +74,7 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
                 min_width=220,
             )
         if offers_sign_in(app.settings):
-            sign_in_button(app.link, tab="choose", name="job-sign-in")
+            sign_in_button(app, tab="choose", name="job-sign-in")
         go = gr.Button("Start the job", elem_id="job-go")
         result = markup(note("", keep=True), elem_id="job-result")
 
@@ -103,8 +101,7 @@ def build_job(app: AppContext, good: gr.State, upload: gr.State) -> None:
         except (TmergeError, StillAskingError) as error:
             return error_card("No job was started", str(error))
         except Exception:  # noqa: BLE001 - a fault of ours: the log has it, and the visitor a card
-            _log.exception("a job could not be started")
-            return error_card("No job was started", "a fault of ours; the server's log has it")
+            return error_card("No job was started", fault_line("a job could not be started"))
 
     go.click(begin, [good, hardware, repo], result, trigger_mode="once", **{**WAITING, "show_progress": "minimal"})
 
@@ -126,12 +123,11 @@ def job_offer(app: AppContext, draft: Mapping[str, Any], wanted: Callable[[], bo
     try:
         recipe = recipe_of(draft)
         refused = refused_here(app, recipe, wanted)
+    except FaultError:
+        return False, empty_card(_TITLE, _WHAT)
     except TmergeError:
         # Which one is said at its field, or in the place of the two models' cards.
         return False, empty_card(_TITLE, "The recipe has a mistake; mend it, and a job can run it.")
-    except RuntimeError:
-        _log.exception("a check failed")
-        return False, empty_card(_TITLE, _WHAT)
     try:
         _refuse_unreachable(app, recipe)
     except TmergeError as error:

@@ -155,8 +155,9 @@ def _stage(name: str, stage: StageProgress | None, run: VisitorRun | None) -> _S
     what = stage.what
     if stage.rate is not None:
         what += f" \u2013 {stage.rate:.3g} {stage.unit} a second"
-        if stage.remaining is not None and stage.done < stage.total:
-            what += f", {duration_words(stage.remaining)} remain"
+        remaining = stage.remaining(time.time())
+        if remaining is not None:
+            what += f", {duration_words(remaining)} remain"
     return _StageRow(label, "now", percent, f"{stage.done:,} of {stage.total:,} {stage.unit}", what)
 
 
@@ -265,13 +266,13 @@ def _median(values: Sequence[float | None]) -> float:
 
 
 def files_list(run: VisitorRun, *, local: bool = False) -> str:
-    """The files that a finished run has made, each to be fetched, and all as one.
+    """The files that a finished run has made, each to be fetched, and all as one; of a recorded run what was kept.
 
     Args:
         run: Whose.
         local: Whether the app is its visitor's own, who may go to the folder.
     """
-    if run.report is None or run.example is not None:
+    if run.report is None:
         return ""
     sizes = [(path.as_posix(), (run.folder / path).stat().st_size) for path in files_of(run.folder)]
     return render(_FILE, "files", run=run, sizes=sizes, total=sum(size for _, size in sizes), shown=local)

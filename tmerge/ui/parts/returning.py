@@ -13,7 +13,6 @@ from typing import Any
 from urllib.parse import urlencode
 
 import gradio as gr
-import gradio.context
 
 from tmerge.quantities import count_words
 from tmerge.templates import static_text
@@ -34,22 +33,20 @@ _SHOW_RUN = static_text("tmerge.ui", "run_in_url.js")
 _SIGN_IN = static_text("tmerge.ui", "sign_in.js")
 
 
-def sign_in_button(link: gr.Textbox, *, tab: str = "push", name: str = "sign-in") -> gr.LoginButton:
+def sign_in_button(app: AppContext, *, tab: str = "push", name: str = "sign-in") -> gr.LoginButton:
     """Gradio's sign-in, coming back to the run and the tab that it was pressed on.
 
     Gradio's own script puts the page's address into the sign-in's as it is, which loses all but its first part.
 
     Args:
-        link: The field of the run's link.
+        app: What the tabs share.
         tab: To come back to, one of `TABS`.
         name: Of the element.
     """
     button = gr.LoginButton("Sign in with Hugging Face", logout_value="Sign out ({})", elem_id=name)
-    block = gr.context.Context.root_block
-    assert block is not None, "the tabs are built within a gr.Blocks"
-    (click,) = (event for event in block.fns.values() if (button._id, "click") in event.targets)
+    (click,) = (event for event in app.page.fns.values() if (button._id, "click") in event.targets)
     click.js = _SIGN_IN.replace("SIGNED_OUT", str(button.value)).replace("THIS_TAB", tab)
-    click.inputs = [button, link]
+    click.inputs = [button, app.link]
     return button
 
 
@@ -107,11 +104,12 @@ def wire_returning(app: AppContext, tabs: Sequence[gr.Tab]) -> None:
         where = {app.tabs: gr.Tabs(selected=last if last in TABS else "run")} if run_id else {}
         return {kept.runs: runs, app.run_id: run_id, **where}
 
-    begun = app.load(
+    begun = app.page.load(
         begin,
         [kept.runs, kept.tab],
         [kept.runs, app.run_id, app.tabs],
         js="() => [window.keptRuns.all(), window.openTab.last()]",
+        **QUIET,
     )
     begun.then(None, None, None, js="() => window.openTab.begin()", api_visibility="private")
 

@@ -29,7 +29,7 @@ def printable(text: str) -> str:
     return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
 
 
-_TEMPLATES = html_templates("tmerge.ui", finalize=escape)
+_TEMPLATES = html_templates("tmerge.ui", "tmerge.plots", finalize=escape)
 _TEMPLATES.filters |= {
     "bytes": bytes_words,
     "duration": duration_words,

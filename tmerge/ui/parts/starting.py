@@ -7,7 +7,6 @@ right after it would find the recipe from before, and so it waits until the edit
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,8 +30,6 @@ from tmerge.ui.server.limits import UPLOAD_PREFIX, TooManyRunsError, vetted
 from tmerge.ui.server.visitor import visitor_of
 
 __all__ = ["Holds", "build_start", "ready_recipe"]
-
-_log = logging.getLogger(__name__)
 
 # Between two looks at the page, and how long it may stay as it is without agreeing.
 _PAUSE = 0.1
@@ -145,9 +142,6 @@ def build_start(
         except (TmergeError, StillAskingError) as error:
             there = under_way(app, runs) if isinstance(error, TooManyRunsError) else None
             return {box: problem(str(error), bad=True), in_the_way: there, other: gr.Button(visible=there is not None)}
-        except RuntimeError:
-            _log.exception("a run could not be started")
-            return {box: problem("a fault of ours; the server's log has it", bad=True)}
         return {
             app.run_id: run_id,
             app.tabs: gr.Tabs(selected="run"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import threading
 import time
 from collections import OrderedDict, deque
@@ -21,13 +20,12 @@ from typing import Any, TypeVar
 from tmerge.child import Child, ChildFaultError, ChildLostError
 from tmerge.errors import TmergeError
 from tmerge.ui.server.changes import SupersededError, always
+from tmerge.ui.server.faults import FaultError, fault_line
 
 __all__ = ["TURN_SECONDS", "Aside", "StillAskingError", "TooSlowError", "patiently"]
 
 TURN_SECONDS = 4.0
 """That a page waits for an answer before it is told so."""
-
-_log = logging.getLogger(__name__)
 
 _NAME = "tmerge-aside"
 # Seconds that a question that nobody wants any more may still take before its process is ended: a new one has to
@@ -161,7 +159,7 @@ class Aside:
             TmergeError: As the function raised it; `TooSlowError` where it did not answer in time, or so many others
                 are not answered yet that this one is not asked.
             SupersededError: It was not wanted any more.
-            RuntimeError: It raised anything else, which is in the log.
+            FaultError: It raised anything else, which is in the log.
         """
         key = f"{question.__module__}.{question.__qualname__}{words!r}"
         with self._changed:
@@ -284,7 +282,6 @@ def _to_say(error: Exception) -> Exception:
     if isinstance(error, ChildLostError):
         return TooSlowError("the answer was lost, perhaps for lack of memory; try again")
     if isinstance(error, ChildFaultError):
-        _log.error("a question to the side process failed: %s", error)
-        return RuntimeError("a question to the side process failed; its traceback is in the log")
+        return FaultError(fault_line("a question to the side process failed", str(error)))
     # The system may have neither memory nor a number for a process.
     return TooSlowError(_TOO_MANY) if isinstance(error, OSError) else error

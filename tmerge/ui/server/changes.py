@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 __all__ = ["Change", "Changes", "SupersededError", "always"]
-
-_PAGES = 1000
 
 
 class SupersededError(Exception):
@@ -30,17 +27,12 @@ class Changes:
     """
 
     seconds: float
-    _last: OrderedDict[str, Change] = field(default_factory=OrderedDict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    # The last one of each page, for as long as somebody may ask whether it is.
+    _last: WeakValueDictionary[str, Change] = field(default_factory=WeakValueDictionary)
 
     def begin(self, page: str | None) -> Change:
         """A change that was made on a page just now."""
-        change = Change(str(page), self)
-        with self._lock:
-            self._last[change.page] = change
-            self._last.move_to_end(change.page)
-            while len(self._last) > _PAGES:
-                self._last.popitem(last=False)
+        change = self._last[str(page)] = Change(str(page), self)
         return change
 
 
@@ -53,8 +45,7 @@ class Change:
 
     def is_last(self) -> bool:
         """Whether nothing was changed on this page since."""
-        # A page that very many others came after is answered.
-        return self.changes._last.get(self.page, self) is self
+        return self.changes._last.get(self.page) is self
 
     async def settled(self) -> bool:
         """Wait for a pause, and say whether this is the change before it."""

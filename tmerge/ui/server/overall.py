@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from tmerge.ui.server.visitor_run import Counted, VisitorRun
+from tmerge.ui.server.visitor_run import VisitorRun
 
 __all__ = ["Overall", "overall", "seconds_left"]
 
@@ -42,7 +42,9 @@ def overall(run: VisitorRun, now: float | None = None) -> Overall | None:
     """
     now = now or time.time()
     if run.state == "running" and run.counted is not None:
-        return _counted(run.counted, now, tells_time=run.asks == "training")
+        left = run.counted.remaining(now) if run.asks == "training" else None
+        # What follows the last of them, scoring and writing, counts as one more.
+        return Overall(run.counted.done / (run.counted.total + 1), left)
     total = sum(run.expected.values())
     if run.state != "running" or run.started is None or total <= 0:
         return None
@@ -69,12 +71,6 @@ def overall(run: VisitorRun, now: float | None = None) -> Overall | None:
             done += seconds * elapsed / whole
             remaining += whole - elapsed - seconds * pace
     return Overall(done / total, remaining)
-
-
-def _counted(counted: Counted, now: float, *, tells_time: bool) -> Overall:
-    """What follows the last of them, scoring and writing, counts as one more."""
-    left = counted.remaining if tells_time else None
-    return Overall(counted.done / (counted.total + 1), None if left is None else max(0.0, left - (now - counted.heard)))
 
 
 def seconds_left(run: VisitorRun) -> float | None:

@@ -5,10 +5,8 @@ The token is in the thread that pushes and nowhere else: no state of a page or o
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import secrets
 import threading
 import time
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from tmerge.hub import Pushed, merge_licence, plan_push, push
 from tmerge.hub_client import hub_client
 from tmerge.models import ModelReference
 from tmerge.report import Report
+from tmerge.ui.server.faults import fault_line
 from tmerge.ui.server.limits import AppSettings, BusyError
 from tmerge.ui.server.visitor_run import VisitorRun
 
@@ -30,7 +29,6 @@ __all__ = ["PushUnderWay", "account_name", "offers_sign_in", "own_token", "start
 # The Hub's own limit is 96 characters.
 _LONGEST_NAME = 90
 
-_log = logging.getLogger(__name__)
 _lock = threading.Lock()
 
 
@@ -99,9 +97,7 @@ def start_push(
         except TmergeError as error:
             under_way.error = _for_the_page(run, str(error))
         except Exception:  # noqa: BLE001 - a fault of ours: the log has it, the visitor its number
-            number = secrets.token_hex(4)
-            _log.exception("a push failed, fault %s", number)
-            under_way.error = f"a fault of ours; the server's log has it under {number}"
+            under_way.error = fault_line("a push failed")
         under_way.ended = time.time()
 
     threading.Thread(target=work, name="tmerge-push", daemon=True).start()

@@ -16,7 +16,6 @@ import shutil
 import tempfile
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -32,6 +31,7 @@ from tmerge.stages.merge import merge
 from tmerge.stages.relatedness import measure_relatedness
 from tmerge.stages.step import Step
 from tmerge.ui.server.downloads import link_or_copy
+from tmerge.ui.server.faults import fault_line
 from tmerge.ui.server.further import go_further, refuse_for_memory, refuse_further
 from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError
 from tmerge.ui.server.overall import seconds_left
@@ -341,10 +341,8 @@ class RunStore:
             run.error = without_paths(str(error), self.root)
             self._end(run, "failed", run.error)
         except Exception as error:  # noqa: BLE001 - a fault of ours: the log has it, the visitor its number
-            number = secrets.token_hex(4)
-            details = str(error) if isinstance(error, ChildFaultError) else traceback.format_exc()
-            _log.error("run failed, fault %s\n%s", number, details)
-            run.error, run.fault = f"a fault of ours, not of your recipe; the server's log has it under {number}", True
+            run.error = fault_line("a run failed", str(error) if isinstance(error, ChildFaultError) else None)
+            run.fault = True
             self._end(run, "failed", run.error)
 
     def _take_child(self) -> Child:

@@ -10,10 +10,8 @@ to its first token and to its last, and its process is ended where it takes long
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from tmerge.child import Child, ChildFaultError, ChildLostError
 from tmerge.errors import Cancelled, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.ui.server.aside import TooSlowError
+from tmerge.ui.server.faults import fault_line
 from tmerge.ui.server.limits import BusyError
 from tmerge.ui.server.runs import RunStore
 
@@ -194,7 +193,7 @@ class Speaker:
         except TmergeError as error:
             talk.fail_all(str(error))
         except Exception:  # noqa: BLE001 - the log has it, the visitor its number; the page is not to say "stopped"
-            talk.fail_all(_fault(traceback.format_exc()))
+            talk.fail_all(fault_line("a model could not answer"))
         finally:
             talk.end()
             talk.over.set()
@@ -243,10 +242,9 @@ class Speaker:
         except ChildLostError as error:
             _log.error("the process of a model that was to answer was lost: %s", error)
             talk.fail(role, "the system ended this model, as it does where memory runs out; try again later")
-        except ChildFaultError as error:
-            talk.fail(role, _fault(str(error)))
-        except OSError:
-            talk.fail(role, _fault(traceback.format_exc()))
+        except (ChildFaultError, OSError) as error:
+            details = str(error) if isinstance(error, ChildFaultError) else None
+            talk.fail(role, fault_line("a model could not answer", details))
 
     # -- the process ---------------------------------------------------------------------------------------------
 
@@ -268,10 +266,3 @@ class Speaker:
             if time.monotonic() - self._used >= _IDLE:
                 self._end_process()
             self._one.release()
-
-
-def _fault(details: str) -> str:
-    """What a visitor is told of what is not theirs to mend; the log has its details."""
-    number = secrets.token_hex(4)
-    _log.error("a model could not answer, fault %s\n%s", number, details)
-    return f"this model could not answer; the server's log has it under {number}"

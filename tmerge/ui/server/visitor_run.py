@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tmerge.ui.server.examples import Example
     from tmerge.ui.server.pushes import PushUnderWay
 
-__all__ = ["Asks", "Counted", "CouplingRow", "Further", "StageProgress", "State", "VisitorRun", "Way"]
+__all__ = ["Asks", "CouplingRow", "Further", "StageProgress", "State", "VisitorRun", "Way"]
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 Way = Literal["sft", "distill", "compare"]
@@ -32,7 +32,7 @@ _LOG_LINES = 500
 
 @dataclass
 class StageProgress:
-    """How far one stage of a run is.
+    """How far one stage of a run is; or all of it, by what is counted in it: a training's steps, a comparison's rows.
 
     Attributes:
         stage: One of `tmerge.stages.step.STAGES`, or ``choose``.
@@ -41,8 +41,10 @@ class StageProgress:
         total: Units in all.
         unit: ``texts``, ``layers``, ...
         began: When the stage began, `time.time`.
-        piece_began: When this piece of its work began.
+        piece_began: When this piece of its work was first heard of.
         ended: When the next stage began; None while it is the current one.
+        first: Units of this piece that were done then: where it was continued, those before say nothing of its pace.
+        heard: When the last of it was heard.
     """
 
     stage: str
@@ -53,17 +55,25 @@ class StageProgress:
     began: float
     piece_began: float
     ended: float | None = None
+    first: int = 0
+    heard: float = 0.0
 
     @property
     def rate(self) -> float | None:
         """Units a second, measured over this piece of work; None before there is something to measure."""
-        seconds = (self.ended or time.time()) - self.piece_began
-        return self.done / seconds if self.done and seconds > 0.2 else None
+        made, seconds = self.done - self.first, self.heard - self.piece_began
+        return made / seconds if made and seconds > 0.2 else None
 
-    @property
-    def remaining(self) -> float | None:
-        """Seconds that this piece of work still takes at that rate."""
-        return None if self.rate is None else (self.total - self.done) / self.rate
+    def remaining(self, now: float) -> float | None:
+        """Seconds that this piece of work still takes at that rate; None where it has none, and when all is done."""
+        left = self.total - self.done
+        return max(0.0, left / self.rate - (now - self.heard)) if left and self.rate is not None else None
+
+    def hear(self, step: Step, now: float) -> None:
+        """Take in a step of it."""
+        if self.what != step.what:
+            self.piece_began, self.first = now, step.done
+        self.what, self.done, self.total, self.unit, self.heard = step.what, step.done, step.total, step.unit, now
 
 
 @dataclass(frozen=True)
@@ -99,31 +109,6 @@ class Further:
     def counted(self) -> str:
         """The unit that says how far all of it is."""
         return "rows" if self.way == "compare" else "steps"
-
-
-@dataclass(frozen=True)
-class Counted:
-    """How far a run is by what is counted in it: a training's steps, a comparison's rows.
-
-    Attributes:
-        first: How many were done when they were first heard of, since the run was begun or continued.
-        since: When that was, `time.time`.
-        done: How many are by now.
-        total: How many there are.
-        heard: When that was heard, `time.time`.
-    """
-
-    first: int
-    since: float
-    done: int
-    total: int
-    heard: float
-
-    @property
-    def remaining(self) -> float | None:
-        """Seconds from `heard` on, at the pace since `first`; None before there is one, and when all are done."""
-        made, left = self.done - self.first, self.total - self.done
-        return left * (self.heard - self.since) / made if made and left else None
 
 
 @dataclass
@@ -174,7 +159,7 @@ class VisitorRun:
     relates: bool = False
     relatedness: Relatedness | None = None
     further: Further | None = None
-    counted: Counted | None = None
+    counted: StageProgress | None = None
     example: Example | None = None
     created: float = field(default_factory=time.time)
     started: float | None = None
@@ -240,14 +225,13 @@ class VisitorRun:
                 earlier.ended = earlier.ended or now
             stage = self.stages[step.stage] = StageProgress(step.stage, "", 0, 1, step.unit, now, now)
         if self.further is not None and step.unit == self.further.counted:
-            first = self.counted or Counted(step.done, now, step.done, step.total, now)
-            self.counted = replace(first, done=step.done, total=step.total, heard=now)
+            self.counted = self.counted or StageProgress(step.stage, "", 0, 1, step.unit, now, now)
+            self.counted.hear(step, now)
         # A comparison's rows are told of piece by piece as well.
         if step.unit != "rows":
             if stage.what != step.what:
                 self.say(step.what)
-                stage.piece_began = now
-            stage.what, stage.done, stage.total, stage.unit = step.what, step.done, step.total, step.unit
+            stage.hear(step, now)
         if step.row is not None:
             key, layer, costs = step.row
             self.rows.append(CouplingRow(key, layer, tuple(costs.tolist())))

@@ -255,7 +255,7 @@ def build_choose(app: AppContext, begin: Mapping[str, Any] | None = None) -> Non
             return gr.skip()
         return replaced(before, uploaded) if before and before != draft else gr.skip()
 
-    app.load(restored, [kept, good, upload], everything)
+    app.page.load(restored, [kept, good, upload], everything, **QUIET)
 
 
 def _stripped(value: Any) -> str:

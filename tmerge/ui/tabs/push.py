@@ -49,7 +49,7 @@ def build_push(app: AppContext) -> None:
                     render=False,
                 )
                 if offers_sign_in(app.settings):
-                    sign_in_button(app.link)
+                    sign_in_button(app)
                 repo.render()
                 private = gr.Checkbox(
                     True, label="Private", info="You can make it public in its settings later", elem_id="push-private"

@@ -62,9 +62,6 @@ def build_running(app: AppContext) -> None:
             log = markup(log_lines(None), elem_id="run-log")
     result = markup("", elem_id="run-result")
     build_going_on(app)
-    with gr.Row(visible=False) as downloads:
-        report = gr.DownloadButton("Download report.json", elem_id="get-report", size="sm")
-        recipe = gr.DownloadButton("Download recipe.yaml", elem_id="get-recipe", size="sm")
     feature = gr.Dropdown(
         [_LATEST],
         value=_LATEST,
@@ -84,9 +81,9 @@ def build_running(app: AppContext) -> None:
     kept = markup("", elem_id="keep-note")
     clock = gr.Timer(_EVERY, active=False)
     shown = [
-        top, steps, log, picture, feature, result, files, cancel, downloads, report, recipe, keeping, kept, clock,
-        app.ended, drawn,
-    ]  # fmt: skip
+        *(top, steps, log, picture, feature, result, files, cancel, keeping, kept, clock),
+        *(app.ended, drawn),
+    ]
 
     def of_run(run: VisitorRun, chosen: str, before: _Drawn, ended: int) -> dict[Any, Any]:
         over, version, now = run.over, run.version, time.time()
@@ -111,18 +108,14 @@ def build_running(app: AppContext) -> None:
             changes[feature] = gr.Dropdown(choices=[_LATEST, *features_begun(run)], value=chosen)
         just_over = over and not (same_run and before.over)
         if just_over or not same_run:
-            done, work = run.report is not None, run.folder / "tmerge"
+            done = run.report is not None
             changes |= {
                 result: result_cards(run),
                 files: files_list(run, local=not app.settings.public),
-                downloads: gr.Row(visible=done),
                 keeping: gr.Row(visible=done and run.example is None and not app.settings.public),
                 kept: "",
                 clock: gr.Timer(active=not over),
             }
-            if done:
-                changes[report] = gr.DownloadButton(value=str(work / "report.json"))
-                changes[recipe] = gr.DownloadButton(value=str(work / "recipe.yaml"))
         if just_over:
             changes[app.ended] = ended + 1
         return changes
@@ -138,7 +131,6 @@ def build_running(app: AppContext) -> None:
             picture: coupling_figure(None, None),
             feature: gr.Dropdown(choices=[_LATEST], value=_LATEST),
             cancel: gr.Button("Cancel this run", variant="stop", interactive=False),
-            downloads: gr.Row(visible=False),
             keeping: gr.Row(visible=False),
             **dict.fromkeys((result, files, kept), ""),
             clock: gr.Timer(active=False),
