@@ -11,10 +11,7 @@ from tmerge.recipe import Recipe
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.figure import plotly_route
 from tmerge.ui.parts.quiet import tell_one_field
-from tmerge.ui.parts.returning import keep
 from tmerge.ui.parts.style import CSS, HEAD, theme
-from tmerge.ui.server.aside import Aside
-from tmerge.ui.server.examples import Examples
 from tmerge.ui.server.limits import AppSettings
 from tmerge.ui.server.runs import RunStore
 from tmerge.ui.tabs.look import build_look
@@ -54,12 +51,8 @@ def finished_run(folder):
 def served(store):
     """The address of the two tabs' app; ``?run=ID`` is the run that a page looks at."""
     with gr.Blocks(title="look and try", analytics_enabled=False) as blocks:
-        run_id, ended = gr.State(""), gr.Number(0, visible="hidden")
-        link, kept, proposed = gr.Textbox(visible="hidden"), keep(), gr.State(None)
-        with gr.Tabs() as tabs:
-            # It answers nothing that these tabs ask.
-            shared = (run_id, ended, tabs, link, kept, Examples(), proposed, blocks)
-            app = AppContext(store, AppSettings(), Aside(), *shared)
+        app = AppContext(store, AppSettings(), blocks)
+        with app.tabs.render():
             with gr.Tab("Look", id="look"):
                 build_look(app)
             with gr.Tab("Try", id="try"):
@@ -68,8 +61,8 @@ def served(store):
         def of_the_link(request: gr.Request):
             return request.query_params.get("run", "")
 
-        blocks.load(of_the_link, None, run_id, show_progress="hidden")
-    tell_one_field(blocks, ended)
+        blocks.load(of_the_link, None, app.run_id, show_progress="hidden")
+    tell_one_field(blocks, app.ended)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -13,12 +13,10 @@ import gradio as gr
 from tmerge.ui.context import AppContext
 from tmerge.ui.parts.figure import plotly_route
 from tmerge.ui.parts.quiet import tell_one_field
-from tmerge.ui.parts.returning import keep, wire_returning
+from tmerge.ui.parts.returning import wire_returning
 from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import CSS, HEAD, markup, theme
-from tmerge.ui.server.aside import Aside
 from tmerge.ui.server.downloads import download_routes
-from tmerge.ui.server.examples import Examples
 from tmerge.ui.server.limits import AppSettings, settings_here
 from tmerge.ui.server.runs import RunStore
 from tmerge.ui.tabs.choose import build_choose
@@ -52,26 +50,17 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
         from tmerge.ui.server import zero
 
         zero.prepare()
-    store, aside = RunStore(settings), Aside()
-    aside.warm()
-    store.warm()
     with gr.Blocks(
         title="tmerge: merge language models by optimal transport",
         analytics_enabled=False,
         delete_cache=(600, _KEPT_FILES_SECONDS),
         fill_width=True,
     ) as app:
-        run_id = gr.State("")
-        # A field, and no State: a State's change is not told to a page by what goes past the queue.
-        ended = gr.Number(0, visible="hidden", label="Runs that have ended", elem_id="run-ended")
-        link = gr.Textbox(
-            label="Link to this run", interactive=False, buttons=["copy"], elem_id="run-link", render=False, max_lines=1
-        )
-        # Not within the tabs, which count all that is in them.
-        kept, proposed = keep(), gr.State(None)
+        context = AppContext(RunStore(settings), settings, app)
+        context.aside.warm()
+        context.store.warm()
         markup(render("cards.html", "masthead"), elem_id="masthead")
-        with gr.Tabs(elem_id="tabs") as tabs:
-            context = AppContext(store, settings, aside, run_id, ended, tabs, link, kept, Examples(), proposed, app)
+        with context.tabs.render():
             with gr.Tab("Choose", id="choose", render_children=True) as choose:
                 build_choose(context, begin)
             with gr.Tab("Run", id="run", render_children=True) as run:
@@ -83,7 +72,7 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
             with gr.Tab("Push", id="push", render_children=True) as push:
                 build_push(context)
         wire_returning(context, (choose, run, look, try_out, push))
-    tell_one_field(app, ended)
+    tell_one_field(app, context.ended)
     app.queue(default_concurrency_limit=_AT_ONCE)
     app.context = context  # type: ignore[attr-defined]
     return app

@@ -16,12 +16,11 @@ import gradio as gr
 
 from tmerge.quantities import count_words
 from tmerge.templates import static_text
-from tmerge.ui.context import QUIET, UNQUEUED, AppContext, Kept
+from tmerge.ui.context import QUIET, UNQUEUED, AppContext
 from tmerge.ui.parts.cards import note
-from tmerge.ui.parts.style import markup
 from tmerge.ui.server.visitor_run import VisitorRun
 
-__all__ = ["TABS", "build_links", "keep", "open_again", "sign_in_button", "under_way", "wire_returning"]
+__all__ = ["TABS", "build_links", "open_again", "sign_in_button", "under_way", "wire_returning"]
 
 TABS = ("choose", "run", "look", "try", "push")
 """Ids of the tabs, which are their labels in small letters."""
@@ -50,22 +49,12 @@ def sign_in_button(app: AppContext, *, tab: str = "push", name: str = "sign-in")
     return button
 
 
-def keep() -> Kept:
-    """What the browser keeps; to be called within the app."""
-    return Kept(
-        runs=gr.Textbox("", visible="hidden", label="Runs of this browser", elem_id="kept-runs"),
-        tab=gr.Textbox("", visible="hidden", label="Tab of this browser"),
-        repos=gr.JSON({}, visible="hidden", label="Repos of this browser"),
-        removed=markup(note(""), elem_id="runs-removed", render=False),
-    )
-
-
 def build_links(app: AppContext) -> None:
     """The link of the run that is looked at, and this browser's other runs; in the Run tab."""
     with gr.Row(visible=False, elem_id="run-links") as row:
         app.link.render()
         mine = gr.Dropdown([], label="Your runs", info="Of this browser, while they are kept", elem_id="your-runs")
-    app.kept.removed.render()
+    app.removed.render()
 
     def offer(run_id: str, runs: Any) -> dict[Any, Any]:
         known = _known(app, runs)
@@ -75,9 +64,9 @@ def build_links(app: AppContext) -> None:
         return {row: gr.Row(visible=bool(run_id or known)), mine: gr.Dropdown(choices=choices, value=shown)}
 
     gr.on(
-        [app.kept.runs.change, app.run_id.change, app.ended.change],
+        [app.runs.change, app.run_id.change, app.ended.change],
         offer,
-        [app.run_id, app.kept.runs],
+        [app.run_id, app.runs],
         [row, mine],
         **UNQUEUED,
     )
@@ -87,7 +76,6 @@ def build_links(app: AppContext) -> None:
 
 def wire_returning(app: AppContext, tabs: Sequence[gr.Tab]) -> None:
     """Keep where the visitor is, and begin there again; to be called when the tabs are built."""
-    kept = app.kept
     app.run_id.change(_link, app.run_id, app.link, **UNQUEUED).then(
         None, app.link, app.link, js=_SHOW_RUN, api_visibility="private"
     )
@@ -102,12 +90,12 @@ def wire_returning(app: AppContext, tabs: Sequence[gr.Tab]) -> None:
         run_id = query.get("run", "")[:64] or next(last_here, "")
         last = query.get("tab") or (tab if run_id in known else "run")
         where = {app.tabs: gr.Tabs(selected=last if last in TABS else "run")} if run_id else {}
-        return {kept.runs: runs, app.run_id: run_id, **where}
+        return {app.runs: runs, app.run_id: run_id, **where}
 
     begun = app.page.load(
         begin,
-        [kept.runs, kept.tab],
-        [kept.runs, app.run_id, app.tabs],
+        [app.runs, app.tab],
+        [app.runs, app.run_id, app.tabs],
         js="() => [window.keptRuns.all(), window.openTab.last()]",
         **QUIET,
     )
@@ -121,12 +109,12 @@ def wire_returning(app: AppContext, tabs: Sequence[gr.Tab]) -> None:
         if seen is not None and seen.example is None:
             known = [run_id, *(each for each in known if each != run_id)]
         older = [each for each in gone if each != run_id]
-        said = {kept.removed: note(_removed(app, older))} if older else {}
-        return {kept.runs: " ".join([*known[:_MOST_RUNS], *(f"{_GONE}{each}" for each in gone)]), **said}
+        said = {app.removed: note(_removed(app, older))} if older else {}
+        return {app.runs: " ".join([*known[:_MOST_RUNS], *(f"{_GONE}{each}" for each in gone)]), **said}
 
     for after in (app.run_id.change, begun.then):
-        after(shown, [app.run_id, kept.runs], [kept.runs, kept.removed], **UNQUEUED).then(
-            None, kept.runs, kept.runs, js="window.keptRuns.keep", api_visibility="private"
+        after(shown, [app.run_id, app.runs], [app.runs, app.removed], **UNQUEUED).then(
+            None, app.runs, app.runs, js="window.keptRuns.keep", api_visibility="private"
         )
 
 

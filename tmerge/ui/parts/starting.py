@@ -162,7 +162,7 @@ def build_start(
     ).failure(released, None, [start, relate], **QUIET)
     begun = agreed.change(
         begin,
-        [agreed, kind, app.kept.runs],
+        [agreed, kind, app.runs],
         [app.run_id, app.tabs, box, in_the_way, other],
         **{**WAITING, "show_progress": "minimal", "show_progress_on": start},
     )

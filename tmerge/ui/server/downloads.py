@@ -18,12 +18,11 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from tmerge.errors import OutputExistsError, RunNotFoundError
-from tmerge.ui.server.visitor_run import VisitorRun
+from tmerge.ui.server.visitor_run import GONE, VisitorRun
 
 __all__ = ["download_routes", "files_of", "keep_in", "link_or_copy"]
 
 _CHUNK = 1 << 20
-_GONE = "this run is gone or not finished; start it again, or open its link"
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -47,7 +46,7 @@ def download_routes(seen: Callable[[str], VisitorRun | None]) -> list[Route]:
     def zipped(request: Request) -> Response | _Held:
         run = finished(request)
         if run is None or run.example is not None:
-            return PlainTextResponse(_GONE, status_code=404)
+            return PlainTextResponse(GONE, status_code=404)
         headers = {"Content-Disposition": 'attachment; filename="fused.zip"'}
         if request.method == "HEAD":
             return Response(media_type="application/zip", headers=headers)
@@ -57,13 +56,13 @@ def download_routes(seen: Callable[[str], VisitorRun | None]) -> list[Route]:
         run, name = finished(request), Path(request.path_params["path"])
         # Of what is listed, so that no path leads elsewhere.
         if run is None or name not in files_of(run.folder):
-            return PlainTextResponse(_GONE, status_code=404)
+            return PlainTextResponse(GONE, status_code=404)
         return _Held(run, FileResponse(run.folder / name, filename=name.name))
 
     def compared(request: Request) -> Response:
         run = finished(request)
         if run is None or run.asks != "comparison":
-            return PlainTextResponse(_GONE, status_code=404)
+            return PlainTextResponse(GONE, status_code=404)
         return FileResponse(run.folder.parent / "compare.html", filename="compare.html")
 
     return [
@@ -87,7 +86,7 @@ def keep_in(run: VisitorRun, folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputExistsError(f"{folder} is there and not empty; name a new folder")
     if not run.folder.is_dir():
-        raise RunNotFoundError(_GONE)
+        raise RunNotFoundError(GONE)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with run.being_read(), tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as holder:
         part = Path(holder) / folder.name

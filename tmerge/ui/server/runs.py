@@ -18,29 +18,27 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tmerge.child import Child, ChildFaultError, ChildLostError
+from tmerge.child import Child, ChildFaultError, ChildLostError, Told
 from tmerge.errors import Cancelled, RunNotFoundError, TmergeError
 from tmerge.recipe import Recipe
 from tmerge.report import Relatedness, Report
 from tmerge.stages.merge import merge
 from tmerge.stages.relatedness import measure_relatedness
-from tmerge.stages.step import Step
 from tmerge.ui.server.downloads import link_or_copy
 from tmerge.ui.server.faults import fault_line
 from tmerge.ui.server.further import go_further, refuse_for_memory, refuse_further
 from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError
 from tmerge.ui.server.overall import seconds_left
 from tmerge.ui.server.room import may_go, to_go
-from tmerge.ui.server.run_process import NAME, lost, prepared_child, step_of
+from tmerge.ui.server.run_process import NAME, lost, prepared_child
 from tmerge.ui.server.uploads import hide_upload, with_upload, without_paths
-from tmerge.ui.server.visitor_run import CouplingRow, Further, StageProgress, State, VisitorRun, Way
+from tmerge.ui.server.visitor_run import Further, State, VisitorRun, Way
 
-__all__ = ["CouplingRow", "RunStore", "StageProgress", "State", "VisitorRun"]
+__all__ = ["RunStore"]
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +136,7 @@ class RunStore:
         self.sweep()
         with self._changed:
             merged = self.get(run_id)
-            if merged is None or merged.report is None or merged.further is not None or merged.state != "done":
+            if merged is None or merged.report is None or merged.asks != "merge" or merged.state != "done":
                 raise RunNotFoundError("there is no finished merge to go on from; start it again")
             self._refuse_too_many(visitor)
         # Nobody's models are let go for what is refused whatever is free.
@@ -359,11 +357,11 @@ class RunStore:
         """In a process of its own, which is gone when this returns or raises."""
         recipe, child = run.read or run.recipe, self._take_child()
 
-        def hear(step: Step) -> None:
-            run.hear(replace(step, what=without_paths(step.what, self.root)))
+        def hear(told: Told) -> None:
+            run.hear(told._replace(what=without_paths(told.what, self.root)))
 
         def call(function: Callable[..., Any]) -> Any:
-            return child.call(function, hear=lambda told: hear(step_of(told)), pulse=run.stop_if_cancelled)
+            return child.call(function, hear=hear, pulse=run.stop_if_cancelled)
 
         try:
             if run.further is not None:

@@ -12,20 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from tmerge.child import Told
 from tmerge.errors import Cancelled
 from tmerge.recipe import Recipe
 from tmerge.report import Relatedness, Report
-from tmerge.stages.step import NOTE, Step
+from tmerge.stages.step import NOTE
 
 if TYPE_CHECKING:
     from tmerge.ui.server.examples import Example
     from tmerge.ui.server.pushes import PushUnderWay
 
-__all__ = ["Asks", "CouplingRow", "Further", "StageProgress", "State", "VisitorRun", "Way"]
+__all__ = ["GONE", "Asks", "CouplingRow", "Further", "StageProgress", "State", "VisitorRun", "Way"]
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 Way = Literal["sft", "distill", "compare"]
 Asks = Literal["merge", "training", "comparison", "relatedness"]
+
+GONE = "this run is gone or not finished; start it again, or open its link"
 
 _LOG_LINES = 500
 
@@ -69,7 +72,7 @@ class StageProgress:
         left = self.total - self.done
         return max(0.0, left / self.rate - (now - self.heard)) if left and self.rate is not None else None
 
-    def hear(self, step: Step, now: float) -> None:
+    def hear(self, step: Told, now: float) -> None:
         """Take in a step of it."""
         if self.what != step.what:
             self.piece_began, self.first = now, step.done
@@ -210,7 +213,7 @@ class VisitorRun:
         self.state = "waiting"
         self.say("continued")
 
-    def hear(self, step: Step) -> None:
+    def hear(self, step: Told) -> None:
         """Take in one step of the pipeline; raises `Cancelled` if the visitor wants it to stop."""
         self.stop_if_cancelled()
         if step.stage == NOTE:
@@ -233,8 +236,7 @@ class VisitorRun:
                 self.say(step.what)
             stage.hear(step, now)
         if step.row is not None:
-            key, layer, costs = step.row
-            self.rows.append(CouplingRow(key, layer, tuple(costs.tolist())))
+            self.rows.append(CouplingRow(*step.row))
         self.version += 1
 
     def say(self, line: str) -> None:

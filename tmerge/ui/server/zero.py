@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 import tmerge.errors
+from tmerge.child import Told
 from tmerge.errors import Cancelled, DeviceError, TmergeError
 from tmerge.models import give_back_memory
 from tmerge.models.device import DEVICE_VARIABLE
@@ -30,7 +31,7 @@ from tmerge.preflight.check import TOKENS_PER_TEXT, Check
 from tmerge.recipe import Recipe
 from tmerge.stages.fetch import fetch_weights_of
 from tmerge.stages.merge import advance
-from tmerge.stages.step import Listener, Step, fusing_stage
+from tmerge.stages.step import Step, fusing_stage
 from tmerge.ui.server.limits import AppSettings
 from tmerge.ui.server.visitor_run import VisitorRun
 
@@ -96,7 +97,9 @@ def as_on_zero(found: Check, recipe: Recipe, settings: AppSettings) -> tuple[Che
     return dataclasses.replace(found, estimate=estimate), seconds
 
 
-def in_turns(run: VisitorRun, recipe: Recipe, call: Callable[[Callable[..., Any]], Any], hear: Listener) -> None:
+def in_turns(
+    run: VisitorRun, recipe: Recipe, call: Callable[[Callable[..., Any]], Any], hear: Callable[[Told], None]
+) -> None:
     """Take a run up to its scoring: the forward passes in calls that are lent a GPU, the rest in the run's process.
 
     Args:
@@ -115,7 +118,7 @@ def in_turns(run: VisitorRun, recipe: Recipe, call: Callable[[Callable[..., Any]
         _on_gpu(run, recipe, until, hear)
 
 
-def _on_gpu(run: VisitorRun, recipe: Recipe, until: str, hear: Listener) -> None:
+def _on_gpu(run: VisitorRun, recipe: Recipe, until: str, hear: Callable[[Told], None]) -> None:
     """Take it up to a stage in a lent call, which this process makes: ZeroGPU knows a visitor by the request."""
     assert run.gpu is not None and run.context is not None
     seconds, context = run.gpu[until], run.context
@@ -133,7 +136,7 @@ def _on_gpu(run: VisitorRun, recipe: Recipe, until: str, hear: Listener) -> None
                 continue
             kind, *words = said
             if kind == "step":
-                hear(Step(*words))
+                hear(Told(*words))
             elif kind == "done":
                 return
             elif kind == "error":

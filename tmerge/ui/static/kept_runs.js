@@ -2,14 +2,7 @@
 // is read as a page opens and written whole, so that of two pages each undid what the other had kept.
 window.keptRuns = (() => {
   const KEY = "tmerge-shown-runs", MOST = 10;
-  const read = () => {
-    try {
-      const kept = JSON.parse(localStorage.getItem(KEY));
-      return kept && typeof kept === "object" ? kept : {};
-    } catch {
-      return {};
-    }
-  };
+  const read = () => window.keptJson(KEY);
   const newestFirst = (kept) => Object.keys(kept).sort((one, other) => kept[other] - kept[one]);
   const all = () => newestFirst(read()).slice(0, MOST).join(" ");
   // Those that are there still, the one that is shown first; what is gone has a mark. What another page was shown just now

@@ -16,6 +16,10 @@ try {
   };
   Object.defineProperty(window, "localStorage", { value: storage, configurable: true });
 }
+// What is kept under a key as JSON; an object without anything where there is none that can be read.
+window.keptJson = (key) => {
+  try { return Object(JSON.parse(localStorage.getItem(key))); } catch { return {}; }
+};
 // The open tab, kept by the browser alone: a page that is left at once, or whose server is busy, is found on it too.
 // Until a page has begun with the last one, what is selected is nobody's doing.
 window.openTab = {

@@ -4,9 +4,7 @@
 window.runOf = (link) => (link && link.includes("run=") ? new URL(link).searchParams.get("run") : link);
 window.typedRepos = (() => {
   const KEY = "tmerge-repos", MOST = 10;
-  const all = () => {
-    try { return Object(JSON.parse(localStorage.getItem(KEY))); } catch { return {}; }
-  };
+  const all = () => window.keptJson(KEY);
   // One that is as it was proposed was not typed.
   const keep = (run, proposed, typed) => {
     if (!run) return;

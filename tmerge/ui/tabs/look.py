@@ -24,6 +24,7 @@ from tmerge.ui.parts.look_data import Looked, looked_at
 from tmerge.ui.parts.look_pictures import FIGURES, Choice, data_of, picture_of, zoomed
 from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import markup
+from tmerge.ui.server.visitor_run import GONE
 
 __all__ = ["build_look"]
 
@@ -36,7 +37,6 @@ _FILE = "look.html"
 _NOTHING = empty_card(
     "Nothing to look at yet", "When a merge has finished, its layer couplings, feature plans and scores are here."
 )
-_GONE = "this run is gone or not finished; start it again, or open its link"
 _TO_MAP = "() => document.getElementById('look-map')?.scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 
 _log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def _looked(app: AppContext, run_id: str) -> Looked:
     """
     run = app.finished(run_id)
     if run is None:
-        raise RunNotFoundError(_GONE)
+        raise RunNotFoundError(GONE)
     try:
         return looked_at(run.folder)
     except TmergeError as error:

@@ -20,6 +20,7 @@ from tmerge.ui.parts.returning import sign_in_button
 from tmerge.ui.parts.safe import render
 from tmerge.ui.parts.style import editor, markup
 from tmerge.ui.server.pushes import account_name, offers_sign_in, own_token, start_push, suggested_name
+from tmerge.ui.server.visitor_run import GONE
 
 __all__ = ["build_push"]
 
@@ -138,7 +139,7 @@ def build_push(app: AppContext) -> None:
     gr.on(
         [app.run_id.change, app.ended.change],
         fill,
-        [app.run_id, filled_for, app.kept.repos],
+        [app.run_id, filled_for, app.repos],
         [
             *(nothing, body, verdict, account, repo, offered, worse, fault, files, card, generated, metadata, preview),
             *(*pushes, filled_for),
@@ -180,7 +181,7 @@ def build_push(app: AppContext) -> None:
         run = app.seen(run_id)
         try:
             if run is None or app.with_weights(run_id) is None:
-                raise RunNotFoundError("this run is gone or not finished")
+                raise RunNotFoundError(GONE)
             signed_in = own_token(app.settings, None if token is None else token.token)
             if signed_in is None:
                 raise PushError(_how_to_sign_in(app))

@@ -26,7 +26,7 @@ from tmerge.ui.parts.progress import (
 from tmerge.ui.parts.returning import build_links
 from tmerge.ui.parts.style import markup
 from tmerge.ui.server.downloads import keep_in
-from tmerge.ui.server.visitor_run import VisitorRun
+from tmerge.ui.server.visitor_run import GONE, VisitorRun
 
 __all__ = ["build_running"]
 
@@ -39,13 +39,12 @@ _LATEST = "the latest"
 
 @dataclass(frozen=True)
 class _Drawn:
-    """What a page has drawn: of which run, its version, rows in the map and when, of which feature, whether over."""
+    """What a page has drawn: of which run, its version, rows in the map and when, whether over."""
 
     run: str = ""
     version: int = -1
     rows: int = -1
     when: float = 0.0
-    feature: str = _LATEST
     over: bool = False
 
 
@@ -101,7 +100,7 @@ def build_running(app: AppContext) -> None:
             steps: stages(run),
             log: log_lines(run),
             cancel: _stop_button(run),
-            drawn: _Drawn(run.id, seen, map_rows, map_when, chosen, over),
+            drawn: _Drawn(run.id, seen, map_rows, map_when, over),
         }
         if draws:
             changes[picture] = coupling_figure(run, None if chosen == _LATEST else chosen)
@@ -121,7 +120,7 @@ def build_running(app: AppContext) -> None:
         return changes
 
     def without_run(run_id: str, before: _Drawn, ended: int) -> dict[Any, Any]:
-        nothing = _Drawn(run_id, 0, 0, 0.0, _LATEST, True)
+        nothing = _Drawn(run_id, 0, 0, 0.0, True)
         if before == nothing:
             return {drawn: nothing}
         return {
@@ -190,7 +189,7 @@ def _keep(app: AppContext, run_id: str, name: str) -> str:
     """On one's own machine: the model in a folder of one's own."""
     run = app.seen(run_id)
     if run is None or app.settings.public or app.with_weights(run_id) is None:
-        return note("this run is gone or not finished", bad=True)
+        return note(GONE, bad=True)
     if not name:
         return note("name a folder", bad=True)
     try:

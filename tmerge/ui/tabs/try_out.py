@@ -18,6 +18,7 @@ from tmerge.ui.parts.safe import printable, render
 from tmerge.ui.parts.style import markup
 from tmerge.ui.server.examples import Example
 from tmerge.ui.server.speaking import ROLES, Speaker
+from tmerge.ui.server.visitor_run import GONE
 
 __all__ = ["build_try"]
 
@@ -143,7 +144,7 @@ def build_try(app: AppContext) -> None:
         try:
             run = app.with_weights(run_id)
             if run is None:
-                raise RunNotFoundError("This run is gone or not finished; start it again, or open its link.")
+                raise RunNotFoundError(GONE)
             question = Question(text or "", bool(template), int(most), float(heat), int(number or 0))
             for said in speaker.ask(str(request.session_hash), run.recipe(), run.folder, question):
                 yield {fault: "", go: gr.Button(interactive=False), stop: gr.Button(interactive=True), **told(said)}
