@@ -169,7 +169,7 @@ def _complaint(message: Any) -> bool:
 
 
 # What Gradio's client says of a stream that ended under it.
-_CUT = ("BodyStreamBuffer was aborted", "Connection errored out")
+_CUT = ("BodyStreamBuffer was aborted", "Connection errored out", "AbortError")
 
 
 class Visits:

@@ -166,6 +166,7 @@ def test_older_runs_that_were_removed_are_told_of_once(visit, served, monkeypatc
         timeout=60_000,
     )
     page.wait_for_function("Object.keys(JSON.parse(localStorage.getItem('tmerge-shown-runs'))).length === 1")
+    expect(page.locator("#run-files")).to_contain_text("model.safetensors")
     visit.reload(page)
     expect(page.locator("#run-head")).to_contain_text("Done", timeout=60_000)
     expect(told).to_have_text("")
