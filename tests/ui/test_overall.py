@@ -20,8 +20,8 @@ def run_of(tmp_path, expected, **changes):
 
 def test_what_remains_is_what_was_expected_at_the_pace_so_far(tmp_path):
     run = run_of(tmp_path, {"target": 10.0, "transport": 30.0, "save": 10.0}, state="running", started=100.0)
-    run.stages["target"] = StageProgress("target", "", 1, 1, "", 100, 100, ended=120)
-    run.stages["transport"] = StageProgress("transport", "", 5, 10, "", 120, 120)
+    run.stages["target"] = StageProgress(100, ended=120)
+    run.stages["transport"] = StageProgress(120, done=5, total=10)
     # Half as fast as expected: 60 s for the transport, of which 30 are over, and 20 to write.
     found = overall(run, now=150.0)
     assert found.share == pytest.approx(0.5) and found.remaining == pytest.approx(50.0)
@@ -32,7 +32,7 @@ def test_what_remains_is_what_was_expected_at_the_pace_so_far(tmp_path):
 
 def test_it_never_goes_back_and_never_says_that_it_is_over(tmp_path):
     run = run_of(tmp_path, {"target": 10.0, "save": 10.0}, state="running", started=100.0)
-    stage = run.stages["target"] = StageProgress("target", "loading", 1, 1, "", 100, 100)
+    stage = run.stages["target"] = StageProgress(100, "loading")
     shares = []
     for now in range(101, 160):
         # Another piece of the stage begins at nothing again.
@@ -45,8 +45,8 @@ def test_it_never_goes_back_and_never_says_that_it_is_over(tmp_path):
 
 def test_a_run_that_was_continued_is_timed_from_there(tmp_path):
     run = run_of(tmp_path, {"target": 40.0, "transport": 80.0}, state="running", started=1000.0)
-    run.stages["target"] = StageProgress("target", "", 1, 1, "", 100, 100, ended=140)
-    run.stages["transport"] = StageProgress("transport", "", 5, 10, "", 1000, 1000)
+    run.stages["target"] = StageProgress(100, ended=140)
+    run.stages["transport"] = StageProgress(1000, done=5, total=10)
     found = overall(run, now=1020.0)
     assert found.remaining == pytest.approx(60.0) and found.share == pytest.approx(0.5)
 
@@ -78,7 +78,7 @@ def test_a_training_is_as_far_as_its_steps_at_their_pace(tmp_path, monkeypatch):
 
 
 def test_a_stage_that_was_continued_tells_the_pace_since_then():
-    stage = StageProgress("adapt", "", 0, 1, "steps", 100, 100)
+    stage = StageProgress(100)
     stage.hear(Step("adapt", "sft", 30, 50, "steps"), 101.0)
     assert stage.rate is None and stage.remaining(105.0) is None
     stage.hear(Step("adapt", "sft", 40, 50, "steps"), 111.0)

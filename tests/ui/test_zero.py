@@ -40,9 +40,9 @@ def lent(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv(DEVICE_VARIABLE, "cpu")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    zero._lent.cache_clear()
+    zero.lent.cache_clear()
     yield lent
-    zero._lent.cache_clear()
+    zero.lent.cache_clear()
 
 
 @pytest.fixture
@@ -238,6 +238,6 @@ def test_a_folder_named_spaces_is_not_taken_for_the_package(monkeypatch):
     import types
 
     monkeypatch.setitem(sys.modules, "spaces", types.ModuleType("spaces"))
-    zero._lent.cache_clear()
+    zero.lent.cache_clear()
     with pytest.raises(TmergeError, match=r"add spaces to requirements\.txt"):
-        zero.prepare()
+        zero.lent()

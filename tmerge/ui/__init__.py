@@ -49,7 +49,7 @@ def build(settings: AppSettings | None = None, begin: Mapping[str, Any] | None =
     if settings.zero_gpu:
         from tmerge.ui.server import zero
 
-        zero.prepare()
+        zero.lent()
     with gr.Blocks(
         title="tmerge: merge language models by optimal transport",
         analytics_enabled=False,

@@ -112,7 +112,7 @@ class Examples:
         began = 0.0
         for stage in report.stages:
             ended = began + stage.seconds
-            seen.stages[stage.name] = StageProgress(stage.name, "", 1, 1, "", began, began, ended)
+            seen.stages[stage.name] = StageProgress(began, done=1, ended=ended)
             began = ended
         seen.started, seen.ended, seen.version = 0.0, began, 1
         seen.log.append(f"recorded: {example.made}")

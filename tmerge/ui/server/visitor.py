@@ -13,10 +13,8 @@ __all__ = ["visitor_of"]
 _SALT = secrets.token_bytes(16)
 
 
-def visitor_of(request: gr.Request | None) -> str:
+def visitor_of(request: gr.Request) -> str:
     """A mark that is the same for all pages of one visitor while the app runs, and says nothing outside of it."""
-    if request is None:
-        return "nobody"
     name = getattr(request, "username", None) or (request.client.host if request.client else "")
     if os.environ.get("SPACE_ID"):
         # Behind the Space's proxy every request has one address. What the visitor sends comes first in this list,

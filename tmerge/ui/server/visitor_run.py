@@ -38,25 +38,23 @@ class StageProgress:
     """How far one stage of a run is; or all of it, by what is counted in it: a training's steps, a comparison's rows.
 
     Attributes:
-        stage: One of `tmerge.stages.step.STAGES`, or ``choose``.
+        began: When the stage began, `time.time`.
         what: In words: what is being done.
         done: Units done of this piece of work.
         total: Units in all.
         unit: ``texts``, ``layers``, ...
-        began: When the stage began, `time.time`.
         piece_began: When this piece of its work was first heard of.
         ended: When the next stage began; None while it is the current one.
         first: Units of this piece that were done then: where it was continued, those before say nothing of its pace.
         heard: When the last of it was heard.
     """
 
-    stage: str
-    what: str
-    done: int
-    total: int
-    unit: str
     began: float
-    piece_began: float
+    what: str = ""
+    done: int = 0
+    total: int = 1
+    unit: str = ""
+    piece_began: float = 0.0
     ended: float | None = None
     first: int = 0
     heard: float = 0.0
@@ -226,9 +224,9 @@ class VisitorRun:
         if stage is None:
             for earlier in self.stages.values():
                 earlier.ended = earlier.ended or now
-            stage = self.stages[step.stage] = StageProgress(step.stage, "", 0, 1, step.unit, now, now)
+            stage = self.stages[step.stage] = StageProgress(now)
         if self.further is not None and step.unit == self.further.counted:
-            self.counted = self.counted or StageProgress(step.stage, "", 0, 1, step.unit, now, now)
+            self.counted = self.counted or StageProgress(now)
             self.counted.hear(step, now)
         # A comparison's rows are told of piece by piece as well.
         if step.unit != "rows":

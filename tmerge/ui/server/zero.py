@@ -35,7 +35,7 @@ from tmerge.stages.step import Step, fusing_stage
 from tmerge.ui.server.limits import AppSettings
 from tmerge.ui.server.visitor_run import VisitorRun
 
-__all__ = ["GPU_TURNS", "GpuLimitError", "as_on_zero", "forward_passes", "gpu_seconds", "in_turns", "prepare"]
+__all__ = ["GPU_TURNS", "GpuLimitError", "as_on_zero", "forward_passes", "gpu_seconds", "in_turns", "lent"]
 
 GPU_TURNS = ("source", "evaluate")
 """The stages that the two lent calls end with."""
@@ -126,7 +126,7 @@ def _on_gpu(run: VisitorRun, recipe: Recipe, until: str, hear: Callable[[Told], 
     import gradio as gr
 
     settings = recipe.model_dump(mode="json")
-    call = _lent()(settings, str(run.folder), until, seconds)
+    call = lent()(settings, str(run.folder), until, seconds)
     try:
         while True:
             # The package reads the request, and all else that it knows of the visitor, from the context of each step.
@@ -238,25 +238,18 @@ def _watched_modules(stop: threading.Event) -> Iterator[None]:
         handle.remove()
 
 
-def _seconds(recipe: Mapping[str, Any], folder: str, until: str, seconds: float) -> float:
-    """How long a GPU is asked for, of the arguments that the call is given."""
-    return seconds
-
-
 @functools.cache
-def _lent() -> Callable[..., Any]:
-    """`forward_passes`, decorated: on ZeroGPU each call of it is lent a GPU, elsewhere it is the function itself."""
+def lent() -> Callable[..., Any]:
+    """`forward_passes`, decorated: on ZeroGPU each call of it is lent a GPU, elsewhere it is the function itself.
+
+    ZeroGPU looks for decorated functions when the app is launched, and stops an app with none.
+    """
     import spaces
 
     # A folder of that name without __init__.py would be found where the package is not installed.
     if not hasattr(spaces, "GPU"):
         raise DeviceError("this app runs on ZeroGPU without its package; add spaces to requirements.txt")
-    return spaces.GPU(duration=_seconds)(forward_passes)
-
-
-def prepare() -> None:
-    """Decorate before the app is launched: ZeroGPU looks for decorated functions then, and stops an app with none."""
-    _lent()
+    return spaces.GPU(duration=lambda recipe, folder, until, seconds: seconds)(forward_passes)
 
 
 def _error(name: str, message: str) -> TmergeError:
