@@ -296,7 +296,7 @@ def following(monkeypatch):
         monkeypatch.setattr("tmerge.ui.parts.following._SETTLED_SECONDS", pause)
         with gr.Blocks() as blocks:
             state, shown, button = [gr.State(), gr.State()], gr.HTML(), gr.Button()
-            app = SimpleNamespace(load=lambda *words, **options: None)
+            app = SimpleNamespace(page=SimpleNamespace(load=lambda *words, **options: None))
             told = lambda draft, uploaded, wanted: {shown: answer(draft, wanted)}  # noqa: E731
             follow(app, [button.click], told, state, [shown], {shown: "still"})
         [event] = blocks.fns.values()

@@ -164,8 +164,6 @@ def build_try(app: AppContext) -> None:
         ask,
         [app.run_id, prompt, tokens, temperature, seed, chat],
         [fault, go, stop, *said_parts],
-        concurrency_limit=1,
-        concurrency_id="try",
         **QUIET,
     )
 
