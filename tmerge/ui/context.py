@@ -7,8 +7,6 @@ from typing import Any
 import gradio as gr
 
 from tmerge.run import Run
-from tmerge.ui.parts.cards import note
-from tmerge.ui.parts.style import markup
 from tmerge.ui.server.aside import Aside
 from tmerge.ui.server.examples import Examples
 from tmerge.ui.server.limits import AppSettings
@@ -65,7 +63,7 @@ class AppContext:
         self.tabs = gr.Tabs(elem_id="tabs", render=False)
         link: dict[str, Any] = {"label": "Link to this run", "interactive": False, "buttons": ["copy"], "max_lines": 1}
         self.link = gr.Textbox(elem_id="run-link", render=False, **link)
-        self.removed = markup(note(""), elem_id="runs-removed", render=False)
+        self.removed = gr.HTML(elem_id="runs-removed", render=False, apply_default_css=False, js_on_load=None)
 
     def seen(self, run_id: str | None) -> VisitorRun | None:
         """The run of an id, a recorded one too; None where there is none (any more)."""
