@@ -23,7 +23,7 @@ TEXTS = sample_texts("english")[:40]
 
 def settings(**words):
     return AdaptationSettings.model_validate(
-        {"steps": 8, "batch_size": 4, "learning_rate": 2e-3, "max_tokens": 40, **words}
+        {"objective": "sft", "steps": 8, "batch_size": 4, "learning_rate": 2e-3, "max_tokens": 40, **words}
     )
 
 

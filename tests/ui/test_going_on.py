@@ -33,16 +33,16 @@ def test_a_merge_is_trained_on_top_of_and_stays_as_it_is(visit, served):
     trained = page.url.partition("run=")[2]
     run = served.ended(trained, 120)
     assert run.state == "done", run.error
-    expect(page.locator("#run-result")).to_contain_text("3 steps of sft", timeout=60_000)
+    expect(page.locator("#run-result")).to_contain_text("3 steps of distill", timeout=60_000)
     expect(page.locator("#run-stages .name")).to_have_text(["Train"])
     # It has no control to beat, so nothing says that the source helps.
     expect(page.locator("#run-result .verdict")).to_contain_text("fter training")
     expect(page.locator("#go-train")).to_be_hidden()  # of a training no training is begun
     report = Run(run.folder).report()
-    assert len(report.adaptation.loss_curve) == 3 and report.adaptation.objective == "sft"
+    assert len(report.adaptation.loss_curve) == 3 and report.adaptation.objective == "distill"
     assert (served.context.seen(merged).folder / "model.safetensors").read_bytes() == before
     page.get_by_role("tab", name="Push").click()
-    expect(page.locator("#push-verdict")).to_contain_text("3 steps of sft")
+    expect(page.locator("#push-verdict")).to_contain_text("3 steps of distill")
 
 
 def test_what_cannot_be_trained_is_one_line(served, monkeypatch):

@@ -85,7 +85,7 @@ def evaluate(
 def adapt(
     run: RunArgument = Path("fused"),
     dataset: Annotated[str | None, typer.Option(help="To train on; the run's calibration texts if left out.")] = None,
-    objective: Annotated[str | None, typer.Option(help="sft, or distill from the source as well.")] = None,
+    objective: Annotated[str | None, typer.Option(help="distill, from the source too (the default), or sft.")] = None,
     residual: Annotated[str | None, typer.Option(help="frozen, or none: what was transported trains too.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--lr", help="Peak; falls linearly to zero.")] = None,

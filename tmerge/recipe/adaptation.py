@@ -15,7 +15,7 @@ class AdaptationSettings(Section):
     """Training after the merge, and of the baselines (Eq. 15-18)."""
 
     objective: Literal["sft", "distill"] = Field(
-        "sft", description="sft: next tokens; distill: also the source's next-token distribution"
+        "distill", description="sft: next tokens; distill: also the source's next-token distribution"
     )
     residual: Literal["frozen", "none"] = Field(
         "frozen", description="frozen: the transported residual stays fixed while the base weights train (Eq. 15-17)"

@@ -1,11 +1,10 @@
 """What a recipe leaves unsaid where that hangs on another section's choice; all other defaults are the fields' own.
 
-Five things do. An adapter is of one model, which is `source` and `source_base` alike, and is carried as a task vector;
-and so are `sources`, whose base stands in the place of the source.
-A kind of fusion brings what was measured best with it in other sections (its ``beside``). What lies
-on the residual stream is carried by one correspondence for the whole model, so that ``fusion.stream`` is on where the
-transport is such a one; and it has no room in a result that is written as an adapter. And a section that does not name
-its kind is of the first.
+Six things do. An adapter is of one model, which is `source` and `source_base` alike, and is carried as a task vector;
+and so are `sources`, whose base stands in the place of the source, and which no training is drawn to. A kind of fusion
+brings what was measured best with it in other sections (its ``beside``). What lies on the residual stream is carried
+by one correspondence for the whole model, so that ``fusion.stream`` is on where the transport is such a one; and it
+has no room in a result that is written as an adapter. And a section that does not name its kind is of the first.
 
 Beside that, resolved recipes once named every key of every kind: what they wrote out for the kind that was not chosen
 says nothing, and is passed over.
@@ -54,6 +53,9 @@ def with_unsaid(data: Mapping[str, Any]) -> dict[str, Any]:
         for name, other in (("source", "source_base"), ("source_base", "source")):
             if filled.get(name) is None and filled.get(other) is not None:
                 filled[name] = filled[other]
+    if joined:
+        # Several have no one distribution to learn from.
+        filled["adaptation"] = _with({"objective": "sft"}, data.get("adaptation"))
     fusion = filled["fusion"] = _with({"what": "task-vector" if learned else "weights"}, data.get("fusion"))
     what = _said(fusion, "what")
     kind = _KINDS.get(what, Weights) if isinstance(what, str) else Weights

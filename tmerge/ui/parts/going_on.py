@@ -20,7 +20,7 @@ from tmerge.ui.server.visitor_run import VisitorRun, Way
 
 __all__ = ["build_going_on"]
 
-_OBJECTIVES = [("on the texts (sft)", "sft"), ("towards the source (distill)", "distill")]
+_OBJECTIVES = [("on the texts, towards the source (distill)", "distill"), ("on the texts alone (sft)", "sft")]
 _TRAINS = all(find_spec(name) is not None for name in ("trl", "peft"))
 
 
@@ -29,7 +29,7 @@ def build_going_on(app: AppContext) -> None:
     reconstruct = gr.Button("Set up a reconstruction", visible=False, elem_id="go-reconstruct", size="md")
     with gr.Row(visible=False, elem_id="go-on", equal_height=True) as row:
         steps = gr.Number(50, label="Steps", precision=0, minimum=1, maximum=MOST_STEPS, min_width=160)
-        objective = gr.Dropdown(_OBJECTIVES, value="sft", label="Trained", min_width=200)
+        objective = gr.Dropdown(_OBJECTIVES, value="distill", label="Trained", min_width=200)
         train = gr.Button("Train on top of it", elem_id="go-train", min_width=180, size="md")
         compare = gr.Button("Compare it with trainings", elem_id="go-compare", min_width=180, size="md")
     problem = markup("", elem_id="go-problem")
