@@ -19,8 +19,8 @@ pytest.importorskip("trl")
 
 def asked(one, texts, prompts):
     """The parts of the texts that are asked for, as strings."""
-    encoded, ends = _encode(one, texts, settings(max_tokens=200))
-    labels = _labels(one, encoded, ends, prompts)
+    encoded, spans = _encode(one, texts, settings(max_tokens=200))
+    labels = _labels(one, encoded, spans, prompts)
     return [one.tokenizer.decode([token for token in row if token >= 0]) for row in labels]
 
 
@@ -67,8 +67,8 @@ def test_the_loss_counts_completions_only(tmp_path):
     from tmerge.adaptation.training import text_order
 
     other = loaded(pico_model("llama"))
-    encoded, ends = _encode(other, found.texts, settings(max_tokens=200))
-    labels = _labels(other, encoded, ends, found.prompts)
+    encoded, spans = _encode(other, found.texts, settings(max_tokens=200))
+    labels = _labels(other, encoded, spans, found.prompts)
     total, count = 0.0, 0
     with torch.no_grad():
         for place in text_order(len(encoded), 4, 0):

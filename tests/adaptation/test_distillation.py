@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.meeting import Together
 from tests.pico import pico_model, pico_tokenizer, save_pico
 from tmerge.adaptation import teacher as teachers
 from tmerge.adaptation.distillation import distillation_loss
-from tmerge.adaptation.pieces import Pieces, common_positions, inner_positions
+from tmerge.adaptation.pieces import Pieces, common_positions, complete_ends, inner_positions
 from tmerge.adaptation.teacher import Teacher, read_teacher
 from tmerge.adaptation.training import _encode
 from tmerge.models import Model, load_model
@@ -34,19 +35,42 @@ def words_tokenizer(words, space="▁"):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
+def spans_of(*ends):
+    """Tokens that lie one behind the other; -1 is a special one."""
+    spans, at = [], 0
+    for end in ends:
+        spans.append((at, end) if end >= 0 else (0, 0))
+        at = max(at, end)
+    return spans
+
+
 @pytest.mark.parametrize(
-    ("mine", "theirs", "expected"),
+    ("target", "source", "common", "inner"),
     [
-        ([3, 7, 12], [3, 12], [(0, 0, 0)]),
-        ([3, 7, 12, -1], [-1, 3, 7, 12], [(0, 1, 0), (1, 2, 0)]),
+        # "abc|defg|hijkl" in three pieces and in two, and with special tokens.
+        (spans_of(3, 7, 12), spans_of(3, 12), [(0, 0, 0)], [(1, 0, 1)]),
+        (spans_of(3, 7, 12, -1), spans_of(-1, 3, 7, 12), [(0, 1, 0), (1, 2, 0)], []),
         # Three tokens write one character: it is there with the last of them.
-        ([1, 2, 2, 2, 3], [1, 2, 3], [(0, 0, 0), (3, 1, 0)]),
-        ([5], [5], []),
-        ([], [], []),
+        ([(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)], spans_of(1, 2, 3), [(0, 0, 0), (3, 1, 0)], [(1, 0, 1), (2, 0, 2)]),
+        # So it is where the last of them writes the next character too, in either model.
+        (spans_of(1, 2, 3, 4), [(0, 1), (1, 2), (1, 3), (3, 4)], [(0, 0, 0), (2, 2, 0)], [(1, 0, 1)]),
+        ([(0, 1), (1, 2), (1, 3), (3, 4)], spans_of(1, 2, 3, 4), [(0, 0, 0), (2, 2, 0)], [(1, 0, 1)]),
+        # Behind the text's last token comes none but a special one, which is not the source's to tell.
+        (spans_of(1, 3, 4, -1), spans_of(1, 4), [(0, 0, 0)], [(1, 0, 1)]),
+        (spans_of(1, 3, 4), spans_of(1, 9), [(0, 0, 0)], [(1, 0, 1)]),
+        (spans_of(1, 3, 4, 5, 6, 7), spans_of(1, 5, 7), [(0, 0, 0), (3, 1, 0)], [(1, 0, 1), (2, 0, 2), (4, 1, 1)]),
+        # Nothing lies within what the source does not end: a special token, or the limit. One may reach past its end.
+        (spans_of(1, 3, 4, 5), spans_of(1, -1), [(0, 0, 0)], []),
+        (spans_of(1, 3, 4, 5), spans_of(1), [(0, 0, 0)], []),
+        (spans_of(1, 3, 6, 7), spans_of(1, 5, 7), [(0, 0, 0)], [(1, 0, 1)]),
+        (spans_of(5), spans_of(5), [], []),
+        ([], [], [], []),
     ],
 )
-def test_common_positions(mine, theirs, expected):
-    assert common_positions(mine, theirs) == expected
+def test_where_the_source_tells_what_comes_next(target, source, common, inner):
+    found = common_positions(complete_ends(target), complete_ends(source))
+    assert found == common
+    assert inner_positions(found, target, source) == inner
 
 
 def test_a_source_token_is_carried_to_the_first_piece_of_its_string():
@@ -66,8 +90,8 @@ def test_a_source_token_is_carried_to_the_first_piece_of_its_string():
 
 def teacher_for(student, source, **words):
     asked = settings(objective="distill", **words)
-    encoded, ends = _encode(student, TEXTS[:4], asked)
-    return encoded, asked, ends
+    encoded, spans = _encode(student, TEXTS[:4], asked)
+    return encoded, asked, spans
 
 
 def told(words, target_ids, chances):
@@ -78,7 +102,8 @@ def told(words, target_ids, chances):
             begun += chance
             if len(ids) > len(target_ids):
                 following[ids[len(target_ids)]] = following.get(ids[len(target_ids)], 0.0) + chance
-    return {token: chance / begun for token, chance in following.items()}
+    # Of what has no word it is not known whether it begins so.
+    return {token: chance / (begun + 1 - sum(chances)) for token, chance in following.items()}
 
 
 @pytest.mark.parametrize("distill_loss", ["pieces", "first-piece"])
@@ -89,9 +114,9 @@ def test_the_loss_is_cross_entropy_plus_what_the_source_tells(tmp_path, distill_
     source = replace(
         loaded(pico_model("qwen2", vocab_size=120)), tokenizer=words_tokenizer([f"▁{name}" for name in names])
     )
-    encoded, asked, ends = teacher_for(student, source, distill_weight=0.7, distill_loss=distill_loss)
+    encoded, asked, spans = teacher_for(student, source, distill_weight=0.7, distill_loss=distill_loss)
     teacher = read_teacher(
-        lambda: nullcontext(source), student.tokenizer, TEXTS[:4], encoded, ends, asked, tmp_path / "t.safetensors"
+        lambda: nullcontext(source), student.tokenizer, TEXTS[:4], encoded, spans, asked, tmp_path / "t.safetensors"
     )
     longest = max(map(len, encoded))
     ids = torch.tensor([row + [2] * (longest - len(row)) for row in encoded])
@@ -113,11 +138,11 @@ def test_the_loss_is_cross_entropy_plus_what_the_source_tells(tmp_path, distill_
             for position in range(len(text) - 1):
                 total -= float(logs[row, position, text[position + 1]])
                 tokens += 1
-                if ends[row][position] in word_ends:
+                if spans[row][position][1] in word_ends:
                     since = position
                 if since is None:
                     continue
-                word = word_ends.index(ends[row][since])
+                word = word_ends.index(spans[row][since][1])
                 written = text[since + 1 : position + 1]
                 if written and (distill_loss == "first-piece" or len(written) > 15):
                     continue
@@ -133,40 +158,61 @@ def test_the_loss_is_cross_entropy_plus_what_the_source_tells(tmp_path, distill_
     assert float(loss) == pytest.approx(total / tokens, rel=1e-4)
 
 
-def test_inner_positions():
-    # "ab|c|d" to the source, "a|b|c|d" and "a|bc|d" to the target.
-    assert inner_positions([1, 3, 4, 5, 6, 7], [1, 5, 7]) == [(1, 0, 1), (2, 0, 2), (4, 1, 1)]
-    # Nothing lies within what the source does not end: a special token, or the limit.
-    assert inner_positions([1, 3, 4, 5], [1, -1]) == inner_positions([1, 3, 4, 5], [1]) == []
-    # A token that reaches past the source's ends it; the text's last says nothing.
-    assert inner_positions([1, 3, 6, 7], [1, 5, 7]) == [(1, 0, 1)]
-    assert inner_positions([1, 3, 4], [1, 9]) == [(1, 0, 1)]
-    # Three tokens write one character.
-    assert inner_positions([1, 2, 2, 2, 3], [1, 2, 3]) == [(1, 0, 1), (2, 0, 2)]
-
-
 def test_pieces_that_follow_are_weighed_by_what_goes_on():
-    """ "a" is a token of its own, "ab" and "ac" and "abd" begin with it, and another does not."""
-    table = torch.full((5, 8), -1, dtype=torch.int32)
+    """ "a" is a token of its own, "ab", "ac" and "abd" begin with it, "x" does not; the last has no string."""
+    table = torch.full((6, 16), -1, dtype=torch.int32)
     for token, ids in enumerate([[1], [1, 2], [1, 3], [1, 2, 4], [7]]):
         table[token, : len(ids)] = torch.tensor(ids)
-    pieces = Pieces(table, torch.tensor([1, 2, 2, 3, 1]))
-    chances = torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25])
-    begun = pieces.beginning([1])
-    assert sorted(begun.tolist()) == [0, 1, 2, 3]
-    ids, found = pieces.following(begun, chances[begun], 1, 3)
-    assert dict(zip(ids.tolist(), found.tolist(), strict=True)) == pytest.approx({2: 0.35 / 0.75, 3: 0.4, -1: 0})
-    begun = pieces.beginning([1, 2])
-    ids, found = pieces.following(begun, chances[begun], 2, 3)
-    assert ids.tolist() == [4, -1, -1] and found.tolist() == pytest.approx([0.15 / 0.35, 0, 0])
-    for prefix in ([1, 3], [8]):
+    pieces = Pieces(table, torch.tensor([1, 2, 2, 3, 1, 0]))
+    chances = torch.tensor([0.1, 0.2, 0.2, 0.15, 0.25, 0.1])
+    known = float(pieces.known(torch.cat([chances, torch.zeros(3)]).unsqueeze(0)))  # rows of no token
+    assert known == pytest.approx(0.9)
+
+    def following(prefix):
         begun = pieces.beginning(prefix)
-        assert not pieces.following(begun, chances[begun], len(prefix), 3)[1].any()
+        ids, found = pieces.following(begun, chances[begun], known, len(prefix), 3)
+        return dict(zip(ids.tolist(), found.tolist(), strict=True))
+
+    assert sorted(pieces.beginning([1]).tolist()) == [0, 1, 2, 3]
+    assert following([1]) == pytest.approx({2: 0.35 / 0.75, 3: 0.2 / 0.75})
+    assert following([1, 2]) == pytest.approx({4: 0.15 / 0.45})
+    assert following([1, 3]) == following([8]) == {}
+    ids, found = pieces.firsts(torch.arange(6).unsqueeze(0), chances.unsqueeze(0), torch.tensor([known]))
+    told = dict(zip(ids[0].tolist(), found[0].tolist(), strict=True))
+    assert {token: chance for token, chance in told.items() if chance} == pytest.approx({1: 0.65, 7: 0.25})
+
+
+def test_of_tokens_that_are_parts_of_characters_nothing_is_made_up(tmp_path):
+    """A source that is sure of the next byte of a character has no piece for it, and what is left of its belief is told
+    with the weight that it has."""
+    text = "กา ฆฬ มา"
+    student = loaded(pico_model("llama"))
+    source = loaded(pico_model("qwen2"))
+    encoded, spans = _encode(student, [text], settings())
+    ids = source.tokenizer(text)["input_ids"]
+    sure = torch.full((len(ids), 384), 0.0)
+    sure[torch.arange(len(ids) - 1), torch.tensor(ids[1:])] = 12.0
+    source.model.forward = lambda **_: SimpleNamespace(logits=sure.unsqueeze(0))
+    asked = settings(objective="distill")
+    path = tmp_path / "t.safetensors"
+    teacher = read_teacher(lambda: nullcontext(source), student.tokenizer, [text], encoded, spans, asked, path)
+    assert len(teacher.positions) > 3
+    parts = 0
+    for number, position in enumerate(teacher.positions.tolist()):
+        told, chances = teacher.at(torch.tensor([number]))
+        following = encoded[0][position + 1]
+        of_next = float(chances[told == following].sum())
+        if "\ufffd" in student.tokenizer.decode([following]):
+            parts += 1
+            assert float(chances.sum()) < 0.01
+        else:
+            assert of_next > 0.99
+    assert parts > 3
 
 
 def test_the_teacher_is_read_once_and_known_by_its_texts(tmp_path):
     student, source = loaded(pico_model("llama")), loaded(pico_model("qwen2"))
-    encoded, asked, ends = teacher_for(student, source)
+    encoded, asked, spans = teacher_for(student, source)
     path, calls = tmp_path / "t.safetensors", []
 
     def load():
@@ -174,12 +220,12 @@ def test_the_teacher_is_read_once_and_known_by_its_texts(tmp_path):
         return nullcontext(source)
 
     def read(texts):
-        encoded, ends = _encode(student, texts, asked)
-        return read_teacher(load, student.tokenizer, texts, encoded, ends, asked, path)
+        encoded, spans = _encode(student, texts, asked)
+        return read_teacher(load, student.tokenizer, texts, encoded, spans, asked, path)
 
     first, again = read(TEXTS[:4]), read(TEXTS[:4])
     assert len(calls) == 1
-    for name in ("starts", "positions", "ids", "chances"):
+    for name in ("starts", "positions", "offsets", "ids", "chances"):
         assert torch.equal(getattr(first, name), getattr(again, name))
     read(TEXTS[1:5])
     assert len(calls) == 2
@@ -188,19 +234,19 @@ def test_the_teacher_is_read_once_and_known_by_its_texts(tmp_path):
 def test_processes_share_the_teachers_batches_and_all_have_all_of_it(tmp_path, monkeypatch):
     student = loaded(pico_model("llama"))
     sources = [loaded(pico_model("qwen2")) for _ in range(2)]
-    encoded, asked, ends = teacher_for(student, sources[0])
+    encoded, asked, spans = teacher_for(student, sources[0])
     monkeypatch.setattr(teachers, "_LOGITS_AT_ONCE", 1)  # a batch for each text
 
     def read(name, processes=ALONE):
         opened = nullcontext(sources[processes.rank])
         path = tmp_path / name
-        return read_teacher(lambda: opened, student.tokenizer, TEXTS[:4], encoded, ends, asked, path, processes)
+        return read_teacher(lambda: opened, student.tokenizer, TEXTS[:4], encoded, spans, asked, path, processes)
 
     alone = read("alone")
     together = Together(2).run(lambda processes: read("together", processes))
     again = Together(2).run(lambda processes: read("together", processes))
     for teacher in (*together, *again):
-        for name in ("starts", "positions", "ids", "chances"):
+        for name in ("starts", "positions", "offsets", "ids", "chances"):
             assert torch.equal(getattr(teacher, name), getattr(alone, name))
     assert (tmp_path / "alone").read_bytes() == (tmp_path / "together").read_bytes()
 
@@ -209,14 +255,14 @@ def test_processes_share_the_teachers_batches_and_all_have_all_of_it(tmp_path, m
 def test_the_teachers_reading_is_heard_in_texts_or_blocks(tmp_path, monkeypatch, memory):
     student = loaded(pico_model("llama"))
     source = Model(str(save_pico("qwen2", tmp_path / "source", layers=3)), device="cpu", memory=memory).open()
-    encoded, asked, ends = teacher_for(student, source)
+    encoded, asked, spans = teacher_for(student, source)
     monkeypatch.setattr(teachers, "_LOGITS_AT_ONCE", 1)  # a batch for each text
     heard = []
 
     def read(name, reading):
         path = tmp_path / name
         return read_teacher(
-            lambda: nullcontext(source), student.tokenizer, TEXTS[:4], encoded, ends, asked, path, reading=reading
+            lambda: nullcontext(source), student.tokenizer, TEXTS[:4], encoded, spans, asked, path, reading=reading
         )
 
     told = read("told", lambda unit: lambda done, total: heard.append((unit, done, total)))
@@ -253,7 +299,8 @@ def test_distillation_draws_the_student_to_the_teacher(tmp_path, loss):
 def test_uld_of_equal_distributions_is_zero():
     logits = torch.randn(1, 4, 200, generator=torch.Generator().manual_seed(0))
     top = torch.softmax(logits[0, :3], -1).topk(128)
-    teacher = Teacher(torch.tensor([0, 3]), torch.arange(3), top.indices, top.values, 1.0)
+    offsets = torch.arange(0, 3 * 128 + 1, 128)
+    teacher = Teacher(torch.tensor([0, 3]), torch.arange(3), offsets, top.indices.flatten(), top.values.flatten(), 1.0)
     labels = torch.tensor([[5, 6, 7, 8]])
     words = {"objective": "distill", "distill_loss": "uld"}
     zero = distillation_loss(logits, labels, teacher, [0], AdaptationSettings(**words, distill_weight=1.0))
@@ -267,10 +314,10 @@ def test_a_teacher_that_is_read_block_by_block_says_the_same(tmp_path):
     found = []
     for name, open_source in (("whole", load_model), ("blocks", open_by_blocks)):
         source = open_source(str(tmp_path / "source"))
-        encoded, asked, ends = teacher_for(student, source)
+        encoded, asked, spans = teacher_for(student, source)
         path = tmp_path / f"{name}.safetensors"
         read_teacher(
-            lambda source=source: nullcontext(source), student.tokenizer, TEXTS[:4], encoded, ends, asked, path
+            lambda source=source: nullcontext(source), student.tokenizer, TEXTS[:4], encoded, spans, asked, path
         )
         found.append(load_file(path))
     for name, values in found[0].items():

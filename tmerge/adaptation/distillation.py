@@ -3,8 +3,8 @@
 Both models read the same text. Where a token of the one and a token of the other end at the same character, both
 predict what follows the same string; and while the target writes, piece by piece, what is one token to the source,
 that prediction of the source's goes on telling what comes next (`tmerge.adaptation.pieces`). With q the source's
-distribution over the target's tokens at such a position, m <= 1 the share of the source's belief that it holds (1 where
-both end a token), and p the target's own,
+distribution over the target's tokens at such a position, m <= 1 the share of the source's belief that it tells, and p
+the target's own,
 
     loss = cross-entropy + weight * sum over positions of m KL(q || p) / number of tokens
 
@@ -64,8 +64,7 @@ def distillation_loss(
         known.append(torch.arange(first, last)[inside][slot >= 0])
     index, entries = torch.cat(picked), torch.cat(known)
     if len(index):
-        ids = teacher.ids[entries].to(logits.device)
-        chances = teacher.chances[entries].to(logits.device)
+        ids, chances = (part.to(logits.device) for part in teacher.at(entries))
         student = chosen[index.to(logits.device)]
         loss = loss + settings.distill_weight * _divergence(student, ids, chances, settings.distill_loss)
     return loss / count

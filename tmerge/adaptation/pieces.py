@@ -5,10 +5,12 @@ the source gives its probability to its *first piece*, which is what the target 
 Further on, the target having written the first pieces pi of a token that the source has still before it, what follows
 is known from the same prediction, conditioned on pi:
 
-    q(t | pi) = sum of p(s) over source tokens s whose pieces begin with pi t  /  the same sum over pi and more
+    q(t | pi) m = sum of p(s) over source tokens s whose pieces begin with pi t
+                  / (sum of p(s) over those that begin with pi, and of p(s) over those of which no pieces are known)
 
-These sum to m, the share of what begins with pi that goes on past it; of the rest the source's next token would have to
-tell.
+m, what these sum to, is the share of the source's belief that is told: the rest is of tokens that end with pi, behind
+which the source's next token would have to tell, and of tokens that have no string of their own (special ones, and
+parts of characters).
 """
 
 from __future__ import annotations
@@ -21,59 +23,79 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Pieces", "Place", "common_positions", "inner_positions"]
+__all__ = ["Pieces", "Span", "ToldPosition", "common_positions", "complete_ends", "inner_positions"]
 
 # Pieces of a token that are told apart; what comes after is not carried. A word of Thai is 15 bytes and more.
 _DEPTH = 16
 _STRINGS_AT_ONCE = 20_000
 
+Span = tuple[int, int]
+"""Where in its text a token lies, in characters: the first, and one behind the last; a special token has none."""
 
-class Place(NamedTuple):
-    """Where the source says what the target's next token is.
+
+class ToldPosition(NamedTuple):
+    """A token position of the target's at which the source tells the next token.
 
     Attributes:
-        position: Of the target's token that has just been read, within its text.
-        source_position: Of the source's, whose prediction tells.
+        target: Position of the token that has just been read, within its text.
+        source: Position of the source's token whose prediction tells.
         depth: How many of the target's tokens lie since the character at which both had ended a token.
     """
 
-    position: int
-    source_position: int
+    target: int
+    source: int
     depth: int
 
 
-def common_positions(target_ends: Sequence[int], source_ends: Sequence[int]) -> list[Place]:
-    """Places of tokens that end at the same character, neither being the text's last.
-
-    Args:
-        target_ends: Where each of the target's tokens ends, in characters; -1 for special tokens.
-        source_ends: Likewise of the source.
-
-    A character that several tokens write is complete only with the last of them.
-    """
-    last_of_source = {end: position for position, end in enumerate(source_ends) if end >= 0}
-    last_of_target = {end: position for position, end in enumerate(target_ends) if end >= 0}
-    text_end = max([*last_of_target, 0])
+def complete_ends(spans: Sequence[Span]) -> list[int]:
+    """Where each token ends; -1 of special ones, and of those whose last character the next token still writes on."""
+    following = [*spans[1:], (0, 0)]
     return [
-        Place(position, last_of_source[end], 0)
-        for end, position in last_of_target.items()
-        if end in last_of_source and end < text_end
+        end if end > start and (next_end <= next_start or next_start >= end) else -1
+        for (start, end), (next_start, next_end) in zip(spans, following, strict=False)
     ]
 
 
-def inner_positions(target_ends: Sequence[int], source_ends: Sequence[int]) -> list[Place]:
-    """Places behind those, of tokens with which the source's next one has not ended; the same arguments."""
-    common = common_positions(target_ends, source_ends)
-    taken = {place.position for place in common}
+def common_positions(target_ends: Sequence[int], source_ends: Sequence[int]) -> list[ToldPosition]:
+    """Positions of tokens that end at the same character, neither being the text's last.
+
+    Args:
+        target_ends: Of the target's tokens, from `complete_ends`.
+        source_ends: Of the source's.
+    """
+    of_source = {end: position for position, end in enumerate(source_ends) if end >= 0}
+    text_end = max(target_ends, default=-1)
+    return [
+        ToldPosition(position, of_source[end], 0)
+        for position, end in enumerate(target_ends)
+        if end in of_source and end < text_end
+    ]
+
+
+def inner_positions(
+    common: Sequence[ToldPosition], target_spans: Sequence[Span], source_spans: Sequence[Span]
+) -> list[ToldPosition]:
+    """Positions behind common ones, of tokens with which the source's next one has not ended.
+
+    Args:
+        common: From `common_positions`.
+        target_spans: Of the target's tokens.
+        source_spans: Of the source's.
+    """
+    taken = {position.target for position in common}
+    last = max((position for position, (start, end) in enumerate(target_spans) if end > start), default=0)
     inner = []
-    for position, source_position, _ in common:
-        following = source_ends[source_position + 1] if source_position + 1 < len(source_ends) else -1
+    for target, source, _ in common:
+        next_start, next_end = source_spans[source + 1] if source + 1 < len(source_spans) else (0, 0)
         for depth in range(1, _DEPTH):
-            here = position + depth
-            # Of tokens that write one character together all but the last have not ended it.
-            if here >= len(target_ends) - 1 or here in taken or not 0 <= target_ends[here] <= following:
+            here = target + depth
+            # Behind the text's last token comes no other.
+            if here >= last or here in taken or next_end <= next_start:
                 break
-            inner.append(Place(here, source_position, depth))
+            start, end = target_spans[here]
+            if end <= start or end > next_end:
+                break
+            inner.append(ToldPosition(here, source, depth))
     return inner
 
 
@@ -126,35 +148,40 @@ class Pieces:
                 counts[token], table[token] = len(own), [*own, *nothing][:_DEPTH]
         return cls(torch.tensor(table, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32))
 
+    def known(self, chances: Tensor) -> Tensor:
+        """(P,) how much of the source's belief (P, V') is on tokens of which pieces are known."""
+        # A model's vocabulary may be padded past its tokenizer's.
+        return chances[:, : len(self.counts)] @ (self.counts > 0).to(chances)
+
     @cached_property
     def _by_first(self) -> tuple[Tensor, Tensor]:
         """All tokens in the order of their first pieces, and these."""
         firsts, order = self.table[:, 0].sort(stable=True)
         return firsts, order
 
-    def firsts(self, tokens: Tensor, chances: Tensor) -> tuple[Tensor, Tensor]:
-        """What comes first, of the likeliest tokens at some places.
+    def firsts(self, tokens: Tensor, chances: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """What comes first, where no piece has been written.
 
         Args:
-            tokens: (P, k) of the source.
+            tokens: (P, k) the source's likeliest.
             chances: (P, k) their probabilities.
+            known: (P,) from `known`.
 
         Returns:
-            (P, k) ids of the target, -1 where there is none, and (P, k) their probabilities: those of one piece are
-            summed, and rows sum to 1 over what could be carried.
+            (P, k) ids of the target, -1 where there is none, and (P, k) q(t) m: those of one piece are summed, and
+            stand for all that are known.
         """
-        # A model's vocabulary may be padded past its tokenizer's.
         size = len(self.table)
-        known = torch.where(tokens < size, self.table[tokens.clamp(max=size - 1), 0].long(), -1)
-        chances = chances.masked_fill(known < 0, 0.0)
-        order = known.argsort(dim=1, stable=True)
-        known, chances = known.gather(1, order), chances.gather(1, order)
-        is_first = torch.ones_like(known, dtype=torch.bool)
-        is_first[:, 1:] = known[:, 1:] != known[:, :-1]
+        ids = torch.where(tokens < size, self.table[tokens.clamp(max=size - 1), 0].long(), -1)
+        chances = chances.masked_fill(ids < 0, 0.0)
+        order = ids.argsort(dim=1, stable=True)
+        ids, chances = ids.gather(1, order), chances.gather(1, order)
+        is_first = torch.ones_like(ids, dtype=torch.bool)
+        is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
         group = is_first.long().cumsum(1) - 1
         summed = torch.zeros_like(chances).scatter_add_(1, group, chances)
-        ids = torch.full_like(known, -1).scatter_(1, group, known)
-        return ids, summed / summed.sum(1, keepdim=True).clamp(min=1e-9)
+        carried = torch.full_like(ids, -1).scatter_(1, group, ids)
+        return carried, summed * (known / summed.sum(1).clamp_min(1e-9)).unsqueeze(1)
 
     def beginning(self, prefix: Sequence[int]) -> Tensor:
         """(c,) the tokens whose pieces begin with some, 1 to depth - 1 of them."""
@@ -163,24 +190,22 @@ class Pieces:
         found = order[low:high]
         return found[(self.table[found, : len(prefix)] == torch.tensor(prefix)).all(1)]
 
-    def following(self, tokens: Tensor, chances: Tensor, depth: int, most: int) -> tuple[Tensor, Tensor]:
+    def following(self, tokens: Tensor, chances: Tensor, known: float, depth: int, most: int) -> tuple[Tensor, Tensor]:
         """What comes next, where some pieces have been written.
 
         Args:
             tokens: (c,) as `beginning` gives them.
             chances: (c,) their probabilities.
+            known: As of `firsts`, at this position.
             depth: How many pieces have been written.
             most: Ids that are wanted.
 
         Returns:
-            (most,) ids of the target, -1 where there is none, and (most,) q(t | pi) m: they sum to m.
+            (r,) ids of the target, at most so many, and (r,) q(t | pi) m.
         """
-        ids, found = torch.full((most,), -1), torch.zeros(most)
-        begun = float(chances.sum())
         goes_on = self.counts[tokens] > depth
-        if begun > 0 and bool(goes_on.any()):
-            pieces, group = self.table[tokens[goes_on], depth].unique(return_inverse=True)
-            summed = torch.zeros(len(pieces)).index_add_(0, group, chances[goes_on]) / begun
-            top = summed.topk(min(most, len(pieces)))
-            ids[: len(top.indices)], found[: len(top.indices)] = pieces[top.indices], top.values
-        return ids, found
+        pieces, group = self.table[tokens[goes_on], depth].unique(return_inverse=True)
+        begun = float(chances.sum()) + max(0.0, 1.0 - known)
+        summed = torch.zeros(len(pieces)).index_add_(0, group, chances[goes_on]) / max(begun, 1e-9)
+        top = summed.topk(min(most, len(pieces)))
+        return pieces[top.indices].long(), top.values

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from tmerge.adaptation.pieces import Pieces, Place, common_positions, inner_positions
+from tmerge.adaptation.pieces import Pieces, Span, ToldPosition, common_positions, complete_ends, inner_positions
 from tmerge.calibration import length_batches, padded
 from tmerge.errors import TokenizerError
 from tmerge.models import LoadedModel, refuse_without_rows
@@ -35,6 +35,8 @@ __all__ = ["Reading", "Teacher", "read_teacher"]
 Reading = Callable[[str], Callable[[int, int], None]]
 """``texts``, or ``blocks`` of a source that is read by blocks -> what is called with (so many done, all)."""
 
+# Of what is read: what was kept by an earlier form is read anew.
+_FORM = 2
 _TOP = 128
 # Logits of one batch of the source: tokens x vocabulary.
 _LOGITS_AT_ONCE = 1 << 26
@@ -46,18 +48,47 @@ class Teacher:
 
     Attributes:
         starts: (T + 1,) where each text's positions begin in the arrays below.
-        positions: (N,) position of the target's token, within its text, at whose end a prediction is known.
-        ids: (N, top) target token ids, -1 where there is none.
-        chances: (N, top) their probabilities m q; a row's sum m is 1 where both tokenizers end a token, and within a
-            token of the source's what it holds of going on so. For ``uld`` the source's own, sorted.
-        aligned_share: Of all target tokens but each text's last, at how many something is known.
+        positions: (N,) position of the target's token, within its text, behind which the next is told.
+        offsets: (N + 1,) where each position's ids begin.
+        ids: (E,) target token ids, int32.
+        chances: (E,) their probabilities m q; a position's sum m is the share of the source's belief that is told. For
+            ``uld`` the source's own, sorted.
+        aligned_share: Of all target tokens but each text's last, behind how many something is told.
     """
 
     starts: Tensor
     positions: Tensor
+    offsets: Tensor
     ids: Tensor
     chances: Tensor
     aligned_share: float
+
+    def at(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """(k, top) ids, -1 where there is none, and (k, top) chances of some positions (k,)."""
+        first, last = self.offsets[chosen], self.offsets[chosen + 1]
+        index = first.unsqueeze(1) + torch.arange(int((last - first).max()))
+        inside = index < last.unsqueeze(1)
+        index = index.masked_fill(~inside, 0)
+        return self.ids[index].long().masked_fill(~inside, -1), self.chances[index].masked_fill(~inside, 0.0)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Of one text: (P,) how many ids each position has, and (E,) these and their chances."""
+
+    counts: Tensor
+    ids: Tensor
+    chances: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Tensor, Tensor]]) -> _Told:
+        """From ids and chances of each position, of which those that have none are left out."""
+        kept = [(ids[chances > 0], chances[chances > 0]) for ids, chances in rows]
+        return cls(
+            torch.tensor([len(ids) for ids, _ in kept], dtype=torch.int64),
+            torch.cat([torch.zeros(0, dtype=torch.int32), *(ids.to(torch.int32) for ids, _ in kept)]),
+            torch.cat([torch.zeros(0), *(chances for _, chances in kept)]),
+        )
 
 
 def read_teacher(
@@ -65,7 +96,7 @@ def read_teacher(
     target_tokenizer: Any,
     texts: Sequence[str],
     encoded: Sequence[Sequence[int]],
-    ends: Sequence[Sequence[int]],
+    spans: Sequence[Sequence[Span]],
     settings: AdaptationSettings,
     path: Path,
     processes: Processes = ALONE,
@@ -78,7 +109,7 @@ def read_teacher(
         target_tokenizer: The target's.
         texts: T texts.
         encoded: Their token ids in the target.
-        ends: Where each of those tokens ends in its text, -1 for special tokens.
+        spans: Where each of those tokens lies in its text.
         settings: The recipe's ``adaptation`` section.
         path: A safetensors file, written here.
         processes: That read it together: each reads a share of the batches, and all have all of it.
@@ -87,7 +118,7 @@ def read_teacher(
     Raises:
         TokenizerError: A tokenizer does not know where in the text its tokens lie.
     """
-    asked = json.dumps([list(texts), [list(ids) for ids in encoded], settings.distill_loss, settings.max_tokens])
+    asked = json.dumps([_FORM, list(texts), [list(ids) for ids in encoded], settings.distill_loss, settings.max_tokens])
     key = hashlib.sha256(asked.encode()).hexdigest()
     # All read the file, or none: the first, which writes it, says.
     if processes.from_first(lambda: _key_of(path)) == key:
@@ -97,17 +128,16 @@ def read_teacher(
             "distillation needs to know where tokens lie in a text; the target's tokenizer is a slow one"
         )
     with source() as model:
-        width = min(_TOP, model.model.get_output_embeddings().weight.shape[0])
-        places, told = _predictions(model, target_tokenizer, texts, encoded, ends, settings, processes, reading)
-    nothing = (torch.zeros(0, width, dtype=torch.int64), torch.zeros(0, width))
-    chances = torch.cat([told.get(text, nothing)[1] for text in range(len(texts))])
+        positions, told = _predictions(model, target_tokenizer, texts, encoded, spans, settings, processes, reading)
+    counts = torch.cat([torch.zeros(1, dtype=torch.int64), *(of_text.counts for of_text in told)])
     predictions = sum(max(len(ids) - 1, 0) for ids in encoded)
     teacher = Teacher(
-        torch.tensor([0, *(len(of_text) for of_text in places)]).cumsum(0),
-        torch.tensor([place.position for of_text in places for place in of_text], dtype=torch.int64),
-        torch.cat([told.get(text, nothing)[0] for text in range(len(texts))]),
-        chances,
-        int((chances.sum(1) > 0).sum()) / max(predictions, 1),
+        torch.tensor([0, *(len(of_text) for of_text in positions)]).cumsum(0),
+        torch.tensor([position.target for of_text in positions for position in of_text], dtype=torch.int64),
+        counts.cumsum(0),
+        torch.cat([of_text.ids for of_text in told]),
+        torch.cat([of_text.chances for of_text in told]),
+        int((counts > 0).sum()) / max(predictions, 1),
     )
     processes.from_first(lambda: _save(teacher, path, key))
     return teacher
@@ -118,12 +148,12 @@ def _predictions(
     target_tokenizer: Any,
     texts: Sequence[str],
     encoded: Sequence[Sequence[int]],
-    ends: Sequence[Sequence[int]],
+    spans: Sequence[Sequence[Span]],
     settings: AdaptationSettings,
     processes: Processes,
     reading: Reading | None,
-) -> tuple[list[list[Place]], dict[int, tuple[Tensor, Tensor]]]:
-    """The places of each text, and, of each that has some, the likeliest ids there and their chances."""
+) -> tuple[list[list[ToldPosition]], list[_Told]]:
+    """The positions of each text, and what is told there."""
     tokenizer = model.tokenizer
     if not tokenizer.is_fast:
         raise TokenizerError(
@@ -134,23 +164,22 @@ def _predictions(
     refuse_without_rows(model.reference.text, tokenizer, model.embedding_rows, texts)
     tokens_of = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
     # Its tokens are often fewer than the target's, so the same limit reaches at least as far.
-    source_ids = [list(ids[: settings.max_tokens]) for ids in tokens_of["input_ids"]]
-    places = []
-    for text, offsets in enumerate(tokens_of["offset_mapping"]):
-        source_ends = [end if end > start else -1 for start, end in offsets[: settings.max_tokens]]
-        places.append(common_positions(ends[text], source_ends))
-        if settings.distill_loss == "pieces":
-            places[-1] += inner_positions(ends[text], source_ends)
-    wanted = [text for text in range(len(texts)) if places[text]]
-    told: dict[int, tuple[Tensor, Tensor]] = {}
-    limit = max(1, _LOGITS_AT_ONCE // vocabulary)
-    all_batches = length_batches([len(source_ids[text]) for text in wanted], limit)
+    limit = settings.max_tokens
+    source_ids = [list(ids[:limit]) for ids in tokens_of["input_ids"]]
+    positions = []
+    for of_target, of_source in zip(spans, tokens_of["offset_mapping"], strict=True):
+        common = common_positions(complete_ends(of_target), complete_ends(of_source)[:limit])
+        inner = inner_positions(common, of_target, of_source[:limit]) if settings.distill_loss == "pieces" else []
+        positions.append([*common, *inner])
+    wanted = [text for text in range(len(texts)) if positions[text]]
+    told: dict[int, _Told] = {}
+    all_batches = length_batches([len(source_ids[text]) for text in wanted], max(1, _LOGITS_AT_ONCE // vocabulary))
     batches = [[wanted[index] for index in batch] for batch in processes.mine(all_batches)]
 
     def read(chosen: list[int]) -> None:
-        sequences, asked = [source_ids[text] for text in chosen], [places[text] for text in chosen]
-        found = _read(model, sequences, asked, [encoded[text] for text in chosen], pieces)
-        told.update(zip(chosen, found, strict=True))
+        sequences, asked = [source_ids[text] for text in chosen], [positions[text] for text in chosen]
+        of_texts = _read(model, sequences, asked, [encoded[text] for text in chosen], pieces)
+        told.update(zip(chosen, of_texts, strict=True))
 
     done = list(itertools.accumulate(len(chosen) for chosen in batches))
     heard = None if reading is None else reading("texts" if model.block_weights is None else "blocks")
@@ -161,43 +190,48 @@ def _predictions(
 
     tokens = [len(chosen) * max(len(source_ids[text]) for text in chosen) for chosen in batches]
     run_passes(model, [partial(read, chosen) for chosen in batches], tokens, after=after, progress=heard)
-    return places, {text: what for share in processes.gathered(told) for text, what in share.items()}
+    all_told = {text: of_text for share in processes.gathered(told) for text, of_text in share.items()}
+    return positions, [all_told.get(text, _Told.of([])) for text in range(len(texts))]
 
 
 @torch.inference_mode()
 def _read(
     model: LoadedModel,
     sequences: Sequence[list[int]],
-    places: Sequence[Sequence[Place]],
+    positions: Sequence[Sequence[ToldPosition]],
     encoded: Sequence[Sequence[int]],
     pieces: Pieces | None,
-) -> list[tuple[Tensor, Tensor]]:
-    """What is told of one batch's texts at their places: (P, top) ids and chances of each."""
+) -> list[_Told]:
+    """What is told of one batch's texts."""
     ids, mask = padded(sequences, model.pad_id)
     device = model.device
     mask = None if mask is None else mask.to(device)
     logits = model.model(input_ids=ids.to(device), attention_mask=mask, use_cache=False).logits
-    return [_told(logits[row], asked, encoded[row], pieces) for row, asked in enumerate(places)]
+    return [_told(logits[row], asked, encoded[row], pieces) for row, asked in enumerate(positions)]
 
 
-def _told(
-    logits: Tensor, places: Sequence[Place], target_ids: Sequence[int], pieces: Pieces | None
-) -> tuple[Tensor, Tensor]:
-    """Of one text, from the source's (S, V): the likeliest tokens, or without `pieces` the source's own."""
-    common = [place for place in places if place.depth == 0]
-    rows = {place.source_position: row for row, place in enumerate(common)}
+def _told(logits: Tensor, positions: Sequence[ToldPosition], target_ids: Sequence[int], pieces: Pieces | None) -> _Told:
+    """Of one text, from the source's (S, V): what its likeliest tokens give, or without `pieces` these themselves."""
+    common = [position for position in positions if position.depth == 0]
+    rows = {position.source: row for row, position in enumerate(common)}
     chances = functional.softmax(logits[list(rows)].float(), -1)
     top = chances.topk(min(_TOP, chances.shape[1]), -1)
-    ids, found = top.indices.cpu(), top.values.cpu()
+    ids, top_chances = top.indices.cpu(), top.values.cpu()
     if pieces is None:
-        return ids, found
-    told = [pieces.firsts(ids, found)]
-    for place in places[len(common) :]:
-        begun = pieces.beginning(target_ids[place.position - place.depth + 1 : place.position + 1])
-        of_begun = chances[rows[place.source_position], begun.to(chances.device)].cpu()
-        inner_ids, inner_chances = pieces.following(begun, of_begun, place.depth, ids.shape[1])
-        told.append((inner_ids.unsqueeze(0), inner_chances.unsqueeze(0)))
-    return torch.cat([ids for ids, _ in told]), torch.cat([found for _, found in told])
+        return _Told.of(list(zip(ids, top_chances, strict=True)))
+    known = pieces.known(chances).cpu()
+    told = list(zip(*pieces.firsts(ids, top_chances, known), strict=True))
+    inner = positions[len(common) :]
+    begun = [pieces.beginning(target_ids[at.target - at.depth + 1 : at.target + 1]) for at in inner]
+    if inner:
+        # One journey from the device for all of them.
+        counts = [len(tokens) for tokens in begun]
+        at_rows = torch.tensor([rows[position.source] for position in inner]).repeat_interleave(torch.tensor(counts))
+        of_begun = chances[at_rows.to(chances.device), torch.cat(begun).to(chances.device)].cpu().split(counts)
+        for position, tokens, of_tokens in zip(inner, begun, of_begun, strict=True):
+            of_all = float(known[rows[position.source]])
+            told.append(pieces.following(tokens, of_tokens, of_all, position.depth, ids.shape[1]))
+    return _Told.of(told)
 
 
 def _save(teacher: Teacher, path: Path, key: str) -> None:
@@ -205,7 +239,8 @@ def _save(teacher: Teacher, path: Path, key: str) -> None:
     tensors = {
         "starts": teacher.starts,
         "positions": teacher.positions,
-        "ids": teacher.ids.to(torch.int32),
+        "offsets": teacher.offsets,
+        "ids": teacher.ids,
         "chances": teacher.chances,
     }
     write_tensors(path, tensors, {"key": key, "aligned_share": repr(teacher.aligned_share)})
@@ -225,7 +260,8 @@ def _load(path: Path) -> Teacher:
     return Teacher(
         tensors["starts"],
         tensors["positions"],
-        tensors["ids"].long(),
+        tensors["offsets"],
+        tensors["ids"],
         tensors["chances"],
         float(facts["aligned_share"]),
     )

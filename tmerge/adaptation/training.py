@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from tmerge.adaptation.goals import FeatureGoals, FeatureWatch
+from tmerge.adaptation.pieces import Span
 from tmerge.adaptation.residual import attach_residual, fold_residual
 from tmerge.adaptation.teacher import Reading, read_teacher
 from tmerge.adaptation.trainer import StepShare, card_kept, make_trainer
@@ -124,8 +125,8 @@ def adapt(
             f"device is {loaded.device}, and of several processes each trains on a card of its own; set device: auto, "
             "and choose the cards with CUDA_VISIBLE_DEVICES"
         )
-    encoded, ends = _encode(loaded, texts, settings)
-    labels = _labels(loaded, encoded, ends, prompts) if settings.completions_only else encoded
+    encoded, spans = _encode(loaded, texts, settings)
+    labels = _labels(loaded, encoded, spans, prompts) if settings.completions_only else encoded
     usable = [text for text, asked in enumerate(labels) if any(label >= 0 for label in asked[1:])]
     if not usable:
         what = "completion within adaptation.max_tokens" if settings.completions_only else "second token"
@@ -135,7 +136,7 @@ def adapt(
         if source is None:
             raise ValueError("objective distill needs a source")
         path = work / "teacher.safetensors"
-        teacher = read_teacher(source, loaded.tokenizer, texts, encoded, ends, settings, path, processes, reading)
+        teacher = read_teacher(source, loaded.tokenizer, texts, encoded, spans, settings, path, processes, reading)
     order = text_order(len(usable), settings.steps * settings.batch_size * settings.accumulation, seed)
     read = [usable[index] for index in order]
     model, dtype, computed = loaded.model, loaded.dtype, loaded.model.dtype
@@ -227,24 +228,23 @@ def _libraries(settings: AdaptationSettings) -> tuple[Any, Any]:
 
 def _encode(
     loaded: LoadedModel, texts: Sequence[str], settings: AdaptationSettings
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids with an end-of-text token, and where in the text each token ends (-1: a special token)."""
+) -> tuple[list[list[int]], list[list[Span]]]:
+    """Token ids with an end-of-text token, and where in the text each token lies."""
     tokenizer = loaded.tokenizer
     refuse_without_rows(loaded.reference.text, tokenizer, loaded.embedding_rows, texts)
     found = tokenizer(list(texts), return_offsets_mapping=tokenizer.is_fast, verbose=False)
-    encoded, ends = [], []
+    encoded, spans = [], []
     for row, ids in enumerate(found["input_ids"]):
-        offsets = found["offset_mapping"][row] if tokenizer.is_fast else []
-        of_text = [end if end > start else -1 for start, end in offsets]
+        of_text = list(found["offset_mapping"][row]) if tokenizer.is_fast else []
         if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-            ids, of_text = [*ids, tokenizer.eos_token_id], [*of_text, -1]
+            ids, of_text = [*ids, tokenizer.eos_token_id], [*of_text, (0, 0)]
         encoded.append(list(ids[: settings.max_tokens]))
-        ends.append(of_text[: settings.max_tokens])
-    return encoded, ends
+        spans.append(of_text[: settings.max_tokens])
+    return encoded, spans
 
 
 def _labels(
-    loaded: LoadedModel, encoded: Sequence[list[int]], ends: Sequence[list[int]], prompts: Sequence[int]
+    loaded: LoadedModel, encoded: Sequence[list[int]], spans: Sequence[list[Span]], prompts: Sequence[int]
 ) -> list[list[int]]:
     """Token ids where they belong to a completion or end the text, -100 elsewhere."""
     if not any(prompts):
@@ -257,10 +257,13 @@ def _labels(
             f"{loaded.reference}: completions_only needs to know where tokens lie in a text; this tokenizer is slow"
         )
     labels = []
-    for ids, of_text, prompt in zip(encoded, ends, prompts, strict=True):
+    for ids, of_text, prompt in zip(encoded, spans, prompts, strict=True):
         # A special token at the end closes the completion; one before it belongs to the prompt's frame.
         last = len(ids) - 1
-        kept = [end > prompt or (end < 0 and position == last) for position, end in enumerate(of_text)]
+        kept = [
+            end > max(start, prompt) or (end <= start and position == last)
+            for position, (start, end) in enumerate(of_text)
+        ]
         labels.append([token if asked else -100 for token, asked in zip(ids, kept, strict=True)])
     return labels
 

@@ -203,7 +203,10 @@ class _Comparison:
                     sft = next(row for row in finished if (row.name, row.seed) == ("sft", seed))
                     steps = self._steps_in_time(sft)
                     inputs |= {"steps": steps}
-                yield _Row(name, "trained", partial(self._trained, name, seed, steps), inputs, seed=seed)
+                # What a training keeps while it lasts is of these very models, texts and settings.
+                key = stage_key(f"training {name}", seed=seed, **inputs, **self.data.facts())
+                folder = self.out / "training" / f"{name}-{seed}-{key[:12]}"
+                yield _Row(name, "trained", partial(self._trained, name, seed, steps, folder), inputs, seed=seed)
 
     @property
     def _count(self) -> int:
@@ -275,7 +278,7 @@ class _Comparison:
         merged = itertools.takewhile(lambda stage: stage.name not in ends, self.report.stages)
         return sft.steps + math.ceil((sum(stage.seconds for stage in merged) + (fitted or 0.0)) / a_step)
 
-    def _trained(self, name: str, seed: int, steps: int | None) -> TrainedScores:
+    def _trained(self, name: str, seed: int, steps: int | None, work: Path) -> TrainedScores:
         """The target, or the fused model with its residual frozen, after training."""
         from tmerge.adaptation import adapt
 
@@ -288,7 +291,6 @@ class _Comparison:
             settings = settings.model_copy(update={"transport_weight": 0.0})
         elif not settings.transport_weight:
             raise RecipeError("compare.rows names sft+transport, which needs adaptation.transport_weight above 0")
-        work = self.out / "training" / f"{name}-{seed}"
         texts, prompts = training_texts(self.texts, self.kept)
         # A model of its own: training leaves nothing of the target as it was.
         self._release_both()
@@ -313,7 +315,7 @@ class _Comparison:
         seconds = time.perf_counter() - began
         self.models.release("source")
         result = self._scores(model, name)
-        self.processes.from_first(lambda: shutil.rmtree(work, ignore_errors=True))
+        self.processes.from_first(lambda: self._remove_trainings(f"{name}-{seed}-"))
         return TrainedScores(
             **result.model_dump(),
             tokens=report.tokens,
@@ -322,6 +324,11 @@ class _Comparison:
             seconds=seconds,
             loss=report.loss_curve,
         )
+
+    def _remove_trainings(self, begins: str) -> None:
+        """This row's own, and those that were stopped before something changed."""
+        for folder in (self.out / "training").glob(f"{begins}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _release_both(self) -> None:
         self.models.release("target")
