@@ -37,7 +37,7 @@ from torch.nn import functional
 from tests.bench.relatives import DATA, HELD_OUT, language_texts
 from tmerge.adaptation import adapt, feature_goals, trainer
 from tmerge.adaptation import teacher as teachers
-from tmerge.adaptation.pieces import Place
+from tmerge.adaptation.pieces import ToldPosition, common_positions, complete_ends, inner_positions
 from tmerge.adaptation.teacher import Teacher
 from tmerge.calibration import FeatureStore, TextSet
 from tmerge.evaluation import Scores, difference, resamples, score_texts
@@ -56,20 +56,21 @@ ROWS = ("sft", "pieces", "first-piece", "uld", "alm", "sft+transport", "pieces+t
 
 
 def stretches(
-    model: LoadedModel, sequences: Sequence[list[int]], places: Sequence[Sequence[Place]], *_: object
-) -> list[tuple[Tensor, Tensor]]:
+    model: LoadedModel, sequences: Sequence[list[int]], positions: Sequence[Sequence[ToldPosition]], *_: object
+) -> list[teachers._Told]:
     """In the place of a teacher's likeliest tokens: log p of the text since the position before; 0 at the first."""
-    found = []
-    for ids, asked in zip(sequences, places, strict=True):
+    told = []
+    for ids, asked in zip(sequences, positions, strict=True):
         tokens = torch.tensor([ids])
         with torch.inference_mode():
             logits = model.model(input_ids=tokens, use_cache=False).logits[0].float()
         known = functional.log_softmax(logits[:-1], -1).gather(1, tokens[0, 1:, None])[:, 0]
         until = functional.pad(known.cumsum(0), (1, 0))
-        at = until[[place.source_position for place in asked]]
-        likelihoods = functional.pad(at.diff(), (1, 0))[:, None]
-        found.append((torch.zeros(len(asked), 1, dtype=torch.int64), likelihoods))
-    return found
+        at = until[[position.source for position in asked]]
+        count = len(asked)
+        likelihoods = functional.pad(at.diff(), (1, 0))
+        told.append(teachers._Told(torch.ones(count, dtype=torch.int64), torch.zeros(count).int(), likelihoods))
+    return told
 
 
 def likelihood_matching(
@@ -86,7 +87,8 @@ def likelihood_matching(
     loss = -(known * asked).sum()
     for row, text in enumerate(texts):
         first, last = int(teacher.starts[text]), int(teacher.starts[text + 1])
-        positions, theirs = teacher.positions[first:last], teacher.chances[first:last, 0]
+        # One number for each position.
+        positions, theirs = teacher.positions[first:last], teacher.chances[first:last]
         inside = positions < labels.shape[1]
         at = functional.pad((known[row] * asked[row]).cumsum(0), (1, 0))[positions[inside]]
         if len(at) > 1:
@@ -157,7 +159,22 @@ class Bench:
         return target
 
 
-def table(rows: list[dict[str, Any]], say: Callable[[str], None]) -> None:
+def told_shares(texts: Sequence[str]) -> dict[str, float]:
+    """Of the target's tokens but each text's last: how many end where the source's does, and how many within one."""
+    target, source = (
+        load_model(name).tokenizer(list(texts), return_offsets_mapping=True)["offset_mapping"]
+        for name in (TARGET, SOURCE)
+    )
+    common = [
+        common_positions(complete_ends(mine), complete_ends(theirs))
+        for mine, theirs in zip(target, source, strict=True)
+    ]
+    inner = [inner_positions(*each) for each in zip(common, target, source, strict=True)]
+    tokens = sum(len(spans) - 1 for spans in target)
+    return {"both end": sum(map(len, common)) / tokens, "within the source's": sum(map(len, inner)) / tokens}
+
+
+def table(rows: list[dict[str, Any]], say: Callable[[str], object]) -> None:
     """Each row's mean over its seeds, and what it is ahead of SFT by."""
     of: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -204,7 +221,9 @@ def main() -> None:
                 file.write(json.dumps(rows[-1]) + "\n")
             sys.stdout.write(f"{name} {seed}: {scores.bits_per_byte:.4f} in {seconds} s\n")
             sys.stdout.flush()
-    table(rows, lambda line: print(line))  # noqa: T201
+    say = sys.stdout.write
+    say(json.dumps(told_shares(bench.texts)) + "\n")
+    table(rows, lambda line: say(line + "\n"))
 
 
 if __name__ == "__main__":
