@@ -187,8 +187,18 @@ def open_repo(reference: ModelReference, revision: str | None = None, config: st
     Raises:
         TmergeError: As `hub_errors`; CheckpointError when the repo has no such file.
     """
-    assert reference.repo is not None
     wanted = revision or reference.revision
+    snapshot, listed = _opened(reference, wanted, config)
+    if listed not in (None, snapshot.commit) and wanted != snapshot.commit:
+        # Pushed to between the two requests: what was listed is of another commit than what was fetched. It is asked
+        # for by that commit, and once only: a proxy may list commits by names of its own.
+        snapshot, _ = _opened(reference, snapshot.commit, config)
+    return snapshot
+
+
+def _opened(reference: ModelReference, wanted: str | None, config: str | None) -> tuple[Snapshot, str | None]:
+    """A repo as it is found now, and the commit that its files were listed of; None where nothing tells."""
+    assert reference.repo is not None
     with hub_errors(reference):
         # Asked once and without the client's half minute of retries: without a network the cache is next.
         unreachable: Exception | None = None
@@ -219,13 +229,11 @@ def open_repo(reference: ModelReference, revision: str | None = None, config: st
             assert unreachable is not None  # or it would have been fetched
             raise unreachable from None
     commit = folder.name  # .../snapshots/<commit>/config.json
-    if info is not None and info.sha not in (None, commit):
-        # Pushed to between the two requests: what was listed is of another commit than what was fetched.
-        return open_repo(reference, commit, config)
     if info is None:
-        return Snapshot(reference, commit, folder, None)
+        return Snapshot(reference, commit, folder, None), None
     card = info.card_data.to_dict() if info.card_data else {}
-    return Snapshot(reference, commit, folder, files, bool(info.gated), bool(info.private), card_licence(card))
+    snapshot = Snapshot(reference, commit, folder, files, bool(info.gated), bool(info.private), card_licence(card))
+    return snapshot, info.sha
 
 
 def _no_config(reference: ModelReference, names: list[str], wanted: tuple[str, ...]) -> CheckpointError:
