@@ -20,6 +20,7 @@ from tmerge.models import EMBEDDING, PROJECTIONS, Model, describe, load_model, s
 from tmerge.models import model as handles
 from tmerge.models.checkpoint import file_digest
 from tmerge.preflight.check import check
+from tmerge.preflight.learned import stream_names
 from tmerge.recipe import Recipe
 from tmerge.stages.learned_weights import LearnedWeights
 from tmerge.stages.merge import advance, merge
@@ -201,6 +202,30 @@ def test_what_cannot_travel_is_named(tmp_path):
     assert found.document().source.adapter.left_out == list(found.left_out)
     with pytest.raises(UnsupportedModelError, match=r"changes none of the projections k, v .*; it changes .*q_norm"):
         check(Recipe.from_mapping(recipe.model_dump() | {"fusion": {"what": "task-vector", "projections": ["k", "v"]}}))
+
+
+def test_a_norm_goes_with_what_it_norms_and_to_its_namesake(tmp_path):
+    base = save_pico("qwen3", tmp_path / "base", layers=3)
+    trained = {"modules_to_save": ["q_norm", "k_norm", "input_layernorm", "model.norm", "lm_head"]}
+    save_adapter(base, tmp_path / "first", target_modules=["q_proj"], **trained)
+    save_adapter(base, tmp_path / "second", target_modules=["k_proj"])
+    target = save_pico("qwen3", tmp_path / "target", tie_word_embeddings=True)
+    recipe = Recipe.from_mapping(
+        {"target": str(target), "source": str(base), "adapter": str(tmp_path / "first"), "fusion": {"stream": True}}
+    )
+    # There is no head to write to, and no correspondence of k.
+    left = ("lm_head.weight", "model.layers.*.self_attn.k_norm.weight (3)")
+    found = check(recipe)
+    assert found.left_out == left
+    # What a run says beside that can only be what is lacking of a vocabulary.
+    parameters, layouts = found.source.adapter.parameters, (found.target_layout, found.source_layout)
+    going = stream_names(parameters, *layouts, found.projections)
+    assert going == ["norm:input_layernorm", "norm:model/norm", "norm:q"]
+    # Of two that are joined the other one brings k.
+    both = [{"adapter": str(tmp_path / name)} for name in ("first", "second")]
+    data = {"target": str(target), "source_base": str(base), "sources": both, "fusion": {"stream": True}}
+    joined = check(Recipe.from_mapping(data))
+    assert [relative.left_out for relative in joined.sources] == [left[:1], ()]
 
 
 def test_an_adapter_of_another_model(models, tmp_path):

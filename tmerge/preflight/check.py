@@ -150,7 +150,8 @@ def check(recipe: Recipe, models: Models | None = None) -> Check:
     notes: list[str] = []
     left_out: tuple[str, ...] = ()
     if recipe.adapter is not None and source.adapter is not None and isinstance(recipe.fusion, TaskVector):
-        learned = Learned.of(source.adapter.parameters, source_layout, projections, stream=recipe.fusion.carries_stream)
+        layouts, stream = (target_layout, source_layout), recipe.fusion.carries_stream
+        learned = Learned.of(source.adapter.parameters, layouts, projections, stream=stream)
         projections, left_out = learned.projections, learned.left_out
         skipped |= dict.fromkeys(learned.untouched, f"the adapter {recipe.adapter} leaves it as it is")
         if not projections:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from tmerge.errors import UnsupportedModelError
 from tmerge.models import Architecture, Model, ModelFacts
-from tmerge.preflight.learned import Learned
+from tmerge.preflight.learned import Learned, changed_of
 from tmerge.preflight.models import Models
 from tmerge.recipe import Recipe, source_name
 
@@ -64,19 +64,18 @@ class Relatives:
             UnsupportedModelError: One is of another shape than the base, or changes nothing that is carried.
         """
         base, layout = models.matched.facts, models.matched.layout
-        sources, changed, notes = list[Relative](), set[str](), list[str]()
+        # Known of all before one is judged: a norm of q that one has learned goes with the q of another.
+        changed = {name for model in models.sources for name in _changed_of(model, layout, projections)}
+        sources, notes = list[Relative](), list[str]()
         for number, (named, model) in enumerate(zip(recipe.sources, models.sources, strict=True), start=1):
             relative = Relative(source_name(number), model.facts)
             if named.adapter is None:
                 _refuse_another_shape(relative, model, base, layout, projections)
-                changed |= set(projections)
                 if relative.facts.commit == base.commit:
                     notes.append(f"{relative.label} is source_base itself: it has learned nothing")
             else:
-                relative = _of_adapter(relative, layout, projections, recipe.fusion.carries_stream)
-                adapter = relative.facts.adapter
-                assert adapter is not None  # it has been held against its base
-                changed |= set(Learned.of(adapter.parameters, layout, projections, stream=False).projections)
+                layouts, stream = (models.target.layout, layout), recipe.fusion.carries_stream
+                relative = _of_adapter(relative, layouts, projections, changed, stream)
                 if relative.left_out:
                     left = ", ".join(relative.left_out)
                     notes.append(f"what {relative.label} changes and the merge leaves behind: {left}")
@@ -133,15 +132,30 @@ def _shapes(layout: Architecture, name: str) -> list[tuple[int, int, int]]:
     return [(view.layer, view.out_features, view.in_features) for view in layout.projections([name])]
 
 
-def _of_adapter(relative: Relative, layout: Architecture, projections: Sequence[str], stream: bool) -> Relative:
-    """With what of it is left behind.
+def _changed_of(model: Model, layout: Architecture, projections: Sequence[str]) -> list[str]:
+    """The projections that a source changes; all, of a model of its own, which nothing tells of before it is read."""
+    if model.adapter is None:
+        return list(projections)
+    adapter = model.facts.adapter
+    assert adapter is not None  # it is held against its base
+    return changed_of(adapter.parameters, layout, projections)
+
+
+def _of_adapter(
+    relative: Relative,
+    layouts: tuple[Architecture, Architecture],
+    projections: Sequence[str],
+    carried: Collection[str],
+    stream: bool,
+) -> Relative:
+    """With what of it is left behind, of the target's and the base's layouts and what of all sources is carried.
 
     Raises:
         UnsupportedModelError: That is all of it.
     """
     adapter = relative.facts.adapter
     assert adapter is not None  # it is one
-    learned = Learned.of(adapter.parameters, layout, projections, stream=stream)
+    learned = Learned.of(adapter.parameters, layouts, projections, stream=stream, carried=carried)
     if not learned.projections:
         raise UnsupportedModelError(
             f"{relative.label} changes none of the projections {', '.join(projections)} that are fused; it changes "

@@ -227,10 +227,11 @@ def _remarks(measured: Measurements) -> list[str]:
 
 
 def _left_behind(recipe: Recipe, checked: Check, measured: Measurements) -> list[str]:
-    """What a carried adapter changes on the residual stream, and the target had no place for."""
+    """What a carried adapter changes and was left behind, beside what the check, which reads no vocabulary, named."""
     if recipe.adapter is None or checked.source.adapter is None or not recipe.fusion.carries_stream:
         return []
-    changed = stream_names(checked.source.adapter.parameters, checked.source_layout)
+    layouts = checked.target_layout, checked.source_layout
+    changed = stream_names(checked.source.adapter.parameters, *layouts, checked.projections)
     left = [name for name in changed if name not in measured.fused.stream]
     if not left:
         return []
