@@ -1,4 +1,4 @@
-"""What lies on the residual stream beside the projections: which modules are taken, and that writing changes them."""
+"""What a task vector changes beside the projections: which modules are taken, and that writing changes them."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 Alpha = float | Mapping[str, float]
 """Fusion strength: one for all projections, or one for each (projections that it does not name are left alone); what
-else lies on the residual stream goes by the name ``stream``."""
+else a task vector changes goes by the name ``stream``."""
 
 
 def alpha_of(alpha: Alpha, projection: str) -> float:
@@ -54,7 +54,7 @@ class TransportedNeurons:
 
     Attributes:
         layer: Target layer.
-        projection: Its name, or of what else lies on the residual stream; the layer behind the last holds what
+        projection: Its name, or of what else a task vector changes; the layer behind the last holds what
             belongs to none.
         neurons: (k,) selected rows (q k v gate up) or columns (o down).
         weight: (k, in) transported rows, or (out, k) transported columns, float32.

@@ -42,7 +42,7 @@ def changed_together(
         transported: Differences of them, in the order of layers.
 
     Raises:
-        FusionError: What was transported is no difference, or is of what lies on the residual stream.
+        FusionError: What was transported is no difference, or is of embeddings, head or norms.
     """
     for layer, items in groupby(transported, lambda item: item.layer):
         of_module: dict[str, list[TransportedNeurons]] = {}

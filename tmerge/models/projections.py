@@ -61,7 +61,7 @@ class Architecture:
 
         Args:
             projections: Names of `PROJECTIONS`.
-            stream: Whether what else lies on the residual stream is wanted too.
+            stream: Whether what else a task vector changes is wanted too.
         """
         wanted = self.projections(projections)
         wanted += [view for layer in self.stream for view in layer.values()] if stream else []

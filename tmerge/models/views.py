@@ -113,7 +113,7 @@ class Projection:
     """A view on one projection of one layer.
 
     Attributes:
-        name: One of `PROJECTIONS`, or of what else lies on the residual stream (`tmerge.models.stream`).
+        name: One of `PROJECTIONS`, or of what else a task vector changes (`tmerge.models.stream`).
         layer: Index of the block, from 0.
         out_features: Rows of the weight.
         in_features: Columns of the weight.

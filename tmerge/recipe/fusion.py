@@ -119,8 +119,9 @@ class TaskVector(_Carried):
     )
     stream: bool = Field(
         True,
-        description="embeddings and norms too, where the vocabulary is shared; needs structure: shared and map: plan, "
-        "and is false by itself without them, and with save.form: adapter",
+        description="norms too (of q and k, where these are among projections), and where the vocabulary is shared "
+        "embeddings and head; needs structure: shared and map: plan, and is false by itself without them, and with "
+        "save.form: adapter",
     )
     rank: Annotated[int, counted(1, 1_000_000)] | None = Field(
         None, description="most of each carried change, the nearest of that rank; as it comes if left out"

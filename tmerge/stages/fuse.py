@@ -91,7 +91,7 @@ class Fuse:
         if fusion.carries_stream:
             vocabulary = shared_vocabulary(self.target, self.matched)
             if vocabulary is None:
-                progress.note("the two vocabularies differ: embeddings stay the target's, norms are carried")
+                progress.note("the two vocabularies differ: embeddings and head stay the target's, norms are carried")
         transport = transport_of(self.recipe, self.features, self.recorded)
         load(self.target, progress)
         carried = {

@@ -143,7 +143,7 @@ class FuseNote(Note):
         by_source: Of several sources, name -> the same of each.
         layers: Projection -> the target's layers that have it.
         biases: Projection -> what became of its biases.
-        stream: Names of what lies on the residual stream and was carried.
+        stream: Names of what else was carried: embeddings, head and norms.
         eta: The layer problem's regularisation, as used.
         layer_plans_converged: Whether the layer problems reached the tolerance.
     """

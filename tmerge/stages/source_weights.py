@@ -30,7 +30,7 @@ class SourceWeights:
     Attributes:
         model: Whose they are.
         projections: That are fused.
-        stream: Whether what else lies on the residual stream is carried too, or compared.
+        stream: Whether what else a task vector changes is carried too, or compared.
         path: A file for what cannot be read from the model's own.
     """
 
