@@ -1,5 +1,6 @@
 """The licence files of what was merged into a target go with the merge, each in a folder of its model."""
 
+import json
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from tests.stages.test_merge import recipe_for
 from tests.stages.test_task_vector import recipe_for as vector_recipe
 from tmerge.hub.published import STALE, left_behind, published_files
 from tmerge.models import ModelReference, source_licence_files
+from tmerge.models.checkpoint import licence_names
 from tmerge.models.finding import find_place
 from tmerge.recipe import Recipe
 from tmerge.run import Run
@@ -20,7 +22,7 @@ from tmerge.stages.merge import merge
 def folder_with(path, **texts):
     """A model's folder, with licence files of these texts."""
     for name, text in texts.items():
-        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(text)
     return path
 
@@ -95,6 +97,53 @@ def test_each_model_once_and_none_in_the_place_of_another(tmp_path):
     merged = find_place(str(tmp_path / "merge"))
     assert list(source_licence_files(target, [merged])) == ["licenses/merge/LICENSE", "licenses/x--y/LICENSE"]
     assert list(source_licence_files(merged, [one])) == ["licenses/model/LICENSE"]
+
+
+def test_a_run_of_before_that_passed_some_over_is_saved_again_with_them(models, tmp_path):
+    out = tmp_path / "fused"
+    merge(recipe_for(models), out)
+    shutil.rmtree(out / "licenses")
+    (out / "LICENSE").unlink()
+    # As the note was when none of them were looked for.
+    path = out / "tmerge/cache/save.json"
+    noted = json.loads(path.read_text())
+    del noted["facts"]["source_licence_files"], noted["facts"]["licence_files"]
+    path.write_text(json.dumps(noted))
+    steps = []
+    merge(recipe_for(models), out, listener=steps.append)
+    assert {step.stage for step in steps} == {"save"}
+    assert {"LICENSE", "licenses/source/LICENSE", "licenses/source/NOTICE"} <= published_files(Run(out)).keys()
+    # One that a source has no longer does not make it be written anew.
+    shutil.copytree(models, tmp_path / "models")
+    here, there = recipe_for(tmp_path / "models"), tmp_path / "other"
+    merge(here, there)
+    (tmp_path / "models/source/NOTICE").unlink()
+    steps.clear()
+    merge(here, there, listener=steps.append)
+    assert not steps and (there / "licenses/source/NOTICE").is_file()
+
+
+def test_a_folder_of_licences_goes_with_them(tmp_path):
+    """As REUSE has it, or with one file for the code and one for the weights."""
+    texts = {"LICENSE": "own", "LICENSES/MIT.txt": "mit", "licences/LICENSE": "of part", "licences/Apache-2.0": "ap"}
+    others = {"licences/run.py": "none", "LICENSES/deep/MIT.txt": "none", "docs/LICENSE": "none"}
+    for name in ("source", "target"):
+        folder_with(save_pico("llama", tmp_path / name, layers=2), **texts, **others)
+    source, target = find_place(str(tmp_path / "source")), find_place(str(tmp_path / "target"))
+    listed = {path: len(text) for path, text in (texts | others).items()} | {"LICENSES/LICENSE-large": 2**21}
+    assert sorted(texts) == licence_names(tmp_path / "source", None) == licence_names(tmp_path / "none", listed)
+    found = {name: path.read_text() for name, path in source_licence_files(target, [source]).items()}
+    folder = "licenses/source"
+    expected = {"LICENSE": "own", "MIT.txt": "mit", "LICENSE-2": "of part", "Apache-2.0": "ap"}
+    assert found == {f"{folder}/{name}": text for name, text in expected.items()}
+    # The target's are with its others, and go to the repo; and all of them into a merge of that one.
+    out = tmp_path / "fused"
+    merge(recipe_for(tmp_path), out)
+    own = {"LICENSE": "own", "licenses/MIT.txt": "mit", "licenses/LICENSE": "of part", "licenses/Apache-2.0": "ap"}
+    assert {name: (out / name).read_text() for name in (own | found)} == own | found
+    assert own.keys() | found.keys() <= published_files(Run(out)).keys()
+    again = source_licence_files(target, [find_place(str(out))])
+    assert len(again) == len(own) + len(found) and "licenses/source/Apache-2.0" in again
 
 
 @pytest.mark.parametrize(

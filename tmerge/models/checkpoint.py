@@ -94,6 +94,8 @@ _LICENCE = re.compile(
 )
 
 
+# In a folder of licences all texts are some: MIT, Apache-2.0.txt. What follows a dot there is a version or a text's.
+_TEXT_OF_A_LICENCE = re.compile(r"[\w+-]+(\.\d[\w+-]*)*(\.(txt|md|rst|html?|pdf))?", re.IGNORECASE)
 _MOST_LICENCE_BYTES = 1 << 20
 
 
@@ -112,22 +114,34 @@ LICENCE_FOLDER = "licenses"
 
 
 def licence_names(folder: Path, listed: Mapping[str, int] | None) -> list[str]:
-    """Names of a model's licence files, sorted: beside the weights, or in `LICENCE_FOLDER`, where it is a merge itself.
+    """Names of a model's licence files, sorted, wherever they lie.
+
+    That is beside the weights; in a folder of them, ``LICENSES/MIT.txt`` or ``licenses/LICENSE-model``; or, where it is
+    a merge itself, in the folders of `LICENCE_FOLDER`.
 
     Args:
         folder: Where it is.
         listed: Sizes by name, of a repo; None to look into the folder.
     """
     if listed is None:
-        here = [*folder.iterdir(), *(folder / LICENCE_FOLDER).glob("*/*")]
+        top = list(folder.iterdir())
+        flat = (inner for path in top if _is_of_licences(path.name) and path.is_dir() for inner in path.iterdir())
+        here = [*top, *flat, *(folder / LICENCE_FOLDER).glob("*/*")]
         listed = {path.relative_to(folder).as_posix(): path.stat().st_size for path in here if path.is_file()}
-    names = []
-    for name, size in sorted(listed.items()):
-        path = PurePosixPath(name)
-        within = len(path.parts) == 1 or (len(path.parts) == 3 and path.parts[0] == LICENCE_FOLDER)
-        if within and is_licence_file(path.name, size):
-            names.append(name)
-    return names
+    return [name for name, size in sorted(listed.items()) if _is_licence(PurePosixPath(name), size)]
+
+
+def _is_licence(path: PurePosixPath, size: int) -> bool:
+    if len(path.parts) == 1:
+        return is_licence_file(path.name, size)
+    flat = len(path.parts) == 2 and _is_of_licences(path.parts[0])
+    of_a_merge = len(path.parts) == 3 and path.parts[0] == LICENCE_FOLDER
+    named = _TEXT_OF_A_LICENCE.fullmatch(path.name) is not None
+    return (flat or of_a_merge) and named and size <= _MOST_LICENCE_BYTES
+
+
+def _is_of_licences(folder: str) -> bool:
+    return folder.lower() in (LICENCE_FOLDER, "licences")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ __all__ = ["licence_files", "source_licence_files", "write_licence_files"]
 
 
 def licence_files(place: Place | GgufPlace | None) -> dict[str, Path]:
-    """Name -> path of a model's licence files, of the adapter's that is joined to it too; fetched if need be.
+    """Path in a merge's folder -> licence file of its target, and of the adapter joined to that; fetched if need be.
 
     Args:
         place: Where the model is. What lies beside a GGUF file need not be of it.
@@ -31,10 +31,10 @@ def licence_files(place: Place | GgufPlace | None) -> dict[str, Path]:
     """
     found = {}
     if isinstance(place, Place):
-        found = place.licence_files
+        found = _placed(place.licence_files, "")
     if place is not None and place.adapter is not None:
         # Of two of one name the model's, whose weights they are.
-        found = place.adapter.licence_files | found
+        found = _placed(place.adapter.licence_files, "") | found
     return found
 
 
@@ -61,12 +61,32 @@ def source_licence_files(target: Place | GgufPlace, sources: Iterable[Place | Gg
                 continue
             folder = _folder_of(each.reference, folders)
             folders.add(folder)
-            for name, path in files.items():
-                # Of a source that is a merge itself, what it was made of keeps its place.
-                inside = name if len(PurePosixPath(name).parts) > 1 else f"{LICENCE_FOLDER}/{folder}/{name}"
+            for inside, path in _placed(files, f"{LICENCE_FOLDER}/{folder}/").items():
                 if inside not in own:
                     found.setdefault(inside, path)
     return found
+
+
+def _placed(files: Mapping[str, Path], folder: str) -> dict[str, Path]:
+    """Where a model's licence files go in a merge.
+
+    Args:
+        files: By their names at the model.
+        folder: For those beside its weights; empty for a target's, whose folder of licences is `LICENCE_FOLDER` then.
+    """
+    placed: dict[str, Path] = {}
+    for name, path in files.items():
+        parts = PurePosixPath(name).parts
+        if len(parts) == 3:
+            # Of a model that is a merge itself, what it was made of keeps its place.
+            within = f"{LICENCE_FOLDER}/{parts[1]}/"
+        else:
+            within = folder or ("" if len(parts) == 1 else f"{LICENCE_FOLDER}/")
+        # One beside the weights and one in a folder may have one name.
+        plain = PurePosixPath(parts[-1])
+        names = (parts[-1], *(f"{plain.stem}-{number}{plain.suffix}" for number in range(2, len(files) + 2)))
+        placed[next(inside for each in names if (inside := within + each) not in placed)] = path
+    return placed
 
 
 def write_licence_files(files: Mapping[str, Path], folder: Path) -> None:

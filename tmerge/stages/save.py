@@ -44,7 +44,7 @@ _COMPARED_TEXTS = 4
 # What a checkpoint that is written over may leave behind, and would be read with the new one's files.
 _OF_A_CHECKPOINT = (
     *("model*.safetensors", "model.safetensors.index.json", "generation_config.json"),
-    *("additional_chat_templates/*.jinja", f"{LICENCE_FOLDER}/*/*", ADAPTER_WEIGHTS),
+    *("additional_chat_templates/*.jinja", f"{LICENCE_FOLDER}/*", f"{LICENCE_FOLDER}/*/*", ADAPTER_WEIGHTS),
 )
 # Without one of these a folder is neither a checkpoint nor an adapter.
 _CONFIGS = (CONFIG, ADAPTER_CONFIG)
@@ -83,7 +83,11 @@ class Save:
         return {"fuse": self.fused, "alpha": self.alpha, "save": self.recipe.digest("save")}
 
     def has_files(self, note: SaveNote) -> bool:
-        """Whether the checkpoint is still what was written."""
+        """Whether the checkpoint is still what was written, and with all licence files that are there now."""
+        # They decide nothing of the weights, so that no key has them: an earlier tmerge passed some over. One that
+        # was written and is not found any more, with the Hub away, stays.
+        if not (self.others.keys() <= set(note.source_licence_files) and self._own.keys() <= set(note.licence_files)):
+            return False
         paths = {self.run.folder / name: digest for name, digest in note.weights.items()}
         config = CONFIG if note.adapter is None else ADAPTER_CONFIG
         kept = [self.run.folder / name for name in (config, *note.licence_files, *note.source_licence_files)]
@@ -91,11 +95,16 @@ class Save:
             return False
         return all(file_digest(path) == digest for path, digest in paths.items())
 
+    @property
+    def _own(self) -> dict[str, Path]:
+        """Path in the folder -> licence file of the target."""
+        return licence_files(self.target.place)
+
     def do(self, key: str, progress: Progress) -> SaveNote:
         """Fuse, write, compare, move."""
         loaded = load(self.target, progress)
         stored, computed = (str(dtype).removeprefix("torch.") for dtype in (loaded.dtype, loaded.model.dtype))
-        licence = {"licence_files": tuple(licence_files(loaded.place)), "source_licence_files": tuple(self.others)}
+        licence = {"licence_files": tuple(self._own), "source_licence_files": tuple(self.others)}
         if self.recipe.save.form == "adapter":
             projections = self.recipe.fusion.projections
             adapter, weights = publish_adapter(
@@ -216,7 +225,7 @@ def _moved(fresh: Path, folder: Path) -> dict[str, str]:
     files = {path.relative_to(fresh) for path in fresh.rglob("*") if path.is_file()}
     for pattern in _OF_A_CHECKPOINT:
         for path in folder.glob(pattern):
-            if path.relative_to(folder) not in files:
+            if path.is_file() and path.relative_to(folder) not in files:
                 path.unlink()
     for name in sorted(files, key=lambda path: (str(path) in _CONFIGS, path)):
         (fresh / name).chmod(0o644)  # safetensors makes files for their owner alone
