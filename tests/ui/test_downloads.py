@@ -1,7 +1,9 @@
 """A run's files over HTTP: the zip as it is streamed, single files, and nothing else; kept in a folder of one's own."""
 
+import asyncio
 import io
 import os
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -9,10 +11,13 @@ import zipfile
 from dataclasses import replace
 
 import pytest
+from starlette.requests import Request
 
-from tmerge.errors import OutputExistsError
-from tmerge.ui.server.downloads import files_of, keep_in
-from tmerge.ui.server.room import may_go
+from tmerge.errors import OutputExistsError, RunNotFoundError
+from tmerge.recipe import Recipe
+from tmerge.ui.server.downloads import download_routes, files_of, keep_in
+from tmerge.ui.server.room import goes_now, may_go
+from tmerge.ui.server.visitor_run import GONE, Further, VisitorRun
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +105,60 @@ def test_across_file_systems_it_is_copied(done, tmp_path, monkeypatch):
     assert files_of(tmp_path / "fused") == files_of(done.folder)
 
 
+@pytest.fixture
+def asked(tmp_path):
+    """A finished comparison that was looked up by a route, not yet answered; and what is sent for it."""
+    (tmp_path / "home/merge").mkdir(parents=True)
+    (tmp_path / "home/merge/config.json").write_text("{}")
+    (tmp_path / "home/compare.html").write_text("rows")
+    recipe = Recipe.from_mapping({"target": "a", "source": "b"})
+    run = VisitorRun("x", recipe, tmp_path / "home/merge", "someone", state="done", report=object())
+    run.further = Further(run.folder, 1, "compare")
+
+    def ask(path, params):
+        scope = {"type": "http", "method": "GET", "headers": [], "path_params": {"run_id": "x", **params}}
+        (route,) = [route for route in download_routes({"x": run}.get) if route.path == path]
+        answer, sent = route.endpoint(Request(scope)), []
+
+        async def send(message):
+            sent.append((message, bool(run.reading)))
+
+        async def receive():
+            await asyncio.sleep(60)
+
+        return lambda: asyncio.run(answer(scope, receive, send)) or sent
+
+    return run, ask
+
+
+PATHS = [
+    ("/run/{run_id}/compare.html", {}),
+    ("/run/{run_id}/model.zip", {}),
+    ("/run/{run_id}/files/{path:path}", {"path": "config.json"}),
+]
+
+
+@pytest.mark.parametrize(("path", "params"), PATHS)
+def test_what_is_sent_is_held(asked, path, params):
+    run, ask = asked
+    sent = ask(path, params)()
+    assert sent[0][0]["status"] == 200 and all(held for _, held in sent)
+    assert not run.reading and goes_now(run)
+
+
+@pytest.mark.parametrize(("path", "params"), PATHS)
+@pytest.mark.parametrize("swept", ["going", "gone"])
+def test_a_run_that_goes_before_it_is_sent_is_told_gone(asked, path, params, swept):
+    run, ask = asked
+    answer = ask(path, params)
+    assert goes_now(run)
+    if swept == "gone":
+        shutil.rmtree(run.folder.parent)
+    sent = answer()
+    assert sent[0][0]["status"] == 404 and GONE.encode() in sent[1][0]["body"]
+    assert not run.reading
+
+
 def test_a_run_stays_while_a_download_of_it_is_open(served, monkeypatch):
     store = served.context.store
     run = served.ended(store.start(served.recipe(seed=12), "someone"))
@@ -124,3 +183,5 @@ def test_a_run_stays_while_a_download_of_it_is_open(served, monkeypatch):
         assert may_go(run)
     store.sweep()
     assert store.get(run.id) is None
+    with pytest.raises(RunNotFoundError), run.being_read():
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -59,11 +60,11 @@ def download_routes(seen: Callable[[str], VisitorRun | None]) -> list[Route]:
             return PlainTextResponse(GONE, status_code=404)
         return _Held(run, FileResponse(run.folder / name, filename=name.name))
 
-    def compared(request: Request) -> Response:
+    def compared(request: Request) -> Response | _Held:
         run = finished(request)
         if run is None or run.asks != "comparison":
             return PlainTextResponse(GONE, status_code=404)
-        return FileResponse(run.folder.parent / "compare.html", filename="compare.html")
+        return _Held(run, FileResponse(run.folder.parent / "compare.html", filename="compare.html"))
 
     return [
         Route("/run/{run_id}/compare.html", compared, methods=["GET"]),
@@ -85,17 +86,16 @@ def keep_in(run: VisitorRun, folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputExistsError(f"{folder} is there and not empty; name a new folder")
-    if not run.folder.is_dir():
-        raise RunNotFoundError(GONE)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with run.being_read(), tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as holder:
-        part = Path(holder) / folder.name
-        for name in files_of(run.folder):
-            (part / name).parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(run.folder / name, part / name)
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
+    with run.being_read():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as holder:
+            part = Path(holder) / folder.name
+            for name in files_of(run.folder):
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(run.folder / name, part / name)
+            if folder.exists():
+                folder.rmdir()
+            part.rename(folder)
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -118,7 +118,13 @@ class _Held:
             await send(message)
             self.run.looked_at = time.time()
 
-        with self.run.being_read():
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self.run.being_read())
+            except RunNotFoundError:
+                # Removed since it was looked up: nothing is sent yet, so that this can still be said.
+                await PlainTextResponse(GONE, status_code=404)(scope, receive, send)
+                return
             await self.answer(scope, receive, sent)
 
 

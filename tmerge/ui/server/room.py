@@ -13,7 +13,7 @@ from pathlib import Path
 from tmerge.ui.server.limits import AppSettings
 from tmerge.ui.server.visitor_run import VisitorRun
 
-__all__ = ["may_go", "to_go"]
+__all__ = ["goes_now", "may_go", "to_go"]
 
 _OLD = "nobody has looked for some hours"
 _ROOM = "the room on the disk was needed for other runs"
@@ -51,6 +51,13 @@ def may_go(run: VisitorRun) -> bool:
     """Whether a run is over, and nothing of it is being pushed, or read by one who takes what is sent."""
     read = run.reading and time.time() - run.looked_at < _READING_SECONDS
     return run.over and not read and (run.push is None or run.push.state != "pushing")
+
+
+def goes_now(run: VisitorRun) -> bool:
+    """Whether a run is to be removed now, as `may_go` says; if so, nobody begins to read it any more."""
+    with run.turn:
+        run.removed = may_go(run)
+        return run.removed
 
 
 def _bytes_of(runs: Iterable[VisitorRun]) -> int:

@@ -33,7 +33,7 @@ from tmerge.ui.server.faults import fault_line
 from tmerge.ui.server.further import go_further, refuse_for_memory, refuse_further
 from tmerge.ui.server.limits import AppSettings, BusyError, TooManyRunsError
 from tmerge.ui.server.overall import seconds_left
-from tmerge.ui.server.room import may_go, to_go
+from tmerge.ui.server.room import goes_now, to_go
 from tmerge.ui.server.run_process import NAME, lost, prepared_child
 from tmerge.ui.server.uploads import hide_upload, with_upload, without_paths
 from tmerge.ui.server.visitor_run import Further, State, VisitorRun, Way
@@ -257,7 +257,7 @@ class RunStore:
         with self._changed:
             # One that was cancelled may have been continued meanwhile, or a push of it begun.
             known = [run for each in gone if (run := self._runs.get(each)) is not None]
-            removed = [self._runs.pop(run.id) for run in known if may_go(run)]
+            removed = [self._runs.pop(run.id) for run in known if goes_now(run)]
             self._gone |= {run.id: gone[run.id] for run in removed}
             self._gone = dict(list(self._gone.items())[-_MOST_GONE:])
         for run in removed:

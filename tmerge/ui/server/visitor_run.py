@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tmerge.child import Told
-from tmerge.errors import Cancelled
+from tmerge.errors import Cancelled, RunNotFoundError
 from tmerge.recipe import Recipe
 from tmerge.report import Relatedness, Report
 from tmerge.stages.step import NOTE
@@ -130,6 +130,8 @@ class VisitorRun:
         report: report.json, once it is done.
         push: Its last push, under way or over.
         reading: One for each of those that read its files just now.
+        removed: Whether its files are gone, or going.
+        turn: Held by who begins to read them, and by who decides that they go.
         relates: Whether it asks no more than whether the two models are related.
         relatedness: What it found, where it asks that, once it is done.
         further: What it does with a finished merge; then `folder` is of what a training makes, or the merge compared.
@@ -157,6 +159,8 @@ class VisitorRun:
     report: Report | None = None
     push: PushUnderWay | None = None
     reading: set[object] = field(default_factory=set)
+    removed: bool = False
+    turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
     relates: bool = False
     relatedness: Relatedness | None = None
     further: Further | None = None
@@ -187,9 +191,16 @@ class VisitorRun:
 
     @contextlib.contextmanager
     def being_read(self) -> Iterator[None]:
-        """For who reads its files: it is not removed meanwhile."""
+        """For who reads its files: it is not removed meanwhile.
+
+        Raises:
+            RunNotFoundError: It was removed before.
+        """
         reader = object()
-        self.reading.add(reader)
+        with self.turn:
+            if self.removed or not self.folder.is_dir():
+                raise RunNotFoundError(GONE)
+            self.reading.add(reader)
         try:
             yield
         finally:
