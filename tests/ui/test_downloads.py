@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 from starlette.requests import Request
 
+from tests.ui.awaited import awaited
 from tmerge.errors import OutputExistsError, RunNotFoundError
 from tmerge.recipe import Recipe
 from tmerge.ui.server.downloads import download_routes, files_of, keep_in
@@ -126,7 +127,7 @@ def asked(tmp_path):
         async def receive():
             await asyncio.sleep(60)
 
-        return lambda: asyncio.run(answer(scope, receive, send)) or sent
+        return lambda: awaited(answer(scope, receive, send)) or sent
 
     return run, ask
 
