@@ -258,7 +258,7 @@ def test_rows_are_of_the_commits_that_were_merged_and_another_commit_has_others(
     # Two models as if they were of the Hub, where a repo's main can move at any time.
     now, loaded = ["a" * 40], []
 
-    def found(reference, revision, trust_remote_code, adapter, base):
+    def found(reference, revision, trust_remote_code, adapter, base, **_):
         place = find_place(reference)
         place.__dict__["commit"] = revision or now[0]
         place.__dict__["_digest"] = lambda: place.commit
