@@ -3,6 +3,8 @@
 import json
 import time
 import warnings
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -194,13 +196,15 @@ def test_a_job_does_not_outlive_the_sign_in_that_it_pushes_with():
 
 @pytest.mark.slow
 def test_a_run_that_fits_is_not_pressed_upon_anyone(app):
-    from dataclasses import replace
+    def with_limits(**limits):
+        context = copy(app.context)
+        context.settings = replace(app.context.settings, max_parameters=10**9, **limits)
+        return context
 
-    roomy = replace(app.context, settings=replace(app.context.settings, max_parameters=10**9))
+    roomy, small = with_limits(), with_limits(max_texts=100)
     refused, card = waited(job_offer, roomy, {**RECIPE, "seed": 11})
     assert not refused and "This app can run it" in card
     refused, card = waited(job_offer, roomy, {**RECIPE, "calibration": {"dataset": "samples:thai", "texts": 10**6}})
     assert not refused
-    small = replace(app.context, settings=replace(roomy.settings, max_texts=100))
     refused, card = waited(job_offer, small, {**RECIPE, "calibration": {"dataset": "samples:thai", "texts": 500}})
     assert refused and "not for a job" in card
