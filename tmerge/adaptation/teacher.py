@@ -207,10 +207,12 @@ def _read(
     device = model.device
     mask = None if mask is None else mask.to(device)
     logits = model.model(input_ids=ids.to(device), attention_mask=mask, use_cache=False).logits
-    return [_told(logits[row], asked, encoded[row], pieces) for row, asked in enumerate(positions)]
+    return [_told_of(logits[row], asked, encoded[row], pieces) for row, asked in enumerate(positions)]
 
 
-def _told(logits: Tensor, positions: Sequence[ToldPosition], target_ids: Sequence[int], pieces: Pieces | None) -> _Told:
+def _told_of(
+    logits: Tensor, positions: Sequence[ToldPosition], target_ids: Sequence[int], pieces: Pieces | None
+) -> _Told:
     """Of one text, from the source's (S, V): what its likeliest tokens give, or without `pieces` these themselves."""
     common = [position for position in positions if position.depth == 0]
     rows = {position.source: row for row, position in enumerate(common)}
