@@ -4,9 +4,8 @@
   const fit = new ResizeObserver(([{ contentRect }]) => {
     if (contentRect.width) window.dispatchEvent(new Event("resize"));
   });
-  let later = 0;
+  // At once, before anything else can run: a key pressed in between would find nothing to scroll.
   const reach = () => {
-    later = 0;
     for (const node of document.querySelectorAll("#push-markdown table, .cm-content")) {
       if (node.tabIndex !== 0) node.tabIndex = 0;
     }
@@ -14,6 +13,5 @@
     const map = document.getElementById("run-map");
     if (map) fit.observe(map);
   };
-  const soon = () => { later ||= setTimeout(reach, 300); };
-  new MutationObserver(soon).observe(document, { childList: true, subtree: true });
+  new MutationObserver(reach).observe(document, { childList: true, subtree: true });
 })();
