@@ -17,9 +17,10 @@ from tests.meeting import Together
 from tests.pico import pico_model, pico_tokenizer, save_pico
 from tmerge.adaptation import teacher as teachers
 from tmerge.adaptation.distillation import distillation_loss
-from tmerge.adaptation.pieces import Pieces, common_positions, complete_ends, inner_positions
+from tmerge.adaptation.pieces import Pieces, common_positions, inner_positions
 from tmerge.adaptation.teacher import Teacher, read_teacher
 from tmerge.adaptation.training import _encode
+from tmerge.calibration import complete_ends
 from tmerge.models import Model, load_model
 from tmerge.models.loading import open_by_blocks
 from tmerge.processes import ALONE

@@ -37,9 +37,9 @@ from torch.nn import functional
 from tests.bench.relatives import DATA, HELD_OUT, language_texts
 from tmerge.adaptation import adapt, feature_goals, trainer
 from tmerge.adaptation import teacher as teachers
-from tmerge.adaptation.pieces import ToldPosition, common_positions, complete_ends, inner_positions
+from tmerge.adaptation.pieces import ToldPosition, common_positions, inner_positions
 from tmerge.adaptation.teacher import Teacher
-from tmerge.calibration import FeatureStore, TextSet
+from tmerge.calibration import FeatureStore, TextSet, complete_ends
 from tmerge.evaluation import Scores, difference, resamples, score_texts
 from tmerge.models import LoadedModel, load_model
 from tmerge.recipe import AdaptationSettings, Recipe

@@ -58,6 +58,21 @@ def real_tokens(tokenizer: Any, text: str, limit: int) -> list[tuple[int, int, i
 # -- which positions --------------------------------------------------------------------------------------------------
 
 
+def test_no_token_ends_within_a_character_that_the_next_one_writes_on():
+    # "é" is two bytes; the first is a part of one token, and the second of the next, which goes on to "b".
+    vocabulary = {token: number for number, token in enumerate(["x", "a", "Ã", "©", "b", "aÃ", "©b"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("a", "Ã"), ("©", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert fast("xaéb", return_offsets_mapping=True)["offset_mapping"] == [(0, 1), (1, 3), (2, 4)]
+    assert token_positions(fast, ["xaéb"], [[4]], 8) == [[2]]
+    texts = ["xaéb"] * 16
+    assert common_ends(fast, fast, texts, limits=(8, 8), wanted=32, seed=0) == ((4,),) * 16
+    # Nor where the text is cut.
+    with pytest.raises(TokenizerError):
+        common_ends(fast, fast, texts, limits=(2, 2), wanted=32, seed=0)
+
+
 def test_a_token_of_both_ends_at_every_place() -> None:
     chosen = ends(10_000)
     for tokenizer, limit in zip((pico_tokenizer(), word_tokenizer()), LIMITS, strict=True):

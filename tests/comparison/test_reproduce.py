@@ -14,7 +14,7 @@ from tests.stages.test_task_vector import recipe_for as pair_recipe
 from tmerge.comparison import reproduce as reproducing
 from tmerge.comparison.reproduce import difference_words, reproduce
 from tmerge.errors import ModelNotFoundError, OutputExistsError
-from tmerge.recipe import CARRYING_BESIDE, MATCHING_BY_WEIGHTS, Recipe
+from tmerge.recipe import CARRYING_BESIDE, MATCHING_BY_WEIGHTS, READING_AT_ENDS, Recipe
 from tmerge.run import Run
 from tmerge.stages.merge import merge
 
@@ -79,7 +79,7 @@ def matched_by_weights(tmp_path_factory):
 )
 def test_that_the_method_has_changed_is_told_before_and_after(matched_by_weights, tmp_path, monkeypatch, before, forms):
     report = json.loads((matched_by_weights / "tmerge/report.json").read_text())
-    carrying = {"carrying beside the projections": CARRYING_BESIDE}
+    carrying = {"reading at tokens' ends": READING_AT_ENDS, "carrying beside the projections": CARRYING_BESIDE}
     assert report["method"] == {"matching by weights": MATCHING_BY_WEIGHTS, **carrying}
     shutil.copytree(matched_by_weights, tmp_path / "fused")
     report |= {

@@ -23,14 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Pieces", "Span", "ToldPosition", "common_positions", "complete_ends", "inner_positions"]
+from tmerge.calibration import Span
+
+__all__ = ["Pieces", "ToldPosition", "common_positions", "inner_positions"]
 
 # Pieces of a token that are told apart; what comes after is not carried. A word of Thai is 15 bytes and more.
 _DEPTH = 16
 _STRINGS_AT_ONCE = 20_000
-
-Span = tuple[int, int]
-"""Where in its text a token lies, in characters: the first, and one behind the last; a special token has none."""
 
 
 class ToldPosition(NamedTuple):
@@ -45,15 +44,6 @@ class ToldPosition(NamedTuple):
     target: int
     source: int
     depth: int
-
-
-def complete_ends(spans: Sequence[Span]) -> list[int]:
-    """Where each token ends; -1 of special ones, and of those whose last character the next token still writes on."""
-    following = [*spans[1:], (0, 0)]
-    return [
-        end if end > start and (next_end <= next_start or next_start >= end) else -1
-        for (start, end), (next_start, next_end) in zip(spans, following, strict=False)
-    ]
 
 
 def common_positions(target_ends: Sequence[int], source_ends: Sequence[int]) -> list[ToldPosition]:

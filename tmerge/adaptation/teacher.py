@@ -21,8 +21,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from tmerge.adaptation.pieces import Pieces, Span, ToldPosition, common_positions, complete_ends, inner_positions
-from tmerge.calibration import length_batches, padded
+from tmerge.adaptation.pieces import Pieces, ToldPosition, common_positions, inner_positions
+from tmerge.calibration import Span, complete_ends, length_batches, padded
 from tmerge.errors import TokenizerError
 from tmerge.models import LoadedModel, refuse_without_rows
 from tmerge.models.blocks import run_passes

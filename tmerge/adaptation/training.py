@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from tmerge.adaptation.goals import FeatureGoals, FeatureWatch
-from tmerge.adaptation.pieces import Span
 from tmerge.adaptation.residual import attach_residual, fold_residual
 from tmerge.adaptation.teacher import Reading, read_teacher
 from tmerge.adaptation.trainer import StepShare, card_kept, make_trainer
+from tmerge.calibration import Span
 from tmerge.errors import AdaptationError, MissingExtraError, TokenizerError
 from tmerge.fusion import Alpha, TransportedNeurons, fuse
 from tmerge.models import STREAM, Architecture, LoadedModel, describe, group_of, refuse_without_rows

@@ -6,7 +6,7 @@ from tmerge.calibration.batches import encode, length_batches, padded, token_lim
 from tmerge.calibration.capture import CaptureReport, bare_forward, capture
 from tmerge.calibration.features import FeatureStore, FeatureWriter
 from tmerge.calibration.identity import DatasetRecord, dataset_identity, file_identity, pinned
-from tmerge.calibration.positions import common_ends, token_positions
+from tmerge.calibration.positions import Span, common_ends, complete_ends, token_positions
 from tmerge.calibration.room import Room
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_language_code, sample_languages, sample_texts
 from tmerge.calibration.texts import TextSet, is_held_out, normalise, of_another, other_texts, read_texts, text_digest
@@ -18,10 +18,12 @@ __all__ = [
     "FeatureStore",
     "FeatureWriter",
     "Room",
+    "Span",
     "TextSet",
     "bare_forward",
     "capture",
     "common_ends",
+    "complete_ends",
     "dataset_identity",
     "encode",
     "file_identity",

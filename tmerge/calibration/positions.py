@@ -14,11 +14,23 @@ from transformers import PreTrainedTokenizerBase
 
 from tmerge.errors import TokenizerError
 
-__all__ = ["MINIMUM_ROWS", "common_ends", "token_positions"]
+__all__ = ["MINIMUM_ROWS", "Span", "common_ends", "complete_ends", "token_positions"]
 
 _TEXTS_AT_ONCE = 512
 MINIMUM_ROWS = 16
 """Fewest rows: a correlation over less says nothing."""
+
+Span = tuple[int, int]
+"""Where in its text a token lies, in characters: the first, and one behind the last; a special token has none."""
+
+
+def complete_ends(spans: Sequence[Span]) -> list[int]:
+    """Where each token ends; -1 of special ones, and of those whose last character the next token still writes on."""
+    following = [*spans[1:], (0, 0)]
+    return [
+        end if end > start and (next_end <= next_start or next_start >= end) else -1
+        for (start, end), (next_start, next_end) in zip(spans, following, strict=False)
+    ]
 
 
 def common_ends(
@@ -97,7 +109,7 @@ def token_positions(
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int) -> list[dict[int, int]]:
-    """Per text: character -> the last token that ends there, the first token of the text left out."""
+    """Per text: character -> the token that has read all up to there, the first token of the text left out."""
     if not tokenizer.is_fast:
         raise TokenizerError(
             f"the tokenizer of {tokenizer.name_or_path or 'a model'} does not say where in a text its tokens lie, "
@@ -108,7 +120,7 @@ def _ends(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int) 
         chunk = list(texts[start : start + _TEXTS_AT_ONCE])
         encoded = tokenizer(chunk, return_offsets_mapping=True, truncation=False, padding=False, verbose=False)
         for offsets in encoded["offset_mapping"]:
-            # A special token lies nowhere: it begins where it ends.
-            real = [(end, position) for position, (begin, end) in enumerate(offsets[:limit]) if end > begin]
-            ends.append(dict(real[1:]))
+            first = next((position for position, (begin, end) in enumerate(offsets) if end > begin), 0)
+            complete = enumerate(complete_ends(offsets)[:limit])
+            ends.append({end: position for position, end in complete if end >= 0 and position > first})
     return ends

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from tmerge.recipe.recipe import Recipe
 
-__all__ = ["CARRYING_BESIDE", "MATCHING_BY_WEIGHTS", "method_of"]
+__all__ = ["CARRYING_BESIDE", "MATCHING_BY_WEIGHTS", "READING_AT_ENDS", "method_of"]
 
 CARRYING_BESIDE = 2
 """What a task vector carries beside the projections: norms of q and k too."""
 MATCHING_BY_WEIGHTS = 4
 """Of neurons; of layers too; of a wide model, by some of its weights; and by embeddings."""
 
+READING_AT_ENDS = 2
+"""Where both tokenizers end a token; no longer behind half a character, on which the next token writes on."""
+
 
 def method_of(recipe: Recipe) -> dict[str, int]:
     """Part of the method, in words -> its form; of the parts that the recipe goes through and that have changed."""
     parts = {
+        "reading at tokens' ends": READING_AT_ENDS if recipe.calibration.rows != "texts" else None,
         "matching by weights": MATCHING_BY_WEIGHTS if recipe.matches_by_weights else None,
         "carrying beside the projections": CARRYING_BESIDE if recipe.fusion.carries_stream else None,
     }

@@ -10,7 +10,7 @@ from typing import Any
 from tmerge.calibration import TextSet, common_ends, of_another, other_texts, pinned, read_texts, token_limit
 from tmerge.errors import DatasetError
 from tmerge.models import Model, refuse_without_rows
-from tmerge.recipe import CalibrationSettings, Recipe, Reconstruction
+from tmerge.recipe import READING_AT_ENDS, CalibrationSettings, Recipe, Reconstruction
 from tmerge.report import TrainingTexts
 from tmerge.run import Run
 from tmerge.stages.notes import TextsNote
@@ -65,12 +65,13 @@ class Texts:
 
     def inputs(self) -> dict[str, Any]:
         """What decides the texts."""
-        calibration = self.recipe.digest("calibration", "seed")
+        calibration, ends = self.recipe.digest("calibration", "seed"), {}
         if self.recipe.calibration.rows != "texts":
             # Where both tokenizers agree depends on both.
-            calibration += self.source.commit
+            calibration, ends = calibration + self.source.commit, {"ends": READING_AT_ENDS}
         return {
             "recipe": calibration,
+            **ends,
             "target": self.target.commit,
             "choosing": self.choosing,
             "data": dict(self.data),
