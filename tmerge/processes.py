@@ -105,11 +105,20 @@ class Processes:
                 raise EndedElsewhereError(f"process {rank} of {self.count}: {of_one.error}")
         return [of_one.value for of_one in told]
 
-    def from_first(self, make: Callable[[], Result]) -> Result:
-        """What the first process makes, while the others wait for it; raises as `gathered`, and what `make` does."""
+    def from_first(self, make: Callable[[], Result], meanwhile: Callable[[], object] | None = None) -> Result:
+        """What the first process makes; raises as `gathered`, and what `make` and `meanwhile` do.
+
+        Args:
+            make: Makes it.
+            meanwhile: Done by the others before they wait for it.
+        """
         if self.count == 1:
             return make()
-        made: Any = make() if self.is_first else None
+        made: Any = None
+        if self.is_first:
+            made = make()
+        elif meanwhile is not None:
+            meanwhile()
         return self.gathered(made)[0]  # type: ignore[no-any-return]
 
     def after_first(self, make: Callable[[], Result]) -> Result:

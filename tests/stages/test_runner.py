@@ -40,3 +40,32 @@ def test_what_decides_a_stage_is_the_same_in_all(tmp_path):
     said = ended([{"commit": "a", "of": {"x": x}} for x in (1, 1, 2)], tmp_path)
     assert len(set(said)) == 1
     assert said[0].startswith("process 2 of 3 would do texts by something else than the first (of.x: 1 there, 2 here)")
+
+
+class OfTheFirst(Stage):
+    together = False
+
+    def __init__(self, rank, heard):
+        super().__init__({"x": 1})
+        self.rank, self.heard = rank, heard
+
+    def do(self, key, progress):
+        self.heard.append((self.rank, "do"))
+        return Note()
+
+    def ahead(self):
+        self.heard.append((self.rank, "ahead"))
+
+
+def test_while_the_first_works_alone_the_others_get_ahead(tmp_path):
+    (tmp_path / "run/tmerge/cache").mkdir(parents=True)
+    heard = []
+
+    def work(processes):
+        return Runner(Run(tmp_path / "run"), lambda step: None, "cpu", processes)(OfTheFirst(processes.rank, heard)).key
+
+    assert len(set(Together(3).run(work))) == 1
+    assert sorted(heard) == [(0, "do"), (1, "ahead"), (2, "ahead")]
+    # Of a stage that was finished before there is nothing to wait for.
+    Together(3).run(work)
+    assert len(heard) == 3

@@ -100,7 +100,8 @@ class Runner:
                 peak = max(self.processes.gathered(worked.peak_rss_bytes))
                 done = self.processes.from_first(lambda: self._kept(replace(worked, peak_rss_bytes=peak)))
             else:
-                done = self.processes.from_first(lambda: self._kept(self._done(stage, key, ALONE)))
+                ahead = stage.ahead if isinstance(stage, WorksAhead) else None
+                done = self.processes.from_first(lambda: self._kept(self._done(stage, key, ALONE)), ahead)
         self.finished.append(done)
         return done
 
@@ -148,6 +149,15 @@ class Runner:
         if isinstance(stage, KeepsFiles) and not stage.has_files(note):
             return None
         return Finished(stage.name, key, note, **cost)
+
+
+@runtime_checkable
+class WorksAhead(Protocol):
+    """A stage of the first process, the time of which the others have a use for."""
+
+    def ahead(self) -> None:
+        """Get ready what this process needs in the stages to come, and the first makes in this one."""
+        ...
 
 
 @runtime_checkable

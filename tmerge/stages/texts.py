@@ -82,8 +82,9 @@ class Texts:
         """Read and split them."""
         progress.step("reading the calibration set", 0, 1, "datasets")
         settings, seed = self._pinned(), self.recipe.seed
-        # Both are asked for now, so that the lack of one is seen before anything is kept.
-        tokenizer, _ = self.target.tokenizer, self.source.tokenizer
+        # So that the lack of one is seen before anything is kept.
+        self.ahead()
+        tokenizer = self.target.tokenizer
         texts = read_texts(
             settings, seed=seed, choosing=settings.choosing if self.choosing else 0.0, chat_tokenizer=tokenizer
         )
@@ -103,6 +104,10 @@ class Texts:
             texts=TrainingTexts.model_validate(texts.to_dict()),
             kept=None if kept is None else TrainingTexts.model_validate(kept.to_dict()),
         )
+
+    def ahead(self) -> None:
+        """Read both tokenizers, which of a GGUF file takes seconds: they are kept with their models."""
+        _ = self.target.tokenizer, self.source.tokenizer
 
     @property
     def _keeping(self) -> tuple[str, int] | None:
