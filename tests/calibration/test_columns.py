@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -123,6 +124,53 @@ def test_a_conversation_that_the_template_refuses_is_joined_and_counted() -> Non
     assert render({"messages": CHAT}, "line 1") == "Hello"
     assert render({"messages": CHAT[::-1]}, "line 2") == "assistant: Hi.\nuser: Hello"
     assert render.notes()[1].startswith("1 conversations that the target's chat template refuses")
+
+
+DATED = (
+    "{{ bos_token }}{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}"
+    "Today: {{ day }}, {{ strftime_now('%B %-d, %Y') }}\n"
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content']|trim }}<|eot_id|>{% endfor %}"
+)
+
+
+def test_a_template_that_names_the_day_writes_the_same_text_on_every_day() -> None:
+    tokenizer = pico_tokenizer(chat=True)
+    tokenizer.chat_template = DATED
+    render = Renderer(Column(("messages",), "chat"), "'d'", tokenizer)
+    written = "Today: 26 Jul 2024, July 26, 2024\n<|user|>Hello<|eot_id|><|assistant|>Hi.<|eot_id|>"
+    assert render({"messages": CHAT}, "line 1") == written
+    assert render.notes() == [
+        "conversations were written with the target's chat template; where it names the day, that is 26 July 2024"
+    ]
+    # It is the clock's template otherwise.
+    today = datetime.now().strftime("%d %b %Y")
+    assert f"Today: {today}" in tokenizer.apply_chat_template(CHAT, tokenize=False)
+
+
+@pytest.mark.parametrize("template", [DATED, None])
+@pytest.mark.parametrize("answer", ["d", "e", "id", "Hi", "user", " Yes, and more. "])
+def test_an_answer_begins_where_the_template_writes_it(template: str | None, answer: str) -> None:
+    tokenizer = pico_tokenizer(chat=True)
+    tokenizer.chat_template = template
+    render = Renderer(Column(("messages",), "chat"), "'d'", tokenizer)
+    asked = {"role": "user", "content": f"Say {answer}"}
+    said = {"role": "assistant", "content": answer}
+    for behind in ([], [{"role": "user", "content": f"Thanks for {answer}"}]):
+        row = {"messages": [asked, {"role": "assistant", "content": "no"}, asked, said, *behind]}
+        text = render(row, "line 1")
+        before = render.prompt(row, text)
+        assert text[before:].startswith(answer.strip())
+        assert text[:before].endswith("<|assistant|>" if template else "assistant: ")
+        assert text[:before].count("Say") == 2
+    assert render.prompt({"messages": [asked]}, "x") == 0
+
+
+def test_an_answer_in_a_column_of_its_own_ends_the_text() -> None:
+    render = Renderer(Column(("prompt", "completion")), "'d'")
+    row = {"prompt": "Say yes: yes", "completion": " yes "}
+    text = render(row, "line 1")
+    assert text[render.prompt(row, text) :] == "yes" and text.count("yes") == 3
+    assert render.prompt({"prompt": "Say", "completion": None}, "Say") == 0
 
 
 def test_texts_of_several_columns_are_lines() -> None:

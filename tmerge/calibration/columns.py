@@ -26,6 +26,19 @@ _PAIRS = (
 )
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
+# What stands for an answer where it is asked at which character a template writes it.
+_PLACEHOLDER = "\N{WHITE SQUARE}answer\N{WHITE SQUARE}"
+# The day that Llama 3's template names where it is told none. Written before a template, it hides the clock from it, or
+# the same conversation would be another text every day, and on another side of the split.
+_DAY = {"d": "26", "m": "07", "Y": "2024", "y": "24", "b": "Jul", "B": "July", "a": "Fri", "A": "Friday", "j": "208"}
+_DAY |= {"H": "12", "I": "12", "M": "00", "S": "00", "p": "PM", "-d": "26", "-m": "7"}
+_CLOCK = (
+    "{%- macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('%{code}', '{value}')" for code, value in _DAY.items())
+    + " }}{%- endmacro %}"
+)
+_CLOCK_NAME = "strftime_now"
+
 
 @dataclass(frozen=True)
 class Column:
@@ -183,17 +196,31 @@ class Renderer:
         # A lone surrogate, as JSON can carry, is no character and no tokenizer takes it.
         return text.encode("utf-8", "replace").decode("utf-8").strip()
 
-    def completion(self, row: Mapping[str, Any]) -> str:
-        """What answers a prompt in the row: the last of several columns, the last message of the assistant.
+    def prompt(self, row: Mapping[str, Any], text: str) -> int:
+        """Characters before what answers a prompt in a row: the last of several columns, the assistant's last message.
 
-        Empty where the row is one text. Call it after the row itself has been rendered, which checks it.
+        Args:
+            row: As it was rendered.
+            text: What it was rendered as.
+
+        Returns:
+            0 where the row is one text.
         """
-        if self.column.kind == "chat":
-            messages = _messages(row.get(self.column.names[0]) or []) or []
-            answers = [content.strip() for role, content in messages if role == "assistant" and content.strip()]
-            return answers[-1] if answers else ""
-        last = row.get(self.column.names[-1]) if len(self.column.names) > 1 else None
-        return last.strip() if isinstance(last, str) else ""
+        if self.column.kind == "text":
+            last = row.get(self.column.names[-1]) if len(self.column.names) > 1 else None
+            # It ends the text.
+            return len(text) - len(last.strip()) if isinstance(last, str) and last.strip() else 0
+        messages = _messages(row.get(self.column.names[0]) or []) or []
+        answers = [place for place, (role, content) in enumerate(messages) if role == "assistant" and content.strip()]
+        if not answers:
+            return 0
+        place = answers[-1]
+        written, _ = self._written([*messages[:place], ("assistant", _PLACEHOLDER), *messages[place + 1 :]])
+        before, found, _ = written.partition(_PLACEHOLDER)
+        if found and text.startswith(before):
+            return len(text) - len(text[len(before) :].lstrip())
+        # A template that writes the beginning by what answers it.
+        return max(text.rfind(messages[place][1].strip()), 0)
 
     def notes(self) -> list[str]:
         """What a reader of the report should know."""
@@ -202,7 +229,9 @@ class Renderer:
         if self.tokenizer is None:
             return ["the target has no chat template: conversations were joined as lines of role: content"]
         refused = f"{self.joined} conversations that the target's chat template refuses were joined as role: content"
-        return ["conversations were written with the target's chat template", *([refused] if self.joined else [])]
+        dated = "; where it names the day, that is 26 July 2024" if _CLOCK_NAME in self._template else ""
+        said = f"conversations were written with the target's chat template{dated}"
+        return [said, *([refused] if self.joined else [])]
 
     def _string(self, value: Any, name: str, where: str) -> str:
         if value is None:
@@ -223,11 +252,24 @@ class Renderer:
             raise self._wrong(self.column.names[0], value, where, "a list of messages")
         if not any(content.strip() for _, content in messages):
             return ""
+        text, joined = self._written(messages)
+        self.joined += joined and self.tokenizer is not None
+        return text
+
+    @property
+    def _template(self) -> str:
+        return "" if self.tokenizer is None else str(self.tokenizer.get_chat_template())
+
+    def _written(self, messages: Sequence[tuple[str, str]]) -> tuple[str, bool]:
+        """A conversation as one text, and whether its messages were joined, without the template."""
         if self.tokenizer is not None:
             chat = [{"role": role, "content": content} for role, content in messages]
+            template = self._template
+            # A template that asks for the time in a condition of its own finds the macro as it would the function.
+            clock = _CLOCK if _CLOCK_NAME in template else ""
             try:
-                text = self.tokenizer.apply_chat_template(chat, tokenize=False)
-                return text.removeprefix(self.tokenizer.bos_token or "")
+                text = self.tokenizer.apply_chat_template(chat, chat_template=clock + template, tokenize=False)
+                return text.removeprefix(self.tokenizer.bos_token or "").strip(), False
             except (TemplateError, ValueError, TypeError, KeyError):
-                self.joined += 1
-        return "\n".join(f"{role}: {content.strip()}" for role, content in messages)
+                pass
+        return "\n".join(f"{role}: {content.strip()}" for role, content in messages), True

@@ -215,8 +215,7 @@ def read_texts(
         elif compared not in seen:
             seen.add(compared)
             kept.append(text)
-            answer = render.completion(row)
-            before[text] = max(text.rfind(answer), 0) if answer else 0
+            before[text] = render.prompt(row, text)
             if progress is not None:
                 progress(len(kept), settings.texts)
             if len(kept) == settings.texts:
