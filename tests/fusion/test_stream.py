@@ -48,14 +48,14 @@ def test_each_is_carried_by_the_side_that_meets_the_stream():
     target, source, base, (out_map, in_map), found = _carried("gpt_neox", hidden_size=80)
     wanted = {}
     for layer, other in ((0, 0), (1, 2)):
-        for name in ("input_layernorm", "post_attention_layernorm"):
+        for name, role in {"input_layernorm": "attention", "post_attention_layernorm": "mlp"}.items():
             new, old = (getattr(model.gpt_neox.layers[other], name) for model in (source, base))
-            wanted[layer, f"norm:{name}"] = (
+            wanted[layer, f"norm:{role}"] = (
                 out_map @ (new.weight - old.weight)[:, None],
                 out_map @ (new.bias - old.bias),
             )
     new, old = source.gpt_neox.final_layer_norm, base.gpt_neox.final_layer_norm
-    wanted[2, "norm:gpt_neox/final_layer_norm"] = (
+    wanted[2, "norm:last"] = (
         out_map @ (new.weight - old.weight)[:, None],
         out_map @ (new.bias - old.bias),
     )
@@ -104,8 +104,16 @@ def test_tokens_that_are_not_shared_stay(vocabulary):
     [
         ("llama", "llama-tied", set()),
         ("llama-tied", "llama", set()),
-        # Norms meet by their names in the block, and these two have them in other places.
-        ("olmo2", "llama", {"norm:post_feedforward_layernorm", *HEAD_NORMS}),
+        # Norms meet where they do the same, whatever they are called.
+        ("gpt2", "llama", set()),
+        ("llama", "gpt_neox", set()),
+        ("olmo2", "llama", {"norm:o", "norm:down", *HEAD_NORMS}),
+        ("llama", "olmo2", {"norm:attention", "norm:mlp"}),
+        ("gemma3", "llama", {"norm:o", "norm:down", *HEAD_NORMS}),
+        ("gemma", "gemma2", set()),
+        ("qwen3", "exaone4", {"norm:attention", "norm:mlp", *HEAD_NORMS}),
+        ("llama", "cohere", {"norm:attention", "norm:mlp"}),
+        ("openai-gpt", "gpt2", {"norm:ln_1+ln_2/ln_1", "norm:ln_1+ln_2/ln_2"}),
     ],
 )
 def test_what_the_source_lacks_stays(target, source, left):
@@ -120,6 +128,21 @@ def test_nothing_learned_is_nothing_carried():
     found = list(carry_stream(*models, {0: 0, 1: 1}, _maps(64, 64), torch.arange(PICO_VOCAB).repeat(2, 1), _no_heads))
     assert len(found) == 6
     assert not any(item.weight.any() or (item.bias is not None and item.bias.any()) for item in found)
+
+
+def test_what_is_known_to_be_unchanged_is_not_carried():
+    base = pico_model("llama", layers=3, seed=3)
+    models = describe(pico_model("llama")), describe(_fine_tuned(base)), describe(base)
+    rest = {0: 0, 1: 2}, _maps(64, 64), torch.arange(PICO_VOCAB).repeat(2, 1), _no_heads
+    changed = {
+        "model.embed_tokens.weight",
+        "model.layers.2.input_layernorm.weight",
+        "model.layers.2.mlp.up_proj.weight",
+    }
+    found = [(item.layer, item.projection) for item in carry_stream(*models, *rest, changed)]
+    # Of a head of its own the source learned nothing, whatever its embedding did.
+    assert found == [(1, "norm:attention"), (2, EMBEDDING)]
+    assert not list(carry_stream(*models, *rest, frozenset()))
 
 
 def test_a_head_of_the_targets_own_takes_what_a_tied_source_learned():

@@ -11,35 +11,35 @@ from tmerge.models import EMBEDDING, HEAD, HEAD_NORMS, PROJECTIONS, STREAM, desc
 # Family -> norms of a block, what lies outside the blocks, and their modules' names.
 _TAKEN = {
     "llama": (
-        ["norm:input_layernorm", "norm:post_attention_layernorm"],
-        {EMBEDDING: "model.embed_tokens", HEAD: "lm_head", "norm:model/norm": "model.norm"},
+        ["norm:attention", "norm:mlp"],
+        {EMBEDDING: "model.embed_tokens", HEAD: "lm_head", "norm:last": "model.norm"},
     ),
     "llama-tied": (
-        ["norm:input_layernorm", "norm:post_attention_layernorm"],
-        {EMBEDDING: "model.embed_tokens", "norm:model/norm": "model.norm"},
+        ["norm:attention", "norm:mlp"],
+        {EMBEDDING: "model.embed_tokens", "norm:last": "model.norm"},
     ),
     # Its q_norm is as wide as the stream, and lies on none of its neurons.
     "olmo2": (
-        ["norm:post_attention_layernorm", "norm:post_feedforward_layernorm", *HEAD_NORMS],
-        {EMBEDDING: "model.embed_tokens", HEAD: "lm_head", "norm:model/norm": "model.norm"},
+        ["norm:o", "norm:down", *HEAD_NORMS],
+        {EMBEDDING: "model.embed_tokens", HEAD: "lm_head", "norm:last": "model.norm"},
     ),
     "gemma3": (
         [
-            "norm:input_layernorm",
-            "norm:post_attention_layernorm",
-            "norm:pre_feedforward_layernorm",
-            "norm:post_feedforward_layernorm",
+            "norm:attention",
+            "norm:o",
+            "norm:mlp",
+            "norm:down",
             *HEAD_NORMS,
         ],
-        {EMBEDDING: "model.embed_tokens", "norm:model/norm": "model.norm"},
+        {EMBEDDING: "model.embed_tokens", "norm:last": "model.norm"},
     ),
     # Positions are no tokens.
-    "gpt2": (["norm:ln_1", "norm:ln_2"], {EMBEDDING: "transformer.wte", "norm:transformer/ln_f": "transformer.ln_f"}),
+    "gpt2": (["norm:attention", "norm:mlp"], {EMBEDDING: "transformer.wte", "norm:last": "transformer.ln_f"}),
     # Half as wide as its stream are its embeddings, which a linear layer brings to the stream's width.
-    "opt": (["norm:self_attn_layer_norm", "norm:final_layer_norm"], {}),
+    "opt": (["norm:attention", "norm:mlp"], {}),
     "gpt_neox": (
-        ["norm:input_layernorm", "norm:post_attention_layernorm"],
-        {EMBEDDING: "gpt_neox.embed_in", HEAD: None, "norm:gpt_neox/final_layer_norm": "gpt_neox.final_layer_norm"},
+        ["norm:attention", "norm:mlp"],
+        {EMBEDDING: "gpt_neox.embed_in", HEAD: None, "norm:last": "gpt_neox.final_layer_norm"},
     ),
     # No weights at all in its norms.
     "olmo": ([], {EMBEDDING: "model.embed_tokens", HEAD: "lm_head"}),
@@ -141,12 +141,12 @@ def test_a_tied_head_is_the_embedding():
 
 def test_a_base_model_has_no_head():
     stream = describe(pico_model("llama").model).stream[-1]
-    assert set(stream) == {EMBEDDING, "norm:norm"}
+    assert set(stream) == {EMBEDDING, "norm:last"}
 
 
 def test_what_is_held_in_more_digits_is_rounded_first():
     model = pico_model("llama")
-    view = describe(model, rounded_to=torch.bfloat16).stream[0]["norm:input_layernorm"]
+    view = describe(model, rounded_to=torch.bfloat16).stream[0]["norm:attention"]
     value = torch.full((_WIDTH, 1), 1.001)
     view.write(value)
     assert model.model.layers[0].input_layernorm.weight.tolist() == [1.0] * _WIDTH
@@ -154,7 +154,7 @@ def test_what_is_held_in_more_digits_is_rounded_first():
 
 def test_a_norms_gradient_is_a_column():
     model = pico_model("gpt2")
-    view = describe(model).stream[1]["norm:ln_2"]
+    view = describe(model).stream[1]["norm:mlp"]
     assert view.gradient() is None
     model(torch.tensor([[3, 4, 5]])).logits.square().sum().backward()
     assert view.gradient().shape == (_WIDTH, 1) and view.gradient().flatten().equal(view.module.weight.grad)

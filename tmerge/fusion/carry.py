@@ -7,7 +7,7 @@ pictures and later fusions need of a plan is gathered for the run's `TransportRe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -93,6 +93,7 @@ def carry(
     source_base: Architecture | None = None,
     shuffle: Shuffle | None = None,
     vocabulary: Tensor | None = None,
+    changed: Collection[str] | None = None,
     device: torch.device = CPU,
     keep: Keep | None = None,
     scratch: Path | None = None,
@@ -112,6 +113,7 @@ def carry(
         source_base: For task vectors: the source before its fine-tuning.
         shuffle: For the `permuted` control.
         vocabulary: With ``fusion.stream``: (2, V) ids in the target and in the source of tokens that both have.
+        changed: With ``fusion.stream``, as for `carry_stream`.
         device: Where weights meet dense maps (`tmerge.fusion.merge.transport_neurons`).
         keep: Is handed each layer's neurons, which are let go then; None keeps all of them in the result.
         scratch: A folder to gather the record's tensors in; to be removed once they are written elsewhere. Several
@@ -173,11 +175,11 @@ def carry(
 
         def carry_streams() -> set[str]:
             names = set()
-            for item in _carried_stream(models, transport, fusion, vocabulary, None):
+            for item in _carried_stream(models, transport, fusion, vocabulary, changed, None):
                 names.add(item.projection)
                 hand_over([item], [])
             if shuffle is not None:
-                for item in _carried_stream(models, transport, fusion, vocabulary, shuffle):
+                for item in _carried_stream(models, transport, fusion, vocabulary, changed, shuffle):
                     hand_over([], [item])
             return names
 
@@ -207,6 +209,7 @@ def _carried_stream(
     transport: Transport,
     fusion: CarriedSettings,
     vocabulary: Tensor | None,
+    changed: Collection[str] | None,
     shuffle: Shuffle | None,
 ) -> Iterator[TransportedNeurons]:
     """The task vector of what lies beside the projections; the stream's one correspondence carries most of it."""
@@ -230,4 +233,4 @@ def _carried_stream(
         mapping = transport.feature_map(layer, key, source_layer).phi_out(fusion.scale)
         return mapping if shuffle is None else mapping.index_select(0, shuffle(layer, key, mapping.shape[0]))
 
-    return carry_stream(*models, pairs, (out_map, in_map), vocabulary, head_map)
+    return carry_stream(*models, pairs, (out_map, in_map), vocabulary, head_map, changed)

@@ -13,7 +13,7 @@ and of what the target's heads are given the mean is taken. Learned positions an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ def carry_stream(
     maps: tuple[Tensor, Tensor],
     vocabulary: Tensor | None,
     head_map: Callable[[str, int, int], Tensor | None],
+    changed: Collection[str] | None = None,
 ) -> Iterator[TransportedNeurons]:
     """The task vector of everything beside the projections that both models have, one thing at a time.
 
@@ -40,19 +41,21 @@ def carry_stream(
         target: The target.
         source: The source.
         source_base: The source before its fine-tuning.
-        pairs: target layer -> source layer, whose norms are held against each other by name.
+        pairs: target layer -> source layer, whose norms are held against each other by what they do.
         maps: (n, n') Phi_out and (n', n) Phi_in of the stream, dense or sparse.
         vocabulary: (2, V) ids in the target and in the source of the tokens that both have; None leaves embeddings and
             head alone.
         head_map: (``q`` or ``k``, target layer, source layer) -> (n, n') Phi_out of its outputs; None where these are
             not carried, which leaves their norm alone.
+        changed: Names of the source's parameters that are other than the base's, where that is known; all may be if
+            None. What has none of them learned nothing, and is not carried.
     """
     out_map, in_map = maps
     last = {len(target.layers): len(source.layers)}
     for layer, source_layer in {**pairs, **last}.items():
         for name, view in target.stream[layer].items():
             read, base = (_view(model, source_layer, name) for model in (source, source_base))
-            if read is None or base is None:
+            if read is None or base is None or (changed is not None and not {*read.parameters} & {*changed}):
                 continue
             neurons, bias = torch.arange(view.out_features), None
             if name in (EMBEDDING, HEAD):

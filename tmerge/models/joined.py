@@ -90,6 +90,10 @@ class AdapterWeights(Mapping[str, Tensor]):
             return torch.zeros(()).expand(self._shapes[name])
         return self._changes.change(name, lambda: self._weights[name])
 
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """As `MappedWeights.rows`; what is unchanged takes no memory."""
+        return self[name][index] if name in self._changes else _nothing(self._shapes[name], index)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 
@@ -109,8 +113,17 @@ class NoWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return torch.zeros(()).expand(self._shapes[name])
 
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """As `MappedWeights.rows`."""
+        return _nothing(self._shapes[name], index)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 
     def __len__(self) -> int:
         return len(self._shapes)
+
+
+def _nothing(shape: torch.Size, index: Tensor) -> Tensor:
+    """(len(index), ...) zeros, one of which is in memory."""
+    return torch.zeros(()).expand(len(index), *shape[1:])

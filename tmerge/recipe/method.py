@@ -11,8 +11,8 @@ from tmerge.recipe.recipe import Recipe
 
 __all__ = ["CARRYING_BESIDE", "MATCHING_BY_WEIGHTS", "READING_AT_ENDS", "method_of"]
 
-CARRYING_BESIDE = 2
-"""What a task vector carries beside the projections: norms of q and k too."""
+CARRYING_BESIDE = 3
+"""What a task vector carries beside the projections: norms of q and k too; norms by what they do, not by name."""
 MATCHING_BY_WEIGHTS = 4
 """Of neurons; of layers too; of a wide model, by some of its weights; and by embeddings."""
 

@@ -179,6 +179,7 @@ class Fuse:
                 source_base=base,
                 shuffle=shuffle if "permuted" in self.recipe.evaluation.controls else None,
                 vocabulary=vocabulary,
+                changed=self._changed,
                 device=device,
                 keep=keep,
                 scratch=folder,
@@ -188,6 +189,16 @@ class Fuse:
         transported.finish()
         permuted.finish()
         return carried
+
+    @property
+    def _changed(self) -> frozenset[str] | None:
+        """Parameters that one of the sources changes, as all are carried to the same places; None where unknown."""
+        changed = frozenset[str]()
+        for source in self.sources:
+            if not isinstance(source.weights, LearnedWeights):
+                return None
+            changed |= source.weights.changed
+        return changed
 
     def _joined_ratios(self, progress: Progress) -> dict[str, list[float | None]]:
         """As `Carried.norm_ratios`, of the sources joined, each at strength 1."""

@@ -33,6 +33,11 @@ class LearnedWeights:
         return self.base.model
 
     @property
+    def changed(self) -> frozenset[str]:
+        """Names of the base's parameters that the adapter changes."""
+        return frozenset(self._changes.parameters)
+
+    @property
     def reads_base(self) -> bool:
         """Whether the base's own weights are needed to tell the change."""
         return bool(self._changes.reads_base)
