@@ -64,7 +64,15 @@ class FoundRun:
         return self.run.report()
 
     def recipe(self) -> Recipe:
-        """The resolved recipe."""
+        """The resolved recipe, but for `trusted`: whose code may run here is not for somebody else's recipe to say."""
+        return self._written().model_copy(update={"trust_remote_code": ()})
+
+    @property
+    def trusted(self) -> tuple[str, ...]:
+        """References whose own code the recipe lets run."""
+        return self._written().trust_remote_code
+
+    def _written(self) -> Recipe:
         self.fetch(_RECIPE)
         return self.run.recipe()
 

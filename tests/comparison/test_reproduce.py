@@ -13,7 +13,8 @@ from tests.stages.test_task_vector import _shaken, save_all
 from tests.stages.test_task_vector import recipe_for as pair_recipe
 from tmerge.comparison import reproduce as reproducing
 from tmerge.comparison.reproduce import difference_words, reproduce
-from tmerge.errors import ModelNotFoundError, OutputExistsError
+from tmerge.errors import ModelNotFoundError, OutputExistsError, UnsupportedModelError
+from tmerge.hub import find_run
 from tmerge.recipe import CARRYING_BESIDE, MATCHING_BY_WEIGHTS, READING_AT_ENDS, Recipe
 from tmerge.run import Run
 from tmerge.stages.merge import merge
@@ -179,3 +180,49 @@ def test_the_reproduction_goes_into_a_folder_of_its_own(finished, tmp_path):
         reproduce(str(finished / "fused"), tmp_path / "done")
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
     assert sorted(path for path in (finished / "fused").rglob("*")) == before
+
+
+def _in_place_of_the_merge(monkeypatch, run):
+    """The recipes that would have been run."""
+    heard = []
+    monkeypatch.setattr(reproducing, "merge", lambda recipe, *_, **__: heard.append(recipe) or Run(run).report())
+    return heard
+
+
+def test_code_of_others_runs_for_who_trusts_it_alone(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished / "fused", tmp_path / "fused")
+    path = tmp_path / "fused/tmerge/recipe.yaml"
+    path.write_text(
+        path.read_text().replace("trust_remote_code: []\n", "trust_remote_code: [some/coded, other/coded]\n")
+    )
+    found = find_run(str(tmp_path / "fused"))
+    assert found.trusted == ("some/coded", "other/coded") and found.recipe().trust_remote_code == ()
+    heard = _in_place_of_the_merge(monkeypatch, finished / "fused")
+    with pytest.raises(UnsupportedModelError, match="other/coded run; .*: --trust-remote-code other/coded$"):
+        reproduce(str(tmp_path / "fused"), tmp_path / "again", trust_remote_code=["some/coded"])
+    assert not heard
+    both = ["other/coded", "some/coded"]
+    reproduce(str(tmp_path / "fused"), tmp_path / "again", trust_remote_code=both)
+    assert heard[0].trust_remote_code == tuple(both)
+
+
+def test_another_device_than_the_recipes(finished, tmp_path, monkeypatch):
+    heard = _in_place_of_the_merge(monkeypatch, finished / "fused")
+    reproduce(str(finished / "fused"), tmp_path / "again", device="cpu")
+    reproduce(str(finished / "fused"), tmp_path / "again")
+    assert [recipe.device for recipe in heard] == ["cpu", "auto"]
+
+
+def test_another_source_base_is_refused_before_anything_is_read(matched_by_weights, tmp_path, monkeypatch):
+    heard = _in_place_of_the_merge(monkeypatch, matched_by_weights)
+    path = matched_by_weights.parent / "base/model.safetensors"
+    before = path.read_bytes()
+    path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    try:
+        with pytest.raises(ModelNotFoundError, match="base here is not the source_base that .* was made from"):
+            reproduce(str(matched_by_weights), tmp_path / "again")
+    finally:
+        path.write_bytes(before)
+    assert not heard
+    reproduce(str(matched_by_weights), tmp_path / "again")
+    assert len(heard) == 1

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tmerge.cli.shared import JsonOption, RunArgument, app, print_json, progress, quiet_libraries
+from tmerge.cli.shared import DeviceOption, JsonOption, RunArgument, app, print_json, progress, quiet_libraries
 from tmerge.cli.stopping import nothing_changed, same_command, stages_kept, when_stopped
 from tmerge.errors import ReproductionError
 
@@ -79,6 +79,11 @@ def push_and_show(run: Path, repo: str, *, show: bool, **options: Any) -> dict[s
 def reproduce(
     run: Annotated[str, typer.Argument(help="A pushed run (user/name, @revision), or a run's folder.")],
     out: Annotated[Path, typer.Option(help="Where the reproduction goes.")] = Path("reproduced"),
+    device: DeviceOption = None,
+    trust_remote_code: Annotated[
+        list[str] | None,
+        typer.Option(help="A reference whose repo may run its own code, which the run's recipe lets run. Repeatable."),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Run a published recipe again at its commits, and compare the published weights with what comes out."""
@@ -88,7 +93,8 @@ def reproduce(
 
     when_stopped(lambda: stages_kept(out))
     with progress() as listener:
-        result = reproduce_run(run, out, listener=listener)
+        trusted = trust_remote_code or ()
+        result = reproduce_run(run, out, device=device, trust_remote_code=trusted, listener=listener)
     if json_output:
         print_json(result.to_dict())
     elif result.same:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tmerge.calibration import file_identity
 from tmerge.calibration.files import local_file
-from tmerge.errors import DatasetError, ModelNotFoundError, OutputExistsError, RunNotFoundError
+from tmerge.errors import DatasetError, ModelNotFoundError, OutputExistsError, RunNotFoundError, UnsupportedModelError
 from tmerge.hub import FoundRun, find_run
 from tmerge.hub_client import hub_client
 from tmerge.models import fetch, file_digest, hub_errors, model_commit
+from tmerge.models.reference import trusts
 from tmerge.recipe import Recipe, method_of
-from tmerge.report import Items, Part, Report, TrainingTexts
+from tmerge.report import Items, MergedModel, Part, Report, TrainingTexts
 from tmerge.run import Run
 from tmerge.stages.merge import merge
 from tmerge.stages.step import Listener, Progress
@@ -82,13 +83,22 @@ class Reproduction(Part):
     folder: str
 
 
-def reproduce(reference: str, out: str | Path, *, listener: Listener | None = None) -> Reproduction:
+def reproduce(
+    reference: str,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    trust_remote_code: Sequence[str] = (),
+    listener: Listener | None = None,
+) -> Reproduction:
     """Run a finished run's recipe again.
 
     Args:
         reference: A pushed run (``user/name``, ``@revision``) or a run's folder.
         out: Where the reproduction goes; one that was stopped there is taken up again. Of a trained run, the merge
             goes into ``merge/`` in there, and the trained model into ``trained/``.
+        device: In the place of the recipe's.
+        trust_remote_code: References whose repos may run their own code, whatever the recipe says.
         listener: Hears every `Step`.
 
     Returns:
@@ -99,12 +109,15 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
         OutputExistsError: `out` is the run itself, lies in it, or holds a finished run.
         ModelNotFoundError: A model that the recipe names as a file is not here, or is another one.
         DatasetError: Likewise, a local file of texts.
+        UnsupportedModelError: The recipe lets code run that is not trusted here.
         TmergeError: As `merge`.
     """
     original = find_run(reference)
-    there, recipe = original.report(), original.recipe()
+    changes = {"trust_remote_code": tuple(trust_remote_code), **({} if device is None else {"device": device})}
+    there, recipe = original.report(), original.recipe().model_copy(update=changes)
     folder = Path(out)
     _refuse_out(original, folder)
+    _refuse_untrusted(original, recipe)
     _refuse_other_models(original, there, recipe)
     _refuse_other_data(original, there, recipe)
     published = _published(original, there.weights)
@@ -151,6 +164,7 @@ def reproduce(reference: str, out: str | Path, *, listener: Listener | None = No
         ("computed_in", there.computed_in, here.computed_in),
         ("calibration texts", there.calibration.sha256[:12], here.calibration.sha256[:12]),
     ]
+    facts += [(role, model.commit[:19], here_of.commit[:19]) for role, model, here_of in _read_by(there, here)]
     facts += [(name, version, here.versions.get(name)) for name, version in there.versions.items()]
     return Reproduction(
         reference=original.name,
@@ -173,7 +187,8 @@ def difference_words(result: Reproduction) -> str:
     if all(digests.there == digests.here for digests in result.weights.values()):
         why = f"the run itself came out as its report says ({numbers})"
     elif not result.differs:
-        why = f"libraries, method, device and dtype are the same; the processor may be another ({numbers})"
+        same = "models, texts, libraries, method, device and dtype"
+        why = f"{same} are the same; the processor may be another ({numbers})"
     else:
         facts = result.differs.items()
         listed = ", ".join(f"{name} {pair.words}" for name, pair in facts)
@@ -259,12 +274,34 @@ def _refuse_out(original: FoundRun, out: Path) -> None:
         raise OutputExistsError(f"{out} holds a finished run already; choose another --out for the reproduction")
 
 
+def _read_by(there: Report, here: Report) -> Iterator[tuple[str, MergedModel, MergedModel]]:
+    """What both runs read, by its part in them."""
+    for role in ("target", "source", "source_base_model"):
+        before, now = getattr(there, role), getattr(here, role)
+        if before is not None and now is not None:
+            yield role.removesuffix("_model"), before, now
+    for before, now in zip(there.sources, here.sources, strict=False):
+        yield before.name, before.model, now.model
+
+
+def _refuse_untrusted(original: FoundRun, recipe: Recipe) -> None:
+    """Refuse what would run code that nobody here has said may run."""
+    if untold := [name for name in original.trusted if not trusts(recipe.trust_remote_code, name)]:
+        listed = ", ".join(untold)
+        raise UnsupportedModelError(
+            f"the recipe of {original.name} lets the own code of {listed} run; read that code, and if you trust it "
+            f"say so: {' '.join(f'--trust-remote-code {name}' for name in untold)}"
+        )
+
+
 def _refuse_other_models(original: FoundRun, report: Report, recipe: Recipe) -> None:
     """Local models are known by their contents: another one would be merged for nothing."""
     named = [
         ("target", report.target, recipe.target, None),
         ("source_base" if recipe.sources else "source", report.source, recipe.source, recipe.adapter),
     ]
+    if report.source_base_model is not None and recipe.source_base is not None and not recipe.sources:
+        named.append(("source_base", report.source_base_model, recipe.source_base, None))
     for each, source in zip(report.sources, recipe.sources, strict=False):
         named.append((each.name, each.model, source.source or recipe.source, source.adapter))
     for role, model, reference, adapter in named:
