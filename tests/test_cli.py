@@ -12,6 +12,8 @@ from tmerge import cli
 from tmerge.recipe import recipe_page
 from tmerge.version import VERSION
 
+PAIR = ("--target", "a", "--source", "b")
+
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
@@ -249,6 +251,12 @@ def test_bad_words_exit_2(run, tmp_path, monkeypatch, words, said):
         (["evaluate"], "missing argument 'models'; see tmerge evaluate --help"),
         (["evaluate", "a", "--texts", "x"], "invalid value for '--texts': give a whole number; see tmerge evaluate"),
         (["evaluate", "a", "--texts", "3"], "invalid value for '--texts': give 8 or more; see tmerge evaluate --help"),
+        (["evaluate", "a", "--seed", str(2**64)], "invalid value for '--seed': give"),
+        (["merge", *PAIR, "--even-if-worse"], "--even-if-worse: nothing comes of it without --push; add that, or lea"),
+        (
+            ["merge", *PAIR, "--remote-timeout", "1h", "--remote-package", "x"],
+            "--remote-package and --remote-timeout: n",
+        ),
         (["merge", "--non\nsense"], "--non"),
         (["check"], "recipe: 'target' is missing; name it in the recipe or as --target REF"),
         (["merge", "--target", "a", "--source", "b", "--what", "nonsense"], "recipe: fusion.what is 'nonsense': it ta"),

@@ -79,7 +79,9 @@ def test_an_adapter_is_of_its_target_alone(run, report):
     assert (card.data.base_model, card.data.get("base_model_relation")) == ("user/target", "adapter")
     assert card.data.to_dict()["library_name"] == "peft" and "lora" in card.data.tags
     assert "rank 16, 14 modules, 123,456 parameters" in card.text
-    assert 'AutoModelForCausalLM.from_pretrained("user/target")' in card.text
+    at = f'"user/target", revision="{report["target"]["commit"]}"'
+    assert f"AutoModelForCausalLM.from_pretrained({at})" in card.text
+    assert f"AutoTokenizer.from_pretrained({at})" in card.text
     assert 'PeftModel.from_pretrained(model, "user/fused")' in card.text
 
 

@@ -70,3 +70,11 @@ def test_a_source_of_this_machine_is_none_for_a_job(tmp_path):
     recipe = Recipe.from_mapping({"target": "user/target", "source_base": "user/base", "sources": sources})
     with pytest.raises(RemoteError, match="source 2 .* is on this machine alone"):
         _refuse_local(recipe)
+
+
+def test_nor_is_a_base_that_lies_here(tmp_path):
+    recipe = Recipe.from_mapping(
+        {"target": "user/target", "source": "user/lora", "bases": {"user/lora": str(tmp_path)}}
+    )
+    with pytest.raises(RemoteError, match="bases.user/lora .* is on this machine alone"):
+        _refuse_local(recipe)

@@ -73,7 +73,9 @@ def merge(
         str | None,
         typer.Option(help="What the job installs tmerge from: git+https://... of this project, or a wheel's URL."),
     ] = None,
-    remote_timeout: Annotated[str, typer.Option(help="After which the Hub stops the job: 30m, 4h.")] = "4h",
+    remote_timeout: Annotated[
+        str | None, typer.Option(help="After which the Hub stops the job: 30m, 4h; 4h if left out.")
+    ] = None,
     html: HtmlOption = None,
     resume: ResumeOption = False,
     dry_run: DryOption = False,
@@ -82,6 +84,10 @@ def merge(
     """Merge a source into a target, score the result on held-out texts, and save it."""
     from tmerge.recipe import load_recipe
 
+    if remote is None:
+        _refuse_idle({"--remote-package": remote_package, "--remote-timeout": remote_timeout}, "--remote")
+    if push is None:
+        _refuse_idle({"--private": private, "--even-if-worse": even_if_worse}, "--push")
     overrides = {
         **pair_words(target, source, source_base, adapter, what, dataset),
         "device": device,
@@ -103,7 +109,8 @@ def merge(
             raise ProcessesError("--remote starts one job, from one process: leave out torchrun or accelerate launch")
         if html is not None:
             raise TmergeError("--html draws a run of this machine; of a remote one: tmerge inspect REPO --html FILE")
-        _run_remotely(loaded, remote, push, remote_package, remote_timeout, dry_run, json_output)
+        timeout = "4h" if remote_timeout is None else remote_timeout
+        _run_remotely(loaded, remote, push, remote_package, timeout, dry_run, json_output)
         return
     if push is not None and not dry_run:
         from tmerge.hub.push import refuse_unready
@@ -116,6 +123,12 @@ def merge(
         document = push_and_show(out, push, private=private, even_if_worse=even_if_worse, show=not json_output)
         if json_output:
             print_json(report.to_dict() | {"pushed": document})
+
+
+def _refuse_idle(options: dict[str, object], needs: str) -> None:
+    """Refuse options that would do nothing, as what they belong to was left out."""
+    if given := [name for name, value in options.items() if value]:
+        raise TmergeError(f"{' and '.join(given)}: nothing comes of it without {needs}; add that, or leave it out")
 
 
 @app.command()

@@ -95,7 +95,9 @@ OutOption = Annotated[Path, typer.Option(help="The run's folder.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; all keys: `tmerge recipe`.")]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 DtypeOption = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")]
-SeedOption = Annotated[int | None, typer.Option(help="Of the split, the controls and the bootstrap.")]
+SeedOption = Annotated[
+    int | None, typer.Option(help="Of the split, the controls and the bootstrap.", min=0, max=4294967295)
+]
 HtmlOption = Annotated[Path | None, typer.Option(help="Write a self-contained page of pictures here.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Only continue: fail if there is nothing to continue.")]
 DryOption = Annotated[bool, typer.Option("--dry-run", help="Check and show the plan; write nothing.")]

@@ -271,7 +271,11 @@ def _loaded_on(model: MergedModel) -> str:
     """What ``from_pretrained`` is given for it, as Python writes it; of a GGUF file, whose folder is the reader's."""
     if model.ref.endswith(".gguf") or model.ref.startswith("demo:"):
         return f'FOLDER, gguf_file="{code_text(model_name(model.ref))}.gguf"'
-    return f'"{_hub_id(model.ref, model.base_commit) or code_text(model_name(model.ref))}"'
+    repo = _hub_id(model.ref, model.base_commit)
+    if repo is None:
+        return f'"{code_text(model_name(model.ref))}"'
+    # What it was made for: the branch may have moved, and need not be the default one.
+    return f'"{repo}", revision="{model.base_commit}"'
 
 
 def _repo(model: MergedModel) -> str | None:

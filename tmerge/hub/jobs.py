@@ -22,7 +22,7 @@ from tmerge.hub.failures import pushing, running_jobs
 from tmerge.hub_client import hub_client
 from tmerge.models import ModelReference
 from tmerge.preflight.hardware import CARDS
-from tmerge.recipe import RECIPE_VARIABLE, Recipe, source_name
+from tmerge.recipe import RECIPE_VARIABLE, Recipe, model_references, text_references
 
 __all__ = ["RemoteRun", "follow_job", "start_job"]
 
@@ -193,17 +193,7 @@ def _open_repo(api: HfApi, repo: str, token: str) -> str:
 
 def _refuse_local(recipe: Recipe) -> None:
     """Refuse what a machine elsewhere cannot read."""
-    named = {
-        "target": recipe.target,
-        "source": recipe.source,
-        "source_base": recipe.source_base,
-        "adapter": recipe.adapter,
-        "plan": recipe.plan,
-        **{source_name(number): source.reference for number, source in enumerate(recipe.sources, start=1)},
-    }
-    for key, reference in named.items():
-        if reference is None:
-            continue
+    for key, reference in model_references(recipe).items():
         try:
             kind = ModelReference.parse(reference).kind
         except ModelNotFoundError:
@@ -212,11 +202,8 @@ def _refuse_local(recipe: Recipe) -> None:
             raise RemoteError(
                 f"{key} {reference!r} is on this machine alone, and the job runs elsewhere; push it and name its Hub id"
             )
-    datasets = {f"calibration.{key}": getattr(recipe.calibration, key) for key in ("dataset", "match_on")}
-    datasets["fusion.keep"] = recipe.fusion.kept_on
-    for key, named in datasets.items():
-        dataset = (named or "").strip()
-        if dataset and not dataset.startswith(SAMPLES_PREFIX) and local_file(dataset) is not None:
+    for key, dataset in text_references(recipe).items():
+        if not dataset.startswith(SAMPLES_PREFIX) and local_file(dataset) is not None:
             raise RemoteError(
                 f"{key} {dataset!r} is a file of this machine, and the job runs elsewhere; push it as a "
                 "dataset, and name its Hub id"

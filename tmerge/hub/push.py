@@ -26,7 +26,7 @@ from tmerge.hub.published import CARD, STALE, left_behind, published_files, stag
 from tmerge.hub_client import hub_client
 from tmerge.models import file_digest
 from tmerge.quantities import bytes_words, count_words
-from tmerge.recipe import Recipe
+from tmerge.recipe import Recipe, compared_references, model_references, text_references
 from tmerge.report import Report, interval_words, summary, training_summary
 from tmerge.run import Run
 
@@ -302,11 +302,11 @@ def _warnings(report: Report, recipe: Recipe, repo: str, *, model: bool = True) 
     begins = licence.name_begins if model else None
     if begins and not _letters(repo.rpartition("/")[2]).startswith(_letters(begins)):
         remarks.append(f'the licence asks that the model\'s name begins with "{begins}", which {repo} does not')
-    several = [source.reference for source in recipe.sources]
-    models = (recipe.target, recipe.source, recipe.source_base, recipe.adapter, *several, recipe.plan)
-    named = (*models, recipe.calibration.dataset, recipe.calibration.match_on, getattr(recipe.fusion, "keep", None))
-    # What has a path here has one there: the card quotes the recipe.
-    paths = [name for name in named if name and (Path(name).is_absolute() or Path(name).exists())]
+    # All that the recipe names, as the card quotes all of it.
+    named = model_references(recipe) | text_references(recipe) | compared_references(recipe)
+    everything = (*named.values(), *recipe.bases, *recipe.trust_remote_code)
+    # What has a path here has one there.
+    paths = [name for name in everything if Path(name).is_absolute() or Path(name).exists()]
     if paths:
         files = ["the card", "recipe.yaml", "report.json", *(["adapter_config.json"] if report.saved_adapter else [])]
         named_there = f"{', '.join(files[:-1])} and {files[-1]} name files of this machine"

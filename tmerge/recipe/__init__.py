@@ -9,6 +9,7 @@ from tmerge.recipe.loading import RECIPE_VARIABLE, load_recipe, parse_setting, p
 from tmerge.recipe.method import CARRYING_BESIDE, MATCHING_BY_WEIGHTS, READING_AT_ENDS, method_of
 from tmerge.recipe.page import recipe_page
 from tmerge.recipe.recipe import DECIDE_NOTHING, DECIDE_WRITING, Recipe
+from tmerge.recipe.references import compared_references, model_references, text_references
 from tmerge.recipe.save import SaveSettings
 from tmerge.recipe.section import ProjectionName
 from tmerge.recipe.sources import JoinedSource, source_name
@@ -17,6 +18,9 @@ from tmerge.recipe.transport import Apart, Shared, TransportSettings
 from tmerge.recipe.unsaid import unsaid
 
 __all__ = [
+    "compared_references",
+    "model_references",
+    "text_references",
     "FITTED_CONTROLS",
     "CARRYING_BESIDE",
     "MATCHING_BY_WEIGHTS",
