@@ -6,6 +6,8 @@ What a merge through it gives back is in tests/fusion/test_structured.py.
 from __future__ import annotations
 
 import copy
+import weakref
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -25,6 +27,8 @@ from tmerge.transport import (
     match_neurons,
     one_thread_each,
 )
+from tmerge.transport import layers as layers_module
+from tmerge.transport.layers import sampled
 
 families = pytest.mark.parametrize("family", PLANTED_FAMILIES)
 
@@ -91,6 +95,31 @@ def test_layers_without_a_feature_are_passed_over_and_every_row_is_told():
     assert layers["up.post"][0] == (0, 2, 3) and cost["up.post"].shape[0] == 3
     assert [(key, layer) for key, layer, _ in told] == [(key, layer) for key in case.keys for layer in layers[key][0]]
     assert all(row.equal(cost[key][layers[key][0].index(layer)]) for key, layer, row in told)
+
+
+def test_a_deep_source_is_read_in_parts(monkeypatch):
+    case = planted_case("llama")
+    target, source = sides("llama")
+    whole = compare_layers(target, source, case.keys)
+    samples, most, told = [], [], []
+
+    def read(layer, key):
+        most.append(sum(sample() is not None for sample in samples))
+        return source.read(layer, key)
+
+    def noted(features, **more):
+        sample = sampled(features, **more)
+        if not more:  # a source's
+            samples.append(weakref.ref(sample))
+        return sample
+
+    monkeypatch.setattr(layers_module, "_HELD", 1)
+    monkeypatch.setattr(layers_module, "sampled", noted)
+    parts = compare_layers(target, replace(source, read=read), case.keys, solved=lambda *row: told.append(row))
+    assert max(most) == 0 and len(most) == len(case.keys) * len(source.keys)
+    assert parts.alike.equal(whole.alike) and all(parts.cost[key].equal(whole.cost[key]) for key in case.keys)
+    assert len(told) == len(case.keys) * PLANTED_LAYERS
+    assert all(row.equal(parts.cost[key][layer]) for key, layer, row in told)
 
 
 # -- neurons -------------------------------------------------------------------------------------------------------

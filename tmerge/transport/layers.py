@@ -13,7 +13,7 @@ where these begin or end in every layer, stand for each other.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +42,10 @@ __all__ = [
 
 PAIRING_ROWS, PAIRING_NEURONS, PAIRING_WEIGHTS = 512, 256, 64
 """What a target layer is known by, at most: rows of features, neurons of each, and of each projection by weights."""
+
+# Bytes of source layers' samples, which each target layer is held against before the next ones are read: those of all
+# layers of a deep and wide source are gigabytes.
+_HELD = 2**29
 
 
 @dataclass(frozen=True)
@@ -133,14 +137,16 @@ def compare_layers(
     for key in keys:
         rows = [layer for layer in target_layers if key in target.keys[layer]]
         columns = [layer for layer in source_layers if key in source.keys[layer]]
-        sampled_sources = [sampled(source.read(layer, key)) for layer in columns]
-        found: list[list[float]] = []
-        for layer in processes.mine(rows):
-            sampled_target = layer_features(target.read(layer, key))
-            found.append([nearest_cost(sampled_target, of_source, signed=signed) for of_source in sampled_sources])
-            if solved is not None:
-                solved(key, layer, torch.tensor(found[-1], dtype=torch.float64))
-        costs = torch.tensor(processes.of_all(found), dtype=torch.float64).reshape(len(rows), len(columns))
+        found: dict[int, list[float]] = {layer: [] for layer in processes.mine(rows)}
+        for held in _in_turn(source, key, columns):
+            for layer, of_layer in found.items():
+                sampled_target = layer_features(target.read(layer, key))
+                of_layer += [nearest_cost(sampled_target, of_source, signed=signed) for of_source in held]
+                if solved is not None and len(of_layer) == len(columns):
+                    solved(key, layer, torch.tensor(of_layer, dtype=torch.float64))
+            del held[:]  # before the next are read
+        of_all = processes.of_all(list(found.values()))
+        costs = torch.tensor(of_all, dtype=torch.float64).reshape(len(rows), len(columns))
         cost[key], layers[key] = costs, (tuple(rows), tuple(columns))
         entries = (
             torch.tensor([target_layers.index(layer) for layer in rows], dtype=torch.int64)[:, None],
@@ -156,6 +162,18 @@ def compare_layers(
         ]
     )
     return ComparedLayers(target_layers, source_layers, total / counts.clamp_min(1.0) - 2.0 * lacking, cost, layers)
+
+
+def _in_turn(source: Side, key: str, layers: Sequence[int]) -> Iterator[list[Tensor]]:
+    """The layers' samples, as many at once as there is room for, at least one."""
+    held: list[Tensor] = []
+    for layer in layers:
+        held.append(sampled(source.read(layer, key)))
+        if sum(sample.nbytes for sample in held) >= _HELD:
+            yield held
+            held = []
+    if held or not layers:
+        yield held
 
 
 def layer_features(features: Tensor) -> Tensor:
