@@ -55,6 +55,9 @@ def test_a_column_is_not_guessed(row: dict[str, Any]) -> None:
         DatasetError, match=f"set calibration.column to one of {', '.join(list(row)[:2])}, or to several as a\\+b"
     ):
         choose(row)
+    with pytest.raises(DatasetError, match="none can be chosen here: save what is meant of it as a file") as caught:
+        choose_column(None, list(row), [row], "'d'", further=True)
+    assert "calibration." not in str(caught.value)
 
 
 @pytest.mark.parametrize("row", [{"id": 1}, {"messages": [1, 2]}, {"text": 3, "n": {"a": 1}}, {"text": None}])

@@ -24,7 +24,7 @@ from tmerge.recipe import CalibrationSettings
 results = {}
 for name, settings in json.loads(CASES).items():
     try:
-        found = read_texts(CalibrationSettings(**settings), seed=0)
+        found = read_texts(CalibrationSettings(**settings), seed=0, further=name.startswith("further"))
         results[name] = {**found.to_dict(), "all": sorted([*found.texts, *found.held_out]), "first": found.texts[0]}
     except TmergeError as error:
         results[name] = f"{type(error).__name__}: {error}"
@@ -64,6 +64,8 @@ CASES: dict[str, dict[str, Any]] = {
     "bad column": {"dataset": "user/plain", "column": "txet"},
     "bad config": {"dataset": "user/parquet", "config": "fr"},
     "no config": {"dataset": "user/parquet"},
+    "further, bad split": {"dataset": "user/plain", "split": "validation"},
+    "further, no config": {"dataset": "user/parquet"},
     "bad revision": {"dataset": "user/plain@nowhere"},
     "nobody": {"dataset": "user/nothing"},
     "not an id": {"dataset": "what is this?"},
@@ -170,6 +172,15 @@ def test_split_revision_and_configuration_are_those_asked_for(answers: dict[str,
         ("bad column", "dataset 'user/plain': no column 'txet'; did you mean 'text'? (columns: text, id)"),
         ("bad config", "dataset 'user/parquet' has no configuration 'fr'; set calibration.config to one of id, ms"),
         ("no config", "dataset 'user/parquet' has several configurations; set calibration.config to one of id, ms"),
+        # Where no key chooses among them, none is named.
+        (
+            "further, bad split",
+            "dataset 'user/plain' has no split 'validation', which alone is read here, but train, test; save what is",
+        ),
+        (
+            "further, no config",
+            "dataset 'user/parquet' has several configurations (id, ms), and none can be chosen here; save what is",
+        ),
         ("bad revision", "dataset 'user/plain' has no revision 'nowhere'; see {endpoint}/datasets/user/plain/commits"),
         ("nobody", "dataset 'user/nothing': no such file here, and no such dataset on the Hub; check the spelling"),
         ("not an id", "dataset 'what is this?' is neither a file here nor a Hub id (user/name)"),

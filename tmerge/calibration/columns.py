@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
+from tmerge.calibration.files import AS_A_FILE
 from tmerge.errors import DatasetError
 
 __all__ = ["Column", "Renderer", "choose_column"]
@@ -57,7 +58,12 @@ class Column:
 
 
 def choose_column(
-    wanted: str | None, columns: Sequence[str], examples: Sequence[Mapping[str, Any]], where: str
+    wanted: str | None,
+    columns: Sequence[str],
+    examples: Sequence[Mapping[str, Any]],
+    where: str,
+    *,
+    further: bool = False,
 ) -> Column:
     """Decide what is read of each row.
 
@@ -71,6 +77,7 @@ def choose_column(
         columns: All columns of the dataset, as far as they are known.
         examples: Some rows, to see what the columns hold.
         where: The dataset, for the error.
+        further: As `read_texts`: the error names no key.
 
     Raises:
         DatasetError: There is no such column, it holds no text, or there is more than one candidate.
@@ -110,10 +117,10 @@ def choose_column(
     if not usable:
         held = ", ".join(f"{name} ({held})" for name, held in kinds_of.items()) or "none"
         raise DatasetError(f"dataset {where}: no column holds text: {held}; use another dataset, or write one of text")
-    raise DatasetError(
-        f"dataset {where}: no one column is the text; set calibration.column to one of {', '.join(usable)}, or to "
-        "several as a+b"
-    )
+    remedy = f"set calibration.column to one of {', '.join(usable)}, or to several as a+b"
+    if further:
+        remedy = f"of {', '.join(usable)} none can be chosen here: {AS_A_FILE}"
+    raise DatasetError(f"dataset {where}: no one column is the text; {remedy}")
 
 
 def _kind(name: str, examples: Sequence[Mapping[str, Any]]) -> str:

@@ -14,7 +14,7 @@ import pyarrow.parquet
 from tmerge.documents import parse_json
 from tmerge.errors import DatasetError
 
-__all__ = ["FILE_SUFFIXES", "Row", "local_file", "read_file", "refuse_unreadable"]
+__all__ = ["AS_A_FILE", "FILE_SUFFIXES", "Row", "local_file", "read_file", "refuse_unreadable"]
 
 
 class Row(dict[str, Any]):
@@ -34,6 +34,9 @@ _LONGEST_LINE = 1 << 26
 
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 """Kinds of file that are read, by the end of their name."""
+
+AS_A_FILE = "save what is meant of it as a file (.jsonl, .csv or .parquet, its one column named text), and name that"
+"""What to do where a dataset leaves open what of it is read, and there is no key to say it with."""
 
 
 def local_file(reference: str) -> Path | None:

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from tmerge.calibration.files import AS_A_FILE
 from tmerge.errors import DatasetError
 from tmerge.hub_client import hub_client, is_silent, seconds_to_wait
 
@@ -78,7 +79,9 @@ def remote_commit(reference: str) -> str:
         raise _explain(repo, error) from None
 
 
-def open_remote(reference: str, config: str | None, split: str, *, seed: int, buffer: int) -> RemoteRows:
+def open_remote(
+    reference: str, config: str | None, split: str, *, seed: int, buffer: int, further: bool = False
+) -> RemoteRows:
     """Open a Hub dataset for streaming.
 
     Args:
@@ -87,6 +90,7 @@ def open_remote(reference: str, config: str | None, split: str, *, seed: int, bu
         split: Its split.
         seed: Of the shuffling.
         buffer: Rows that are shuffled at a time; the order of the shards is shuffled too.
+        further: As `read_texts`.
 
     Raises:
         DatasetError: No such dataset, revision, configuration or split; no access, no network; or a dataset that only
@@ -105,7 +109,7 @@ def open_remote(reference: str, config: str | None, split: str, *, seed: int, bu
         shuffled = stream.shuffle(seed=seed, buffer_size=buffer)
         return RemoteRows(repo, commit, config or (None if read == "default" else read), columns, shuffled)
     except (HfHubHTTPError, HFValidationError, _TransportError, *_READING_ERRORS) as error:
-        raise _explain(repo, error, config, split) from None
+        raise _explain(repo, error, config, split, further) from None
 
 
 def _is_written(kind: Any) -> bool:
@@ -113,7 +117,9 @@ def _is_written(kind: Any) -> bool:
     return isinstance(kind, (datasets.Value, datasets.ClassLabel, list, dict)) or hasattr(kind, "feature")
 
 
-def _explain(repo: str, error: Exception, config: str | None = None, split: str | None = None) -> DatasetError:
+def _explain(
+    repo: str, error: Exception, config: str | None = None, split: str | None = None, further: bool = False
+) -> DatasetError:
     """One line for what went wrong; the Hub's own texts are not passed on, as they may quote a request."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     choices = re.search(r"\[(.*)\]", str(error))
@@ -141,6 +147,14 @@ def _explain(repo: str, error: Exception, config: str | None = None, split: str 
         return DatasetError(
             f"dataset {repo!r}: the Hub ({constants.ENDPOINT}) cannot be reached; check the network and "
             "HF_HUB_OFFLINE, or use a file or samples:english"
+        )
+    if further and "Bad split" in str(error):
+        return DatasetError(
+            f"dataset {repo!r} has no split {split!r}, which alone is read here, but {known}; {AS_A_FILE}"
+        )
+    if further and "Config name is missing" in str(error):
+        return DatasetError(
+            f"dataset {repo!r} has several configurations ({known}), and none can be chosen here; {AS_A_FILE}"
         )
     if "Bad split" in str(error):
         return DatasetError(f"dataset {repo!r} has no split {split!r}; set calibration.split to one of {known}")

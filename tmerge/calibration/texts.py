@@ -96,11 +96,16 @@ class TextSet:
         """The texts whose features are read."""
         return self.other or self.texts
 
-    def without(self, apart: Iterable[str]) -> TextSet:
-        """Fewer to calibrate and choose on: not those that, white space and Unicode form apart, are among others."""
+    def without(self, apart: Iterable[str], most: int | None = None) -> TextSet:
+        """Fewer to calibrate and choose on: not those that, white space and Unicode form apart, are among others.
+
+        Args:
+            apart: The others.
+            most: So many to calibrate on, the first; None for all that are left.
+        """
         away = {normalise(text) for text in apart}
         choosing = tuple(text for text in self.choosing if normalise(text) not in away)
-        kept = [number for number, text in enumerate(self.texts) if normalise(text) not in away]
+        kept = [number for number, text in enumerate(self.texts) if normalise(text) not in away][:most]
         texts = tuple(self.texts[number] for number in kept)
         prompts = tuple(self.prompts[number] for number in kept)
         digest = _digest(texts, self.held_out, choosing)
@@ -171,6 +176,7 @@ def read_texts(
     progress: Callable[[int, int], None] | None = None,
     key: str = "calibration.texts",
     whole: bool = False,
+    further: bool = False,
 ) -> TextSet:
     """Read, de-duplicate and split the calibration texts.
 
@@ -185,6 +191,7 @@ def read_texts(
         progress: Called with texts found and texts asked for.
         key: Where the recipe says how many texts; named where they are too few.
         whole: All texts serve one purpose, however they fall on the sides: a side may be empty.
+        further: It is not the recipe's own dataset (`of_another`): no key says its configuration, split or column.
 
     Raises:
         DatasetError: The dataset, its configuration, split or column cannot be found or read.
@@ -192,14 +199,14 @@ def read_texts(
             ones, or ones to choose on; of a whole set, fewer than `MINIMUM_HELD_OUT` in all.
     """
     buffer = max(1000, 4 * settings.texts)
-    source = _open(settings, seed, buffer)
+    source = _open(settings, seed, buffer, further)
     rows = iter(source.rows)
     examples = list(itertools.islice(rows, _EXAMPLES))
     if not examples:
         raise DatasetError(f"dataset {source.name!r} is empty; choose another dataset or split")
     # Rows of one file need not have the same keys.
     columns = source.columns or tuple(dict.fromkeys(name for row in examples for name in row))
-    column = choose_column(settings.column, columns, examples, repr(source.name))
+    column = choose_column(settings.column, columns, examples, repr(source.name), further=further)
     render = Renderer(column, repr(source.name), chat_tokenizer)
     kept: list[str] = []
     before: dict[str, int] = {}
@@ -267,7 +274,7 @@ class _Source:
     file_sha256: str | None = None
 
 
-def _open(settings: CalibrationSettings, seed: int, buffer: int) -> _Source:
+def _open(settings: CalibrationSettings, seed: int, buffer: int, further: bool) -> _Source:
     name = settings.dataset.strip()
     is_sample = name.startswith(SAMPLES_PREFIX)
     path = None if is_sample else local_file(name)
@@ -275,7 +282,7 @@ def _open(settings: CalibrationSettings, seed: int, buffer: int) -> _Source:
         # The library behind it takes a second to import, and samples and files do without.
         from tmerge.calibration.remote import open_remote
 
-        remote = open_remote(name, settings.config, settings.split, seed=seed, buffer=buffer)
+        remote = open_remote(name, settings.config, settings.split, seed=seed, buffer=buffer, further=further)
         return _Source(remote.repo, remote, remote.revision, remote.config, remote.columns)
     if settings.config is not None:
         raise DatasetError(
@@ -326,7 +333,7 @@ def other_texts(
         DatasetError, TooFewTextsError: As `read_texts`.
     """
     another = of_another(settings, str(settings.match_on))
-    text_set = read_texts(another, seed=seed, chat_tokenizer=chat_tokenizer, whole=True)
+    text_set = read_texts(another, seed=seed, chat_tokenizer=chat_tokenizer, whole=True, further=True)
     # As it was named, and a Hub dataset with the commit that was read.
     name = settings.match_on or ""
     if text_set.revision is not None:

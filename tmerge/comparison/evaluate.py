@@ -93,7 +93,8 @@ def evaluate_models(
         # Texts of both sides count, so the share is only the order in which they come.
         words = {"dataset": pinned(dataset, identities[dataset]), "texts": max(texts, 64), "held_out": 0.35}
         settings = CalibrationSettings.model_validate(words)
-        text_set = read_texts(settings, seed=seed, chat_tokenizer=load_tokenizer(references[0]), whole=True)
+        tokenizer = load_tokenizer(references[0])
+        text_set = read_texts(settings, seed=seed, chat_tokenizer=tokenizer, whole=True, further=True)
         limit_characters = 4 * settings.max_tokens
         read = [text[:limit_characters] for text in (*text_set.held_out, *text_set.texts)][:texts]
     likelihoods: list[Scores] = []

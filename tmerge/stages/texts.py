@@ -127,7 +127,9 @@ class Texts:
         seed, tokenizer = self.recipe.seed, self.target.tokenizer
         # A ridge is chosen on some of them too: it would be chosen at their cost.
         choosing = read.choosing if "fusion.ridge" in self.recipe.fusion.chosen else 0.0
-        kept = read_texts(read, seed=seed, choosing=choosing, chat_tokenizer=tokenizer, key="fusion.keep_texts")
+        kept = read_texts(
+            read, seed=seed, choosing=choosing, chat_tokenizer=tokenizer, key="fusion.keep_texts", further=True
+        )
         self._refuse_changed({dataset: kept.file_sha256})
         return kept.without((*texts.choosing, *texts.held_out))
 
