@@ -25,7 +25,7 @@ from typing import Any
 
 from tmerge.calibration import FeatureStore, TextSet
 from tmerge.comparison.folder import at_work
-from tmerge.comparison.inputs import ComparedData, MergedModels, merge_recipe, refuse_moved, with_source
+from tmerge.comparison.inputs import SINCE_IT_BEGAN, ComparedData, merge_recipe, with_source
 from tmerge.comparison.result import SCHEMA, Comparison
 from tmerge.comparison.rows import RowNote, RowScores, TextScores, TrainedScores, added, grouped, summed_up
 from tmerge.comparison.tables import comparison_table
@@ -39,9 +39,10 @@ from tmerge.recipe import Recipe
 from tmerge.report import library_versions
 from tmerge.run import Run, stage_key
 from tmerge.stages.merge import merge
+from tmerge.stages.merged_models import MergedModels, refuse_moved
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.scoring import cut, held_out, unit
-from tmerge.stages.step import Listener, Step, fusing_stage
+from tmerge.stages.step import Listener, Progress, Step, fusing_stage
 from tmerge.stages.texts import kept_texts, training_texts
 from tmerge.store import write_json, write_text
 from tmerge.transport import TransportRecord
@@ -155,7 +156,8 @@ class _Comparison:
 
     @cached_property
     def models(self) -> MergedModels:
-        return MergedModels(self.merge_recipe, self.commits, self.listener, self.processes)
+        progress = Progress("compare", self.listener, self.processes)
+        return MergedModels(self.merge_recipe, self.commits, progress, SINCE_IT_BEGAN)
 
     @cached_property
     def domains(self) -> dict[str, list[str]]:
@@ -265,8 +267,8 @@ class _Comparison:
         self._release_both()
         report = merge(recipe, folder, listener=self.listener, processes=self.processes)
         # That merge asks for the models anew, by their names.
-        refuse_moved(source, commit, report.source.commit)
-        refuse_moved(self.recipe.target, self.commits["target"], report.target.commit)
+        refuse_moved(source, commit, report.source.commit, SINCE_IT_BEGAN)
+        refuse_moved(self.recipe.target, self.commits["target"], report.target.commit, SINCE_IT_BEGAN)
         model = load_model(str(folder), dtype=self.recipe.dtype, device=self.recipe.device, widen=True)
         return self._scores(model, f"fused with {source}")
 

@@ -1,7 +1,7 @@
-"""What a comparison's rows are made of beside its texts: models, further domains and tasks, as they were first.
+"""What a comparison's rows are made of beside its texts and models: further domains and tasks, as they were first.
 
-Rows are kept under what identified these when the comparison began, and are made hours later: a model is loaded at the
-commit that was merged, and what has become another by then is refused, and never scored under the old identity.
+Rows are kept under what identified these when the comparison began, and are made hours later: what has become another
+by then is refused, and never scored under the old identity. So are models (`tmerge.stages.merged_models`).
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tmerge.calibration import DatasetRecord, file_identity, pinned, read_texts
+from tmerge.calibration import DatasetRecord, file_identity, of_another, pinned, read_texts
 from tmerge.comparison.rows import Answers
-from tmerge.errors import CheckpointError, DatasetError
+from tmerge.errors import DatasetError
 from tmerge.evaluation.tasks import run_tasks
-from tmerge.models import LoadedModel, Model, Projection, give_back_memory
-from tmerge.preflight.models import Models
-from tmerge.processes import ALONE, Processes
+from tmerge.models import LoadedModel
+from tmerge.processes import Processes
 from tmerge.recipe import Recipe
-from tmerge.stages.scoring import load, opened
+from tmerge.stages.merged_models import Since
 from tmerge.stages.step import Listener, Progress
 
-__all__ = ["ComparedData", "MergedModels", "merge_recipe", "refuse_moved", "with_source"]
+__all__ = ["SINCE_IT_BEGAN", "ComparedData", "merge_recipe", "with_source"]
+
+SINCE_IT_BEGAN = Since("this comparison began", "start the same command again, and what depends on it is done anew")
+"""Of the models that rows are kept of."""
 
 # The comparison's merge always says whether it points downhill: on this many calibration texts.
 _DESCENT_TEXTS = 64
@@ -42,71 +44,6 @@ def with_source(recipe: Recipe, source: str) -> Recipe:
     named = [name for name in (recipe.target, recipe.source_base) if name is not None]
     bases = {name: base for name in named if (base := recipe.base_of(name)) is not None}
     return Recipe.from_mapping(recipe.model_dump(mode="json") | {"source": source, "bases": bases})
-
-
-class MergedModels:
-    """The models of rows: those that were merged, whatever their names stand for by now.
-
-    Args:
-        recipe: Names them.
-        commits: Role -> what the merge's report says of its model; nobody is asked again.
-        listener: Hears that one is loaded.
-        processes: That compare together, each of which loads and reads them.
-    """
-
-    def __init__(
-        self, recipe: Recipe, commits: Mapping[str, str], listener: Listener, processes: Processes = ALONE
-    ) -> None:
-        self._handles, self._commits = Models.of(recipe, commits), commits
-        self._progress = Progress("compare", listener, processes)
-
-    def load(self, role: str) -> LoadedModel:
-        """A model in memory, kept until it is let go.
-
-        Raises:
-            CheckpointError: A folder, which cannot be loaded as it was, has changed.
-        """
-        return self._kept(role, load)
-
-    def read(self, role: str) -> LoadedModel:
-        """A model to be read, in memory or by blocks, kept until it is let go; raises as `load`."""
-        return self._kept(role, opened)
-
-    def _kept(self, role: str, get: Callable[[Model, Progress], LoadedModel]) -> LoadedModel:
-        handle = self._handle(role)
-        loaded = get(handle, self._progress)
-        refuse_moved(handle.reference, self._commits[role], loaded.commit)
-        return loaded
-
-    def target_layers(self) -> list[dict[str, Projection]]:
-        """The loaded target's projections."""
-        self.load("target")
-        return self._handle("target").views.views
-
-    def unfused_target(self) -> list[dict[str, Projection]]:
-        """Those of them that are read from its files."""
-        return self._handle("target").unfused
-
-    def release(self, role: str) -> None:
-        """Let a model's weights go."""
-        self._handle(role).release()
-        give_back_memory()
-
-    def _handle(self, role: str) -> Model:
-        return self._handles.target if role == "target" else self._handles.source
-
-
-def refuse_moved(reference: str, before: str, now: str) -> None:
-    """Refuse a model that is another than the one that rows are kept under.
-
-    Raises:
-        CheckpointError: It is.
-    """
-    if before != now:
-        raise CheckpointError(
-            f"model {reference!r} changed since this comparison began ({before[:19]} then, {now[:19]} now); "
-            "start the same command again, and what depends on it is done anew"
-        )
 
 
 class ComparedData:
@@ -135,7 +72,9 @@ class ComparedData:
 
     def facts(self) -> dict[str, Any]:
         """What of them decides a row."""
-        return {
+        # Rows of an earlier tmerge are of the split that the calibration set is of.
+        split = {} if self.recipe.calibration.split == "train" else {"split": "train"}
+        return split | {
             "domains": self.settings.domains,
             "tasks": self.settings.tasks,
             "limit": self.settings.task_limit,
@@ -153,8 +92,8 @@ class ComparedData:
         domains = {}
         for name, reference in self.settings.domains.items():
             identity = self.identities[reference]
-            asked = {"dataset": pinned(reference, identity), "config": None, "column": None}
-            texts = read_texts(self.recipe.calibration.model_copy(update=asked), seed=self.recipe.seed, whole=True)
+            settings = of_another(self.recipe.calibration, pinned(reference, identity))
+            texts = read_texts(settings, seed=self.recipe.seed, whole=True, further=True)
             if texts.file_sha256 is not None:
                 _refuse_another("domain", reference, identity, f"sha256:{texts.file_sha256}")
             domains[name] = [*texts.held_out, *texts.texts]
@@ -189,7 +128,5 @@ class ComparedData:
 
 def _refuse_another(what: str, reference: str, before: str, now: str) -> None:
     if before != now:
-        raise DatasetError(
-            f"{what} {reference!r} changed since this comparison began; start the same command again, and what depends "
-            "on it is done anew"
-        )
+        since = SINCE_IT_BEGAN
+        raise DatasetError(f"{what} {reference!r} changed since {since.words}; {since.remedy}")
