@@ -96,6 +96,8 @@ def card_text(report: Report, recipe: Recipe, *, repo: str | None = None, figure
         verdict=report.published_verdict,
         summary=summary(report),
         trained=training_summary(report),
+        trained_on_words=_dataset_words(report),
+        trained_where=_trained_where(report),
         target=models[0][1],
         source=shown_model(report.source),
         carried=" and ".join(map(_learned_label, report.sources)),
@@ -212,6 +214,23 @@ def _read(report: Report) -> list[Calibration | TrainingTexts]:
 
 def _data_commit(data: Calibration | TrainingTexts) -> str:
     return f"`{data.revision}`" if data.revision else f"sha256 `{data.sha256}`"
+
+
+def _dataset_words(report: Report) -> str:
+    """How ``tmerge adapt`` is told of the texts that were trained on, where they are not the merge's."""
+    if report.adaptation is None or (data := report.adaptation.data).sha256 == report.calibration.sha256:
+        return ""
+    return f" --dataset {code_text(data.dataset)}" + (f"@{data.revision}" if data.revision else "")
+
+
+def _trained_where(report: Report) -> str:
+    """On which device and with which libraries, where these are not the merge's; empty where nothing of it is told."""
+    adaptation = report.adaptation
+    if adaptation is None:
+        return ""
+    where = [] if adaptation.device in (None, report.device) else [f"on {adaptation.device}"]
+    other = dict(adaptation.versions or {}).items() - dict(report.versions).items()
+    return ", ".join([*where, *([f"with {', '.join(' '.join(pair) for pair in sorted(other))}"] if other else [])])
 
 
 def _results(report: Report) -> list[EvalResult]:

@@ -41,6 +41,7 @@ from tmerge.report.words import (
     verdict_sentence,
     verdict_tone,
     verdict_words,
+    written_words,
 )
 
 __all__ = [
@@ -92,4 +93,5 @@ __all__ = [
     "verdict_sentence",
     "verdict_tone",
     "verdict_words",
+    "written_words",
 ]

@@ -161,6 +161,8 @@ class Adaptation(Part):
         aligned_share: Share of the tokens at which the source tells of the next one; None where it was not asked.
         loss_curve: (step, loss) pairs.
         verdict: Of the trained model against the target.
+        device: Where it was trained; None of a report from before it was told, and so the next.
+        versions: Of the libraries it was trained with; the report's own device and versions are the merge's.
     """
 
     objective: str
@@ -185,6 +187,8 @@ class Adaptation(Part):
     aligned_share: float | None
     loss_curve: Annotated[Items[Annotated[tuple[int, float], Strict(False)]], Field(min_length=1)]
     verdict: Verdict
+    device: str | None = None
+    versions: Mapping[str, str] | None = None
 
 
 class Report(Part):
@@ -198,6 +202,7 @@ class Report(Part):
         saved_adapter: What the folder holds is a LoRA of the target; None where it is a whole checkpoint.
         plan: The run whose transport was taken.
         method: As `tmerge.recipe.method_of`; None of a report from before it was told.
+        notes: What its reader has to know; of a trained model, what is true of the merge alone says so.
         adaptation: Of a model that was trained after the merge.
     """
 

@@ -9,7 +9,7 @@ from typing import Literal
 from tmerge.evaluation import Verdict
 from tmerge.report.measured import carried_words
 from tmerge.report.parts import Fusion, Measured, ReconstructionFit, SeveralSource
-from tmerge.report.report import Alone, Kept, Report
+from tmerge.report.report import Adaptation, Alone, Kept, Report
 from tmerge.report.several import join_words, listed_words
 from tmerge.report.transport import Relatedness, Transport
 
@@ -36,6 +36,7 @@ __all__ = [
     "verdict_sentence",
     "verdict_tone",
     "verdict_words",
+    "written_words",
 ]
 
 Tone = Literal["helps", "better", "none", "hurts"]
@@ -114,8 +115,8 @@ def kept_words(kept: Kept) -> str:
     changed = interval_words(kept.difference, signed=True)
     return (
         f"On {kept.texts} texts of {kept.dataset}, on which the target was to stay as it is: {kept.base.value:.4f} "
-        f"bits per byte before, {kept.fused.value:.4f} after (95 % interval of the difference {changed}; lower is "
-        "better)"
+        f"bits per byte before, {kept.fused.value:.4f} after the merge (95 % interval of the difference {changed}; "
+        "lower is better)"
     )
 
 
@@ -279,15 +280,52 @@ def training_summary(report: Report) -> str:
     adaptation, adapted = report.adaptation, report.evaluation.adapted
     if adaptation is None or adapted is None:
         return ""
-    residual = "held fixed" if adaptation.residual == "frozen" else "trained as well"
     data = adaptation.data
     among = f" (those of {data.kept} texts of {data.kept_dataset} among them)" if data.kept else ""
     return (
         f"{len(adaptation.loss_curve)} steps of {adaptation.objective} over {adaptation.tokens:,} tokens{among}, "
-        f"what was transported {residual}. Against the target: {adapted.difference.value:+.4f} bits per byte "
+        f"{_transported_words(report, adaptation)}. Against the target: {adapted.difference.value:+.4f} bits per byte "
         f"(95 % interval {interval_words(adapted.difference, signed=True)}); against the merge before training: "
         f"{adapted.difference_to_fused.value:+.4f} ({interval_words(adapted.difference_to_fused, signed=True)})."
     )
+
+
+def _transported_words(report: Report, adaptation: Adaptation) -> str:
+    """What a training did with what was transported, and at which strength, where that is not the merge's."""
+    strengths, sources = adaptation.alpha, report.sources
+    each_at = strengths if isinstance(strengths, Mapping) else {"": strengths}
+    if not any(each_at.values()):
+        return "with nothing of what was transported (strength 0)"
+    merged = {each.name: each.strength for each in sources} if sources else report.fusion.alpha_used
+    at = ""
+    if strengths != merged:
+        at = f" (at strength {', '.join(f'{name} {value:g}'.strip() for name, value in each_at.items())})"
+    if adaptation.residual != "frozen" and not adaptation.lora_rank:
+        return f"what was transported{at} trained as well"
+    # Beside a low rank all of the model stands still; else a residual is held beside projections alone.
+    but = ", but for embeddings and norms" if report.fusion.stream and not adaptation.lora_rank else ""
+    return f"what was transported{at} held fixed{but}"
+
+
+def written_words(release: str | None, licence_files: Sequence[str], source_licence_files: Sequence[str]) -> list[str]:
+    """What a reader of a run's folder has to know of the checkpoint or adapter in it, a line each.
+
+    Args:
+        release: The first ``transformers`` that reads it; None where it need not be said.
+        licence_files: Of the target, beside the weights.
+        source_licence_files: Of what was merged into it.
+    """
+    words = []
+    if release is not None:
+        words.append(
+            f"reads with transformers {release} or later: earlier releases do not know this architecture, or read a "
+            "config that today's wrote in another way"
+        )
+    if licence_files:
+        words.append(f"the target's licence files lie beside the weights: {', '.join(licence_files)}")
+    if source_licence_files:
+        words.append(f"the licence files of what was merged into it go with it: {', '.join(source_licence_files)}")
+    return words
 
 
 def score_words(value: float) -> str:

@@ -30,7 +30,7 @@ from tmerge.report.parts import (
 )
 from tmerge.report.report import SCHEMA, Alone, Control, Evaluation, Kept, Report, StageCost, Timing
 from tmerge.report.transport import Iterations, Transport
-from tmerge.report.words import alone_words, in_place_words, kept_words, relatedness_words
+from tmerge.report.words import alone_words, in_place_words, kept_words, relatedness_words, written_words
 from tmerge.stages.notes import (
     ChooseNote,
     EvaluateNote,
@@ -212,17 +212,10 @@ def _remarks(measured: Measurements) -> list[str]:
     if measured.chosen is not None and not any(measured.chosen.alpha.values()):
         remarks.append(
             f"fusion.alpha auto found no alpha that clearly gains on {measured.chosen.choice.texts} texts kept for "
-            "choosing: the checkpoint is the target, unchanged"
+            "choosing: the merge leaves the target unchanged"
         )
-    if (release := measured.saved.least_release) is not None:
-        remarks.append(
-            f"reads with transformers {release} or later: earlier releases do not know this architecture, or read a "
-            "config that today's wrote in another way"
-        )
-    if files := measured.saved.licence_files:
-        remarks.append(f"the target's licence files lie beside the weights: {', '.join(files)}")
-    if files := measured.saved.source_licence_files:
-        remarks.append(f"the licence files of what was merged into it go with it: {', '.join(files)}")
+    saved = measured.saved
+    remarks += written_words(saved.least_release, saved.licence_files, saved.source_licence_files)
     return remarks
 
 
