@@ -191,14 +191,23 @@ def test_a_training(command, finished, tmp_path, monkeypatch, number):
     assert code == CODES[number]
     again = f"to start again: tmerge adapt {finished} --out {out}"
     assert line == f"stopped; no checkpoint of the training had been saved; {again}"
-    saved = out / "tmerge/cache/training/checkpoint-1"
-    saved.mkdir(parents=True)
-    (saved / "trainer_state.json").write_text("{}")
-    with monkeypatch.context() as patched:
-        patched.setattr("tmerge.adaptation.adapt", send(number))
-        code, line = command("adapt", finished, "--out", out)
-    assert code == CODES[number]
-    assert line.startswith(f"stopped; the training's last checkpoint is kept in {out}; to continue: tmerge adapt ")
+    assert not out.exists()
+    kept = {
+        "teacher.safetensors": f"what the source predicts is kept in {out}, and no step yet",
+        "checkpoint-1/trainer_state.json": f"the training's last checkpoint is kept in {out}",
+    }
+    for name, words in kept.items():
+
+        def keeping(*asked, work, name=name, **options):
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            (work / name).write_text("{}")
+            send(number)()
+
+        with monkeypatch.context() as patched:
+            patched.setattr("tmerge.adaptation.adapt", keeping)
+            code, line = command("adapt", finished, "--out", out)
+        assert code == CODES[number]
+        assert line.startswith(f"stopped; {words}; to continue: tmerge adapt ")
 
 
 @both

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,14 +123,22 @@ class Run:
             if any(before.get(key) != now[key] for key in DECIDE_WRITING):
                 write_json(request, now)
         else:
-            above = [run.folder, *run.folder.parents]
-            run._made = [path for path in above if not path.exists() and not path.is_symlink()]
-            try:
-                run.cache.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise OutputExistsError(f"{folder} cannot be made: {error.strerror}; choose another --out") from None
+            run.make()
             write_json(request, recipe.model_dump(mode="json"))
         return run
+
+    def make(self) -> None:
+        """Make its folder and cache; they go again, should nothing come of it.
+
+        Raises:
+            OutputExistsError: They cannot be made.
+        """
+        above = [self.folder, *self.folder.parents]
+        self._made = [path for path in above if not path.exists() and not path.is_symlink()]
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputExistsError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from None
 
     def take_over(self, recipe: Recipe) -> None:
         """Let a copy of a run's folder be another recipe's run, which keeps of its stages those that decide alike."""
@@ -176,8 +184,12 @@ class Run:
         write_json(self.cache / f"{stage}.json", {"stage": stage, "key": key, "facts": dict(facts)})
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
+    def at_work(self, goes_on: Callable[[BaseException], bool] | None = None) -> Iterator[None]:
         """While a merge or a training works in the folder, nobody else does; if nothing is finished, nothing is left.
+
+        Args:
+            goes_on: Whether the same command can go on from what is there, after this error; by itself where a stage
+                has finished.
 
         Raises:
             RunBusyError: Another process is at work in it.
@@ -185,17 +197,26 @@ class Run:
         with locked(self.cache, self.folder):
             try:
                 yield
-            except BaseException:
-                self.abandon()
+            except BaseException as error:
+                self.abandon(None if goes_on is None else goes_on(error))
                 raise
 
-    def abandon(self) -> None:
-        """Leave nothing behind: remove the folder if no stage of it has finished."""
+    @property
+    def published(self) -> bool:
+        """Whether it holds a checkpoint or an adapter, whole."""
+        return any((self.folder / name).exists() for name in ("config.json", "adapter_config.json"))
+
+    def abandon(self, goes_on: bool | None = None) -> None:
+        """Leave nothing behind: remove the folder if nothing is published, and nothing there to go on from.
+
+        Args:
+            goes_on: Whether there is; None asks whether a stage has finished.
+        """
         if not self.cache.is_dir():
             return
-        finished = any("key" in (read_json(path) or {}) for path in self.cache.glob("*.json"))
-        published = any((self.folder / name).exists() for name in ("config.json", "adapter_config.json"))
-        if not finished and not published:
+        if goes_on is None:
+            goes_on = any("key" in (read_json(path) or {}) for path in self.cache.glob("*.json"))
+        if not goes_on and not self.published:
             # Not through a link, which would go in the folder's place.
             shutil.rmtree(self.work if self.folder.is_symlink() else self.folder, ignore_errors=True)
             for path in self._made:

@@ -1,6 +1,8 @@
 """tmerge adapt on a pico run: trained, scored on the run's own held-out texts, resumed, saved plain."""
 
 import json
+import shutil
+import sys
 
 import pytest
 import torch
@@ -12,8 +14,18 @@ from tests.reported import typed
 from tests.stages.test_merge import recipe_for
 from tmerge.calibration import TextSet, sample_texts
 from tmerge.comparison.compare import compare
-from tmerge.errors import Cancelled, OutputExistsError, RunBusyError, RunNotFoundError
+from tmerge.errors import (
+    AdaptationError,
+    Cancelled,
+    CheckpointError,
+    MissingExtraError,
+    OutputExistsError,
+    RunBusyError,
+    RunNotFoundError,
+)
+from tmerge.hub import merge_licence
 from tmerge.plots import report_page
+from tmerge.report import written_words
 from tmerge.run import Run
 from tmerge.stages.adapt import adapt_run
 from tmerge.stages.merge import merge
@@ -106,8 +118,98 @@ def test_held_out_texts_are_never_trained_on(run, tmp_path):
     data = tmp_path / "data.txt"
     others = sample_texts("malay")[:30]
     data.write_text("\n".join([*held_out, *others]), encoding="utf-8")
-    report = adapt_run(run, tmp_path / "out", WORDS, dataset=str(data)).to_dict()
+    report = adapt_run(run, tmp_path / "out", {**WORDS, "steps": 9}, dataset=str(data)).to_dict()
     assert report["adaptation"]["data"]["texts"] == len(others)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "and then `tmerge adapt --dataset data.txt`" in card
+
+
+def test_the_texts_that_are_left_over_are_told_of(run, tmp_path):
+    heard = []
+    report = adapt_run(run, tmp_path / "out", WORDS, dataset="samples:malay", listener=heard.append)
+    said = (
+        "samples:malay has more texts than the training reads: 24 of them, as 6 steps of 4 texts do not reach further"
+    )
+    assert report.notes[0].startswith(said) and report.adaptation.data.texts == 24
+    assert any(step.stage == "note" and step.what.startswith(said) for step in heard)
+
+
+@pytest.fixture
+def another(pair):
+    """Puts another model in the place of a role's; the former is put back afterwards."""
+    before = {path: path.read_bytes() for role in ("target", "source") for path in (pair / role).iterdir()}
+
+    def replace(role):
+        keys = {"target": {"seed": 7}, "source": {"seed": 8, "hidden_size": 48, "intermediate_size": 80}}
+        save_pico({"target": "llama", "source": "qwen2"}[role], pair / role, layers=2, **keys[role])
+
+    yield replace
+    for path, data in before.items():
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("role", ["target", "source"])
+def test_a_model_that_is_another_since_the_merge_is_refused_before_anything_is_begun(run, tmp_path, another, role):
+    another(role)
+    with pytest.raises(CheckpointError, match=f"{role}' changed since it was merged") as caught:
+        adapt_run(run, tmp_path / "out", WORDS)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_is_not_read_may_be_another(run, tmp_path, another):
+    another("source")
+    assert adapt_run(run, tmp_path / "out", {**WORDS, "objective": "sft", "steps": 1}).adaptation.steps == 1
+
+
+@pytest.mark.parametrize("role", ["target", "source"])
+def test_a_model_that_changes_before_it_is_loaded_is_refused(run, tmp_path, another, role, monkeypatch):
+    monkeypatch.setattr("tmerge.stages.merged_models.MergedModels.refuse_changed", lambda self, *roles: another(role))
+    with pytest.raises(CheckpointError, match=f"{role}' changed since it was merged"):
+        adapt_run(run, tmp_path / "out", WORDS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_after_one_that_diverged_another_can_be_begun_in_its_folder(run, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(AdaptationError, match="diverged; lower adaptation.learning_rate"):
+        adapt_run(run, out, {**WORDS, "learning_rate": 1e30})
+    assert not out.exists()
+    assert adapt_run(run, out, WORDS).adaptation.verdict == "helps"
+
+
+@pytest.mark.parametrize(("missing", "words"), [("trl", {}), ("peft", {"lora_rank": 2})])
+def test_without_its_packages_nothing_is_begun(run, tmp_path, monkeypatch, missing, words):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(MissingExtraError, match="needs trl and peft: pip install"):
+        adapt_run(run, tmp_path / "out", {**WORDS, **words})
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_of_the_merges_checkpoint_is_said_of_the_trained_one(run, tmp_path):
+    fused = tmp_path / "fused"
+    shutil.copytree(run, fused)
+    path, save = fused / "tmerge/report.json", fused / "tmerge/cache/save.json"
+    document, saved = json.loads(path.read_text()), json.loads(save.read_text())
+    chosen = "fusion.alpha auto found no alpha that clearly gains: the merge leaves the target unchanged"
+    of_files = written_words("5.0", ["LICENSE"], ["licenses/source/NOTICE"])
+    saved["facts"] |= {"least_release": "5.0", "licence_files": ["LICENSE"]}
+    saved["facts"] |= {"source_licence_files": ["licenses/source/NOTICE"]}
+    before = [*document["notes"], chosen, *of_files]
+    path.write_text(json.dumps(document | {"notes": before, "dtype": "bfloat16", "versions": {"torch": "1.0"}}))
+    save.write_text(json.dumps(saved))
+    report = adapt_run(fused, tmp_path / "out", {**WORDS, "alpha": 0.0})
+    # No such files lie in its folder, and it is of a kind that every release reads.
+    assert not any(line in note for line in of_files for note in report.notes)
+    assert f"of the merge, before the training: {chosen}" in report.notes and chosen not in report.notes
+    licence = merge_licence(report)
+    lasting = [line for line in before if line in (*licence.refusals, *licence.unknown)]
+    assert lasting and set(lasting) <= set(report.notes)
+    assert report.dtype == "float32" and report.adaptation.versions["torch"] == torch.__version__
+    card = (tmp_path / "out/README.md").read_text()
+    assert "of the merge, before the training: fusion.alpha auto" in card
+    assert "with nothing of what was transported (strength 0)" in card
+    assert f"torch {torch.__version__}" in card.split("Trained with ")[1].split("\n")[0]
 
 
 def test_without_its_cache_a_run_cannot_be_adapted(tmp_path):

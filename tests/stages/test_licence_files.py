@@ -61,8 +61,11 @@ def test_they_go_with_what_is_trained_on_top(models, tmp_path):
     from tmerge.stages.adapt import adapt_run
 
     merge(recipe_for(models), tmp_path / "fused")
-    adapt_run(tmp_path / "fused", tmp_path / "trained", {"steps": 1, "batch_size": 1, "accumulation": 1})
+    report = adapt_run(tmp_path / "fused", tmp_path / "trained", {"steps": 1, "batch_size": 1, "accumulation": 1})
     assert (tmp_path / "trained/licenses/source/LICENSE").read_text() == "of the source"
+    # Said once, of the files that lie there.
+    own, sources = [note for note in report.notes if "licence files" in note]
+    assert own.startswith("the target's licence files lie beside") and "licenses/source/LICENSE" in sources
 
 
 def test_they_go_with_an_adapter_and_of_a_base_too(tmp_path):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tmerge.adaptation.goals import FeatureGoals, feature_goals, refuse_token_rows
+from tmerge.adaptation.kept import last_checkpoint, teacher_path
 from tmerge.adaptation.residual import attach_residual, fold_residual
-from tmerge.adaptation.training import AdaptationReport, adapt, text_order
+from tmerge.adaptation.training import AdaptationReport, adapt, text_order, training_libraries
 
 __all__ = [
     "AdaptationReport",
@@ -13,6 +14,9 @@ __all__ = [
     "attach_residual",
     "feature_goals",
     "fold_residual",
+    "last_checkpoint",
     "refuse_token_rows",
+    "teacher_path",
     "text_order",
+    "training_libraries",
 ]

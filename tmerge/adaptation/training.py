@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from tmerge.adaptation.goals import FeatureGoals, FeatureWatch
+from tmerge.adaptation.kept import last_checkpoint, teacher_path
 from tmerge.adaptation.residual import attach_residual, fold_residual
 from tmerge.adaptation.teacher import Reading, read_teacher
 from tmerge.adaptation.trainer import StepShare, card_kept, make_trainer
@@ -31,7 +32,7 @@ from tmerge.processes import ALONE, Processes
 from tmerge.recipe import AdaptationSettings
 from tmerge.version import DISTRIBUTION
 
-__all__ = ["AdaptationReport", "adapt", "text_order"]
+__all__ = ["AdaptationReport", "adapt", "text_order", "training_libraries"]
 
 _LORA_TARGETS = ("q", "k", "v", "o")
 
@@ -113,7 +114,7 @@ def adapt(
         TokenizerError: Distillation needs tokenizers that know where their tokens lie in the text.
     """
     began = time.perf_counter()
-    sft, lora = _libraries(settings)
+    sft, lora = training_libraries(settings)
     StepShare.of(settings, processes.count)  # before anything takes its time
     if processes.count > 1 and loaded.device.type == "cpu" and torch.cuda.is_available():
         raise AdaptationError(
@@ -135,7 +136,7 @@ def adapt(
     if settings.objective == "distill":
         if source is None:
             raise ValueError("objective distill needs a source")
-        path = work / "teacher.safetensors"
+        path = teacher_path(work)
         teacher = read_teacher(source, loaded.tokenizer, texts, encoded, spans, settings, path, processes, reading)
     order = text_order(len(usable), settings.steps * settings.batch_size * settings.accumulation, seed)
     read = [usable[index] for index in order]
@@ -165,7 +166,7 @@ def adapt(
             sft, loaded, (encoded, labels), read, teacher, watch, settings, seed, work, peft_config, progress, processes
         )
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-        checkpoint = processes.from_first(lambda: _last_checkpoint(work))
+        checkpoint = processes.from_first(lambda: last_checkpoint(work))
         try:
             with (
                 watch.watching() if watch else nullcontext(),
@@ -184,12 +185,14 @@ def adapt(
             if settings.gradient_checkpointing:
                 model.gradient_checkpointing_disable()
             vars(model).pop("forward", None)  # trl's and accelerate's wrappers
-    for parameter in model.parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise AdaptationError(
-                f"{loaded.reference}: the training diverged; lower adaptation.learning_rate "
-                f"(now {settings.learning_rate:g})"
-            )
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+        # Its checkpoints lead nowhere else; a training with other settings reads nothing of them.
+        if processes.is_first:
+            shutil.rmtree(work, ignore_errors=True)
+        raise AdaptationError(
+            f"{loaded.reference}: the training diverged; lower adaptation.learning_rate "
+            f"(now {settings.learning_rate:g})"
+        )
     model.to(dtype=dtype)  # type: ignore[call-arg]
     if computed != dtype:  # it was widened when it was loaded
         model.to(dtype=computed)  # type: ignore[call-arg]
@@ -206,14 +209,12 @@ def adapt(
     )
 
 
-def _last_checkpoint(work: Path) -> Path | None:
-    """The folder of the last that was written whole."""
-    states = sorted(work.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    return states[-1].parent if states else None
+def training_libraries(settings: AdaptationSettings) -> tuple[Any, Any]:
+    """The packages that a training needs: trl, and of peft LoraConfig where ``lora_rank`` asks for it, else None.
 
-
-def _libraries(settings: AdaptationSettings) -> tuple[Any, Any]:
-    """trl, and peft's LoraConfig where it is asked for."""
+    Raises:
+        MissingExtraError: One of them is not installed.
+    """
     try:
         import trl
 

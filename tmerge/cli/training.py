@@ -151,7 +151,10 @@ def compare(
 
 
 def _training_kept(folder: Path) -> str:
-    saved = sorted((folder / "tmerge" / "cache" / "training").glob("checkpoint-*/trainer_state.json"))
+    work = folder / "tmerge" / "cache" / "training"
+    saved = sorted(work.glob("checkpoint-*/trainer_state.json"))
+    if not saved and (work / "teacher.safetensors").is_file():
+        return f"what the source predicts is kept in {folder}, and no step yet; to continue: {same_command()}"
     if not saved:
         return f"no checkpoint of the training had been saved; to start again: {same_command()}"
     return f"the training's last checkpoint is kept in {folder}; to continue: {same_command()}"
