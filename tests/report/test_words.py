@@ -6,12 +6,20 @@ from typing import get_args
 import pytest
 
 from tests.plotted import control, interval, record, report  # noqa: F401 - two are fixtures
-from tests.reported import typed
+from tests.reported import adaptation, typed
 from tmerge.evaluation import Verdict
 from tmerge.hub import card_text
 from tmerge.plots import report_page
 from tmerge.recipe import Recipe
-from tmerge.report import Relatedness, is_related, relatedness_words, summary, verdict_tone, verdict_words
+from tmerge.report import (
+    Relatedness,
+    is_related,
+    relatedness_words,
+    summary,
+    training_summary,
+    verdict_tone,
+    verdict_words,
+)
 from tmerge.report.measured import MeasuredPair, carried_words, measured_pairs
 from tmerge.templates import static_text
 from tmerge.ui.parts.progress import result_cards
@@ -169,3 +177,29 @@ def test_the_pairs_that_are_shipped_are_sound_and_said():
     # Strangers among them, who are told to be none of the relatives.
     assert {pair.weights - pair.chance < 0.05 for pair in pairs if pair.true is None} == {True}
     assert f"({'docs/experiments.md'})" in relatedness_words(_asked(0.9, paired=0.99, clear=True))
+
+
+@pytest.mark.parametrize(
+    ("trained", "stream", "words"),
+    [
+        ({}, (), "what was transported held fixed."),
+        ({"residual": "none"}, (), "what was transported trained as well."),
+        # Beside a low rank all that is in the model stands still, what was transported too.
+        ({"residual": "none", "lora_rank": 4}, (), "what was transported held fixed."),
+        ({"alpha": 0.5}, (), "what was transported (at strength 0.5) held fixed."),
+        ({"alpha": {"q": 0.5, "v": 0.0}}, (), "what was transported (at strength q 0.5, v 0) held fixed."),
+        ({"alpha": 0.0}, (), "with nothing of what was transported (strength 0)."),
+        ({"alpha": {"q": 0.0}}, (), "with nothing of what was transported (strength 0)."),
+        ({}, ("embed",), "what was transported held fixed, but for embeddings and norms."),
+        ({"lora_rank": 4}, ("embed",), "what was transported held fixed."),
+    ],
+)
+def test_what_a_training_did_with_what_was_transported(trained, stream, words, report):  # noqa: F811
+    document, worse = dict(report), interval(0.3, 0.1)
+    adapted = {"score": worse, "difference": worse, "difference_to_fused": worse}
+    document |= {
+        "adaptation": adaptation(**{"alpha": document["fusion"]["alpha"], **trained}),
+        "evaluation": {**document["evaluation"], "adapted": adapted},
+        "fusion": {**document["fusion"], "stream": list(stream)},
+    }
+    assert words in training_summary(typed(document))

@@ -84,7 +84,7 @@ def evaluate(
 @app.command()
 def adapt(
     run: RunArgument = Path("fused"),
-    dataset: Annotated[str | None, typer.Option(help="To train on; the run's calibration texts if left out.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="To train on; the texts that the merge read if left out.")] = None,
     objective: Annotated[str | None, typer.Option(help="distill, from the source too (the default), or sft.")] = None,
     residual: Annotated[str | None, typer.Option(help="frozen, or none: what was transported trains too.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
