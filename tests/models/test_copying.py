@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.pico import PICO_FAMILIES, PICO_RARE, save_pico
 from tmerge.errors import CheckpointError
-from tmerge.models import Model, load_model, read_facts, save_checkpoint, verify_checkpoint
+from tmerge.models import Model, copying, load_model, read_facts, save_checkpoint, verify_checkpoint
 from tmerge.models.copying import stored_again
 from tmerge.models.settings import own_place
 
@@ -109,25 +109,72 @@ def test_what_its_own_precision_cannot_hold_is_written_in_the_models(tmp_path, n
     assert load_file(tmp_path / "out" / "model.safetensors")[name].dtype == torch.float32
 
 
-def test_of_experts_one_tensor_is_taken_apart_at_a_time(tmp_path, monkeypatch):
+def _taken_apart(monkeypatch):
+    """Names of the model's tensors that are taken apart from now on, and whether they are there or on meta."""
     from transformers import core_model_loading
 
-    loaded = load_model(str(save_pico("mixtral", tmp_path / "in", layers=4)), device="cpu")
     apart, revert = [], core_model_loading.revert_weight_conversion
 
     def watched(model, tensors):
-        apart.append([(name, tensor.device.type) for name, tensor in tensors.items()])
+        ((name, tensor),) = tensors.items()
+        apart.append((name, tensor.device.type))
         return revert(model, tensors)
 
     monkeypatch.setattr(core_model_loading, "revert_weight_conversion", watched)
+    return apart
+
+
+def _stacks(loaded):
+    """Names of the tensors that hold all of a layer's experts."""
+    return [name for name, parameter in loaded.model.named_parameters() if parameter.dim() == 3]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe", "qwen2_moe"])
+@pytest.mark.parametrize("change", [False, True])
+def test_each_stack_of_experts_is_taken_apart_once(tmp_path, monkeypatch, family, change):
+    """Files list the parts of a layer's stacks by experts: as often as they alternate would take hours."""
+    folder = save_pico(family, tmp_path / "in", layers=11, dtype=torch.bfloat16)
+    loaded = load_model(str(folder), device="cpu")
+    stacks = _stacks(loaded)
+    assert len(stacks) == 11 * 2
+    if change:
+        with torch.no_grad():
+            for name in stacks:
+                loaded.model.get_parameter(name).add_(0.5)
+    apart = _taken_apart(monkeypatch)
+    alive, parts = [], copying._Apart._parts
+
+    def counted(self, name, tensor):
+        if tensor.device.type != "meta":
+            alive.append(len(self._held))
+        return parts(self, name, tensor)
+
+    monkeypatch.setattr(copying._Apart, "_parts", counted)
     tensors = stored_again(loaded, own_place(loaded))
-    # Nothing but names and shapes is asked for before the first is read.
-    assert apart and all(len(one) == 1 and one[0][1] == "meta" for one in apart)
+    # Nothing but names and shapes is asked for before the first is written.
+    assert {device for _, device in apart} == {"meta"}
     apart.clear()
-    read = {name: tensor.read() for name, tensor in tensors.items() if ".experts." in name}
-    assert len(read) == 4 * 4 * 3 and all(len(one) == 1 and one[0][1] == "cpu" for one in apart)
-    # Four layers of two stacked tensors; read in the files' order, some of them twice.
-    assert {name for ((name, _),) in apart} == {n for n, _ in loaded.model.named_parameters() if ".experts." in n}
+    (tmp_path / "out").mkdir()
+    copying.write_shards(tmp_path / "out", tensors, "5GB")
+    assert sorted(name for name, _ in apart) == sorted(stacks) and {device for _, device in apart} == {"cpu"}
+    # The other stack of the layer, and nothing of the layers before.
+    assert max(alive) == 1
+
+
+def test_a_stack_that_two_files_share_is_taken_apart_for_each(tmp_path, monkeypatch):
+    folder = save_pico("mixtral", tmp_path / "in", layers=4, max_shard_size="300KB")
+    loaded = load_model(str(folder), device="cpu")
+    apart = _taken_apart(monkeypatch)
+    save_checkpoint(loaded, tmp_path / "out", max_shard_size="300KB")
+    written = sorted((tmp_path / "out").glob("*.safetensors"))
+    before, after = (
+        {name: _bits(tensor) for path in paths for name, tensor in load_file(path).items()}
+        for paths in (folder.glob("*.safetensors"), written)
+    )
+    assert before == after
+    files = len(written)
+    taken = [name for name, device in apart if device == "cpu"]
+    assert files > 2 and set(taken) == set(_stacks(loaded)) and len(taken) <= 4 * 2 + 2 * (files - 1)
 
 
 def test_files_that_went_away_or_changed_are_one_line(tmp_path):

@@ -116,12 +116,17 @@ def _unsaved(model: PreTrainedModel) -> set[str]:
 
 
 class _Apart:
-    """What loading put together from several tensors, as it was stored: one of the model's taken apart at a time."""
+    """What loading put together from several tensors, as it was stored: one module's tensors taken apart at a time.
+
+    Files list a layer's experts one after another, each with its parts of all the module's stacked tensors. To take a
+    stack apart costs a copy of all of it, so what a module has is kept until another module is asked for: each stack is
+    then taken apart once, and once more for every file that begins in the middle of it.
+    """
 
     def __init__(self, model: PreTrainedModel, own: Mapping[str, Tensor]) -> None:
         self._model, self._own = model, own
         self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        self._module, self._held = "", dict[str, dict[str, Tensor]]()
 
     def shape(self, name: str, stored: str) -> tuple[int, ...] | None:
         """Of one of the parts; None where the model's tensor has no such part."""
@@ -132,10 +137,12 @@ class _Apart:
 
     def read(self, name: str, stored: str) -> Tensor:
         """One of the parts."""
-        if self._last[0] != name:
-            self._last = ("", {})  # let go before the next is taken apart
-            self._last = (name, self._parts(name, self._own[name].detach()))
-        return self._last[1][stored]
+        module = name.rpartition(".")[0]
+        if module != self._module:
+            self._module, self._held = module, {}  # let go before the next is taken apart
+        if name not in self._held:
+            self._held[name] = self._parts(name, self._own[name].detach())
+        return self._held[name][stored]
 
     def _parts(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         from transformers.core_model_loading import revert_weight_conversion
