@@ -85,7 +85,8 @@ def test_a_plain_model_leaves_nothing_alone() -> None:
 
 def test_heads_are_described_layer_by_layer() -> None:
     gemma4 = describe(empty_pico("gemma4-keys"))
-    assert gemma4.attention[:2] == [HeadLayout(4, 2, 12), HeadLayout(4, 1, 32)]
+    normed = {"scaling": 1.0, "normed": frozenset({"q", "k", "v"})}
+    assert gemma4.attention[:2] == [HeadLayout(4, 2, 12, **normed), HeadLayout(4, 1, 32, **normed)]
     smollm3 = describe(empty_pico("smollm3"))
     assert [heads.rotary_dim for heads in smollm3.attention] == [16, 0]
     neox = describe(empty_pico("gpt_neox"))

@@ -22,7 +22,7 @@ from tmerge.calibration.positions import common_ends, token_positions
 from tmerge.errors import FusionError, NotEnoughDiskError
 from tmerge.fusion.carry import Shuffle
 from tmerge.fusion.maps import unmatched
-from tmerge.models import Architecture, LoadedModel, Projection, feature_key
+from tmerge.models import Architecture, LoadedModel, Projection, Tap, feature_key
 from tmerge.processes import ALONE, Processes, on_this_machine
 from tmerge.quantities import bytes_words
 from tmerge.transport import Transport
@@ -182,11 +182,14 @@ class Wanted:
         view: The target's.
         out_map: (out, out') Phi_out, times what makes scores the size that they were.
         matched: (m,) outputs that have a counterpart.
+        norm: Where the source's outputs are caught as its norm leaves them, which the target has not; None where they
+            are caught as they are.
     """
 
     view: Projection
     out_map: Tensor
     matched: Tensor
+    norm: Tap | None = None
 
     def carried(self, features: Tensor) -> Tensor:
         """(r, m) goals of the matched outputs, from the source's (r, out')."""
@@ -212,7 +215,8 @@ class Passage:
         batch_tokens: Most padded tokens of a batch.
         vocabulary: (2, v) ids in the target and in the source of the tokens that both have, whose logits in the source
             are the last block's goal. None where that is the source's stream.
-        factor: (projection, target layer, source layer) -> what its goals are multiplied by.
+        factor: (projection, target layer, source layer) -> what its goals are multiplied by, where the target does not
+            norm them.
         shuffle: For the control ``permuted``.
         other_rows: Seed of a shuffle of the source's rows, for the control ``texts``: right norms, wrong tokens.
         processes: That reconstruct together: each reads a share of the texts, and all have the fits.
@@ -268,10 +272,25 @@ class Passage:
             if self.shuffle is not None:
                 out_map = out_map.index_select(0, self.shuffle(layer, key, out_map.shape[0]))
             matched = (~unmatched(out_map, 0)).nonzero().flatten()
-            wanted[projection] = Wanted(
-                self.views.layers[layer][projection], out_map * self.factor(projection, layer, source_layer), matched
-            )
+            heads, norm = self.views.attention[layer], None
+            if heads is not None and projection in heads.normed:
+                factor = self._own_size((layer, source_layer), key, out_map, matched)
+            else:
+                factor = self.factor(projection, layer, source_layer)
+                # Scores are made of what is behind the source's norm, and do not tell how large what is before it was.
+                norm = self.source_views.norm_taps[source_layer].get(projection)
+            wanted[projection] = Wanted(self.views.layers[layer][projection], out_map * factor, matched, norm)
         return wanted
+
+    def _own_size(self, layers: tuple[int, int], key: str, out_map: Tensor, matched: Tensor) -> float:
+        """What makes goals as large as the target's own outputs, where its own norm makes their size of no account.
+
+        Much smaller ones would hardly count beside what the weights give as they are, which a ridge holds on to.
+        """
+        statistics, (layer, source_layer) = self.transport.statistics, layers
+        own = statistics.target[layer, key].magnitude[matched].mean()
+        goals = (out_map.index_select(0, matched) @ statistics.source[source_layer, key].magnitude).abs().mean()
+        return float(own / goals) if own > 0 and goals > 0 else 1.0
 
 
 def readings(

@@ -32,10 +32,14 @@ def score_factor(projection: str, own: HeadLayout | None, read: HeadLayout | Non
 
     Args:
         projection: Its name; 1 for all but q and k.
-        own: The target's heads; 1 where they, the source's or a scaling are not known.
-        read: The source's.
+        own: The target's heads; 1 where they, the source's or a scaling are not known, and where the target norms what
+            the projection gives, so that its size is of no account.
+        read: The source's. Where it norms what the projection gives, and the target does not, this is of what its norm
+            gives.
     """
-    if projection not in ("q", "k") or own is None or read is None or own.scaling is None or read.scaling is None:
+    if projection not in ("q", "k") or own is None or read is None or projection in own.normed:
+        return 1.0
+    if own.scaling is None or read.scaling is None:
         return 1.0
     carried = min(own.head_dim, read.head_dim) / read.head_dim
     return float((read.scaling / own.scaling / carried) ** 0.5)

@@ -8,7 +8,8 @@ computes (q k v; o; gate up; down), each projection W is changed by
 X (R, in) is what it reads now, after all that was fitted before it; a row is a token that both models end in the same
 place, the first of each text left out. Y (R, out) is
 
-* for q k v gate up: what the counterparts give in the source's block, before rotary angles and the activation;
+* for q k v gate up: what the counterparts give in the source's block, before rotary angles and the activation; behind
+  the source's norm of q and k where the target has none, as its scores do not depend on the size before it;
 * for o: the source's stream after its attention, less the target's stream before it;
 * for down: the source's stream as it enters the next paired block, less the target's stream after its attention: what
   blocks without a counterpart would add is folded into the block before them;
@@ -162,7 +163,9 @@ class _Source:
 
     def _pass(self, wanted: Mapping[str, Wanted], goals: Goals | None, out: Wanted | None) -> None:
         views = self._passage.source_views.layers[self._at]
-        taps, attention = taps_of(self._passage.source_views, self._at, _rowwise(wanted), "post"), None
+        plain = [name for name in _rowwise(wanted) if wanted[name].norm is None]
+        taps, attention = taps_of(self._passage.source_views, self._at, plain, "post"), None
+        taps += [norm for name in _rowwise(wanted) if (norm := wanted[name].norm) is not None]
         for batch, call in enumerate(self._steps.calls(self._at)):
             if goals is None or not wanted:
                 result = call.run()

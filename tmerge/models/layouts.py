@@ -7,7 +7,6 @@ embeddings) is listed here per model type, read off that model's forward pass. W
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from tmerge.models.head_norms import normed_by
 from tmerge.models.views import Rows
 
 __all__ = [
@@ -88,8 +88,8 @@ class HeadLayout:
             None where tmerge has no description.
         rotary_pairs: Which dimensions rotate together: ``halves`` (i and i + rotary_dim / 2), ``neighbours``
             (2 i and 2 i + 1), or None where nothing rotates or tmerge has no description.
-        scaling: What a product of q and k is multiplied by before the softmax; None where both are normed first, so
-            that their size does not matter.
+        scaling: What a product of q and k is multiplied by before the softmax; None where that is not known.
+        normed: Those of q, k and v whose outputs are normed first, so that their size does not matter.
     """
 
     heads: int
@@ -98,6 +98,7 @@ class HeadLayout:
     rotary_dim: int | None = None
     rotary_pairs: str | None = None
     scaling: float | None = None
+    normed: frozenset[str] = frozenset()
 
 
 def _one_after_another(heads: HeadLayout) -> dict[str, Rows]:
@@ -236,12 +237,18 @@ def head_layout(config: PreTrainedConfig, layer: int, attention: nn.Module) -> H
         return None
     head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
     rotary_dim, pairs = _rotary(config, attention, head_dim)
-    return HeadLayout(heads, _kv_heads(config, heads), head_dim, rotary_dim, pairs, _scaling(attention, head_dim))
+    kv_heads, scaling = _kv_heads(config, heads), _scaling(config, attention, head_dim)
+    return HeadLayout(heads, kv_heads, head_dim, rotary_dim, pairs, scaling, normed_by(attention))
 
 
-def _scaling(attention: nn.Module, head_dim: int) -> float | None:
+# Names of a module's own number.
+_SCALING_NAMES = ("scaling", "softmax_scale")
+_UNSCALED = frozenset({"gpt_neo"})
+
+
+def _scaling(config: PreTrainedConfig, attention: nn.Module, head_dim: int) -> float:
     """As `HeadLayout.scaling`: the module's own number, or one over the square root of the head's width."""
-    if any(re.match(r"(q|k|query|key|qk)_?(layer)?norm", name) for name, _ in attention.named_children()):
-        return None
-    scaling = getattr(attention, "scaling", None)
-    return float(scaling) if isinstance(scaling, (int, float)) else head_dim**-0.5
+    if config.model_type in _UNSCALED:
+        return 1.0
+    numbers = (getattr(attention, name, None) for name in _SCALING_NAMES)
+    return next((float(number) for number in numbers if isinstance(number, (int, float))), head_dim**-0.5)

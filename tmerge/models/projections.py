@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tmerge.errors import UnsupportedModelError
 from tmerge.models.discovery import find_block_list, read_block, unwrap
+from tmerge.models.head_norms import NormTap, norm_taps
 from tmerge.models.layouts import MLP_NAMES, HeadLayout
 from tmerge.models.stream import embedding_scale, stream_views
 from tmerge.models.views import PROJECTIONS, SIDES, Projection, Rows, Tap, feature_key
@@ -40,6 +41,8 @@ class Architecture:
         attention: Per block, its heads; None for a block without plain attention.
         stream: What else a task vector changes, as `stream_views` gives it.
         embedding_scale: What a token's embedding is multiplied by before it enters the residual stream.
+        norm_taps: Per block, where the outputs of those of q, k and v that are normed are caught behind the norm; those
+            that are rotated before are not among them.
     """
 
     model_type: str
@@ -48,6 +51,7 @@ class Architecture:
     attention: list[HeadLayout | None] = field(default_factory=list)
     stream: list[dict[str, Projection]] = field(default_factory=list)
     embedding_scale: float = 1.0
+    norm_taps: list[dict[str, NormTap]] = field(default_factory=list)
 
     @property
     def views(self) -> list[dict[str, Projection]]:
@@ -112,6 +116,11 @@ class Architecture:
     def head_dim(self) -> int:
         """Dimensions of a head of the first attention layer."""
         return self._first_heads.head_dim
+
+    @property
+    def normed(self) -> set[str]:
+        """Those of q, k and v that some layer norms before products are made of them."""
+        return {name for heads in self.attention if heads is not None for name in heads.normed}
 
     def projections(self, names: Iterable[str] = PROJECTIONS) -> list[Projection]:
         """All views of these names, layer by layer."""
@@ -203,7 +212,11 @@ def describe(model: nn.Module, *, rounded_to: torch.dtype | None = None) -> Arch
             [{name: replace(view, rounded_to=rounded_to) for name, view in layer.items()} for layer in part]
             for part in (layers, stream)
         )
-    return Architecture(config.model_type, layers, sentences, heads, stream, embedding_scale(inner))
+    taps = [
+        {} if of is None else norm_taps(inner, layer, {"q": of.heads, "k": of.kv_heads, "v": of.kv_heads})
+        for layer, of in zip(layers, heads, strict=True)
+    ]
+    return Architecture(config.model_type, layers, sentences, heads, stream, embedding_scale(inner), taps)
 
 
 def match(target: Architecture, source: Architecture, wanted: Iterable[str]) -> tuple[list[str], dict[str, str]]:

@@ -10,12 +10,12 @@ a Llama's MLP reads through, and what an OLMo 2's attention writes through.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from tmerge.models.head_norms import HEAD_NORM_NAMES
 from tmerge.models.layouts import HeadLayout
 from tmerge.models.views import PROJECTIONS, Projection, Rows
 
@@ -65,7 +65,6 @@ _ROLES: tuple[dict[str, str], ...] = (
         "post_mlp_layernorm": "down",
     },
 )
-_HEAD_NORM_NAMES = {"q": re.compile(r"(q|query)_?(layer)?norm"), "k": re.compile(r"(k|key)_?(layer)?norm")}
 
 
 def group_of(name: str) -> str:
@@ -173,7 +172,7 @@ def _head_norms(
             weight = getattr(part, "weight", None)
             # One for each head, or a matrix of them (stablelm, cohere), is left alone.
             sizes = (heads.head_dim,), (projections[name].out_features,)
-            if _HEAD_NORM_NAMES[name].fullmatch(child) and weight is not None and tuple(weight.shape) in sizes:
+            if HEAD_NORM_NAMES[name].fullmatch(child) and weight is not None and tuple(weight.shape) in sizes:
                 norms.append((norm, part))
     return norms
 

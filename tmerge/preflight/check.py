@@ -44,6 +44,7 @@ from tmerge.preflight.holding import held_bytes
 from tmerge.preflight.learned import Learned
 from tmerge.preflight.memory import computed_dtype, widths_of
 from tmerge.preflight.models import Models
+from tmerge.preflight.normed import without_norms
 from tmerge.preflight.relatives import Relative, Relatives
 from tmerge.preflight.saved_adapter import refuse_no_adapter
 from tmerge.quantities import bytes_words
@@ -141,13 +142,14 @@ def check(recipe: Recipe, models: Models | None = None) -> Check:
         for name in _uneven(layout, projections):
             projections.remove(name)
             skipped[name] = f"the {role}'s layers have it in different sizes, which one plan per feature cannot hold"
+    sizeless, notes = without_norms(recipe, target_layout, source_layout, projections)
+    projections, skipped = [name for name in projections if name not in sizeless], skipped | sizeless
     if not projections:
         raise UnsupportedModelError(
             f"{recipe.target} and {recipe.source} share none of the projections "
             f"{', '.join(recipe.fusion.projections)} ({'; '.join(skipped.values())}); choose others in "
             "fusion.projections"
         )
-    notes: list[str] = []
     left_out: tuple[str, ...] = ()
     if recipe.adapter is not None and source.adapter is not None and isinstance(recipe.fusion, TaskVector):
         layouts, stream = (target_layout, source_layout), recipe.fusion.carries_stream

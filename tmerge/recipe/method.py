@@ -7,9 +7,10 @@ of the part that he changed, or adds the part.
 
 from __future__ import annotations
 
+from tmerge.recipe.fusion import Reconstruction
 from tmerge.recipe.recipe import Recipe
 
-__all__ = ["CARRYING_BESIDE", "MATCHING_BY_WEIGHTS", "READING_AT_ENDS", "method_of"]
+__all__ = ["CARRYING_BESIDE", "MATCHING_BY_WEIGHTS", "READING_AT_ENDS", "RECONSTRUCTING", "method_of"]
 
 CARRYING_BESIDE = 3
 """What a task vector carries beside the projections: norms of q and k too; norms by what they do, not by name."""
@@ -19,12 +20,16 @@ MATCHING_BY_WEIGHTS = 4
 READING_AT_ENDS = 2
 """Where both tokenizers end a token; no longer behind half a character, on which the next token writes on."""
 
+RECONSTRUCTING = 2
+"""Where the source norms q and k and the target does not: what the norms give, no longer what they are given."""
+
 
 def method_of(recipe: Recipe) -> dict[str, int]:
     """Part of the method, in words -> its form; of the parts that the recipe goes through and that have changed."""
     parts = {
         "reading at tokens' ends": READING_AT_ENDS if recipe.calibration.rows != "texts" else None,
         "matching by weights": MATCHING_BY_WEIGHTS if recipe.matches_by_weights else None,
+        "reconstructing": RECONSTRUCTING if isinstance(recipe.fusion, Reconstruction) else None,
         "carrying beside the projections": CARRYING_BESIDE if recipe.fusion.carries_stream else None,
     }
     return {name: form for name, form in parts.items() if form is not None}

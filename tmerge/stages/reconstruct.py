@@ -23,7 +23,7 @@ from tmerge.fusion import (
 )
 from tmerge.models import Model, Projection, give_back_memory, shared_vocabulary
 from tmerge.models.device import memory_errors
-from tmerge.recipe import FITTED_CONTROLS, Recipe, Reconstruction
+from tmerge.recipe import FITTED_CONTROLS, RECONSTRUCTING, Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
 from tmerge.run import Run
 from tmerge.stages.neurons import Neurons
@@ -82,6 +82,8 @@ class Reconstruct:
     def inputs(self) -> dict[str, Any]:
         """What decides the changes."""
         return {
+            # What it is fitted to is not of the recipe: what was fitted before that changed is fitted anew.
+            "method": RECONSTRUCTING,
             "transport": self.solved,
             "source": self.source.commit,
             "fusion": self._settings.model_dump(mode="json", exclude={"alpha", "alphas"}),
