@@ -15,7 +15,7 @@ from tmerge.comparison import reproduce as reproducing
 from tmerge.comparison.reproduce import difference_words, reproduce
 from tmerge.errors import ModelNotFoundError, OutputExistsError, UnsupportedModelError
 from tmerge.hub import find_run
-from tmerge.recipe import CARRYING_BESIDE, MATCHING_BY_WEIGHTS, READING_AT_ENDS, Recipe
+from tmerge.recipe import CARRYING, CARRYING_BESIDE, MATCHING_BY_WEIGHTS, READING_AT_ENDS, Recipe
 from tmerge.run import Run
 from tmerge.stages.merge import merge
 
@@ -81,6 +81,7 @@ def matched_by_weights(tmp_path_factory):
 def test_that_the_method_has_changed_is_told_before_and_after(matched_by_weights, tmp_path, monkeypatch, before, forms):
     report = json.loads((matched_by_weights / "tmerge/report.json").read_text())
     carrying = {"reading at tokens' ends": READING_AT_ENDS, "carrying beside the projections": CARRYING_BESIDE}
+    carrying["carrying"] = CARRYING
     assert report["method"] == {"matching by weights": MATCHING_BY_WEIGHTS, **carrying}
     shutil.copytree(matched_by_weights, tmp_path / "fused")
     report |= {

@@ -21,7 +21,7 @@ from tmerge.fusion.merge import (
 )
 from tmerge.fusion.module_change import changed_together, module_change, unchanged_modules
 from tmerge.fusion.passage import Passage
-from tmerge.fusion.projection import score_factor
+from tmerge.fusion.projection import goal_factor, score_factor
 from tmerge.fusion.reconstruct import reconstruct
 from tmerge.fusion.seeded import generator_for
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_count, neuron_side, select_neurons
@@ -57,6 +57,7 @@ __all__ = [
     "places_of",
     "read_neurons",
     "reconstruct",
+    "goal_factor",
     "score_factor",
     "select_neurons",
     "transport_neurons",

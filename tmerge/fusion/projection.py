@@ -17,7 +17,7 @@ from tmerge.models import Architecture, HeadLayout, Projection, feature_key
 from tmerge.recipe import CarriedSettings, TaskVector
 from tmerge.transport import Transport
 
-__all__ = ["Carrier", "score_factor"]
+__all__ = ["Carrier", "goal_factor", "score_factor"]
 
 _FUSED = "fused"
 
@@ -43,6 +43,21 @@ def score_factor(projection: str, own: HeadLayout | None, read: HeadLayout | Non
         return 1.0
     carried = min(own.head_dim, read.head_dim) / read.head_dim
     return float((read.scaling / own.scaling / carried) ** 0.5)
+
+
+def goal_factor(projection: str, layers: tuple[int, int], target: Architecture, source: Architecture) -> float:
+    """What the source's outputs are multiplied by to be the target's goals; of o and down, which are the stream's, 1.
+
+    Args:
+        projection: Its name.
+        layers: Of the target and of the source.
+        target: The model that is fitted.
+        source: The model that is read.
+    """
+    if projection in COLUMN_PROJECTIONS:
+        return 1.0  # how a block adds them is measured (`tmerge.fusion.addition`)
+    score = score_factor(projection, target.attention[layers[0]], source.attention[layers[1]])
+    return score * target.multipliers.output_ratio(projection, source.multipliers)
 
 
 @dataclass(frozen=True)
@@ -136,17 +151,25 @@ class Carrier:
             read, read_bias = self._source_weight(feed.layer, projection)
             maps = feed.out_map, feed.in_map
             carried, carried_bias = transport_neurons(read, read_bias, *maps, projection, neurons, self.device)
-            factor = 1.0
-            if self.transport.matched:
-                target_heads, source_heads = self.target.attention[layer], self.source.attention[feed.layer]
-                factor = score_factor(projection, target_heads, source_heads)
+            factor, bias_factor = self._factors(layer, feed.layer, projection)
             if factor != 1.0:
-                carried, carried_bias = factor * carried, None if carried_bias is None else factor * carried_bias
+                carried = factor * carried
+            if bias_factor != 1.0 and carried_bias is not None:
+                carried_bias = bias_factor * carried_bias
             weight = feed.share * carried if weight is None else weight + feed.share * carried
             if carried_bias is not None:
                 bias = feed.share * carried_bias if bias is None else bias + feed.share * carried_bias
         assert weight is not None  # at least one source layer feeds a target layer
         return weight, bias
+
+    def _factors(self, layer: int, source_layer: int, projection: str) -> tuple[float, float]:
+        """What a carried weight, and a carried bias, are multiplied by."""
+        if self.fusion.scale == "literal":
+            return 1.0, 1.0
+        own, read, score = self.target.multipliers, self.source.multipliers, 1.0
+        if self.transport.matched:
+            score = score_factor(projection, self.target.attention[layer], self.source.attention[source_layer])
+        return score * own.weight_ratio(projection, read), score * own.output_ratio(projection, read)
 
     def _source_weight(self, layer: int, projection: str) -> WeightAndBias:
         """What is transported of a source layer: its weight and bias, or what they learned since the base."""

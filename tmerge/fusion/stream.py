@@ -65,7 +65,7 @@ def carry_stream(
                 neurons, counterparts = vocabulary[:, (vocabulary[0] < view.out_features) & (vocabulary[1] < rows)]
                 learned = _learned(read.weight_rows(counterparts), base.weight_rows(counterparts))
                 if name == HEAD:
-                    weight = after(learned, in_map)
+                    weight = after(learned * target.multipliers.weight_ratio(HEAD, source.multipliers), in_map)
                 else:
                     weight = after(learned * (source.embedding_scale / target.embedding_scale), out_map.t())
             else:

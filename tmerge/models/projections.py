@@ -12,6 +12,7 @@ from tmerge.errors import UnsupportedModelError
 from tmerge.models.discovery import find_block_list, read_block, unwrap
 from tmerge.models.head_norms import NormTap, norm_taps
 from tmerge.models.layouts import MLP_NAMES, HeadLayout
+from tmerge.models.multipliers import Multipliers, multipliers_of
 from tmerge.models.stream import embedding_scale, stream_views
 from tmerge.models.views import PROJECTIONS, SIDES, Projection, Rows, Tap, feature_key
 
@@ -43,6 +44,7 @@ class Architecture:
         embedding_scale: What a token's embedding is multiplied by before it enters the residual stream.
         norm_taps: Per block, where the outputs of those of q, k and v that are normed are caught behind the norm; those
             that are rotated before are not among them.
+        multipliers: What it multiplies by around its projections and its head.
     """
 
     model_type: str
@@ -52,6 +54,7 @@ class Architecture:
     stream: list[dict[str, Projection]] = field(default_factory=list)
     embedding_scale: float = 1.0
     norm_taps: list[dict[str, NormTap]] = field(default_factory=list)
+    multipliers: Multipliers = field(default_factory=Multipliers)
 
     @property
     def views(self) -> list[dict[str, Projection]]:
@@ -216,7 +219,8 @@ def describe(model: nn.Module, *, rounded_to: torch.dtype | None = None) -> Arch
         {} if of is None else norm_taps(inner, layer, {"q": of.heads, "k": of.kv_heads, "v": of.kv_heads})
         for layer, of in zip(layers, heads, strict=True)
     ]
-    return Architecture(config.model_type, layers, sentences, heads, stream, embedding_scale(inner), taps)
+    around = embedding_scale(inner), taps, multipliers_of(config)
+    return Architecture(config.model_type, layers, sentences, heads, stream, *around)
 
 
 def match(target: Architecture, source: Architecture, wanted: Iterable[str]) -> tuple[list[str], dict[str, str]]:

@@ -6,7 +6,15 @@ from tmerge.recipe.compare import CompareSettings, PublishedScores
 from tmerge.recipe.evaluation import FITTED_CONTROLS, EvaluationSettings
 from tmerge.recipe.fusion import CarriedSettings, FusionSettings, Reconstruction, TaskVector, Weights
 from tmerge.recipe.loading import RECIPE_VARIABLE, load_recipe, parse_setting, preset_names
-from tmerge.recipe.method import CARRYING_BESIDE, MATCHING_BY_WEIGHTS, READING_AT_ENDS, RECONSTRUCTING, method_of
+from tmerge.recipe.method import (
+    CARRYING,
+    CARRYING_BESIDE,
+    MATCHING_BY_WEIGHTS,
+    READING_AT_ENDS,
+    RECONSTRUCTING,
+    method_of,
+    scales_carried,
+)
 from tmerge.recipe.page import recipe_page
 from tmerge.recipe.recipe import DECIDE_NOTHING, DECIDE_WRITING, Recipe
 from tmerge.recipe.references import compared_references, model_references, text_references
@@ -22,6 +30,7 @@ __all__ = [
     "model_references",
     "text_references",
     "FITTED_CONTROLS",
+    "CARRYING",
     "CARRYING_BESIDE",
     "MATCHING_BY_WEIGHTS",
     "READING_AT_ENDS",
@@ -46,6 +55,7 @@ __all__ = [
     "TaskVector",
     "TransportSettings",
     "Weights",
+    "scales_carried",
     "load_recipe",
     "load_yaml",
     "method_of",

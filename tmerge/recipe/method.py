@@ -10,7 +10,15 @@ from __future__ import annotations
 from tmerge.recipe.fusion import Reconstruction
 from tmerge.recipe.recipe import Recipe
 
-__all__ = ["CARRYING_BESIDE", "MATCHING_BY_WEIGHTS", "READING_AT_ENDS", "RECONSTRUCTING", "method_of"]
+__all__ = [
+    "CARRYING",
+    "CARRYING_BESIDE",
+    "MATCHING_BY_WEIGHTS",
+    "READING_AT_ENDS",
+    "RECONSTRUCTING",
+    "method_of",
+    "scales_carried",
+]
 
 CARRYING_BESIDE = 3
 """What a task vector carries beside the projections: norms of q and k too; norms by what they do, not by name."""
@@ -20,8 +28,16 @@ MATCHING_BY_WEIGHTS = 4
 READING_AT_ENDS = 2
 """Where both tokenizers end a token; no longer behind half a character, on which the next token writes on."""
 
+CARRYING = 2
+"""But for the paper's letter: as much as a model's own factors (Granite's, Cohere's, Falcon-H1's) make of a weight."""
 RECONSTRUCTING = 2
-"""Where the source norms q and k and the target does not: what the norms give, no longer what they are given."""
+"""Where the source norms q and k and the target does not: what the norms give, no longer what they are given; and as
+much as factors behind k and gate make of them."""
+
+
+def scales_carried(recipe: Recipe) -> bool:
+    """Whether weights are carried, and not to the paper's letter."""
+    return not isinstance(recipe.fusion, Reconstruction) and recipe.fusion.scale != "literal"
 
 
 def method_of(recipe: Recipe) -> dict[str, int]:
@@ -29,6 +45,7 @@ def method_of(recipe: Recipe) -> dict[str, int]:
     parts = {
         "reading at tokens' ends": READING_AT_ENDS if recipe.calibration.rows != "texts" else None,
         "matching by weights": MATCHING_BY_WEIGHTS if recipe.matches_by_weights else None,
+        "carrying": CARRYING if scales_carried(recipe) else None,
         "reconstructing": RECONSTRUCTING if isinstance(recipe.fusion, Reconstruction) else None,
         "carrying beside the projections": CARRYING_BESIDE if recipe.fusion.carries_stream else None,
     }

@@ -15,7 +15,7 @@ from tmerge.fusion import Carried, TransportedNeurons, carry, generator_for, nor
 from tmerge.models import PROJECTIONS, Model, shared_vocabulary
 from tmerge.models.device import memory_errors
 from tmerge.processes import Processes
-from tmerge.recipe import CARRYING_BESIDE, CarriedSettings, Recipe, Reconstruction
+from tmerge.recipe import CARRYING, CARRYING_BESIDE, CarriedSettings, Recipe, Reconstruction, scales_carried
 from tmerge.recorded import RecordedRun
 from tmerge.run import Run
 from tmerge.stages.carried import CarriedSource
@@ -71,9 +71,11 @@ class Fuse:
         """What decides the neurons."""
         first = self.sources[0]
         beside = {"beside": CARRYING_BESIDE} if self.recipe.fusion.carries_stream else {}
+        carrying = {"carrying": CARRYING} if scales_carried(self.recipe) else {}
         several = {"sources": {source.name: source.model.commit for source in self.sources}}
         return {
             "transport": self.solved,
+            **carrying,
             "fusion": self.recipe.fusion.model_dump(mode="json", exclude={"alpha", "alphas", "join", "density"}),
             "base": None if first.base is None else first.base.model.commit,
             **({"adapter": first.model.commit} if isinstance(first.weights, LearnedWeights) else {}),

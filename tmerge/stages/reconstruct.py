@@ -18,8 +18,8 @@ from tmerge.fusion import (
     NeuronWriter,
     Passage,
     generator_for,
+    goal_factor,
     reconstruct,
-    score_factor,
 )
 from tmerge.models import Model, Projection, give_back_memory, shared_vocabulary
 from tmerge.models.device import memory_errors
@@ -167,7 +167,7 @@ class Reconstruct:
             calibration.max_tokens,
             calibration.batch_tokens,
             self._vocabulary(drawn_to),
-            lambda name, layer, other: score_factor(name, views.attention[layer], source_views.attention[other]),
+            lambda name, layer, other: goal_factor(name, (layer, other), views, source_views),
             self._shuffle if name == "permuted" else None,
             self.recipe.seed if name == "texts" else None,
             progress.processes,
