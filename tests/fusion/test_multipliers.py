@@ -125,5 +125,28 @@ def test_weights_that_make_up_for_the_factors_compute_the_same(family, keys):
         torch.testing.assert_close(other(TOKENS[:3]).logits, model(TOKENS[:3]).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["granite_swa", "hyperclovax"])
+def test_families_that_are_granite_but_for_a_few_things(family):
+    """Their logits are divided by, or multiplied with, what the table says."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
+    factors = {"residual_multiplier": 0.3, "logits_scaling": 5.0}
+    sizes |= {"use_post_norm": False} if family == "hyperclovax" else {}
+    whole = {**sizes, "vocab_size": 384, "num_hidden_layers": 2, "pad_token_id": 2, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    model, other = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **whole, **part)).eval()
+        for part in (factors, dict.fromkeys(factors, 1.0))
+    )
+    other.load_state_dict(model.state_dict())
+    own, now = multipliers_of(model.config), multipliers_of(other.config)
+    with torch.no_grad():
+        for view in describe(other).projections():
+            view.write(view.weight() * now.weight_ratio(view.name, own))
+        other.lm_head.weight *= now.weight_ratio("head", own)
+        torch.testing.assert_close(other(TOKENS[:3]).logits, model(TOKENS[:3]).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_of_a_model_without_factors_there_are_none():
     assert multipliers_of(SimpleNamespace(model_type="llama")).weight_ratio("o", multipliers_of(_granite().config)) == 1

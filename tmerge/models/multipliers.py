@@ -41,6 +41,13 @@ def _granite(config: Any) -> Multipliers:
     return Multipliers(behind={"o": residual, "down": residual, "head": 1 / float(config.logits_scaling)})
 
 
+def _hyperclovax(config: Any) -> Multipliers:
+    # Behind a norm the size of what o and down give is of no account, and so is that of the factor.
+    residual = 1.0 if config.use_post_norm else float(config.residual_multiplier)
+    # As Granite, but that logits are multiplied by what Granite divides them by.
+    return Multipliers(behind={"o": residual, "down": residual, "head": float(config.logits_scaling)})
+
+
 def _cohere(config: Any) -> Multipliers:
     return Multipliers(behind={"head": float(config.logit_scale)})
 
@@ -65,11 +72,15 @@ def _falcon_h1(config: Any) -> Multipliers:
 _BY_TYPE: dict[str, Callable[[Any], Multipliers]] = {
     "cohere": _cohere,
     "cohere2": _cohere,
+    "cohere2_moe": _cohere,
     "falcon_h1": _falcon_h1,
     "granite": _granite,
+    "granite_swa": _granite,
     "granitemoe": _granite,
+    "granitemoe_swa": _granite,
     "granitemoehybrid": _granite,
     "granitemoeshared": _granite,
+    "hyperclovax": _hyperclovax,
 }
 
 
