@@ -55,12 +55,13 @@ def _carried(target, base, source, **fusion):
     return {(item.layer, item.projection): item.weight for item in carried.transported}
 
 
+@pytest.mark.parametrize("units", ["none", "layer", "feature"])
 @pytest.mark.parametrize("what", ["weights", "task-vector"])
-def test_what_is_carried_is_the_same(what):
+def test_what_is_carried_is_the_same(what, units):
     target = _granite()
     base = _shaken(target, 0.01, 1)
     source = _shaken(base, 0.1, 2)
-    fusion = {"what": what} | ({"stream": True} if what == "task-vector" else {})
+    fusion = {"what": what, "units": units} | ({"stream": True} if what == "task-vector" else {})
     plain = _carried(target, base, source, **fusion)
     scaled = _carried(target, _with_factors(base, **FACTORS), _with_factors(source, **FACTORS), **fusion)
     assert plain.keys() == scaled.keys() and ((2, HEAD) in plain) == (what == "task-vector")

@@ -3,7 +3,14 @@
 import pytest
 
 from tmerge.adaptation import teacher_path
-from tmerge.errors import AdaptationError, Cancelled, NotEnoughMemoryError, OutputExistsError, RunBusyError
+from tmerge.errors import (
+    AdaptationError,
+    Cancelled,
+    NotEnoughMemoryError,
+    OutputExistsError,
+    ProcessLostError,
+    RunBusyError,
+)
 from tmerge.run import Run
 from tmerge.stages.training_folder import TrainingFolder
 from tmerge.store import locked
@@ -35,6 +42,9 @@ def nothing(folder):
         (checkpoint, KeyboardInterrupt(), True),
         (teacher, KeyboardInterrupt(), True),
         (teacher, Cancelled("stopped"), True),
+        # "The same command goes on", says that.
+        (teacher, ProcessLostError("process 1 of 2 has ended"), True),
+        (nothing, ProcessLostError("process 1 of 2 has ended"), False),
         # Other settings are needed, with which it is another training.
         (teacher, NotEnoughMemoryError("full"), False),
     ],

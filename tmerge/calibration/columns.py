@@ -182,7 +182,7 @@ class Renderer:
     def __init__(self, column: Column, where: str, tokenizer: Any | None = None) -> None:
         self.column = column
         self.where = where
-        self.tokenizer = tokenizer if getattr(tokenizer, "chat_template", None) else None
+        self.tokenizer = tokenizer if _chat_template(tokenizer) else None
         self.joined = 0
 
     def __call__(self, row: Mapping[str, Any], where: str) -> str:
@@ -265,7 +265,7 @@ class Renderer:
 
     @property
     def _template(self) -> str:
-        return "" if self.tokenizer is None else str(self.tokenizer.get_chat_template())
+        return _chat_template(self.tokenizer)
 
     def _written(self, messages: Sequence[tuple[str, str]]) -> tuple[str, bool]:
         """A conversation as one text, and whether its messages were joined, without the template."""
@@ -280,3 +280,13 @@ class Renderer:
             except (TemplateError, ValueError, TypeError, KeyError):
                 pass
         return "\n".join(f"{role}: {content.strip()}" for role, content in messages), True
+
+
+def _chat_template(tokenizer: Any | None) -> str:
+    """A tokenizer's own; empty where it has none, or several without saying which is for plain conversations."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    try:
+        return str(tokenizer.get_chat_template())  # type: ignore[union-attr]
+    except ValueError:
+        return ""

@@ -14,7 +14,7 @@ from tmerge.hub_client import hub_client
 from tmerge.models import fetch, file_digest, hub_errors, model_commit
 from tmerge.models.reference import trusts
 from tmerge.recipe import Recipe, method_of
-from tmerge.report import Items, MergedModel, Part, Report, TrainingTexts
+from tmerge.report import Adaptation, Items, MergedModel, Part, Report, TrainingTexts
 from tmerge.run import Run
 from tmerge.stages.merge import merge
 from tmerge.stages.step import Listener, Progress
@@ -166,6 +166,8 @@ def reproduce(
     ]
     facts += [(role, model.commit[:19], here_of.commit[:19]) for role, model, here_of in _read_by(there, here)]
     facts += [(name, version, here.versions.get(name)) for name, version in there.versions.items()]
+    if there.adaptation is not None and here.adaptation is not None:
+        facts += _trained_by(there.adaptation, here.adaptation)
     return Reproduction(
         reference=original.name,
         same=not others and all(digests.same for digests in weights.values()),
@@ -282,6 +284,17 @@ def _read_by(there: Report, here: Report) -> Iterator[tuple[str, MergedModel, Me
             yield role.removesuffix("_model"), before, now
     for before, now in zip(there.sources, here.sources, strict=False):
         yield before.name, before.model, now.model
+
+
+def _trained_by(there: Adaptation, here: Adaptation) -> list[tuple[str, str | None, str | None]]:
+    """What decided a training, of both runs; nothing of what an earlier report does not tell."""
+    facts: list[tuple[str, str | None, str | None]] = [
+        ("training texts", there.data.sha256[:12], here.data.sha256[:12]),
+        ("training device", there.device, here.device),
+    ]
+    now = here.versions or {}
+    facts += [(f"training {name}", version, now.get(name)) for name, version in (there.versions or {}).items()]
+    return [fact for fact in facts if fact[1] is not None]
 
 
 def _refuse_untrusted(original: FoundRun, recipe: Recipe) -> None:

@@ -164,7 +164,8 @@ class Carrier:
 
     def _factors(self, layer: int, source_layer: int, projection: str) -> tuple[float, float]:
         """What a carried weight, and a carried bias, are multiplied by."""
-        if self.fusion.scale == "literal":
+        # With units inputs and outputs are brought to the size that they have in the target, whatever its factors.
+        if self.fusion.scale == "literal" or self.fusion.units != "none":
             return 1.0, 1.0
         own, read, score = self.target.multipliers, self.source.multipliers, 1.0
         if self.transport.matched:

@@ -2,7 +2,8 @@
 
 A form enters the key of the stage that follows it, so that nothing of an earlier form is taken up, and the report, so
 that `tmerge reproduce` can say that other weights are to be expected. Who changes what a recipe gives raises the form
-of the part that he changed, or adds the part.
+of the part that he changed, or adds the part. A form is told of every recipe that goes through its part, also where
+nothing changed for its two models, whose configs are not known here: then a stage is done anew, and "may" is said.
 """
 
 from __future__ import annotations

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tmerge.errors import FusionError
 from tmerge.fusion import Alpha, Join, JoinedNeurons, NeuronSequence, SourcePart
 from tmerge.preflight.models import Models
-from tmerge.recipe import Recipe, TaskVector, source_name
+from tmerge.recipe import Recipe, TaskVector, method_of, source_name
 from tmerge.report import Report
 from tmerge.run import stage_key
 from tmerge.stages.neurons import Neurons
@@ -102,7 +103,16 @@ def neurons_of_report(cache: Path, recipe: Recipe, report: Report, alpha: float 
         recipe: Of the run.
         report: Of the run.
         alpha: In place of the run's; of several sources the strength of all.
+
+    Raises:
+        FusionError: They were carried by an earlier form of the method, whose norms go by other names.
     """
+    part = "carrying beside the projections"
+    if part in (now := method_of(recipe)) and (report.method or {}).get(part) != now[part]:
+        raise FusionError(
+            f"this merge was made by an earlier form of the method ({part}), whose neurons are not read any more; run "
+            "its recipe again into another folder, and go on from that"
+        )
     if not report.sources:
         return Neurons(cache), report.fusion.alpha_used if alpha is None else alpha
     sources = [JoinedPart(source.name, source.model.commit, source.weight) for source in report.sources]

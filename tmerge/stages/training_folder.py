@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tmerge.adaptation import last_checkpoint, teacher_path
-from tmerge.errors import Cancelled, OutputExistsError
+from tmerge.errors import Cancelled, OutputExistsError, ProcessLostError
 from tmerge.run import Run
 from tmerge.store import locked, read_json
 
@@ -91,8 +91,9 @@ class TrainingFolder:
     def _goes_on_after(self, error: BaseException) -> bool:
         """Whether something is kept of which the same command would make more.
 
-        What was stopped goes on as it is. What failed (memory, a setting) needs other settings, with which it is
-        another training: then what the source predicts is not worth that it bars the folder.
+        What was stopped goes on as it is, and so does what lost one of its processes. What failed (memory, a setting)
+        needs other settings, with which it is another training: then what the source predicts is not worth that it
+        bars the folder.
         """
-        stopped = isinstance(error, Cancelled) or not isinstance(error, Exception)
+        stopped = isinstance(error, Cancelled | ProcessLostError) or not isinstance(error, Exception)
         return self._goes_on if stopped else last_checkpoint(self.work) is not None

@@ -14,6 +14,9 @@ from tmerge.stages.texts import training_texts
 
 __all__ = ["TrainingSet"]
 
+# Where completions alone are trained, texts read for each that is needed: of some the completion lies out of reach.
+_SPARE = 4
+
 
 @dataclass(frozen=True)
 class TrainingSet:
@@ -58,6 +61,8 @@ class TrainingSet:
         """
         asked = recipe.adaptation
         wanted = asked.steps * asked.batch_size * asked.accumulation
+        if asked.completions_only:
+            wanted *= _SPARE
         # None is held out here, where the merge's own held-out texts decide: they may all be among those that are read,
         # and one more than can be used tells that there are more.
         most = {"texts": wanted + len(calibrated.held_out) + 1, "held_out": 0.0}
