@@ -23,8 +23,8 @@ from tmerge.preflight.models import Models
 from tmerge.preflight.speed import Timing
 from tmerge.quantities import bytes_words
 from tmerge.recipe import Recipe
-from tmerge.stages import adapt as adapted
 from tmerge.stages.merge import merge
+from tmerge.stages.training_set import TrainingSet
 from tmerge.transport import feature_keys
 
 
@@ -279,7 +279,7 @@ def test_a_recipe_that_is_pinned_to_commits_trusts_what_it_did_before(tmp_path, 
             lambda pinned=pinned: check(pinned),
             lambda target=target: target.load(),
             lambda target=target: target.tokenizer,
-            lambda pinned=pinned, target=target: adapted._texts(pinned, target, calibrated, None, "user/data"),
+            lambda pinned=pinned, target=target: TrainingSet.of_dataset(pinned, "user/data", calibrated, target),
         ):
             with pytest.raises(UnsupportedModelError, match="far enough"):
                 action()

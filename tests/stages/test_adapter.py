@@ -198,12 +198,14 @@ def test_adapters_as_target_and_source_and_by_blocks(models, tmp_path):
 def test_what_cannot_travel_is_named(tmp_path):
     base = save_pico("qwen3", tmp_path / "base", layers=3)
     save_pico("llama", tmp_path / "target")
-    save_adapter(base, tmp_path / "lora", target_modules=["q_proj"], modules_to_save=["q_norm", "model.norm"])
+    save_adapter(base, tmp_path / "lora", target_modules=["q_proj", "o_proj"], modules_to_save=["q_norm", "model.norm"])
     recipe = Recipe(target=str(tmp_path / "target"), source=str(base), adapter=str(tmp_path / "lora"))
     found = check(recipe)
-    assert found.projections == ["q"]
-    assert found.left_out == ("model.layers.*.self_attn.q_norm.weight (3)",)
-    assert any("leaves behind: model.layers.*.self_attn.q_norm.weight (3)" in note for note in found.notes)
+    # No weights of a llama's q do what those behind a norm do.
+    assert found.projections == ["o"]
+    left = [f"model.layers.*.self_attn.{name}.weight (3)" for name in ("q_norm", "q_proj")]
+    assert found.left_out == tuple(left)
+    assert any(f"leaves behind: {', '.join(left)}" in note for note in found.notes)
     assert found.document().source.adapter.left_out == list(found.left_out)
     with pytest.raises(UnsupportedModelError, match=r"changes none of the projections k, v .*; it changes .*q_norm"):
         check(Recipe.from_mapping(recipe.model_dump() | {"fusion": {"what": "task-vector", "projections": ["k", "v"]}}))

@@ -157,9 +157,10 @@ def check(recipe: Recipe, models: Models | None = None) -> Check:
         projections, left_out = learned.projections, learned.left_out
         skipped |= dict.fromkeys(learned.untouched, f"the adapter {recipe.adapter} leaves it as it is")
         if not projections:
+            why = f", as {'; '.join(dict.fromkeys(sizeless.values()))}" if sizeless else ""
             raise UnsupportedModelError(
                 f"the adapter {recipe.adapter} changes none of the projections {', '.join(recipe.fusion.projections)} "
-                f"that both models have; it changes {_some(left_out)}: choose others in fusion.projections"
+                f"that can be carried{why}; it changes {_some(left_out)}: choose others in fusion.projections"
             )
         if left_out:
             notes.append(f"what the adapter changes and the merge leaves behind: {', '.join(left_out)}")
