@@ -26,7 +26,7 @@ def fill(page, served, **changes):
 def start(page, served, **changes):
     fill(page, served, **changes)
     page.locator("#start").click()
-    page.wait_for_url("**run=*")
+    page.wait_for_url("**run=*", timeout=60_000)
     return page.url.partition("run=")[2]
 
 
@@ -168,7 +168,7 @@ def test_start_right_after_an_edit_of_the_recipe_waits_for_it(visit, served, hel
     expect(page.locator("#problem")).to_contain_text("Waiting for the last change")
     expect(page.locator("#start")).to_be_disabled()
     free.set()
-    page.wait_for_url("**run=*")
+    page.wait_for_url("**run=*", timeout=60_000)
     run = served.ended(page.url.partition("run=")[2])
     assert (run.state, run.recipe.seed) == ("done", 41)
     page.get_by_role("tab", name="Choose").click()
@@ -189,7 +189,7 @@ def test_start_right_after_an_edit_of_a_field_runs_what_the_field_says(visit, se
     page.locator("#start").click()
     expect(page.locator("#problem")).to_contain_text("Waiting for the last change")
     free.set()
-    page.wait_for_url("**run=*")
+    page.wait_for_url("**run=*", timeout=60_000)
     run = served.ended(page.url.partition("run=")[2])
     assert (run.state, run.recipe.fusion.alpha) == ("done", 0.37)
 
@@ -209,7 +209,7 @@ def test_start_after_an_edit_that_cannot_be_read_says_why_and_can_be_pressed_aga
     assert len(served.context.store._runs) == before
     write_yaml(page, served.recipe(seed=42).to_yaml())
     page.locator("#start").click()
-    page.wait_for_url("**run=*")
+    page.wait_for_url("**run=*", timeout=60_000)
     assert served.ended(page.url.partition("run=")[2]).recipe.seed == 42
 
 
@@ -242,7 +242,7 @@ def test_start_right_after_another_upload_reads_that_file(visit, served, held_up
     page.locator("#start").click()
     expect(page.locator("#problem")).to_contain_text("Waiting for the last change")
     free.set()
-    page.wait_for_url("**run=*")
+    page.wait_for_url("**run=*", timeout=60_000)
     assert [text.split()[0] for text in read] == ["new"]
 
 
