@@ -93,6 +93,16 @@ def test_what_is_reconstructed_is_the_same(tmp_path):
         torch.testing.assert_close(one.weight, other.weight, rtol=1e-2, atol=2e-4)
 
 
+def _assert_made_up_for(model, other):
+    """Factors of the one, taken into the weights of the other, which has the same and no factors."""
+    own, now = multipliers_of(model.config), multipliers_of(other.config)
+    with torch.no_grad():
+        for view in describe(other).projections():
+            view.write(view.weight() * now.weight_ratio(view.name, own))
+        other.lm_head.weight *= now.weight_ratio("head", own)
+        torch.testing.assert_close(other(TOKENS[:3]).logits, model(TOKENS[:3]).logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("family", "keys"),
     [
@@ -118,12 +128,7 @@ def test_weights_that_make_up_for_the_factors_compute_the_same(family, keys):
     other = pico_model(family, tie_word_embeddings=False, **neutral)
     state = copy.deepcopy(model.state_dict())
     other.load_state_dict({name: state[name] for name in other.state_dict()})
-    own, now = multipliers_of(model.config), multipliers_of(other.config)
-    with torch.no_grad():
-        for view in describe(other).projections():
-            view.write(view.weight() * now.weight_ratio(view.name, own))
-        other.lm_head.weight *= now.weight_ratio("head", own)
-        torch.testing.assert_close(other(TOKENS[:3]).logits, model(TOKENS[:3]).logits, rtol=1e-4, atol=1e-4)
+    _assert_made_up_for(model, other)
 
 
 @pytest.mark.parametrize("family", ["granite_swa", "hyperclovax"])
@@ -141,12 +146,7 @@ def test_families_that_are_granite_but_for_a_few_things(family):
         for part in (factors, dict.fromkeys(factors, 1.0))
     )
     other.load_state_dict(model.state_dict())
-    own, now = multipliers_of(model.config), multipliers_of(other.config)
-    with torch.no_grad():
-        for view in describe(other).projections():
-            view.write(view.weight() * now.weight_ratio(view.name, own))
-        other.lm_head.weight *= now.weight_ratio("head", own)
-        torch.testing.assert_close(other(TOKENS[:3]).logits, model(TOKENS[:3]).logits, rtol=1e-4, atol=1e-4)
+    _assert_made_up_for(model, other)
 
 
 def test_of_a_model_without_factors_there_are_none():

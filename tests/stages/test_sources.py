@@ -15,7 +15,7 @@ from tests.pico import pico_model
 from tests.pico_adapter import merged_by_peft, save_adapter
 from tests.stages.test_task_vector import _deeper, _shaken, noted, recipe_for, save_all, weights
 from tmerge.comparison.reproduce import reproduce
-from tmerge.errors import AdaptationError, Cancelled, FusionError, ModelNotFoundError
+from tmerge.errors import AdaptationError, Cancelled, ModelNotFoundError
 from tmerge.fusion import Join, JoinedNeurons, SourcePart, StoredNeurons
 from tmerge.hub.card import card_data, card_text, merge_licence
 from tmerge.models import PROJECTIONS
@@ -74,18 +74,6 @@ def finished(models, tmp_path_factory):
     """Two models by their sum, on the whole road."""
     folder, recipe = tmp_path_factory.mktemp("run") / "fused", several(models, "first", "second")
     return folder, recipe, merge(recipe, folder)
-
-
-def test_what_an_earlier_form_of_the_method_carried_is_not_read(finished):
-    folder, recipe, report = finished
-    cache = folder / "tmerge/cache"
-    assert recipe.fusion.carries_stream
-    neurons_of_report(cache, recipe, report)
-    for before in (None, {**report.method, "carrying beside the projections": 2}):
-        with pytest.raises(
-            FusionError, match="made by an earlier form of the method .*; run its recipe again into ano"
-        ):
-            neurons_of_report(cache, recipe, report.model_copy(update={"method": before}))
 
 
 # -- what comes out ------------------------------------------------------------------------------------------------

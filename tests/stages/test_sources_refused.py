@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from tests.pico import PICO_VOCAB, pico_model, save_pico
 from tests.stages.test_sources import models, several  # noqa: F401 - a fixture
 from tests.stages.test_task_vector import save_all
 from tmerge.comparison.compare import compare
-from tmerge.errors import RecipeError, UnsupportedModelError
+from tmerge.errors import FusionError, RecipeError, UnsupportedModelError
 from tmerge.preflight.check import check
 from tmerge.recipe import Recipe
 from tmerge.stages.merge import merge
+from tmerge.stages.several import neurons_of_report
 
 
 def test_strengths_are_chosen_one_for_each(models, tmp_path):  # noqa: F811
@@ -92,3 +94,13 @@ def test_compare_says_that_it_holds_one(models, tmp_path):  # noqa: F811
     with pytest.raises(RecipeError, match="sources has 2, and compare holds one source"):
         compare(several(models, "first", "second"), tmp_path / "compared")
     assert not (tmp_path / "compared").exists()
+
+
+def test_what_an_earlier_form_of_the_method_carried_is_not_read(models, tmp_path):  # noqa: F811
+    recipe = several(models, "first", "second")
+    assert recipe.fusion.carries_stream
+    for before in (None, {"carrying beside the projections": 2}):
+        with pytest.raises(
+            FusionError, match="made by an earlier form of the method .*; run its recipe again into ano"
+        ):
+            neurons_of_report(tmp_path, recipe, SimpleNamespace(method=before))

@@ -33,12 +33,14 @@ _PLACEHOLDER = "\N{WHITE SQUARE}answer\N{WHITE SQUARE}"
 # the same conversation would be another text every day, and on another side of the split.
 _DAY = {"d": "26", "m": "07", "Y": "2024", "y": "24", "b": "Jul", "B": "July", "a": "Fri", "A": "Friday", "j": "208"}
 _DAY |= {"H": "12", "I": "12", "M": "00", "S": "00", "p": "PM", "-d": "26", "-m": "7"}
+_CLOCK_NAME = "strftime_now"
 _CLOCK = (
-    "{%- macro strftime_now(format) %}{{ format"
+    "{%- macro "
+    + _CLOCK_NAME
+    + "(format) %}{{ format"
     + "".join(f"|replace('%{code}', '{value}')" for code, value in _DAY.items())
     + " }}{%- endmacro %}"
 )
-_CLOCK_NAME = "strftime_now"
 
 
 @dataclass(frozen=True)
