@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
 __all__ = [
     "AdaptationError",
@@ -47,10 +48,18 @@ __all__ = [
 ]
 
 
+# What ends a line, moves a terminal's cursor, turns the direction of writing or cannot be encoded: messages repeat what
+# users and other people's files wrote.
+_UNPRINTED = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 class TmergeError(Exception):
     """Base of every error that a user can mend; ``str(error)`` is one line with the remedy in it."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return _UNPRINTED.sub(lambda found: ascii(found[0])[1:-1], super().__str__())
 
 
 class RecipeError(TmergeError):

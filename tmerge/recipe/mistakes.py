@@ -16,6 +16,7 @@ __all__ = ["one_line"]
 
 _MENDED_FIRST = {"extra_forbidden": 0, "missing": 2}
 _MAPPING = "a mapping of keys to values"
+_LONGEST_LIST = 200
 # Keys that an option of the command line gives as well, among those that have to be there.
 _OPTIONS = ("target", "source", "source_base")
 
@@ -86,7 +87,8 @@ def _remedy(error: ErrorDetails) -> str:
     if due == "text" and value is not None and not isinstance(value, list | tuple | dict):
         return "that is no text in YAML; put it in quotes"
     if due == "a list" and isinstance(value, str):
-        return f"write a list: [{', '.join(part.strip() for part in value.split(','))}]"
+        listed = ", ".join(part.strip() for part in value.split(","))
+        return f"write a list: [{listed}]" if len(listed) <= _LONGEST_LIST else "write a list: [one, another]"
     return f"write {due}"
 
 
