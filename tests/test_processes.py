@@ -17,7 +17,7 @@ from tests.stages.test_reconstruct import recipe_for as reconstruction_of
 from tests.stages.test_task_vector import _deeper, _shaken, save_all
 from tmerge.errors import EndedElsewhereError, ProcessLostError, RecipeError
 from tmerge.fusion import StoredNeurons
-from tmerge.processes import ALONE
+from tmerge.processes import ALONE, Processes
 from tmerge.recipe import load_recipe
 from tmerge.stages.merge import merge
 
@@ -186,6 +186,13 @@ def test_what_comes_of_all_items_is_in_their_order(count, items):
 
     assert Together(count).run(work) == [[item * item for item in range(items)]] * count
     assert ALONE.of_all(ALONE.mine(range(items))) == list(range(items))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_no_process_has_the_longest_of_every_round(count):
+    lengths = [100 - 7 * place for place in range(2 * count * 2)]
+    shares = [sum(Processes(rank, count).mine(lengths)) for rank in range(count)]
+    assert len(set(shares)) == 1, shares
 
 
 def test_what_the_first_makes_all_have():

@@ -79,16 +79,26 @@ class Processes:
         return self.rank == 0
 
     def mine(self, items: Sequence[Item]) -> list[Item]:
-        """This process's share of the items: every `count`-th, so that sorted ones are shared out evenly."""
-        return list(items[self.rank :: self.count])
+        """This process's share of the items: of sorted ones, such as batches by their length, as much as another's.
+
+        They are dealt there and back: the first process takes the first of one round and the last of the next.
+        """
+        return [items[place] for place in self._places(self.rank, len(items))]
 
     def of_all(self, mine: Sequence[Result]) -> list[Result]:
         """What came of all items, in their order, from what came of this process's (`mine`)."""
         shares = self.gathered(list(mine))
         results: list[Any] = [None] * sum(map(len, shares))
         for rank, share in enumerate(shares):
-            results[rank :: self.count] = share
+            for place, result in zip(self._places(rank, len(results)), share, strict=True):
+                results[place] = result
         return results
+
+    def _places(self, rank: int, items: int) -> list[int]:
+        """Of a process's share among so many items."""
+        rounds = range(-(-items // self.count))
+        places = [self.count * done + (self.count - 1 - rank if done % 2 else rank) for done in rounds]
+        return [place for place in places if place < items]
 
     def gathered(self, value: Result) -> list[Result]:
         """What each process has, in the order of their ranks.

@@ -33,7 +33,8 @@ from tmerge.models import (
     verify_checkpoint,
 )
 from tmerge.models import device as device_module
-from tmerge.models.gguf import _dequantize, fast_reading, read_header
+from tmerge.models.gguf import read_header
+from tmerge.models.gguf_reading import _dequantize, fast_reading
 
 TEXTS = ["The cat sat on 3 mats in 2024.", "Saya membaca  buku.\n\nÄpfel, 你好!", "<s>a</s>"]
 
@@ -145,6 +146,16 @@ def test_unpacking_regrouped_is_unpacking(kind, rows):
     expected, found = gguf.dequantize(data, kind), _dequantize(data, kind)
     assert found.shape == expected.shape and found.dtype == expected.dtype
     np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+
+
+def test_what_is_unpacked_is_not_copied_and_what_lies_in_the_file_is():
+    data = np.zeros((64, 34), dtype=np.uint8)
+    unpacked = _dequantize(data, Kind.Q8_0)
+    assert np.shares_memory(np.copy(unpacked), unpacked) and type(np.copy(unpacked)) is np.ndarray
+    assert not np.shares_memory(np.copy(unpacked.T), unpacked)
+    plain = np.zeros(4, dtype=np.float32)
+    as_it_lies = _dequantize(plain, Kind.F32)
+    assert np.shares_memory(as_it_lies, plain) and not np.shares_memory(np.copy(as_it_lies), plain)
 
 
 def test_everything_is_put_back(tmp_path):

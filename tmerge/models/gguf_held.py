@@ -16,8 +16,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tmerge.errors import CheckpointError
-from tmerge.models.gguf import BLOCK, GgufHeader, one_name_map
+from tmerge.models.gguf import BLOCK, GgufHeader
 from tmerge.models.gguf_completed import ROTARY_FACTORS, rotary_scaling, rotary_tables
+from tmerge.models.gguf_reading import one_name_map
 from tmerge.models.reference import ModelReference
 from tmerge.quantities import count_words
 

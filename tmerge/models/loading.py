@@ -26,7 +26,8 @@ from tmerge.models.configs import tidy_gguf_config
 from tmerge.models.device import check_memory, held_dtype, memory_errors, pick_device, pick_dtype
 from tmerge.models.finding import find_place
 from tmerge.models.finite import check_finite, gguf_tensors, safetensors_tensors
-from tmerge.models.gguf import GgufHeader, fast_reading, read_header
+from tmerge.models.gguf import GgufHeader, read_header
+from tmerge.models.gguf_reading import fast_reading
 from tmerge.models.joined import join_model, join_parts
 from tmerge.models.place import GgufPlace, Place
 from tmerge.models.quiet import quiet

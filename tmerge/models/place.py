@@ -42,9 +42,10 @@ from tmerge.models.configs import (
 )
 from tmerge.models.demo import demo_model, demo_path
 from tmerge.models.door import check_generation, check_settings
-from tmerge.models.gguf import GgufHeader, fast_reading, read_header
+from tmerge.models.gguf import GgufHeader, read_header
 from tmerge.models.gguf_completed import complete
 from tmerge.models.gguf_held import hold_gguf
+from tmerge.models.gguf_reading import fast_reading
 from tmerge.models.reference import ModelReference
 from tmerge.models.remote import Snapshot, fetch, fetch_weights, open_repo, stated_licence
 from tmerge.models.ties import stored_apart, untie

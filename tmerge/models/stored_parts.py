@@ -21,7 +21,8 @@ from tmerge.errors import CheckpointError
 from tmerge.models.block_weights import StoredParts
 from tmerge.models.checkpoint import file_state, read_safetensors_header
 from tmerge.models.discovery import find_block_list
-from tmerge.models.gguf import BLOCK, fast_reading
+from tmerge.models.gguf import BLOCK
+from tmerge.models.gguf_reading import fast_reading
 from tmerge.models.place import GgufPlace, Place
 from tmerge.models.quiet import quiet
 from tmerge.models.renaming import GOES_ANOTHER_WAY, renamed
