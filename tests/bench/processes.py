@@ -1,9 +1,10 @@
 """Strong scaling: one run by one process of one thread and by several, stage by stage.
 
-    python -m tests.bench.processes --out FOLDER [--processes 2] [--repeats 2] [RECIPE [--set KEY=VALUE ...]]
+    python -m tests.bench.processes --out FOLDER [--processes 2] [--repeats 2] [--memory] [RECIPE [--set KEY=VALUE ...]]
 
-The demo if no recipe is named. By turns, the least seconds of each stage, from the runs' reports; the most memory of
-any process as it counts itself (files that it has mapped with it, which are there once for all), the most that one has
+The demo if no recipe is named. By turns, the least seconds of each stage, from the runs' reports, and the most memory
+of any process as it counts itself (files that it has mapped with it, which are there once for all). With ``--memory``
+each runs once more, untimed, as looking takes a share of a processor and halts who is looked at: the most that one has
 for itself alone, and the most that all have together, looked at every twentieth of a second. Prints one JSON document.
 """
 
@@ -50,8 +51,8 @@ class Memory:
         self.together = max(self.together, sum(memory.pss for memory in seen))
 
 
-def run(words: list[str], processes: int, out: Path, memory: Memory) -> dict[str, Any]:
-    """A run's report; what memory it took is added to what was seen before."""
+def run(words: list[str], processes: int, out: Path, memory: Memory | None = None) -> dict[str, Any]:
+    """A run's report; what memory it took is looked at where it is asked for."""
     shutil.rmtree(out, ignore_errors=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "tmerge", *words, "--out", str(out)]
@@ -59,7 +60,7 @@ def run(words: list[str], processes: int, out: Path, memory: Memory) -> dict[str
     nowhere = subprocess.DEVNULL
     with subprocess.Popen(command, env=os.environ | quiet, stdout=nowhere, stderr=nowhere) as begun:
         launcher = psutil.Process(begun.pid)
-        while begun.poll() is None:
+        while memory is not None and begun.poll() is None:
             with contextlib.suppress(psutil.Error):
                 memory.look(launcher)
             time.sleep(0.05)
@@ -74,17 +75,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--memory", action="store_true", help="and look at the memory, in runs of their own")
     asked, words = parser.parse_known_args()
     words = ["merge", *words] if words and not words[0].startswith("-") else ["demo", *words]
     seconds: dict[int, dict[str, float]] = {1: {}, asked.processes: {}}
     peaks: dict[int, int] = {}
-    seen = {processes: Memory() for processes in seconds}
+    seen = {processes: Memory() for processes in seconds} if asked.memory else {}
     for _ in range(asked.repeats):
         for processes, least in seconds.items():
-            report = run(words, processes, asked.out, seen[processes])
+            report = run(words, processes, asked.out)
             for stage in report["stages"]:
                 least[stage["name"]] = min(least.get(stage["name"], float("inf")), stage["seconds"])
                 peaks[processes] = max(peaks.get(processes, 0), stage["peak_rss_bytes"])
+    for processes, memory in seen.items():
+        run(words, processes, asked.out, memory)
     one, several = (sum(least[stage] for stage in SHARED) for least in seconds.values())
     json.dump(
         {
