@@ -7,6 +7,7 @@ imports what it is asked to call, so nothing here imports more than it must.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -191,6 +192,7 @@ def _serve(connection: Connection, prepare: tuple[str, ...]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     for module in prepare:
         importlib.import_module(module)
+    gc.freeze()  # libraries are no garbage: whoever looks for some need not look through them
     with contextlib.suppress(EOFError, OSError):
         while True:
             asked = connection.recv_bytes()

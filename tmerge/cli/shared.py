@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -114,6 +115,8 @@ def progress(*, heard: bool = True) -> Iterator[Any]:
     """
     from tmerge.cli.steps import listening
 
+    # A run looks for garbage whenever it lets a model go: not among the libraries, a third of a second each time.
+    gc.freeze()
     with listening() as listener:
 
         def hear(step: Any) -> None:
