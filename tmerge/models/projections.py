@@ -13,7 +13,7 @@ from tmerge.models.discovery import find_block_list, read_block, unwrap
 from tmerge.models.head_norms import NormTap, norm_taps
 from tmerge.models.layouts import MLP_NAMES, HeadLayout
 from tmerge.models.multipliers import Multipliers, multipliers_of
-from tmerge.models.stream import embedding_scale, stream_views
+from tmerge.models.stream import NORM, embedding_scale, stream_views
 from tmerge.models.views import PROJECTIONS, SIDES, Projection, Rows, Tap, feature_key
 
 __all__ = [
@@ -122,8 +122,9 @@ class Architecture:
 
     @property
     def normed(self) -> set[str]:
-        """Those of q, k and v that some layer norms before products are made of them."""
-        return {name for heads in self.attention if heads is not None for name in heads.normed}
+        """Projections whose outputs some layer norms: q, k and v before products are made of them, o and down alone."""
+        writing = {name for name in ("o", "down") for layer in self.stream if f"{NORM}{name}" in layer}
+        return writing | {name for heads in self.attention if heads is not None for name in heads.normed}
 
     def projections(self, names: Iterable[str] = PROJECTIONS) -> list[Projection]:
         """All views of these names, layer by layer."""

@@ -19,14 +19,15 @@ from tmerge.models.head_norms import HEAD_NORM_NAMES
 from tmerge.models.layouts import HeadLayout
 from tmerge.models.views import PROJECTIONS, Projection, Rows
 
-__all__ = ["EMBEDDING", "HEAD", "HEAD_NORMS", "STREAM", "embedding_scale", "group_of", "stream_views"]
+__all__ = ["EMBEDDING", "HEAD", "HEAD_NORMS", "NORM", "STREAM", "embedding_scale", "group_of", "stream_views"]
 
 EMBEDDING = "embedding"
 """(V, n): a row for each token. Where the head is tied to it, it is the head too."""
 HEAD = "head"
 """(V, n): a row for each token."""
-_NORM = "norm:"
-HEAD_NORMS = {f"{_NORM}{name}": name for name in ("q", "k")}
+NORM = "norm:"
+"""How the names of norms begin."""
+HEAD_NORMS = {f"{NORM}{name}": name for name in ("q", "k")}
 """Names of the norms of q and k, and whose outputs they scale: (n,) or (head_dim,)."""
 STREAM = "stream"
 """All of these together, where an alpha is named for each projection."""
@@ -110,7 +111,7 @@ def stream_views(
         views.append({name: view(name, layer, module) for name, module in norms})
     if len(outside) == 1:
         outside = [("last", outside[0][1])]
-    rest = {f"{_NORM}{name}": view(f"{_NORM}{name}", last, part) for name, part in outside}
+    rest = {f"{NORM}{name}": view(f"{NORM}{name}", last, part) for name, part in outside}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if _is_matrix(embedding, width):
         rest[EMBEDDING] = view(EMBEDDING, last, embedding)
@@ -146,7 +147,7 @@ def _by_role(norms: Sequence[tuple[str, nn.Module]], *, read_through: bool) -> l
     if roles is None:
         beside = "+".join(sorted(names))
         roles = {name: name if len(names) == 1 else f"{beside}/{name}" for name in names}
-    return [(f"{_NORM}{roles[name]}", module) for name, module in norms]
+    return [(f"{NORM}{roles[name]}", module) for name, module in norms]
 
 
 def _norms(modules: Iterable[tuple[str, nn.Module]], width: int) -> list[tuple[str, nn.Module]]:

@@ -29,8 +29,9 @@ MATCHING_BY_WEIGHTS = 4
 READING_AT_ENDS = 2
 """Where both tokenizers end a token; no longer behind half a character, on which the next token writes on."""
 
-CARRYING = 2
-"""But for the paper's letter: as much as a model's own factors (Granite's, Cohere's, Falcon-H1's) make of a weight."""
+CARRYING = 3
+"""But for the paper's letter: as much as a model's own factors (Granite's, Cohere's, Falcon-H1's) make of a weight; and
+along one structure not o and down where the source norms what they give and the target does not."""
 RECONSTRUCTING = 2
 """Where the source norms q and k and the target does not: what the norms give, no longer what they are given; and as
 much as factors behind k and gate make of them."""
