@@ -3,6 +3,7 @@
 The processes are real: `torchrun` begins them, they meet over gloo, and the command line runs in each.
 """
 
+import itertools
 import re
 import time
 
@@ -193,6 +194,18 @@ def test_no_process_has_the_longest_of_every_round(count):
     lengths = [100 - 7 * place for place in range(2 * count * 2)]
     shares = [sum(Processes(rank, count).mine(lengths)) for rank in range(count)]
     assert len(set(shares)) == 1, shares
+
+
+@pytest.mark.parametrize("work", [[], [5], [3, 3, 3], [9, 1, 1, 1, 6, 2], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
+def test_work_of_known_size_is_given_to_who_has_least(work):
+    items = [f"{place}" for place in range(len(work))]
+    shares = [Processes(rank, 2).mine(items, work) for rank in range(2)]
+    assert sorted(sum(shares, [])) == sorted(items) and all(share == sorted(share, key=int) for share in shares)
+    loads = [sum(work[int(item)] for item in share) for share in shares]
+    assert abs(loads[0] - loads[1]) <= max([*work, 0]) and ALONE.mine(items, work) == items
+    # At the most a sixth more than the most even division of all (Graham's bound for two).
+    halves = [sum(part) for size in range(len(work) + 1) for part in itertools.combinations(work, size)]
+    assert max(loads) <= 7 / 6 * min(max(half, sum(work) - half) for half in halves)
 
 
 def test_what_the_first_makes_all_have():

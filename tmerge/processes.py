@@ -78,15 +78,26 @@ class Processes:
         """Whether this one writes and speaks."""
         return self.rank == 0
 
-    def mine(self, items: Sequence[Item]) -> list[Item]:
-        """This process's share of the items: of sorted ones, such as batches by their length, as much as another's.
+    def mine(self, items: Sequence[Item], work: Sequence[int] | None = None) -> list[Item]:
+        """This process's share of the items, in their order.
 
-        They are dealt there and back: the first process takes the first of one round and the last of the next.
+        Args:
+            items: The same for all processes.
+            work: Of each item, as a number. The largest are given out first, each to who has least; what comes of them
+                is not for `of_all`. Without it they are dealt out there and back: of sorted ones each has as much.
         """
-        return [items[place] for place in self._places(self.rank, len(items))]
+        if work is None:
+            return [items[place] for place in self._places(self.rank, len(items))]
+        given, loads = [], [0] * self.count
+        for place in sorted(range(len(items)), key=lambda place: -work[place]):
+            least = loads.index(min(loads))
+            loads[least] += work[place]
+            if least == self.rank:
+                given.append(place)
+        return [items[place] for place in sorted(given)]
 
     def of_all(self, mine: Sequence[Result]) -> list[Result]:
-        """What came of all items, in their order, from what came of this process's (`mine`)."""
+        """What came of all items, in their order, from what came of this process's (`mine`, without work)."""
         shares = self.gathered(list(mine))
         results: list[Any] = [None] * sum(map(len, shares))
         for rank, share in enumerate(shares):

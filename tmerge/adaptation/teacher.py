@@ -174,7 +174,8 @@ def _predictions(
     wanted = [text for text in range(len(texts)) if positions[text]]
     told: dict[int, _Told] = {}
     all_batches = length_batches([len(source_ids[text]) for text in wanted], max(1, _LOGITS_AT_ONCE // vocabulary))
-    batches = [[wanted[index] for index in batch] for batch in processes.mine(all_batches)]
+    work = [len(batch) * len(source_ids[wanted[batch[-1]]]) for batch in all_batches]
+    batches = [[wanted[index] for index in batch] for batch in processes.mine(all_batches, work)]
 
     def read(chosen: list[int]) -> None:
         sequences, asked = [source_ids[text] for text in chosen], [positions[text] for text in chosen]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tmerge.calibration.batches import encode, length_batches, padded, token_limit
+from tmerge.calibration.batches import batch_limit, encode, length_batches, padded, token_limit
 from tmerge.calibration.capture import CaptureReport, bare_forward, capture
 from tmerge.calibration.features import FeatureStore, FeatureWriter
 from tmerge.calibration.identity import DatasetRecord, dataset_identity, file_identity, pinned
@@ -21,6 +21,7 @@ __all__ = [
     "Span",
     "TextSet",
     "bare_forward",
+    "batch_limit",
     "capture",
     "common_ends",
     "complete_ends",

@@ -19,13 +19,24 @@ from tmerge.models.blocks import base_pass, in_groups, stepped
 from tmerge.models.device import give_back_memory, is_out_of_memory, wait_for
 from tmerge.processes import ALONE, Processes
 
-__all__ = ["EncodedTexts", "ReadStep", "encode", "length_batches", "padded", "read_batches", "token_limit"]
+__all__ = [
+    "EncodedTexts",
+    "ReadStep",
+    "batch_limit",
+    "encode",
+    "length_batches",
+    "padded",
+    "read_batches",
+    "token_limit",
+]
 
 # Texts this much shorter than the longest of a batch (one part in) may join it; the rest would be padding.
 _SLACK = 8
 # No token is known to stand for more characters, so what lies behind them would be cut anyway.
 _CHARACTERS_PER_TOKEN = 128
 _TEXTS_AT_ONCE = 512
+# Padded tokens of a batch on a processor.
+_ON_A_PROCESSOR = 512
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,10 @@ class EncodedTexts:
     def lengths(self) -> list[int]:
         """Tokens of each text."""
         return [len(ids) for ids in self.ids]
+
+    def padded_tokens(self, texts: Sequence[int]) -> int:
+        """Of a batch of these texts."""
+        return len(texts) * max(len(self.ids[text]) for text in texts)
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,16 @@ def token_limit(config: PreTrainedConfig, max_tokens: int) -> int:
     return min(max_tokens, positions) if isinstance(positions, int) and positions > 0 else max_tokens
 
 
+def batch_limit(device: torch.device, batch_tokens: int) -> int:
+    """Most padded tokens of a batch: on a processor, where larger ones are no faster, few enough to be shared out.
+
+    Args:
+        device: Where it is read.
+        batch_tokens: The recipe's.
+    """
+    return min(batch_tokens, _ON_A_PROCESSOR) if device.type == "cpu" else batch_tokens
+
+
 def length_batches(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """Batches of texts of like length, shortest first.
 
@@ -160,12 +185,13 @@ def read_batches(
     filled = [text for text, ids in enumerate(encoded.ids) if ids]
     base, was_training = loaded.base, loaded.base.training
     base.eval()
+    limit = batch_limit(loaded.device, batch_tokens)
     batches = [
         [filled[index] for index in batch]
-        for batch in reversed(length_batches([len(encoded.ids[text]) for text in filled], batch_tokens))
+        for batch in reversed(length_batches([len(encoded.ids[text]) for text in filled], limit))
     ]
-    told = before or (lambda texts: None), note, room or Room()
-    reading = _Reading(loaded, encoded, processes.mine(batches), batch_tokens, *told)
+    mine = processes.mine(batches, [encoded.padded_tokens(batch) for batch in batches])
+    reading = _Reading(loaded, encoded, mine, batch_tokens, before or (lambda texts: None), note, room or Room())
     try:
         yield from reading.whole() if loaded.block_weights is None else reading.by_blocks()
     finally:
@@ -215,8 +241,7 @@ class _Reading:
 
     def by_blocks(self) -> Iterator[ReadStep]:
         """All batches of a group through a block, then through the next."""
-        lengths = self.encoded.lengths
-        groups = in_groups(self.loaded, [len(texts) * max(lengths[text] for text in texts) for texts in self.batches])
+        groups = in_groups(self.loaded, [self.encoded.padded_tokens(texts) for texts in self.batches])
         for number, group in enumerate(groups):
             batches = self.batches[group]
             with stepped(self.loaded, [self._pass(texts) for texts in batches]) as steps:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tmerge.calibration import Room, length_batches, padded, token_limit
+from tmerge.calibration import Room, batch_limit, length_batches, padded, token_limit
 from tmerge.errors import DeviceError, NotEnoughMemoryError, TokenizerError
 from tmerge.models import LoadedModel, available_memory, give_back_memory, refuse_without_rows
 from tmerge.models.blocks import run_passes
@@ -122,12 +122,14 @@ def score_texts(
     bits = torch.zeros(len(texts), dtype=torch.float64)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     # One cut into batches for all processes, whatever memory each of them has free.
-    limit = min(processes.gathered(max(1, min(batch_tokens, _logits_at_once(loaded) // vocabulary))))
+    most = min(batch_limit(loaded.device, batch_tokens), _logits_at_once(loaded) // vocabulary)
+    limit = min(processes.gathered(max(1, most)))
     began = time.perf_counter()
     was_training = model.training
     model.eval()
     try:
-        batches = processes.mine(length_batches([len(ids) for ids in encoded], limit))
+        of_all = length_batches([len(ids) for ids in encoded], limit)
+        batches = processes.mine(of_all, [len(batch) * len(encoded[batch[-1]]) for batch in of_all])
         windows_left = Counter(owners[index] for batch in batches for index in batch)
         scored_here = len(windows_left)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from tmerge.calibration import batch_limit
 from tmerge.evaluation import LOGITS_AT_ONCE, PROJECTION_GROUPS, most_scorings
 from tmerge.models import STREAM, Architecture, ModelFacts, pick_device
 from tmerge.models.agreed import own_share
@@ -161,10 +162,10 @@ def _trials(recipe: Recipe, projections: list[str]) -> float:
     return 1.0 + len(recipe.evaluation.controls) + alone_scorings(recipe) + raced
 
 
-def _scored_at_once(recipe: Recipe, facts: ModelFacts) -> int:
+def _scored_at_once(recipe: Recipe, facts: ModelFacts, device: torch.device) -> int:
     """Tokens of a batch, at most."""
     vocabulary = int(facts.config.get_text_config().vocab_size)
-    return max(1, min(recipe.calibration.batch_tokens, LOGITS_AT_ONCE // vocabulary))
+    return max(1, min(batch_limit(device, recipe.calibration.batch_tokens), LOGITS_AT_ONCE // vocabulary))
 
 
 def _fusings(recipe: Recipe, projections: list[str]) -> float:
@@ -223,8 +224,8 @@ def estimate_run(
         Pace(pieces, target, target_layout, dtype, threads),
         Pace(pieces, source, source_layout, source_dtype, threads),
     )
-    scoring_passes = math.ceil(tokens_per_text * held_out / _scored_at_once(recipe, target))
-    reading_passes = math.ceil(tokens_per_text * read / recipe.calibration.batch_tokens)
+    scoring_passes = math.ceil(tokens_per_text * held_out / _scored_at_once(recipe, target, device))
+    reading_passes = math.ceil(tokens_per_text * read / batch_limit(device, recipe.calibration.batch_tokens))
     passes = Passes(tokens_per_text * (read + held_out), tokens_per_text * held_out, scoring_passes + reading_passes)
     reads = [pace.seconds(passes, tokens_per_text) for pace in paces]
     tokens, trials = (scored - 1) * tokens_per_text * held_out, _trials(recipe, projections)
