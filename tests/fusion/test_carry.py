@@ -12,7 +12,7 @@ import torch
 
 from tests.pico import pico_model
 from tests.planted import pooled_features
-from tmerge.fusion import carry
+from tmerge.fusion import carry, projection
 from tmerge.models import describe
 from tmerge.recipe import Apart, Weights
 from tmerge.transport import apart_transport, solve_features
@@ -33,8 +33,8 @@ class _Counted:
         return maps
 
 
-def _carried(layers, workers, keep=None):
-    """The plans that were made of a target of so many layers, and how many at most were there at once."""
+def _pair(layers):
+    """A target of so many layers and a source, and the transport between them."""
     tokens = torch.randint(3, 384, (40, 8), generator=torch.Generator().manual_seed(0))
     target, source = pico_model("llama", layers=layers), pico_model("llama", layers=2, seed=1)
     features = [pooled_features(model, tokens) for model in (target, source)]
@@ -53,12 +53,17 @@ def _carried(layers, workers, keep=None):
     names = describe(target).names
     reads = (lambda layer, key, of=of: of[layer, key] for of in features)
     transport = apart_transport(plans, *reads, names, Apart(layers_kept=2))
+    return describe(target), describe(source), transport, Weights(alpha=0.5, top_k=4, projections=tuple(names))
+
+
+def _carried(layers, workers, keep=None):
+    """The plans that were made of a target of so many layers, and how many at most were there at once."""
+    target, source, transport, fusion = _pair(layers)
     counted = _Counted(transport.build)
     before = torch.get_num_threads()
     torch.set_num_threads(workers)
     try:
-        fusion = Weights(alpha=0.5, top_k=4, projections=tuple(names))
-        carry(describe(target), describe(source), replace(transport, build=counted), fusion, keep=keep)
+        carry(target, source, replace(transport, build=counted), fusion, keep=keep)
     finally:
         torch.set_num_threads(before)
     return len(counted.seen), counted.most
@@ -93,3 +98,31 @@ def test_neurons_that_are_handed_over_do_not_stay(workers, quick_collection):
     assert many == 4 * few
     # Those of the layer that is handed over, and of the one before, whose last item a loop's variable still names.
     assert max(few_at_once, many_at_once) <= few // 3 + 1
+
+
+def test_what_has_no_room_on_a_device_is_carried_on_the_processor(monkeypatch):
+    pair, notes, device = _pair(2), [], torch.device("meta")
+    wanted = carry(*pair).transported
+    transport_neurons, tried = projection.transport_neurons, []
+
+    def crowded(*words):
+        tried.append(words[-1].type)
+        if words[-1] == device:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return transport_neurons(*words)
+
+    monkeypatch.setattr(projection, "transport_neurons", crowded)
+    found = carry(*pair, device=device, note=notes.append).transported
+    assert tried[:2] == ["meta", "cpu"] and tried.count("meta") == tried.count("cpu")
+    assert all(one.weight.equal(other.weight) for one, other in zip(found, wanted, strict=True)) and found
+    # The same each time, so that a stage says it once.
+    assert set(notes) == {"meta has no room for some weights and their maps: carried on the processor"}
+
+
+def test_another_fault_there_is_not_taken_for_that(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(projection, "transport_neurons", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        carry(*_pair(2), device=torch.device("meta"))

@@ -5,6 +5,7 @@ from tmerge.errors import ProcessesError
 from tmerge.run import Run
 from tmerge.stages.notes import Note
 from tmerge.stages.runner import Runner
+from tmerge.stages.step import Progress
 
 
 class Stage:
@@ -69,3 +70,13 @@ def test_while_the_first_works_alone_the_others_get_ahead(tmp_path):
     # Of a stage that was finished before there is nothing to wait for.
     Together(3).run(work)
     assert len(heard) == 3
+
+
+def test_what_is_said_again_in_a_stage_is_said_once():
+    heard = []
+    for stage in ("target", "source"):
+        progress = Progress(stage, lambda step: heard.append(step.what))
+        for words in ("no room", "no room", "another"):
+            progress.note(words)
+        progress.alone.note("no room")
+    assert heard == ["no room", "another"] * 2

@@ -120,7 +120,7 @@ def _scale(loaded: LoadedModel, call: BlockCall, leaving: Tensor, parts: Sequenc
     added = leaving.float() - call.hidden.float()
     whole = torch.stack([part.reshape(added.shape) for part in parts]).sum(0)
     shares = (added * whole).sum(-1) / whole.square().sum(-1).clamp_min(_TINY)
-    for scale in (1.0, float(shares.double().median())):
+    for scale in (1.0, float(shares.cpu().double().median())):
         if _is_near(scale * whole, added, call.hidden.dtype, leaving):
             return scale
     return None

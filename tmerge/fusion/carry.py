@@ -99,6 +99,7 @@ def carry(
     scratch: Path | None = None,
     processes: Processes = ALONE,
     progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Carried:
     """Transport every fused projection of every target layer (Eq. 13-14 up to alpha).
 
@@ -121,8 +122,9 @@ def carry(
         processes: Among whom the target's layers are shared out; each calls this and keeps what it transported. What
             else is told of them all have, but for the record's tensors, which the first has.
         progress: Called with (layers done, all); may raise to stop.
+        note: Told that some of it had no room on the device.
     """
-    carrier = Carrier(target, source, source_base, transport, fusion, device)
+    carrier = Carrier(target, source, source_base, transport, fusion, device, note)
     recorder, layers = PlanRecorder(transport, scratch), processes.mine(transport.target_layers)
     carried, noted = Carried(), list[_LayerNote]()
     statistics = transport.statistics  # read once, here, and not by every worker
@@ -199,7 +201,7 @@ def _note(carrier: Carrier, transported_neurons: TransportedNeurons) -> _Project
 def norm_ratio(view: Projection, transported_neurons: TransportedNeurons) -> float | None:
     """Norm of what was transported over that of the target's own neurons; None where these are all zero."""
     own = torch.linalg.vector_norm(read_neurons(view, transported_neurons.neurons))
-    ratio = torch.linalg.vector_norm(transported_neurons.weight.double()) / own.double().cpu()
+    ratio = torch.linalg.vector_norm(transported_neurons.weight.cpu().double()) / own.cpu().double()
     # Blocks that were added to a model begin with zeros, and over nothing there is no ratio.
     return float(ratio) if own else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,8 @@ from tmerge.fusion.maps import unmatched
 from tmerge.fusion.merge import TransportedNeurons, layer_weights, read_neurons, transport_neurons
 from tmerge.fusion.phis import Phis
 from tmerge.fusion.selection import COLUMN_PROJECTIONS, neuron_side, select_neurons
-from tmerge.models import Architecture, HeadLayout, Projection, feature_key
+from tmerge.models import Architecture, HeadLayout, Projection, feature_key, give_back_memory
+from tmerge.models.device import is_out_of_memory
 from tmerge.recipe import CarriedSettings, TaskVector
 from tmerge.transport import Transport
 
@@ -87,7 +89,8 @@ class Carrier:
         source_base: For task vectors: the source before its fine-tuning.
         transport: Which layers feed which.
         fusion: The recipe's section.
-        device: Where weights meet dense maps.
+        device: Where weights meet dense maps: those that have no room there do it on the processor.
+        note: Told of that.
     """
 
     target: Architecture
@@ -96,6 +99,7 @@ class Carrier:
     transport: Transport
     fusion: CarriedSettings
     device: torch.device
+    note: Callable[[str], None] | None = None
 
     def carried(self, layer: int, projection: str, phis: Phis) -> TransportedNeurons:
         """What the source has to say about the selected neurons of one projection.
@@ -150,7 +154,7 @@ class Carrier:
         for feed in feeds:
             read, read_bias = self._source_weight(feed.layer, projection)
             maps = feed.out_map, feed.in_map
-            carried, carried_bias = transport_neurons(read, read_bias, *maps, projection, neurons, self.device)
+            carried, carried_bias = self._through(maps, (read, read_bias), projection, neurons)
             factor, bias_factor = self._factors(layer, feed.layer, projection)
             if factor != 1.0:
                 carried = factor * carried
@@ -161,6 +165,21 @@ class Carrier:
                 bias = feed.share * carried_bias if bias is None else bias + feed.share * carried_bias
         assert weight is not None  # at least one source layer feeds a target layer
         return weight, bias
+
+    def _through(
+        self, maps: tuple[Tensor, Tensor], read: WeightAndBias, projection: str, neurons: Tensor
+    ) -> WeightAndBias:
+        """A source layer's weight and bias through its maps."""
+        try:
+            return transport_neurons(*read, *maps, projection, neurons, self.device)
+        except (MemoryError, RuntimeError) as error:
+            if self.device.type == "cpu" or not is_out_of_memory(error):
+                raise
+        # Here the error no longer keeps what had no room.
+        give_back_memory()
+        if self.note is not None:
+            self.note(f"{self.device} has no room for some weights and their maps: carried on the processor")
+        return transport_neurons(*read, *maps, projection, neurons, torch.device("cpu"))
 
     def _factors(self, layer: int, source_layer: int, projection: str) -> tuple[float, float]:
         """What a carried weight, and a carried bias, are multiplied by."""

@@ -27,7 +27,7 @@ def head_facts(model: nn.Module, architecture: Architecture) -> dict[str, dict[s
         not found. Where tmerge does not know what a model rotates, every dimension counts as tied to its place.
     """
     tables = {
-        name.rpartition(".")[2]: buffer.detach().double().cpu()
+        name.rpartition(".")[2]: buffer.detach().cpu().double()
         for name, buffer in model.named_buffers()
         if name.endswith(_FREQUENCIES) and "original" not in name and buffer.device.type != "meta"
     }

@@ -187,6 +187,7 @@ class Fuse:
                 scratch=folder,
                 processes=processes,
                 progress=progress.counting(said, "layers"),
+                note=progress.note,
             )
         transported.finish()
         permuted.finish()

@@ -78,6 +78,7 @@ class Progress:
     listener: Listener
     processes: Processes = ALONE
     room: Room = field(default_factory=Room)
+    _said: set[str] = field(default_factory=set)
 
     @property
     def alone(self) -> Progress:
@@ -93,5 +94,8 @@ class Progress:
         return lambda done, total: self.step(what, done, total, unit)
 
     def note(self, words: str) -> None:
-        """Say something that is no step."""
+        """Say something that is no step, once in a stage."""
+        if words in self._said:
+            return
+        self._said.add(words)
         self.listener(Step(NOTE, words, 1, 1, "notes"))

@@ -188,7 +188,7 @@ def solve_features(
             memory.clear()
             give_back_memory()
             if note is not None:
-                note(f"{device} has no room for so many problems at once; {most} at a time from here on")
+                note(f"{device} has no room for so many problems at once: fewer at a time from here on")
         return SinkhornResult.joined(results)
 
     rows: list[SinkhornResult] = []

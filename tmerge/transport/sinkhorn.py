@@ -49,6 +49,7 @@ _LOG_RANGE = {torch.float32: 25.0, torch.float64: 150.0}
 _SAFE_SPAN = {torch.float32: 30.0, torch.float64: 300.0}
 # Sweeps between two looks at a device.
 _LOOK = 8
+_LOOK_UNSAFE = 4
 # Entries summed in one go in float32: down a column (one running sum), and along a row (several side by side).
 _BLOCK = 64
 _LONG = 512
@@ -181,9 +182,7 @@ def sinkhorn(
     done = torch.zeros(batch, dtype=torch.bool, device=cost.device)
     iterations = torch.zeros(batch, dtype=torch.int64, device=cost.device)
     limit = _LOG_RANGE[kernel.dtype]
-    # To look is to wait for the device. u and v must not leave their range between two looks: they never do where the
-    # kernel needed no c-transforms, as then they span little more than it does.
-    looks_every = _LOOK if cost.device.type != "cpu" and is_safe else 1
+    looks_every = _looks_every(cost.device, is_safe)
     relaxation = _Relaxation(u, kernel.dtype)
     columns = _times(u, kernel, exact)
     for sweep in range(1, max_iterations + 1):
@@ -199,9 +198,11 @@ def sinkhorn(
         is_last = sweep == max_iterations
         if is_last or sweep % looks_every == 0:
             all_done, is_out_of_range = _look(done, None if is_safe else (u, v), limit)
-            if all_done or is_last:
+            if is_last or (all_done and (looks_every == 1 or not is_out_of_range)):
                 break
             if is_out_of_range:
+                # What was done by a kernel that may have lost entries is looked at again.
+                done = done & (looks_every == 1)
                 f, g = _absorbed(f, u, epsilon), _absorbed(g, v, epsilon)
                 plan_from_potentials(cost, f, g, epsilon, out=kernel)
                 u, v = torch.ones_like(u), torch.ones_like(v)
@@ -237,6 +238,18 @@ def sinkhorn(
     transport_cost = (u * torch.cat(parts, -1)).sum(-1).to(cost.dtype)
     f, g = _absorbed(f, u, epsilon), _absorbed(g, v, epsilon)
     return SinkhornResult(f, g, converged, iterations, error.to(cost.dtype), transport_cost)
+
+
+def _looks_every(device: torch.device, is_safe: bool) -> int:
+    """Sweeps between two looks, each of which waits for the device.
+
+    u and v must not leave the range of the kernel's dtype in between. Where the kernel needed no c-transforms they
+    never do, as then they span little more than it does. Where it did, the first plain sweep moves them by no more than
+    the logarithm of the number of entries, about 8, and none that follows by more than the one before.
+    """
+    if device.type == "cpu":
+        return 1
+    return _LOOK if is_safe else _LOOK_UNSAFE
 
 
 def _absorbed(potential: Tensor, scaling: Tensor, epsilon: float) -> Tensor:
