@@ -63,6 +63,13 @@ class StepShare:
         texts = max(size for size in range(1, settings.batch_size + 1) if step // processes % size == 0)
         return cls(texts, step // processes // texts)
 
+    @property
+    def smaller(self) -> StepShare:
+        """The same texts in passes of half as many, or of fewer where they have no half."""
+        every = self.texts * self.passes
+        texts = max(size for size in range(1, self.texts // 2 + 1) if every % size == 0)
+        return StepShare(texts, every // texts)
+
 
 def make_trainer(
     trl: Any,
@@ -77,6 +84,7 @@ def make_trainer(
     peft_config: Any,
     progress: Callable[[int, int], None] | None,
     processes: Processes,
+    share: StepShare,
 ) -> Any:
     """Trl's SFTTrainer over the texts in the given order.
 
@@ -93,11 +101,8 @@ def make_trainer(
         peft_config: Of LoRA, where it is asked for.
         progress: Called with (steps done, all).
         processes: That train together.
-
-    Raises:
-        AdaptationError: A step's texts cannot be shared out among the processes.
+        share: Of this one in a step.
     """
-    share = StepShare.of(settings, processes.count)
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,20 @@ from tmerge.adaptation.residual import attach_residual, fold_residual
 from tmerge.adaptation.teacher import Reading, read_teacher
 from tmerge.adaptation.trainer import StepShare, card_kept, make_trainer
 from tmerge.calibration import Span
-from tmerge.errors import AdaptationError, MissingExtraError, TokenizerError
+from tmerge.errors import AdaptationError, MissingExtraError, NotEnoughMemoryError, TokenizerError
 from tmerge.fusion import Alpha, TransportedNeurons, fuse
-from tmerge.models import STREAM, Architecture, LoadedModel, describe, group_of, refuse_without_rows
+from tmerge.models import (
+    STREAM,
+    Architecture,
+    LoadedModel,
+    describe,
+    give_back_memory,
+    group_of,
+    refuse_without_rows,
+)
+from tmerge.models.device import is_out_of_memory
 from tmerge.processes import ALONE, Processes
+from tmerge.quantities import count_words
 from tmerge.recipe import AdaptationSettings
 from tmerge.version import DISTRIBUTION
 
@@ -85,6 +96,7 @@ def adapt(
     prompts: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
     reading: Reading | None = None,
+    note: Callable[[str], None] | None = None,
     processes: Processes = ALONE,
 ) -> AdaptationReport:
     """Train a model in place; afterwards it is folded, plain, and in its own dtype again.
@@ -103,19 +115,21 @@ def adapt(
         prompts: For ``completions_only``: per text, the characters before its completion (`TextSet.prompts`).
         progress: Called with (steps done, all); may raise to stop.
         reading: Hears of the source's reading, and may raise likewise.
+        note: Told that the texts of a pass did not fit in memory, and are read by halves.
         processes: That train together, each of which calls this with a model of its own (`tmerge.adaptation.trainer`);
             `work` is a folder of all.
 
     Raises:
         AdaptationError: Nothing to train on, a step's texts that cannot be shared out among the processes, or the loss
             is not finite.
+        NotEnoughMemoryError: Not one text fits; or, of several processes, what one of them reads in a pass.
         ProcessLostError: One of several processes has ended.
         MissingExtraError: trl, or peft for LoRA, is not installed.
         TokenizerError: Distillation needs tokenizers that know where their tokens lie in the text.
     """
     began = time.perf_counter()
     sft, lora = training_libraries(settings)
-    StepShare.of(settings, processes.count)  # before anything takes its time
+    share = StepShare.of(settings, processes.count)  # before anything takes its time
     if processes.count > 1 and loaded.device.type == "cpu" and torch.cuda.is_available():
         raise AdaptationError(
             "where there are cards, several processes meet over them and cannot train on the processor; set device: "
@@ -162,20 +176,24 @@ def adapt(
         fuse(architecture.views, apart[False], alpha)
         attach_residual(layers, apart[True], alpha)
     with card_kept(loaded.device):
-        trainer = make_trainer(
-            sft, loaded, (encoded, labels), read, teacher, watch, settings, seed, work, peft_config, progress, processes
+        make = partial(
+            make_trainer,
+            sft,
+            loaded,
+            (encoded, labels),
+            read,
+            teacher,
+            watch,
+            settings,
+            seed,
+            work,
+            peft_config,
+            progress,
+            processes,
         )
-        trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-        checkpoint = processes.from_first(lambda: last_checkpoint(work))
         try:
-            with (
-                watch.watching() if watch else nullcontext(),
-                processes.meeting_elsewhere("the training"),
-                warnings.catch_warnings(),
-            ):
-                # torch renames what accelerate and transformers still pass to it by its old name.
-                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer, checkpoint = _trained(make, share, loaded, settings, watch, work, note, processes)
+            trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
             curve = [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
             if settings.lora_rank:
                 trainer.model.merge_and_unload()
@@ -207,6 +225,61 @@ def adapt(
         aligned=None if teacher is None else teacher.aligned_share,
         trained=trained,
     )
+
+
+def _trained(
+    make: Callable[[StepShare], Any],
+    share: StepShare,
+    loaded: LoadedModel,
+    settings: AdaptationSettings,
+    watch: FeatureWatch | None,
+    work: Path,
+    note: Callable[[str], None] | None,
+    processes: Processes,
+) -> tuple[Any, Path | None]:
+    """The trainer that has trained, in passes of as many texts as there is memory for, and from where it went on."""
+    while True:
+        trainer = make(share)
+        checkpoint = processes.from_first(lambda: last_checkpoint(work))
+        if _fits(trainer, checkpoint, watch, processes):
+            return trainer, checkpoint
+        # Weights that have moved are not to be had again without a checkpoint.
+        has_moved = trainer.state.global_step > 0 and last_checkpoint(work) is None
+        if processes.count > 1 or share.texts == 1 or has_moved:
+            fewer = f"lower adaptation.batch_size (now {settings.batch_size}) and raise adaptation.accumulation, "
+            raise NotEnoughMemoryError(
+                f"{loaded.reference}: {count_words(share.texts, 'text')} at a time cannot be trained on in the memory "
+                f"of {loaded.device}; {fewer if share.texts > 1 else ''}lower adaptation.max_tokens, or set adaptation."
+                "gradient_checkpointing or adaptation.lora_rank"
+            )
+        # Anew, as the pass that broke off has left parts of gradients.
+        if settings.lora_rank:
+            trainer.model.unload()
+        del trainer
+        vars(loaded.model).pop("forward", None)
+        loaded.model.zero_grad(set_to_none=True)
+        give_back_memory()
+        share = share.smaller
+        if note is not None:
+            note(f"{loaded.device} has no room for so many texts in a pass: {share.texts} at a time, as many in a step")
+
+
+def _fits(trainer: Any, checkpoint: Path | None, watch: FeatureWatch | None, processes: Processes) -> bool:
+    """Train, and say whether memory sufficed."""
+    try:
+        with (
+            watch.watching() if watch else nullcontext(),
+            processes.meeting_elsewhere("the training"),
+            warnings.catch_warnings(),
+        ):
+            # torch renames what accelerate and transformers still pass to it by its old name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def training_libraries(settings: AdaptationSettings) -> tuple[Any, Any]:

@@ -42,7 +42,7 @@ from tmerge.stages.merge import merge
 from tmerge.stages.merged_models import MergedModels, refuse_moved
 from tmerge.stages.neurons import Neurons
 from tmerge.stages.scoring import cut, held_out, unit
-from tmerge.stages.step import Listener, Progress, Step, fusing_stage
+from tmerge.stages.step import NOTE, Listener, Progress, Step, fusing_stage
 from tmerge.stages.texts import kept_texts, training_texts
 from tmerge.store import write_json, write_text
 from tmerge.transport import TransportRecord
@@ -312,6 +312,7 @@ class _Comparison:
             reading=lambda counted: partial(self._step, f"{name}: what the source predicts", unit=counted),
             prompts=prompts,
             goals=self._goals() if rest == "sft+transport" else None,
+            note=lambda words: self.listener(Step(NOTE, words, 1, 1, "notes")),
             processes=self.processes,
         )
         seconds = time.perf_counter() - began

@@ -144,6 +144,7 @@ def _adapt_run(
             prompts=data.prompts,
             progress=progress.counting(settings.objective, "steps"),
             reading=partial(progress.counting, f"{models.handle('source').reference}: what it predicts"),
+            note=progress.note,
             processes=processes,
         )
         scores = score_in_run(recipe, target, held_out(recipe, calibrated), progress, "adapted: held-out texts")
