@@ -18,7 +18,7 @@ from tests.stages.test_reconstruct import recipe_for as reconstruction_of
 from tests.stages.test_task_vector import _deeper, _shaken, save_all
 from tmerge.errors import EndedElsewhereError, ProcessLostError, RecipeError
 from tmerge.fusion import StoredNeurons
-from tmerge.processes import ALONE, Processes
+from tmerge.processes import ALONE, Processes, _Member
 from tmerge.recipe import load_recipe
 from tmerge.stages.merge import merge
 
@@ -206,6 +206,22 @@ def test_work_of_known_size_is_given_to_who_has_least(work):
     # At the most a sixth more than the most even division of all (Graham's bound for two).
     halves = [sum(part) for size in range(len(work) + 1) for part in itertools.combinations(work, size)]
     assert max(loads) <= 7 / 6 * min(max(half, sum(work) - half) for half in halves)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "named"),
+    [
+        (["here", "there"], "process 1 of 2 (rank 1) has ended"),
+        (["here", "there", "there"], "a process on there (one of ranks 1, 2) has ended"),
+        (["here", "there", "beyond"], "a process on there, beyond (one of ranks 1, 2) has ended"),
+        (["here", "here"], "another process has ended"),
+    ],
+)
+def test_of_a_process_that_is_lost_elsewhere_what_is_known_is_said(monkeypatch, hosts, named):
+    monkeypatch.setattr("socket.gethostname", lambda: "here")
+    members = tuple(_Member(host, 1) for host in hosts)
+    lost = Processes(0, len(hosts), None, members)._of_lost(None, RuntimeError("Connection closed by peer\nand more"))
+    assert str(lost) == f"{named} before the run had (Connection closed by peer); the same command goes on"
 
 
 def test_what_the_first_makes_all_have():

@@ -237,7 +237,16 @@ class Processes:
             tensor.copy_(there)
 
     def _of_lost(self, lost: int | None, error: RuntimeError) -> ProcessLostError:
-        named = "another process" if lost is None else f"process {lost} of {self.count} (rank {lost})"
+        elsewhere = [rank for rank, member in enumerate(self._members) if member.host != socket.gethostname()]
+        if lost is None and len(elsewhere) == 1:
+            lost = elsewhere[0]  # those of this machine have been looked at
+        if lost is not None:
+            named = f"process {lost} of {self.count} (rank {lost})"
+        elif elsewhere:
+            hosts = ", ".join(dict.fromkeys(self._members[rank].host for rank in elsewhere))
+            named = f"a process on {hosts} (one of ranks {', '.join(map(str, elsewhere))})"
+        else:
+            named = "another process"
         said = str(error).splitlines()[0][:120]
         return ProcessLostError(f"{named} has ended before the run had ({said}); the same command goes on")
 

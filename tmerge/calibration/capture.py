@@ -233,6 +233,7 @@ class _Pool:
             self._runs.append((slice(start, row), length))
         self._divisors = torch.tensor(self._batch_lengths, dtype=torch.float32).unsqueeze(1)
         self._masks: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._read_there: dict[torch.device, Tensor] = {}
         self._pending: dict[tuple[int, str], Tensor] = {}
         self._pending_bytes = 0
         self._seen: set[tuple[int, str]] = set()
@@ -270,7 +271,10 @@ class _Pool:
             # Some models flatten their tokens before the MLP.
             features = features.unflatten(0, (len(self._texts), -1))
         if self._positions is not None:
-            read = self._read.to(features.device)
+            # Once a device, not once a module.
+            if features.device not in self._read_there:
+                self._read_there[features.device] = self._read.to(features.device)
+            read = self._read_there[features.device]
             return features[read[:, 0], read[:, 1]].float()
         if features.device.type != "cpu":
             return self._masked_mean(features)
