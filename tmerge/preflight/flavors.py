@@ -14,7 +14,7 @@ from tmerge.preflight.document import FittingFlavor, RemoteFlavors
 from tmerge.preflight.hardware import Flavor, Offer, offered
 from tmerge.preflight.holding import Place
 from tmerge.preflight.memory import peak_bytes
-from tmerge.recipe import Recipe
+from tmerge.recipe import Recipe, model_references
 
 __all__ = ["with_flavors"]
 
@@ -28,8 +28,8 @@ def with_flavors(found: Check, recipe: Recipe) -> Check:
         found: The check's result.
         recipe: That was checked.
     """
-    named = (recipe.target, recipe.source, recipe.source_base)
-    on_the_hub = any(ModelReference.parse(reference).kind == "hub" for reference in named if reference is not None)
+    named = [reference for key, reference in model_references(recipe).items() if key != "plan"]
+    on_the_hub = any(ModelReference.parse(reference).kind == "hub" for reference in named)
     return dataclasses.replace(found, flavors=smallest_flavors(found, recipe, offered(ask=on_the_hub)))
 
 
