@@ -6,12 +6,11 @@ from tmerge.evaluation.choose import PROJECTION_GROUPS, choose_alpha, choose_str
 from tmerge.evaluation.controls import Control, applied, noise, shrink
 from tmerge.evaluation.descent import Descent, descent_cosines
 from tmerge.evaluation.intervals import Interval, Verdict, detectable, difference, resamples, score, verdict
-from tmerge.evaluation.likelihood import LOGITS_AT_ONCE, Scores, score_texts
+from tmerge.evaluation.likelihood import Scores, score_texts
 from tmerge.evaluation.race import Choice, Race, Trial, most_scorings
 from tmerge.evaluation.unchanged import MOST_KEPT_BYTES, unchanged_layers, without_unchanged_layers
 
 __all__ = [
-    "LOGITS_AT_ONCE",
     "MOST_KEPT_BYTES",
     "PROJECTION_GROUPS",
     "Choice",

@@ -22,20 +22,12 @@ from torch.nn import functional
 
 from tmerge.calibration import Room, batch_limit, length_batches, padded, token_limit
 from tmerge.errors import DeviceError, NotEnoughMemoryError, TokenizerError
-from tmerge.models import LoadedModel, available_memory, give_back_memory, refuse_without_rows
+from tmerge.models import LoadedModel, give_back_memory, read_logits, refuse_without_rows
 from tmerge.models.blocks import run_passes
 from tmerge.models.device import is_out_of_memory
 from tmerge.processes import ALONE, Processes
 
-__all__ = ["LOGITS_AT_ONCE", "Scores", "score_texts"]
-
-# A 262k vocabulary would otherwise ask for gigabytes.
-LOGITS_AT_ONCE = 1 << 26
-"""Logits of one batch on a processor: tokens x vocabulary."""
-# On an accelerator, which small batches keep waiting, this share of what is free.
-_SHARE_OF_LOGITS = 0.25
-# Rows of logits that are turned into float32 log-probabilities together.
-_ROWS_AT_ONCE = 128
+__all__ = ["Scores", "score_texts"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +82,7 @@ def score_texts(
     Args:
         loaded: Model and tokenizer.
         texts: N texts, not empty.
-        batch_tokens: Most padded tokens of one forward pass; fewer where the vocabulary is large.
+        batch_tokens: Most padded tokens of one forward pass.
         finite: Whether a score that is not finite is refused; a candidate that overflows may simply lose.
         processes: Among whom the batches are shared out; each calls this and is given all scores.
         progress: Called with (texts done, all that this process scores), or, of a model that is read by blocks, with
@@ -120,14 +112,11 @@ def score_texts(
         owners += [owner] * len(windows)
     of_text = torch.tensor(owners)
     bits = torch.zeros(len(texts), dtype=torch.float64)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    # One cut into batches for all processes, whatever memory each of them has free.
-    most = min(batch_limit(loaded.device, batch_tokens), _logits_at_once(loaded) // vocabulary)
-    limit = min(processes.gathered(max(1, most)))
     began = time.perf_counter()
     was_training = model.training
     model.eval()
     try:
+        limit = batch_limit(loaded.device, batch_tokens)
         of_all = length_batches([len(ids) for ids in encoded], limit)
         batches = processes.mine(of_all, [len(batch) * len(encoded[batch[-1]]) for batch in of_all])
         windows_left = Counter(owners[index] for batch in batches for index in batch)
@@ -144,7 +133,7 @@ def score_texts(
             if loaded.block_weights is None and not fitting.has(len(batch), longest):
                 return torch.cat([bits_of(half) for half in _halves(batch)])
             try:
-                return _bits_of(model, [encoded[index] for index in batch], loaded.device)
+                return _bits_of(loaded, [encoded[index] for index in batch])
             except (MemoryError, RuntimeError) as error:
                 if len(batch) == 1 or loaded.block_weights is not None or not is_out_of_memory(error):
                     raise
@@ -186,14 +175,6 @@ def _halves(batch: list[int]) -> tuple[list[int], list[int]]:
     return batch[: len(batch) // 2], batch[len(batch) // 2 :]
 
 
-def _logits_at_once(loaded: LoadedModel) -> int:
-    if loaded.device.type == "cpu":
-        return LOGITS_AT_ONCE
-    # As they are made, and as a model may pass over them once more (a soft cap).
-    a_logit = 2 * loaded.computed_dtype.itemsize
-    return max(LOGITS_AT_ONCE, int(_SHARE_OF_LOGITS * available_memory(loaded.device)) // a_logit)
-
-
 def _check_finite(loaded: LoadedModel, bits: Tensor) -> None:
     """Say which text's score is not finite, rather than let one make every mean NaN."""
     if bool(torch.isfinite(bits).all()):
@@ -213,18 +194,21 @@ def _windows(ids: list[int], reach: int) -> Iterator[list[int]]:
         yield ids[first : first + reach]
 
 
-def _bits_of(model: torch.nn.Module, sequences: list[list[int]], device: torch.device) -> Tensor:
+def _bits_of(loaded: LoadedModel, sequences: list[list[int]]) -> Tensor:
     """-log2 probability of each sequence given its first token: (B,) float64 on the CPU."""
+    device = loaded.device
     # Padding is on the right and causal attention never looks there, so what it holds does not matter.
     ids, attention = padded(sequences, 0)
     # Listed here: how many of a mask's entries are set a device would have to be waited for.
-    read = [(row, position) for row, sequence in enumerate(sequences) for position in range(len(sequence) - 1)]
-    rows, positions = torch.tensor(read, dtype=torch.int64).reshape(-1, 2).T.contiguous().to(device)
+    scored = [(row, position) for row, sequence in enumerate(sequences) for position in range(len(sequence) - 1)]
+    rows, positions = torch.tensor(scored, dtype=torch.int64).reshape(-1, 2).T.contiguous().to(device)
     ids, attention = ids.to(device), None if attention is None else attention.to(device)
-    logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
     total = torch.zeros(len(sequences), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        row, position = rows[start : start + _ROWS_AT_ONCE], positions[start : start + _ROWS_AT_ONCE]
-        loss = functional.cross_entropy(logits[row, position].float(), ids[row, position + 1], reduction="none")
+
+    def add(stretch: slice, logits: Tensor) -> None:
+        row, position = rows[stretch], positions[stretch]
+        loss = functional.cross_entropy(logits.float(), ids[row, position + 1], reduction="none")
         total.index_add_(0, row.to(total.device), loss.to(total.device, torch.float64))
+
+    read_logits(loaded, ids, attention, rows, positions, add)
     return total.cpu() / torch.log(torch.tensor(2.0, dtype=torch.float64))

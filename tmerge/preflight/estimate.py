@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from tmerge.calibration import batch_limit
-from tmerge.evaluation import LOGITS_AT_ONCE, PROJECTION_GROUPS, most_scorings
+from tmerge.evaluation import PROJECTION_GROUPS, most_scorings
 from tmerge.models import STREAM, Architecture, ModelFacts, pick_device
 from tmerge.models.agreed import own_share
 from tmerge.preflight.counts import TextCounts
@@ -162,12 +162,6 @@ def _trials(recipe: Recipe, projections: list[str]) -> float:
     return 1.0 + len(recipe.evaluation.controls) + alone_scorings(recipe) + raced
 
 
-def _scored_at_once(recipe: Recipe, facts: ModelFacts, device: torch.device) -> int:
-    """Tokens of a batch, at most."""
-    vocabulary = int(facts.config.get_text_config().vocab_size)
-    return max(1, min(batch_limit(device, recipe.calibration.batch_tokens), LOGITS_AT_ONCE // vocabulary))
-
-
 def _fusings(recipe: Recipe, projections: list[str]) -> float:
     """How often the target is changed, all of it counted as one: of a race half of the alphas come to each round."""
     fused = 2.0 + len(recipe.evaluation.controls) + alone_scorings(recipe) + bool(recipe.sources)  # joined, measured
@@ -224,8 +218,9 @@ def estimate_run(
         Pace(pieces, target, target_layout, dtype, threads),
         Pace(pieces, source, source_layout, source_dtype, threads),
     )
-    scoring_passes = math.ceil(tokens_per_text * held_out / _scored_at_once(recipe, target, device))
-    reading_passes = math.ceil(tokens_per_text * read / batch_limit(device, recipe.calibration.batch_tokens))
+    # The head's weights are read once more for each stretch of rows, which is part of its product's time.
+    at_once = batch_limit(device, recipe.calibration.batch_tokens)
+    scoring_passes, reading_passes = (math.ceil(tokens_per_text * count / at_once) for count in (held_out, read))
     passes = Passes(tokens_per_text * (read + held_out), tokens_per_text * held_out, scoring_passes + reading_passes)
     reads = [pace.seconds(passes, tokens_per_text) for pace in paces]
     tokens, trials = (scored - 1) * tokens_per_text * held_out, _trials(recipe, projections)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from tmerge.calibration import batch_limit
-from tmerge.evaluation import LOGITS_AT_ONCE, MOST_KEPT_BYTES
-from tmerge.models import Architecture, ModelFacts, multiplies_fast
+from tmerge.evaluation import MOST_KEPT_BYTES
+from tmerge.models import Architecture, ModelFacts, multiplies_fast, rows_at_once
 from tmerge.preflight.counts import TextCounts
 from tmerge.preflight.fitting import fitting_bytes
 from tmerge.preflight.holding import (
@@ -96,8 +96,9 @@ def peak_bytes(
     dtype = computed_dtype(target, recipe, device)
     target_widths, source_widths = widths_of(target_layout, projections), widths_of(source_layout, projections)
     vocabulary = max(int(facts.config.get_text_config().vocab_size) for facts in (target, source))
-    at_once = batch_limit(device, recipe.calibration.batch_tokens)
-    logits = min(LOGITS_AT_ONCE, at_once * vocabulary) * (torch.finfo(dtype).bits // 8 + 1)
+    rows = min(batch_limit(device, recipe.calibration.batch_tokens), rows_at_once(vocabulary))
+    # As they are made; in float32, where they are not made so; and their logarithms of probabilities.
+    logits = rows * vocabulary * (dtype.itemsize + 4 + 4 * (dtype.itemsize < 4))
     sizes = [max(target_widths[key]) * max(source_widths[key]) for key in target_widths if key in source_widths]
     largest = max(view.in_features * view.out_features for of in layouts for view in of.projections(projections))
     features = min(feature_bytes(recipe, models, layouts, projections, counts, device), 1 << 30)

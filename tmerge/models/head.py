@@ -1,0 +1,227 @@
+"""Logits of the positions that are asked for, some at a time, behind a body that runs on the whole batch.
+
+At a vocabulary of 128k or 262k the logits of a batch are larger than all else in it. To cut batches by them leaves the
+body with a few texts at a time, and the head is run at positions that nobody asks for.
+
+What a causal LM does between its last hidden states and its logits differs (a soft cap, a scale, a bias, a projection),
+so the model's own ``forward`` does it here too, without code per architecture. It runs once on the batch; but what its
+body returns is handed on as one text of the first rows that are asked for. For the rows after these it runs again,
+and its body, in the place of running, returns them. The body is the outermost module around the list of blocks that
+``forward`` calls.
+
+A ``forward`` whose logits are not those of the rows that its body is made to return gives the whole batch's, and the
+rows are taken from these. Of what ``transformers`` has, none is known that does.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tmerge.errors import UnsupportedModelError
+from tmerge.models.device import is_out_of_memory
+from tmerge.models.discovery import find_block_list, unwrap
+from tmerge.models.loading import LoadedModel
+
+__all__ = ["LOGITS_AT_ONCE", "read_logits", "rows_at_once"]
+
+LOGITS_AT_ONCE = 1 << 25
+"""Logits that are in memory at once: rows x vocabulary."""
+
+
+def rows_at_once(vocabulary: int) -> int:
+    """Positions whose logits are made together."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
+
+
+def read_logits(
+    loaded: LoadedModel,
+    ids: Tensor,
+    mask: Tensor | None,
+    texts: Tensor,
+    positions: Tensor,
+    use: Callable[[slice, Tensor], None],
+) -> None:
+    """Run a batch through a model without a cache, and hand on the logits that are asked for.
+
+    Args:
+        loaded: The model. One that is read by blocks is run by `tmerge.models.blocks.run_passes`, this in its works.
+        ids: (B, S) token ids, on the model's device.
+        mask: (B, S); None where nothing is padded.
+        texts: (R,) which of the batch's texts, on the model's device.
+        positions: (R,) which of their positions.
+        use: Called with a stretch of the rows and their logits (r, V), in the rows' order, until all have been. What
+            it keeps of the logits beyond its return stays in memory.
+
+    Raises:
+        UnsupportedModelError: A model that is read by blocks does not make its logits row by row.
+    """
+    at_once = rows_at_once(loaded.model.get_output_embeddings().weight.shape[0])
+    stretches = [slice(start, start + at_once) for start in range(0, len(texts), at_once)]
+    named = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if not stretches:
+        # A model that is read by blocks waits for every batch at each of them.
+        texts, positions = (torch.zeros(1, dtype=torch.int64, device=ids.device) for _ in range(2))
+    body = _Body(ids, texts, positions, slice(0, at_once))
+    logits = _first_logits(loaded, body, named)
+    if not body.is_handed_on:
+        for stretch in stretches:
+            use(stretch, logits[texts[stretch], positions[stretch]])
+        return
+    for stretch in stretches[:1]:
+        use(stretch, logits[0])
+    del logits
+    for stretch in stretches[1:]:
+        body.stretch = stretch
+        with _in_place(loaded.model, body):
+            # The method itself: hooks of the model have seen the batch.
+            handed = loaded.model.forward(**named).logits[0]
+        use(stretch, handed)
+        del handed
+
+
+def _first_logits(loaded: LoadedModel, body: _Body, named: dict[str, Any]) -> Tensor:
+    """(1, r, V) of the first rows, or (B, S, V) of a model whose body is not handed on."""
+    logits = None
+    try:
+        with _in_place(loaded.model, body):
+            logits = loaded.model(**named).logits
+    except (IndexError, RuntimeError, ValueError) as error:
+        # What fails behind the body may do so for the shape that it has been given.
+        if not body.is_handed_on or is_out_of_memory(error):
+            raise
+    if logits is not None and (not body.is_handed_on or body.is_read_once_as(logits)):
+        return logits
+    if loaded.block_weights is not None:
+        raise UnsupportedModelError(
+            f"{loaded.reference}: {type(loaded.model).__name__} does not make its logits of its last hidden states one "
+            "by one, so it cannot be read block by block; set memory: resident"
+        )
+    body.let_go()
+    return loaded.model(**named).logits
+
+
+class _Body:
+    """What a model's body gives for one batch, and what is handed on of it.
+
+    Args:
+        ids: (B, S) of the batch.
+        texts: (R,) as `read_logits`.
+        positions: (R,).
+        stretch: Of the rows, that is handed on next.
+    """
+
+    def __init__(self, ids: Tensor, texts: Tensor, positions: Tensor, stretch: slice) -> None:
+        self._shape, self._texts, self._positions = ids.shape, texts, positions
+        self.stretch = stretch
+        self._rows: Tensor | None = None
+        self._output: Any = None
+        self._is_running = False
+        self._calls = 0
+
+    @property
+    def is_handed_on(self) -> bool:
+        """Whether the body has been called, and gave hidden states (B, S, n)."""
+        return self._rows is not None
+
+    def is_read_once_as(self, logits: Tensor) -> bool:
+        """Whether logits have the shape of those of the first rows, and the body was called for nothing else."""
+        return self._calls == 1 and logits.shape[:2] == (1, len(self._texts[self.stretch]))
+
+    def let_go(self) -> None:
+        """Of what was kept: the model is run as it is."""
+        self._rows = self._output = None
+
+    def give(self, run: Callable[[], Any]) -> Any:
+        """In the place of what the body's forward returns, which `run` calls."""
+        if self._is_running:
+            # A module inside the body, which is around the blocks as well.
+            return run()
+        self._calls += 1
+        if self._rows is None:
+            self._is_running = True
+            try:
+                output = run()
+            finally:
+                self._is_running = False
+            hidden = output if isinstance(output, Tensor) else output[0]
+            if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != self._shape:
+                return output
+            self._rows = hidden[self._texts, self._positions]
+            # The hidden states themselves are let go.
+            self._output = _with_hidden(output, self._rows)
+        return _with_hidden(self._output, self._rows[self.stretch].unsqueeze(0))
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """A body's output with other hidden states, which come first in it."""
+    if isinstance(output, Tensor):
+        return hidden
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output = copy.copy(output)
+    output[next(iter(output.keys()))] = hidden
+    return output
+
+
+class _Door:
+    """A module's forward while a batch is read: each thread's body is asked, as passes by blocks wait inside of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        # An attribute of the instance hides the class's method; there may be one already, of a library's hooks.
+        self._own, self._forward = vars(module).get("forward"), module.forward
+        self._users = 0
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        body: _Body | None = getattr(_CURRENT, "body", None)
+        run = partial(self._forward, *arguments, **named)
+        return run() if body is None else body.give(run)
+
+    @classmethod
+    def open(cls, module: nn.Module) -> None:
+        """For one more that reads a batch."""
+        door = vars(module).get("forward")
+        if not isinstance(door, cls):
+            door = cls(module)
+            module.forward = door  # type: ignore[method-assign]
+        door._users += 1
+
+    @staticmethod
+    def close(module: nn.Module) -> None:
+        """For one of them; the last takes the door away."""
+        door = vars(module)["forward"]
+        door._users -= 1
+        if door._users:
+            return
+        del module.forward
+        if door._own is not None:
+            module.forward = door._own  # type: ignore[method-assign]
+
+
+_CURRENT, _DOORS = threading.local(), threading.Lock()
+
+
+@contextmanager
+def _in_place(model: nn.Module, body: _Body) -> Iterator[None]:
+    """Within it, what this thread calls of the model's body is what `body` gives."""
+    whole = unwrap(model)
+    inside = find_block_list(whole)[0].split(".")[:-1]
+    modules = [whole.get_submodule(".".join(inside[: depth + 1])) for depth in range(len(inside))]
+    with _DOORS:
+        for module in modules:
+            _Door.open(module)
+    _CURRENT.body = body
+    try:
+        yield
+    finally:
+        _CURRENT.body = None
+        with _DOORS:
+            for module in modules:
+                _Door.close(module)
