@@ -14,14 +14,14 @@ from transformers import PreTrainedTokenizerFast
 from tests.adaptation.test_training import TEXTS, settings, trained
 from tests.evaluation.test_choose import loaded
 from tests.meeting import Together
-from tests.pico import pico_model, pico_tokenizer, save_pico
-from tmerge.adaptation import teacher as teachers
+from tests.pico import PICO_VOCAB, pico_model, pico_tokenizer, save_pico
 from tmerge.adaptation.distillation import distillation_loss
 from tmerge.adaptation.pieces import Pieces, common_positions, inner_positions
 from tmerge.adaptation.teacher import Teacher, read_teacher
 from tmerge.adaptation.training import _encode
 from tmerge.calibration import complete_ends
-from tmerge.models import Model, load_model
+from tmerge.errors import NotEnoughMemoryError
+from tmerge.models import Model, head, load_model
 from tmerge.models.loading import open_by_blocks
 from tmerge.processes import ALONE
 from tmerge.recipe import AdaptationSettings
@@ -232,16 +232,16 @@ def test_the_teacher_is_read_once_and_known_by_its_texts(tmp_path):
     assert len(calls) == 2
 
 
-def test_processes_share_the_teachers_batches_and_all_have_all_of_it(tmp_path, monkeypatch):
+def test_processes_share_the_teachers_batches_and_all_have_all_of_it(tmp_path):
     student = loaded(pico_model("llama"))
     sources = [loaded(pico_model("qwen2")) for _ in range(2)]
     encoded, asked, spans = teacher_for(student, sources[0])
-    monkeypatch.setattr(teachers, "_LOGITS_AT_ONCE", 1)  # a batch for each text
 
     def read(name, processes=ALONE):
         opened = nullcontext(sources[processes.rank])
         path = tmp_path / name
-        return read_teacher(lambda: opened, student.tokenizer, TEXTS[:4], encoded, spans, asked, path, processes)
+        told = (student.tokenizer, TEXTS[:4], encoded, spans, asked, path, processes)
+        return read_teacher(lambda: opened, *told, batch_tokens=1)  # a batch for each text
 
     alone = read("alone")
     together = Together(2).run(lambda processes: read("together", processes))
@@ -253,18 +253,17 @@ def test_processes_share_the_teachers_batches_and_all_have_all_of_it(tmp_path, m
 
 
 @pytest.mark.parametrize("memory", ["resident", "blocks"])
-def test_the_teachers_reading_is_heard_in_texts_or_blocks(tmp_path, monkeypatch, memory):
+def test_the_teachers_reading_is_heard_in_texts_or_blocks(tmp_path, memory):
     student = loaded(pico_model("llama"))
     source = Model(str(save_pico("qwen2", tmp_path / "source", layers=3)), device="cpu", memory=memory).open()
     encoded, asked, spans = teacher_for(student, source)
-    monkeypatch.setattr(teachers, "_LOGITS_AT_ONCE", 1)  # a batch for each text
     heard = []
 
     def read(name, reading):
         path = tmp_path / name
-        return read_teacher(
-            lambda: nullcontext(source), student.tokenizer, TEXTS[:4], encoded, spans, asked, path, reading=reading
-        )
+        told = (student.tokenizer, TEXTS[:4], encoded, spans, asked, path)
+        # A batch for each text.
+        return read_teacher(lambda: nullcontext(source), *told, reading=reading, batch_tokens=1)
 
     told = read("told", lambda unit: lambda done, total: heard.append((unit, done, total)))
     unit, total = ("texts", 4) if memory == "resident" else ("blocks", 3)
@@ -273,6 +272,46 @@ def test_the_teachers_reading_is_heard_in_texts_or_blocks(tmp_path, monkeypatch,
     heard.clear()
     read("told", lambda unit: heard.append)
     assert not heard  # what is there already is not read
+
+
+@pytest.mark.parametrize("loss", ["pieces", "first-piece", "uld"])
+def test_rows_read_some_at_a_time_tell_the_same_and_what_does_not_fit_is_halved(tmp_path, monkeypatch, loss):
+    student, source, notes, sizes = loaded(pico_model("llama")), loaded(pico_model("gemma2")), [], []
+    encoded, asked, spans = teacher_for(student, source, distill_loss=loss)
+
+    def read(name, **words):
+        told = (student.tokenizer, TEXTS[:4], encoded, spans, asked, tmp_path / name)
+        return read_teacher(lambda: nullcontext(source), *told, note=notes.append, **words)
+
+    wanted = read("wanted", batch_tokens=1)
+    rows = []
+    source.model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output[..., 0].numel()))
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 7 * PICO_VOCAB)
+    some = read("some")
+    assert max(rows) == 7 and not notes
+    forward = source.base.forward
+
+    def small(input_ids, **named):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 1:
+            raise torch.OutOfMemoryError
+        return forward(input_ids=input_ids, **named)
+
+    monkeypatch.setattr(source.base, "forward", small)
+    halved = read("halved")
+    assert max(sizes) > 1 and sizes.count(1) == 4
+    assert len(notes) == 1 and notes[0].endswith("texts: read by halves")
+    for teacher in (some, halved):
+        for name in ("starts", "positions", "offsets", "ids"):
+            assert torch.equal(getattr(teacher, name), getattr(wanted, name)), name
+        torch.testing.assert_close(teacher.chances, wanted.chances)
+
+    def full(**_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(source.base, "forward", full)
+    with pytest.raises(NotEnoughMemoryError, match=r"while it is read for distillation; lower .* \(now 2048\)"):
+        read("full")
 
 
 @pytest.mark.parametrize("loss", ["pieces", "first-piece", "uld"])

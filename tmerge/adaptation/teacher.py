@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from tmerge.adaptation.pieces import Pieces, ToldPosition, common_positions, inner_positions
-from tmerge.calibration import Span, complete_ends, length_batches, padded
-from tmerge.errors import TokenizerError
-from tmerge.models import LoadedModel, refuse_without_rows
+from tmerge.calibration import Room, Span, batch_limit, complete_ends, length_batches, padded
+from tmerge.errors import NotEnoughMemoryError, TokenizerError
+from tmerge.models import LoadedModel, give_back_memory, read_logits, refuse_without_rows
 from tmerge.models.blocks import run_passes
+from tmerge.models.device import is_out_of_memory
 from tmerge.processes import ALONE, Processes
 from tmerge.recipe import AdaptationSettings
 from tmerge.store import write_tensors
@@ -38,8 +39,6 @@ Reading = Callable[[str], Callable[[int, int], None]]
 # Of what is read: what was kept by an earlier form is read anew.
 _FORM = 2
 _TOP = 128
-# Logits of one batch of the source: tokens x vocabulary.
-_LOGITS_AT_ONCE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,9 @@ def read_teacher(
     path: Path,
     processes: Processes = ALONE,
     reading: Reading | None = None,
+    *,
+    batch_tokens: int = 2048,
+    note: Callable[[str], None] | None = None,
 ) -> Teacher:
     """What the source predicts on all texts, from `path` where it is there already.
 
@@ -114,9 +116,12 @@ def read_teacher(
         path: A safetensors file, written here.
         processes: That read it together: each reads a share of the batches, and all have all of it.
         reading: Hears of what this process reads.
+        batch_tokens: Most padded tokens of one forward pass.
+        note: Told that a batch did not fit and was read by halves.
 
     Raises:
         TokenizerError: A tokenizer does not know where in the text its tokens lie.
+        NotEnoughMemoryError: A text did not fit, or, of a source that is read by blocks, a batch.
     """
     asked = json.dumps([_FORM, list(texts), [list(ids) for ids in encoded], settings.distill_loss, settings.max_tokens])
     key = hashlib.sha256(asked.encode()).hexdigest()
@@ -128,7 +133,8 @@ def read_teacher(
             "distillation needs to know where tokens lie in a text; the target's tokenizer is a slow one"
         )
     with source() as model:
-        positions, told = _predictions(model, target_tokenizer, texts, encoded, spans, settings, processes, reading)
+        batches = _Batches(model, batch_tokens, note, processes, reading)
+        positions, told = _predictions(batches, target_tokenizer, texts, encoded, spans, settings)
     counts = torch.cat([torch.zeros(1, dtype=torch.int64), *(of_text.counts for of_text in told)])
     predictions = sum(max(len(ids) - 1, 0) for ids in encoded)
     teacher = Teacher(
@@ -143,18 +149,76 @@ def read_teacher(
     return teacher
 
 
+@dataclass(frozen=True)
+class _Batches:
+    """How the source reads its texts; arguments as `read_teacher`."""
+
+    model: LoadedModel
+    batch_tokens: int
+    note: Callable[[str], None] | None
+    processes: Processes
+    reading: Reading | None
+    room: Room = field(default_factory=Room)
+
+    def run(self, lengths: Mapping[int, int], read: Callable[[list[int]], None]) -> None:
+        """Read this process's share.
+
+        Args:
+            lengths: Text -> its tokens.
+            read: Called with the texts of each batch.
+        """
+        wanted, model = list(lengths), self.model
+        all_batches = length_batches(list(lengths.values()), batch_limit(model.device, self.batch_tokens))
+        work = [len(batch) * lengths[wanted[batch[-1]]] for batch in all_batches]
+        batches = [[wanted[index] for index in batch] for batch in self.processes.mine(all_batches, work)]
+        done = list(itertools.accumulate(len(texts) for texts in batches))
+        heard = None if self.reading is None else self.reading("texts" if model.block_weights is None else "blocks")
+
+        def after(number: int) -> None:
+            if heard is not None:
+                heard(done[number], done[-1])
+
+        tokens = [len(texts) * max(lengths[text] for text in texts) for texts in batches]
+        works = [partial(self._fitting, texts, lengths, read) for texts in batches]
+        try:
+            run_passes(model, works, tokens, after=after, progress=heard)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise NotEnoughMemoryError(
+                f"{model.reference}: out of memory on {model.device} while it is read for distillation; lower "
+                f"calibration.batch_tokens (now {self.batch_tokens}) or adaptation.max_tokens, or use --device cpu"
+            ) from None
+
+    def _fitting(self, texts: list[int], lengths: Mapping[int, int], read: Callable[[list[int]], None]) -> None:
+        """A batch, or its halves where it does not fit."""
+        longest, whole = max(lengths[text] for text in texts), self.model.block_weights is None
+        if not whole or self.room.has(len(texts), longest):
+            try:
+                return read(texts)
+            except (MemoryError, RuntimeError) as error:
+                if len(texts) == 1 or not whole or not is_out_of_memory(error):
+                    raise
+            # Here the error no longer keeps the batch's tensors alive.
+            give_back_memory()
+            if self.note is not None and self.room.tokens is None:
+                self.note(f"{self.model.device} has no room for a batch of {len(texts)} texts: read by halves")
+            self.room.lacked(len(texts), longest)
+        for half in (texts[: len(texts) // 2], texts[len(texts) // 2 :]):
+            self._fitting(half, lengths, read)
+        return None
+
+
 def _predictions(
-    model: LoadedModel,
+    batches: _Batches,
     target_tokenizer: Any,
     texts: Sequence[str],
     encoded: Sequence[Sequence[int]],
     spans: Sequence[Sequence[Span]],
     settings: AdaptationSettings,
-    processes: Processes,
-    reading: Reading | None,
 ) -> tuple[list[list[ToldPosition]], list[_Told]]:
     """The positions of each text, and what is told there."""
-    tokenizer = model.tokenizer
+    model, tokenizer = batches.model, batches.model.tokenizer
     if not tokenizer.is_fast:
         raise TokenizerError(
             f"{model.reference}: distillation needs to know where tokens lie in a text; this tokenizer is a slow one"
@@ -171,70 +235,87 @@ def _predictions(
         common = common_positions(complete_ends(of_target), complete_ends(of_source)[:limit])
         inner = inner_positions(common, of_target, of_source[:limit]) if settings.distill_loss == "pieces" else []
         positions.append([*common, *inner])
-    wanted = [text for text in range(len(texts)) if positions[text]]
     told: dict[int, _Told] = {}
-    all_batches = length_batches([len(source_ids[text]) for text in wanted], max(1, _LOGITS_AT_ONCE // vocabulary))
-    work = [len(batch) * len(source_ids[wanted[batch[-1]]]) for batch in all_batches]
-    batches = [[wanted[index] for index in batch] for batch in processes.mine(all_batches, work)]
 
     def read(chosen: list[int]) -> None:
-        sequences, asked = [source_ids[text] for text in chosen], [positions[text] for text in chosen]
-        of_texts = _read(model, sequences, asked, [encoded[text] for text in chosen], pieces)
-        told.update(zip(chosen, of_texts, strict=True))
+        asked = [_Asked.of(positions[text], encoded[text], pieces) for text in chosen]
+        told.update(zip(chosen, _read(model, [source_ids[text] for text in chosen], asked, pieces), strict=True))
 
-    done = list(itertools.accumulate(len(chosen) for chosen in batches))
-    heard = None if reading is None else reading("texts" if model.block_weights is None else "blocks")
-
-    def after(number: int) -> None:
-        if heard is not None:
-            heard(done[number], done[-1])
-
-    tokens = [len(chosen) * max(len(source_ids[text]) for text in chosen) for chosen in batches]
-    run_passes(model, [partial(read, chosen) for chosen in batches], tokens, after=after, progress=heard)
-    all_told = {text: of_text for share in processes.gathered(told) for text, of_text in share.items()}
+    batches.run({text: len(source_ids[text]) for text in range(len(texts)) if positions[text]}, read)
+    all_told = {text: of_text for share in batches.processes.gathered(told) for text, of_text in share.items()}
     return positions, [all_told.get(text, _Told.of([])) for text in range(len(texts))]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of one text.
+
+    Attributes:
+        places: (P,) positions of the source's tokens whose predictions are asked for.
+        inner: Positions within its tokens.
+        rows: (I,) which of the P places comes before each inner position.
+        begun: (I,) tensors of the source's tokens that begin as the target's are written there.
+    """
+
+    places: list[int]
+    inner: list[ToldPosition]
+    rows: list[int]
+    begun: list[Tensor]
+
+    @classmethod
+    def of(cls, positions: Sequence[ToldPosition], target_ids: Sequence[int], pieces: Pieces | None) -> _Asked:
+        places = [position.source for position in positions if position.depth == 0]
+        if pieces is None:
+            return cls(places, [], [], [])
+        row_of = {place: row for row, place in enumerate(places)}
+        inner = list(positions[len(places) :])
+        begun = [pieces.beginning(target_ids[at.target - at.depth + 1 : at.target + 1]) for at in inner]
+        return cls(places, inner, [row_of[at.source] for at in inner], begun)
 
 
 @torch.inference_mode()
 def _read(
-    model: LoadedModel,
-    sequences: Sequence[list[int]],
-    positions: Sequence[Sequence[ToldPosition]],
-    encoded: Sequence[Sequence[int]],
-    pieces: Pieces | None,
+    model: LoadedModel, sequences: Sequence[list[int]], asked: Sequence[_Asked], pieces: Pieces | None
 ) -> list[_Told]:
-    """What is told of one batch's texts."""
+    """What is told of one batch's texts: what the source's likeliest tokens give, or without `pieces` these."""
     ids, mask = padded(sequences, model.pad_id)
     device = model.device
     mask = None if mask is None else mask.to(device)
-    logits = model.model(input_ids=ids.to(device), attention_mask=mask, use_cache=False).logits
-    return [_told_of(logits[row], asked, encoded[row], pieces) for row, asked in enumerate(positions)]
+    sizes = [len(of_text.places) for of_text in asked]
+    starts = [0, *itertools.accumulate(sizes)]
+    at = [(text, place) for text, of_text in enumerate(asked) for place in of_text.places]
+    in_texts, places = torch.tensor(at, dtype=torch.int64).reshape(-1, 2).T.contiguous().to(device)
+    begun = [tokens for of_text in asked for tokens in of_text.begun]
+    counts = [len(tokens) for tokens in begun]
+    before = [start + row for start, of_text in zip(starts, asked, strict=False) for row in of_text.rows]
+    begun_rows = torch.tensor(before, dtype=torch.int64).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    begun_tokens = torch.cat([torch.zeros(0, dtype=torch.int64), *begun])
+    begun_chances = torch.zeros(len(begun_tokens))
+    likeliest: list[tuple[Tensor, Tensor, Tensor]] = []
 
-
-def _told_of(
-    logits: Tensor, positions: Sequence[ToldPosition], target_ids: Sequence[int], pieces: Pieces | None
-) -> _Told:
-    """Of one text, from the source's (S, V): what its likeliest tokens give, or without `pieces` these themselves."""
-    common = [position for position in positions if position.depth == 0]
-    rows = {position.source: row for row, position in enumerate(common)}
-    chances = functional.softmax(logits[list(rows)].float(), -1)
-    top = chances.topk(min(_TOP, chances.shape[1]), -1)
-    ids, top_chances = top.indices.cpu(), top.values.cpu()
-    if pieces is None:
-        return _Told.of(list(zip(ids, top_chances, strict=True)))
-    known = pieces.known(chances).cpu()
-    told = list(zip(*pieces.firsts(ids, top_chances, known), strict=True))
-    inner = positions[len(common) :]
-    begun = [pieces.beginning(target_ids[at.target - at.depth + 1 : at.target + 1]) for at in inner]
-    if inner:
+    def keep(stretch: slice, logits: Tensor) -> None:
+        chances = functional.softmax(logits.float(), -1)
+        top = chances.topk(min(_TOP, chances.shape[1]), -1)
+        known = chances.new_zeros(len(chances)) if pieces is None else pieces.known(chances)
+        likeliest.append((top.indices.cpu(), top.values.cpu(), known.cpu()))
         # One journey from the device for all of them.
-        counts = [len(tokens) for tokens in begun]
-        at_rows = torch.tensor([rows[position.source] for position in inner]).repeat_interleave(torch.tensor(counts))
-        of_begun = chances[at_rows.to(chances.device), torch.cat(begun).to(chances.device)].cpu().split(counts)
-        for position, tokens, of_tokens in zip(inner, begun, of_begun, strict=True):
-            of_all = float(known[rows[position.source]])
-            told.append(pieces.following(tokens, of_tokens, of_all, position.depth, ids.shape[1]))
-    return _Told.of(told)
+        inside = (begun_rows >= stretch.start) & (begun_rows < stretch.stop)
+        rows = (begun_rows[inside] - stretch.start).to(device)
+        begun_chances[inside] = chances[rows, begun_tokens[inside].to(device)].cpu()
+
+    read_logits(model, ids.to(device), mask, in_texts, places, keep)
+    tokens, chances, known = (torch.cat(parts).split(sizes) for parts in zip(*likeliest, strict=True))
+    if pieces is None:
+        return [_Told.of(list(zip(*of_text, strict=True))) for of_text in zip(tokens, chances, strict=True)]
+    of_begun = iter(begun_chances.split(counts))
+    told = []
+    for text, of_text in enumerate(asked):
+        rows = list(zip(*pieces.firsts(tokens[text], chances[text], known[text]), strict=True))
+        for position, row, of_tokens in zip(of_text.inner, of_text.rows, of_text.begun, strict=True):
+            belief, most = float(known[text][row]), tokens[text].shape[1]
+            rows.append(pieces.following(of_tokens, next(of_begun), belief, position.depth, most))
+        told.append(_Told.of(rows))
+    return told
 
 
 def _save(teacher: Teacher, path: Path, key: str) -> None:

@@ -98,6 +98,8 @@ def adapt(
     reading: Reading | None = None,
     note: Callable[[str], None] | None = None,
     processes: Processes = ALONE,
+    batch_tokens: int = 2048,
+    note: Callable[[str], None] | None = None,
 ) -> AdaptationReport:
     """Train a model in place; afterwards it is folded, plain, and in its own dtype again.
 
@@ -118,6 +120,8 @@ def adapt(
         note: Told that the texts of a pass did not fit in memory, and are read by halves.
         processes: That train together, each of which calls this with a model of its own (`tmerge.adaptation.trainer`);
             `work` is a folder of all.
+        batch_tokens: Most padded tokens of one of the source's forward passes.
+        note: Told that a batch of the source's did not fit and was read by halves.
 
     Raises:
         AdaptationError: Nothing to train on, a step's texts that cannot be shared out among the processes, or the loss
@@ -151,7 +155,8 @@ def adapt(
         if source is None:
             raise ValueError("objective distill needs a source")
         path = teacher_path(work)
-        teacher = read_teacher(source, loaded.tokenizer, texts, encoded, spans, settings, path, processes, reading)
+        asked = (loaded.tokenizer, texts, encoded, spans, settings, path, processes, reading)
+        teacher = read_teacher(source, *asked, batch_tokens=batch_tokens, note=note)
     order = text_order(len(usable), settings.steps * settings.batch_size * settings.accumulation, seed)
     read = [usable[index] for index in order]
     model, dtype, computed = loaded.model, loaded.dtype, loaded.model.dtype

@@ -314,6 +314,7 @@ class _Comparison:
             goals=self._goals() if rest == "sft+transport" else None,
             note=lambda words: self.listener(Step(NOTE, words, 1, 1, "notes")),
             processes=self.processes,
+            batch_tokens=self.recipe.calibration.batch_tokens,
         )
         seconds = time.perf_counter() - began
         self.models.release("source")
