@@ -66,7 +66,7 @@ class Addition:
         assert now is not None
         gain = self.gain.to(wanted.device)[outputs] * self.scale
         # A neuron of next to no gain adds next to nothing, whatever it is given.
-        floor = _ADDS * float(gain.abs().mean())
+        floor = _ADDS * gain.abs().mean()
         direction = torch.where(gain.abs() < floor, 0.0, wanted / torch.where(gain.abs() < floor, 1.0, gain))
         size = _rms(now.to(wanted.device))
         return direction * (size / _rms(direction)).unsqueeze(1), size.reciprocal()

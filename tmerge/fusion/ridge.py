@@ -77,7 +77,8 @@ class Regression:
         size = inputs + has_bias
         self._gram = torch.zeros(size, size, device=device)
         self._crosses = [torch.zeros(size, count, device=device) for count in outputs]
-        self._squares = [0.0 for _ in outputs]
+        # There too, as to read them a device would have to be waited for at each batch.
+        self._squares = torch.zeros(len(outputs), dtype=_widest(self._gram.device), device=device)
         self.rows = 0
 
     def add(self, inputs: Tensor, wanted: Sequence[Tensor], weights: Tensor | None = None) -> None:
@@ -98,14 +99,14 @@ class Regression:
         for index, goal in enumerate(wanted):
             goal = goal.float() if column is None else goal.float() * column
             self._crosses[index].addmm_(inputs.T, goal)
-            self._squares[index] += float(goal.square().sum())
+            self._squares[index] += goal.square().sum()
         self.rows += len(inputs)
 
     def add_others(self, processes: Processes) -> None:
         """Add the rows that the other processes have added to theirs; all have the same sums then."""
-        counts = torch.tensor([*self._squares, self.rows], dtype=torch.float64)
+        counts = torch.tensor([*self._squares.tolist(), self.rows], dtype=torch.float64)
         processes.summed(self._gram, *self._crosses, counts)
-        *self._squares, self.rows = *counts[:-1].tolist(), int(counts[-1])
+        self._squares, self.rows = counts[:-1].to(self._squares.dtype).to(self._squares.device), int(counts[-1])
 
     def solve(
         self,
@@ -146,11 +147,13 @@ class Regression:
         best: list[_Tried | None] = [None] * len(given)
         if not ridges:
             return best
-        device = torch.device("cpu") if self._gram.device.type == "mps" else self._gram.device  # it has no float64
+        is_wide = _widest(self._gram.device) == torch.float64
+        device = self._gram.device if is_wide else torch.device("cpu")
         gram = self._gram.to(device).double()
         del self._gram
         crosses = [cross.to(device).double() for cross in self._crosses]
         lacking = [_Lack.of(gram, layer, cross) for layer, cross in zip(given, crosses, strict=True)]
+        squares = self._squares.tolist()
         for number, ridge in ridges:
             equations: dict[bool, _Equations | None] = {}
             for index, layer in enumerate(given):
@@ -161,7 +164,7 @@ class Regression:
                 solvable = equations[biased]
                 if solvable is None:
                     continue  # another lambda may do
-                fit = solvable.fit(layer, lacking[index], self._squares[index], rank)
+                fit = solvable.fit(layer, lacking[index], squares[index], rank)
                 left = 0.0 if chosen is None else chosen._left(index, layer, fit)
                 best_so_far = best[index]
                 if best_so_far is None or left < best_so_far.left:
@@ -219,9 +222,10 @@ class _Lack:
     @classmethod
     def of(cls, gram: Tensor, layer: Linear, cross: Tensor) -> _Lack:
         """Of the sums ``cross = X^T Y`` (in, out)."""
-        now = layer.weight.to(cross).T
+        # The device first: one without float64 cannot widen what it hands over either.
+        now = layer.weight.to(cross.device).to(cross.dtype).T
         if layer.bias is not None:
-            now = torch.cat([now, layer.bias.to(cross)[None]])
+            now = torch.cat([now, layer.bias.to(cross.device).to(cross.dtype)[None]])
         cross = cross[: len(now)]
         if not bool(torch.isfinite(cross).all()):
             raise _not_finite()
@@ -300,6 +304,11 @@ def _leading(inner: Tensor, weight: Tensor, rank: int) -> Tensor:
     half = torch.linalg.cholesky(inner).T @ weight
     values, vectors = torch.linalg.eigh(half @ half.T)
     return half.T @ (vectors[:, -rank:] * values[-rank:].clamp_min(torch.finfo(values.dtype).tiny).rsqrt())
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    """The widest dtype of a device: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _not_finite() -> FusionError:
