@@ -96,17 +96,18 @@ def test_plans(epsilon):
 
 
 def test_carrying_relatedness_and_fusing():
+    names = ["q", "down"]
     target, source = (describe(_loaded("llama").model) for _ in range(2))
-    widths = {tap.key: tap.features for tap in target.taps(PROJECTIONS)}
+    widths = {tap.key: tap.features for tap in target.taps(names)}
     read, layers = partial(_features, widths), (range(2), range(2))
     solved = {
         key: solve_features(key, partial(read, key=key), partial(read, key=key), *layers, epsilon=0.3, max_iterations=5)
         for key in widths
     }
-    transport = apart_transport(solved, read, read, PROJECTIONS, Apart(layers_kept=2))
-    fusion = Weights(alpha=0.5, top_k=4, projections=tuple(PROJECTIONS))
+    transport = apart_transport(solved, read, read, names, Apart(layers_kept=2))
+    fusion = Weights(alpha=0.5, top_k=4, projections=tuple(names))
     carried = carry(target, source, transport, fusion, device=APPLE)
-    assert len(carried.transported) == 2 * len(PROJECTIONS)
+    assert len(carried.transported) == 2 * len(names)
     assert {item.weight.device.type for item in carried.transported} == {"cpu"}
     assert all(ratio is not None for ratios in carried.norm_ratios.values() for ratio in ratios)
     fuse(target.views, carried.transported, 0.5)

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.device.fake import DEVICE, fake_device
-from tests.pico import pico_model, pico_tokenizer
+from tests.device.fake import DEVICE, fake_device, fake_pico
+from tests.pico import pico_model
 from tmerge.calibration.capture import _Pool
 from tmerge.evaluation.likelihood import _bits_of
 from tmerge.fusion.merge import transport_neurons
-from tmerge.models import LoadedModel, ModelReference, describe
+from tmerge.models import describe
 from tmerge.transport import correlation_cost, plans, sinkhorn, solve_features, standardise
 
 solver = sys.modules[sinkhorn.__module__]
@@ -106,15 +106,6 @@ class _Writer:
         self.shapes |= {feature: tuple(values.shape) for feature, values in features.items()}
 
 
-def _loaded(family: str) -> LoadedModel:
-    """A pico on the fake device."""
-    with DEVICE:
-        model = pico_model(family)
-    return LoadedModel(
-        ModelReference.parse("user/pico"), "sha256:0", model, pico_tokenizer(), None, DEVICE, torch.float32
-    )
-
-
 @pytest.mark.parametrize("positions", [None, [[0, 2], [1], [3]]], ids=["texts", "tokens"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reading_features_moves_each_batch_once(family, positions, monkeypatch):
@@ -124,7 +115,7 @@ def test_reading_features_moves_each_batch_once(family, positions, monkeypatch):
     names = {module: name for name, module in real.named_modules()}
     described = describe(real).taps(["q", "k", "v", "o", "up", "down"])
     with fake_device() as waits:
-        loaded = _loaded(family)
+        loaded = fake_pico(family)
         taps = [replace(tap, module=loaded.model.get_submodule(names[tap.module])) for tap in described]
         pool = _Pool(loaded, taps, [5, 5, 4], _Writer(), positions)
         pool.begin([0, 1, 2])
@@ -144,7 +135,7 @@ def test_reading_features_moves_each_batch_once(family, positions, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scoring_a_batch_moves_its_sums_alone(family):
     with fake_device() as waits:
-        loaded = _loaded(family)
+        loaded = fake_pico(family)
         waits.reads = waits.moves = 0
         loaded.model(input_ids=torch.zeros(2, 4, dtype=torch.int64).to(DEVICE), use_cache=False)
         read_by_the_model, waits.reads = waits.reads, 0

@@ -46,14 +46,16 @@ def distillation_loss(
         items: Tokens of all passes of this step, for accumulation; the batch's own when None.
     """
     asked = labels[:, 1:]
-    mask = asked != -100
-    # Indexed once: under autograd each further selection would allocate a gradient as large as all logits.
+    # Listed on the CPU: a device would have to be waited for at each step further down.
+    mask = asked.cpu() != -100
     rows, columns = mask.nonzero(as_tuple=True)
-    chosen = logits[rows, columns].float()
-    count = mask.sum() if items is None else torch.as_tensor(items, device=logits.device)
-    loss = functional.cross_entropy(chosen, asked[rows, columns], reduction="sum")
+    at = rows.to(logits.device), columns.to(logits.device)
+    # Indexed once: under autograd each further selection would allocate a gradient as large as all logits.
+    chosen = logits[at].float()
+    count = len(rows) if items is None else torch.as_tensor(items, device=logits.device)
+    loss = functional.cross_entropy(chosen, asked[at], reduction="sum")
     where = torch.full(mask.shape, -1, dtype=torch.int64)
-    where[rows.cpu(), columns.cpu()] = torch.arange(len(rows))
+    where[rows, columns] = torch.arange(len(rows))
     picked, known = [], []
     for row, text in enumerate(texts):
         first, last = int(teacher.starts[text]), int(teacher.starts[text + 1])
