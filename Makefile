@@ -27,8 +27,7 @@ test-slow: $(SETUP) browser
 
 ## On an accelerator: everything against float64 on the CPU, and what it takes there. Skips in a line without one.
 device: $(SETUP)
-	$(BIN)/python -m pytest -rs tests/device/test_accelerator.py
-	$(BIN)/python -m tests.bench.device
+	@$(BIN)/python -m tests.device
 
 ## Speed of calibration and of transport, measured here.
 bench: $(SETUP)

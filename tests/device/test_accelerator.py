@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.device.accelerators import LACKING, accelerator_here, float64_here, in_its_own_dtype
 from tests.pico import pico_model, pico_tokenizer, save_pico
 from tests.transport.reference import assert_same_plan, feature_pair, reference_plan
 from tmerge.adaptation import adapt
 from tmerge.calibration import FeatureStore, capture, common_ends
 from tmerge.evaluation import score_texts
-from tmerge.models import LoadedModel, ModelReference, describe, load_model
+from tmerge.models import LoadedModel, ModelReference, describe
 from tmerge.recipe import AdaptationSettings, Recipe
 from tmerge.stages.merge import merge
 from tmerge.transport import feature_plan, solve_features, standardise
@@ -25,7 +28,8 @@ TEXTS = [
 ] * 2
 FAMILIES = ["llama", "gpt2", "gemma3", "phi3", "falcon", "mixtral"]
 
-pytestmark = pytest.mark.usefixtures("accelerator")
+if accelerator_here() is None:
+    pytest.skip(LACKING, allow_module_level=True)
 
 
 def _loaded(family, device, dtype=torch.float32):
@@ -102,19 +106,24 @@ def test_a_merge(accelerator, tmp_path, sections):
         "evaluation": {"texts": 12, "bootstrap": 200, "controls": []},
     }
     merged = []
-    for number, device in enumerate((str(accelerator), "cpu")):
-        merge(Recipe.from_mapping({**models, **common, **sections, "device": device}), tmp_path / f"fused-{number}")
-        merged.append(load_file(tmp_path / f"fused-{number}" / "model.safetensors"))
+    for device, precision in ((str(accelerator), nullcontext()), ("cpu", float64_here())):
+        out = tmp_path / f"fused-{len(merged)}"
+        with precision:
+            merge(Recipe.from_mapping({**models, **common, **sections, "device": device}), out)
+        merged.append(load_file(out / "model.safetensors"))
     there, here = merged
     for name, weight in here.items():
-        torch.testing.assert_close(there[name], weight, rtol=1e-2, atol=1e-3)
+        assert weight.dtype == torch.float64
+        torch.testing.assert_close(there[name].double(), weight, rtol=1e-2, atol=1e-3)
 
 
-def test_a_training(accelerator, tmp_path):
-    folder, losses = save_pico("llama", tmp_path / "in"), []
-    settings = AdaptationSettings(steps=4, batch_size=2, learning_rate=1e-3)
-    for device in (accelerator, "cpu"):
-        loaded = load_model(str(folder), dtype="float32", device=device)
-        trained = adapt(loaded, TEXTS, settings, seed=0, work=tmp_path / f"work-{len(losses)}")
+@pytest.mark.parametrize("objective", ["sft", "distill"])
+def test_a_training(accelerator, tmp_path, objective):
+    settings, losses = AdaptationSettings(objective=objective, steps=4, batch_size=2, learning_rate=1e-3), []
+    for there in (_loaded("llama", accelerator), _reference("llama")):
+        source = _loaded("qwen2", there.device, there.dtype)
+        in_its_own_dtype(there.model)
+        work = tmp_path / f"work-{len(losses)}"
+        trained = adapt(there, TEXTS, settings, seed=0, work=work, source=lambda source=source: nullcontext(source))
         losses.append(torch.tensor([loss for _, loss in trained.loss_curve]))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-2, atol=1e-2)
