@@ -99,7 +99,6 @@ def adapt(
     note: Callable[[str], None] | None = None,
     processes: Processes = ALONE,
     batch_tokens: int = 2048,
-    note: Callable[[str], None] | None = None,
 ) -> AdaptationReport:
     """Train a model in place; afterwards it is folded, plain, and in its own dtype again.
 
@@ -117,11 +116,10 @@ def adapt(
         prompts: For ``completions_only``: per text, the characters before its completion (`TextSet.prompts`).
         progress: Called with (steps done, all); may raise to stop.
         reading: Hears of the source's reading, and may raise likewise.
-        note: Told that the texts of a pass did not fit in memory, and are read by halves.
+        note: Told that the texts of a pass, or of a batch of the source's, did not fit and are read by halves.
         processes: That train together, each of which calls this with a model of its own (`tmerge.adaptation.trainer`);
             `work` is a folder of all.
         batch_tokens: Most padded tokens of one of the source's forward passes.
-        note: Told that a batch of the source's did not fit and was read by halves.
 
     Raises:
         AdaptationError: Nothing to train on, a step's texts that cannot be shared out among the processes, or the loss

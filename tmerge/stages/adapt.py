@@ -147,7 +147,6 @@ def _adapt_run(
             note=progress.note,
             processes=processes,
             batch_tokens=recipe.calibration.batch_tokens,
-            note=progress.note,
         )
         scores = score_in_run(recipe, target, held_out(recipe, calibrated), progress, "adapted: held-out texts")
         strengths = neurons.strengths if isinstance(neurons, JoinedSources) else alpha
