@@ -45,12 +45,12 @@ def test_quick_steps_are_told_in_few_and_neither_rows_nor_the_last_are_lost(chil
     assert [told.row for told in heard if told.row] == [("q.post", i, (i * 1000.0,)) for i in range(10)]
     assert heard[-1].done == 19_999 and [told.done for told in heard] == sorted(told.done for told in heard)
     # As fast as work is that tells nobody, but for some microseconds a step.
-    assert seconds < 5
+    assert seconds < 20
 
 
 def test_one_who_listens_slowly_does_not_hold_it_up(child, tmp_path):
     child.call(os.getpid)
-    assert child.call(merges.hasty, None, tmp_path, hear=lambda told: time.sleep(0.2)) < 5
+    assert child.call(merges.hasty, None, tmp_path, hear=lambda told: time.sleep(0.2)) < 20
 
 
 @pytest.mark.parametrize("way", ["hear", "pulse"])
