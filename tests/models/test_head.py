@@ -1,9 +1,8 @@
 """Logits of the rows that are asked for, a stretch at a time, against those of the whole batch."""
 
-import copy
-
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.evaluation.test_choose import loaded
 from tests.pico import PICO_FAMILIES, PICO_RARE, PICO_VOCAB, pico_model, save_pico
@@ -44,10 +43,10 @@ def of_head(model):
     return calls, made
 
 
-def of_rows(one):
+def of_rows(model):
     stretches = []
     with torch.no_grad():
-        read_logits(one, IDS, MASK, TEXTS, POSITIONS, lambda rows, logits: stretches.append((rows, logits)))
+        read_logits(model, IDS, MASK, TEXTS, POSITIONS, lambda rows, logits: stretches.append((rows, logits)))
     return stretches
 
 
@@ -60,7 +59,7 @@ def test_rows_equal_those_of_the_whole_batch(family):
     calls, made = of_head(model)
     body_runs = []
     find_block_list(model)[1][0].register_forward_hook(lambda *_: body_runs.append(1))
-    stretches = of_rows(loaded(model))
+    stretches = of_rows(model)
     made.remove()
     assert [(rows.start, len(logits)) for rows, logits in stretches] == [(0, 3), (3, 3), (6, 2)]
     # Products of other shapes add in another order.
@@ -85,6 +84,16 @@ def test_scores_equal_those_of_all_logits(family):
         torch.testing.assert_close(bits, wanted, rtol=2e-5, atol=1e-4)
 
 
+def test_any_model_is_read_so_of_known_layout_or_not():
+    config = AutoConfig.for_model("mamba", vocab_size=PICO_VOCAB, hidden_size=32, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        whole = model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits[TEXTS, POSITIONS]
+    calls, _ = of_head(model)
+    torch.testing.assert_close(torch.cat([logits for _, logits in of_rows(model)]), whole)
+    assert calls == [3, 3, 2]
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2"])
 def test_a_model_read_by_blocks_gives_the_same_bits(family, tmp_path):
     save_pico(family, tmp_path / "m", layers=3)
@@ -99,7 +108,7 @@ def test_nothing_asked_is_a_pass_all_the_same():
     calls, _ = of_head(model)
     nothing = torch.zeros(0, dtype=torch.int64)
     with torch.no_grad():
-        read_logits(loaded(model), IDS, MASK, nothing, nothing, lambda *_: pytest.fail("nothing was asked"))
+        read_logits(model, IDS, MASK, nothing, nothing, lambda *_: pytest.fail("nothing was asked"))
     assert calls == [1]
 
 
@@ -117,30 +126,28 @@ class _Looking(torch.nn.Module):
 
 
 @pytest.mark.parametrize("by_shape", [True, False])
-def test_a_forward_that_makes_something_else_of_them_gives_all_at_once(by_shape, tmp_path):
+def test_a_forward_that_makes_something_else_of_them_gives_all_at_once(by_shape):
     model = pico_model("llama")
     model.lm_head = _Looking(model.lm_head, by_shape)
     with torch.no_grad():
         whole = model(input_ids=IDS, attention_mask=MASK).logits[TEXTS, POSITIONS]
-    one = loaded(model)
-    stretches = of_rows(one)
+    stretches = of_rows(model)
     assert [len(logits) for _, logits in stretches] == [3, 3, 2]
     torch.testing.assert_close(torch.cat([logits for _, logits in stretches]), whole)
     # Read by blocks it cannot be run again.
-    one = copy.copy(one)
-    one.block_weights = object()
+    model.model.layers[0].extra = torch.nn.Parameter(torch.empty(1, device="meta"))
     with pytest.raises(UnsupportedModelError, match="one by one, so it cannot be read block by block; set memory"):
-        of_rows(one)
+        of_rows(model)
 
 
 def test_an_error_behind_the_body_is_its_own(monkeypatch):
-    one, runs = loaded(pico_model("llama")), []
+    model, runs = pico_model("llama"), []
 
     def full(hidden):
         runs.append(1)
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(one.model.lm_head, "forward", full)
+    monkeypatch.setattr(model.lm_head, "forward", full)
     with pytest.raises(torch.OutOfMemoryError):
-        of_rows(one)
-    assert len(runs) == 1 and "forward" not in vars(one.model.model)
+        of_rows(model)
+    assert len(runs) == 1 and "forward" not in vars(model.model)

@@ -238,8 +238,9 @@ def _predictions(
     told: dict[int, _Told] = {}
 
     def read(chosen: list[int]) -> None:
-        asked = [_Asked.of(positions[text], encoded[text], pieces) for text in chosen]
-        told.update(zip(chosen, _read(model, [source_ids[text] for text in chosen], asked, pieces), strict=True))
+        sequences, asked = [source_ids[text] for text in chosen], [positions[text] for text in chosen]
+        of_texts = _read(model, sequences, asked, [encoded[text] for text in chosen], pieces)
+        told.update(zip(chosen, of_texts, strict=True))
 
     batches.run({text: len(source_ids[text]) for text in range(len(texts)) if positions[text]}, read)
     all_told = {text: of_text for share in batches.processes.gathered(told) for text, of_text in share.items()}
@@ -275,12 +276,17 @@ class _Asked:
 
 @torch.inference_mode()
 def _read(
-    model: LoadedModel, sequences: Sequence[list[int]], asked: Sequence[_Asked], pieces: Pieces | None
+    model: LoadedModel,
+    sequences: Sequence[list[int]],
+    positions: Sequence[Sequence[ToldPosition]],
+    encoded: Sequence[Sequence[int]],
+    pieces: Pieces | None,
 ) -> list[_Told]:
     """What is told of one batch's texts: what the source's likeliest tokens give, or without `pieces` these."""
     ids, mask = padded(sequences, model.pad_id)
     device = model.device
     mask = None if mask is None else mask.to(device)
+    asked = [_Asked.of(*of_text, pieces) for of_text in zip(positions, encoded, strict=True)]
     sizes = [len(of_text.places) for of_text in asked]
     starts = [0, *itertools.accumulate(sizes)]
     at = [(text, place) for text, of_text in enumerate(asked) for place in of_text.places]
@@ -303,7 +309,7 @@ def _read(
         rows = (begun_rows[inside] - stretch.start).to(device)
         begun_chances[inside] = chances[rows, begun_tokens[inside].to(device)].cpu()
 
-    read_logits(model, ids.to(device), mask, in_texts, places, keep)
+    read_logits(model.model, ids.to(device), mask, in_texts, places, keep)
     tokens, chances, known = (torch.cat(parts).split(sizes) for parts in zip(*likeliest, strict=True))
     if pieces is None:
         return [_Told.of(list(zip(*of_text, strict=True))) for of_text in zip(tokens, chances, strict=True)]

@@ -133,7 +133,7 @@ def score_texts(
             if loaded.block_weights is None and not fitting.has(len(batch), longest):
                 return torch.cat([bits_of(half) for half in _halves(batch)])
             try:
-                return _bits_of(loaded, [encoded[index] for index in batch])
+                return _bits_of(model, [encoded[index] for index in batch], loaded.device)
             except (MemoryError, RuntimeError) as error:
                 if len(batch) == 1 or loaded.block_weights is not None or not is_out_of_memory(error):
                     raise
@@ -194,9 +194,8 @@ def _windows(ids: list[int], reach: int) -> Iterator[list[int]]:
         yield ids[first : first + reach]
 
 
-def _bits_of(loaded: LoadedModel, sequences: list[list[int]]) -> Tensor:
+def _bits_of(model: torch.nn.Module, sequences: list[list[int]], device: torch.device) -> Tensor:
     """-log2 probability of each sequence given its first token: (B,) float64 on the CPU."""
-    device = loaded.device
     # Padding is on the right and causal attention never looks there, so what it holds does not matter.
     ids, attention = padded(sequences, 0)
     # Listed here: how many of a mask's entries are set a device would have to be waited for.
@@ -210,5 +209,5 @@ def _bits_of(loaded: LoadedModel, sequences: list[list[int]]) -> Tensor:
         loss = functional.cross_entropy(logits.float(), ids[row, position + 1], reduction="none")
         total.index_add_(0, row.to(total.device), loss.to(total.device, torch.float64))
 
-    read_logits(loaded, ids, attention, rows, positions, add)
+    read_logits(model, ids, attention, rows, positions, add)
     return total.cpu() / torch.log(torch.tensor(2.0, dtype=torch.float64))

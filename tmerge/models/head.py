@@ -6,8 +6,8 @@ body with a few texts at a time, and the head is run at positions that nobody as
 What a causal LM does between its last hidden states and its logits differs (a soft cap, a scale, a bias, a projection),
 so the model's own ``forward`` does it here too, without code per architecture. It runs once on the batch; but what its
 body returns is handed on as one text of the first rows that are asked for. For the rows after these it runs again,
-and its body, in the place of running, returns them. The body is the outermost module around the list of blocks that
-``forward`` calls.
+and its body, in the place of running, returns them. The body is the outermost module around the blocks that ``forward``
+calls.
 
 A ``forward`` whose logits are not those of the rows that its body is made to return gives the whole batch's, and the
 rows are taken from these. Of what ``transformers`` has, none is known that does.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from tmerge.errors import UnsupportedModelError
 from tmerge.models.device import is_out_of_memory
-from tmerge.models.discovery import find_block_list, unwrap
-from tmerge.models.loading import LoadedModel
+from tmerge.models.discovery import unwrap
 
 __all__ = ["LOGITS_AT_ONCE", "read_logits", "rows_at_once"]
 
@@ -42,7 +41,7 @@ def rows_at_once(vocabulary: int) -> int:
 
 
 def read_logits(
-    loaded: LoadedModel,
+    model: nn.Module,
     ids: Tensor,
     mask: Tensor | None,
     texts: Tensor,
@@ -52,7 +51,7 @@ def read_logits(
     """Run a batch through a model without a cache, and hand on the logits that are asked for.
 
     Args:
-        loaded: The model. One that is read by blocks is run by `tmerge.models.blocks.run_passes`, this in its works.
+        model: A causal LM. One that is read by blocks is run by `tmerge.models.blocks.run_passes`, this in its works.
         ids: (B, S) token ids, on the model's device.
         mask: (B, S); None where nothing is padded.
         texts: (R,) which of the batch's texts, on the model's device.
@@ -63,14 +62,15 @@ def read_logits(
     Raises:
         UnsupportedModelError: A model that is read by blocks does not make its logits row by row.
     """
-    at_once = rows_at_once(loaded.model.get_output_embeddings().weight.shape[0])
+    at_once = rows_at_once(unwrap(model).get_output_embeddings().weight.shape[0])
     stretches = [slice(start, start + at_once) for start in range(0, len(texts), at_once)]
     named = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if not stretches:
         # A model that is read by blocks waits for every batch at each of them.
         texts, positions = (torch.zeros(1, dtype=torch.int64, device=ids.device) for _ in range(2))
+    modules = _around_blocks(unwrap(model))
     body = _Body(ids, texts, positions, slice(0, at_once))
-    logits = _first_logits(loaded, body, named)
+    logits = _first_logits(model, modules, body, named)
     if not body.is_handed_on:
         for stretch in stretches:
             use(stretch, logits[texts[stretch], positions[stretch]])
@@ -80,32 +80,33 @@ def read_logits(
     del logits
     for stretch in stretches[1:]:
         body.stretch = stretch
-        with _in_place(loaded.model, body):
+        with _in_place(modules, body):
             # The method itself: hooks of the model have seen the batch.
-            handed = loaded.model.forward(**named).logits[0]
+            handed = model.forward(**named).logits[0]
         use(stretch, handed)
         del handed
 
 
-def _first_logits(loaded: LoadedModel, body: _Body, named: dict[str, Any]) -> Tensor:
+def _first_logits(model: nn.Module, modules: Sequence[nn.Module], body: _Body, named: dict[str, Any]) -> Tensor:
     """(1, r, V) of the first rows, or (B, S, V) of a model whose body is not handed on."""
     logits = None
     try:
-        with _in_place(loaded.model, body):
-            logits = loaded.model(**named).logits
+        with _in_place(modules, body):
+            logits = model(**named).logits
     except (IndexError, RuntimeError, ValueError) as error:
         # What fails behind the body may do so for the shape that it has been given.
         if not body.is_handed_on or is_out_of_memory(error):
             raise
     if logits is not None and (not body.is_handed_on or body.is_read_once_as(logits)):
         return logits
-    if loaded.block_weights is not None:
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        # Its blocks' weights have come and gone.
         raise UnsupportedModelError(
-            f"{loaded.reference}: {type(loaded.model).__name__} does not make its logits of its last hidden states one "
+            f"{type(model).__name__} does not make its logits of its last hidden states one "
             "by one, so it cannot be read block by block; set memory: resident"
         )
     body.let_go()
-    return loaded.model(**named).logits
+    return model(**named).logits
 
 
 class _Body:
@@ -205,15 +206,30 @@ class _Door:
             module.forward = door._own  # type: ignore[method-assign]
 
 
+def _around_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules around the longest list of modules, the outermost first, without the model itself.
+
+    Any causal LM's logits may be asked for, so it is not looked for what `describe` needs to know of blocks.
+    """
+    found: list[tuple[int, list[nn.Module]]] = [(0, [])]
+
+    def look(module: nn.Module, around: list[nn.Module]) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                found.append((len(child), around))
+            else:
+                look(child, [*around, child])
+
+    look(model, [])
+    return max(found, key=lambda pair: pair[0])[1]
+
+
 _CURRENT, _DOORS = threading.local(), threading.Lock()
 
 
 @contextmanager
-def _in_place(model: nn.Module, body: _Body) -> Iterator[None]:
-    """Within it, what this thread calls of the model's body is what `body` gives."""
-    whole = unwrap(model)
-    inside = find_block_list(whole)[0].split(".")[:-1]
-    modules = [whole.get_submodule(".".join(inside[: depth + 1])) for depth in range(len(inside))]
+def _in_place(modules: Sequence[nn.Module], body: _Body) -> Iterator[None]:
+    """Within it, the first of `modules` that this thread calls gives what `body` does."""
     with _DOORS:
         for module in modules:
             _Door.open(module)
