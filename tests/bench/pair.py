@@ -201,12 +201,15 @@ class Pair:
                 neurons = torch.arange(views[name].in_features if by_columns else views[name].out_features)
                 items.append(TransportedNeurons(layer, name, neurons, weight, None, learned))
         if stream:
-            residual = torch.tensor(self.truth["residual"])
-            out = torch.zeros(len(residual), self.layouts["source"].hidden_size)
-            out[torch.arange(len(residual)), residual] = 1.0
+            out = _map_of(self.truth["residual"], self.layouts["source"].hidden_size)
             pairs = dict(enumerate(self.truth["layers"]))
+
+            def head_map(name: str, layer: int, source_layer: int) -> torch.Tensor:
+                view = self.layouts["source"].layers[source_layer][name]
+                return _map_of(self.truth["indices"][layer][name], view.out_features)
+
             layouts = (self.layouts[role] for role in ROLES)
-            items += carry_stream(*layouts, pairs, (out, out.T), self.vocabulary)
+            items += carry_stream(*layouts, pairs, (out, out.T), self.vocabulary, head_map)
         return items
 
     def found(
@@ -231,3 +234,10 @@ class Pair:
         truth = torch.tensor(self.truth["layers"])
         hits = {key: plan.plan.argmax(1) == truth for key, plan in layer_plans(plans, settings).items()}
         return {key: float(hit.double().mean()) for key, hit in hits.items()}
+
+
+def _map_of(counterparts: list[int], neurons: int) -> torch.Tensor:
+    """(n, n') Phi of neurons that each have one counterpart among n'."""
+    mapping = torch.zeros(len(counterparts), neurons)
+    mapping[torch.arange(len(counterparts)), torch.tensor(counterparts)] = 1.0
+    return mapping
