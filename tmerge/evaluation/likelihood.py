@@ -207,7 +207,7 @@ def _bits_of(model: torch.nn.Module, sequences: list[list[int]], device: torch.d
     def add(stretch: slice, logits: Tensor) -> None:
         row, position = rows[stretch], positions[stretch]
         loss = functional.cross_entropy(logits.float(), ids[row, position + 1], reduction="none")
-        total.index_add_(0, row.to(total.device), loss.to(total.device, torch.float64))
+        total.index_add_(0, row.to(total.device), loss.to(total.device).to(torch.float64))
 
     read_logits(model, ids, attention, rows, positions, add)
     return total.cpu() / torch.log(torch.tensor(2.0, dtype=torch.float64))
