@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 from tests.evaluation.test_choose import everything, loaded, trained
 from tests.pico import pico_model, pico_tokenizer
 from tmerge.calibration import sample_texts
+from tmerge.errors import NotEnoughMemoryError
 from tmerge.evaluation import descent_cosines
 from tmerge.fusion import TransportedNeurons
 from tmerge.models import describe
@@ -74,3 +75,40 @@ def test_a_better_model_lies_downhill_and_the_target_keeps_its_state():
     assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
     assert {name: parameter.requires_grad for name, parameter in target.named_parameters()} == asked
     assert all(parameter.grad is None for parameter in target.parameters())
+
+
+@pytest.mark.parametrize("breaks", ["forward", "backward"])
+def test_a_batch_that_does_not_fit_is_read_by_halves(breaks):
+    model, notes = pico_model("llama"), []
+    layers = describe(model).layers
+    items = [TransportedNeurons(0, "q", torch.arange(4), torch.ones(4, layers[0]["q"].in_features), None)]
+    wanted = cosines(model, items)["q"]
+
+    def crowd(module, inputs, output):
+        if breaks == "forward" and len(output) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        output.register_hook(crowd_behind)
+
+    def crowd_behind(gradient):
+        # By then the gradients of what lies above are there.
+        if len(gradient) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.layers[0].mlp.register_forward_hook(crowd)
+    found = descent_cosines(
+        loaded(model), layers, items, TEXTS, seed=0, max_tokens=32, batch_tokens=256, note=notes.append
+    )["q"]
+    assert found.transported == pytest.approx(wanted.transported, abs=1e-5) and notes
+    assert all("read by halves" in note for note in notes)
+
+
+def test_one_text_that_does_not_fit_is_the_end():
+    model = pico_model("llama")
+
+    def crowd(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.get_input_embeddings().register_forward_hook(crowd)
+    items = [TransportedNeurons(0, "q", torch.arange(4), torch.ones(4, 64), None)]
+    with pytest.raises(NotEnoughMemoryError, match="one text; lower calibration.max_tokens"):
+        cosines(model, items)

@@ -11,6 +11,7 @@ by chance: among d numbers, about 1 / sqrt(d) in standard deviation.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ from torch.nn import functional
 from tmerge.calibration import encode, length_batches, padded
 from tmerge.errors import NotEnoughMemoryError
 from tmerge.fusion import COLUMN_PROJECTIONS, TransportedNeurons, generator_for, read_neurons
-from tmerge.models import LoadedModel, Projection
+from tmerge.models import LoadedModel, Projection, give_back_memory
+from tmerge.models.device import is_out_of_memory
 
 __all__ = ["Descent", "descent_cosines"]
 
@@ -76,6 +78,7 @@ def descent_cosines(
     batch_tokens: int,
     draws: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> dict[str, Descent]:
     """Hold the merge's direction against the descent direction, projection by projection.
 
@@ -89,14 +92,15 @@ def descent_cosines(
         batch_tokens: Most padded tokens of a pass; fewer where the vocabulary is large.
         draws: Random directions a projection and layer.
         progress: Called with (texts done, all); may raise to stop.
+        note: Told that a batch did not fit and was read by halves.
 
     Returns:
         projection -> its cosines.
 
     Raises:
-        NotEnoughMemoryError: The backward pass did not fit.
+        NotEnoughMemoryError: The backward pass of one text did not fit.
     """
-    gradients = _gradients(loaded, layers, transported, texts, max_tokens, batch_tokens, progress)
+    gradients = _gradients(loaded, layers, transported, texts, max_tokens, batch_tokens, progress, note)
     descents: dict[str, Descent] = {}
     for transported_neurons, gradient in zip(transported, gradients, strict=True):
         descent = descents.setdefault(transported_neurons.projection, Descent([], [], [], [], draws))
@@ -126,6 +130,7 @@ def _gradients(
     max_tokens: int,
     batch_tokens: int,
     progress: Callable[[int, int], None] | None,
+    note: Callable[[str], None] | None,
 ) -> list[Tensor]:
     """Gradient of the summed loss for each item's neurons, float32 on the CPU, in the items' order."""
     model = loaded.model
@@ -142,9 +147,23 @@ def _gradients(
     try:
         for parameter in asked:
             parameter.requires_grad_(id(parameter) in wanted)
-        for batch in length_batches([len(ids) for ids in encoded], limit):
+        waiting = deque(length_batches([len(ids) for ids in encoded], limit))
+        while waiting:
+            batch = waiting.popleft()
+            # What a pass that broke off has left goes too.
             model.zero_grad(set_to_none=True)
-            _loss(model, [encoded[text] for text in batch], loaded.device).backward()
+            if not _fits(model, [encoded[text] for text in batch], loaded.device):
+                if len(batch) == 1:
+                    raise NotEnoughMemoryError(
+                        f"{loaded.reference}: out of memory on {loaded.device} in the descent control's backward pass "
+                        "of one text; lower calibration.max_tokens, or set evaluation.descent=0"
+                    )
+                model.zero_grad(set_to_none=True)
+                give_back_memory()
+                waiting.extendleft((batch[len(batch) // 2 :], batch[: len(batch) // 2]))
+                if note is not None:
+                    note(f"{loaded.device} has no room for the descent control's batches: read by halves")
+                continue
             # Read after every batch and summed in float32: in bfloat16 many small gradients would be lost in the sum.
             for transported_neurons, view, total in zip(transported, views, sums, strict=True):
                 gradient = view.gradient()
@@ -155,17 +174,23 @@ def _gradients(
             done += len(batch)
             if progress is not None:
                 progress(done, len(encoded))
-    except torch.OutOfMemoryError:
-        raise NotEnoughMemoryError(
-            f"{loaded.reference}: out of memory on {loaded.device} in the descent control's backward pass; lower "
-            f"calibration.batch_tokens (now {batch_tokens}), or set evaluation.descent=0"
-        ) from None
     finally:
         model.zero_grad(set_to_none=True)
         for parameter, had in asked.items():
             parameter.requires_grad_(had)
         model.train(training)
     return sums
+
+
+def _fits(model: torch.nn.Module, sequences: list[list[int]], device: torch.device) -> bool:
+    """Run a batch forward and backward, and say whether memory sufficed."""
+    try:
+        _loss(model, sequences, device).backward()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def _loss(model: torch.nn.Module, sequences: list[list[int]], device: torch.device) -> Tensor:

@@ -128,6 +128,7 @@ class Evaluate:
             max_tokens=calibration.max_tokens,
             batch_tokens=calibration.batch_tokens,
             progress=progress.counting("descent control", "texts"),
+            note=progress.note,
         )
         return Descent.model_validate(
             {"texts": len(texts), "projections": {name: descent.to_dict() for name, descent in descents.items()}}

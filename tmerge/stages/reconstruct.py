@@ -22,7 +22,7 @@ from tmerge.fusion import (
     reconstruct,
 )
 from tmerge.models import Model, Projection, give_back_memory, shared_vocabulary
-from tmerge.models.device import memory_errors
+from tmerge.models.device import is_out_of_memory, memory_errors
 from tmerge.recipe import FITTED_CONTROLS, RECONSTRUCTING, Recipe, Reconstruction
 from tmerge.recorded import RecordedRun
 from tmerge.run import Run
@@ -35,6 +35,9 @@ from tmerge.store import scratch
 from tmerge.transport import PlanRecorder, Transport
 
 __all__ = ["Reconstruct"]
+
+# Padded tokens of a batch that are halved no more.
+_FEWEST_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -139,12 +142,24 @@ class Reconstruct:
         writer = processes.after_first(lambda: self.neurons.go_on(name, key))
         processes.wait()
         if not writer.is_finished:
-            self._fit(name, transport, writer, progress)
+            batch_tokens = self.recipe.calibration.batch_tokens
+            # Blocks that are fitted stay so.
+            while not self._fit(name, transport, writer, batch_tokens, progress):
+                batch_tokens //= 2
+                progress.note("no room for so many texts at once: what is reconstructed on is read by halves")
             if processes.is_first:
                 writer.finish()
         return processes.from_first(lambda: writer.notes)
 
-    def _fit(self, name: str, transport: Transport, writer: NeuronWriter[BlockNote], progress: Progress) -> None:
+    def _fit(
+        self,
+        name: str,
+        transport: Transport,
+        writer: NeuronWriter[BlockNote],
+        batch_tokens: int,
+        progress: Progress,
+    ) -> bool:
+        """Fit all blocks that are not yet, and say whether memory sufficed."""
         drawn_to = self.source
         if name == "source_base":
             assert self.source_base is not None  # the recipe sees to it
@@ -165,7 +180,7 @@ class Reconstruct:
             settings.rank,
             settings.keep_share,
             calibration.max_tokens,
-            calibration.batch_tokens,
+            batch_tokens,
             self._vocabulary(drawn_to),
             lambda name, layer, other: goal_factor(name, (layer, other), views, source_views),
             self._shuffle if name == "permuted" else None,
@@ -178,23 +193,32 @@ class Reconstruct:
             if progress.processes.is_first:
                 writer.add(block.items, block.note)
 
+        is_done = False
         with memory_errors("the reconstruction", target.device):
-            reconstruct(
-                passage,
-                self.texts.texts,
-                self._keep,
-                folder,
-                choosing=self._choosing,
-                finished=writer.parts(),
-                take=take,
-                progress=progress.counting(
-                    "reconstructing" if name == "fused" else f"{name}: reconstructing", "layers"
-                ),
-            )
+            try:
+                reconstruct(
+                    passage,
+                    self.texts.texts,
+                    self._keep,
+                    folder,
+                    choosing=self._choosing,
+                    finished=writer.parts(),
+                    take=take,
+                    progress=progress.counting(
+                        "reconstructing" if name == "fused" else f"{name}: reconstructing", "layers"
+                    ),
+                )
+                is_done = True
+            except (MemoryError, RuntimeError) as error:
+                # Several processes would have to agree on that.
+                if not is_out_of_memory(error) or progress.processes.count > 1 or batch_tokens <= _FEWEST_TOKENS:
+                    raise
+        del passage, target, source
         shutil.rmtree(folder, ignore_errors=True)
         self.target.release()
         drawn_to.release()
         give_back_memory()
+        return is_done
 
     def _noted(self, blocks: Sequence[BlockNote]) -> ReconstructNote:
         """What was changed, and by how much."""
