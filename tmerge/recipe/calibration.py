@@ -23,7 +23,9 @@ class CalibrationSettings(Section):
     column: str | None = Field(None, description="column that holds the text; found by itself when there is only one")
     texts: Annotated[int, counted(16)] = Field(2000, description="most texts to read, held-out ones included")
     max_tokens: Annotated[int, counted(8, 1_000_000)] = Field(256, description="longer texts are cut here, per model")
-    batch_tokens: Annotated[int, counted(64)] = Field(2048, description="padded tokens of one forward batch")
+    batch_tokens: Annotated[int, counted(64)] = Field(
+        2048, description="padded tokens of one forward batch (on a processor 512 at most)"
+    )
     held_out: Annotated[float, Field(gt=0, lt=0.9)] = Field(
         0.2, description="share of the texts kept away from calibration, chosen by hash, for the verdict"
     )
