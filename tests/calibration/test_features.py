@@ -71,6 +71,7 @@ def test_any_order_of_writing_gives_the_same_bytes(tmp_path: Path, order: list[i
     assert torch.equal(FeatureStore(tmp_path / "s").get(0, "a"), values)
 
 
+# Elsewhere a process is not told what it holds for itself apart from the files that it has mapped.
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is told apart on Linux only")
 def test_neither_writing_nor_opening_holds_the_features_in_memory(tmp_path: Path) -> None:
     texts, width, layers = 500, 4000, 12  # 96 MB

@@ -73,6 +73,7 @@ def test_page_draws_in_a_browser(report, tmp_path, width, scheme):
     sync_api = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium")
     if chromium is None:
+        # It is no Python package; make browser, which the test commands call first, brings it.
         pytest.skip("no chromium here to draw the page in; make browser installs it")
     whole = comparison(report).model_dump(mode="json", by_alias=True)
     for row, value in zip(whole["rows"], (3.0, 2.8, 3.3), strict=True):

@@ -28,6 +28,7 @@ TEXTS = [
 ] * 2
 FAMILIES = ["llama", "gpt2", "gemma3", "phi3", "falcon", "mixtral"]
 
+# What an accelerator computes can be seen on one alone; test_fake.py and test_apple.py tell what can be told without.
 if accelerator_here() is None:
     pytest.skip(LACKING, allow_module_level=True)
 
@@ -70,6 +71,7 @@ def test_scores(accelerator, family):
 @pytest.mark.parametrize("epsilon", [0.1, 0.03])
 def test_plans(accelerator, epsilon):
     if accelerator.type == "mps" and epsilon < 0.05:
+        # Below eps .05 a cost in float32 no longer gives the plan to these tolerances.
         pytest.skip("float32 is all that this device has")
     pairs = [feature_pair("factors", 14, 20, seed=seed) for seed in range(3)]
     words = {"epsilon": epsilon, "max_iterations": 20_000, "tolerance": 3e-7, "device": accelerator}

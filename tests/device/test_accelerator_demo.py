@@ -22,6 +22,7 @@ from tmerge.recipe import AdaptationSettings, Apart, Shared, Weights
 from tmerge.transport import Side, Transport, apart_transport, feature_keys, solve_features
 from tmerge.transport.shared import solve_shared
 
+# What an accelerator computes can be seen on one alone; test_fake.py and test_apple.py tell what can be told without.
 if accelerator_here() is None:
     pytest.skip(LACKING, allow_module_level=True)
 
@@ -71,6 +72,7 @@ def pairs(accelerator, tmp_path_factory) -> tuple[Pair, Pair]:
         try:
             loaded = load_model(name, dtype="float32", device="cpu")
         except MissingExtraError as error:
+            # The models come in packages of their own; the error says which and how to install it.
             pytest.skip(str(error))
         wide = replace(loaded, model=copy.deepcopy(loaded.model).double(), dtype=torch.float64)
         there = replace(loaded, model=loaded.model.to(accelerator), device=accelerator)

@@ -141,6 +141,7 @@ def test_our_own_definitions_from_files(tmp_path):
     assert found["malaymmlu: STEM"].items.tolist() == found["malaymmlu"].items[1:].tolist()
 
 
+# The benchmarks' questions are their authors', and not shipped with the project.
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
 @pytest.mark.parametrize("language", ["id", "th"])
 def test_the_real_questions(language):
