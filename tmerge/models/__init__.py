@@ -11,7 +11,7 @@ from tmerge.models.demo import DEMO_MODELS, DemoModel, demo_path
 from tmerge.models.device import available_memory, fits, give_back_memory, multiplies_fast, pick_device, pick_dtype
 from tmerge.models.discovery import find_block_list
 from tmerge.models.facts import AdapterFacts, ModelFacts, read_facts
-from tmerge.models.head import LOGITS_AT_ONCE, read_logits, rows_at_once
+from tmerge.models.head import read_logits, rows_at_once
 from tmerge.models.joined import AdapterWeights, NoWeights
 from tmerge.models.licence_files import licence_files, source_licence_files, write_licence_files
 from tmerge.models.licences import OutputLicence, output_licence
@@ -49,7 +49,6 @@ __all__ = [
     "HEAD",
     "HEAD_NORMS",
     "LICENCE_FOLDER",
-    "LOGITS_AT_ONCE",
     "PROJECTIONS",
     "SIDES",
     "STREAM",
