@@ -14,12 +14,12 @@ __all__ = ["begun", "begun_on_nodes", "kill_second"]
 ROOT = Path(__file__).parents[1]
 
 
-def begun(words, count=2, launch=("--standalone",), **environment):
-    """The processes of a run, begun: the launcher."""
+def begun(words, count=2, launch=("--standalone",), module="tmerge", **environment):
+    """The processes of a run of `module`, begun: the launcher."""
     launcher = [sys.executable, "-m", "torch.distributed.run", *launch, "--nproc-per-node", str(count)]
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     return subprocess.Popen(
-        [*launcher, "-m", "tmerge", *words],
+        [*launcher, "-m", module, *words],
         cwd=ROOT,
         env=os.environ | quiet | environment,
         stdout=subprocess.PIPE,

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.adaptation.test_training import TEXTS, settings
 from tests.evaluation.test_choose import loaded
-from tests.pico import pico_model
-from tmerge.adaptation import adapt
-from tmerge.adaptation.trainer import StepShare
+from tests.launched import begun
+from tests.meeting import Together
+from tests.pico import pico_model, save_pico
+from tests.stages.test_merge import recipe_for
+from tmerge.adaptation import adapt, training
+from tmerge.adaptation.passes import PassTraining, StepShare
 from tmerge.errors import Cancelled, NotEnoughMemoryError
+from tmerge.stages.adapt import adapt_run
+from tmerge.stages.merge import merge
 
 pytest.importorskip("trl")
 pytest.importorskip("peft")
@@ -88,3 +97,101 @@ def test_a_stop_between_is_a_stop(tmp_path):
 )
 def test_shares(share, smaller):
     assert StepShare(*share).smaller == StepShare(*smaller)
+
+
+class _Trainer:
+    """One of several processes', which has room for so many texts in a pass and waits for the others in each step."""
+
+    def __init__(self, share, most, model):
+        self.share, self.most, self.model, self.state = share, most, model, SimpleNamespace(global_step=0)
+
+    def try_longest(self):
+        if self.share.texts > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def train(self, resume_from_checkpoint):
+        pass
+
+
+@pytest.mark.parametrize(("rooms", "texts"), [((8, 8), 8), ((8, 3), 2), ((1, 8), 1)])
+def test_several_processes_agree_on_what_all_have_room_for(tmp_path, rooms, texts):
+    def trained(processes):
+        one, notes = loaded(pico_model("llama")), []
+        make = lambda share: _Trainer(share, rooms[processes.rank], one.model)  # noqa: E731
+        trainer, _ = PassTraining(make, one, settings(), None, tmp_path, notes.append, processes).run(StepShare(8, 1))
+        return trainer.share, len(notes)
+
+    halved = {8: 0, 2: 2, 1: 3}[texts]
+    assert Together(2).run(trained) == [(StepShare(texts, 8 // texts), halved)] * 2
+
+
+def test_none_of_several_processes_waits_for_one_that_has_no_room_for_a_text(tmp_path):
+    def trained(processes):
+        one = loaded(pico_model("llama"))
+        make = lambda share: _Trainer(share, processes.rank, one.model)  # noqa: E731
+        with pytest.raises(NotEnoughMemoryError, match="1 text at a time cannot be trained on"):
+            PassTraining(make, one, settings(), None, tmp_path, None, processes).run(StepShare(2, 1))
+
+    Together(2).run(trained)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"distill_weight": 1.0, "objective": "distill"},
+        {"lora_rank": 4},
+        {"gradient_checkpointing": True},
+        {"accumulation": 2},
+    ],
+    ids=str,
+)
+def test_the_dearest_pass_is_tried_and_changes_nothing(tmp_path, asked, monkeypatch):
+    """Of several processes, which this one is but for the trial: the same weights as without it."""
+    source, tried = loaded(pico_model("qwen2", seed=5)), []
+
+    def run(name):
+        one = loaded(pico_model("llama"))
+        adapt(one, TEXTS, settings(**asked), seed=3, work=tmp_path / name, source=lambda: nullcontext(source))
+        return one.model.state_dict()
+
+    wanted, make = run("plain"), training.make_trainer
+
+    def make_and_try(*words):
+        trainer = make(*words)
+        lengths = []
+        hook = trainer.model.register_forward_pre_hook(
+            lambda module, inputs, named: lengths.append(named["attention_mask"].sum(1).tolist()), with_kwargs=True
+        )
+        trainer.try_longest()
+        hook.remove()
+        assert any(parameter.grad is not None for parameter in trainer.model.parameters())
+        trainer.model.zero_grad(set_to_none=True)
+        tried.append(lengths)
+        return trainer
+
+    monkeypatch.setattr(training, "make_trainer", make_and_try)
+    found = run("tried")
+    longest = max(len(ids) for ids in training._encode(loaded(pico_model("llama")), TEXTS, settings(**asked))[0])
+    ((lengths,),) = tried
+    assert len(lengths) == settings(**asked).batch_size and max(lengths) == longest
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_has_no_room_train_as_one(tmp_path):
+    save_pico("llama", tmp_path / "target", layers=2)
+    save_pico("qwen2", tmp_path / "source", layers=2, seed=1, hidden_size=48, intermediate_size=80)
+    merge(recipe_for(tmp_path), tmp_path / "fused")
+    asked = {"steps": 6, "batch_size": 4, "accumulation": 1, "learning_rate": 2e-3, "max_tokens": 40}
+    alone = adapt_run(tmp_path / "fused", tmp_path / "alone", asked).to_dict()
+    sets = [word for name, value in asked.items() for word in ("--set", f"adaptation.{name}={value}")]
+    words = ["adapt", str(tmp_path / "fused"), "--out", str(tmp_path / "together"), *sets]
+    launcher = begun(words, module="tests.adaptation.crowded")
+    said = launcher.communicate(timeout=300)[1]
+    assert launcher.returncode == 0, said
+    assert said.count("cpu has no room for so many texts in a pass: 1 at a time, as many in a step") == 1
+    together = json.loads((tmp_path / "together/tmerge/report.json").read_text())
+    for (_, left), (_, right) in zip(
+        alone["adaptation"]["loss_curve"], together["adaptation"]["loss_curve"], strict=True
+    ):
+        assert left == pytest.approx(right, rel=1e-3)

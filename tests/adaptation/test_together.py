@@ -17,7 +17,7 @@ from tests.meeting import Together
 from tests.pico import pico_model, save_pico
 from tests.stages.test_merge import recipe_for
 from tmerge.adaptation import adapt, training
-from tmerge.adaptation.trainer import StepShare
+from tmerge.adaptation.passes import StepShare
 from tmerge.comparison.compare import compare
 from tmerge.comparison.result import read_comparison
 from tmerge.errors import AdaptationError

@@ -7,7 +7,8 @@ from tests.adaptation.test_residual import items_for
 from tests.evaluation.test_choose import loaded
 from tests.pico import pico_model
 from tmerge.adaptation import adapt, text_order
-from tmerge.adaptation.trainer import StepShare, training_arguments
+from tmerge.adaptation.passes import StepShare
+from tmerge.adaptation.trainer import training_arguments
 from tmerge.calibration import sample_texts
 from tmerge.errors import AdaptationError, Cancelled
 from tmerge.evaluation import score_texts

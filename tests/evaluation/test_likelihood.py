@@ -119,7 +119,7 @@ def test_a_batch_that_does_not_fit_is_scored_by_halves(monkeypatch):
     monkeypatch.setattr(one.model, "forward", small)
     found = score_texts(one, texts, batch_tokens=4096, note=notes.append)
     assert max(sizes) > 2 and sizes.count(1) == len(texts)
-    assert len(notes) == 1 and notes[0].endswith("texts: scored by halves")
+    assert len(notes) == 1 and notes[0].endswith("texts: read by halves")
     torch.testing.assert_close(found.bits, wanted.bits)
     # What did not fit once is not tried again: from one size to its half, down to a text alone.
     tried = [size for size in sizes if size > 1]

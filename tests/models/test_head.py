@@ -69,6 +69,30 @@ def test_rows_equal_those_of_the_whole_batch(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_those_of_the_whole_batch(family):
+    """Through the body, and of the head, which is an embedding too where it is tied."""
+    model, weights = pico_model(family), torch.linspace(0.5, 2, len(TEXTS))
+    following = torch.arange(len(TEXTS))
+
+    def loss(logits, rows=slice(None)):
+        return weights[rows] @ torch.nn.functional.cross_entropy(logits, following[rows], reduction="none")
+
+    loss(model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits[TEXTS, POSITIONS]).backward()
+    wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    calls, made = of_head(model)
+    use = lambda rows, logits: loss(logits, rows).backward()  # noqa: E731
+    read_logits(model, IDS, MASK, TEXTS, POSITIONS, use, backward=True)
+    made.remove()
+    assert calls == [3, 3, 2]
+    for name, parameter in model.named_parameters():
+        # Experts that no token goes to have none.
+        assert (parameter.grad is None) == (wanted[name] is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_scores_equal_those_of_all_logits(family):
     """float64 from the logits that the model itself gives, one text at a time."""
     one = loaded(pico_model(family))

@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from tmerge.adaptation.pieces import Pieces, ToldPosition, common_positions, inner_positions
-from tmerge.calibration import Room, Span, batch_limit, complete_ends, length_batches, padded
+from tmerge.calibration import (
+    Room,
+    Span,
+    batch_limit,
+    complete_ends,
+    length_batches,
+    padded,
+    padded_tokens,
+    run_batches,
+)
 from tmerge.errors import NotEnoughMemoryError, TokenizerError
-from tmerge.models import LoadedModel, give_back_memory, read_logits, refuse_without_rows
-from tmerge.models.blocks import run_passes
+from tmerge.models import LoadedModel, read_logits, refuse_without_rows
 from tmerge.models.device import is_out_of_memory
 from tmerge.processes import ALONE, Processes
 from tmerge.recipe import AdaptationSettings
@@ -117,11 +124,11 @@ def read_teacher(
         processes: That read it together: each reads a share of the batches, and all have all of it.
         reading: Hears of what this process reads.
         batch_tokens: Most padded tokens of one forward pass.
-        note: Told that a batch did not fit and was read by halves.
+        note: Told that a batch did not fit and is read by halves.
 
     Raises:
         TokenizerError: A tokenizer does not know where in the text its tokens lie.
-        NotEnoughMemoryError: A text did not fit, or, of a source that is read by blocks, a batch.
+        NotEnoughMemoryError: A text did not fit, or, of a source that is read by blocks, a block's weights.
     """
     asked = json.dumps([_FORM, list(texts), [list(ids) for ids in encoded], settings.distill_loss, settings.max_tokens])
     key = hashlib.sha256(asked.encode()).hexdigest()
@@ -158,30 +165,31 @@ class _Batches:
     note: Callable[[str], None] | None
     processes: Processes
     reading: Reading | None
-    room: Room = field(default_factory=Room)
 
-    def run(self, lengths: Mapping[int, int], read: Callable[[list[int]], None]) -> None:
+    def run(self, wanted: Sequence[int], lengths: Sequence[int], read: Callable[[list[int]], None]) -> None:
         """Read this process's share.
 
         Args:
-            lengths: Text -> its tokens.
-            read: Called with the texts of each batch.
+            wanted: Texts to read.
+            lengths: Tokens of every text.
+            read: Called with the texts of each batch; of a source that is read by blocks, again with those of another.
         """
-        wanted, model = list(lengths), self.model
-        all_batches = length_batches(list(lengths.values()), batch_limit(model.device, self.batch_tokens))
-        work = [len(batch) * lengths[wanted[batch[-1]]] for batch in all_batches]
-        batches = [[wanted[index] for index in batch] for batch in self.processes.mine(all_batches, work)]
-        done = list(itertools.accumulate(len(texts) for texts in batches))
+        model = self.model
+        limit = batch_limit(model.device, self.batch_tokens)
+        cut = length_batches([lengths[text] for text in wanted], limit)
+        all_batches = [[wanted[index] for index in batch] for batch in cut]
+        batches = self.processes.mine(all_batches, [padded_tokens(batch, lengths) for batch in all_batches])
+        done, of = 0, sum(map(len, batches))
         heard = None if self.reading is None else self.reading("texts" if model.block_weights is None else "blocks")
 
-        def after(number: int) -> None:
+        def after(texts: list[int]) -> None:
+            nonlocal done
+            done += len(texts)
             if heard is not None:
-                heard(done[number], done[-1])
+                heard(done, of)
 
-        tokens = [len(texts) * max(lengths[text] for text in texts) for texts in batches]
-        works = [partial(self._fitting, texts, lengths, read) for texts in batches]
         try:
-            run_passes(model, works, tokens, after=after, progress=heard)
+            run_batches(model, batches, lengths, read, Room(), note=self.note, after=after, progress=heard)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -189,24 +197,6 @@ class _Batches:
                 f"{model.reference}: out of memory on {model.device} while it is read for distillation; lower "
                 f"calibration.batch_tokens (now {self.batch_tokens}) or adaptation.max_tokens, or use --device cpu"
             ) from None
-
-    def _fitting(self, texts: list[int], lengths: Mapping[int, int], read: Callable[[list[int]], None]) -> None:
-        """A batch, or its halves where it does not fit."""
-        longest, whole = max(lengths[text] for text in texts), self.model.block_weights is None
-        if not whole or self.room.has(len(texts), longest):
-            try:
-                return read(texts)
-            except (MemoryError, RuntimeError) as error:
-                if len(texts) == 1 or not whole or not is_out_of_memory(error):
-                    raise
-            # Here the error no longer keeps the batch's tensors alive.
-            give_back_memory()
-            if self.note is not None and self.room.tokens is None:
-                self.note(f"{self.model.device} has no room for a batch of {len(texts)} texts: read by halves")
-            self.room.lacked(len(texts), longest)
-        for half in (texts[: len(texts) // 2], texts[len(texts) // 2 :]):
-            self._fitting(half, lengths, read)
-        return None
 
 
 def _predictions(
@@ -242,7 +232,8 @@ def _predictions(
         of_texts = _read(model, sequences, asked, [encoded[text] for text in chosen], pieces)
         told.update(zip(chosen, of_texts, strict=True))
 
-    batches.run({text: len(source_ids[text]) for text in range(len(texts)) if positions[text]}, read)
+    wanted = [text for text, of_text in enumerate(positions) if of_text]
+    batches.run(wanted, [len(ids) for ids in source_ids], read)
     all_told = {text: of_text for share in batches.processes.gathered(told) for text, of_text in share.items()}
     return positions, [all_told.get(text, _Told.of([])) for text in range(len(texts))]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,56 +18,16 @@ import torch
 
 from tmerge.adaptation.distillation import distillation_loss
 from tmerge.adaptation.goals import FeatureWatch
+from tmerge.adaptation.passes import StepShare
 from tmerge.adaptation.teacher import Teacher
-from tmerge.errors import AdaptationError
 from tmerge.models import LoadedModel
 from tmerge.processes import Processes
 from tmerge.recipe import AdaptationSettings
 
-__all__ = ["StepShare", "card_kept", "make_trainer", "training_arguments"]
+__all__ = ["card_kept", "make_trainer", "training_arguments"]
 
 # A checkpoint of a large model is many gigabytes: few are written, and the last alone is kept.
 _CHECKPOINTS = 4
-
-
-@dataclass(frozen=True)
-class StepShare:
-    """What one process reads in an optimiser step.
-
-    Attributes:
-        texts: Of one forward and backward pass.
-        passes: How many.
-    """
-
-    texts: int
-    passes: int
-
-    @classmethod
-    def of(cls, settings: AdaptationSettings, processes: int) -> StepShare:
-        """As many texts a step in all as one process reads, in passes that are no larger than its own.
-
-        Args:
-            settings: The recipe's ``adaptation`` section.
-            processes: How many train together.
-
-        Raises:
-            AdaptationError: A step's texts cannot be shared out evenly.
-        """
-        step = settings.batch_size * settings.accumulation
-        if step % processes:
-            raise AdaptationError(
-                f"a step of {step} texts (adaptation.batch_size times accumulation) cannot be shared out evenly among "
-                f"{processes} processes; set adaptation.batch_size to a multiple of {processes}, or begin fewer"
-            )
-        texts = max(size for size in range(1, settings.batch_size + 1) if step // processes % size == 0)
-        return cls(texts, step // processes // texts)
-
-    @property
-    def smaller(self) -> StepShare:
-        """The same texts in passes of half as many, or of fewer where they have no half."""
-        every = self.texts * self.passes
-        texts = max(size for size in range(1, self.texts // 2 + 1) if every % size == 0)
-        return StepShare(texts, every // texts)
 
 
 def make_trainer(
@@ -107,12 +66,26 @@ def make_trainer(
     from transformers import TrainerCallback
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+    encoded, labels = texts
     pads = DataCollatorForLanguageModeling(pad_token_id=loaded.pad_id)
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = pads([{name: example[name] for name in ("input_ids", "labels")} for example in examples])
         # Which text it is, for the teacher; it is no input of the model.
         return batch | {"text": torch.tensor([example["text"] for example in examples])}
+
+    def told_loss(model: Any, inputs: dict[str, Any], texts: list[int], teacher: Teacher, items: Any) -> Any:
+        asked = {name: value for name, value in inputs.items() if name != "labels"}
+        logits = model(**asked, use_cache=False).logits
+        return distillation_loss(logits, inputs["labels"], teacher, texts, settings, items)
+
+    def drawn(texts: list[int], inputs: dict[str, Any]) -> Any:
+        if watch is None:
+            return 0.0
+        # Calibration read the texts without the end-of-text token that training adds.
+        asked = inputs["attention_mask"] * (inputs["input_ids"] != loaded.tokenizer.eos_token_id)
+        # Over the passes of one step the mean, as the loss is.
+        return settings.transport_weight * watch.distance(texts, asked) / share.passes
 
     class Told(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -133,21 +106,38 @@ def make_trainer(
             if teacher is None:
                 loss = super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
             else:
-                asked = {name: value for name, value in inputs.items() if name != "labels"}
-                logits = model(**asked, use_cache=False).logits
-                labels = inputs["labels"]
-                loss = distillation_loss(logits, labels, teacher, texts, settings, num_items_in_batch)
                 # Those tokens are counted over all processes, whose gradients are averaged.
-                loss = loss * processes.count
-            if watch is not None:
-                # Calibration read the texts without the end-of-text token that training adds.
-                read = inputs["attention_mask"] * (inputs["input_ids"] != loaded.tokenizer.eos_token_id)
-                # Over the passes of one step the mean, as the loss is.
-                loss = loss + settings.transport_weight * watch.distance(texts, read) / share.passes
-            return loss  # outputs are asked for in an evaluation only, and there is none
+                loss = told_loss(model, inputs, texts, teacher, num_items_in_batch) * processes.count
+            return loss + drawn(texts, inputs)  # outputs are asked for in an evaluation only, and there is none
+
+        def try_longest(self) -> None:
+            """The dearest pass, on this process alone, beside as much as a step holds; only gradients remain of it.
+
+            Raises:
+                RuntimeError: Out of memory (`is_out_of_memory`).
+            """
+            if self.args.gradient_checkpointing:
+                self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+            longest = sorted(dict.fromkeys(read), key=lambda text: len(encoded[text]))
+            chosen = (longest * share.texts)[-share.texts :]
+            rows = [{"input_ids": encoded[text], "labels": labels[text], "text": text} for text in chosen]
+            inputs = self._prepare_inputs(collate(rows))
+            texts = inputs.pop("text").tolist()
+            trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+            # The optimiser's two moments, and what gradients are exchanged in.
+            held = torch.empty(3 * trained, device=self.args.device)
+            cards = [loaded.device] if loaded.device.type == "cuda" else []
+            with torch.random.fork_rng(cards), self.compute_loss_context_manager():
+                if teacher is None:
+                    # Trl's own loss asks the other processes.
+                    loss = self.model.train()(**inputs, use_cache=False).loss
+                else:
+                    loss = told_loss(self.model.train(), inputs, texts, teacher, None)
+                loss = loss + drawn(texts, inputs)
+            loss.backward()
+            del held
 
     config = training_arguments(trl, loaded.device, share, settings, seed, work, processes)
-    encoded, labels = texts
     rows = [{"input_ids": encoded[text], "labels": labels[text], "text": text} for text in read]
     from transformers.trainer_callback import PrinterCallback
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 import random
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,25 +20,23 @@ from typing import Any
 import torch
 
 from tmerge.adaptation.goals import FeatureGoals, FeatureWatch
-from tmerge.adaptation.kept import last_checkpoint, teacher_path
+from tmerge.adaptation.kept import teacher_path
+from tmerge.adaptation.passes import PassTraining, StepShare
 from tmerge.adaptation.residual import attach_residual, fold_residual
 from tmerge.adaptation.teacher import Reading, read_teacher
-from tmerge.adaptation.trainer import StepShare, card_kept, make_trainer
+from tmerge.adaptation.trainer import card_kept, make_trainer
 from tmerge.calibration import Span
-from tmerge.errors import AdaptationError, MissingExtraError, NotEnoughMemoryError, TokenizerError
+from tmerge.errors import AdaptationError, MissingExtraError, TokenizerError
 from tmerge.fusion import Alpha, TransportedNeurons, fuse
 from tmerge.models import (
     STREAM,
     Architecture,
     LoadedModel,
     describe,
-    give_back_memory,
     group_of,
     refuse_without_rows,
 )
-from tmerge.models.device import is_out_of_memory
 from tmerge.processes import ALONE, Processes
-from tmerge.quantities import count_words
 from tmerge.recipe import AdaptationSettings
 from tmerge.version import DISTRIBUTION
 
@@ -124,7 +121,7 @@ def adapt(
     Raises:
         AdaptationError: Nothing to train on, a step's texts that cannot be shared out among the processes, or the loss
             is not finite.
-        NotEnoughMemoryError: Not one text fits; or, of several processes, what one of them reads in a pass.
+        NotEnoughMemoryError: As `PassTraining.run`.
         ProcessLostError: One of several processes has ended.
         MissingExtraError: trl, or peft for LoRA, is not installed.
         TokenizerError: Distillation needs tokenizers that know where their tokens lie in the text.
@@ -195,7 +192,8 @@ def adapt(
             processes,
         )
         try:
-            trainer, checkpoint = _trained(make, share, loaded, settings, watch, work, note, processes)
+            passes = PassTraining(make, loaded, settings, watch, work, note, processes)
+            trainer, checkpoint = passes.run(share)
             trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
             curve = [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
             if settings.lora_rank:
@@ -228,61 +226,6 @@ def adapt(
         aligned=None if teacher is None else teacher.aligned_share,
         trained=trained,
     )
-
-
-def _trained(
-    make: Callable[[StepShare], Any],
-    share: StepShare,
-    loaded: LoadedModel,
-    settings: AdaptationSettings,
-    watch: FeatureWatch | None,
-    work: Path,
-    note: Callable[[str], None] | None,
-    processes: Processes,
-) -> tuple[Any, Path | None]:
-    """The trainer that has trained, in passes of as many texts as there is memory for, and from where it went on."""
-    while True:
-        trainer = make(share)
-        checkpoint = processes.from_first(lambda: last_checkpoint(work))
-        if _fits(trainer, checkpoint, watch, processes):
-            return trainer, checkpoint
-        # Weights that have moved are not to be had again without a checkpoint.
-        has_moved = trainer.state.global_step > 0 and last_checkpoint(work) is None
-        if processes.count > 1 or share.texts == 1 or has_moved:
-            fewer = f"lower adaptation.batch_size (now {settings.batch_size}) and raise adaptation.accumulation, "
-            raise NotEnoughMemoryError(
-                f"{loaded.reference}: {count_words(share.texts, 'text')} at a time cannot be trained on in the memory "
-                f"of {loaded.device}; {fewer if share.texts > 1 else ''}lower adaptation.max_tokens, or set adaptation."
-                "gradient_checkpointing or adaptation.lora_rank"
-            )
-        # Anew, as the pass that broke off has left parts of gradients.
-        if settings.lora_rank:
-            trainer.model.unload()
-        del trainer
-        vars(loaded.model).pop("forward", None)
-        loaded.model.zero_grad(set_to_none=True)
-        give_back_memory()
-        share = share.smaller
-        if note is not None:
-            note(f"{loaded.device} has no room for so many texts in a pass: {share.texts} at a time, as many in a step")
-
-
-def _fits(trainer: Any, checkpoint: Path | None, watch: FeatureWatch | None, processes: Processes) -> bool:
-    """Train, and say whether memory sufficed."""
-    try:
-        with (
-            watch.watching() if watch else nullcontext(),
-            processes.meeting_elsewhere("the training"),
-            warnings.catch_warnings(),
-        ):
-            # torch renames what accelerate and transformers still pass to it by its old name.
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    return True
 
 
 def training_libraries(settings: AdaptationSettings) -> tuple[Any, Any]:

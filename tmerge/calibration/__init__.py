@@ -7,7 +7,7 @@ from tmerge.calibration.capture import CaptureReport, bare_forward, capture
 from tmerge.calibration.features import FeatureStore, FeatureWriter
 from tmerge.calibration.identity import DatasetRecord, dataset_identity, file_identity, pinned
 from tmerge.calibration.positions import Span, common_ends, complete_ends, token_positions
-from tmerge.calibration.room import Room
+from tmerge.calibration.room import Room, padded_tokens, run_batches
 from tmerge.calibration.samples import SAMPLES_PREFIX, sample_language_code, sample_languages, sample_texts
 from tmerge.calibration.texts import TextSet, is_held_out, normalise, of_another, other_texts, read_texts, text_digest
 
@@ -34,8 +34,10 @@ __all__ = [
     "of_another",
     "other_texts",
     "padded",
+    "padded_tokens",
     "pinned",
     "read_texts",
+    "run_batches",
     "sample_language_code",
     "sample_languages",
     "sample_texts",

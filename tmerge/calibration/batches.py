@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from tmerge.calibration.room import Room
+from tmerge.calibration.room import Note, Room
 from tmerge.errors import NotEnoughMemoryError
 from tmerge.models import LoadedModel, refuse_without_rows
-from tmerge.models.blocks import base_pass, in_groups, stepped
-from tmerge.models.device import give_back_memory, is_out_of_memory, wait_for
+from tmerge.models.blocks import PassDoesNotFitError, base_pass, in_groups, stepped
+from tmerge.models.device import is_out_of_memory, wait_for
 from tmerge.processes import ALONE, Processes
 
 __all__ = [
@@ -80,11 +79,6 @@ class ReadStep:
     block: int | None
     done: int
     of: int
-
-    @property
-    def is_first(self) -> bool:
-        """Whether the batch is read for the first time."""
-        return not self.block
 
 
 def encode(loaded: LoadedModel, texts: Sequence[str], max_tokens: int) -> EncodedTexts:
@@ -158,7 +152,8 @@ def read_batches(
     encoded: EncodedTexts,
     batch_tokens: int,
     before: Callable[[list[int]], None] | None = None,
-    note: Callable[[str], None] | None = None,
+    anew: Callable[[], None] | None = None,
+    note: Note | None = None,
     processes: Processes = ALONE,
     room: Room | None = None,
 ) -> Iterator[ReadStep]:
@@ -172,7 +167,9 @@ def read_batches(
         encoded: Its token ids.
         batch_tokens: Most padded tokens of a forward pass.
         before: Called with the texts of a batch just before its forward pass, or its pass through a block.
-        note: Told that a batch did not fit and was read by halves.
+        anew: Called where a batch did not fit in a model that is read by blocks: all that was yielded is read again, in
+            smaller batches.
+        note: Told that a batch did not fit and is read by halves.
         processes: Among whom the batches are shared out; each reads its own.
         room: What is known of it from before, and is remembered of it for afterwards.
 
@@ -180,7 +177,7 @@ def read_batches(
         What was just read.
 
     Raises:
-        NotEnoughMemoryError: A text did not fit, or, of a model that is read by blocks, a batch.
+        NotEnoughMemoryError: A text did not fit, or, of a model that is read by blocks, a block's weights.
     """
     filled = [text for text, ids in enumerate(encoded.ids) if ids]
     base, was_training = loaded.base, loaded.base.training
@@ -191,9 +188,12 @@ def read_batches(
         for batch in reversed(length_batches([len(encoded.ids[text]) for text in filled], limit))
     ]
     mine = processes.mine(batches, [encoded.padded_tokens(batch) for batch in batches])
-    reading = _Reading(loaded, encoded, mine, batch_tokens, before or (lambda texts: None), note, room or Room())
+    reading = _Reading(
+        loaded, encoded, mine, before or (lambda texts: None), anew or (lambda: None), note, room or Room()
+    )
     try:
-        yield from reading.whole() if loaded.block_weights is None else reading.by_blocks()
+        with _memory_errors(loaded, batch_tokens):
+            yield from reading.whole() if loaded.block_weights is None else reading.by_blocks()
     finally:
         base.train(was_training)
 
@@ -205,59 +205,64 @@ class _Reading:
     loaded: LoadedModel
     encoded: EncodedTexts
     batches: list[list[int]]
-    batch_tokens: int
     before: Callable[[list[int]], None]
-    note: Callable[[str], None] | None
+    anew: Callable[[], None]
+    note: Note | None
     room: Room
 
     def whole(self) -> Iterator[ReadStep]:
         """A batch after the other; one that does not fit in two halves, and those after it no larger than these."""
-        done, of, halved = 0, sum(map(len, self.batches)), self.room.tokens is not None
-        waiting = deque(self.batches)
-        while waiting:
-            texts = waiting.popleft()
-            longest = max(self.encoded.lengths[text] for text in texts)
-            halves = texts[len(texts) // 2 :], texts[: len(texts) // 2]
-            if not self.room.has(len(texts), longest):
-                waiting.extendleft(halves)
-                continue
+        done, of = 0, sum(map(len, self.batches))
+
+        def run(texts: list[int]) -> float:
             run = self._pass(texts)
             began = self._begin(texts)
-            try:
-                with self._running():
-                    run()
-            except NotEnoughMemoryError:
-                if len(texts) == 1:
-                    raise
-                waiting.extendleft(halves)
-                self.room.lacked(len(texts), longest)
-                give_back_memory()
-                if self.note is not None and not halved:
-                    self.note(f"{self.loaded.device} has no room for a batch of {len(texts)} texts: read by halves")
-                halved = True
-                continue
+            with self._running():
+                run()
+            return time.perf_counter() - began
+
+        for texts, seconds in self.room.fitting(self.batches, self.encoded.lengths, run, self.loaded, self.note):
             done += len(texts)
-            yield ReadStep(texts, time.perf_counter() - began, None, done, of)
+            yield ReadStep(texts, seconds, None, done, of)
 
     def by_blocks(self) -> Iterator[ReadStep]:
+        """All batches block by block; where one does not fit, its halves and all others anew."""
+        lengths = self.encoded.lengths
+        while True:
+            batches = self.room.cut(self.batches, lengths)
+            try:
+                yield from self._through_blocks(batches)
+                return
+            except PassDoesNotFitError as error:
+                lacking = batches[error.number]
+                if len(lacking) == 1:
+                    raise
+            self.room.lacked(lacking, lengths, self.loaded, self.note)
+            self.anew()
+
+    def _through_blocks(self, batches: list[list[int]]) -> Iterator[ReadStep]:
         """All batches of a group through a block, then through the next."""
-        groups = in_groups(self.loaded, [self.encoded.padded_tokens(texts) for texts in self.batches])
+        groups = in_groups(self.loaded, [self.encoded.padded_tokens(texts) for texts in batches])
         for number, group in enumerate(groups):
-            batches = self.batches[group]
-            with stepped(self.loaded, [self._pass(texts) for texts in batches]) as steps:
-                for block in range(len(steps)):
-                    before_weights = time.perf_counter()
-                    calls = steps.calls(block)
-                    reading_weights = time.perf_counter() - before_weights
-                    for batch, texts in enumerate(batches):
-                        began = self._begin(texts)
-                        with self._running():
-                            # What it was given goes with it, as it has been through.
-                            steps.go_on(batch, calls.pop(0).run())
-                        # Reading the block's weights is part of the first batch's time.
-                        seconds = time.perf_counter() - began + (0.0 if batch else reading_weights)
-                        done = number * len(steps) + block + (batch + 1 == len(batches))
-                        yield ReadStep(texts, seconds, block, done, len(groups) * len(steps))
+            try:
+                yield from self._group(batches[group], number, len(groups))
+            except PassDoesNotFitError as error:
+                raise PassDoesNotFitError(group.start + error.number) from None
+
+    def _group(self, batches: list[list[int]], number: int, groups: int) -> Iterator[ReadStep]:
+        with stepped(self.loaded, [self._pass(texts) for texts in batches]) as steps:
+            for block in range(len(steps)):
+                before_weights = time.perf_counter()
+                calls = steps.calls(block)
+                reading_weights = time.perf_counter() - before_weights
+                for batch, texts in enumerate(batches):
+                    began = self._begin(texts)
+                    with self._running():
+                        steps.go_through(batch, calls.pop(0))
+                    # Reading the block's weights is part of the first batch's time.
+                    seconds = time.perf_counter() - began + (0.0 if batch else reading_weights)
+                    done = number * len(steps) + block + (batch + 1 == len(batches))
+                    yield ReadStep(texts, seconds, block, done, groups * len(steps))
 
     def _pass(self, texts: list[int]) -> Callable[[], Any]:
         return base_pass(self.loaded, padded([self.encoded.ids[text] for text in texts], self.loaded.pad_id))
@@ -268,7 +273,7 @@ class _Reading:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        with torch.inference_mode(), _memory_errors(self.loaded, self.batch_tokens):
+        with torch.inference_mode():
             yield
             wait_for(self.loaded.device)
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tmerge.calibration.batches import encode, read_batches
 from tmerge.calibration.features import FeatureWriter
 from tmerge.calibration.positions import token_positions
-from tmerge.calibration.room import Room
+from tmerge.calibration.room import Room, padded_tokens
 from tmerge.errors import Cancelled, CheckpointError, DeviceError, TmergeError, TokenizerError, UnsupportedModelError
 from tmerge.models import LoadedModel
 from tmerge.models.projections import Architecture, Tap
@@ -130,7 +130,7 @@ def capture(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "texts_sha256": hashlib.sha256(listed.encode()).hexdigest(),
     }
-    forward_seconds, padded, batches = 0.0, 0, 0
+    forward_seconds = 0.0
     widths = {(tap.layer, tap.key): tap.features for tap in taps}
     positions = None if ends is None else token_positions(loaded.tokenizer, texts, ends, encoded.limit)
     rows = len(texts) if positions is None else sum(map(len, positions))
@@ -140,12 +140,10 @@ def capture(
     with writer if processes.is_first else nullcontext(writer):
         pool = _Pool(loaded, taps, lengths, writer, positions)
         with pool.hooked():
-            for step in read_batches(loaded, encoded, batch_tokens, pool.begin, note, processes, room):
+            steps = read_batches(loaded, encoded, batch_tokens, pool.begin, pool.forget, note, processes, room)
+            for step in steps:
                 pool.end(step.block)
                 forward_seconds += step.seconds
-                if step.is_first:
-                    batches += 1
-                    padded += len(step.texts) * max(lengths[text] for text in step.texts)
                 if progress is not None:
                     progress(step.done, step.of)
                 if cancelled is not None and cancelled():
@@ -159,18 +157,16 @@ def capture(
             writer.finish()
 
         processes.from_first(finish)
-    shares = processes.gathered((batches, padded, forward_seconds))
-    batches, padded = sum(share[0] for share in shares), sum(share[1] for share in shares)
-    forward_seconds = max(share[2] for share in shares)
+    shares = processes.gathered((pool.batches, pool.padded, forward_seconds))
     return CaptureReport(
         texts=len(texts),
         tokens=sum(lengths),
         truncated=encoded.truncated,
         limit=encoded.limit,
         without_tokens=len(empty),
-        padded_tokens=padded,
-        batches=batches,
-        forward_seconds=forward_seconds,
+        padded_tokens=sum(share[1] for share in shares),
+        batches=sum(share[0] for share in shares),
+        forward_seconds=max(share[2] for share in shares),
         seconds=time.perf_counter() - began,
     )
 
@@ -204,9 +200,15 @@ class _Pool:
         for tap in taps:
             self._served.setdefault(tap.module, []).append(tap)
         self._layers = Counter(tap.layer for tap in taps)
+        self.forget()
+        self.begin([])
+
+    def forget(self) -> None:
+        """What has been read, as it will be again: what is in the store by now is written over."""
         self._waiting: dict[tuple[int, str], list[tuple[list[int], Tensor]]] = {}
         self._waiting_bytes = 0
-        self.begin([])
+        # Forward passes, and the tokens of all of them, padding included.
+        self.batches = self.padded = 0
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -244,6 +246,9 @@ class _Pool:
         if len(self._seen) != (self._layers.total() if block is None else self._layers[block]):
             taps = [tap for served in self._served.values() for tap in served if block in (None, tap.layer)]
             raise self._unsupported(next(tap for tap in taps if _feature(tap) not in self._seen), "did not run")
+        if not block:
+            self.batches += 1
+            self.padded += padded_tokens(self._texts, self._lengths)
 
     def _hook(self, served: list[Tap], module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         # Nothing is returned: a tensor would take the place of the module's output.

@@ -11,7 +11,6 @@ by chance: among d numbers, about 1 / sqrt(d) in standard deviation.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tmerge.calibration import encode, length_batches, padded
+from tmerge.calibration import Room, batch_limit, encode, length_batches, padded
 from tmerge.errors import NotEnoughMemoryError
 from tmerge.fusion import COLUMN_PROJECTIONS, TransportedNeurons, generator_for, read_neurons
-from tmerge.models import LoadedModel, Projection, give_back_memory
+from tmerge.models import LoadedModel, Projection, read_logits
 from tmerge.models.device import is_out_of_memory
 
 __all__ = ["Descent", "descent_cosines"]
-
-# Logits of one batch with their gradient and float32 copies: tokens x vocabulary.
-_LOGITS_AT_ONCE = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -89,10 +85,10 @@ def descent_cosines(
         texts: Calibration texts for the gradient.
         seed: Of the random directions.
         max_tokens: Longer texts are cut.
-        batch_tokens: Most padded tokens of a pass; fewer where the vocabulary is large.
+        batch_tokens: Most padded tokens of a pass.
         draws: Random directions a projection and layer.
         progress: Called with (texts done, all); may raise to stop.
-        note: Told that a batch did not fit and was read by halves.
+        note: Told that a batch did not fit and is read by halves.
 
     Returns:
         projection -> its cosines.
@@ -137,33 +133,24 @@ def _gradients(
     views = [layers[transported_neurons.layer][transported_neurons.projection] for transported_neurons in transported]
     wanted = {id(view.module.get_parameter("weight")) for view in views}
     encoded = [ids for ids in encode(loaded, texts, max_tokens).ids if len(ids) > 1]
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    limit = max(1, min(batch_tokens, _LOGITS_AT_ONCE // vocabulary))
+    lengths = [len(ids) for ids in encoded]
+    batches = length_batches(lengths, batch_limit(loaded.device, batch_tokens))
     sums = [torch.zeros(transported_neurons.weight.shape) for transported_neurons in transported]
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = model.training
     model.eval()
     done = 0
+
+    def run(batch: list[int]) -> None:
+        # What a pass that broke off has left goes too.
+        model.zero_grad(set_to_none=True)
+        _add_gradients(model, [encoded[text] for text in batch], loaded.device)
+
     try:
         for parameter in asked:
             parameter.requires_grad_(id(parameter) in wanted)
-        waiting = deque(length_batches([len(ids) for ids in encoded], limit))
-        while waiting:
-            batch = waiting.popleft()
-            # What a pass that broke off has left goes too.
-            model.zero_grad(set_to_none=True)
-            if not _fits(model, [encoded[text] for text in batch], loaded.device):
-                if len(batch) == 1:
-                    raise NotEnoughMemoryError(
-                        f"{loaded.reference}: out of memory on {loaded.device} in the descent control's backward pass "
-                        "of one text; lower calibration.max_tokens, or set evaluation.descent=0"
-                    )
-                model.zero_grad(set_to_none=True)
-                give_back_memory()
-                waiting.extendleft((batch[len(batch) // 2 :], batch[: len(batch) // 2]))
-                if note is not None:
-                    note(f"{loaded.device} has no room for the descent control's batches: read by halves")
-                continue
+        # The passes with a gradient have less room than any other.
+        for batch, _ in Room().fitting(batches, lengths, run, loaded, note):
             # Read after every batch and summed in float32: in bfloat16 many small gradients would be lost in the sum.
             for transported_neurons, view, total in zip(transported, views, sums, strict=True):
                 gradient = view.gradient()
@@ -174,6 +161,13 @@ def _gradients(
             done += len(batch)
             if progress is not None:
                 progress(done, len(encoded))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NotEnoughMemoryError(
+            f"{loaded.reference}: out of memory on {loaded.device} in the descent control's backward pass of one text; "
+            "lower calibration.max_tokens, or set evaluation.descent=0"
+        ) from None
     finally:
         model.zero_grad(set_to_none=True)
         for parameter, had in asked.items():
@@ -182,25 +176,18 @@ def _gradients(
     return sums
 
 
-def _fits(model: torch.nn.Module, sequences: list[list[int]], device: torch.device) -> bool:
-    """Run a batch forward and backward, and say whether memory sufficed."""
-    try:
-        _loss(model, sequences, device).backward()
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    return True
-
-
-def _loss(model: torch.nn.Module, sequences: list[list[int]], device: torch.device) -> Tensor:
-    """Cross-entropy summed over all tokens but each sequence's first; padding on the right is not read."""
+def _add_gradients(model: torch.nn.Module, sequences: list[list[int]], device: torch.device) -> None:
+    """Of the cross-entropy, summed over all tokens but each sequence's first; padding on the right is not read."""
     ids, mask = padded(sequences, 0)
-    labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
-    mask = None if mask is None else mask.to(device)
-    logits = model(input_ids=ids.to(device), attention_mask=mask, use_cache=False).logits
-    flat = logits[:, :-1].flatten(0, 1).float()
-    return functional.cross_entropy(flat, labels[:, 1:].flatten().to(device), ignore_index=-100, reduction="sum")
+    read = [(row, position) for row, sequence in enumerate(sequences) for position in range(len(sequence) - 1)]
+    rows, positions = torch.tensor(read, dtype=torch.int64).T.contiguous().to(device)
+    ids, mask = ids.to(device), None if mask is None else mask.to(device)
+
+    def add(stretch: slice, logits: Tensor) -> None:
+        following = ids[rows[stretch], positions[stretch] + 1]
+        functional.cross_entropy(logits.float(), following, reduction="sum").backward()
+
+    read_logits(model, ids, mask, rows, positions, add, backward=True)
 
 
 def _cosine(left: Tensor, right: Tensor) -> Tensor:

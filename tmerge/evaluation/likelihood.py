@@ -14,16 +14,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tmerge.calibration import Room, batch_limit, length_batches, padded, token_limit
+from tmerge.calibration import Room, batch_limit, length_batches, padded, padded_tokens, run_batches, token_limit
 from tmerge.errors import DeviceError, NotEnoughMemoryError, TokenizerError
-from tmerge.models import LoadedModel, give_back_memory, read_logits, refuse_without_rows
-from tmerge.models.blocks import run_passes
+from tmerge.models import LoadedModel, read_logits, refuse_without_rows
 from tmerge.models.device import is_out_of_memory
 from tmerge.processes import ALONE, Processes
 
@@ -87,13 +85,13 @@ def score_texts(
         processes: Among whom the batches are shared out; each calls this and is given all scores.
         progress: Called with (texts done, all that this process scores), or, of a model that is read by blocks, with
             (blocks done, all of them); may raise to stop.
-        note: Told that a batch did not fit and was scored by halves.
+        note: Told that a batch did not fit and is read by halves.
         room: What is known of it from before, and is remembered of it for afterwards.
 
     Raises:
         TokenizerError: The tokenizer has neither a begin- nor an end-of-text token to start from, or a text gives a
             token that the model has no row for.
-        NotEnoughMemoryError: A text did not fit, or, of a model that is read by blocks, a batch.
+        NotEnoughMemoryError: A text did not fit, or, of a model that is read by blocks, a block's weights.
         DeviceError: With `finite`, a score that is not finite in the dtype that the model computes in.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -111,50 +109,31 @@ def score_texts(
         encoded += windows
         owners += [owner] * len(windows)
     of_text = torch.tensor(owners)
-    bits = torch.zeros(len(texts), dtype=torch.float64)
     began = time.perf_counter()
     was_training = model.training
     model.eval()
     try:
-        limit = batch_limit(loaded.device, batch_tokens)
-        of_all = length_batches([len(ids) for ids in encoded], limit)
-        batches = processes.mine(of_all, [len(batch) * len(encoded[batch[-1]]) for batch in of_all])
+        lengths = [len(ids) for ids in encoded]
+        of_all = length_batches(lengths, batch_limit(loaded.device, batch_tokens))
+        batches = processes.mine(of_all, [padded_tokens(batch, lengths) for batch in of_all])
         windows_left = Counter(owners[index] for batch in batches for index in batch)
         scored_here = len(windows_left)
-
-        batch_bits: list[Tensor] = []
-        fitting = room or Room()
+        window_bits = [0.0] * len(encoded)
 
         def score(batch: list[int]) -> None:
-            batch_bits.append(bits_of(batch))
+            scored = _bits_of(model, [encoded[index] for index in batch], loaded.device)
+            for index, of_window in zip(batch, scored.tolist(), strict=True):
+                window_bits[index] = of_window
 
-        def bits_of(batch: list[int]) -> Tensor:
-            longest = max(len(encoded[index]) for index in batch)
-            if loaded.block_weights is None and not fitting.has(len(batch), longest):
-                return torch.cat([bits_of(half) for half in _halves(batch)])
-            try:
-                return _bits_of(model, [encoded[index] for index in batch], loaded.device)
-            except (MemoryError, RuntimeError) as error:
-                if len(batch) == 1 or loaded.block_weights is not None or not is_out_of_memory(error):
-                    raise
-            # Here the error no longer keeps the batch's tensors alive.
-            give_back_memory()
-            if note is not None and fitting.tokens is None:
-                note(f"{loaded.device} has no room for a batch of {len(batch)} texts: scored by halves")
-            fitting.lacked(len(batch), longest)
-            return torch.cat([bits_of(half) for half in _halves(batch)])
-
-        def after(number: int) -> None:
-            windows_left.subtract(owners[index] for index in batches[number])
+        def after(batch: list[int]) -> None:
+            windows_left.subtract(owners[index] for index in batch)
             if progress is not None:
                 progress(sum(not windows for windows in windows_left.values()), scored_here)
 
-        works = [partial(score, batch) for batch in batches]
-        read = [len(batch) * len(encoded[batch[-1]]) for batch in batches]
-        run_passes(loaded, works, read, after=after, progress=progress)
-        for batch, of_batch in zip(batches, batch_bits, strict=True):
-            bits.index_add_(0, of_text[batch], of_batch)
-        bits = torch.stack(processes.gathered(bits)).sum(0)
+        fitting = room or Room()
+        run_batches(loaded, batches, lengths, score, fitting, note=note, after=after, progress=progress)
+        of_windows = torch.tensor(processes.gathered(window_bits), dtype=torch.float64).sum(0)
+        bits = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, of_text, of_windows)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -168,11 +147,6 @@ def score_texts(
         _check_finite(loaded, bits)
     sizes = torch.tensor([len(text.encode()) for text in texts], dtype=torch.float64)
     return Scores(bits, sizes, sum(map(len, encoded)) - len(encoded), time.perf_counter() - began)
-
-
-def _halves(batch: list[int]) -> tuple[list[int], list[int]]:
-    """Of a batch of at least two."""
-    return batch[: len(batch) // 2], batch[len(batch) // 2 :]
 
 
 def _check_finite(loaded: LoadedModel, bits: Tensor) -> None:

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from tmerge.errors import UnsupportedModelError
+from tmerge.models.device import is_out_of_memory
 from tmerge.models.discovery import find_block_list, unwrap
 from tmerge.models.loading import LoadedModel
 
 __all__ = [
     "STREAM_BYTES",
     "BlockCall",
+    "PassDoesNotFitError",
     "Steps",
     "base_pass",
     "hidden_of",
@@ -40,6 +42,18 @@ STREAM_BYTES = 1 << 30
 
 Batch = tuple[Tensor, Tensor | None]
 """Token ids (B, S), and their mask or None where nothing is padded."""
+
+
+class PassDoesNotFitError(MemoryError):
+    """There was no room for one of several passes.
+
+    Attributes:
+        number: Which.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"out of memory in pass {number}")
+        self.number = number
 
 
 class _Left(BaseException):
@@ -93,6 +107,11 @@ class _Pass:
     ended: bool = False
     left: bool = False
 
+    def raise_error(self) -> None:
+        """What it broke off with, if it did."""
+        if self.error is not None:
+            raise self.error
+
 
 class Steps:
     """The passes, at the same block's door each; from `stepped`."""
@@ -119,8 +138,7 @@ class Steps:
             self._weights.enter_block(block)
         calls = []
         for waiting in self._passes:
-            if waiting.error is not None:
-                raise waiting.error
+            waiting.raise_error()
             if waiting.call is None or waiting.block != block:
                 remedy = "choose another model" if self._weights is None else "set memory: resident"
                 raise UnsupportedModelError(
@@ -130,15 +148,44 @@ class Steps:
             calls.append(waiting.call)
         return calls
 
+    def go_through(self, batch: int, call: BlockCall) -> None:
+        """Run what a batch gave to the block as it is, and `go_on` with what that makes.
+
+        Raises:
+            PassDoesNotFitError: There was no room for it.
+        """
+        with _of_pass(batch):
+            result = call.run()
+        # What it was given goes with it, as it has been through.
+        del call
+        self.go_on(batch, result)
+
     def go_on(self, batch: int, result: Any) -> None:
-        """Give a batch's pass what the block made, and let it come to the next door, or to its end."""
+        """Give a batch's pass what the block made, and let it come to the next door, or to its end.
+
+        Raises:
+            PassDoesNotFitError: There was no room for what lies between.
+        """
         waiting = self._passes[batch]
         waiting.call, waiting.result = None, result
         waiting.turn.release()
         waiting.waits.acquire()
         waiting.result = None
-        if waiting.error is not None:
-            raise waiting.error
+        with _of_pass(batch):
+            waiting.raise_error()
+
+
+@contextmanager
+def _of_pass(number: int) -> Iterator[None]:
+    """Within it, what runs out of memory does so for a pass."""
+    try:
+        yield
+        return
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Raised here, where the error's traceback no longer keeps the pass's tensors alive.
+    raise PassDoesNotFitError(number)
 
 
 def base_pass(loaded: LoadedModel, batch: Batch) -> Callable[[], Any]:
@@ -217,11 +264,11 @@ def stepped(loaded: LoadedModel, works: Sequence[Callable[[], Any]]) -> Iterator
         for thread in threads:
             thread.start()
             begun.append(thread)
-        for waiting in passes:
+        for number, waiting in enumerate(passes):
             waiting.turn.release()
             waiting.waits.acquire()
-            if waiting.error is not None:
-                raise waiting.error
+            with _of_pass(number):
+                waiting.raise_error()
         if loaded.block_weights is not None:
             loaded.block_weights.leave_ends()
         yield Steps(listed, passes, loaded)
@@ -246,7 +293,6 @@ def run_passes(
     works: Sequence[Callable[[], None]],
     tokens: Sequence[int],
     *,
-    after: Callable[[int], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Run passes to their end: one after the other, or, where a model is read by blocks, all of them block by block.
@@ -255,25 +301,27 @@ def run_passes(
         loaded: The model.
         works: As for `stepped`; each does with what its pass gives whatever is to be done.
         tokens: Of each pass, padding included.
-        after: Called with each pass's number when it has been run by itself.
         progress: Called with (blocks done, all) of a model that is read by blocks.
+
+    Raises:
+        PassDoesNotFitError: Of a model that is read by blocks, there was no room for a pass.
     """
     if loaded.block_weights is None:
-        for number, work in enumerate(works):
+        for work in works:
             work()
-            if after is not None:
-                after(number)
         return
     groups = in_groups(loaded, tokens)
     for number, group in enumerate(groups):
-        with stepped(loaded, works[group]) as steps, torch.no_grad():
-            for block in range(len(steps)):
-                calls = steps.calls(block)
-                for batch in range(len(calls)):
-                    # What it was given goes with it, as it has been through.
-                    steps.go_on(batch, calls.pop(0).run())
-                if progress is not None:
-                    progress(number * len(steps) + block + 1, len(groups) * len(steps))
+        try:
+            with stepped(loaded, works[group]) as steps, torch.no_grad():
+                for block in range(len(steps)):
+                    calls = steps.calls(block)
+                    for batch in range(len(calls)):
+                        steps.go_through(batch, calls.pop(0))
+                    if progress is not None:
+                        progress(number * len(steps) + block + 1, len(groups) * len(steps))
+        except PassDoesNotFitError as error:
+            raise PassDoesNotFitError(group.start + error.number) from None
 
 
 def in_groups(loaded: LoadedModel, tokens: Sequence[int]) -> list[slice]:

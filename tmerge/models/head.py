@@ -11,6 +11,9 @@ calls.
 
 A ``forward`` whose logits are not those of the rows that its body is made to return gives the whole batch's, and the
 rows are taken from these. Of what ``transformers`` has, none is known that does.
+
+A gradient goes the same way back: each stretch's ends at the rows that the body handed on, where they add up, and then
+goes through the body once.
 """
 
 from __future__ import annotations
@@ -47,6 +50,8 @@ def read_logits(
     texts: Tensor,
     positions: Tensor,
     use: Callable[[slice, Tensor], None],
+    *,
+    backward: bool = False,
 ) -> None:
     """Run a batch through a model without a cache, and hand on the logits that are asked for.
 
@@ -58,6 +63,8 @@ def read_logits(
         positions: (R,) which of their positions.
         use: Called with a stretch of the rows and their logits (r, V), in the rows' order, until all have been. What
             it keeps of the logits beyond its return stays in memory.
+        backward: Whether `use` calls ``backward`` on what it makes of them. The gradients of the parameters that ask
+            for one are there when this returns. Not for a model that is read by blocks.
 
     Raises:
         UnsupportedModelError: A model that is read by blocks does not make its logits row by row.
@@ -69,10 +76,11 @@ def read_logits(
         # A model that is read by blocks waits for every batch at each of them.
         texts, positions = (torch.zeros(1, dtype=torch.int64, device=ids.device) for _ in range(2))
     modules = _around_blocks(unwrap(model))
-    body = _Body(ids, texts, positions, slice(0, at_once))
+    body = _Body(ids, texts, positions, slice(0, at_once), backward)
     logits = _first_logits(model, modules, body, named)
     if not body.is_handed_on:
-        for stretch in stretches:
+        # A gradient has the size of them all, and each stretch's would.
+        for stretch in [slice(0, len(texts))] if backward else stretches:
             use(stretch, logits[texts[stretch], positions[stretch]])
         return
     for stretch in stretches[:1]:
@@ -85,6 +93,7 @@ def read_logits(
             handed = model.forward(**named).logits[0]
         use(stretch, handed)
         del handed
+    body.backward()
 
 
 def _first_logits(model: nn.Module, modules: Sequence[nn.Module], body: _Body, named: dict[str, Any]) -> Tensor:
@@ -117,10 +126,13 @@ class _Body:
         texts: (R,) as `read_logits`.
         positions: (R,).
         stretch: Of the rows, that is handed on next.
+        is_cut: Whether a gradient waits at the rows until all have been handed on.
     """
 
-    def __init__(self, ids: Tensor, texts: Tensor, positions: Tensor, stretch: slice) -> None:
+    def __init__(self, ids: Tensor, texts: Tensor, positions: Tensor, stretch: slice, is_cut: bool) -> None:
         self._shape, self._texts, self._positions = ids.shape, texts, positions
+        self._is_cut = is_cut
+        self._whole: Tensor | None = None
         self.stretch = stretch
         self._rows: Tensor | None = None
         self._output: Any = None
@@ -138,7 +150,12 @@ class _Body:
 
     def let_go(self) -> None:
         """Of what was kept: the model is run as it is."""
-        self._rows = self._output = None
+        self._rows = self._output = self._whole = None
+
+    def backward(self) -> None:
+        """Let the gradient that waits go on."""
+        if self._whole is not None and self._rows is not None and self._rows.grad is not None:
+            self._whole.backward(self._rows.grad)
 
     def give(self, run: Callable[[], Any]) -> Any:
         """In the place of what the body's forward returns, which `run` calls."""
@@ -156,6 +173,8 @@ class _Body:
             if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != self._shape:
                 return output
             self._rows = hidden[self._texts, self._positions]
+            if self._is_cut and self._rows.requires_grad:
+                self._whole, self._rows = self._rows, self._rows.detach().requires_grad_()
             # The hidden states themselves are let go.
             self._output = _with_hidden(output, self._rows)
         return _with_hidden(self._output, self._rows[self.stretch].unsqueeze(0))
