@@ -18,7 +18,7 @@ from tests.stages.test_reconstruct import recipe_for as reconstruction_of
 from tests.stages.test_task_vector import _deeper, _shaken, save_all
 from tmerge.errors import EndedElsewhereError, ProcessLostError, RecipeError
 from tmerge.fusion import StoredNeurons
-from tmerge.processes import ALONE, Processes, _Member
+from tmerge.processes import ALONE, LackedElsewhereError, Processes, _Member
 from tmerge.recipe import load_recipe
 from tmerge.stages.merge import merge
 
@@ -261,6 +261,26 @@ def test_an_error_of_one_ends_all_wherever_they_wait(failing):
     assert told[failing] == (RecipeError, "no such key")
     others = [outcome for rank, outcome in enumerate(told) if rank != failing]
     assert others == [(EndedElsewhereError, f"process {failing} of 3: no such key")] * 2
+
+
+@pytest.mark.parametrize("lacking", [{0}, {1}, {0, 2}, {0, 1, 2}])
+def test_where_some_run_out_of_memory_all_break_off_and_meet_again(lacking):
+    def work(processes):
+        sums = torch.ones(1)
+        with processes.failing_together():
+            try:
+                processes.wait()
+                if processes.rank in lacking:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                processes.summed(sums)
+                processes.wait()
+            except (MemoryError, RuntimeError) as error:
+                processes.lack_together(error)
+                return type(error), processes.gathered(processes.rank)
+
+    outcomes = Together(3).run(work)
+    for rank, outcome in enumerate(outcomes):
+        assert outcome == (torch.OutOfMemoryError if rank in lacking else LackedElsewhereError, [0, 1, 2])
 
 
 def one_fails(processes):

@@ -24,7 +24,7 @@ from tmerge.errors import Cancelled, EndedElsewhereError, ProcessLostError, Tmer
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ALONE", "Processes", "are_several", "joined", "on_this_machine", "rank_of_this"]
+__all__ = ["ALONE", "LackedElsewhereError", "Processes", "are_several", "joined", "on_this_machine", "rank_of_this"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -45,10 +45,15 @@ class _Member:
 
 @dataclass(frozen=True)
 class _Told:
-    """What a process brings to a meeting: a value, or an error in words."""
+    """What a process brings to a meeting: a value, or an error in words, or that it has run out of memory."""
 
     value: Any = None
     error: str | None = None
+    lacks: bool = False
+
+
+class LackedElsewhereError(MemoryError):
+    """Another of the processes ran out of memory, in what all of them are doing."""
 
 
 @dataclass
@@ -116,6 +121,7 @@ class Processes:
 
         Raises:
             EndedElsewhereError: One of them has told of an error in the place of that.
+            LackedElsewhereError: One of them has run out of memory (`lack_together`).
             ProcessLostError: One of them has ended.
         """
         if self.count == 1:
@@ -124,6 +130,9 @@ class Processes:
         for rank, of_one in enumerate(told):
             if of_one.error is not None:
                 raise EndedElsewhereError(f"process {rank} of {self.count}: {of_one.error}")
+        for rank, of_one in enumerate(told):
+            if of_one.lacks:
+                raise LackedElsewhereError(f"process {rank} of {self.count} is out of memory")
         return [of_one.value for of_one in told]
 
     def from_first(self, make: Callable[[], Result], meanwhile: Callable[[], object] | None = None) -> Result:
@@ -167,6 +176,15 @@ class Processes:
         self.wait()
         for tensor in sums:
             self._added(tensor)
+
+    def lack_together(self, error: BaseException) -> None:
+        """Tell the others, which wait somewhere, that memory ran out, so that they break off what all of them do.
+
+        Args:
+            error: That of this process; one that it has heard of needs no telling.
+        """
+        if self.count > 1 and not isinstance(error, LackedElsewhereError):
+            self._exchanged(_Told(lacks=True))
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:

@@ -186,7 +186,7 @@ def test_two_processes_of_which_one_has_no_room_train_as_one(tmp_path):
     alone = adapt_run(tmp_path / "fused", tmp_path / "alone", asked).to_dict()
     sets = [word for name, value in asked.items() for word in ("--set", f"adaptation.{name}={value}")]
     words = ["adapt", str(tmp_path / "fused"), "--out", str(tmp_path / "together"), *sets]
-    launcher = begun(words, module="tests.adaptation.crowded")
+    launcher = begun(words, module="tests.crowded")
     said = launcher.communicate(timeout=300)[1]
     assert launcher.returncode == 0, said
     assert said.count("cpu has no room for so many texts in a pass: 1 at a time, as many in a step") == 1

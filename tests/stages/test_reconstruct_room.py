@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 
+from tests.launched import begun
 from tests.stages.test_reconstruct import models, recipe_for  # noqa: F401
 from tmerge.errors import NotEnoughMemoryError
 from tmerge.stages.merge import merge
@@ -46,3 +47,19 @@ def test_it_is_read_by_halves(models, tmp_path, monkeypatch, at_block):  # noqa:
 def test_what_never_fits_is_the_end(models, tmp_path, monkeypatch):  # noqa: F811
     with pytest.raises(NotEnoughMemoryError, match="the reconstruction does not fit"):
         _merged(models, tmp_path / "crowded", monkeypatch, 1, 0)
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_lacks_it_read_by_halves_together(models, tmp_path):  # noqa: F811
+    recipe = recipe_for(models, evaluation={"controls": ["permuted"]})
+    wanted = merge(recipe, tmp_path / "alone")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    words = ["merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "together")]
+    launcher = begun(words, module="tests.crowded")
+    said = launcher.communicate(timeout=300)[1]
+    assert launcher.returncode == 0, said
+    assert said.count("no room for so many texts at once: what is reconstructed on is read by halves") == 1
+    report = merge(recipe, tmp_path / "together")  # finished: read again
+    assert report.evaluation.fused.value == pytest.approx(wanted.evaluation.fused.value, abs=1e-3)
+    controls = [one.evaluation.controls["permuted"].value for one in (report, wanted)]
+    assert controls[0] == pytest.approx(controls[1], abs=1e-3)

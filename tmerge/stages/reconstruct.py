@@ -138,17 +138,18 @@ class Reconstruct:
     def _pass(self, name: str, key: str, transport: Transport, progress: Progress) -> list[BlockNote]:
         """One reconstruction of the target as it is stored; what was finished of it before is not fitted again."""
         processes = progress.processes
-        # All go on from what there is; all have the same fits then, and the first writes them.
-        writer = processes.after_first(lambda: self.neurons.go_on(name, key))
-        processes.wait()
-        if not writer.is_finished:
-            batch_tokens = self.recipe.calibration.batch_tokens
+        batch_tokens = self.recipe.calibration.batch_tokens
+        while True:
+            # All go on from what there is; all have the same fits then, and the first writes them.
+            writer = processes.after_first(lambda: self.neurons.go_on(name, key))
+            processes.wait()
+            if writer.is_finished or self._fit(name, transport, writer, batch_tokens, progress):
+                break
             # Blocks that are fitted stay so.
-            while not self._fit(name, transport, writer, batch_tokens, progress):
-                batch_tokens //= 2
-                progress.note("no room for so many texts at once: what is reconstructed on is read by halves")
-            if processes.is_first:
-                writer.finish()
+            batch_tokens //= 2
+            progress.note("no room for so many texts at once: what is reconstructed on is read by halves")
+        if processes.is_first and not writer.is_finished:
+            writer.finish()
         return processes.from_first(lambda: writer.notes)
 
     def _fit(
@@ -159,7 +160,7 @@ class Reconstruct:
         batch_tokens: int,
         progress: Progress,
     ) -> bool:
-        """Fit all blocks that are not yet, and say whether memory sufficed."""
+        """Fit all blocks that are not yet, and say whether memory sufficed, in all processes."""
         drawn_to = self.source
         if name == "source_base":
             assert self.source_base is not None  # the recipe sees to it
@@ -208,11 +209,13 @@ class Reconstruct:
                         "reconstructing" if name == "fused" else f"{name}: reconstructing", "layers"
                     ),
                 )
+                # Of another that lacks it: heard here at the latest.
+                progress.processes.wait()
                 is_done = True
             except (MemoryError, RuntimeError) as error:
-                # Several processes would have to agree on that.
-                if not is_out_of_memory(error) or progress.processes.count > 1 or batch_tokens <= _FEWEST_TOKENS:
+                if not is_out_of_memory(error) or batch_tokens <= _FEWEST_TOKENS:
                     raise
+                progress.processes.lack_together(error)
         del passage, target, source
         shutil.rmtree(folder, ignore_errors=True)
         self.target.release()
