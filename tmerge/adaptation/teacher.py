@@ -33,7 +33,7 @@ from tmerge.calibration import (
 )
 from tmerge.errors import NotEnoughMemoryError, TokenizerError
 from tmerge.models import LoadedModel, read_logits, refuse_without_rows
-from tmerge.models.device import is_out_of_memory
+from tmerge.models.device import out_of_memory_as
 from tmerge.processes import ALONE, Processes
 from tmerge.recipe import AdaptationSettings
 from tmerge.store import write_tensors
@@ -188,15 +188,13 @@ class _Batches:
             if heard is not None:
                 heard(done, of)
 
-        try:
-            run_batches(model, batches, lengths, read, Room(), note=self.note, after=after, progress=heard)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise NotEnoughMemoryError(
+        with out_of_memory_as(
+            lambda: NotEnoughMemoryError(
                 f"{model.reference}: out of memory on {model.device} while it is read for distillation; lower "
                 f"calibration.batch_tokens (now {self.batch_tokens}) or adaptation.max_tokens, or use --device cpu"
-            ) from None
+            )
+        ):
+            run_batches(model, batches, lengths, read, Room(), note=self.note, after=after, progress=heard)
 
 
 def _predictions(

@@ -15,7 +15,7 @@ from tmerge.calibration.room import Note, Room
 from tmerge.errors import NotEnoughMemoryError
 from tmerge.models import LoadedModel, refuse_without_rows
 from tmerge.models.blocks import PassDoesNotFitError, base_pass, in_groups, stepped
-from tmerge.models.device import is_out_of_memory, wait_for
+from tmerge.models.device import out_of_memory_as, wait_for
 from tmerge.processes import ALONE, Processes
 
 __all__ = [
@@ -192,7 +192,12 @@ def read_batches(
         loaded, encoded, mine, before or (lambda texts: None), anew or (lambda: None), note, room or Room()
     )
     try:
-        with _memory_errors(loaded, batch_tokens):
+        with out_of_memory_as(
+            lambda: NotEnoughMemoryError(
+                f"{loaded.reference}: out of memory on {loaded.device}; lower calibration.batch_tokens (now "
+                f"{batch_tokens}) or use --device cpu"
+            )
+        ):
             yield from reading.whole() if loaded.block_weights is None else reading.by_blocks()
     finally:
         base.train(was_training)
@@ -287,18 +292,3 @@ def padded(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tenso
         return ids, None
     lengths = torch.tensor([len(tokens) for tokens in sequences])
     return ids, (torch.arange(longest) < lengths[:, None]).long()
-
-
-@contextmanager
-def _memory_errors(loaded: LoadedModel, batch_tokens: int) -> Iterator[None]:
-    try:
-        yield
-        return
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-    # Raised here, where the error's traceback no longer keeps the batch's tensors alive.
-    raise NotEnoughMemoryError(
-        f"{loaded.reference}: out of memory on {loaded.device}; lower calibration.batch_tokens (now {batch_tokens}) or "
-        "use --device cpu"
-    )

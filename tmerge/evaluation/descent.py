@@ -23,7 +23,7 @@ from tmerge.calibration import Room, batch_limit, encode, length_batches, padded
 from tmerge.errors import NotEnoughMemoryError
 from tmerge.fusion import COLUMN_PROJECTIONS, TransportedNeurons, generator_for, read_neurons
 from tmerge.models import LoadedModel, Projection, read_logits
-from tmerge.models.device import is_out_of_memory
+from tmerge.models.device import out_of_memory_as
 
 __all__ = ["Descent", "descent_cosines"]
 
@@ -146,28 +146,30 @@ def _gradients(
         model.zero_grad(set_to_none=True)
         _add_gradients(model, [encoded[text] for text in batch], loaded.device)
 
+    def add() -> None:
+        # After every batch and in float32: in bfloat16 many small gradients would be lost in the sum.
+        for transported_neurons, view, total in zip(transported, views, sums, strict=True):
+            gradient, chosen = view.gradient(), transported_neurons.neurons
+            assert gradient is not None  # its parameter was asked for, and every projection runs
+            columns = transported_neurons.projection in COLUMN_PROJECTIONS
+            total += (gradient[:, chosen] if columns else gradient[chosen]).float().cpu()
+
+    lacking = out_of_memory_as(
+        lambda: NotEnoughMemoryError(
+            f"{loaded.reference}: out of memory on {loaded.device} in the descent control's backward pass of one text; "
+            "lower calibration.max_tokens, or set evaluation.descent=0"
+        )
+    )
     try:
         for parameter in asked:
             parameter.requires_grad_(id(parameter) in wanted)
-        # The passes with a gradient have less room than any other.
-        for batch, _ in Room().fitting(batches, lengths, run, loaded, note):
-            # Read after every batch and summed in float32: in bfloat16 many small gradients would be lost in the sum.
-            for transported_neurons, view, total in zip(transported, views, sums, strict=True):
-                gradient = view.gradient()
-                assert gradient is not None  # its parameter was asked for, and every projection runs
-                columns = transported_neurons.projection in COLUMN_PROJECTIONS
-                chosen = gradient[:, transported_neurons.neurons] if columns else gradient[transported_neurons.neurons]
-                total += chosen.float().cpu()
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(encoded))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise NotEnoughMemoryError(
-            f"{loaded.reference}: out of memory on {loaded.device} in the descent control's backward pass of one text; "
-            "lower calibration.max_tokens, or set evaluation.descent=0"
-        ) from None
+        with lacking:
+            # The passes with a gradient have less room than any other.
+            for batch, _ in Room().fitting(batches, lengths, run, loaded, note):
+                add()
+                done += len(batch)
+                if progress is not None:
+                    progress(done, len(encoded))
     finally:
         model.zero_grad(set_to_none=True)
         for parameter, had in asked.items():

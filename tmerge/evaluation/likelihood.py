@@ -22,7 +22,7 @@ from torch.nn import functional
 from tmerge.calibration import Room, batch_limit, length_batches, padded, padded_tokens, run_batches, token_limit
 from tmerge.errors import DeviceError, NotEnoughMemoryError, TokenizerError
 from tmerge.models import LoadedModel, read_logits, refuse_without_rows
-from tmerge.models.device import is_out_of_memory
+from tmerge.models.device import out_of_memory_as
 from tmerge.processes import ALONE, Processes
 
 __all__ = ["Scores", "score_texts"]
@@ -131,16 +131,15 @@ def score_texts(
                 progress(sum(not windows for windows in windows_left.values()), scored_here)
 
         fitting = room or Room()
-        run_batches(loaded, batches, lengths, score, fitting, note=note, after=after, progress=progress)
+        with out_of_memory_as(
+            lambda: NotEnoughMemoryError(
+                f"{loaded.reference}: out of memory on {loaded.device} while scoring; lower calibration.batch_tokens "
+                f"(now {batch_tokens}) or use --device cpu"
+            )
+        ):
+            run_batches(loaded, batches, lengths, score, fitting, note=note, after=after, progress=progress)
         of_windows = torch.tensor(processes.gathered(window_bits), dtype=torch.float64).sum(0)
         bits = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, of_text, of_windows)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise NotEnoughMemoryError(
-            f"{loaded.reference}: out of memory on {loaded.device} while scoring; lower calibration.batch_tokens "
-            f"(now {batch_tokens}) or use --device cpu"
-        ) from None
     finally:
         model.train(was_training)
     if finite:

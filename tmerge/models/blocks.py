@@ -13,13 +13,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tmerge.errors import UnsupportedModelError
-from tmerge.models.device import is_out_of_memory
+from tmerge.models.device import out_of_memory_as
 from tmerge.models.discovery import find_block_list, unwrap
 from tmerge.models.loading import LoadedModel
 
@@ -154,7 +155,7 @@ class Steps:
         Raises:
             PassDoesNotFitError: There was no room for it.
         """
-        with _of_pass(batch):
+        with out_of_memory_as(lambda: PassDoesNotFitError(batch)):
             result = call.run()
         # What it was given goes with it, as it has been through.
         del call
@@ -171,21 +172,8 @@ class Steps:
         waiting.turn.release()
         waiting.waits.acquire()
         waiting.result = None
-        with _of_pass(batch):
+        with out_of_memory_as(lambda: PassDoesNotFitError(batch)):
             waiting.raise_error()
-
-
-@contextmanager
-def _of_pass(number: int) -> Iterator[None]:
-    """Within it, what runs out of memory does so for a pass."""
-    try:
-        yield
-        return
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-    # Raised here, where the error's traceback no longer keeps the pass's tensors alive.
-    raise PassDoesNotFitError(number)
 
 
 def base_pass(loaded: LoadedModel, batch: Batch) -> Callable[[], Any]:
@@ -267,7 +255,7 @@ def stepped(loaded: LoadedModel, works: Sequence[Callable[[], Any]]) -> Iterator
         for number, waiting in enumerate(passes):
             waiting.turn.release()
             waiting.waits.acquire()
-            with _of_pass(number):
+            with out_of_memory_as(partial(PassDoesNotFitError, number)):
                 waiting.raise_error()
         if loaded.block_weights is not None:
             loaded.block_weights.leave_ends()

@@ -28,6 +28,7 @@ __all__ = [
     "is_out_of_memory",
     "memory_errors",
     "multiplies_fast",
+    "out_of_memory_as",
     "pick_device",
     "pick_dtype",
     "wait_for",
@@ -234,18 +235,26 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def memory_errors(what: str, device: torch.device) -> Iterator[None]:
-    """Turn running out of memory into one line.
+def out_of_memory_as(error_of: Callable[[], Exception]) -> Iterator[None]:
+    """Raise another error where a device, or the host, runs out of memory inside.
 
-    Raises:
-        NotEnoughMemoryError: The device, or the host, ran out of memory inside.
+    Args:
+        error_of: Makes it, when the first error's traceback keeps nothing alive any more.
     """
     try:
         yield
+        return
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise NotEnoughMemoryError(
+    raise error_of()
+
+
+def memory_errors(what: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Within it running out of memory is a `NotEnoughMemoryError`."""
+    return out_of_memory_as(
+        lambda: NotEnoughMemoryError(
             f"{what} does not fit in memory on {device} ({bytes_words(available_memory(device))} free); "
             "use a smaller model, dtype: bfloat16, or a machine with more memory"
-        ) from None
+        )
+    )
