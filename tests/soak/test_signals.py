@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import signal
 import socket
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,20 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 both = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+
+# Stages that not every merge has.
+_ALONE = {
+    "choose": {"fusion": {"alpha": "auto"}},
+    "reconstruct": {"fusion": {"what": "reconstruct", "keep": None, "alpha": 1.0}},
+}
+
+
+def _in_turn(stages: Iterable[str]) -> pytest.MarkDecorator:
+    """What hears both signals is one thing, so a stage after the other is stopped by one of them in turn."""
+    turns = zip(stages, itertools.cycle([signal.SIGINT, signal.SIGTERM]), strict=False)
+    cases = [pytest.param(stage, number, id=f"{stage}-{number.name}") for stage, number in turns]
+    return pytest.mark.parametrize(("stage", "number"), cases)
+
 
 # A merge that says when a stage begins.
 IN_A_STAGE = """
@@ -130,15 +145,7 @@ def _until(process: forked.Forked, true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-# Stages that not every merge has.
-_ALONE = {
-    "choose": {"fusion": {"alpha": "auto"}},
-    "reconstruct": {"fusion": {"what": "reconstruct", "keep": None, "alpha": 1.0}},
-}
-
-
-@both
-@pytest.mark.parametrize("stage", _ALONE)
+@_in_turn(_ALONE)
 def test_stages_that_not_every_merge_has(
     pair: Path, tmp_path: Path, begin: Callable[..., forked.Forked], stage: str, number: int
 ) -> None:
@@ -156,8 +163,7 @@ def test_stages_that_not_every_merge_has(
     assert again.communicate(120) and again.returncode == 0 and (out / "config.json").is_file()
 
 
-@both
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in _ALONE])
+@_in_turn(STAGES)
 def test_every_stage_of_a_merge(
     pair: Path, finished: Path, tmp_path: Path, begin: Callable[..., forked.Forked], stage: str, number: int
 ) -> None:
